@@ -1,0 +1,6 @@
+# The public names of skipscope, each once; read at run time too (lazily) and by type checkers.
+from ._data import batches as batches
+from ._data import objective as objective
+from ._errors import SkipscopeError as SkipscopeError
+from ._progress import progress as progress
+from ._result import load as load

@@ -1,0 +1,64 @@
+"""Errors as part of the product: what was asked, where, what was expected, what came, and the cure."""
+
+from __future__ import annotations
+
+
+class SkipscopeError(ValueError):
+    """Something a user can put right.
+
+    Args:
+        operation: the public call that refused, e.g. ``"gradient_flow"``.
+        problem: one sentence saying what is wrong.
+        layer: the module, shortcut or boundary concerned, if there is one.
+        expected: what would have been accepted.
+        got: what was given.
+        cure: what to write instead.
+
+    Example:
+        >>> raise SkipscopeError("ablate", "the shortcut cannot be edited", layer="block.3", cure="use nn.Module")
+        Traceback (most recent call last):
+        ...
+        skipscope._errors.SkipscopeError: ablate: the shortcut cannot be edited
+          layer:    block.3
+          cure:     use nn.Module
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        problem: str,
+        *,
+        layer: str | None = None,
+        expected: object = None,
+        got: object = None,
+        cure: str | None = None,
+    ):
+        self.operation, self.problem, self.layer = operation, problem, layer
+        self.expected, self.got, self.cure = expected, got, cure
+        details = {"layer": layer, "expected": expected, "got": got, "cure": cure}
+        lines = [f"{operation}: {problem}"]
+        lines += [f"  {key + ':':<9} {value}" for key, value in details.items() if value is not None]
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self):
+        # Keyword arguments are lost by the default, and errors cross process borders under torchrun and Ray.
+        return _rebuild, (type(self), self.operation, self.problem, self.layer, str(self), self.cure)
+
+
+def _rebuild(kind, operation, problem, layer, text, cure):
+    error = kind.__new__(kind)
+    error.operation, error.problem, error.layer, error.cure = operation, problem, layer, cure
+    error.expected = error.got = None
+    error.args = (text,)
+    return error
+
+
+class MissingExtra(SkipscopeError, ImportError):
+    """An optional package is not installed; the message is the command that installs it."""
+
+    def __init__(self, operation: str, package: str, extra: str):
+        super().__init__(
+            operation,
+            f"the package {package} is not installed",
+            cure=f'python -m pip install "skipscope[{extra}]"',
+        )
