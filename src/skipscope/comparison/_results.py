@@ -1,0 +1,239 @@
+"""What the main job hands over: the twins, their training, and everything measured on them, keyed by twin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from skipscope._numbers import short
+from skipscope._result import Result, Table
+from skipscope.flow import GradientFlow, GradientSplit, Importance, PathSpectrum
+from skipscope.shortcuts import Shortcuts
+from skipscope.surfaces import PairedSurfaces
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """One twin under one optimizer at its best rate.
+
+    Attributes:
+        rate: the learning rate that won the sweep.
+        sweep: learning rate -> smoothed final loss, mean over seeds; inf where training diverged.
+        losses: training loss, [seeds, steps].
+        update_ratio: |update| / |weights| over all weights, [seeds, steps].
+        steps_to_target: first step at which each seed's smoothed loss is at or below the target; None: never.
+        learns: the smoothed loss of every seed ends below half of its first value (a network that stays at the loss
+            of guessing does not learn).
+    """
+
+    rate: float
+    sweep: dict[str, float]
+    losses: np.ndarray
+    update_ratio: np.ndarray
+    steps_to_target: tuple[int | None, ...]
+    learns: bool
+
+    @property
+    def final_loss(self) -> float:
+        """Mean over seeds of the smoothed loss at the end."""
+        return float(np.mean(smoothed(self.losses)[:, -1]))
+
+
+def smoothed(losses: np.ndarray, span: int = 10) -> np.ndarray:
+    """Exponential moving average over about ``span`` steps along the last axis, started at the first value."""
+    keep = 1 - 1 / span
+    out = np.array(losses, dtype=float)
+    for step in range(1, out.shape[-1]):
+        out[..., step] = keep * out[..., step - 1] + (1 - keep) * out[..., step]
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class Training(Result):
+    """Twins trained side by side on the same batches: loss against step, steps to a loss, update sizes.
+
+    Attributes:
+        curves: twin -> optimizer -> :class:`Curves`.
+        target: the loss whose first crossing is counted.
+        steps: steps each run had.
+        batch_size: samples a step.
+        seeds: the seeds; ``varies`` says what differs between them.
+        varies: "initialisation and batch order", or "batch order only" (a ready model was given).
+        engine: "stacked" (all rates and seeds as one batch of networks) or "one by one", for each twin.
+    """
+
+    curves: dict[str, dict[str, Curves]]
+    target: float
+    steps: int
+    batch_size: int
+    seeds: tuple[int, ...]
+    varies: str
+    engine: dict[str, str] = field(default_factory=dict)
+
+    def learners(self, optimizer: str) -> list[str]:
+        """The twins that learn under ``optimizer``."""
+        return [name for name, by in self.curves.items() if optimizer in by and by[optimizer].learns]
+
+    def steps_text(self, twin: str, optimizer: str) -> str:
+        """Median steps to the target, or "> N" when most seeds never reach it: never a made-up ratio."""
+        reached = self.curves[twin][optimizer].steps_to_target
+        steps = sorted(np.inf if s is None else s for s in reached)
+        middle = steps[len(steps) // 2]
+        return f"> {self.steps}" if np.isinf(middle) else f"{middle:.0f}"
+
+    def table(self) -> Table:
+        rows = [
+            [twin, optimizer, c.rate, c.final_loss, self.steps_text(twin, optimizer), float(np.median(c.update_ratio)),
+             "yes" if c.learns else "no"]
+            for twin, by in self.curves.items()
+            for optimizer, c in by.items()
+        ]  # fmt: skip
+        return Table(
+            f"training: {len(self.seeds)} seeds, {self.steps} steps, batches of {self.batch_size}",
+            ["twin", "optimizer", "best rate", "final loss", f"steps to {short(self.target)}", "|update|/|w|", "learns"],
+            rows,
+            [f"Seeds vary {self.varies}. Each twin has its best rate out of the same sweep. 'learns': every seed's "
+             "smoothed loss ends below half of where it began."],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class StrengthSweep(Result):
+    """The flow as every shortcut's strength goes from 0 (removed) to 1 (as built), from these weights.
+
+    Attributes:
+        strengths: the factors, [S].
+        names: the boundaries' names, first to last.
+        gradient_rms: flow at each boundary, [S, boundaries].
+        fall_decades: the fall at each strength, [S].
+        states: the verdict's state at each strength.
+    """
+
+    strengths: np.ndarray
+    names: tuple[str, ...]
+    gradient_rms: np.ndarray
+    fall_decades: np.ndarray
+    states: tuple[str, ...]
+
+    def table(self) -> Table:
+        rows = [[float(s), float(f), state] for s, f, state in zip(self.strengths, self.fall_decades, self.states)]
+        return Table(
+            "flow by shortcut strength", ["strength", "fall (decades)", "verdict"], rows,
+            ["Strength 0 removes every shortcut, 1 is as built. Positive fall: the gradient shrinks on its way back."],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Twin:
+    """One network of a comparison.
+
+    Attributes:
+        name: its key everywhere.
+        meaning: "as built", "removed", "detached", "trained without", "shortcuts added", or a variant's own words.
+        description: one line for people.
+        parameters: how many trainable numbers it has.
+    """
+
+    name: str
+    meaning: str
+    description: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One depth of the ladder: does each network's gradient arrive, and does it learn?
+
+    Attributes:
+        depth: hidden layers.
+        fall: twin -> fall in decades.
+        state: twin -> the verdict's state.
+        steps: twin -> optimizer -> steps to the target as text ("> 400" when never).
+        learns: twin -> optimizer -> whether it learns.
+    """
+
+    depth: int
+    fall: dict[str, float]
+    state: dict[str, str]
+    steps: dict[str, dict[str, str]] = field(default_factory=dict)
+    learns: dict[str, dict[str, bool]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the lecture, held against the measurement.
+
+    Attributes:
+        key: "smaller", "product", "stagnate", "path", "surface", "which" or "strength": where it stands on the page.
+        claim: the claim in the lecture's words.
+        answer: "holds", "half true" or "does not hold here", or "not measured".
+        finding: one or two sentences with the numbers.
+        see: what to look at in the chart.
+    """
+
+    key: str
+    claim: str
+    answer: str
+    finding: str
+    see: str
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison(Result):
+    """What its shortcuts do for a network: everything ``skipscope compare`` measured.
+
+    Every dict is keyed by twin (see :class:`Twin` for what each one is).
+
+    Attributes:
+        subject: the network and the data in one line.
+        summary: three sentences, each with its number, to be read aloud.
+        claims: the lecture's claims, each with its finding.
+        twins: the networks compared.
+        found: the shortcuts of each twin that has any.
+        flow: gradient flow; "NAME, removed" and "NAME, detached" stand beside twins that have shortcuts.
+        split: branch against shortcut at each merge.
+        paths: the exact path spectrum.
+        training: the twins trained side by side, or None.
+        ladder: the same question at several depths, deepest last; empty for a user's own model.
+        surfaces: "trained" (each twin from its own training) and "paired" (shared weights, pointwise difference).
+        importance: each shortcut removed alone, each branch lesioned alone.
+        strength: the flow against shortcut strength.
+        methods: one paragraph that says how everything was measured.
+        notes: what was left out and why.
+        provenance: versions, seeds, hashes, the machine, seconds by stage.
+    """
+
+    subject: str
+    summary: tuple[str, ...]
+    claims: tuple[Claim, ...]
+    twins: tuple[Twin, ...]
+    found: dict[str, Shortcuts]
+    flow: dict[str, GradientFlow]
+    split: dict[str, GradientSplit]
+    paths: dict[str, PathSpectrum]
+    training: Training | None
+    ladder: tuple[Rung, ...]
+    surfaces: dict[str, PairedSurfaces]
+    importance: dict[str, Importance]
+    strength: dict[str, StrengthSweep]
+    methods: str
+    notes: tuple[str, ...]
+    provenance: dict[str, Any]
+
+    def table(self) -> Table:
+        rows = []
+        for twin in self.twins:
+            flow = self.flow.get(twin.name)
+            curves = self.training.curves.get(twin.name, {}) if self.training else {}
+            learns = ", ".join(optimizer for optimizer, c in curves.items() if c.learns) or ("no" if curves else "-")
+            rows.append([
+                twin.name, len(self.found[twin.name]) if twin.name in self.found else 0,
+                flow.verdict.fall_decades if flow else None, flow.verdict.state if flow else "-",
+                self.paths[twin.name].mean_length if twin.name in self.paths else None, learns,
+            ])  # fmt: skip
+        return Table(
+            self.subject, ["network", "shortcuts", "fall (decades)", "verdict", "mean path", "learns under"], rows,
+            [*self.summary, *(f"({note})" for note in self.notes)],
+        )  # fmt: skip
