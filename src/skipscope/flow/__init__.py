@@ -1,0 +1,15 @@
+"""The gradient on its way back: flow, verdict, split, paths, importance, remedies."""
+
+from skipscope.flow._results import BoundaryFlow as BoundaryFlow
+from skipscope.flow._results import Cost as Cost
+from skipscope.flow._results import GradientCorrelation as GradientCorrelation
+from skipscope.flow._results import GradientFlow as GradientFlow
+from skipscope.flow._results import GradientSplit as GradientSplit
+from skipscope.flow._results import Importance as Importance
+from skipscope.flow._results import ImportanceOf as ImportanceOf
+from skipscope.flow._results import LayerGradient as LayerGradient
+from skipscope.flow._results import PathSpectrum as PathSpectrum
+from skipscope.flow._results import Prescription as Prescription
+from skipscope.flow._results import Remedy as Remedy
+from skipscope.flow._results import SplitAt as SplitAt
+from skipscope.flow._results import Verdict as Verdict

@@ -1,0 +1,480 @@
+"""What this room hands back: plain numbers, and the tables that say what they mean.
+
+Signs and units are those of the definitions: a *fall* and a *slope* are positive when the gradient shrinks on its way
+back from the loss; both are in decades (powers of ten).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from skipscope._numbers import short
+from skipscope._result import Result, Table
+
+# --- gradient_flow --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BoundaryFlow:
+    """The gradient where it crosses one boundary.
+
+    Attributes:
+        name: the boundary, in the words of the model.
+        depth: 0 at the first boundary, one more at each next.
+        kind: ``"input"``, ``"merge"`` or ``"module"``.
+        gradient_rms: RMS over all elements of dL/d(activation), with |dL/d(output)| set to 1; None where no gradient
+            arrives (not connected).
+        activation_rms: RMS over all elements of the activation.
+        factor: the flow here over the flow at the next boundary; None at the last.
+        chi: ``factor`` squared, Schoenholz's chi: below 1 the gradient shrinks here on its way back.
+        zero_fraction: the share of the gradient's elements that are exactly 0.
+        state: ``"ok"``, ``"exact_zero"``, ``"underflow"``, ``"not_connected"`` or ``"nonfinite"``.
+        similarity: mean cosine between the activations of different samples (tokens where there are any): near 1 the
+            network has stopped telling them apart. None where it cannot be had.
+    """
+
+    name: str
+    depth: int
+    kind: str
+    gradient_rms: float | None
+    activation_rms: float
+    factor: float | None
+    chi: float | None
+    zero_fraction: float | None
+    state: str
+    similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerGradient:
+    """The gradient of one weight (a parameter with two dimensions or more), unnormalised: dL/dW as training has it.
+
+    Attributes:
+        name: the parameter, e.g. ``"layers.0.0.weight"``.
+        weight_grad_mean_abs: mean |dL/dW|, what the lecture prints.
+        weight_grad_rms: RMS of dL/dW.
+        zero_fraction: the share of elements that are exactly 0.
+        state: ``"ok"``, ``"exact_zero"``, ``"underflow"``, ``"not_connected"`` or ``"nonfinite"``.
+        spread: standard deviation over batches of the RMS, over its mean; None for a single batch.
+        trainable: False for a frozen weight, which is never given a gradient.
+    """
+
+    name: str
+    weight_grad_mean_abs: float | None
+    weight_grad_rms: float | None
+    zero_fraction: float | None
+    state: str
+    spread: float | None = None
+    trainable: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the flow is like, where it breaks, and why.
+
+    Attributes:
+        state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"`` or ``"unconnected"``.
+        fall_decades: log10(flow at the last boundary / flow at the first); positive: shrinks going back.
+        slope: decades per boundary by least squares, same sign.
+        slope_interval: its 95 % interval.
+        where: the boundary where it breaks, None for a healthy flow.
+        reason: a sentence with the number that says so.
+        cause: the reason in a word: ``"none"``, ``"saturation"``, ``"gain"``, ``"inactive"``, ``"collapse"``,
+            ``"missing path"``, ``"underflow"``, ``"overflow"``, ``"loss"`` or ``"unexplained"``.
+        evidence: that number.
+    """
+
+    state: str
+    fall_decades: float | None
+    slope: float | None
+    slope_interval: tuple[float, float] | None
+    where: str | None
+    reason: str
+    cause: str = "none"
+    evidence: float | None = None
+
+    def __str__(self) -> str:
+        fall = (
+            ""
+            if self.fall_decades is None
+            else f", {short(abs(self.fall_decades))} decades "
+            + ("lost on the way back" if self.fall_decades >= 0 else "gained on the way back")
+        )
+        where = f" at {self.where}" if self.where else ""
+        return f"{self.state}{fall}{where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class GradientFlow(Result):
+    """The gradient on its way back: at each boundary, at each weight, and the verdict.
+
+    Attributes:
+        boundaries: in order of execution, the one nearest the input first.
+        layers: the weights, in the model's order.
+        verdict: what it comes to.
+        chi: the mean change of the squared flow from a boundary to the one before it (geometric; 10 ** (-2 slope)).
+        depth_scale: 1/|ln chi|: over so many boundaries the squared flow changes e-fold.
+        product: the product of the factors, which is the flow at the first boundary over that at the last.
+        loss: the loss on the data.
+        output_gradient_norm: |dL/d(output)|, by which the flow is normalised: multiply ``gradient_rms`` with it to get
+            the RMS of dL/d(activation) itself.
+        mode: ``"train"``, ``"eval"`` or ``"mixed"``: the modes the modules were in.
+        meaning: ``"as built"``, or what was done to this twin: ``"removed"``, ``"detached"``, ...
+        dtype: the precision the backward pass ran in.
+        batches, samples: how much data it rests on.
+        notes: what else a reader should know.
+    """
+
+    boundaries: tuple[BoundaryFlow, ...]
+    layers: tuple[LayerGradient, ...]
+    verdict: Verdict
+    chi: float | None
+    depth_scale: float | None
+    product: float | None
+    loss: float
+    output_gradient_norm: float
+    mode: str
+    meaning: str
+    dtype: str
+    batches: int
+    samples: int
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> Table:
+        """One row a boundary; the verdict above."""
+        rows = [
+            [b.depth, b.name, b.gradient_rms, b.factor, b.activation_rms, b.state] for b in self.boundaries
+        ]
+        interval = self.verdict.slope_interval
+        notes = [
+            "gradient: RMS of dL/d(activation), with |dL/d(output)| = 1; factor: over the gradient one boundary nearer "
+            "the loss, so their product is what reaches the first boundary.",
+        ]
+        if interval is not None and self.verdict.slope is not None:
+            notes.append(
+                f"slope {short(self.verdict.slope)} decades a boundary (95 %: {short(interval[0])} to "
+                f"{short(interval[1])}); chi {short(self.chi)}, depth scale {short(self.depth_scale)} boundaries."
+            )
+        notes.append(
+            f"{self.meaning}, {self.mode} mode, {self.samples:,} samples in {self.batches} "
+            f"batch{'es' if self.batches != 1 else ''}, loss {short(self.loss)}."
+        )
+        return Table(
+            f"Gradient flow: {self.verdict}",
+            ["depth", "boundary", "gradient", "factor", "activation", "state"], rows, [*notes, *self.notes],
+        )  # fmt: skip
+
+    def layer_table(self) -> Table:
+        """One row a weight: what the lecture prints, and more."""
+        rows = [
+            [w.name, w.weight_grad_mean_abs, w.weight_grad_rms, w.zero_fraction, w.spread, w.state]
+            for w in self.layers
+        ]
+        return Table(
+            "Gradients of the weights", ["weight", "mean |dL/dW|", "RMS", "zeros", "spread", "state"], rows,
+            ["Not the flow: dL/dW moves with the scale of loss and activations, and can go the opposite way."],
+        )  # fmt: skip
+
+
+# --- gradient_split -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SplitAt:
+    """The gradient arriving at one fork, by the way it came.
+
+    Attributes:
+        name, kind: the shortcut.
+        fork: where the two ways part.
+        branch_rms: RMS of the gradient that came through the branch.
+        shortcut_rms: RMS of the gradient that came through the shortcut.
+        cosine: between the two; None where one is zero.
+        fork_rms: RMS of all gradient arriving at the fork.
+        other_rms: RMS of what came neither way (other consumers of the fork); None where there is none.
+        share: |shortcut| / (|shortcut| + |branch|); None where both are zero.
+        residual: |branch + shortcut + other - total| / |total|, by measurement: 0 but for rounding.
+    """
+
+    name: str
+    kind: str
+    fork: str
+    branch_rms: float
+    shortcut_rms: float
+    cosine: float | None
+    fork_rms: float
+    other_rms: float | None = None
+    share: float | None = None
+    residual: float | None = None
+
+
+@dataclass(frozen=True)
+class GradientSplit(Result):
+    """At each shortcut, how much gradient the shortcut carries and how much the branch. A sequence of its rows.
+
+    Attributes:
+        shortcuts: one row a shortcut, in order of execution.
+        loss: the loss on the data.
+        mode, meaning: as in :class:`GradientFlow`.
+        notes: what else a reader should know.
+    """
+
+    shortcuts: tuple[SplitAt, ...]
+    loss: float
+    mode: str
+    meaning: str
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.shortcuts)
+
+    def __getitem__(self, index: int) -> SplitAt:
+        return self.shortcuts[index]
+
+    def __iter__(self) -> Iterator[SplitAt]:
+        return iter(self.shortcuts)
+
+    def table(self) -> Table:
+        """One row a shortcut."""
+        rows = [[s.name, s.kind, s.shortcut_rms, s.branch_rms, s.share, s.cosine] for s in self.shortcuts]
+        return Table(
+            "Where the gradient comes from, at each fork",
+            ["shortcut", "kind", "by the shortcut", "by the branch", "share", "cosine"], rows,
+            ["RMS of the gradient arriving at the fork by each way; share: shortcut / (shortcut + branch).", *self.notes],
+        )  # fmt: skip
+
+
+# --- path_spectrum --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class PathSpectrum(Result):
+    """The gradient, taken apart by how many branches it crossed.
+
+    Attributes:
+        norms: ``[branches + 1]``; ``norms[k]`` is the L2 norm over the whole batch of G_k, the sum over all paths that
+            cross exactly k branches.
+        mean_length: sum k |G_k| / sum |G_k|.
+        residual: |sum_k G_k - G| / |G|, G from a plain backward pass.
+        gradient_norm: |G|.
+        branches: how many branch operands there are (the greatest possible length).
+        wrt: what the paths lead back to.
+        method: how it was computed: ``"batched"``, ``"loop"``, ``"mixed"`` or ``"estimate"``.
+        loss: the loss on the data.
+        mode, meaning: as in :class:`GradientFlow`.
+        errors: for an estimate, the standard error of each norm; None when exact.
+        notes: what else a reader should know.
+    """
+
+    norms: np.ndarray
+    mean_length: float
+    residual: float
+    gradient_norm: float
+    branches: int
+    wrt: str
+    method: str
+    loss: float
+    mode: str
+    meaning: str
+    errors: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shares(self) -> np.ndarray:
+        """``norms`` over their sum, ``[branches + 1]``."""
+        total = self.norms.sum()
+        return self.norms / total if total else np.zeros_like(self.norms)
+
+    def table(self) -> Table:
+        """One row a path length."""
+        rows = [[k, float(n), float(s)] for k, (n, s) in enumerate(zip(self.norms, self.shares))]
+        if self.errors is not None:
+            rows = [[*row, float(e)] for row, e in zip(rows, self.errors)]
+        kind = "exact" if self.errors is None else "an estimate"
+        return Table(
+            f"Paths by length: {self.branches} branches, mean length {short(self.mean_length)}",
+            ["branches crossed", "|gradient|", "share"] + (["standard error"] if self.errors is not None else []), rows,
+            [f"|gradient|: norm of the sum over all paths of that length, back to {self.wrt}; {kind} ({self.method}); "
+             f"their sum differs from the plain gradient by {short(self.residual)} of it.",
+             "The parts may cancel: their norms add up to more than the norm of the gradient.", *self.notes],
+        )  # fmt: skip
+
+
+# --- importance -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one edit costs, from the weights as they are.
+
+    Attributes:
+        loss: the loss after it.
+        loss_cost: the loss after it minus the loss before.
+        fall_decades: the flow's fall after it; None where it has none (dead, unconnected, non-finite).
+        flow_cost: the fall after it minus the fall before: decades of gradient lost by it.
+        state: the flow's state after it.
+    """
+
+    loss: float
+    loss_cost: float
+    fall_decades: float | None
+    flow_cost: float | None
+    state: str
+
+
+@dataclass(frozen=True)
+class ImportanceOf:
+    """One shortcut, taken out alone; and its branch, taken out alone.
+
+    Attributes:
+        name, kind: the shortcut.
+        removed: the cost of removing the shortcut; None when it cannot be edited, and ``why`` says why.
+        lesioned: the cost of removing its branch (Veit's lesion).
+        why: the reason why something is missing.
+    """
+
+    name: str
+    kind: str
+    removed: Cost | None
+    lesioned: Cost | None
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class Importance(Result):
+    """Which shortcuts matter. A sequence of its rows, in order of execution.
+
+    Attributes:
+        shortcuts: one row a shortcut.
+        loss: the loss as built.
+        fall_decades: the flow's fall as built.
+        mode: as in :class:`GradientFlow`.
+        notes: what else a reader should know.
+    """
+
+    shortcuts: tuple[ImportanceOf, ...]
+    loss: float
+    fall_decades: float | None
+    mode: str
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.shortcuts)
+
+    def __getitem__(self, index: int) -> ImportanceOf:
+        return self.shortcuts[index]
+
+    def __iter__(self) -> Iterator[ImportanceOf]:
+        return iter(self.shortcuts)
+
+    @property
+    def ranked(self) -> tuple[ImportanceOf, ...]:
+        """The rows, the costliest removal (in loss) first; what could not be removed last."""
+        return tuple(
+            sorted(
+                self.shortcuts,
+                key=lambda s: np.inf if s.removed is None else _descending(s.removed.loss_cost),
+            )
+        )
+
+    def table(self) -> Table:
+        """One row a shortcut, the one that costs most to remove first."""
+
+        def cells(cost: Cost | None) -> list[float | None]:
+            return [None, None] if cost is None else [cost.loss_cost, cost.flow_cost]
+
+        rows = [[s.name, s.kind, *cells(s.removed), *cells(s.lesioned)] for s in self.ranked]
+        return Table(
+            "Which shortcuts matter", ["shortcut", "kind", "removed: loss", "flow", "lesioned: loss", "flow"], rows,
+            [f"Change of the loss (as built {short(self.loss)}) and of the flow's fall in decades (as built "
+             f"{short(self.fall_decades)}), from these weights, one edit at a time; removed: the shortcut is taken out, "
+             "lesioned: its branch is.", *self.notes],
+        )  # fmt: skip
+
+
+def _descending(value: float) -> float:
+    return -np.inf if np.isnan(value) else -value
+
+
+# --- prescribe ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One remedy, tried on a copy.
+
+    Attributes:
+        name: what was done, in words.
+        code: the line that does it.
+        state, fall_decades, loss: of the copy after it; the first row of a prescription is the network as it is.
+        reached: the loss after the same few training steps that were given to every candidate; None if none were.
+        notes: what a reader should know.
+    """
+
+    name: str
+    code: str
+    state: str
+    fall_decades: float | None
+    loss: float
+    reached: float | None = None
+    notes: str = ""
+
+
+@dataclass(frozen=True)
+class Prescription(Result):
+    """Remedies that were tried on copies of a network, the one that did most first.
+
+    Attributes:
+        before: the network as it is.
+        remedies: what was tried, best first.
+        refused: what could not be tried, and why.
+        advice: the answer in a sentence.
+    """
+
+    before: Remedy
+    remedies: tuple[Remedy, ...]
+    refused: tuple[str, ...] = ()
+    advice: str = ""
+
+    def table(self) -> Table:
+        """One row a remedy, the network as it is first."""
+        rows = [[r.name, r.state, r.fall_decades, r.loss, r.reached] for r in (self.before, *self.remedies)]
+        return Table(
+            self.advice or "Remedies tried", ["remedy", "flow", "fall", "loss", "after a few steps"], rows,
+            ["Each remedy was applied to a copy and measured on the same data; fall in decades, positive: shrinks going "
+             "back.", *self.refused],
+        )  # fmt: skip
+
+
+# --- gradient_correlation -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class GradientCorrelation(Result):
+    """How alike the gradients with respect to two inputs are, against how far apart the inputs are (Balduzzi 2017).
+
+    Attributes:
+        distances: ``[pairs]``, |x_i - x_j|.
+        correlations: ``[pairs]``, the cosine between the gradients with respect to x_i and x_j.
+        mean: the mean correlation.
+        bins: rows ``(distance, mean correlation, pairs)``, equally filled.
+        boundary: where the gradient was read.
+        notes: what else a reader should know.
+    """
+
+    distances: np.ndarray
+    correlations: np.ndarray
+    mean: float
+    bins: tuple[tuple[float, float, int], ...]
+    boundary: str
+    notes: tuple[str, ...] = field(default=())
+
+    def table(self) -> Table:
+        """One row a distance."""
+        return Table(
+            f"Correlation of input gradients: mean {short(self.mean)}", ["distance", "correlation", "pairs"],
+            [list(row) for row in self.bins],
+            ["Near 0 the gradients are shattered: two inputs that are close are told to move in unrelated ways.", *self.notes],
+        )  # fmt: skip
