@@ -1,0 +1,94 @@
+"""English text that every Python has: the language reference's topics, from the module pydoc_data.
+
+The text differs between patch releases of Python, so whoever reports a number on it reports
+``english_text().sha256`` beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skipscope._errors import SkipscopeError
+
+
+@dataclass(frozen=True, eq=False)
+class English:
+    """A text as tokens; a token is a byte of its UTF-8 form.
+
+    Attributes:
+        ids: ``[length]`` int64, from 0 to 255.
+        sha256: of the whole text, whatever ``length`` was asked for.
+        vocabulary: how many tokens there may be: 256.
+    """
+
+    ids: Tensor
+    sha256: str
+    vocabulary: int = 256
+
+    def decode(self, ids: Tensor) -> str:
+        """The text that ``ids`` stand for."""
+        return bytes(ids.tolist()).decode("utf-8", errors="replace")
+
+
+def english_text(length: int | None = None) -> English:
+    """The whole text, or its first ``length`` bytes.
+
+    Raises:
+        SkipscopeError: the text is shorter than ``length``.
+
+    Example:
+        >>> text = english_text(1000)
+        >>> text.ids.shape, text.vocabulary
+        (torch.Size([1000]), 256)
+    """
+    data, digest = _source()
+    if length is not None and not 0 < length <= len(data):
+        raise SkipscopeError("english_text", "no such length", expected=f"1 to {len(data)} bytes", got=length)
+    return English(torch.from_numpy(np.frombuffer(data[:length], np.uint8).astype(np.int64)), digest)
+
+
+def english(
+    n: int = 32, *, context: int = 64, length: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Passages of English as one batch for next-token prediction.
+
+    Args:
+        n: how many passages, drawn at random.
+        context: tokens a passage.
+        length: draw from the first ``length`` bytes only; None for the whole text.
+        seed: which passages.
+
+    Returns:
+        ``(inputs, target)``: both ``[n, context]`` int64; the target is the inputs moved on by one token.
+
+    Raises:
+        SkipscopeError: no passage of that length fits.
+
+    Example:
+        >>> inputs, target = english(4, context=16)
+        >>> inputs.shape, bool((inputs[:, 1:] == target[:, :-1]).all())
+        (torch.Size([4, 16]), True)
+    """
+    ids = english_text(length).ids
+    if n < 1 or not 0 < context < len(ids):
+        raise SkipscopeError(
+            "english", "no passage of that length fits",
+            expected=f"n >= 1 and a context from 1 to {len(ids) - 1}", got=f"n={n}, context={context}",
+        )  # fmt: skip
+    starts = np.random.default_rng(seed).integers(0, len(ids) - context, size=n)
+    windows = ids[torch.from_numpy(starts)[:, None] + torch.arange(context + 1)]
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+@functools.cache
+def _source() -> tuple[bytes, str]:
+    from pydoc_data.topics import topics
+
+    data = "\n".join(topics[name] for name in sorted(topics)).encode("utf-8")
+    return data, hashlib.sha256(data).hexdigest()

@@ -1,0 +1,98 @@
+"""The lecture's hidden layers, made deep: Linear and GELU, its shortcut or none, and a linear head.
+
+The head has no GELU: one after the last layer kills classes (their logit cannot fall below -0.17).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor, nn
+
+from skipscope._errors import SkipscopeError
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": lambda: nn.GELU(approximate="tanh"),  # the lecture's form
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "linear": nn.Identity,
+}
+
+
+class DeepMLP(nn.Module):
+    """Hidden layers of one width and a linear head; see :func:`deep_mlp`."""
+
+    def __init__(self, layers: list[nn.Module], head: nn.Module, use_shortcut: bool, scale: float):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.head = head
+        self.use_shortcut, self.scale = use_shortcut, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, inputs]`` or ``[n, ...]`` with as many elements -> ``[n, classes]``."""
+        x = x.flatten(1)
+        for layer in self.layers:
+            layer_output = layer(x)
+            if self.use_shortcut and x.shape == layer_output.shape:
+                x = x + (layer_output if self.scale == 1 else self.scale * layer_output)
+            else:
+                x = layer_output
+        return self.head(x)
+
+
+def deep_mlp(
+    depth: int = 30,
+    width: int = 64,
+    *,
+    inputs: int = 64,
+    classes: int = 10,
+    shortcut: Literal["identity"] | None = None,
+    scale: float | Literal["depth"] = 1.0,
+    init: Literal["default", "he"] = "default",
+    activation: Literal["gelu", "relu", "tanh", "linear"] = "gelu",
+) -> DeepMLP:
+    """The lecture's hidden layers made deep: ``depth`` times Linear and GELU, and a linear head.
+
+    Every variant has the same parameter names, so twins can share weights; variants of one ``init`` draw
+    the same weights from the same seed.
+
+    Args:
+        depth: hidden layers, the first among them.
+        width: units a layer.
+        inputs: features of a sample; where it equals ``width`` the first layer has a shortcut too.
+        classes: outputs of the head.
+        shortcut: ``"identity"`` is the lecture's rule: ``x + layer(x)`` where the shapes agree.
+        scale: a factor on the branch: ``x + scale * layer(x)``; ``"depth"`` is ``1/sqrt(depth)``.
+        init: ``"default"`` is torch's; ``"he"`` is He's normal initialisation with zero biases for the
+            hidden layers (He et al. 2015, arXiv 1502.01852).
+        activation: after each hidden layer.
+
+    Raises:
+        SkipscopeError: an unknown shortcut, init or activation.
+
+    Example:
+        >>> model = deep_mlp(depth=3, shortcut="identity", scale="depth")
+        >>> sum(p.numel() for p in model.parameters())
+        13130
+    """
+    for name, value, known in [
+        ("shortcut", shortcut, (None, "identity")),
+        ("init", init, ("default", "he")),
+        ("activation", activation, tuple(_ACTIVATIONS)),
+    ]:
+        if value not in known:
+            raise SkipscopeError(
+                "deep_mlp", f"unknown {name}", expected=", ".join(map(repr, known)), got=repr(value)
+            )
+    sizes = [inputs] + [width] * depth
+    layers = [nn.Sequential(nn.Linear(a, b), _ACTIVATIONS[activation]()) for a, b in pairwise(sizes)]
+    head = nn.Linear(sizes[-1], classes)
+    if init == "he":
+        for layer in layers:
+            nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
+            nn.init.zeros_(layer[0].bias)
+    factor = 1 / math.sqrt(depth) if scale == "depth" else float(scale)
+    return DeepMLP(layers, head, shortcut == "identity", factor)
