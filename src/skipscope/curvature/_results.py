@@ -1,0 +1,259 @@
+"""What curvature measurements return: both ends of the spectrum, its density, its trace."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from skipscope._errors import SkipscopeError
+from skipscope._numbers import short
+from skipscope._result import Result, Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+End = Literal["smallest", "largest"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a flat vector over the parameters is cut into tensors.
+
+    Attributes:
+        names: the parameters, in the order of the vector.
+        shapes: their shapes.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """How many numbers a vector has."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def cut(self, vector: np.ndarray) -> dict[str, Tensor]:
+        """A flat vector ``[size]`` as tensors by parameter name."""
+        import torch
+
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes])
+        parts = np.split(np.asarray(vector, dtype=float), ends[:-1])
+        return {name: torch.tensor(p).reshape(shape) for name, shape, p in zip(self.names, self.shapes, parts, strict=True)}
+
+
+@dataclass(frozen=True, eq=False)
+class ExtremeEigenvalues(Result):
+    """Both ends of the spectrum of a loss's Hessian (or Gauss-Newton matrix), each with a bound.
+
+    Attributes:
+        smallest: the k smallest eigenvalues ``[k]``, the smallest first.
+        largest: the k largest ``[k]``, the largest first.
+        smallest_residuals: for each of ``smallest`` a bound on its distance to the nearest eigenvalue ``[k]``.
+        largest_residuals: the same for ``largest``.
+        converged: every residual is at most ``tol`` times max |lambda|, and ``probability`` is at least ``confidence``.
+        probability: how surely no eigenvalue lies farther out than the reported ends by more than the tolerance; the
+            chance is over the random start alone.
+        confidence: the probability asked for.
+        tol: the tolerance asked for, relative to max |lambda|.
+        products: matrix-vector products spent.
+        method: the mode of the products that ran, and the solver.
+        matrix: "hessian" or "gauss_newton".
+        parameters: the size of the matrix.
+        block: start vectors; an eigenvalue is seen at most ``block`` times by one run.
+        noise: an estimate of the products' rounding error, already inside the residuals.
+        asymmetry: the largest |u'Hv - v'Hu| seen, relative to max |lambda|.
+        layout: how an eigenvector is cut into parameters.
+        smallest_vectors: eigenvectors of ``smallest`` ``[k, parameters]``, when asked for.
+        largest_vectors: eigenvectors of ``largest``, when asked for.
+        loss_name: the loss.
+    """
+
+    smallest: np.ndarray
+    largest: np.ndarray
+    smallest_residuals: np.ndarray
+    largest_residuals: np.ndarray
+    converged: bool
+    probability: float
+    confidence: float
+    tol: float
+    products: int
+    method: str
+    matrix: str
+    parameters: int
+    block: int
+    noise: float
+    asymmetry: float
+    layout: Layout
+    smallest_vectors: np.ndarray | None = None
+    largest_vectors: np.ndarray | None = None
+    loss_name: str = ""
+
+    @property
+    def residuals(self) -> np.ndarray:
+        """Every residual: those of ``smallest``, then those of ``largest`` ``[2 k]``."""
+        return np.concatenate([self.smallest_residuals, self.largest_residuals])
+
+    @property
+    def scale(self) -> float:
+        """max |lambda|, which the tolerance is relative to."""
+        return float(max(abs(self.smallest[0]), abs(self.largest[0])))
+
+    @property
+    def ratio(self) -> float:
+        """|lambda_min / lambda_max|: near 0 where the surface is convex or nearly so; nan for a zero matrix."""
+        return float(abs(self.smallest[0] / self.largest[0])) if self.largest[0] else math.nan
+
+    def direction(self, end: End = "largest", index: int = 0) -> dict[str, Tensor]:
+        """An eigenvector as tensors by parameter name: a direction for a landscape.
+
+        Raises:
+            SkipscopeError: the eigenvectors were not asked for.
+        """
+        vectors = self.smallest_vectors if end == "smallest" else self.largest_vectors
+        if vectors is None:
+            raise SkipscopeError(
+                "direction", "the eigenvectors were not kept", cure="extreme_eigenvalues(..., vectors=True)"
+            )
+        return self.layout.cut(vectors[index])
+
+    def table(self) -> Table:
+        """Each eigenvalue with its bound."""
+        rows = [
+            [f"{end} {i + 1}" if len(self.largest) > 1 else end, f"{value:.6g}", f"+- {short(float(bound), 2)}"]
+            for end, values, bounds in (
+                ("largest", self.largest, self.largest_residuals),
+                ("smallest", self.smallest, self.smallest_residuals),
+            )
+            for i, (value, bound) in enumerate(zip(values, bounds, strict=True))
+        ]
+        matrix = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}.get(self.matrix, self.matrix)
+        notes = [
+            ("Converged" if self.converged else "NOT converged")
+            + f": tolerance {short(self.tol)} of max |lambda|, {self.products} products ({self.method}).",
+            "+- bounds the distance to an eigenvalue. That none lies farther out by more than the tolerance holds with "
+            f"probability {_percent(self.probability)}, over the random start.",
+        ]
+        if len(self.largest) > 1:
+            notes.append(f"An eigenvalue that occurs several times is listed at most {self.block} time(s): block={self.block}.")
+        return Table(f"Ends of the spectrum of the {matrix}, {self.parameters:,} parameters", ["end", "lambda", "bound"], rows, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralDensity(Result):
+    """The distribution of a matrix's eigenvalues, by stochastic Lanczos quadrature.
+
+    Attributes:
+        grid: where the density is given ``[points]``.
+        density: eigenvalues per unit of lambda, over their number: it integrates to 1 ``[points]``.
+        low, high: a 95 % band over probes ``[points]``.
+        bandwidth: the standard deviation of the Gaussian each node is widened by.
+        nodes: Ritz values of each probe ``[probes, steps]`` (nan where a probe ended early).
+        weights: the share of eigenvalues each stands for ``[probes, steps]``.
+        negative_share: the share of eigenvalues below ``-cut``.
+        negative_share_stderr: its standard error over probes.
+        negative_mass: the sum of |lambda| over negative eigenvalues, over the sum over all.
+        negative_mass_stderr: its standard error over probes.
+        trace: the sum of the eigenvalues.
+        trace_stderr: its standard error over probes.
+        cut: below this |lambda| counts as zero.
+        products: matrix-vector products spent.
+        method: the mode of the products that ran.
+        matrix: "hessian" or "gauss_newton".
+        parameters: the size of the matrix.
+        loss_name: the loss.
+    """
+
+    grid: np.ndarray
+    density: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    bandwidth: float
+    nodes: np.ndarray
+    weights: np.ndarray
+    negative_share: float
+    negative_share_stderr: float
+    negative_mass: float
+    negative_mass_stderr: float
+    trace: float
+    trace_stderr: float
+    cut: float
+    products: int
+    method: str
+    matrix: str
+    parameters: int
+    loss_name: str = ""
+
+    def effective_dimension(self, ridge: float) -> tuple[float, float]:
+        """sum of lambda+ / (lambda+ + ridge) over eigenvalues (negative ones count zero), and its standard error.
+
+        Args:
+            ridge: the curvature at which a direction counts half, e.g. the weight decay times the samples.
+
+        Raises:
+            SkipscopeError: ``ridge`` is not positive.
+        """
+        if not ridge > 0:
+            raise SkipscopeError("effective_dimension", "the ridge is not positive", expected="a number > 0", got=ridge)
+        above = np.clip(np.nan_to_num(self.nodes), 0, None)
+        probes = self.parameters * (self.weights * above / (above + ridge)).sum(1)
+        return float(probes.mean()), stderr_of(probes)
+
+    def table(self) -> Table:
+        """The spectrum in numbers."""
+        rows = [
+            ["smallest node", short(float(np.nanmin(self.nodes))), ""],
+            ["largest node", short(float(np.nanmax(self.nodes))), ""],
+            ["trace", short(self.trace), f"+- {short(self.trace_stderr, 2)}"],
+            ["share of eigenvalues that are negative", short(self.negative_share), f"+- {short(self.negative_share_stderr, 2)}"],
+            ["share of curvature that is negative", short(self.negative_mass), f"+- {short(self.negative_mass_stderr, 2)}"],
+        ]
+        matrix = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}.get(self.matrix, self.matrix)
+        notes = [
+            f"{len(self.nodes)} random probes of {self.nodes.shape[1]} steps, {self.products} products ({self.method}); "
+            "+- is one standard error over probes.",
+            f"An eigenvalue within {short(self.cut)} of zero counts as zero. The outermost nodes lie inside the spectrum; "
+            "extreme_eigenvalues gives the ends with bounds.",
+        ]
+        return Table(f"Spectral density of the {matrix}, {self.parameters:,} parameters", ["quantity", "value", "error"], rows, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class TraceEstimate(Result):
+    """A matrix's trace from random probes.
+
+    Attributes:
+        value: the estimate.
+        stderr: its standard error over probes; 0 when the whole space was covered.
+        probes: random probes.
+        products: matrix-vector products spent.
+        method: "hutchinson" or "hutch++", and the mode of the products that ran.
+        matrix: "hessian" or "gauss_newton".
+        parameters: the size of the matrix.
+    """
+
+    value: float
+    stderr: float
+    probes: int
+    products: int
+    method: str
+    matrix: str
+    parameters: int
+
+    def table(self) -> Table:
+        """The trace and its error."""
+        return Table(
+            f"Trace of the {self.matrix.replace('_', '-')} matrix, {self.parameters:,} parameters", ["trace", "standard error"],
+            [[self.value, self.stderr]], [f"{self.probes} probes, {self.products} products ({self.method})."],
+        )  # fmt: skip
+
+
+def stderr_of(values: np.ndarray) -> float:
+    """The standard error of a mean; nan for one value."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def _percent(probability: float) -> str:
+    return f"> {99.99} %" if probability > 0.9999 else f"{100 * probability:.4g} %"
