@@ -1,0 +1,216 @@
+"""What a monitor hands back: its history as plain columns, the verdict, and the events when it changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from skipscope._errors import SkipscopeError
+from skipscope._numbers import short
+from skipscope._result import Result, Table
+
+# The state of one parameter's gradient at one step; History.states holds the index. Three kinds of zero stay apart.
+STATES = ("ok", "exact_zero", "underflow", "not_connected", "nonfinite", "frozen", "absent")
+
+GRADIENTS = "parameter gradients"
+FLOW = "boundary flow"
+
+
+@dataclass(frozen=True)
+class LiveVerdict:
+    """What the gradients are like, as far as a running training lets it be known.
+
+    Attributes:
+        state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"``, ``"unconnected"``, or
+            ``"unknown"`` before the first step.
+        basis: what it rests on: ``"boundary flow"`` or ``"parameter gradients"`` (weaker: dL/dW can fall where the flow
+            does not).
+        step: the optimizer step it was given at.
+        reason: a sentence with the number that says so.
+        where: the boundary or parameter where it breaks; None for a healthy one.
+        fall_decades: log10(last / first) of the profile it rests on; positive: shrinks going back.
+        slope: decades per boundary (or weight), same sign.
+        slope_interval: its 95 % interval.
+    """
+
+    state: str
+    basis: str
+    step: int
+    reason: str
+    where: str | None = None
+    fall_decades: float | None = None
+    slope: float | None = None
+    slope_interval: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        where = f" at {self.where}" if self.where else ""
+        return f"step {self.step}: {self.state}{where} (from {self.basis}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class VerdictEvent:
+    """The state changed.
+
+    Attributes:
+        step: the optimizer step.
+        before: the state until then.
+        verdict: the verdict from then on.
+    """
+
+    step: int
+    before: str
+    verdict: LiveVerdict
+
+    def __str__(self) -> str:
+        return f"{self.before} -> {self.verdict.state}: {self.verdict}"
+
+
+@dataclass(frozen=True, eq=False)
+class History(Result):
+    """What a monitor recorded: one row an optimizer step, one column a parameter.
+
+    Every gradient is the one that the optimizer received: after accumulation, without the loss scale, reduced over the
+    ranks, whole, and after clipping; ``norm_before_clip`` is the one before clipping where that could be known.
+
+    Attributes:
+        parameters: names, in the model's order; ``[P]``.
+        sizes: elements of each; ``[P]``.
+        ndims: dimensions of each; ``[P]``.
+        owners: the optimizer that updates it, by its place among those watched; ``[P]``.
+        groups: its parameter group in that optimizer; ``[P]``.
+        steps: the optimizer's step, counted from 1 since the watch began; ``[rows]``.
+        seconds: since the watch began; ``[rows]``.
+        optimizers: the optimizer that stepped; ``[rows]``.
+        norm: L2 norm of dL/dw; ``[rows, P]``, NaN where there is none.
+        mean_abs: mean |dL/dw|, the lecture's; ``[rows, P]``.
+        norm_before_clip: L2 norm before clipping; NaN where unknown; ``[rows, P]``.
+        states: index into ``monitor.STATES``; ``[rows, P]``.
+        total_before_clip: the total norm that ``clip_grad_norm_`` found; NaN where unknown; ``[rows]``.
+        loss_scale: GradScaler's scale, already divided out; NaN without a scaler; ``[rows]``.
+        skipped: 1 where GradScaler skipped the step; ``[rows]``.
+        evaluations: how often a closure was evaluated; 0 without a closure; ``[rows]``.
+        boundaries: where the flow is read, nearest the input first; ``[B]``.
+        flow_steps: ``[flow rows]``.
+        flow: RMS of dL/d(activation), without the loss scale; ``[flow rows, B]``; NaN where none arrived.
+        verdict: the last verdict.
+        events: when the state changed.
+        notes: what else a reader should know.
+        complete: False when read from a folder whose run has not been closed.
+    """
+
+    parameters: tuple[str, ...]
+    sizes: tuple[int, ...]
+    ndims: tuple[int, ...]
+    owners: tuple[int, ...]
+    groups: tuple[int, ...]
+    steps: np.ndarray
+    seconds: np.ndarray
+    optimizers: np.ndarray
+    norm: np.ndarray
+    mean_abs: np.ndarray
+    norm_before_clip: np.ndarray
+    states: np.ndarray
+    total_before_clip: np.ndarray
+    loss_scale: np.ndarray
+    skipped: np.ndarray
+    evaluations: np.ndarray
+    boundaries: tuple[str, ...]
+    flow_steps: np.ndarray
+    flow: np.ndarray
+    verdict: LiveVerdict
+    events: tuple[VerdictEvent, ...] = ()
+    notes: tuple[str, ...] = ()
+    complete: bool = True
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def rms(self) -> np.ndarray:
+        """RMS of dL/dw, ``[rows, P]``."""
+        return self.norm / np.sqrt(np.array(self.sizes, dtype=float))
+
+    @property
+    def total_norm(self) -> np.ndarray:
+        """L2 norm over all parameters of the optimizer that stepped, ``[rows]``."""
+        return np.sqrt(np.nansum(np.square(self.norm), axis=1))
+
+    def matrix(self, what: str = "rms", *, optimizer: int = 0, weights_only: bool = True) -> dict[str, Any]:
+        """What the heat map shows, as plain data.
+
+        Args:
+            what: ``"rms"``, ``"mean_abs"``, ``"norm"``, ``"norm_before_clip"`` or ``"flow"``.
+            optimizer: whose steps.
+            weights_only: leave out parameters with fewer than two dimensions (biases, norms).
+
+        Returns:
+            ``rows`` (names, nearest the input first), ``columns`` (steps), ``values`` ``[rows, columns]`` (not log;
+            NaN where there is none), ``label``, ``verdict``.
+        """
+        if what == "flow":
+            values, names, steps = self.flow.T, list(self.boundaries), self.flow_steps
+        elif what in {"rms", "mean_abs", "norm", "norm_before_clip"}:
+            rows = self.optimizers == optimizer
+            columns = [
+                i for i, owner in enumerate(self.owners) if owner == optimizer and (self.ndims[i] > 1 or not weights_only)
+            ]
+            values = getattr(self, what)[rows][:, columns].T
+            names, steps = [self.parameters[i] for i in columns], self.steps[rows]
+        else:
+            raise SkipscopeError(
+                "History.matrix", f"there is no quantity {what!r}",
+                expected="rms, mean_abs, norm, norm_before_clip or flow", got=what,
+            )  # fmt: skip
+        return {
+            "rows": names, "columns": [int(s) for s in steps], "values": values, "label": _LABELS[what],
+            "verdict": str(self.verdict),
+        }  # fmt: skip
+
+    def table(self) -> Table:
+        """One row a parameter: its last gradient and its range over the run."""
+        rows = []
+        rms = self.rms
+        for i, name in enumerate(self.parameters):
+            own = self.optimizers == self.owners[i]
+            column, states = rms[own, i], self.states[own, i]
+            finite = column[np.isfinite(column)]
+            rows.append(
+                [
+                    name,
+                    float(column[-1]) if len(column) else None,
+                    float(self.mean_abs[own, i][-1]) if len(column) else None,
+                    float(finite.min()) if len(finite) else None,
+                    float(finite.max()) if len(finite) else None,
+                    STATES[int(states[-1])] if len(states) else "absent",
+                ]
+            )
+        last = f"{int(self.steps[-1]):,} steps, {len(self):,} recorded" if len(self) else "no step yet"
+        notes = [
+            "RMS and mean |dL/dw| of the gradient the optimizer received: accumulated, unscaled, reduced, after clipping.",
+            self._clipping_note(), *self.notes,
+        ]  # fmt: skip
+        if len(self.flow_steps):
+            first, end = self.flow[-1][0], self.flow[-1][-1]
+            notes.append(
+                f"flow at step {int(self.flow_steps[-1]):,}: {short(float(end))} at the last boundary "
+                f"({self.boundaries[-1]}), {short(float(first))} at the first ({self.boundaries[0]})."
+            )
+        return Table(
+            f"Gradients over {last}. Verdict at {self.verdict}",
+            ["parameter", "RMS now", "mean |g| now", "RMS least", "RMS most", "state"], rows, notes,
+        )  # fmt: skip
+
+    def _clipping_note(self) -> str:
+        known = int(np.isfinite(self.total_before_clip).sum())
+        if not known:
+            return "Before clipping: unknown (no clip_grad_norm_ was seen)."
+        last = float(self.total_before_clip[np.isfinite(self.total_before_clip)][-1])
+        return f"Before clipping: known at {known:,} of {len(self):,} steps; total norm {short(last)} at the last."
+
+
+_LABELS = {
+    "rms": "RMS of dL/dW", "mean_abs": "mean |dL/dW|", "norm": "L2 norm of dL/dW",
+    "norm_before_clip": "L2 norm of dL/dW before clipping", "flow": "RMS of dL/d(activation)",
+}  # fmt: skip
