@@ -1,0 +1,285 @@
+"""The lecture's experiment: five layers, their mean gradients, with and without shortcuts; and what it shows.
+
+The lecture's own code runs as written after one import::
+
+    import torch
+    from torch import nn
+    from skipscope.book import GELU, ExampleDeepNeuralNetwork, print_gradients
+
+Everything the text of :class:`BookExperiment` says is computed when it runs.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skipscope._errors import SkipscopeError
+from skipscope._numbers import short, times
+from skipscope._progress import track
+from skipscope._result import Result, Table
+from skipscope._untouched import random_state_kept, untouched
+
+# The lecture's choices.
+SEED = 123
+LAYER_SIZES = (3, 3, 3, 3, 3, 1)
+SAMPLE_INPUT = ((1.0, 0.0, -1.0),)
+
+
+# --- the lecture's names ------------------------------------------------------------------------
+
+
+class GELU(nn.Module):
+    """The tanh form of GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415): ``x/2 (1 + tanh(...))``.
+
+    Example:
+        >>> GELU()(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-0.1588,  0.0000,  0.8412])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape in, the same shape out."""
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+class ExampleDeepNeuralNetwork(nn.Module):
+    """Layers of Linear and GELU; with shortcuts, ``x + layer(x)`` wherever the shapes agree.
+
+    Args:
+        layer_sizes: features in, after each layer, and out; any number from two on.
+        use_shortcut: the lecture's switch; both networks have the same parameters, drawn in the same order.
+
+    Example:
+        >>> model = ExampleDeepNeuralNetwork([3, 3, 1], use_shortcut=True)
+        >>> [name for name, _ in model.named_parameters()][0]
+        'layers.0.0.weight'
+    """
+
+    def __init__(self, layer_sizes: Sequence[int], use_shortcut: bool):
+        super().__init__()
+        self.use_shortcut = use_shortcut
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(a, b), GELU()) for a, b in pairwise(layer_sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, layer_sizes[0]]`` -> ``[n, layer_sizes[-1]]``."""
+        for layer in self.layers:
+            layer_output = layer(x)
+            x = x + layer_output if self.use_shortcut and x.shape == layer_output.shape else layer_output
+        return x
+
+
+def print_gradients(model: nn.Module, x: Tensor) -> None:
+    """Print each weight's mean absolute gradient, as the lecture does: the target is 0, the loss MSE.
+
+    The gradients are not left in the model, so a second call prints the same numbers.
+
+    Example:
+        >>> model = ExampleDeepNeuralNetwork([3, 1], use_shortcut=False)
+        >>> print_gradients(model, torch.zeros(1, 3))
+        layers.0.0.weight has gradient mean of 0.0
+    """
+    with untouched(model, operation="print_gradients"):
+        for name, mean in _backward(model, x).gradient_means.items():
+            print(_line(name, mean))
+
+
+def _line(name: str, mean: float) -> str:
+    return f"{name} has gradient mean of {mean}"
+
+
+class _Backward(NamedTuple):
+    gradient_means: dict[str, float]
+    loss: float
+
+
+def _backward(model: nn.Module, x: Tensor) -> _Backward:
+    output = model(x)
+    loss = nn.functional.mse_loss(output, torch.zeros_like(output))
+    weights = {n: p for n, p in model.named_parameters() if "weight" in n and p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    return _Backward({n: g.abs().mean().item() for n, g in zip(weights, gradients)}, loss.item())
+
+
+# --- the experiment and what it shows -----------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """One number of the lecture's seed, without and with shortcuts.
+
+    Attributes:
+        without: the number without shortcuts.
+        with_shortcuts: the same with them.
+    """
+
+    without: float
+    with_shortcuts: float
+
+    @property
+    def factor(self) -> float:
+        """How many times larger it is with shortcuts."""
+        return self.with_shortcuts / self.without
+
+
+@dataclass(frozen=True, eq=False)
+class BookExperiment(Result):
+    """The lecture's experiment on its own seed and on many others.
+
+    Attributes:
+        layers: names of the weights, from the first layer to the last.
+        gradient_means: mean absolute gradient of each weight on the lecture's seed.
+        loss: of the lecture's seed.
+        means_without: ``[seeds, layers]``, mean absolute gradients on seeds 0, 1, ..., without shortcuts.
+        means_with: ``[seeds, layers]``, the same with them.
+    """
+
+    layers: tuple[str, ...]
+    gradient_means: tuple[Growth, ...]
+    loss: Growth
+    means_without: np.ndarray
+    means_with: np.ndarray
+
+    @property
+    def first_over_last(self) -> Growth:
+        """The flow on the lecture's seed: first gradient over last, so that the loss's scale cancels."""
+        first, last = self.gradient_means[0], self.gradient_means[-1]
+        return Growth(first.without / last.without, first.with_shortcuts / last.with_shortcuts)
+
+    @property
+    def median_first_over_last(self) -> Growth:
+        """The same, median over the seeds."""
+        return Growth(*(float(np.median(_flow(means))) for means in (self.means_without, self.means_with)))
+
+    @property
+    def share_better(self) -> float:
+        """Share of the seeds in which shortcuts raise first over last."""
+        return float(np.mean(_flow(self.means_with) > _flow(self.means_without)))
+
+    @property
+    def share_ever_smaller(self) -> Growth:
+        """Share of the seeds in which each layer's gradient is smaller than the next one's."""
+        return Growth(*(float(np.mean(_ever_smaller(m))) for m in (self.means_without, self.means_with)))
+
+    def table(self) -> Table:
+        """Each layer on the lecture's seed; what it shows in the notes."""
+        rows = [
+            [name, mean.without, mean.with_shortcuts, times(mean.factor)]
+            for name, mean in zip(self.layers, self.gradient_means)
+        ]
+        title = "Mean absolute gradient of each weight, lecture's seed"
+        return Table(title, ["weight", "without", "with shortcuts", "growth"], rows, self._sentences())
+
+    def __str__(self) -> str:
+        parts = ["The lecture's experiment\n========================", "Without shortcuts:"]
+        parts.append("\n".join(map(_line, self.layers, (mean.without for mean in self.gradient_means))))
+        parts.append("With shortcuts:")
+        parts.append(
+            "\n".join(map(_line, self.layers, (mean.with_shortcuts for mean in self.gradient_means)))
+        )
+        parts.append("What it shows, and what it does not\n-----------------------------------")
+        growth, one_seed, *many_seeds = self._sentences()
+        parts += [self._growth_rows(), textwrap.fill(growth, 78), textwrap.fill(one_seed, 78)]
+        parts += [self._seed_rows(), *(textwrap.fill(sentence, 78) for sentence in many_seeds)]
+        return "\n\n".join(parts)
+
+    def _growth_rows(self) -> str:
+        rows = {
+            "gradient of the first layer": self.gradient_means[0],
+            "gradient of the last layer (no shortcut)": self.gradient_means[-1],
+            "flow: first over last": self.first_over_last,
+            "loss": self.loss,
+        }
+        return "\n".join([_row(f"seed {SEED}, the lecture's", "without", "with", "growth")] + [
+            _row(f"  {name}", short(row.without), short(row.with_shortcuts), times(row.factor))
+            for name, row in rows.items()
+        ])  # fmt: skip
+
+    def _seed_rows(self) -> str:
+        median, smaller = self.median_first_over_last, self.share_ever_smaller
+        flow = short(median.without), short(median.with_shortcuts), times(median.factor)
+        return "\n".join([
+            _row(f"seeds 0 to {len(self.means_with) - 1}", "without", "with", "growth"),
+            _row("  flow: first over last, median", *flow),
+            _row("  ever smaller on the way back", f"{smaller.without:.1%}", f"{smaller.with_shortcuts:.1%}"),
+        ])  # fmt: skip
+
+    def _sentences(self) -> list[str]:
+        first, last, flow = self.gradient_means[0], self.gradient_means[-1], self.first_over_last
+        ever_smaller = _ever_smaller(np.array([[mean.without for mean in self.gradient_means]]))[0]
+        return [
+            f"The first layer's gradient grows {_fold(first)}. But the last layer, which has no shortcut "
+            f"({LAYER_SIZES[-2]} -> {LAYER_SIZES[-1]}), grows {_fold(last)} too, because the loss goes from "
+            f"{short(self.loss.without)} to {short(self.loss.with_shortcuts)}: the network's numbers are larger, "
+            "and so is the loss's own scale. What the shortcuts did to the flow is the rest, first over last: "
+            f"{short(flow.without)} -> {short(flow.with_shortcuts)}, {_fold(flow)}.",
+            "One seed is one draw of the weights. Many show what is usual:",
+            f"Shortcuts raise first over last in {self.share_better:.1%} of the seeds. That gradients become ever "
+            "smaller on the way back, layer by layer, holds without shortcuts in "
+            f"{self.share_ever_smaller.without:.1%} of them; in the lecture's own seed it "
+            f"{'holds' if ever_smaller else 'does not'}.",
+            "All these are gradients of weights, which also depend on the activations they meet. The flow "
+            "itself is read at the activations: skipscope flow.",
+        ]
+
+
+def _row(name: str, *cells: str) -> str:
+    return f"{name:<44}" + "".join(f"{cell:>11}" for cell in cells)
+
+
+def _fold(growth: Growth) -> str:
+    return times(growth.factor).removesuffix("x") + "-fold"
+
+
+def _flow(means: np.ndarray) -> np.ndarray:
+    return means[:, 0] / means[:, -1]
+
+
+def _ever_smaller(means: np.ndarray) -> np.ndarray:
+    return np.all(means[:, :-1] < means[:, 1:], axis=1)
+
+
+def experiment(seeds: int = 1000) -> BookExperiment:
+    """The lecture's experiment, and the same on other seeds.
+
+    Args:
+        seeds: how many other draws of the weights: seeds 0, 1, ..., each with and without shortcuts.
+
+    Raises:
+        SkipscopeError: fewer than one seed.
+
+    Example:
+        >>> result = experiment(seeds=10)
+        >>> round(result.gradient_means[0].factor)
+        1099
+    """
+    if seeds < 1:
+        raise SkipscopeError("book.experiment", "no seeds", expected="1 or more", got=seeds)
+    lecture = _both(SEED)
+    others = [_both(seed) for seed in track(range(seeds), "the lecture's network on other seeds")]
+    without, with_shortcuts = (
+        np.array([list(pair[i].gradient_means.values()) for pair in others]) for i in (0, 1)
+    )
+    return BookExperiment(
+        layers=tuple(lecture[0].gradient_means),
+        gradient_means=tuple(map(Growth, *(run.gradient_means.values() for run in lecture))),
+        loss=Growth(*(run.loss for run in lecture)),
+        means_without=without,
+        means_with=with_shortcuts,
+    )
+
+
+def _both(seed: int) -> tuple[_Backward, _Backward]:
+    """One draw of the weights, without and with shortcuts."""
+    with random_state_kept(seed), torch.device("cpu"), torch.enable_grad():
+        model, x = ExampleDeepNeuralNetwork(LAYER_SIZES, use_shortcut=False), torch.tensor(SAMPLE_INPUT)
+        without = _backward(model, x)
+        model.use_shortcut = True
+        return without, _backward(model, x)
