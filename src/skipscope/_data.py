@@ -93,7 +93,9 @@ def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches
         )  # fmt: skip
     for _ in data:
         return Batches(data)
-    raise SkipscopeError(operation, "the data is empty", expected="at least one batch", got=f"an empty {type(data).__name__}")
+    raise SkipscopeError(
+        operation, "the data is empty", expected="at least one batch", got=f"an empty {type(data).__name__}"
+    )
 
 
 def _one_batch(data: Sequence[Any], operation: str, any_shape: bool) -> Batch:
@@ -197,7 +199,9 @@ class Objective:
 
 
 def objective(
-    function: Callable[[nn.Module, Batch], Tensor] | None = None, *, weight: Callable[[Batch], float] | None = None
+    function: Callable[[nn.Module, Batch], Tensor] | None = None,
+    *,
+    weight: Callable[[Batch], float] | None = None,
 ) -> Any:
     """Turn ``f(model, batch) -> scalar`` into a loss, for what ``loss(output, target)`` cannot say.
 
@@ -242,7 +246,9 @@ def as_objective(
     if sample_loss is not None:
         found = replace(
             found,
-            samples=lambda output, batch: _as_samples(sample_loss(output, target_of(batch, operation)), operation),
+            samples=lambda output, batch: _as_samples(
+                sample_loss(output, target_of(batch, operation)), operation
+            ),
             why_no_samples=None,
         )
     return replace(found, function=functools.partial(_checked_scalar, found.function, operation))
@@ -274,7 +280,9 @@ def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         if isinstance(error, SkipscopeError) or isinstance(error, torch.OutOfMemoryError):
             raise
-        shapes = [f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(inputs_of(batch))]
+        shapes = [
+            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(inputs_of(batch))
+        ]
         raise SkipscopeError(
             operation, f"the model does not accept this input ({str(error).strip().splitlines()[0][:300]})",
             layer=_failing_layer(model, error), got=f"inputs of shape {', '.join(shapes) or 'none'}",
@@ -325,7 +333,9 @@ def mean_loss(model: nn.Module, data: Batches, loss: Objective) -> float:
     return total if loss.sums else total / normaliser if normaliser else float("nan")
 
 
-def _checked_weight(model: nn.Module, data: Batches, loss: Objective, operation: str) -> Callable[[Batch], float]:
+def _checked_weight(
+    model: nn.Module, data: Batches, loss: Objective, operation: str
+) -> Callable[[Batch], float]:
     # Uneven parts, so that a plain average of the two is caught as well.
     whole = next((b for b in islice(data, 8) if batch_size(b) > 1), None)
     if whole is None:
@@ -342,7 +352,9 @@ def _checked_weight(model: nn.Module, data: Batches, loss: Objective, operation:
     averages = []
     for weigh in (loss.weight, *loss.candidates):
         a, b = (float(weigh(part)) for part in parts)
-        average = ((a * first if a else 0.0) + (b * second if b else 0.0)) / (a + b) if a + b else float("nan")
+        average = (
+            ((a * first if a else 0.0) + (b * second if b else 0.0)) / (a + b) if a + b else float("nan")
+        )
         averages.append(average)
         if abs(average - value) <= tolerance * max(abs(value), 1e-12) or value != value:
             return weigh
@@ -406,8 +418,12 @@ def _loss_of_output_and_target(loss: Callable[[Any, Any], Tensor], operation: st
         except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as error:
             if isinstance(error, SkipscopeError):
                 raise
-            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_in(output)) or type(output).__name__
-            goal = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_in(target)) or type(target).__name__
+            shapes = (
+                ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_in(output)) or type(output).__name__
+            )
+            goal = (
+                ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_in(target)) or type(target).__name__
+            )
             raise SkipscopeError(
                 operation, f"the loss does not accept this output and target ({str(error).strip().splitlines()[0][:300]})",
                 got=f"output {shapes}; target {goal}", cure="wrap the loss: lambda output, target: ..., or use @ss.objective",
@@ -477,7 +493,9 @@ class _Stock:
     def normaliser(self, target: Any) -> float:
         if not isinstance(target, Tensor):
             return batch_size(target)
-        return float(self._class_weights(target).sum()) if self.function in _BY_CLASS else float(target.numel())
+        return (
+            float(self._class_weights(target).sum()) if self.function in _BY_CLASS else float(target.numel())
+        )
 
     def samples(self, output: Tensor, target: Tensor) -> Samples:
         losses = self.function(output, target, **self.options, reduction="none")
@@ -503,6 +521,10 @@ def _stock(loss: Any) -> _Stock | None:
         if function not in (*_BY_ELEMENT, *_BY_CLASS):
             return None
     reduction = options.pop("reduction", "mean")
-    if reduction not in {"mean", "sum"} or {"reduce", "size_average"} & {k for k, v in options.items() if v is not None}:
+    if reduction not in {"mean", "sum"} or {"reduce", "size_average"} & {
+        k for k, v in options.items() if v is not None
+    }:
         return None
-    return _Stock(function, {k: v for k, v in options.items() if k not in {"reduce", "size_average"}}, reduction)
+    return _Stock(
+        function, {k: v for k, v in options.items() if k not in {"reduce", "size_average"}}, reduction
+    )

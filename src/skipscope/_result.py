@@ -48,7 +48,9 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(box=SIMPLE_HEAD, title=Text(self.title), title_justify="left", title_style="bold", pad_edge=False)
+        table = RichTable(
+            box=SIMPLE_HEAD, title=Text(self.title), title_justify="left", title_style="bold", pad_edge=False
+        )
         for i, column in enumerate(self.columns):
             numeric = any(isinstance(row[i], int | float) for row in self.rows) and not any(
                 isinstance(row[i], str) for row in self.rows
@@ -112,7 +114,10 @@ class Result:
         if ending in {".html", ".png", ".svg", ".pdf", ".csv", ".npz", ".tex", ".gif"}:
             return _draw("save", self, path, **options)
         raise SkipscopeError(
-            "save", f"unknown kind of file {path.name}", expected=".json, .html, .png, .svg or .pdf", got=ending or "no ending"
+            "save",
+            f"unknown kind of file {path.name}",
+            expected=".json, .html, .png, .svg or .pdf",
+            got=ending or "no ending",
         )
 
     def _repr_html_(self) -> str:
@@ -182,11 +187,15 @@ def load(path: str | os.PathLike[str]) -> Result:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SkipscopeError("load", f"cannot read {path}: {error}", cure="give a file written by result.save(...)") from error
+        raise SkipscopeError(
+            "load", f"cannot read {path}: {error}", cure="give a file written by result.save(...)"
+        ) from error
     if path.suffix.lower() in {".html", ".htm"}:
         _, found, rest = text.partition('<script type="application/json" id="skipscope-data">')
         if not found:
-            raise SkipscopeError("load", f"{path} carries no saved result", expected="a page written by result.save(...)")
+            raise SkipscopeError(
+                "load", f"{path} carries no saved result", expected="a page written by result.save(...)"
+            )
         text = rest.partition("</script>")[0].replace("\\u003c", "<")
     return loads(text, str(path))
 
@@ -197,14 +206,18 @@ def _import_kind(name: Any) -> type[Result]:
     for public in skipscope.__all__:  # importing the rooms registers their results
         getattr(skipscope, public)
     if name not in _kinds:
-        raise SkipscopeError("load", f"unknown result {name!r:.60}", expected="one of " + ", ".join(sorted(_kinds)))
+        raise SkipscopeError(
+            "load", f"unknown result {name!r:.60}", expected="one of " + ", ".join(sorted(_kinds))
+        )
     return _kinds[name]
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if hasattr(value, "tolist"):  # NumPy's arrays and scalars; NumPy itself is slow to import and not needed here
+    if hasattr(
+        value, "tolist"
+    ):  # NumPy's arrays and scalars; NumPy itself is slow to import and not needed here
         return _plain(value.tolist()) if getattr(value, "dtype", None) == object else value.tolist()
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}

@@ -28,7 +28,9 @@ _turn = threading.RLock()
 def random_state_kept(seed: int | None = None) -> Iterator[None]:
     """Give Python's, NumPy's and torch's global generators back as they were; seed them first if asked."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    devices = (
+        torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    )
     try:
         if seed is not None:
             random.seed(seed)
@@ -51,7 +53,9 @@ class _Snapshot:
         self.attributes = dict(module.__dict__)
         # Hooks, parameters, buffers, children and the user's own caches live in containers that are changed in place.
         self.containers = {
-            key: (value, value.copy()) for key, value in self.attributes.items() if isinstance(value, dict | list | set)
+            key: (value, value.copy())
+            for key, value in self.attributes.items()
+            if isinstance(value, dict | list | set)
         }
         self.tensors = [
             (value, value.detach().clone())
@@ -61,7 +65,9 @@ class _Snapshot:
 
     def restore(self) -> None:
         state = self.module.__dict__
-        if state.keys() != self.attributes.keys() or any(state[k] is not v for k, v in self.attributes.items()):
+        if state.keys() != self.attributes.keys() or any(
+            state[k] is not v for k, v in self.attributes.items()
+        ):
             state.clear()
             state.update(self.attributes)
         for container, before in self.containers.values():
@@ -79,8 +85,10 @@ class _Snapshot:
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.is_meta:
         return True
-    return torch.equal(a, b) or torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(
-        torch.nan_to_num(a), torch.nan_to_num(b)
+    return (
+        torch.equal(a, b)
+        or torch.equal(torch.isnan(a), torch.isnan(b))
+        and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
     )
 
 

@@ -24,8 +24,7 @@ class Curves:
         losses: training loss, [seeds, steps].
         update_ratio: |update| / |weights| over all weights, [seeds, steps].
         steps_to_target: first step at which each seed's smoothed loss is at or below the target; None: never.
-        learns: the smoothed loss of every seed ends below half of its first value (a network that stays at the loss
-            of guessing does not learn).
+        learns: the smoothed loss of every seed ends at or below the target.
     """
 
     rate: float
@@ -95,7 +94,7 @@ class Training(Result):
             ["twin", "optimizer", "best rate", "final loss", f"steps to {short(self.target)}", "|update|/|w|", "learns"],
             rows,
             [f"Seeds vary {self.varies}. Each twin has its best rate out of the same sweep. 'learns': every seed's "
-             "smoothed loss ends below half of where it began."],
+             f"smoothed loss ends at or below {short(self.target)}."],
         )  # fmt: skip
 
 
@@ -118,7 +117,9 @@ class StrengthSweep(Result):
     states: tuple[str, ...]
 
     def table(self) -> Table:
-        rows = [[float(s), float(f), state] for s, f, state in zip(self.strengths, self.fall_decades, self.states)]
+        rows = [
+            [float(s), float(f), state] for s, f, state in zip(self.strengths, self.fall_decades, self.states)
+        ]
         return Table(
             "flow by shortcut strength", ["strength", "fall (decades)", "verdict"], rows,
             ["Strength 0 removes every shortcut, 1 is as built. Positive fall: the gradient shrinks on its way back."],
@@ -227,7 +228,9 @@ class Comparison(Result):
         for twin in self.twins:
             flow = self.flow.get(twin.name)
             curves = self.training.curves.get(twin.name, {}) if self.training else {}
-            learns = ", ".join(optimizer for optimizer, c in curves.items() if c.learns) or ("no" if curves else "-")
+            learns = ", ".join(optimizer for optimizer, c in curves.items() if c.learns) or (
+                "no" if curves else "-"
+            )
             rows.append([
                 twin.name, len(self.found[twin.name]) if twin.name in self.found else 0,
                 flow.verdict.fall_decades if flow else None, flow.verdict.state if flow else "-",

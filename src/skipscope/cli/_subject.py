@@ -1,0 +1,299 @@
+"""From words on the command line to a model, data and a loss; every guess is said."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skipscope import reference
+from skipscope._data import as_batches, call_model, inputs_of, objective, target_of
+from skipscope._errors import MissingExtra, SkipscopeError
+from skipscope._untouched import random_state_kept, untouched
+
+if TYPE_CHECKING:
+    from skipscope.cli import Source
+
+_OBJECT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_SHAPE = re.compile(r"[1-9]\d{0,6}(x[1-9]\d{0,6})*")
+
+
+@dataclass
+class Subject:
+    """What a command works on.
+
+    Attributes:
+        name: the MODEL as given.
+        make: builds the model anew; None when a ready model was given.
+        model: the model, built once.
+        data: one batch or batches.
+        loss: the loss, or None when the output carries its own.
+        said: every guess, one sentence each.
+    """
+
+    name: str
+    make: Callable[[], nn.Module] | None
+    model: nn.Module
+    data: Any
+    loss: Any
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> Any:
+        """What the model is called with: the first batch's inputs."""
+        return inputs_of(as_batches(self.data, self.name, any_shape=True).first())
+
+
+def load_subject(name: str, source: Source) -> Subject:
+    """Build what the command line names.
+
+    Raises:
+        SkipscopeError: no such module, callable, network, file or loss; each with the cure.
+    """
+    said: list[str] = []
+    found = _resolve_model(name, said)
+    make = None if isinstance(found, nn.Module) else _factory(found, name)
+    with random_state_kept(source.seed):
+        model = make() if make else found
+    assert isinstance(model, nn.Module)
+    if source.weights:
+        _load_weights(model, source.weights)
+        make = None  # weights from a file are one model, not a family of initialisations
+    data, loss = _data(name, model, source, said)
+    return Subject(name, make, model, data, loss, said)
+
+
+def _factory(found: Any, name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        try:
+            model = found()
+        except TypeError as error:
+            raise SkipscopeError(
+                "model", f"{name} cannot be called without arguments ({error})", expected="a callable that returns an nn.Module",
+                cure="write a small function make_model() that fills them in",
+            ) from error  # fmt: skip
+        if not isinstance(model, nn.Module):
+            raise SkipscopeError(
+                "model",
+                f"{name} did not return an nn.Module",
+                expected="an nn.Module",
+                got=type(model).__name__,
+            )
+        return model
+
+    return make
+
+
+def _resolve_model(name: str, said: list[str]) -> Any:
+    prefix, _, rest = name.partition(":")
+    if prefix in _LIBRARIES and rest:
+        return _LIBRARIES[prefix](rest, said)
+    if ":" in name:
+        return resolve(name, "model")
+    networks = reference.networks()
+    if name in networks:
+        return networks[name]
+    raise SkipscopeError(
+        "model", f"there is no network called {name!r:.60}", expected="one of " + ", ".join(networks),
+        cure="your own: module:callable, e.g. my_package.models:make_model",
+    )  # fmt: skip
+
+
+def resolve(name: str, what: str) -> Any:
+    """Import ``module:callable``; only the command line does this, never a file that is read."""
+    if not _OBJECT.fullmatch(name):
+        raise SkipscopeError(
+            what,
+            f"{name!r:.80} is not module:callable",
+            expected="e.g. my_package.models:make_model",
+            got=name[:80],
+        )
+    try:
+        return pkgutil.resolve_name(name)
+    except ModuleNotFoundError as error:
+        missing, module = error.name or "", name.partition(":")[0]
+        if module == missing or module.startswith(missing + "."):
+            raise SkipscopeError(
+                what,
+                f"there is no module {missing}",
+                got=name,
+                cure="run the command from the folder that holds it, or install it",
+            ) from error
+        raise SkipscopeError(
+            what, f"importing {module} failed: it needs {missing}, which is not installed", got=name
+        ) from error
+    except AttributeError as error:
+        raise SkipscopeError(what, f"the module has no such name ({error})", got=name) from error
+    except Exception as error:  # the user's own module may fail in any way while it is imported
+        raise SkipscopeError(
+            what, f"importing {name} failed: {type(error).__name__}: {error}", got=name
+        ) from error
+
+
+def _timm(name: str, said: list[str]) -> Callable[[], nn.Module]:
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise MissingExtra("model", "timm", "timm") from error
+    said.append(f"timm:{name} has random weights (nothing is downloaded)")
+    return lambda: _built("timm", name, lambda: timm.create_model(name, pretrained=False))
+
+
+def _torchvision(name: str, said: list[str]) -> Callable[[], nn.Module]:
+    try:
+        models = importlib.import_module("torchvision.models")
+    except (ImportError, RuntimeError) as error:
+        raise MissingExtra("model", "torchvision", "torchvision") from error
+    said.append(f"torchvision:{name} has random weights (nothing is downloaded)")
+    return lambda: _built("torchvision", name, lambda: models.get_model(name, weights=None))
+
+
+def _hf(name: str, said: list[str]) -> Callable[[], nn.Module]:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise MissingExtra("model", "transformers", "hf") from error
+    if name in transformers.CONFIG_MAPPING:
+        said.append(f"hf:{name} is the default configuration with random weights")
+
+        def build() -> nn.Module:
+            config = transformers.AutoConfig.for_model(name)
+            for kind in (
+                "AutoModelForCausalLM",
+                "AutoModelForMaskedLM",
+                "AutoModelForImageClassification",
+                "AutoModel",
+            ):
+                try:
+                    return getattr(transformers, kind).from_config(config)
+                except ValueError:
+                    continue
+            raise ValueError("no model class takes this configuration")
+
+        return lambda: _built("hf", name, build)
+    return lambda: _built("hf", name, lambda: transformers.AutoModel.from_pretrained(name))
+
+
+def _built(library: str, name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except Exception as error:  # each library has its own errors for a wrong name
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise SkipscopeError("model", f"{library} cannot build {name!r:.60} ({first})") from error
+
+
+_LIBRARIES = {"timm": _timm, "torchvision": _torchvision, "hf": _hf}
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state) if isinstance(state, dict) else state
+        model.load_state_dict(state)
+    except (
+        Exception
+    ) as error:  # unpicklers and load_state_dict fail in many ways; none may run code or end in a traceback
+        raise SkipscopeError(
+            "weights", f"cannot load {path}: {str(error)[:400]}", expected="safetensors, or a state_dict of this very model",
+            cure="save them with safetensors.torch.save_file(model.state_dict(), ...)",
+        ) from error  # fmt: skip
+
+
+# --- data and loss --------------------------------------------------------------------------------------------------
+
+
+def _data(name: str, model: nn.Module, source: Source, said: list[str]) -> tuple[Any, Any]:
+    if source.data:
+        found = resolve(source.data, "data")
+        data = found() if callable(found) and not isinstance(found, Tensor) else found
+        return data, _loss(model, data, source.loss, said)
+    if source.input:
+        return _random_data(source.input, model, source, said)
+    if name in reference.networks():
+        data = reference.data_for(name)
+        said.append(f"data: {reference.data_description(name)}")
+        return data, _loss(model, data, source.loss, said)
+    raise SkipscopeError(
+        "data", "nothing says what the model is to be called with", expected="--data module:callable, or --input SHAPE",
+        cure="--data my_package.data:make_batch, or --input 8x3x224x224 for random data",
+    )  # fmt: skip
+
+
+def _random_data(shape: str, model: nn.Module, source: Source, said: list[str]) -> tuple[Any, Any]:
+    if not _SHAPE.fullmatch(shape):
+        raise SkipscopeError(
+            "input", "this is not a shape", expected="numbers joined by x, e.g. 8x3x224x224", got=shape[:60]
+        )
+    sizes = [int(n) for n in shape.split("x")]
+    generator = torch.Generator().manual_seed(source.seed)
+    words = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if words and len(sizes) <= 2:
+        inputs = torch.randint(0, words, sizes, generator=generator)
+    else:
+        inputs = torch.randn(sizes, generator=generator)
+    if source.loss:
+        raise SkipscopeError(
+            "loss",
+            "a loss needs targets, and random inputs have none",
+            cure="give --data, or leave --loss out",
+        )
+    said.append(
+        f"data: random {'token ids' if words and len(sizes) <= 2 else 'normal numbers'} of shape {shape}, not real data"
+    )
+    said.append("loss: the mean square of the output, which is enough to send a gradient back")
+
+    @objective
+    def mean_square(model: nn.Module, batch: Any) -> Tensor:
+        from skipscope._data import tensors_in
+
+        outputs = [
+            t for t in tensors_in(call_model(model, batch)) if t.is_floating_point() and t.requires_grad
+        ]
+        return torch.stack([t.float().square().mean() for t in outputs]).sum()
+
+    return inputs, mean_square
+
+
+def _loss(model: nn.Module, data: Any, name: str | None, said: list[str]) -> Any:
+    if name:
+        found = getattr(F, name, None) if re.fullmatch(r"[a-z]\w*", name) else None
+        if not callable(found) or not (name.endswith("_loss") or "entropy" in name):
+            known = [
+                n
+                for n in (
+                    "cross_entropy",
+                    "mse_loss",
+                    "l1_loss",
+                    "binary_cross_entropy_with_logits",
+                    "nll_loss",
+                )
+            ]
+            raise SkipscopeError(
+                "loss",
+                f"there is no loss called {name!r:.60}",
+                expected="one of torch.nn.functional: " + ", ".join(known),
+            )
+        return found
+    batch = as_batches(data, "data", any_shape=True).first()
+    with untouched(model, operation="data"), torch.no_grad():
+        output = call_model(model, inputs_of(batch))
+    if getattr(output, "loss", None) is not None:
+        said.append("loss: the output's own")
+        return None
+    target = target_of(batch, "data")
+    guess = F.mse_loss if isinstance(target, Tensor) and target.is_floating_point() else F.cross_entropy
+    said.append(f"loss: {guess.__name__}, guessed from the target; --loss says otherwise")
+    return guess

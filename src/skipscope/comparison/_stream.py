@@ -1,0 +1,61 @@
+"""Batches for training: the same batches in the same order for every twin of one seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipscope._data import Batches, batch_size, map_tensors
+
+# A data set of more batches than this is not held in memory: its own order is used, and re-started at its end.
+HELD = 512
+
+
+class Stream:
+    """Endless training batches drawn from ``data``.
+
+    One large batch is cut into random batches of ``size``; several batches are shuffled as they are.
+
+    Attributes:
+        size: samples in a batch.
+        samples: samples in all, None where the data is too long to be counted.
+    """
+
+    def __init__(self, data: Batches, size: int | None = None):
+        self.data = data
+        held = list(islice(data, HELD + 1))
+        self.held = held if len(held) <= HELD else None
+        self.samples = sum(map(batch_size, held)) if self.held else None
+        whole = batch_size(held[0])
+        self.cut = data.single and whole > (size or 64)
+        self.size = (size or 64) if self.cut else whole
+
+    def batches(self, seed: int) -> Iterator[Any]:
+        """The batches of one seed; the global random state is neither read nor changed."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.held is None:
+            while True:
+                yield from self.data
+        while True:
+            if self.cut:
+                order = torch.randperm(batch_size(self.held[0]), generator=generator)
+                for part in order.split(self.size)[: max(1, len(order) // self.size)]:
+                    yield rows(self.held[0], part)
+            else:
+                for i in torch.randperm(len(self.held), generator=generator).tolist():
+                    yield self.held[i]
+
+
+def rows(batch: Any, index: Tensor | slice) -> Any:
+    """Some samples of a batch: what has the batch's length is indexed, everything else is kept."""
+    n = batch_size(batch)
+    return map_tensors(
+        batch,
+        lambda t: (
+            t[index.to(t.device) if isinstance(index, Tensor) else index] if t.ndim and t.shape[0] == n else t
+        ),
+    )

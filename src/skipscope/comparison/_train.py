@@ -1,0 +1,346 @@
+"""Twins trained side by side: the same batches, the same seeds, each with its best rate out of one small sweep.
+
+All rates and seeds of a twin are trained at once, as one batch of networks (the parameters stacked, the forward pass
+under ``torch.vmap``, one backward pass for all), where the model allows it; one after the other where it does not
+(batch norm in training mode, control flow on data). The optimizer is torch's own in both cases.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+from skipscope._data import Objective, map_tensors, read, tensors_in
+from skipscope._errors import SkipscopeError
+from skipscope._progress import track
+from skipscope._untouched import random_state_kept, require_module, untouched
+from skipscope.comparison._results import Curves, Training, smoothed
+from skipscope.comparison._stream import Stream
+
+RATES: dict[str, tuple[float, ...]] = {"SGD": (0.1, 0.03, 0.01), "Adam": (0.01, 0.003, 0.001)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: which seed, which rate."""
+
+    seed: int
+    rate: float
+
+
+def train_twins(
+    twins: Mapping[str, nn.Module | Callable[[], nn.Module]],
+    data: Any,
+    loss: Any = None,
+    *,
+    seeds: int | Sequence[int] = 3,
+    steps: int = 400,
+    batch_size: int | None = None,
+    optimizers: Mapping[str, Sequence[float]] | None = None,
+    target: float | None = None,
+    weight: Callable[[Any], float] | None = None,
+) -> Training:
+    """Train networks side by side and tell how fast each one learns.
+
+    Every twin sees the same batches in the same order for a given seed, and has its best learning rate out of the
+    same sweep. The models given are not trained: their copies are.
+
+    Args:
+        twins: name -> factory (called anew for every seed, after seeding) or ready module (seeds then vary the batch
+            order only, and the result says so).
+        data: training data; one large batch is cut into random batches.
+        loss: see ``skipscope.gradient_flow``.
+        seeds: how many, or which.
+        steps: optimizer steps a run.
+        batch_size: samples a step, where the data is one batch; default 64.
+        optimizers: "SGD" (momentum 0.9) and "Adam", each with the rates to try.
+        target: the loss whose first crossing is counted; default: half of the lowest first loss of any twin.
+        weight: see ``skipscope.gradient_flow``.
+
+    Returns:
+        :class:`Training`.
+
+    Raises:
+        SkipscopeError: no twins, an unknown optimizer, a loss that cannot be differentiated, data that cannot be read.
+
+    Example:
+        >>> from skipscope import reference
+        >>> make = lambda: reference.deep_mlp(4, shortcut="identity")
+        >>> runs = train_twins({"with": make}, reference.digits(256), nn.functional.cross_entropy, seeds=2, steps=30)
+        >>> runs.curves["with"]["Adam"].losses.shape
+        (2, 30)
+    """
+    return train_and_keep(
+        twins, data, loss, seeds=seeds, steps=steps, batch_size=batch_size, optimizers=optimizers, target=target, weight=weight
+    )[0]  # fmt: skip
+
+
+def train_and_keep(
+    twins: Mapping[str, nn.Module | Callable[[], nn.Module]],
+    data: Any,
+    loss: Any = None,
+    *,
+    seeds: int | Sequence[int] = 3,
+    steps: int = 400,
+    batch_size: int | None = None,
+    optimizers: Mapping[str, Sequence[float]] | None = None,
+    target: float | None = None,
+    weight: Callable[[Any], float] | None = None,
+) -> tuple[Training, dict[str, dict[str, nn.Module]]]:
+    """As :func:`train_twins`, and the trained networks: twin -> optimizer -> the first seed's at its best rate."""
+    if not twins:
+        raise SkipscopeError(
+            "train_twins",
+            "there is nothing to train",
+            expected='{"with": make_a, "without": make_b}',
+            got="{}",
+        )
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    rates = {name: tuple(values) for name, values in (optimizers or RATES).items()}
+    makers = {name: _maker(name, twin) for name, twin in twins.items()}
+    varies = (
+        "batch order only"
+        if any(isinstance(t, nn.Module) for t in twins.values())
+        else "initialisation and batch order"
+    )
+    models = [twin for twin in twins.values() if isinstance(twin, nn.Module)]
+    logs: dict[str, dict[str, dict[Run, _Log]]] = {}
+    engine: dict[str, str] = {}
+    with untouched(*models, operation="train_twins"):
+        first = next(iter(makers.values()))(chosen[0])
+        batches, objective = read(first, data, loss, "train_twins", weight=weight)
+        stream = Stream(batches, batch_size)
+        for name, make in makers.items():
+            starts = {seed: make(seed) for seed in chosen}
+            engine[name] = "stacked" if _stackable(starts[chosen[0]], stream, objective) else "one by one"
+            train = _train_stacked if engine[name] == "stacked" else _train_one_by_one
+            logs[name] = {
+                optimizer: train(
+                    starts,
+                    [Run(s, r) for r in values for s in chosen],
+                    optimizer,
+                    stream,
+                    objective,
+                    steps,
+                    name,
+                )
+                for optimizer, values in rates.items()
+            }
+    if target is None:
+        target = min(_first_loss(by) for by in logs.values()) / 2
+    curves = {name: {o: _best(runs, chosen, target) for o, runs in by.items()} for name, by in logs.items()}
+    kept = {
+        name: {o: runs[Run(chosen[0], curves[name][o].rate)].trained() for o, runs in by.items()}
+        for name, by in logs.items()
+    }
+    return Training(curves, target, steps, stream.size, chosen, varies, engine), kept
+
+
+@dataclass
+class _Log:
+    losses: np.ndarray
+    update_ratio: np.ndarray
+    trained: Callable[[], nn.Module]
+
+
+def _maker(name: str, twin: nn.Module | Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
+    if isinstance(twin, nn.Module):
+        return lambda seed: copy.deepcopy(twin).train()
+
+    def make(seed: int) -> nn.Module:
+        with random_state_kept(seed):
+            model = twin()
+        require_module(model, f"train_twins ({name})")
+        return model.train()
+
+    return make
+
+
+def _first_loss(by_optimizer: dict[str, dict[Run, _Log]]) -> float:
+    first = [float(log.losses[0]) for runs in by_optimizer.values() for log in runs.values()]
+    if not np.isfinite(first).all():
+        raise SkipscopeError(
+            "train_twins", "the loss is not finite on the first batch", expected="a finite loss", got=first[0],
+            cure="look for NaN in the data or the weights: skipscope.gradient_flow says where",
+        )  # fmt: skip
+    return float(np.mean(first))
+
+
+def _best(runs: dict[Run, _Log], seeds: tuple[int, ...], target: float) -> Curves:
+    rates = list(dict.fromkeys(run.rate for run in runs))
+    losses = {rate: np.stack([runs[Run(seed, rate)].losses for seed in seeds]) for rate in rates}
+    sweep = {rate: _final(values) for rate, values in losses.items()}
+    rate = min(rates, key=lambda r: (sweep[r], r))
+    curve = smoothed(losses[rate])
+    crossed = [np.flatnonzero(row <= target) for row in curve]
+    return Curves(
+        rate=rate,
+        sweep={str(r): value for r, value in sweep.items()},
+        losses=losses[rate],
+        update_ratio=np.stack([runs[Run(seed, rate)].update_ratio for seed in seeds]),
+        steps_to_target=tuple(int(c[0]) + 1 if len(c) else None for c in crossed),
+        learns=bool(np.all(curve[:, -1] <= target)),
+    )
+
+
+def _final(losses: np.ndarray) -> float:
+    final = float(np.mean(smoothed(losses)[:, -1]))
+    return final if math.isfinite(final) else math.inf
+
+
+def _optimizer(name: str, parameters: list[Tensor], rate: float) -> torch.optim.Optimizer:
+    if name == "SGD":
+        return torch.optim.SGD(parameters, lr=rate, momentum=0.9)
+    if name == "Adam":
+        return torch.optim.Adam(parameters, lr=rate)
+    raise SkipscopeError("train_twins", "unknown optimizer", expected='"SGD" or "Adam"', got=name)
+
+
+# --- one batch of networks
+
+
+def _stackable(model: nn.Module, stream: Stream, objective: Objective) -> bool:
+    """Whether the stacked engine computes this model: it is tried on one batch, against an ordinary step."""
+    probe = copy.deepcopy(model)
+    if any(True for _ in probe.buffers()) or not all(p.requires_grad for p in probe.parameters()):
+        return False  # buffers are written in place by batch norm, frozen weights need no stack
+    try:
+        networks = _Stacked([probe, probe], objective)
+        batch = next(stream.batches(0))
+        with random_state_kept(0):
+            losses = networks.losses([batch, batch])
+        with random_state_kept(0):
+            expected = objective(probe, batch)
+        return torch.allclose(losses, expected.expand(2), rtol=1e-3)
+    except Exception:  # whatever vmap cannot do, the other engine can; a user's own error shows itself there
+        return False
+
+
+class _Stacked:
+    """Networks of one architecture as one: every parameter is [networks, ...]."""
+
+    def __init__(self, models: list[nn.Module], objective: Objective):
+        self.model, self.objective = copy.deepcopy(models[0]), objective
+        stacked, _ = stack_module_state(models)  # type: ignore[arg-type]
+        self.parameters = {name: p.detach().clone().requires_grad_() for name, p in stacked.items()}
+
+    def losses(self, batches: list[Any]) -> Tensor:
+        """The loss of each network on its own batch, [networks]."""
+        tensors = [torch.stack(column) for column in zip(*map(tensors_in, batches))]
+
+        def one(parameters, leaves):
+            leaf = iter(leaves)
+            return self.objective(
+                _Bound(self.model, parameters), map_tensors(batches[0], lambda _: next(leaf))
+            )
+
+        return torch.vmap(one, randomness="different")(self.parameters, tensors)
+
+    @torch.no_grad()
+    def network(self, index: int) -> nn.Module:
+        """One of the networks as an ordinary module."""
+        model = copy.deepcopy(self.model)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.parameters[name][index])
+        return model
+
+
+class _Bound(nn.Module):
+    """A module with other parameters, to hand to a loss that calls its model."""
+
+    def __init__(self, model: nn.Module, parameters: dict[str, Tensor]):
+        super().__init__()
+        self.__dict__.update(inner=model, values=parameters)
+
+    def forward(self, *args, **kwargs):
+        return functional_call(self.inner, self.values, args, kwargs)
+
+
+def _train_stacked(
+    starts: dict[int, nn.Module],
+    runs: list[Run],
+    optimizer: str,
+    stream: Stream,
+    objective: Objective,
+    steps: int,
+    name: str,
+) -> dict[Run, _Log]:
+    networks = _Stacked([starts[run.seed] for run in runs], objective)
+    weights = list(networks.parameters.values())
+    # The optimizer acts on a displacement that starts at zero each step. SGD's and Adam's steps are proportional to
+    # the rate, so one optimizer at rate 1 serves all rates, and the displacement is the update whose size we report.
+    moves = [torch.zeros_like(w).requires_grad_() for w in weights]
+    driver = _optimizer(optimizer, moves, 1.0)
+    rates = torch.tensor([run.rate for run in runs])
+    sources = {run.seed: stream.batches(run.seed) for run in runs}
+    losses, ratios = np.full((len(runs), steps), np.nan), np.full((len(runs), steps), np.nan)
+    for step in track(range(steps), f"training {name} with {optimizer}"):
+        fresh = {seed: next(source) for seed, source in sources.items()}
+        value = networks.losses([fresh[run.seed] for run in runs])
+        for w, grad in zip(moves, torch.autograd.grad(value.sum(), weights)):
+            w.grad = grad
+        driver.step()
+        losses[:, step] = value.detach().double().numpy()
+        ratios[:, step] = _apply(weights, moves, rates)
+    return {run: _Log(losses[i], ratios[i], partial(networks.network, i)) for i, run in enumerate(runs)}
+
+
+@torch.no_grad()
+def _apply(weights: list[Tensor], moves: list[Tensor], rates: Tensor) -> np.ndarray:
+    """Move each network by its own rate; returns |update| / |weights| of each."""
+    moved, size = torch.zeros(len(rates), dtype=torch.float64), torch.zeros(len(rates), dtype=torch.float64)
+    for w, move in zip(weights, moves):
+        update = move * rates.view(-1, *[1] * (w.ndim - 1))
+        size += w.flatten(1).square().sum(1).double()
+        moved += update.flatten(1).square().sum(1).double()
+        w += update
+        move.zero_()
+    return (moved / size).sqrt().numpy()
+
+
+# --- one network after the other
+
+
+def _train_one_by_one(
+    starts: dict[int, nn.Module],
+    runs: list[Run],
+    optimizer: str,
+    stream: Stream,
+    objective: Objective,
+    steps: int,
+    name: str,
+) -> dict[Run, _Log]:
+    logs = {}
+    for run in track(runs, f"training {name} with {optimizer}"):
+        with random_state_kept(run.seed):
+            logs[run] = _train(copy.deepcopy(starts[run.seed]), run, optimizer, stream, objective, steps)
+    return logs
+
+
+def _train(
+    model: nn.Module, run: Run, optimizer: str, stream: Stream, objective: Objective, steps: int
+) -> _Log:
+    weights = [p for p in model.parameters() if p.requires_grad]
+    driver = _optimizer(optimizer, weights, run.rate)
+    losses, ratios = np.full(steps, np.nan), np.full(steps, np.nan)
+    for step, batch in zip(range(steps), stream.batches(run.seed)):
+        driver.zero_grad()
+        value = objective(model, batch)
+        value.backward()
+        before = [w.detach().clone() for w in weights]
+        driver.step()
+        losses[step] = float(value.detach())
+        moved = sum(float((w.detach() - b).square().sum()) for w, b in zip(weights, before))
+        ratios[step] = math.sqrt(moved / max(sum(float(b.square().sum()) for b in before), 1e-300))
+        if not math.isfinite(losses[step]):
+            break
+    return _Log(losses, ratios, lambda: model)
