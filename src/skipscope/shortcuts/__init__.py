@@ -1,0 +1,5 @@
+"""The dataflow of one forward pass: find, name, edit and add shortcuts, and tap activations.
+
+Words (definitions.md): where activations join is a *merge*; the *branch* is its side with weights, the *shortcut*
+the side that skips it, and they part at the *fork*.
+"""

@@ -1,0 +1,174 @@
+"""What finding and adding return: plain frozen data, with keys by which a merge is met again in another run."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
+
+from skipscope._result import Result, Table, _draw
+
+KINDS = ("identity", "scaled", "projection", "gated", "concat")
+
+
+@dataclass(frozen=True)
+class CallKey:
+    """Where one call happens in a forward pass: the same in every run and process.
+
+    Attributes:
+        host: path of the module whose forward makes the call ("" is the model itself).
+        site: function, line and instruction of the call.
+        nth: how many times this host has been at this site before in the same forward pass.
+        index: how many merge-like calls this host's forward has made before (for compiled code, which has no frames).
+    """
+
+    host: str
+    site: str
+    nth: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """One operand of one call."""
+
+    call: CallKey
+    operand: int
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A point where the flow is read.
+
+    Attributes:
+        name: the shortcut's or module's name, or ``"input"``.
+        depth: 0, 1, 2, ... in order of execution.
+        kind: ``"input"``, ``"merge"`` or ``"module"``.
+        key: how the point is met again, for skipscope's own use.
+    """
+
+    name: str
+    depth: int
+    kind: str
+    key: CallKey
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with weights of its own, in order of execution.
+
+    Attributes:
+        name: its path.
+        type: its class.
+        weights: how many numbers its own parameters hold.
+    """
+
+    name: str
+    type: str
+    weights: int
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """One merge that at least one operand reaches past a branch with weights.
+
+    Attributes:
+        name: of the branch's module, made unique; the same from run to run.
+        kind: ``identity``, ``scaled``, ``projection``, ``gated`` or ``concat``.
+        fork: where the two sides part: the producing module's path, or ``"input"``.
+        merge: where they join: path of the module that merges, and the operation.
+        branch: modules with weights on the branch.
+        shortcut: modules with weights on the shortcut side.
+        source: ``file.py:line`` of the merge.
+        span: positions in ``Shortcuts.layers`` of the first and last layer of the branch.
+        sides: ``"branch"`` or ``"shortcut"`` for each operand of the merge.
+        key: the merge's call, for skipscope's own use.
+        shortcut_at: operands that carry the shortcut, for editing.
+        branch_at: operands that carry the branch, for editing.
+        blocked: why this shortcut cannot be edited, or None.
+    """
+
+    name: str
+    kind: str
+    fork: str
+    merge: str
+    branch: tuple[str, ...]
+    shortcut: tuple[str, ...]
+    source: str
+    span: tuple[int, int]
+    sides: tuple[str, ...]
+    key: CallKey
+    shortcut_at: tuple[Place, ...]
+    branch_at: tuple[Place, ...]
+    blocked: str | None = None
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A merge that is no shortcut, and why.
+
+    Attributes:
+        name: path of the module that merges, and the operation.
+        reason: why it is none.
+        source: ``file.py:line``.
+    """
+
+    name: str
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Shortcuts(Result, Sequence):
+    """The shortcuts of a model in order of execution; a sequence.
+
+    Attributes:
+        entries: the shortcuts.
+        rejected: every other merge, with its reason.
+        boundaries: where the flow is read (definitions: input, merges, modules outside every branch).
+        layers: the modules with weights, in order of execution, for drawing.
+        opaque: what could not be looked into (fused kernels, foreign autograd functions), and where.
+        model: class name of the model.
+    """
+
+    entries: tuple[Shortcut, ...]
+    rejected: tuple[Rejected, ...]
+    boundaries: tuple[Boundary, ...]
+    layers: tuple[Layer, ...]
+    opaque: tuple[Rejected, ...] = ()
+    model: str = ""
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Shortcut: ...
+    @overload
+    def __getitem__(self, index: slice) -> Shortcuts: ...
+    def __getitem__(self, index: int | slice) -> Shortcut | Shortcuts:
+        return replace(self, entries=self.entries[index]) if isinstance(index, slice) else self.entries[index]
+
+    def select(self, *, name: str = "*", kind: str | Sequence[str] | None = None) -> Shortcuts:
+        """Those whose name matches a shell pattern and whose kind is one of ``kind``.
+
+        Args:
+            name: a pattern such as ``"layer1.*"``.
+            kind: a kind or several; None for all.
+        """
+        kinds = KINDS if kind is None else (kind,) if isinstance(kind, str) else tuple(kind)
+        chosen = (s for s in self.entries if fnmatch.fnmatchcase(s.name, name) and s.kind in kinds)
+        return replace(self, entries=tuple(chosen))
+
+    def draw(self, form: Literal["text", "svg", "html"] = "text", **options: Any) -> str:
+        """The network as a line of layers with its shortcuts as arcs."""
+        return _draw("draw", self, form=form, **options)
+
+    def table(self) -> Table:
+        """One row a shortcut."""
+        rows = [[s.name, s.kind, s.fork, s.merge, s.source] for s in self.entries]
+        notes = [f"{len(self.rejected)} other merges are no shortcuts: see .rejected"] if self.rejected else []
+        notes += [f"could not look into {o.name} ({o.source}): {o.reason}" for o in self.opaque]
+        notes += [f"{s.name} cannot be edited: {s.blocked}" for s in self.entries if s.blocked]
+        title = f"{self.model}: {len(self)} shortcut{'' if len(self) == 1 else 's'}"
+        return Table(title, ["name", "kind", "forks at", "merges at", "source"], rows, notes)
