@@ -27,6 +27,9 @@ class _Lines:
         print(f"{what} ({total} steps)" if total else what, file=self.file, flush=True)
         return what, time.perf_counter()
 
+    def say(self, text):
+        print(text, file=self.file, flush=True)
+
     def step(self, row, n):
         pass
 
@@ -57,6 +60,9 @@ class _Bars:
 
     def start(self, what, total):
         return self.bars.add_task(what, total=total)
+
+    def say(self, text):
+        self.bars.console.print(text, markup=False, highlight=False)
 
     def step(self, row, n):
         self.bars.advance(row, n)
@@ -93,6 +99,12 @@ def progress(show: bool = True, *, file=None) -> Iterator[None]:
     finally:
         display, _display = _display, None
         display.close()
+
+
+def say(text: str) -> None:
+    """One line for whoever watches the progress: an estimate, what comes next."""
+    if _display is not None:
+        _display.say(text)
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:

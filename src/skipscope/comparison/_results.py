@@ -20,7 +20,7 @@ class Curves:
 
     Attributes:
         rate: the learning rate that won the sweep.
-        sweep: learning rate -> smoothed final loss, mean over seeds; inf where training diverged.
+        sweep: learning rate -> smoothed final loss on the first seed; inf where training diverged.
         losses: training loss, [seeds, steps].
         update_ratio: |update| / |weights| over all weights, [seeds, steps].
         steps_to_target: first step at which each seed's smoothed loss is at or below the target; None: never.

@@ -1,6 +1,6 @@
 """Twins trained side by side: the same batches, the same seeds, each with its best rate out of one small sweep.
 
-All rates and seeds of a twin are trained at once, as one batch of networks (the parameters stacked, the forward pass
+The rates of a sweep, and then the seeds, are trained at once, as one batch of networks (the parameters stacked, the forward pass
 under ``torch.vmap``, one backward pass for all), where the model allows it; one after the other where it does not
 (batch norm in training mode, control flow on data). The optimizer is torch's own in both cases.
 """
@@ -52,7 +52,7 @@ def train_twins(
     """Train networks side by side and tell how fast each one learns.
 
     Every twin sees the same batches in the same order for a given seed, and has its best learning rate out of the
-    same sweep. The models given are not trained: their copies are.
+    same sweep (on the first seed). The models given are not trained: their copies are.
 
     Args:
         twins: name -> factory (called anew for every seed, after seeding) or ready module (seeds then vary the batch
@@ -124,15 +124,7 @@ def train_and_keep(
             engine[name] = "stacked" if _stackable(starts[chosen[0]], stream, objective) else "one by one"
             train = _train_stacked if engine[name] == "stacked" else _train_one_by_one
             logs[name] = {
-                optimizer: train(
-                    starts,
-                    [Run(s, r) for r in values for s in chosen],
-                    optimizer,
-                    stream,
-                    objective,
-                    steps,
-                    name,
-                )
+                optimizer: _sweep_then_seeds(train, starts, values, optimizer, stream, objective, steps, name)
                 for optimizer, values in rates.items()
             }
     if target is None:
@@ -175,17 +167,27 @@ def _first_loss(by_optimizer: dict[str, dict[Run, _Log]]) -> float:
     return float(np.mean(first))
 
 
+def _sweep_then_seeds(train, starts, rates, optimizer, stream, objective, steps, name) -> dict[Run, _Log]:
+    """Every rate on the first seed; the best one on the other seeds."""
+    first, *others = starts
+    runs = train(starts, [Run(first, r) for r in rates], optimizer, stream, objective, steps, name)
+    best = min(rates, key=lambda r: (_final(runs[Run(first, r)].losses), r))
+    if others:
+        runs |= train(starts, [Run(s, best) for s in others], optimizer, stream, objective, steps, name)
+    return runs
+
+
 def _best(runs: dict[Run, _Log], seeds: tuple[int, ...], target: float) -> Curves:
-    rates = list(dict.fromkeys(run.rate for run in runs))
-    losses = {rate: np.stack([runs[Run(seed, rate)].losses for seed in seeds]) for rate in rates}
-    sweep = {rate: _final(values) for rate, values in losses.items()}
-    rate = min(rates, key=lambda r: (sweep[r], r))
-    curve = smoothed(losses[rate])
+    swept = [run for run in runs if run.seed == seeds[0]]
+    sweep = {str(run.rate): _final(runs[run].losses) for run in swept}
+    rate = min(swept, key=lambda run: (sweep[str(run.rate)], run.rate)).rate
+    losses = np.stack([runs[Run(seed, rate)].losses for seed in seeds])
+    curve = smoothed(losses)
     crossed = [np.flatnonzero(row <= target) for row in curve]
     return Curves(
         rate=rate,
-        sweep={str(r): value for r, value in sweep.items()},
-        losses=losses[rate],
+        sweep=sweep,
+        losses=losses,
         update_ratio=np.stack([runs[Run(seed, rate)].update_ratio for seed in seeds]),
         steps_to_target=tuple(int(c[0]) + 1 if len(c) else None for c in crossed),
         learns=bool(np.all(curve[:, -1] <= target)),

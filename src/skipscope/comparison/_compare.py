@@ -1,0 +1,388 @@
+"""The main job on a user's own model: its twins, everything measured on them, the words around it."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from skipscope._data import as_batches, batch_size, inputs_of, read
+from skipscope._errors import SkipscopeError
+from skipscope._progress import say
+from skipscope._untouched import random_state_kept, require_module, untouched
+from skipscope._version import __version__
+from skipscope.comparison._measure import Clock, Probe, attempt
+from skipscope.comparison._results import Comparison, Rung, StrengthSweep, Training, Twin
+from skipscope.comparison._stream import rows
+from skipscope.comparison._train import RATES, train_and_keep
+from skipscope.comparison._words import claims, methods, summary
+from skipscope.flow import GradientFlow, GradientSplit, Importance, PathSpectrum
+from skipscope.shortcuts import Shortcuts, ablate, add_shortcuts, recalibrate
+from skipscope.surfaces import PairedSurfaces, paired_landscapes
+
+Factory = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is done.
+
+    Attributes:
+        seeds, steps, batch_size: of the training.
+        grid: points a side of a surface.
+        samples: how many samples gradients and surfaces rest on.
+        train: whether to train at all.
+        optimizers: optimizer -> rates to try.
+        target: the loss to be reached; None: half of the first loss.
+        seed: for everything drawn.
+    """
+
+    seeds: int = 3
+    steps: int = 200
+    batch_size: int | None = None
+    grid: int = 21
+    samples: int = 256
+    train: bool = True
+    optimizers: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: RATES)
+    target: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which twin has the shortcuts, which has none, and which are controls."""
+
+    having: str
+    lacking: str
+    controls: tuple[str, ...] = ()
+
+
+@dataclass
+class Evidence:
+    """What has been measured so far; becomes a :class:`Comparison`."""
+
+    roles: Roles
+    twins: dict[str, Twin]
+    found: dict[str, Shortcuts] = field(default_factory=dict)
+    flow: dict[str, GradientFlow] = field(default_factory=dict)
+    split: dict[str, GradientSplit] = field(default_factory=dict)
+    paths: dict[str, PathSpectrum] = field(default_factory=dict)
+    training: Training | None = None
+    ladder: list[Rung] = field(default_factory=list)
+    surfaces: dict[str, PairedSurfaces] = field(default_factory=dict)
+    importance: dict[str, Importance] = field(default_factory=dict)
+    strength: dict[str, StrengthSweep] = field(default_factory=dict)
+
+    def finish(self, subject: str, settings: Settings, clock: Clock, details: str = "") -> Comparison:
+        """Put the words around the numbers."""
+        provenance = {
+            "skipscope": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+            "seed": settings.seed,
+            "seconds": {name: round(seconds, 2) for name, seconds in clock.stages.items()},
+            "seconds in all": round(clock.spent, 1),
+        }
+        return Comparison(
+            subject=subject,
+            summary=summary(self),
+            claims=claims(self),
+            twins=tuple(self.twins.values()),
+            found=self.found,
+            flow=self.flow,
+            split=self.split,
+            paths=self.paths,
+            training=self.training,
+            ladder=tuple(self.ladder),
+            surfaces=self.surfaces,
+            importance=self.importance,
+            strength=self.strength,
+            methods=methods(self, settings, details),
+            notes=tuple(clock.notes),
+            provenance=provenance,
+        )
+
+
+def compare(
+    model: nn.Module | Factory | None = None,
+    data: Any = None,
+    loss: Any = None,
+    *,
+    variants: Mapping[str, nn.Module | Factory] | None = None,
+    train: bool = True,
+    seeds: int = 3,
+    steps: int = 200,
+    batch_size: int | None = None,
+    grid: int = 21,
+    budget: float | None = None,
+    quick: bool = False,
+    seed: int = 0,
+    name: str | None = None,
+    weight: Callable[[Any], float] | None = None,
+) -> Comparison:
+    """What do its shortcuts do for a network? Everything skipscope measures, with and without, as one result.
+
+    The shortcuts are found, not declared. A model that has some is compared with the twin from which they were
+    removed; a model that has none with the twin to which they were added. Nothing is done to the model given: twins
+    are copies.
+
+    Args:
+        model: a factory (called anew for each seed) or a ready module (seeds then vary the order of batches only);
+            None: the lecture's network, made deep, on embedded digits.
+        data: one batch ``(inputs, target)``, a Mapping, or any re-iterable of these.
+        loss: ``loss(output, target)``, ``@skipscope.objective``, or nothing when the output carries ``.loss``.
+        variants: more networks to stand beside the model, by name, each a factory or a module.
+        train: whether the twins are also trained side by side.
+        seeds: training runs of each twin.
+        steps: optimizer steps a run.
+        batch_size: samples a step where the data is one batch.
+        grid: points a side of the loss surfaces.
+        budget: seconds to stay within; parts that do not fit are left out and named in ``notes``.
+        quick: a smaller version of everything.
+        seed: for all that is drawn.
+        name: what the page calls the model.
+        weight: what a batch counts for, when the loss is not a mean over samples.
+
+    Returns:
+        :class:`Comparison`; ``result.save("report.html")`` writes the page.
+
+    Raises:
+        SkipscopeError: the model, the data or the loss cannot be read, or the loss is not finite.
+
+    Example:
+        >>> from skipscope import reference
+        >>> make = lambda: reference.deep_mlp(6, shortcut="identity")
+        >>> result = compare(make, reference.digits(64), nn.functional.cross_entropy, train=False, grid=5)
+        >>> sorted(result.flow)
+        ['with', 'with, detached', 'without']
+    """
+    settings = Settings(
+        seeds=1 if quick else seeds, steps=min(steps, 60) if quick else steps, batch_size=batch_size,
+        grid=min(grid, 11) if quick else grid, samples=128 if quick else 256, train=train, seed=seed,
+    )  # fmt: skip
+    if model is None:
+        if data is not None or variants is not None:
+            raise SkipscopeError(
+                "compare", "data without a model", cure="compare(model, data, loss), or compare()"
+            )
+        from skipscope.comparison._lecture import compare_lecture
+
+        return compare_lecture(settings, Clock(budget), quick=quick)
+    return _compare_own(model, data, loss, variants or {}, settings, Clock(budget), name, weight)
+
+
+def _compare_own(
+    model, data, loss, variants, settings: Settings, clock: Clock, name: str | None, weight
+) -> Comparison:
+    base = _ready(model, settings.seed)
+    batches, objective = read(base, data, loss, "compare", weight=weight)
+    _refuse_bad_loss(base, batches, objective)
+    probe = Probe(_some(batches.first(), settings.samples), loss, weight)
+    with clock.stage("find"):
+        found = probe.find(base)
+    networks, makers, roles, meanings = _twins(
+        model, base, found, inputs_of(probe.batch), variants, settings, clock
+    )
+    label = name or type(base).__name__
+    evidence = Evidence(roles, describe(networks, meanings, label))
+    measure_flow(evidence, networks, probe, clock)
+    trained: dict[str, nn.Module] = {}
+    if settings.train:
+        trained = measure_training(evidence, makers, data, loss, settings, clock, weight)
+    subjects = trained or networks
+    if not trained:
+        clock.notes.append(
+            "surfaces and importance are those of the weights as given: the networks were not trained here"
+        )
+    measure_surfaces(evidence, subjects, data, loss, settings, clock, weight)
+    measure_importance(evidence, subjects, probe, clock)
+    n = batch_size(probe.batch)
+    return evidence.finish(f"{label} on {n} samples a measurement", settings, clock)
+
+
+def _ready(model: Any, seed: int) -> nn.Module:
+    """A copy in training mode: the user's own is never run."""
+    if isinstance(model, nn.Module):
+        require_module(model, "compare")
+        return copy.deepcopy(model).train()
+    if not callable(model):
+        require_module(model, "compare")
+    with random_state_kept(seed):
+        made = model()
+    require_module(made, "compare")
+    return made.train()
+
+
+def _some(batch: Any, samples: int) -> Any:
+    return rows(batch, slice(0, samples)) if batch_size(batch) > samples else batch
+
+
+def _refuse_bad_loss(model: nn.Module, batches: Any, objective: Any) -> None:
+    with untouched(model, seed=0, operation="compare"):
+        value = objective(model, batches.first())
+    if not torch.isfinite(value.detach()):
+        raise SkipscopeError(
+            "compare", "the loss is not finite on the first batch", expected="a finite loss", got=float(value.detach()),
+            cure="look for NaN in the data or the weights: skipscope flow MODEL says where they begin",
+        )  # fmt: skip
+    if not value.requires_grad:
+        raise SkipscopeError(
+            "compare", "no gradient leads from the loss to the model", expected="a loss with a grad_fn", got="a constant",
+            cure="do not detach the output or compute it under torch.no_grad()",
+        )  # fmt: skip
+
+
+def _twins(model, base, found, inputs, variants, settings: Settings, clock: Clock):
+    """The networks to compare, how to make each anew, who plays which part, and what each one is."""
+    again = model if not isinstance(model, nn.Module) else None
+    if len(found):
+        networks = {"with": base, "without": ablate(base, found, how="remove")}
+        makers: dict[str, Any] = {"with": again or base}
+        makers["without"] = (lambda: ablate(again(), found, how="remove")) if again else networks["without"]
+        roles, meanings = Roles("with", "without"), {"with": "as built", "without": "removed"}
+    else:
+        added = add_shortcuts(base, inputs)
+        networks, makers = {"without": base, "with": added}, {"without": again or base}
+        makers["with"] = (lambda: add_shortcuts(again(), inputs)) if again else added
+        roles, meanings = Roles("with", "without"), {"without": "as built", "with": "shortcuts added"}
+        clock.notes.append(
+            "the model has no shortcuts of its own: its twin has the lecture's, added where shapes agree"
+        )
+    for name, variant in variants.items():
+        networks[name], makers[name], meanings[name] = _ready(variant, settings.seed), variant, "variant"
+    return networks, makers, roles, meanings
+
+
+def describe(networks: Mapping[str, nn.Module], meanings: Mapping[str, str], label: str) -> dict[str, Twin]:
+    """One line of description for each network."""
+    return {
+        name: Twin(
+            name, meanings[name], f"{label}, {meanings[name]}", sum(p.numel() for p in model.parameters())
+        )
+        for name, model in networks.items()
+    }
+
+
+def measure_flow(evidence: Evidence, networks: Mapping[str, nn.Module], probe: Probe, clock: Clock) -> None:
+    """Flow of every network; for those with shortcuts also removed and detached, split, paths and strength."""
+    say("gradient flow, paths and shortcut strength")
+    removed = {name for name, twin in evidence.twins.items() if twin.meaning == "removed"}
+    for name, model in networks.items():
+        found = probe.find(model) if name not in removed else ()
+        with clock.stage("flow"):
+            evidence.flow[name] = probe.flow(model)
+        if not len(found):
+            continue
+        assert isinstance(found, Shortcuts)
+        evidence.found[name] = found
+        twins = {"detached": "detach"} if removed else {"removed": "remove", "detached": "detach"}
+        for word, how in twins.items():
+            flow = attempt(
+                clock, f"flow: {name}, {word}", lambda how=how: probe.flow(ablate(model, found, how=how))
+            )
+            if flow is not None:
+                evidence.flow[f"{name}, {word}"] = flow
+        for question, store in (("split", evidence.split), ("paths", evidence.paths)):
+            answer = attempt(clock, f"{question}: {name}", getattr(probe, question), model)
+            if answer is not None:
+                store[name] = answer
+        sweep = attempt(clock, f"strength: {name}", probe.strength, model, found, name)
+        if sweep is not None:
+            evidence.strength[name] = sweep
+
+
+def measure_training(
+    evidence, makers, data, loss, settings: Settings, clock: Clock, weight
+) -> dict[str, nn.Module]:
+    """Train the twins side by side; returns one trained network each, under the optimizer that most of them like."""
+    runs = len(makers) * sum(len(r) + settings.seeds - 1 for r in settings.optimizers.values())
+    steps, per_step = settings.steps, _seconds_a_step(makers, data, loss, settings, weight)
+    if clock.budget is not None:
+        steps = int(min(steps, max(0.0, (clock.budget - clock.spent) * 0.6) / (runs * per_step)))
+    say(f"training: {runs} runs of {steps} steps, about {runs * steps * per_step:.0f} s")
+    if steps < 20:
+        clock.fits("training", runs * 20 * per_step)
+        return {}
+    if steps < settings.steps:
+        clock.notes.append(f"training was cut to {steps} steps to stay within the budget")
+    with clock.stage("training"):
+        evidence.training, kept = train_and_keep(
+            makers, data, loss, seeds=range(settings.seed, settings.seed + settings.seeds), steps=steps,
+            batch_size=settings.batch_size, optimizers=settings.optimizers, target=settings.target, weight=weight,
+        )  # fmt: skip
+    return trained_alike(evidence.training, kept)
+
+
+def trained_alike(training: Training, kept: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, nn.Module]:
+    """One trained network a twin, all under one optimizer: the one under which most of them learn."""
+    optimizers = list(next(iter(kept.values())))
+
+    def merit(optimizer: str) -> tuple[int, float]:
+        finals = [
+            np.nan_to_num(by[optimizer].final_loss, nan=1e9, posinf=1e9) for by in training.curves.values()
+        ]
+        return len(training.learners(optimizer)), -float(np.mean(finals))
+
+    best = max(optimizers, key=merit)
+    return {name: by[best] for name, by in kept.items()}
+
+
+def _seconds_a_step(makers, data, loss, settings: Settings, weight) -> float:
+    """Time two steps of the first twin, alone, and take that for all (stacked runs are cheaper)."""
+    name, maker = next(iter(makers.items()))
+    probe = Clock()
+    for steps in (1, 3):  # the first pays for what happens only once
+        with probe.stage(str(steps)):
+            train_and_keep(
+                {name: maker}, data, loss, seeds=1, steps=steps, batch_size=settings.batch_size,
+                optimizers={"SGD": (1e-3,)}, weight=weight,
+            )  # fmt: skip
+    return max(1e-4, (probe.stages["3"] - probe.stages["1"]) / 2)
+
+
+def measure_surfaces(
+    evidence, networks: Mapping[str, nn.Module], data, loss, settings: Settings, clock, weight
+) -> None:
+    """Each network's own surface; and, from shared weights, with against removed."""
+    say(f"loss surfaces of {len(networks)} networks, {settings.grid} x {settings.grid} points each")
+    options = dict(grid=settings.grid, seed=settings.seed, weight=weight)
+    if not clock.fits("the loss surfaces", 2.0):
+        return
+    batches = as_batches(data, "compare", any_shape=True)
+    sample = _some(batches.first(), settings.samples)
+    trained = attempt(
+        clock, "surfaces: trained", lambda: paired_landscapes(dict(networks), sample, loss, **options)
+    )
+    if trained is not None:
+        evidence.surfaces["trained"] = trained
+    having = evidence.roles.having
+    if having in evidence.found:
+
+        def paired() -> PairedSurfaces:
+            twin = ablate(networks[having], evidence.found[having], how="remove")
+            recalibrate(twin, sample)
+            return paired_landscapes(
+                {having: networks[having], f"{having}, removed": twin}, sample, loss, **options
+            )
+
+        answer = attempt(clock, "surfaces: paired", paired)
+        if answer is not None:
+            evidence.surfaces["paired"] = answer
+
+
+def measure_importance(
+    evidence: Evidence, networks: Mapping[str, nn.Module], probe: Probe, clock: Clock
+) -> None:
+    """Which shortcuts matter, on the network that has them."""
+    having = evidence.roles.having
+    if having in networks and having in evidence.found and clock.fits("importance", 2.0):
+        answer = attempt(clock, f"importance: {having}", probe.importance, networks[having].eval())
+        if answer is not None:
+            evidence.importance[having] = answer

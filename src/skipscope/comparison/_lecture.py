@@ -1,0 +1,147 @@
+"""The main job without a model: the lecture's network, made deep, on real digits, at several depths.
+
+Four networks, so that no one can say "bad initialisation": plain, plain with He's initialisation, with the lecture's
+shortcuts, and with shortcuts whose branches are scaled by 1/sqrt(L).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import nn
+
+from skipscope import reference
+from skipscope._progress import say
+from skipscope._untouched import random_state_kept
+from skipscope.comparison._compare import (
+    Evidence,
+    Factory,
+    Roles,
+    Settings,
+    describe,
+    measure_flow,
+    measure_importance,
+    measure_surfaces,
+    trained_alike,
+)
+from skipscope.comparison._measure import Clock, Probe
+from skipscope.comparison._results import Comparison, Rung, Training
+from skipscope.comparison._train import train_and_keep
+
+DEPTHS = (8, 12, 16, 30)
+TARGET = 0.5  # well below 2.303, the loss of guessing among ten digits
+ROLES = Roles("shortcuts", "plain", ("plain, He", "shortcuts, scaled"))
+MEANINGS = {
+    "plain": "trained without",
+    "plain, He": "trained without, He initialisation",
+    "shortcuts": "as built",
+    "shortcuts, scaled": "as built, branches scaled by 1/sqrt(depth)",
+}
+_BUILD = {
+    "plain": {},
+    "plain, He": {"init": "he"},
+    "shortcuts": {"shortcut": "identity"},
+    "shortcuts, scaled": {"shortcut": "identity", "scale": "depth"},
+}
+DETAILS = (
+    "Each hidden layer is a linear layer of width 64 and a GELU (tanh form); with shortcuts x + layer(x), scaled "
+    "x + layer(x)/sqrt(depth); the head is linear. The data are the UCI optical digits (1,797 images of 8 x 8, CC BY "
+    "4.0, Alpaydin and Kaynak). "
+)
+
+
+def makers(depth: int) -> dict[str, Factory]:
+    """How to build each of the four networks at one depth; the same seed draws the same weights."""
+    return {name: partial(reference.deep_mlp, depth, **options) for name, options in _BUILD.items()}
+
+
+def build(depth: int, seed: int) -> dict[str, nn.Module]:
+    """The four networks at one depth."""
+    networks = {}
+    for name, make in makers(depth).items():
+        with random_state_kept(seed):
+            networks[name] = make().train()
+    return networks
+
+
+def compare_lecture(settings: Settings, clock: Clock, *, quick: bool) -> Comparison:
+    """The main job on the lecture's network."""
+    depths = (8, 30) if quick else DEPTHS
+    steps = 150 if quick else 400
+    settings = Settings(
+        seeds=2 if quick else 3, steps=steps, batch_size=64, grid=15 if quick else 31, samples=256,
+        train=settings.train, target=TARGET, seed=settings.seed,
+    )  # fmt: skip
+    data = reference.digits()
+    probe = Probe(reference.digits(settings.samples), F.cross_entropy)
+    say(_estimate(depths, settings))
+    deepest = build(depths[-1], settings.seed)
+    evidence = Evidence(ROLES, describe(deepest, MEANINGS, f"{depths[-1]} hidden layers of width 64"))
+    measure_flow(evidence, deepest, probe, clock)
+    trained, rung = deepest, depths[-1]
+    if settings.train:
+        with clock.stage("ladder"):
+            evidence.ladder = [_rung(depth, probe, data, settings, train=True) for depth in depths]
+        rung = deepest_where_both_learn(evidence.ladder)
+        with clock.stage("training"):
+            evidence.training, kept = _train(rung, data, settings, settings.seeds)
+        trained = trained_alike(evidence.training, kept)
+    else:
+        evidence.ladder = [_rung(depth, probe, data, settings, train=False) for depth in depths]
+        clock.notes.append("nothing was trained: the surfaces are those of the initial weights")
+    measure_surfaces(evidence, trained, probe.batch, F.cross_entropy, settings, clock, None)
+    measure_importance(evidence, trained, probe, clock)
+    subject = f"The lecture's network, {depths[-1]} hidden layers deep, on 1,797 real digits"
+    details = DETAILS + (
+        f"Flow, paths and strength are those of {depths[-1]} hidden layers at initialisation; curves, surfaces and "
+        f"importance those of {rung} hidden layers, the deepest of {', '.join(map(str, depths))} where both the plain "
+        "network and the one with shortcuts learn. "
+    )
+    return evidence.finish(subject, settings, clock, details if settings.train else DETAILS)
+
+
+def _estimate(depths: tuple[int, ...], settings: Settings) -> str:
+    if not settings.train:
+        return "without training: about 15 s"
+    from skipscope.comparison._measure import Clock as Stopwatch
+
+    watch = Stopwatch()
+    for steps in (1, 11):
+        with watch.stage(str(steps)):
+            _train(depths[-1], reference.digits(256), settings, 1, steps=steps)
+    each = (
+        (watch.stages["11"] - watch.stages["1"]) / 10 / depths[-1]
+    )  # seconds a step and hidden layer, all eight runs
+    seconds = each * settings.steps * (sum(depths) + 2 * sorted(depths)[-2]) + 20
+    return f"about {seconds:.0f} s: {len(depths)} depths, 4 networks, 2 optimizers, {settings.seeds} seeds"
+
+
+def _train(depth: int, data, settings: Settings, seeds: int, steps: int | None = None):
+    return train_and_keep(
+        makers(depth), data, F.cross_entropy, seeds=range(settings.seed, settings.seed + seeds),
+        steps=steps or settings.steps, batch_size=settings.batch_size, optimizers=settings.optimizers, target=TARGET,
+    )  # fmt: skip
+
+
+def _rung(depth: int, probe: Probe, data, settings: Settings, *, train: bool) -> Rung:
+    say(f"{depth} hidden layers")
+    flows = {name: probe.flow(model) for name, model in build(depth, settings.seed).items()}
+    fall = {name: flow.verdict.fall_decades or 0.0 for name, flow in flows.items()}
+    state = {name: flow.verdict.state for name, flow in flows.items()}
+    if not train:
+        return Rung(depth, fall, state)
+    training: Training = _train(depth, data, settings, 1)[0]
+    steps = {name: {o: training.steps_text(name, o) for o in by} for name, by in training.curves.items()}
+    learns = {name: {o: c.learns for o, c in by.items()} for name, by in training.curves.items()}
+    return Rung(depth, fall, state, steps, learns)
+
+
+def deepest_where_both_learn(ladder: list[Rung]) -> int:
+    """The deepest rung where plain and shortcuts both learn under some optimizer; else the shallowest."""
+    both = [
+        rung.depth
+        for rung in ladder
+        if any(rung.learns[ROLES.having].values()) and any(rung.learns[ROLES.lacking].values())
+    ]
+    return max(both, default=ladder[0].depth)
