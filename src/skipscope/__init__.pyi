@@ -4,3 +4,5 @@ from ._data import objective as objective
 from ._errors import SkipscopeError as SkipscopeError
 from ._progress import progress as progress
 from ._result import load as load
+from .comparison import compare as compare
+from .comparison import train_twins as train_twins

@@ -151,7 +151,7 @@ def dumps(result: Result) -> str:
         "skipscope": __version__,
         "format": Result.FORMAT,
         "result": type(result).__name__,
-        "data": _finite(result.to_dict()),
+        "data": finite(result.to_dict()),
     }
     return json.dumps(content, allow_nan=False)
 
@@ -226,12 +226,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data with what is not finite as strings ("nan", "inf"), for strict readers of JSON."""
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list) else value
 
 
 @functools.cache
