@@ -6,3 +6,7 @@ from ._progress import progress as progress
 from ._result import load as load
 from .comparison import compare as compare
 from .comparison import train_twins as train_twins
+from .surfaces import landscape as landscape
+from .surfaces import paired_landscapes as paired_landscapes
+from .curvature import curvature_operator as curvature_operator
+from .curvature import extreme_eigenvalues as extreme_eigenvalues

@@ -1,4 +1,4 @@
-"""What this room hands over: a surface, its checks, its provenance, its scores; and surfaces that stand side by side."""
+"""What this room hands over: a surface, its checks, its provenance, its scores; and surfaces side by side."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ class Scores(Result):
         convexity_share: share of interior points where the discrete 2 x 2 Hessian has no negative eigenvalue.
         roughness: share of the movement up and down, along rows and columns, that a single valley would not need:
             0 when every line has one valley, towards 1 for noise.
-        barrier: the highest climb out of a valley other than the deepest, on the best path to a deeper one (0: one valley).
+        barrier: the highest climb out of a valley other than the deepest, on the best path to a deeper one (0: there is
+            one valley).
         width: radius of the disc with the area of the region around the origin where the loss is below ``level``, in
             units of the axes.
         level: the loss at which the width is read.

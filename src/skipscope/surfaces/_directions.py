@@ -1,0 +1,229 @@
+"""Directions in weight space: Gaussian, normalised filter by filter to the weights, defined by their seed.
+
+Notation: w_f is filter f of the weights, d_f the same filter of a direction.
+A *direction* is ``dict[str, Tensor]`` over a model's parameter names; a name that is missing has zero direction.
+
+Filter normalisation (arXiv 1712.09913, section 4): d_f <- d_f |w_f| / |d_f|. A filter is an output channel:
+
+- a linear layer's row; a convolution's output channel; an embedding's row (one token's vector);
+- a transposed convolution's output channel, which lies in dimension 1 (within its group);
+- a column of Hugging Face's ``Conv1D``, which computes x W;
+- for any other parameter of two or more dimensions, a slice of dimension 0.
+
+Parameters of one dimension or none (biases, batch-norm gains, scalars) and everything in a normalisation layer have
+zero direction by default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._errors import SkipscopeError
+
+Direction = dict[str, Tensor]
+NORMALIZATIONS = ("filter", "layer", "tensor", "none")
+ZEROABLE = ("biases", "norms", "embeddings")
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def random_direction(
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    axis: int = 0,
+    normalize: str = "filter",
+    zero: Iterable[str] = ("biases", "norms"),
+    like: Direction | None = None,
+) -> Direction:
+    """A Gaussian direction, normalised to the model's weights.
+
+    The draw of each parameter depends on the seed, the axis, its name and its shape alone, so that twins get the same
+    draw for the parameters they have in common, on any device and in any precision; nobody's random state is touched.
+
+    Args:
+        model: whose weights give names, shapes and norms.
+        seed: of the private generator.
+        axis: 0 or 1 (or more): directions of one seed that are drawn apart.
+        normalize: "filter"; "layer" (all of a module's moved parameters together); "tensor"; "none".
+        zero: what has no direction: any of "biases", "norms", "embeddings".
+        like: make the direction orthogonal to this one, filter by filter, before it is normalised.
+
+    Returns:
+        Name -> tensor of the parameter's shape, dtype and device, for each parameter that moves.
+
+    Raises:
+        SkipscopeError: an unknown normalisation, or nothing is left to move.
+
+    Example:
+        >>> direction = random_direction(nn.Linear(3, 2), seed=1)
+        >>> list(direction), direction["weight"].shape
+        (['weight'], torch.Size([2, 3]))
+    """
+    if normalize not in NORMALIZATIONS:
+        raise SkipscopeError(
+            "landscape", "unknown normalisation", expected=" or ".join(NORMALIZATIONS), got=repr(normalize)
+        )
+    moved = moved_parameters(model, zero)
+    direction = {}
+    for name, (weight, _) in moved.items():
+        draw = _gaussian(f"{seed}/{axis}/{name}/{tuple(weight.shape)}", weight)
+        if like is not None and name in like:
+            draw = _without(draw, like[name].double(), moved[name][1] if normalize == "filter" else None)
+        direction[name] = draw
+    return _normalized(direction, moved, normalize)
+
+
+def moved_parameters(model: nn.Module, zero: Iterable[str]) -> dict[str, tuple[Tensor, int]]:
+    """Each parameter that has a direction, with the dimension its filters lie in."""
+    zero = set((zero,) if isinstance(zero, str) else zero)
+    if zero - set(ZEROABLE):
+        raise SkipscopeError(
+            "landscape",
+            "unknown kind of parameter to leave still",
+            expected=f"any of {ZEROABLE}",
+            got=sorted(zero),
+        )
+    owners: dict[str, nn.Module] = {}
+    for module_name, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            owners[f"{module_name}.{name}" if module_name else name] = module
+    moved = {}
+    for name, weight in model.named_parameters():
+        owner = owners[name]
+        is_norm = isinstance(owner, _NORMS) or "Norm" in type(owner).__name__
+        if (
+            not weight.is_floating_point()
+            or (is_norm and "norms" in zero)
+            or (weight.ndim < 2 and not is_norm and "biases" in zero)
+            or (isinstance(owner, nn.Embedding | nn.EmbeddingBag) and "embeddings" in zero)
+        ):
+            continue
+        moved[name] = weight.detach(), _filter_dimension(owner, weight)
+    if not moved:
+        raise SkipscopeError(
+            "landscape", "no parameter is left to move", expected="a model with weights of two dimensions or more",
+            got=f"{sum(1 for _ in model.parameters())} parameters, all left still", cure="zero=() moves everything",
+        )  # fmt: skip
+    return moved
+
+
+def _filter_dimension(owner: nn.Module, weight: Tensor) -> int:
+    if weight.ndim < 2:
+        return -1  # a vector is one filter
+    swapped = isinstance(owner, _TRANSPOSED) or type(owner).__name__ == "Conv1D"
+    return 1 if swapped else 0
+
+
+def _gaussian(key: str, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+    )
+    # Always drawn in float32 on the CPU: the same numbers for every precision and device.
+    return torch.randn(like.shape, generator=generator).to(like.device, torch.float64)
+
+
+def filter_norms(tensor: Tensor, dimension: int) -> Tensor:
+    """|t_f| for each filter, in float64, shaped to broadcast against ``tensor``."""
+    tensor = tensor.double()
+    if dimension < 0 or tensor.ndim < 2:
+        return tensor.norm().reshape([1] * tensor.ndim)
+    others = [i for i in range(tensor.ndim) if i != dimension]
+    return torch.linalg.vector_norm(tensor, dim=others, keepdim=True)
+
+
+def _without(draw: Tensor, other: Tensor, dimension: int | None) -> Tensor:
+    """``draw`` less its part along ``other``, filter by filter (or as a whole tensor)."""
+    if dimension is None or dimension < 0:
+        square, along = other.square().sum(), (draw * other).sum()
+    else:
+        others = [i for i in range(draw.ndim) if i != dimension]
+        square, along = other.square().sum(others, keepdim=True), (draw * other).sum(others, keepdim=True)
+    rest = draw - other * torch.where(square > 0, along / square.clamp(min=1e-300), 0.0)
+    # A filter with one element has no orthogonal partner; it stays as drawn.
+    single = draw.numel() == 1 or (dimension is not None and draw.numel() == draw.shape[dimension])
+    return draw if single else rest
+
+
+def _normalized(direction: Direction, moved: Mapping[str, tuple[Tensor, int]], normalize: str) -> Direction:
+    scaled = {}
+    for name, draw in direction.items():
+        weight, dimension = moved[name]
+        if normalize == "filter":
+            factor = _ratio(filter_norms(weight, dimension), filter_norms(draw, dimension))
+        elif normalize == "none":
+            factor = 1.0
+        else:
+            layer = name.rpartition(".")[0]
+            group = [
+                n for n in direction if n == name or (normalize == "layer" and n.rpartition(".")[0] == layer)
+            ]
+            norm = [torch.stack([t[n].double().norm() for n in group]).norm()
+                    for t in ({n: moved[n][0] for n in group}, direction)]  # fmt: skip
+            factor = _ratio(*norm)
+        scaled[name] = (draw * factor).to(weight.dtype)
+    return scaled
+
+
+def _ratio(wanted: Tensor, has: Tensor) -> Tensor:
+    # A filter of zeros has no scale to follow (zero-initialised layers): its direction is zero, never 0/0.
+    return torch.where(has > 0, wanted / has.clamp(min=1e-300), 0.0)
+
+
+def checked_direction(direction: Any, model: nn.Module) -> Direction:
+    """A user's own direction, read and refused with the shapes when it does not fit the model."""
+    parameters = dict(model.named_parameters())
+    if not isinstance(direction, Mapping) or not direction:
+        raise SkipscopeError(
+            "landscape", "this is not a direction", expected="a dict from parameter names to tensors",
+            got=type(direction).__name__, cure="dict(zip((n for n, _ in model.named_parameters()), tensors))",
+        )  # fmt: skip
+    read = {}
+    for name, tensor in direction.items():
+        if name not in parameters:
+            raise SkipscopeError(
+                "landscape", "a direction names a parameter that the model does not have", layer=str(name),
+                expected=f"one of {', '.join(list(parameters)[:6])}, ...",
+            )  # fmt: skip
+        tensor = torch.as_tensor(tensor)
+        if tensor.shape != parameters[name].shape:
+            raise SkipscopeError(
+                "landscape", "a direction does not have its parameter's shape", layer=name,
+                expected=tuple(parameters[name].shape), got=tuple(tensor.shape),
+            )  # fmt: skip
+        read[name] = tensor.detach().to(parameters[name].device, parameters[name].dtype)
+    return read
+
+
+# --- what is measured on directions --------------------------------------------------------------------------------
+
+
+def inner(a: Direction, b: Direction) -> float:
+    """Sum over all parameters of a * b, in float64."""
+    return sum(float((a[n].double() * b[n].double()).sum()) for n in a if n in b)
+
+
+def cosine(a: Direction, b: Direction) -> float:
+    """Cosine between two directions; NaN when one is zero."""
+    size = (inner(a, a) * inner(b, b)) ** 0.5
+    return inner(a, b) / size if size else float("nan")
+
+
+def worst_filter_ratio(direction: Direction, moved: Mapping[str, tuple[Tensor, int]]) -> float:
+    """|d_f| / |w_f| of the filter where it is furthest from 1 (filters of zeros left out)."""
+    worst = 1.0
+    for name, tensor in direction.items():
+        if name not in moved:
+            continue
+        weight, dimension = moved[name]
+        wanted, has = filter_norms(weight, dimension).flatten(), filter_norms(tensor, dimension).flatten()
+        ratios = (has / wanted)[wanted > 0]
+        if len(ratios):
+            candidate = float(ratios[(ratios - 1).abs().argmax()])
+            worst = candidate if abs(candidate - 1) > abs(worst - 1) else worst
+    return worst

@@ -1,0 +1,154 @@
+"""From points of a plane to losses: one twin's copy, its batch-norm mode, and the way points are run.
+
+The plain loop (move the copy, run every batch) is the reference. Other strategies are tried against it on the first
+points (see :mod:`skipscope.surfaces._strategies`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipscope._data import Batch, Batches, Objective, forward
+from skipscope._errors import SkipscopeError
+from skipscope.surfaces._directions import Direction, inner
+from skipscope.surfaces._moving import MovingCopy
+from skipscope.surfaces._points import Metric, PointLoss, Reading, gather
+
+BATCH_NORM = {"frozen": "frozen", "recalibrate": "recalibrated at each point", "batch": "batch statistics"}
+Point = tuple[float, ...]
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The layers whose output depends on how batch statistics are treated."""
+    return [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+
+
+def prepare_batch_norm(copy: nn.Module, mode: str) -> str:
+    """Put our own copy into a batch-norm mode; returns its words.
+
+    Raises:
+        SkipscopeError: an unknown mode.
+    """
+    if mode not in BATCH_NORM:
+        raise SkipscopeError(
+            "landscape", "unknown batch-norm mode", expected=" or ".join(BATCH_NORM), got=repr(mode)
+        )
+    layers = batch_norms(copy)
+    if mode == "batch":
+        for layer in layers:
+            layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+    return BATCH_NORM[mode] if layers else "none"
+
+
+@torch.no_grad()
+def recalibrate(copy: nn.Module, data: Batches) -> None:
+    """Measure the batch-norm statistics of ``copy`` anew: the average over batches, as in torch's ``update_bn``."""
+    layers = batch_norms(copy)
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+        layer.train()
+    for batch in data:
+        forward(copy, batch, "landscape")
+    for layer, momentum in zip(layers, momenta):
+        layer.momentum = momentum
+        layer.eval()
+
+
+class Evaluator:
+    """One twin on the plane.
+
+    Args:
+        model: the user's model in evaluation mode; it is only read.
+        data: resident batches.
+        loss: the objective.
+        directions: one direction an axis.
+        metrics: name -> ``f(output, target)``.
+        batch_norm: "frozen", "recalibrate" or "batch".
+        l2: adds l2/2 |w|^2 over all parameters to every value.
+        per_sample: also hand over each sample's share.
+
+    Attributes:
+        batch_norm: the mode in words.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batches,
+        loss: Objective,
+        directions: Sequence[Direction],
+        *,
+        metrics: dict[str, Metric],
+        batch_norm: str,
+        l2: float,
+        per_sample: bool,
+    ):
+        self.moving = MovingCopy(model, directions)
+        self.batch_norm = prepare_batch_norm(self.moving.model, batch_norm)
+        self.recalibrates = batch_norm == "recalibrate" and self.batch_norm != "none"
+        self.data, self.loss = data, loss
+        self.at_point = PointLoss(data, loss, metrics, per_sample)
+        self.draws = False
+        self._penalty = _Penalty(model, directions, l2) if l2 else None
+
+    def plain(self, points: Sequence[Point]) -> list[dict[str, Any]]:
+        """The plain loop: move, run every batch."""
+        return [self._one(point) for point in points]
+
+    def _one(self, point: Point) -> dict[str, Any]:
+        copy = self.moving.move(point)
+        if self.draws:
+            torch.manual_seed(0)  # a forward pass that draws numbers draws the same ones at every point
+        if self.recalibrates:
+            recalibrate(copy, self.data)
+        return self.at_point.read(copy, _run)
+
+    def __call__(self, points: Sequence[Point]) -> Reading:
+        """The losses at ``points``."""
+        reading = gather(self.plain(points))
+        if self._penalty is not None:
+            reading.values = reading.values + [self._penalty(point) for point in points]
+        return reading
+
+    def penalty(self, point: Point) -> float:
+        """The regulariser's part of the value at ``point``."""
+        return self._penalty(point) if self._penalty is not None else 0.0
+
+    def notice_draws(self) -> None:
+        """Find out whether the forward pass draws random numbers; if so, every point starts from the same state."""
+        before = torch.get_rng_state()
+        self.plain([(0.0,) * self.axes])
+        self.draws = not torch.equal(before, torch.get_rng_state())
+
+    @property
+    def axes(self) -> int:
+        """How many directions there are."""
+        return len(self.moving._flats[0].axes)
+
+
+def _run(model: nn.Module, batch: Batch) -> Any:
+    return forward(model, batch, "landscape")
+
+
+class _Penalty:
+    """l2/2 |w + sum c_i d_i|^2 in closed form: a quadratic in the coefficients."""
+
+    def __init__(self, model: nn.Module, directions: Sequence[Direction], l2: float):
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        self.l2, self.constant = l2, inner(weights, weights)
+        self.linear = [inner(d, weights) for d in directions]
+        self.square = [[inner(d, e) for e in directions] for d in directions]
+
+    def __call__(self, point: Point) -> float:
+        size = self.constant + 2 * sum(c * l for c, l in zip(point, self.linear))
+        for c, row in zip(point, self.square):
+            size += sum(c * e * s for e, s in zip(point, row))
+        return self.l2 / 2 * size

@@ -1,0 +1,98 @@
+"""The plane's grid: its axes, its points, and the sheet of numbers that is filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from skipscope._errors import SkipscopeError
+
+Cell = tuple[int, ...]  # a point's place on the grid: (a, b), or (a,) on a line
+
+
+def axes(grid: int | Sequence[int], span: object, directions: int | None) -> tuple[np.ndarray, ...]:
+    """One array of coefficients an axis.
+
+    Args:
+        grid: points an axis; a sequence of one is a line.
+        span: half width; or one an axis; or (low, high) an axis.
+        directions: how many directions there are, or None when the grid says it.
+
+    Raises:
+        SkipscopeError: sizes or ranges that make no grid.
+    """
+    count = directions or (len(grid) if isinstance(grid, Sequence) else 2)
+    sizes = tuple(grid) if isinstance(grid, Sequence) else (grid,) * count
+    if len(sizes) != count or count not in {1, 2} or any(int(n) != n or n < 1 for n in sizes):
+        raise SkipscopeError(
+            "landscape", "this is no grid", expected=f"points an axis, for {count} axes: 51 or (51, 31); (51,) is a line", got=repr(grid),
+        )  # fmt: skip
+    ranges = _ranges(span, count)
+    out = []
+    for n, (low, high) in zip(sizes, ranges):
+        steps = np.arange(int(n))
+        # Symmetric ranges are built from the middle, so that the origin is exactly 0 and both halves mirror.
+        at = (
+            high * (2 * steps - (n - 1)) / (n - 1)
+            if low == -high and n > 1
+            else np.linspace(low, high, int(n))
+        )
+        out.append(np.where(np.abs(at) < 1e-12 * max(abs(low), abs(high)), 0.0, at))
+    return tuple(out)
+
+
+def _ranges(span: object, count: int) -> list[tuple[float, float]]:
+    try:
+        if not isinstance(span, Sequence | np.ndarray):
+            ranges = [(-float(span), float(span))] * count  # type: ignore[arg-type]
+        elif all(isinstance(s, Sequence | np.ndarray) for s in span):
+            ranges = [(float(low), float(high)) for low, high in span]
+        else:
+            ranges = [(-float(s), float(s)) for s in span]
+    except (TypeError, ValueError):
+        ranges = []
+    if len(ranges) != count or not all(np.isfinite(r).all() and r[0] <= r[1] for r in ranges):
+        raise SkipscopeError(
+            "landscape", "this is no span", expected="1.0; or (1.0, 0.5); or ((-1.0, 1.0), (0.0, 2.0)), low before high",
+            got=repr(span),
+        )  # fmt: skip
+    return ranges
+
+
+class Sheet:
+    """Named numbers on a grid, filled in point by point.
+
+    Attributes:
+        names: of the numbers.
+        shape: of the grid.
+        data: [names, points], NaN where nothing was computed.
+        done: which points were computed, [points]; a computed NaN is done all the same.
+    """
+
+    def __init__(self, names: Sequence[str], shape: tuple[int, ...]):
+        self.names, self.shape = tuple(names), shape
+        self.data = np.full((len(self.names), int(np.prod(shape))), np.nan)
+        self.done = np.zeros(self.data.shape[1], dtype=bool)
+
+    def put(self, points: np.ndarray, numbers: np.ndarray) -> None:
+        """Fill in ``numbers`` [names, len(points)] at flat indices."""
+        self.data[:, points] = numbers
+        self.done[points] = True
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.data[self.names.index(name)].reshape(self.shape)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+
+def rows(shape: tuple[int, ...], size: int) -> list[np.ndarray]:
+    """Flat indices in units of ``size`` points that lie along the last axis, for moving there is cheapest."""
+    length = shape[-1]
+    starts = range(0, length, size) if size < length else (0,)
+    return [
+        np.arange(row * length + start, row * length + min(start + size, length))
+        for row in range(int(np.prod(shape)) // length)
+        for start in starts
+    ]

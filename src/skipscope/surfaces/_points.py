@@ -1,0 +1,185 @@
+"""The data behind every point, and what one point hands over: its loss and each sample's share of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skipscope._data import Batch, Batches, Objective, as_batches, batch_size, map_tensors, tensors_in
+from skipscope._errors import SkipscopeError
+
+FOLDS = 10  # groups of samples left out in turn, for the scores' standard errors
+Metric = Callable[[Any, Any], Any]
+
+
+def resident(model: nn.Module, data: Any, loss: Any, samples: int | None, seed: int) -> Batches:
+    """Read the data once, keep it on the model's device, and draw the subset that every point will see.
+
+    Reading once is also what makes points comparable: a loader that shuffles or augments gives other data each time.
+    """
+    source = as_batches(data, "landscape", any_shape=isinstance(loss, Objective))
+    place = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    held = [map_tensors(batch, lambda t: t.detach().to(place)) for batch in source]
+    if samples is not None:
+        held = _subset(held, samples, seed)
+    return Batches(held, single=source.single)
+
+
+def _subset(held: list[Batch], samples: int, seed: int) -> list[Batch]:
+    sizes = [batch_size(batch) for batch in held]
+    if samples < 1:
+        raise SkipscopeError("landscape", "no samples", expected="samples of 1 or more", got=samples)
+    if samples >= sum(sizes):
+        return held
+    order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    kept, start = [], 0
+    for batch, size in zip(held, sizes):
+        rows = order[(order >= start) & (order < start + size)] - start
+        if len(rows):
+            kept.append(take(batch, rows, size))
+        start += size
+    return kept
+
+
+def take(batch: Batch, rows: Any, size: int) -> Batch:
+    """The given rows (indices or a slice) of every tensor of a batch that has a row a sample."""
+
+    def pick(t: Tensor) -> Tensor:
+        return (
+            t[rows.to(t.device) if isinstance(rows, Tensor) else rows] if t.ndim and t.shape[0] == size else t
+        )
+
+    return map_tensors(batch, pick)
+
+
+def hash_of(tensors: Iterable[Tensor]) -> str:
+    """A hash of tensors' shapes, dtypes and bits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for t in tensors:
+        digest.update(f"{tuple(t.shape)}{t.dtype}".encode())
+        digest.update(memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash of everything a model's state dict holds in tensors."""
+    return hash_of(t for t in model.state_dict().values() if isinstance(t, Tensor))
+
+
+def data_hash(data: Batches) -> str:
+    """A hash of every tensor of every batch."""
+    return hash_of(t for batch in data for t in tensors_in(batch))
+
+
+@dataclass
+class Reading:
+    """What one or more points gave; every array's first dimension is the points.
+
+    Attributes:
+        values: the loss, [points], float64.
+        numerators: each sample's share of the loss's numerator, [points, samples], or None.
+        denominators: each sample's share of the denominator, [samples], or None: the same at every point.
+        metrics: name -> [points].
+    """
+
+    values: np.ndarray
+    numerators: np.ndarray | None
+    denominators: np.ndarray | None
+    metrics: dict[str, np.ndarray]
+
+
+class PointLoss:
+    """The loss of one placed model on the resident data, with each sample's share.
+
+    Args:
+        data: as :func:`resident` gave them.
+        loss: the objective.
+        metrics: name -> ``f(output, target)``; averaged over batches by samples.
+        per_sample: also keep each sample's share.
+    """
+
+    def __init__(self, data: Batches, loss: Objective, metrics: dict[str, Metric], per_sample: bool):
+        self.data, self.loss, self.metrics = data, loss, metrics
+        self.per_sample = per_sample and loss.samples is not None and loss.from_output is not None
+        self.shares = [1.0 if loss.sums or data.single else float(loss.weight(batch)) for batch in data]
+        self.sizes = [batch_size(batch) for batch in data]
+
+    @torch.no_grad()
+    def read(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> dict[str, Any]:
+        """One point as tensors on the model's device; ``run(model, batch)`` is the forward pass."""
+        total: Any = 0.0
+        numerators, denominators = [], []
+        metrics = dict.fromkeys(self.metrics, 0.0)
+        for batch, share, size in zip(self.data, self.shares, self.sizes):
+            if self.loss.from_output is None:
+                value, output = self.loss.function(model, batch), None
+            else:
+                output = run(model, batch)
+                value = self.loss.from_output(output, batch)
+            if share:  # a batch with nothing to count has an undefined mean, and counts for nothing
+                total = total + share * value.double()
+            if self.per_sample:
+                assert self.loss.samples is not None
+                n, d = self.loss.samples(output, batch)
+                numerators.append(n.double())
+                denominators.append(d.double())
+            for name, metric in self.metrics.items():
+                target = batch[1] if isinstance(batch, tuple | list) else batch
+                metrics[name] = metrics[name] + size * torch.as_tensor(metric(output, target)).double()
+        normaliser = 1.0 if self.loss.sums else sum(self.shares)
+        return {
+            "value": total / normaliser if normaliser else torch.tensor(float("nan")),
+            "numerators": torch.cat(numerators) if numerators else None,
+            "denominators": torch.cat(denominators) if denominators else None,
+            "metrics": {name: value / sum(self.sizes) for name, value in metrics.items()},
+        }
+
+
+def gather(points: list[dict[str, Any]]) -> Reading:
+    """Points' tensors as one :class:`Reading` (one copy to the host)."""
+    has = points[0]["numerators"] is not None
+    return Reading(
+        values=torch.stack([torch.as_tensor(p["value"]).reshape(()) for p in points]).cpu().numpy(),
+        numerators=torch.stack([p["numerators"] for p in points]).cpu().numpy() if has else None,
+        denominators=points[0]["denominators"].cpu().numpy() if has else None,
+        metrics={
+            name: torch.stack([p["metrics"][name].reshape(()) for p in points]).cpu().numpy()
+            for name in points[0]["metrics"]
+        },
+    )
+
+
+# --- standard errors -----------------------------------------------------------------------------------------------
+
+
+def influence(reading: Reading, sums: bool) -> np.ndarray | None:
+    """Each sample's influence on each value, [points, samples]: value's error is their root sum of squares.
+
+    For a mean sum(n)/sum(d) it is (n_i - value d_i) / sum(d), the delta method; for a sum it is n_i less their mean.
+    Influences at two points, or of two twins, subtract: that is what makes a paired error small.
+    """
+    n, d = reading.numerators, reading.denominators
+    if n is None or d is None or n.shape[1] < 2:
+        return None
+    with np.errstate(invalid="ignore", over="ignore"):
+        scale = np.sqrt(n.shape[1] / (n.shape[1] - 1))
+        if sums:
+            return scale * (n - n.mean(1, keepdims=True))
+        return scale * (n - n.sum(1, keepdims=True) / d.sum() * d) / d.sum()
+
+
+def fold_sums(reading: Reading) -> tuple[np.ndarray, np.ndarray] | None:
+    """Numerators and denominators summed over each of :data:`FOLDS` groups: [points, folds] and [folds]."""
+    n, d = reading.numerators, reading.denominators
+    if n is None or d is None or n.shape[1] < 2 * FOLDS:
+        return None
+    fold = np.arange(n.shape[1]) % FOLDS
+    return np.stack([n[:, fold == g].sum(1) for g in range(FOLDS)], 1), np.array(
+        [d[fold == g].sum() for g in range(FOLDS)]
+    )
