@@ -1,4 +1,8 @@
 # The public names of skipscope, each once; read at run time too (lazily) and by type checkers.
+from . import book as book
+from . import nn as nn
+from . import reference as reference
+from . import testing as testing
 from ._data import batches as batches
 from ._data import objective as objective
 from ._errors import SkipscopeError as SkipscopeError

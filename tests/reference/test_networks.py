@@ -98,6 +98,12 @@ def test_resnets_read_flat_and_square_images_alike():
     torch.testing.assert_close(model(reference.digits(3)[0]), model(reference.digits(3, image=True)[0]))
 
 
+def test_deep_mlp_wraps_its_layers_in_any_registered_shortcut():
+    model = reference.deep_mlp(4, 8, inputs=6, shortcut="highway")
+    assert [type(layer).__name__ for layer in model.layers] == ["Sequential"] + 3 * ["Highway"]
+    assert reference.deep_mlp(4, 8, shortcut="rezero")(torch.randn(2, 64)).shape == (2, 10)
+
+
 @pytest.mark.parametrize("options", [{"shortcut": "none"}, {"init": "xavier"}, {"activation": "swish"}])
 def test_unknown_options_are_refused(options):
     with pytest.raises(SkipscopeError, match=next(iter(options))):

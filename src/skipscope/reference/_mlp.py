@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
+from skipscope.nn import registry
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": lambda: nn.GELU(approximate="tanh"),  # the lecture's form
@@ -49,22 +51,24 @@ def deep_mlp(
     *,
     inputs: int = 64,
     classes: int = 10,
-    shortcut: Literal["identity"] | None = None,
+    shortcut: str | None = None,
     scale: float | Literal["depth"] = 1.0,
     init: Literal["default", "he"] = "default",
     activation: Literal["gelu", "relu", "tanh", "linear"] = "gelu",
 ) -> DeepMLP:
     """The lecture's hidden layers made deep: ``depth`` times Linear and GELU, and a linear head.
 
-    Every variant has the same parameter names, so twins can share weights; variants of one ``init`` draw
-    the same weights from the same seed.
+    With the lecture's shortcut and without, the parameters have the same names, so twins can share weights; variants
+    of one ``init`` draw the same weights from the same seed.
 
     Args:
         depth: hidden layers, the first among them.
         width: units a layer.
         inputs: features of a sample; where it equals ``width`` the first layer has a shortcut too.
         classes: outputs of the head.
-        shortcut: ``"identity"`` is the lecture's rule: ``x + layer(x)`` where the shapes agree.
+        shortcut: ``"identity"`` is the lecture's rule: ``x + layer(x)`` where the shapes agree. Any other name of
+            ``skipscope.nn.registry()`` that keeps the width wraps those layers in its module, which renames their
+            parameters.
         scale: a factor on the branch: ``x + scale * layer(x)``; ``"depth"`` is ``1/sqrt(depth)``.
         init: ``"default"`` is torch's; ``"he"`` is He's normal initialisation with zero biases for the
             hidden layers (He et al. 2015, arXiv 1502.01852).
@@ -79,7 +83,7 @@ def deep_mlp(
         13130
     """
     for name, value, known in [
-        ("shortcut", shortcut, (None, "identity")),
+        ("shortcut", shortcut, (None, *registry())),
         ("init", init, ("default", "he")),
         ("activation", activation, tuple(_ACTIVATIONS)),
     ]:
@@ -94,5 +98,9 @@ def deep_mlp(
         for layer in layers:
             nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
             nn.init.zeros_(layer[0].bias)
+    if shortcut is not None and shortcut != "identity":
+        agree = [a == b for a, b in pairwise(sizes)]
+        wrap = partial(registry()[shortcut], width=width, depth=sum(agree))
+        layers = [wrap(layer) if fits else layer for layer, fits in zip(layers, agree)]
     factor = 1 / math.sqrt(depth) if scale == "depth" else float(scale)
     return DeepMLP(layers, head, shortcut == "identity", factor)

@@ -14,21 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
+from skipscope.nn import pad_shortcut
 
 
-class PadShortcut(nn.Module):
-    """Option A: every ``stride``-th pixel, and zeros for the channels that are new."""
+class OptionA(nn.Module):
+    """Option A as a module: every ``stride``-th pixel, and zeros for the channels that are new."""
 
-    def __init__(self, new_channels: int, stride: int):
+    def __init__(self, channels: int, stride: int):
         super().__init__()
-        self.new_channels, self.stride = new_channels, stride
+        self.channels, self.stride = channels, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, c, h, w]`` -> ``[n, c + new_channels, h / stride, w / stride]``."""
-        before = self.new_channels // 2
-        return F.pad(
-            x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before)
-        )
+        """``[n, c, h, w]`` -> ``[n, channels, h / stride, w / stride]``."""
+        return pad_shortcut(x, self.channels, stride=self.stride)
 
 
 class BasicBlock(nn.Module):
@@ -43,7 +41,7 @@ class BasicBlock(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels != channels_in:
             self.shortcut = (
-                PadShortcut(channels - channels_in, stride)
+                OptionA(channels, stride)
                 if option == "A"
                 else nn.Sequential(
                     nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)

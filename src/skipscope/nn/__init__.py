@@ -1,0 +1,58 @@
+"""The shortcut modules of the literature: each wraps a branch F, any module.
+
+Each is a pure function under a thin module, ``write(x, F(read(x)))``; the head of its file gives the equation and the
+paper. ``registry()`` builds all of them alike; ``skipscope.testing.check_shortcut`` tests any.
+
+Example:
+    >>> import torch
+    >>> block = PreNorm(torch.nn.Linear(8, 8), width=8)
+    >>> block(torch.ones(2, 8)).shape
+    torch.Size([2, 8])
+"""
+
+from skipscope.nn._connection import Connection as Connection
+from skipscope.nn._connection import Pointwise as Pointwise
+from skipscope.nn._connection import WidthNorm as WidthNorm
+from skipscope.nn._dense import DenseShortcut as DenseShortcut
+from skipscope.nn._dense import dense_shortcut as dense_shortcut
+from skipscope.nn._fixup import Fixup as Fixup
+from skipscope.nn._fixup import fixup_ as fixup_
+from skipscope.nn._gates import ExclusiveGate as ExclusiveGate
+from skipscope.nn._gates import Highway as Highway
+from skipscope.nn._gates import ShortcutOnlyGate as ShortcutOnlyGate
+from skipscope.nn._gates import exclusive_gate as exclusive_gate
+from skipscope.nn._gates import highway as highway
+from skipscope.nn._gates import shortcut_only_gate as shortcut_only_gate
+from skipscope.nn._hyper import HyperConnected as HyperConnected
+from skipscope.nn._hyper import HyperConnection as HyperConnection
+from skipscope.nn._hyper import expand_streams as expand_streams
+from skipscope.nn._hyper import hyper_read as hyper_read
+from skipscope.nn._hyper import hyper_write as hyper_write
+from skipscope.nn._hyper import reduce_streams as reduce_streams
+from skipscope.nn._identity import IdentityShortcut as IdentityShortcut
+from skipscope.nn._identity import PostActivation as PostActivation
+from skipscope.nn._identity import PreActivation as PreActivation
+from skipscope.nn._identity import identity_shortcut as identity_shortcut
+from skipscope.nn._learned_scale import LayerScale as LayerScale
+from skipscope.nn._learned_scale import ReZero as ReZero
+from skipscope.nn._learned_scale import SkipInit as SkipInit
+from skipscope.nn._learned_scale import layer_scale as layer_scale
+from skipscope.nn._learned_scale import rezero as rezero
+from skipscope.nn._norms import DeepNorm as DeepNorm
+from skipscope.nn._norms import PostNorm as PostNorm
+from skipscope.nn._norms import PreNorm as PreNorm
+from skipscope.nn._norms import SandwichNorm as SandwichNorm
+from skipscope.nn._norms import deep_norm_ as deep_norm_
+from skipscope.nn._options import PadShortcut as PadShortcut
+from skipscope.nn._options import ProjectionShortcut as ProjectionShortcut
+from skipscope.nn._options import option as option
+from skipscope.nn._options import pad_shortcut as pad_shortcut
+from skipscope.nn._random import DropoutShortcut as DropoutShortcut
+from skipscope.nn._random import StochasticDepth as StochasticDepth
+from skipscope.nn._random import dropout_shortcut as dropout_shortcut
+from skipscope.nn._random import stochastic_depth as stochastic_depth
+from skipscope.nn._registry import Factory as Factory
+from skipscope.nn._registry import registry as registry
+from skipscope.nn._scaled import DepthScaled as DepthScaled
+from skipscope.nn._scaled import ScaledShortcut as ScaledShortcut
+from skipscope.nn._scaled import scaled_shortcut as scaled_shortcut

@@ -1,0 +1,80 @@
+"""What every shortcut module is: a branch F, and two functions around it.
+
+    y = write(x, F(read(x)))
+
+``read`` makes the branch's input from the streams that come in (for all but hyper-connections there is one stream,
+the tensor x itself); ``write`` joins the branch's output with them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Connection(nn.Module):
+    """A branch with a way around it.
+
+    Attributes:
+        kind: what ``find_shortcuts`` says of its merge: identity, scaled, projection, gated or concat.
+        identity_at_start: True where the paper claims that a fresh module returns its input.
+    """
+
+    kind: ClassVar[str] = "identity"
+    identity_at_start: ClassVar[bool] = False
+
+    def __init__(self, branch: nn.Module):
+        super().__init__()
+        self.branch = branch
+
+    def read(self, x: Tensor) -> Tensor:
+        """The branch's input; ``x`` itself unless a family says otherwise."""
+        return x
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """The output, from the input ``x`` and the branch's output ``f``."""
+        return x + f
+
+    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        """What follows ``x`` goes to the branch as it is (an attention mask, for instance)."""
+        return self.write(x, self.branch(self.read(x), *args, **keywords))
+
+
+# --- layers that act on one dimension, wherever it lies ---------------------------------------------------------
+
+
+class Pointwise(nn.Linear):
+    """A linear map of dimension ``dim``: for images (``dim=1``) this is a 1 x 1 convolution."""
+
+    def __init__(self, width: int, width_out: int | None = None, *, dim: int = -1, bias: bool = True):
+        super().__init__(width, width_out or width, bias)
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width, ...]`` -> ``[..., width_out, ...]``."""
+        return super().forward(x.movedim(self.dim, -1)).movedim(-1, self.dim)
+
+
+class WidthNorm(nn.LayerNorm):
+    """Layer normalisation over dimension ``dim``."""
+
+    def __init__(self, width: int, *, dim: int = -1):
+        super().__init__(width)
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        return super().forward(x.movedim(self.dim, -1)).movedim(-1, self.dim)
+
+
+def along(values: Tensor, like: Tensor, dim: int) -> Tensor:
+    """A vector shaped so that it multiplies dimension ``dim`` of ``like``."""
+    return values if dim in {-1, like.ndim - 1} else values.reshape(-1, *[1] * (like.ndim - 1 - dim))
+
+
+def pad_width(x: Tensor, width: int, dim: int) -> Tensor:
+    """Zeros around dimension ``dim`` until it is ``width`` wide, half of them in front."""
+    new = width - x.shape[dim]
+    return F.pad(x.movedim(dim, -1), (new // 2, new - new // 2)).movedim(-1, dim)

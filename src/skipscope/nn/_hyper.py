@@ -1,0 +1,88 @@
+"""Hyper-connections: several residual streams instead of one. Zhu et al. 2024, arXiv 2409.19606.
+
+    X' = H_res X + h_post F(h_pre . X)
+
+X holds n streams. At the start H_res is the identity, h_post all ones and h_pre reads one stream, the next at each
+layer: then every stream is what a residual network's one stream would be.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from skipscope.nn._connection import Connection
+
+
+def expand_streams(x: Tensor, streams: int) -> Tensor:
+    """``[...]`` -> ``[streams, ...]``: n copies of the input."""
+    return x.expand(streams, *x.shape)
+
+
+def reduce_streams(x: Tensor) -> Tensor:
+    """``[streams, ...]`` -> ``[...]``: their mean (the paper's sum, up to a factor that its last norm takes out)."""
+    return x.mean(0)
+
+
+def hyper_read(x: Tensor, pre: Tensor) -> Tensor:
+    """The branch's input: ``[streams, ...]`` and ``pre [streams]`` -> ``[...]``."""
+    return torch.tensordot(pre, x, 1)
+
+
+def hyper_write(x: Tensor, f: Tensor, residual: Tensor, post: Tensor) -> Tensor:
+    """``residual [n, n]`` mixes the streams ``[n, ...]``; each gets ``f [...]`` times its element of ``post``."""
+    return torch.tensordot(residual, x, 1) + post.reshape(-1, *[1] * f.ndim) * f
+
+
+class HyperConnection(Connection):
+    """``X' = H_res X + h_post F(h_pre . X)`` on streams ``[n, ...]``, with learned, static weights.
+
+    A network expands its input with :func:`expand_streams`, and after the last layer takes :func:`reduce_streams`.
+
+    Args:
+        branch: F, on one stream.
+        streams: n.
+        layer: this layer's place in the network; says which stream is read first.
+    """
+
+    kind = "projection"
+
+    def __init__(self, branch: nn.Module, streams: int = 4, *, layer: int = 0):
+        super().__init__(branch)
+        self.pre = nn.Parameter(torch.eye(streams)[layer % streams])
+        self.residual = nn.Parameter(torch.eye(streams))
+        self.post = nn.Parameter(torch.ones(streams))
+
+    def read(self, x: Tensor) -> Tensor:
+        """``h_pre . X``."""
+        return hyper_read(x, self.pre)
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``H_res X + h_post f``."""
+        return hyper_write(x, f, self.residual, self.post)
+
+
+class HyperConnected(nn.Module):
+    """A stack of branches with hyper-connections between: streams inside, one tensor outside.
+
+    Args:
+        branches: the F of each layer.
+        streams: n.
+    """
+
+    kind = "projection"
+    identity_at_start = False
+
+    def __init__(self, *branches: nn.Module, streams: int = 4):
+        super().__init__()
+        self.streams = streams
+        self.layers = nn.ModuleList(
+            HyperConnection(branch, streams, layer=i) for i, branch in enumerate(branches)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[...]`` -> ``[...]``."""
+        x = expand_streams(x, self.streams)
+        for layer in self.layers:
+            x = layer(x)
+        return reduce_streams(x)

@@ -1,0 +1,58 @@
+"""The identity shortcut, and its two orders of activation: He et al. 2015 (arXiv 1512.03385) and 2016 (1603.05027).
+
+identity          y = x + F(x)
+post-activation   y = relu(x + F(x))
+pre-activation    y = x + F(relu(norm(x)))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from skipscope.nn._connection import Connection, WidthNorm
+
+
+def identity_shortcut(x: Tensor, f: Tensor) -> Tensor:
+    """``x + f``, of one shape."""
+    return x + f
+
+
+class IdentityShortcut(Connection):
+    """``x + F(x)``: the lecture's.
+
+    Example:
+        >>> IdentityShortcut(nn.Linear(4, 4))(torch.ones(2, 4)).shape
+        torch.Size([2, 4])
+    """
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``x + f``."""
+        return identity_shortcut(x, f)
+
+
+class PostActivation(IdentityShortcut):
+    """``relu(x + F(x))``: the first residual networks."""
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``relu(x + f)``."""
+        return torch.relu(identity_shortcut(x, f))
+
+
+class PreActivation(IdentityShortcut):
+    """``x + F(relu(norm(x)))``: nothing but additions on the way back.
+
+    Args:
+        branch: F.
+        width: size of dimension ``dim``.
+        dim: the dimension that holds the features.
+        norm: in place of layer normalisation; He et al. use ``nn.BatchNorm2d(width)``.
+    """
+
+    def __init__(self, branch: nn.Module, width: int, *, dim: int = -1, norm: nn.Module | None = None):
+        super().__init__(branch)
+        self.norm = norm or WidthNorm(width, dim=dim)
+
+    def read(self, x: Tensor) -> Tensor:
+        """``relu(norm(x))``."""
+        return torch.relu(self.norm(x))

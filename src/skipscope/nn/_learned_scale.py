@@ -1,0 +1,65 @@
+"""Learned factors on the branch, which start small or at zero.
+
+SkipInit     y = x + a F(x), a = 0 at the start    De and Smith 2020, arXiv 2002.10444
+ReZero       the same                              Bachlechner et al. 2020, arXiv 2003.04887
+LayerScale   y = x + diag(g) F(x), g = 1e-4        Touvron et al. 2021, arXiv 2103.17239
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from skipscope.nn._connection import Connection, along
+
+
+def rezero(x: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
+    """``x + alpha * f`` with a scalar ``alpha``."""
+    return x + alpha * f
+
+
+def layer_scale(x: Tensor, f: Tensor, gamma: Tensor, dim: int = -1) -> Tensor:
+    """``x + gamma * f`` with one ``gamma`` for each feature, which lie in dimension ``dim``."""
+    return x + along(gamma, f, dim) * f
+
+
+class ReZero(Connection):
+    """``x + a F(x)``: at first the identity; a's gradient is there from the first step, F's from the second.
+
+    Args:
+        branch: F.
+    """
+
+    identity_at_start = True
+
+    def __init__(self, branch: nn.Module):
+        super().__init__(branch)
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``x + a f``."""
+        return rezero(x, f, self.alpha)
+
+
+class SkipInit(ReZero):
+    """``x + a F(x)``, a = 0: ReZero's equation, found at the same time as what batch norm does at the start."""
+
+
+class LayerScale(Connection):
+    """``x + diag(g) F(x)``.
+
+    Args:
+        branch: F.
+        width: size of dimension ``dim``.
+        init: where every element of g starts; the paper's 0.1 to 1e-6, the deeper the network the lower.
+        dim: the dimension that holds the features.
+    """
+
+    def __init__(self, branch: nn.Module, width: int, *, init: float = 1e-4, dim: int = -1):
+        super().__init__(branch)
+        self.gamma = nn.Parameter(torch.full((width,), init))
+        self.dim = dim
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``x + diag(g) f``."""
+        return layer_scale(x, f, self.gamma, self.dim)

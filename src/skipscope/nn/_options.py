@@ -1,0 +1,93 @@
+"""Shortcuts where the shape changes, options A, B and C: He et al. 2015, arXiv 1512.03385, section 4.1.
+
+A   y = pad(x[::stride]) + F(x)                    no weights
+B   y = W x + F(x) where the shape changes, x + F(x) elsewhere
+C   y = W x + F(x) everywhere                      (He et al. 2016 call it the 1 x 1 shortcut)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from skipscope.nn._connection import Connection, Pointwise, pad_width
+
+
+def strided(x: Tensor, stride: int) -> Tensor:
+    """Every ``stride``-th pixel of an image ``[n, c, h, w]``; other tensors are left as they are."""
+    return x[:, :, ::stride, ::stride] if stride > 1 else x
+
+
+def pad_shortcut(x: Tensor, width: int, *, stride: int = 1, dim: int = 1) -> Tensor:
+    """Option A: every ``stride``-th pixel, and zeros for the features that are new, half in front, half behind.
+
+    Example:
+        >>> import torch
+        >>> pad_shortcut(torch.ones(1, 2, 4, 4), 4, stride=2)[0, :, 0, 0]
+        tensor([0., 1., 1., 0.])
+    """
+    x = strided(x, stride)
+    return x if x.shape[dim] == width else pad_width(x, width, dim)
+
+
+class PadShortcut(Connection):
+    """Option A, ``pad(x[::stride]) + F(x)``.
+
+    Args:
+        branch: F, from ``width`` to ``width_out`` features.
+        width: features in; with ``dim=1`` the channels of an image.
+        width_out: features out; as many by default.
+        stride: of the branch.
+        dim: the dimension that holds the features.
+    """
+
+    def __init__(
+        self, branch: nn.Module, width: int, width_out: int | None = None, *, stride: int = 1, dim: int = -1
+    ):
+        super().__init__(branch)
+        self.width_out, self.stride, self.dim = width_out or width, stride, dim
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``pad(x) + f``."""
+        return pad_shortcut(x, self.width_out, stride=self.stride, dim=self.dim) + f
+
+
+class ProjectionShortcut(Connection):
+    """Options B and C, ``W x + F(x)``; where it is wanted is for the caller to say.
+
+    Arguments as for :class:`PadShortcut`.
+    """
+
+    kind = "projection"
+
+    def __init__(
+        self, branch: nn.Module, width: int, width_out: int | None = None, *, stride: int = 1, dim: int = -1
+    ):
+        super().__init__(branch)
+        self.projection = Pointwise(width, width_out, dim=dim, bias=False)
+        self.stride = stride
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``W x + f``."""
+        return self.projection(strided(x, self.stride)) + f
+
+
+def option(
+    letter: str,
+    branch: nn.Module,
+    width: int,
+    width_out: int | None = None,
+    *,
+    stride: int = 1,
+    dim: int = -1,
+) -> Connection:
+    """The shortcut module that option ``"A"``, ``"B"`` or ``"C"`` asks for between these widths.
+
+    Example:
+        >>> type(option("B", nn.Linear(4, 4), 4)).__name__, type(option("B", nn.Linear(4, 8), 4, 8)).__name__
+        ('PadShortcut', 'ProjectionShortcut')
+    """
+    changes = stride > 1 or (width_out or width) != width
+    kind = {"A": PadShortcut, "B": ProjectionShortcut if changes else PadShortcut, "C": ProjectionShortcut}[
+        letter
+    ]
+    return kind(branch, width, width_out, stride=stride, dim=dim)

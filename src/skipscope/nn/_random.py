@@ -1,0 +1,72 @@
+"""Shortcuts and branches that are dropped at random while training.
+
+    dropout shortcut    y = dropout(x) + F(x)      He et al. 2016, arXiv 1603.05027, section 3.4 (it fails)
+    stochastic depth    y = x + b F(x) / (1 - p)   Huang et al. 2016, arXiv 1603.09382; b ~ Bernoulli(1 - p)
+
+Huang et al. multiply by 1 - p when not training; dividing by it in training is the same network with another scale
+of the weights, and is what timm and torchvision do.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skipscope.nn._connection import Connection
+
+
+def dropout_shortcut(x: Tensor, f: Tensor, p: float, training: bool) -> Tensor:
+    """``dropout(x, p) + f``."""
+    return F.dropout(x, p, training) + f
+
+
+def stochastic_depth(f: Tensor, p: float, training: bool, mode: Literal["row", "batch"] = "row") -> Tensor:
+    """The branch's output ``f``, or zeros with probability ``p``, drawn for each row or once for the batch."""
+    if not training or p == 0:
+        return f
+    keep = torch.empty(
+        [f.shape[0] if mode == "row" else 1] + [1] * (f.ndim - 1), dtype=f.dtype, device=f.device
+    )
+    keep.bernoulli_(1 - p)
+    return f * (keep / (1 - p) if p < 1 else keep)
+
+
+class DropoutShortcut(Connection):
+    """``dropout(x) + F(x)``.
+
+    Args:
+        branch: F.
+        p: the probability that an element of the shortcut is dropped.
+    """
+
+    kind = "scaled"
+
+    def __init__(self, branch: nn.Module, p: float = 0.5):
+        super().__init__(branch)
+        self.p = p
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``dropout(x) + f``."""
+        return dropout_shortcut(x, f, self.p, self.training)
+
+
+class StochasticDepth(Connection):
+    """``x + b F(x) / (1 - p)``, b drawn anew each time while training; ``x + F(x)`` otherwise.
+
+    Args:
+        branch: F.
+        p: the probability that the branch is dropped. Huang et al. let it grow from 0 at the input to 0.5.
+        mode: draw for each ``"row"`` (sample) or once for the ``"batch"``, as the paper does.
+    """
+
+    def __init__(self, branch: nn.Module, p: float = 0.2, mode: Literal["row", "batch"] = "row"):
+        super().__init__(branch)
+        self.p = p
+        self.mode: Literal["row", "batch"] = mode
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``x + b f / (1 - p)``."""
+        return x + stochastic_depth(f, self.p, self.training, self.mode)

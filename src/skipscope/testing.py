@@ -1,0 +1,246 @@
+"""The contract of a shortcut module, for our own and for anyone's."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._errors import SkipscopeError
+from skipscope._untouched import random_state_kept, require_module
+from skipscope.shortcuts import ablate, find_shortcuts
+
+
+class BrokenContract(SkipscopeError, AssertionError):
+    """A shortcut module does not keep what :func:`check_shortcut` asks."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    module: nn.Module
+    inputs: Tensor
+    kind: str | None
+    identity_at_start: bool
+    same_shape: bool
+
+    def fresh(self) -> nn.Module:
+        return copy.deepcopy(self.module)
+
+    def output(self, module: nn.Module | None = None) -> Tensor:
+        """The output in evaluation mode, from the same random numbers each time."""
+        with torch.no_grad(), random_state_kept(0):
+            return (module or self.fresh()).eval()(self.inputs)
+
+
+def check_shortcut(
+    module: nn.Module,
+    inputs: Tensor | None = None,
+    *,
+    kind: str | None = None,
+    identity_at_start: bool | None = None,
+    same_shape: bool | None = None,
+    compile: bool = True,
+) -> tuple[str, ...]:
+    """Check that a module is a shortcut that works everywhere a module should.
+
+    In this order: the output's shape; the identity at the start, where claimed; a gradient reaches the input; it is
+    found by ``find_shortcuts``, with the right kind; it can be ablated, and says the same when it should; its
+    ``state_dict`` holds all its state; it compiles to one graph; it runs under autocast. The module itself stays as
+    it was.
+
+    Args:
+        module: a fresh block, one tensor in, one tensor out.
+        inputs: what to call it with; None draws a batch that fits its first linear layer or convolution.
+        kind: the kind it should be found as; None takes ``module.kind``, or accepts any.
+        identity_at_start: whether it claims to return its input at first; None takes ``module.identity_at_start``, or
+            no.
+        same_shape: whether the output has the input's shape; None expects so unless the kind is projection or concat.
+        compile: False leaves compiling out, the slowest part.
+
+    Returns:
+        The names of the clauses that were checked and hold.
+
+    Raises:
+        BrokenContract: a clause does not hold; it is an AssertionError too.
+        SkipscopeError: no inputs were given and none can be guessed.
+
+    Example:
+        >>> from skipscope.nn import Highway
+        >>> check_shortcut(Highway(nn.Linear(8, 8), 8), kind="gated", compile=False)
+        ('shape', 'gradient', 'found', 'ablatable', 'state_dict', 'autocast')
+    """
+    require_module(module, "check_shortcut")
+    kind = kind or getattr(module, "kind", None)
+    if identity_at_start is None:
+        identity_at_start = bool(getattr(module, "identity_at_start", False))
+    if same_shape is None:
+        same_shape = kind not in {"projection", "concat"}
+    clauses: dict[str, Callable[[_Case], None]] = {
+        "shape": _shape,
+        "identity_at_start": _identity_at_start,
+        "gradient": _gradient,
+        "found": _found,
+        "ablatable": _ablatable,
+        "state_dict": _state_dict,
+        "compile": _compile,
+        "autocast": _autocast,
+    }
+    if not identity_at_start:
+        del clauses["identity_at_start"]
+    if not compile:
+        del clauses["compile"]
+    with random_state_kept(0):
+        inputs = _guess_inputs(module) if inputs is None else inputs.detach()
+        case = _Case(module, inputs, kind, identity_at_start, same_shape)
+        for name, clause in clauses.items():
+            try:
+                clause(case)
+            except BrokenContract:
+                raise
+            except Exception as error:
+                raise _broken(
+                    case, f"{name}: it raises {type(error).__name__}: {_first_line(error)}"
+                ) from error
+    return tuple(clauses)
+
+
+# --- the clauses ----------------------------------------------------------------------------------------------------
+
+
+def _shape(case: _Case) -> None:
+    output = case.output()
+    if not isinstance(output, Tensor):
+        raise _broken(
+            case, "shape: the output is not one tensor", expected="a tensor", got=type(output).__name__
+        )
+    if case.same_shape and output.shape != case.inputs.shape:
+        raise _broken(
+            case, "shape: the output has another shape than the input", expected=tuple(case.inputs.shape),
+            got=tuple(output.shape), cure="pass same_shape=False if it is meant to",
+        )  # fmt: skip
+    if not output.isfinite().all():
+        raise _broken(case, "shape: the output is not finite")
+
+
+def _identity_at_start(case: _Case) -> None:
+    output = case.output()
+    if not _close(output, case.inputs):
+        off = float((output - case.inputs).abs().max()) if output.shape == case.inputs.shape else float("inf")
+        raise _broken(
+            case, "identity_at_start: a fresh module does not return its input", expected="output = input",
+            got=f"a difference of {off:.3g}", cure="start the branch's last factor at zero",
+        )  # fmt: skip
+
+
+def _gradient(case: _Case) -> None:
+    for training in (False, True):
+        x = case.inputs.clone().requires_grad_()
+        with torch.enable_grad(), random_state_kept(0):
+            (gradient,) = torch.autograd.grad(case.fresh().train(training)(x).sum(), x, allow_unused=True)
+        mode = "training" if training else "evaluation"
+        if gradient is None or not gradient.isfinite().all() or not gradient.any():
+            got = "no gradient" if gradient is None else "zero" if not gradient.any() else "not finite"
+            raise _broken(
+                case, f"gradient: none reaches the input in {mode} mode", expected="not zero", got=got
+            )
+
+
+def _found(case: _Case) -> None:
+    found = find_shortcuts(case.fresh().eval(), case.inputs)
+    kinds = [shortcut.kind for shortcut in found]
+    if not kinds or (case.kind is not None and case.kind not in kinds):
+        reasons = "; ".join(f"{merge.name}: {merge.reason}" for merge in found.rejected)
+        raise _broken(
+            case, "found: find_shortcuts does not find it" if not kinds else "found: as another kind",
+            expected=case.kind or "any kind", got=", ".join(kinds) or f"no shortcut ({reasons or 'no merges'})",
+            cure="in evaluation mode, one operand of the merge must come past the branch",
+        )  # fmt: skip
+
+
+def _ablatable(case: _Case) -> None:
+    module = case.fresh().eval()
+    found, built = find_shortcuts(module, case.inputs), case.output()
+    keys = module.state_dict().keys()
+    twins = {how: ablate(module, found, how=how) for how in ("remove", "detach", "lesion")}
+    twins |= {f"strength={s:g}": ablate(module, found, strength=s) for s in (0.0, 1.0)}
+    for name, twin in twins.items():
+        if twin.state_dict().keys() != keys:
+            raise _broken(case, f"ablatable: {name} changes the keys of the state_dict")
+    output = {name: case.output(twin) for name, twin in twins.items()}
+    if not torch.equal(output["detach"], built):
+        raise _broken(case, "ablatable: detach changes the output")
+    if not _close(output["strength=1"], built) or not _close(output["strength=0"], output["remove"]):
+        raise _broken(case, "ablatable: strength 1 is not as built, or strength 0 is not remove")
+    if _close(output["remove"], built):
+        raise _broken(case, "ablatable: removing the shortcut changes nothing")
+
+
+def _state_dict(case: _Case) -> None:
+    module = case.fresh()
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand_like(tensor) / 8)
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    other = case.fresh()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    if not torch.equal(case.output(module), case.output(other)):
+        raise _broken(
+            case, "state_dict: a copy that loads it gives another output",
+            cure="keep all state in parameters and buffers, and draw nothing in evaluation mode",
+        )  # fmt: skip
+
+
+def _compile(case: _Case) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(case.fresh().eval(), fullgraph=True, backend="aot_eager")
+    if not _close(case.output(compiled), case.output()):
+        raise _broken(case, "compile: the compiled module gives another output")
+
+
+def _autocast(case: _Case) -> None:
+    with torch.autocast(case.inputs.device.type, torch.bfloat16):
+        output = case.output()
+    plain = case.output()
+    off = (output.float() - plain.float()).norm() / plain.float().norm().clamp_min(1e-12)
+    if not off < 0.05:
+        raise _broken(
+            case,
+            "autocast: the output is far from that in full precision",
+            expected="< 5 %",
+            got=f"{off:.1%}",
+        )
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------
+
+
+def _broken(case: _Case, problem: str, **details: object) -> BrokenContract:
+    return BrokenContract("check_shortcut", problem, layer=type(case.module).__name__, **details)  # type: ignore[arg-type]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def _guess_inputs(module: nn.Module) -> Tensor:
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            return torch.randn(4, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            shape = [4, layer.in_channels] + [8] * len(layer.kernel_size)
+            return torch.randn(shape, dtype=layer.weight.dtype, device=layer.weight.device)
+    raise SkipscopeError(
+        "check_shortcut", "no inputs were given, and none can be guessed", expected="a linear layer or a convolution",
+        got=type(module).__name__, cure="pass inputs=, a float tensor that the module takes",
+    )  # fmt: skip
