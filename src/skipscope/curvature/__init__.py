@@ -1,0 +1,10 @@
+"""Curvature: products with the Hessian, both ends of its spectrum with bounds, its density and trace."""
+
+from skipscope.curvature._ends import ends_of as ends_of
+from skipscope.curvature._ends import extreme_eigenvalues as extreme_eigenvalues
+from skipscope.curvature._operator import CurvatureOperator as CurvatureOperator
+from skipscope.curvature._operator import curvature_operator as curvature_operator
+from skipscope.curvature._results import ExtremeEigenvalues as ExtremeEigenvalues
+from skipscope.curvature._results import Layout as Layout
+from skipscope.curvature._results import SpectralDensity as SpectralDensity
+from skipscope.curvature._results import TraceEstimate as TraceEstimate

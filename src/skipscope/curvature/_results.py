@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 End = Literal["smallest", "largest"]
+_MATRICES = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Layout:
 
         ends = np.cumsum([math.prod(shape) for shape in self.shapes])
         parts = np.split(np.asarray(vector, dtype=float), ends[:-1])
-        return {name: torch.tensor(p).reshape(shape) for name, shape, p in zip(self.names, self.shapes, parts, strict=True)}
+        return {
+            name: torch.tensor(p).reshape(shape)
+            for name, shape, p in zip(self.names, self.shapes, parts, strict=True)
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +102,7 @@ class ExtremeEigenvalues(Result):
 
     @property
     def scale(self) -> float:
-        """max |lambda|, which the tolerance is relative to."""
+        """Max |lambda|, which the tolerance is relative to."""
         return float(max(abs(self.smallest[0]), abs(self.largest[0])))
 
     @property
@@ -122,23 +126,34 @@ class ExtremeEigenvalues(Result):
     def table(self) -> Table:
         """Each eigenvalue with its bound."""
         rows = [
-            [f"{end} {i + 1}" if len(self.largest) > 1 else end, f"{value:.6g}", f"+- {short(float(bound), 2)}"]
+            [
+                f"{end} {i + 1}" if len(self.largest) > 1 else end,
+                f"{value:.6g}",
+                f"+- {short(float(bound), 2)}",
+            ]
             for end, values, bounds in (
                 ("largest", self.largest, self.largest_residuals),
                 ("smallest", self.smallest, self.smallest_residuals),
             )
             for i, (value, bound) in enumerate(zip(values, bounds, strict=True))
         ]
-        matrix = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}.get(self.matrix, self.matrix)
         notes = [
             ("Converged" if self.converged else "NOT converged")
-            + f": tolerance {short(self.tol)} of max |lambda|, {self.products} products ({self.method}).",
+            + f": tolerance {short(self.tol)} of max |lambda|; {self.parameters:,} parameters, {self.products} products "
+            f"({self.method}).",
             "+- bounds the distance to an eigenvalue. That none lies farther out by more than the tolerance holds with "
             f"probability {_percent(self.probability)}, over the random start.",
         ]
         if len(self.largest) > 1:
-            notes.append(f"An eigenvalue that occurs several times is listed at most {self.block} time(s): block={self.block}.")
-        return Table(f"Ends of the spectrum of the {matrix}, {self.parameters:,} parameters", ["end", "lambda", "bound"], rows, notes)
+            notes.append(
+                f"An eigenvalue that occurs several times is listed at most {self.block} time(s): block={self.block}."
+            )
+        return Table(
+            f"Ends of the spectrum of the {_MATRICES[self.matrix]}",
+            ["end", "lambda", "bound"],
+            rows,
+            notes,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +202,7 @@ class SpectralDensity(Result):
     loss_name: str = ""
 
     def effective_dimension(self, ridge: float) -> tuple[float, float]:
-        """sum of lambda+ / (lambda+ + ridge) over eigenvalues (negative ones count zero), and its standard error.
+        """Sum of lambda+ / (lambda+ + ridge) over eigenvalues (negative ones count zero), and its standard error.
 
         Args:
             ridge: the curvature at which a direction counts half, e.g. the weight decay times the samples.
@@ -196,7 +211,9 @@ class SpectralDensity(Result):
             SkipscopeError: ``ridge`` is not positive.
         """
         if not ridge > 0:
-            raise SkipscopeError("effective_dimension", "the ridge is not positive", expected="a number > 0", got=ridge)
+            raise SkipscopeError(
+                "effective_dimension", "the ridge is not positive", expected="a number > 0", got=ridge
+            )
         above = np.clip(np.nan_to_num(self.nodes), 0, None)
         probes = self.parameters * (self.weights * above / (above + ridge)).sum(1)
         return float(probes.mean()), stderr_of(probes)
@@ -207,17 +224,29 @@ class SpectralDensity(Result):
             ["smallest node", short(float(np.nanmin(self.nodes))), ""],
             ["largest node", short(float(np.nanmax(self.nodes))), ""],
             ["trace", short(self.trace), f"+- {short(self.trace_stderr, 2)}"],
-            ["share of eigenvalues that are negative", short(self.negative_share), f"+- {short(self.negative_share_stderr, 2)}"],
-            ["share of curvature that is negative", short(self.negative_mass), f"+- {short(self.negative_mass_stderr, 2)}"],
+            [
+                "share of eigenvalues that are negative",
+                short(self.negative_share),
+                f"+- {short(self.negative_share_stderr, 2)}",
+            ],
+            [
+                "share of curvature that is negative",
+                short(self.negative_mass),
+                f"+- {short(self.negative_mass_stderr, 2)}",
+            ],
         ]
-        matrix = {"hessian": "Hessian", "gauss_newton": "Gauss-Newton matrix"}.get(self.matrix, self.matrix)
         notes = [
-            f"{len(self.nodes)} random probes of {self.nodes.shape[1]} steps, {self.products} products ({self.method}); "
-            "+- is one standard error over probes.",
-            f"An eigenvalue within {short(self.cut)} of zero counts as zero. The outermost nodes lie inside the spectrum; "
-            "extreme_eigenvalues gives the ends with bounds.",
+            f"{self.parameters:,} parameters; {len(self.nodes)} random probes of {self.nodes.shape[1]} steps, {self.products} products "
+            f"({self.method}); +- is one standard error over probes.",
+            f"An eigenvalue within {short(self.cut)} of zero counts as zero. The outermost nodes lie inside the "
+            "spectrum; extreme_eigenvalues gives the ends with bounds.",
         ]
-        return Table(f"Spectral density of the {matrix}, {self.parameters:,} parameters", ["quantity", "value", "error"], rows, notes)
+        return Table(
+            f"Spectral density of the {_MATRICES[self.matrix]}",
+            ["quantity", "value", "error"],
+            rows,
+            notes,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,8 +274,8 @@ class TraceEstimate(Result):
     def table(self) -> Table:
         """The trace and its error."""
         return Table(
-            f"Trace of the {self.matrix.replace('_', '-')} matrix, {self.parameters:,} parameters", ["trace", "standard error"],
-            [[self.value, self.stderr]], [f"{self.probes} probes, {self.products} products ({self.method})."],
+            f"Trace of the {_MATRICES[self.matrix]}", ["trace", "standard error"],
+            [[self.value, self.stderr]], [f"{self.parameters:,} parameters; {self.probes} probes, {self.products} products ({self.method})."],
         )  # fmt: skip
 
 

@@ -1,0 +1,230 @@
+"""Block Lanczos with a float64 basis, full (twice) re-orthogonalisation and thick restart; nothing about networks.
+
+Vocabulary, used all through this room. ``A [n, n]`` is symmetric and known only by products. The *basis* ``V [m, n]``
+has orthonormal rows; ``Q [b, n]`` is the next block, orthonormal and orthogonal to ``V``. They obey
+
+    A V' = V' H + Q' T',   H = V A V' [m, m],   T = Q A V' [b, m]
+
+so a Ritz pair ``H s = theta s`` has the residual ``|A V's - theta V's| = |T s|``, and an eigenvalue of A lies within
+that distance of theta (Parlett, *The Symmetric Eigenvalue Problem*, theorem 4.5.1). Because ``H`` is measured in full, not
+assumed tridiagonal, a restart from Ritz vectors (Wu & Simon 2000) needs no other formulas than the first steps do, and
+what should vanish in a symmetric matrix but does not measures the rounding error of the products as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor], Tensor]  # [b, n] float64 -> [b, n] float64
+_BREAKDOWN = 1e-12  # a remainder this small against the matrix is rounding: the space is invariant
+_SAFETY = 4.0  # on the estimate of the products' rounding error
+
+
+@dataclass
+class Step:
+    """One block taken in, for the certificate: its products on the basis, and the way to the next block.
+
+    Attributes:
+        measured: ``V A Q'`` ``[m, b]`` with Q already the last rows of V.
+        onward: ``[b', b]``: A's image of Q outside the basis, in the next block. No rows: the space is invariant.
+        dropped: the norm of what was cut off as rounding.
+    """
+
+    measured: np.ndarray
+    onward: np.ndarray
+    dropped: float
+
+
+@dataclass
+class Restart:
+    """A basis replaced by Ritz vectors: ``kept [m, p]`` holds their coordinates."""
+
+    kept: np.ndarray
+
+
+@dataclass
+class Krylov:
+    """The state of one run; :meth:`step` takes in one block.
+
+    Attributes:
+        product: ``A`` on a block of rows.
+        size: n.
+        room: rows the basis may have.
+        draw: gives a random block ``[b, n]``, for the start and after a breakdown.
+        rows: storage: the basis, and the next block behind it.
+        history: what happened, for the certificate; ends at the first invariant space.
+    """
+
+    product: Product
+    size: int
+    room: int
+    draw: Callable[[int], Tensor]
+    rows: Tensor
+    filled: int = 0
+    width: int = 0
+    products: int = 0
+    scale: float = 0.0
+    asymmetry: float = 0.0
+    invariant: bool = False
+    history: list[Step | Restart] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.projected = np.zeros((0, 0))
+        self.coupling = np.zeros((0, 0))  # V A Q', as expected by symmetry, [m, b]
+        self._lost, self._lost_count = 0.0, 0
+
+    def start(self, block: Tensor) -> None:
+        """Begin (again) with ``block [b, n]``, made orthogonal to the basis and to itself."""
+        kept, _, _ = self._orthonormal(block.clone(), floor=0.0)
+        self.width = kept.shape[0]
+        self.rows[self.filled : self.filled + self.width] = kept
+        self.coupling = np.zeros((self.filled, self.width))
+
+    @property
+    def exhausted(self) -> bool:
+        """The basis spans the whole space."""
+        return self.width == 0
+
+    def step(self) -> None:
+        """Take the next block into the basis: as many products as it has rows."""
+        m, b = self.filled, self.width
+        space = self.rows[: m + b]
+        image = self.product(space[m:])
+        self.products += b
+        self.scale = max(self.scale, float(torch.linalg.vector_norm(image, dim=1).max()))
+        measured = torch.zeros(m + b, b, dtype=torch.float64, device=space.device)
+        for _ in range(2):  # once is not enough: Giraud, Langou & Rozloznik 2005
+            part = space @ image.T
+            image -= part.T @ space
+            measured += part
+        columns = measured.cpu().numpy()
+        self._note_rounding(columns[:m] - self.coupling)
+        grown = np.zeros((m + b, m + b))
+        grown[:m, :m] = self.projected
+        grown[:m, m:], grown[m:, :m] = self.coupling, self.coupling.T
+        grown[m:, m:] = (columns[m:] + columns[m:].T) / 2
+        self.projected, self.filled = grown, m + b
+        self._next_block(image, columns)
+
+    def _next_block(self, image: Tensor, measured: np.ndarray) -> None:
+        m, b = self.filled, image.shape[0]
+        kept, onward, dropped = self._orthonormal(image, floor=_BREAKDOWN * self.scale)
+        if not self.invariant:
+            self.history.append(Step(measured, onward, dropped))
+        self.width = kept.shape[0]
+        self.coupling = np.zeros((m, self.width))
+        self.coupling[m - b :] = onward.T
+        if self.width:
+            self.rows[m : m + self.width] = kept
+        elif m < self.size:  # invariant: what else there is can only be met by a new start
+            self.invariant = True
+            self.start(self.draw(min(b, self.size - m)))
+
+    def _orthonormal(self, block: Tensor, floor: float) -> tuple[Tensor, np.ndarray, float]:
+        """Orthonormal rows for ``block`` (already projected once), its coordinates in them, and what was cut off."""
+        space, found = self.rows[: self.filled], []
+        room = self.size - self.filled
+        onward, dropped = np.zeros((min(block.shape[0], room), block.shape[0])), 0.0
+        for i, row in enumerate(block):
+            for j, other in enumerate(found):
+                inner = float(other @ row)
+                onward[j, i] += inner
+                row = row - inner * other
+            norm = float(torch.linalg.vector_norm(row))
+            if norm <= floor or norm == 0.0 or len(found) == room:
+                dropped = max(dropped, norm)
+                continue
+            row = row / norm
+            for _ in range(
+                2
+            ):  # what is left of a large image is relatively less orthogonal than the image was
+                for other in (space, torch.stack(found) if found else None):
+                    if other is not None:
+                        row = row - (other @ row) @ other
+            row = row / torch.linalg.vector_norm(row)
+            onward[len(found), i] = norm
+            found.append(row)
+        kept = torch.stack(found) if found else block[:0]
+        return kept, onward[: len(found)], dropped
+
+    def _note_rounding(self, difference: np.ndarray) -> None:
+        if difference.size:
+            self.asymmetry = max(self.asymmetry, float(np.abs(difference).max()))
+            self._lost += float((difference**2).sum())
+            self._lost_count += difference.size
+
+    @property
+    def noise(self) -> float:
+        """An upper estimate of the rounding error of one product: what asymmetry shows, over all coordinates."""
+        seen = (self._lost / self._lost_count * self.size) ** 0.5 if self._lost_count else 0.0
+        return _SAFETY * seen + 16 * np.finfo(float).eps * self.scale
+
+    def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ritz values ascending ``[m]``, their coordinates ``[m, m]``, and the bounds of their residuals ``[m]``."""
+        values, coordinates = np.linalg.eigh(self.projected)
+        residuals = (
+            np.linalg.norm(self.coupling.T @ coordinates, axis=0) if self.width else np.zeros(len(values))
+        )
+        return values, coordinates, residuals + self.noise
+
+    def vectors(self, coordinates: np.ndarray) -> Tensor:
+        """Ritz vectors ``[p, n]`` from their coordinates ``[m, p]``."""
+        return torch.from_numpy(coordinates.T.copy()).to(self.rows) @ self.rows[: self.filled]
+
+    def restart(self, chosen: np.ndarray) -> None:
+        """Keep only the Ritz vectors ``chosen`` (indices into :meth:`ritz`) and the next block."""
+        values, coordinates, _ = self.ritz()
+        kept = coordinates[:, chosen]
+        ahead = self.rows[self.filled : self.filled + self.width].clone()
+        self.rows[: len(chosen)] = self.vectors(kept)
+        self.filled = len(chosen)
+        self.rows[self.filled : self.filled + self.width] = ahead
+        self.projected = np.diag(values[chosen])
+        self.coupling = kept.T @ self.coupling
+        if not self.invariant:
+            self.history.append(Restart(kept))
+
+
+def gaussian_blocks(size: int, seed: int, device: torch.device | str = "cpu") -> Callable[[int], Tensor]:
+    """A source of random blocks ``[b, n]`` that leaves the global generators alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda rows: torch.randn(rows, size, generator=generator, dtype=torch.float64).to(device)
+
+
+def begin(
+    product: Product,
+    size: int,
+    *,
+    block: int,
+    room: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    start: Tensor | None = None,
+) -> Krylov:
+    """A run that has made no product yet.
+
+    Args:
+        product: ``A`` on rows ``[b, n]``.
+        size: n.
+        block: random start vectors.
+        room: rows the basis may have; at most n.
+        seed: of the random vectors.
+        device: where the basis lives.
+        start: rows ``[p, n]`` to begin with instead.
+    """
+    draw = gaussian_blocks(size, seed, device)
+    block = min(block, size)
+    rows = torch.zeros(
+        min(room, size) + (start.shape[0] if start is not None else block),
+        size,
+        dtype=torch.float64,
+        device=device,
+    )
+    state = Krylov(product, size, min(room, size), draw, rows)
+    state.start(draw(block) if start is None else start.to(rows))
+    return state

@@ -1,0 +1,352 @@
+"""The Hessian or Gauss-Newton matrix of a loss over data, as something to multiply with.
+
+The loss over several batches is their weighted mean (or sum), and so is its matrix; products are summed in float64. The
+first product on the first batch tries the rungs of the ladder from the cheapest; what ran is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from skipscope._data import Batch, Batches, Objective, read, tensors_in
+from skipscope._errors import SkipscopeError
+from skipscope._untouched import random_state_kept
+from skipscope.curvature._gauss_newton import GaussNewtonDifferences, GaussNewtonForward, GaussNewtonReverse
+from skipscope.curvature._modes import (
+    FiniteDifferences,
+    ForwardOverReverse,
+    Mode,
+    ReverseOverReverse,
+    Tangent,
+)
+from skipscope.curvature._private import PrivateModel, Selection, private_model
+from skipscope.curvature._results import Layout
+
+Matrix = Literal["hessian", "gauss_newton"]
+_MODES: dict[str, tuple[Mode, Mode, Mode]] = {
+    "hessian": (ReverseOverReverse(), ForwardOverReverse(), FiniteDifferences()),
+    "gauss_newton": (GaussNewtonReverse(), GaussNewtonForward(), GaussNewtonDifferences()),
+}
+_MEMORY = 1 << 30
+
+
+class CurvatureOperator(LinearOperator):
+    """The matrix of second derivatives of a loss, known by its products; a ``scipy.sparse.linalg.LinearOperator``.
+
+    Made by :func:`curvature_operator`. It keeps a copy of the model as it was then.
+
+    Attributes:
+        shape: ``(n, n)``, n the number of parameters chosen.
+        matrix: "hessian" or "gauss_newton".
+        layout: how a vector ``[n]`` is cut into parameters.
+        products: vectors multiplied so far, the trial of the modes included.
+        tried: for each mode that was refused, why.
+    """
+
+    def __init__(
+        self,
+        model: PrivateModel,
+        data: Batches,
+        matrix: Matrix,
+        *,
+        mode: str | None = None,
+        memory: int = _MEMORY,
+    ):
+        self.model, self.data, self.matrix = model, data, matrix
+        self.layout: Layout = model.layout
+        self.products = 0
+        self.tried: dict[str, str] = {}
+        self.held_bytes = 0
+        self._memory, self._held, self._shares = memory, {}, None
+        self._rungs = [r for r in _ladder(matrix) if mode is None or mode in r[0]]
+        if not self._rungs:
+            raise SkipscopeError(
+                model.operation,
+                f"unknown mode {mode!r}",
+                expected="one of " + ", ".join(r[0] for r in _ladder(matrix)),
+            )
+        super().__init__(np.dtype(np.float64), (self.layout.size, self.layout.size))
+        self._choose()
+
+    # --- as a matrix ---
+
+    @property
+    def device(self) -> torch.device:
+        """Where products come back."""
+        return self.model.parameters[0].device
+
+    @property
+    def method(self) -> str:
+        """The mode that runs."""
+        name, held, total = self._rungs[0][0], len(self._held), len(self._shares or ())
+        if not held:
+            return name
+        return (
+            f"{name}, cached graph"
+            if held == total
+            else f"{name}, cached graph for {held} of {total} batches"
+        )
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """The matrix times each row of ``vectors [b, n]``, in float64.
+
+        Raises:
+            SkipscopeError: a product is not finite; the batch is named.
+        """
+        tangents = [self._cut(vector) for vector in vectors]
+        total = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+        for index, batch, share in self._batches():
+            found = self._on_batch(index, batch, tangents)
+            rows = torch.stack([torch.cat([part.reshape(-1).double() for part in parts]) for parts in found])
+            if not math.isfinite(float(rows.sum())):
+                self._refuse_nonfinite(index, batch, found)
+            total += share * rows.to(total.device)
+        self.products += vectors.shape[0]
+        return total
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._matmat(np.asarray(x).reshape(-1, 1))[:, 0]
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        rows = torch.from_numpy(np.array(X.T, dtype=np.float64))
+        return self.apply(rows).cpu().numpy().T
+
+    def _adjoint(self) -> CurvatureOperator:
+        return self
+
+    def move_to(self, values: list[Tensor]) -> None:
+        """Measure at other values of the chosen parameters (a landscape's next point)."""
+        self.model.move_to(values)
+        self._held.clear()
+        self.held_bytes = 0
+
+    # --- batches ---
+
+    def _batches(self) -> Iterator[tuple[int, Batch, float]]:
+        """Every batch that counts, with its number and its share of the mean (or 1 in a sum)."""
+        if self._shares is None:
+            self._shares = self._count_shares()
+        if len(self._held) == len(self._shares):  # nothing is run anew: the data need not be read
+            yield from ((index, None, share) for index, share in self._shares.items())
+            return
+        with random_state_kept(self.model.seed):  # a shuffling loader gives the same batches in every pass
+            items = enumerate(self.data)
+            while (item := next(items, None)) is not None:
+                if item[0] in self._shares:
+                    yield item[0], item[1], self._shares[item[0]]
+
+    def _count_shares(self) -> dict[int, float]:
+        objective: Objective = self.model.objective
+        if self.data.single or objective.sums:
+            with random_state_kept(self.model.seed):
+                return dict.fromkeys(range(1 if self.data.single else sum(1 for _ in self.data)), 1.0)
+        with random_state_kept(self.model.seed):
+            weights = {i: float(objective.weight(batch)) for i, batch in enumerate(self.data)}
+        total = sum(weights.values())
+        if not total > 0:
+            raise SkipscopeError(
+                self.model.operation, "no batch counts for anything, so the mean over batches is undefined",
+                expected="weights with a positive sum", got=f"a sum of {total}", 
+                cure="check weight=, or the labels that are ignored",
+            )  # fmt: skip
+        return {i: weight / total for i, weight in weights.items() if weight}
+
+    # --- products of a batch ---
+
+    def _on_batch(self, index: int, batch: Batch, tangents: list[Tangent]) -> list[Tangent]:
+        _, mode, attention = self._rungs[0]
+        with attention():
+            prepared = self._held.get(index)
+            if prepared is None:
+                prepared = mode.prepare(self.model, batch, index)
+                self._hold(index, prepared)
+            return mode.product(prepared, tangents)
+
+    def _hold(self, index: int, prepared: Any) -> None:
+        if not isinstance(self._rungs[0][1], ReverseOverReverse | GaussNewtonReverse):
+            return
+        size = graph_bytes(prepared)
+        if self.held_bytes + size <= self._memory:
+            self._held[index] = prepared
+            self.held_bytes += size
+
+    def _choose(self) -> None:
+        """Try the rungs on the first batch that counts; the first that works stays."""
+        index, batch, _ = next(iter(self._batches()))
+        self.model.output_and_loss(batch, index)  # a user's own error comes out as such
+        generator = torch.Generator().manual_seed(0)
+        trial = self._cut(torch.randn(self.layout.size, generator=generator, dtype=torch.float64))
+        self.products += 1
+        while True:
+            try:
+                self._on_batch(index, batch, [trial])
+                return
+            except SkipscopeError:
+                raise
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a mode cannot do, the next may
+                self.tried[self._rungs[0][0]] = (
+                    f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+                )
+                self._held.clear()
+                self.held_bytes = 0
+                if len(self._rungs) == 1:
+                    raise SkipscopeError(
+                        self.model.operation, "no way to multiply with the matrix works on this model",
+                        got="; ".join(f"{name}: {why}" for name, why in self.tried.items()),
+                    ) from error  # fmt: skip
+                self._rungs.pop(0)
+
+    def _cut(self, vector: Tensor) -> Tangent:
+        parts = torch.split(vector, [p.numel() for p in self.model.parameters])
+        return [
+            part.to(p.device, p.dtype).reshape(p.shape)
+            for part, p in zip(parts, self.model.parameters, strict=True)
+        ]
+
+    def _refuse_nonfinite(self, index: int, batch: Batch, found: list[Tangent]) -> None:
+        if batch is None:
+            with random_state_kept(self.model.seed):
+                batch = next(b for i, b in enumerate(self.data) if i == index)
+        _, loss = self.model.output_and_loss(batch, index)
+        bad = [
+            n
+            for n, g in zip(self.layout.names, self.model.gradients(batch, index), strict=True)
+            if not g.isfinite().all()
+        ]
+        if not loss.isfinite():
+            what, layer = f"the loss itself is {float(loss.detach())}", None
+        elif bad:
+            what, layer = f"the loss is {float(loss.detach()):.4g} but its gradient is not finite", bad[0]
+        else:
+            layer = next(
+                (
+                    n
+                    for parts in found
+                    for n, part in zip(self.layout.names, parts, strict=True)
+                    if not part.isfinite().all()
+                ),
+                None,
+            )
+            what = "loss and gradient are finite, but a second derivative is not (a square root at 0, for instance)"
+        raise SkipscopeError(
+            self.model.operation, f"a product is not finite on batch {index}: {what}", layer=layer,
+            expected="finite numbers",
+            cure="look at that batch and layer; float64, or a smaller learning rate before measuring, may help",
+        )  # fmt: skip
+
+
+def curvature_operator(
+    model: nn.Module,
+    data: Any,
+    loss: Any = None,
+    *,
+    matrix: Matrix = "hessian",
+    parameters: Selection = None,
+    weight: Callable[[Batch], float] | None = None,
+    training: bool | None = False,
+    seed: int = 0,
+    mode: str | None = None,
+    memory: int = _MEMORY,
+) -> CurvatureOperator:
+    """The Hessian or Gauss-Newton matrix of a loss, to multiply with. Local: under DDP it sees this rank's data.
+
+    Args:
+        model: any module; it is copied and left as found.
+        data: one batch, or a re-iterable of batches.
+        loss: ``loss(output, target)``; None when the output carries ``.loss``; or an ``@ss.objective``.
+        matrix: "hessian", or "gauss_newton": the Hessian of the loss with the model replaced by its linearisation.
+        parameters: names or patterns (``"layer1.*"``) of what it is taken in; default: all that require a gradient.
+        weight: what a batch counts for in the mean; default: the loss's own normaliser.
+        training: False runs in eval mode, True in training mode, None leaves each module's flag.
+        seed: of random numbers inside the model (dropout), the same in every product.
+        mode: which way to make products; default: the first that works of "reverse over reverse", "forward over
+            reverse", the two with plain attention ("math attention"), and "finite differences".
+        memory: bytes that kept graphs may take; batches beyond it are run anew for each product.
+
+    Returns:
+        A scipy ``LinearOperator`` of shape ``(n, n)`` in float64, with ``.method``, ``.products`` and ``.apply`` for
+        rows of torch vectors.
+
+    Raises:
+        SkipscopeError: data or loss cannot be read, batches cannot be averaged, or no mode works.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1)
+        >>> operator = ss.curvature_operator(torch.nn.Linear(1, 1, bias=False), (x, y), torch.nn.functional.mse_loss)
+        >>> operator.matvec([1.0])  # 2/N x'x
+        array([5.])
+    """
+    return open_operator(
+        "curvature_operator", model, data, loss, matrix=matrix, parameters=parameters, weight=weight, training=training,
+        seed=seed, mode=mode, memory=memory,
+    )  # fmt: skip
+
+
+def open_operator(
+    operation: str,
+    model: nn.Module,
+    data: Any,
+    loss: Any,
+    *,
+    matrix: Matrix = "hessian",
+    parameters: Selection = None,
+    weight: Callable[[Batch], float] | None = None,
+    training: bool | None = False,
+    seed: int = 0,
+    mode: str | None = None,
+    memory: int = _MEMORY,
+) -> CurvatureOperator:
+    """:func:`curvature_operator` in the name of another public call."""
+    if matrix not in get_args(Matrix):
+        raise SkipscopeError(
+            operation, f"unknown matrix {matrix!r}", expected=" or ".join(map(repr, get_args(Matrix)))
+        )
+    batches, objective = read(model, data, loss, operation, weight=weight)
+    own = private_model(model, objective, operation, parameters=parameters, training=training, seed=seed)
+    return CurvatureOperator(own, batches, matrix, mode=mode, memory=memory)
+
+
+def _ladder(matrix: str) -> list[tuple[str, Mode, Callable[[], Any]]]:
+    reverse, forward, differences = _MODES[matrix]
+    return [
+        (reverse.name, reverse, contextlib.nullcontext),
+        (forward.name, forward, contextlib.nullcontext),
+        (f"{reverse.name}, math attention", reverse, _math_attention),
+        (f"{forward.name}, math attention", forward, _math_attention),
+        (differences.name, differences, contextlib.nullcontext),
+    ]
+
+
+def _math_attention():
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def graph_bytes(prepared: Any) -> int:
+    """The memory that a graph keeps alive: every distinct storage saved for a backward pass."""
+    waiting = [t.grad_fn for t in tensors_in(prepared) if t.grad_fn is not None]
+    seen, storages = set(), {}
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+        for name in dir(node):
+            if name.startswith("_saved_") or name == "saved_tensors":
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    for tensor in tensors_in(getattr(node, name)):
+                        storage = tensor.untyped_storage()
+                        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

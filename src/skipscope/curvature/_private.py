@@ -1,0 +1,167 @@
+"""A copy of the user's model whose parameters are ours to move and to differentiate, and the loss of a batch on it."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._data import Batch, Objective
+from skipscope._errors import SkipscopeError
+from skipscope._untouched import untouched
+from skipscope.curvature._results import Layout
+
+Selection = str | Iterable[str] | None
+
+
+@dataclass
+class PrivateModel:
+    """A model of our own, equal to the user's when it was made.
+
+    Attributes:
+        module: the copy.
+        names: of the chosen parameters.
+        parameters: the chosen parameters, leaves that require a gradient; all others do not.
+        objective: the loss.
+        training: the mode it runs in; None keeps each module's flag.
+        seed: of the random numbers of the first batch; every pass over a batch draws the same.
+        operation: named in errors.
+    """
+
+    module: nn.Module
+    names: list[str]
+    parameters: list[nn.Parameter]
+    objective: Objective
+    training: bool | None
+    seed: int
+    operation: str
+
+    @property
+    def layout(self) -> Layout:
+        """How flat vectors are cut."""
+        return Layout(tuple(self.names), tuple(tuple(p.shape) for p in self.parameters))
+
+    def running(self, index: int):
+        """The context in which batch number ``index`` is run."""
+        return untouched(
+            self.module, training=self.training, seed=self.seed + index, operation=self.operation
+        )
+
+    def output_and_loss(self, batch: Batch, index: int, *, output: bool = False) -> tuple[Any, Tensor]:
+        """The loss of a batch, with its graph; and the model's output if it is asked for (else None)."""
+        from skipscope._data import forward
+
+        with self.running(index):
+            self._own_buffers()
+            if not output:
+                return None, self.objective(self.module, batch)
+            assert self.objective.from_output is not None
+            found = forward(self.module, batch, self.operation)
+            return found, self.objective.from_output(found, batch)
+
+    def _own_buffers(self) -> None:
+        # Statistics that a forward pass updates are saved in its graph: each graph gets its own.
+        for module in self.module.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.clone()
+
+    def gradients(self, batch: Batch, index: int) -> list[Tensor]:
+        """The gradient of the loss of a batch, one tensor a parameter."""
+        _, loss = self.output_and_loss(batch, index)
+        return gradients_of(loss, self.parameters)
+
+    def move_to(self, values: Iterable[Tensor]) -> None:
+        """Give the chosen parameters other values."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.copy_(value)
+
+
+def gradients_of(loss: Tensor, parameters: list[nn.Parameter], *, create_graph: bool = False) -> list[Tensor]:
+    """dL/dp for each parameter, zeros where the loss does not depend on it."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def private_model(
+    model: nn.Module,
+    objective: Objective,
+    operation: str,
+    *,
+    parameters: Selection = None,
+    training: bool | None = False,
+    seed: int = 0,
+) -> PrivateModel:
+    """Copy ``model``; see :class:`PrivateModel`.
+
+    Args:
+        model: the user's; only read.
+        objective: the loss.
+        operation: named in errors.
+        parameters: names or patterns (``"layer1.*"``); None for all that require a gradient.
+        training: the mode to run in.
+        seed: of the random numbers inside the model.
+
+    Raises:
+        SkipscopeError: the model cannot be copied, or no parameter was chosen.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper cannot be differentiated twice
+    own = _copied(model, operation)
+    chosen = _chosen(
+        [n for n, p in model.named_parameters() if p.requires_grad], parameters, model, operation
+    )
+    found = dict(own.named_parameters())
+    for name, parameter in found.items():
+        parameter.requires_grad_(name in chosen)
+        parameter.grad = None
+    names = [name for name in found if name in chosen]
+    return PrivateModel(own, names, [found[n] for n in names], objective, training, seed, operation)
+
+
+def _copied(model: nn.Module, operation: str) -> nn.Module:
+    # Tensors with a history (an old weight norm's weight) are made anew by each forward pass and cannot be copied.
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        with torch.no_grad():
+            return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise SkipscopeError(
+            operation, f"the model cannot be copied ({type(error).__name__}: {str(error)[:200]})",
+            expected="a model that copy.deepcopy accepts, because curvature is measured on a copy",
+            cure="keep open files, locks and tensors with a graph out of the model's attributes",
+        ) from error  # fmt: skip
+
+
+def _chosen(available: list[str], wanted: Selection, model: nn.Module, operation: str) -> set[str]:
+    every = [name for name, p in model.named_parameters() if p.is_floating_point()]
+    if wanted is None:
+        chosen, pattern = set(available), "all that require a gradient"
+    else:
+        patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+        for one in patterns:
+            if not fnmatch.filter(every, one):
+                raise SkipscopeError(
+                    operation, f"no parameter is called {one!r}",
+                    expected=", ".join(every[:8]) + (", ..." if len(every) > 8 else ""),
+                    cure='names as in model.named_parameters(), or patterns such as "layer1.*"',
+                )  # fmt: skip
+        chosen, pattern = {n for one in patterns for n in fnmatch.filter(every, one)}, ", ".join(patterns)
+    if not chosen:
+        raise SkipscopeError(
+            operation, "there is no parameter to measure the curvature in", got=pattern,
+            cure='requires_grad_(True), or parameters=["..."]',
+        )  # fmt: skip
+    return chosen
