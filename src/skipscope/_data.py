@@ -166,6 +166,18 @@ def batch_size(batch: Batch) -> int:
     return 1
 
 
+def rows(batch: Any, index: Tensor | slice) -> Any:
+    """Some samples of a batch: what has the batch's length is indexed, everything else is kept."""
+    n = batch_size(batch)
+
+    def some(tensor: Tensor) -> Tensor:
+        if not tensor.ndim or tensor.shape[0] != n:
+            return tensor
+        return tensor[index.to(tensor.device) if isinstance(index, Tensor) else index]
+
+    return map_tensors(batch, some)
+
+
 # --- loss -----------------------------------------------------------------------------------------------------------
 
 
@@ -336,36 +348,46 @@ def mean_loss(model: nn.Module, data: Batches, loss: Objective) -> float:
 def _checked_weight(
     model: nn.Module, data: Batches, loss: Objective, operation: str
 ) -> Callable[[Batch], float]:
-    # Uneven parts, so that a plain average of the two is caught as well.
-    whole = next((b for b in islice(data, 8) if batch_size(b) > 1), None)
-    if whole is None:
-        return loss.weight
-    n = batch_size(whole)
-    cut = max(1, n // 3)
-    parts = [map_tensors(whole, lambda t, part=part: t[part] if t.ndim and t.shape[0] == n else t)
-             for part in (slice(0, cut), slice(cut, n))]  # fmt: skip
-    parts = [tuple(part) if isinstance(whole, tuple) else part for part in parts]
+    """The first weight under which every batch that was tried equals its two parts."""
+    standing = [loss.weight, *loss.candidates]
     with untouched(model, training=False, seed=0, operation=operation), torch.no_grad():
-        value, first, second = (loss(model, batch) for batch in (whole, *parts))
-        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(value.dtype, 2e-2)
-        value, first, second = float(value), float(first), float(second)
+        for whole in islice((b for b in islice(data, 8) if batch_size(b) > 1), 2):
+            n = batch_size(whole)
+            # Uneven parts too, so that a plain average of the two is caught as well.
+            for cut in {max(1, n // 3), n // 2}:
+                value, averages = _split(model, loss, whole, cut, standing)
+                tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(value.dtype, 2e-2)
+                target = float(value)
+                near = [
+                    abs(a - target) <= tolerance * max(abs(target), 1e-12) or target != target
+                    for a in averages
+                ]
+                if not any(near):
+                    raise SkipscopeError(
+                        operation, "the loss of a batch is not the weighted mean of the losses of its two parts, so "
+                        f"batches cannot be averaged (loss: {loss.name})",
+                        expected=f"{target:.9g}, the loss of one batch of {n}",
+                        got=f"{averages[0]:.9g} from its parts of {cut} and {n - cut}",
+                        cure="say what a batch counts for: weight=lambda batch: ... (the loss's own denominator, e.g. "
+                        "the number of labels that are not ignored)",
+                    )  # fmt: skip
+                standing = [weigh for weigh, ok in zip(standing, near) if ok]
+    return standing[0]
+
+
+def _split(
+    model: nn.Module, loss: Objective, whole: Batch, cut: int, weights: Sequence[Callable[[Batch], float]]
+) -> tuple[Tensor, list[float]]:
+    """The loss of a batch, and what each weight makes of the losses of its first ``cut`` samples and the rest."""
+    n = batch_size(whole)
+    parts = [rows(whole, slice(0, cut)), rows(whole, slice(cut, n))]
+    value, first, second = (loss(model, batch) for batch in (whole, *parts))
     averages = []
-    for weigh in (loss.weight, *loss.candidates):
+    for weigh in weights:
         a, b = (float(weigh(part)) for part in parts)
-        average = (
-            ((a * first if a else 0.0) + (b * second if b else 0.0)) / (a + b) if a + b else float("nan")
-        )
-        averages.append(average)
-        if abs(average - value) <= tolerance * max(abs(value), 1e-12) or value != value:
-            return weigh
-    raise SkipscopeError(
-        operation, "the loss of a batch is not the weighted mean of the losses of its two parts, so batches cannot be "
-        f"averaged (loss: {loss.name})",
-        expected=f"{value:.9g}, the loss of one batch of {n}",
-        got=f"{averages[0]:.9g} from its parts of {cut} and {n - cut}",
-        cure="say what a batch counts for: weight=lambda batch: ... (the loss's own denominator, e.g. the number of "
-        "labels that are not ignored)",
-    )  # fmt: skip
+        total = (a * float(first) if a else 0.0) + (b * float(second) if b else 0.0)
+        averages.append(total / (a + b) if a + b else float("nan"))
+    return value, averages
 
 
 # --- readings of a loss ---------------------------------------------------------------------------------------------

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from skipscope._data import as_batches, batch_size, inputs_of, read
+from skipscope._data import as_batches, batch_size, inputs_of, read, rows
 from skipscope._errors import SkipscopeError
 from skipscope._progress import say
 from skipscope._untouched import random_state_kept, require_module, untouched
 from skipscope._version import __version__
 from skipscope.comparison._measure import Clock, Probe, attempt
 from skipscope.comparison._results import Comparison, Rung, StrengthSweep, Training, Twin
-from skipscope.comparison._stream import rows
 from skipscope.comparison._train import RATES, train_and_keep
 from skipscope.comparison._words import claims, methods, summary
 from skipscope.flow import GradientFlow, GradientSplit, Importance, PathSpectrum

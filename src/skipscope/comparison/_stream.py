@@ -7,9 +7,8 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from skipscope._data import Batches, batch_size, map_tensors
+from skipscope._data import Batches, batch_size, rows
 
 # A data set of more batches than this is not held in memory: its own order is used, and re-started at its end.
 HELD = 512
@@ -48,14 +47,3 @@ class Stream:
             else:
                 for i in torch.randperm(len(self.held), generator=generator).tolist():
                     yield self.held[i]
-
-
-def rows(batch: Any, index: Tensor | slice) -> Any:
-    """Some samples of a batch: what has the batch's length is indexed, everything else is kept."""
-    n = batch_size(batch)
-    return map_tensors(
-        batch,
-        lambda t: (
-            t[index.to(t.device) if isinstance(index, Tensor) else index] if t.ndim and t.shape[0] == n else t
-        ),
-    )

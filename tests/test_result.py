@@ -1,0 +1,144 @@
+"""Results: frozen, printed, plain, saved and loaded; files whole or not at all; hostile files refused."""
+
+import dataclasses
+import json
+import os
+import stat
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import skipscope as ss
+from skipscope._errors import MissingExtra, SkipscopeError
+from skipscope._files import write_whole
+from skipscope._result import Result, Table, dumps, loads
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    name: str
+    value: float | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SampleOfAResult(Result):
+    values: np.ndarray
+    inner: tuple[Inner, ...]
+    by_name: dict[str, float]
+    pair: tuple[int, float]
+    maybe: Inner | None = None
+
+    def table(self):
+        return Table("a sample", ["name", "value"], [[i.name, i.value] for i in self.inner], ["a note"])
+
+
+def sample(**changes):
+    fields = {
+        "values": np.array([[1.5, np.nan], [np.inf, -np.inf]]),
+        "inner": (Inner("a", 0.25), Inner("[red]b[/red]", None)),
+        "by_name": {"x": 1e-300, "y": float("inf")},
+        "pair": (3, 0.1),
+    }
+    return SampleOfAResult(**{**fields, **changes})
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    before = sample()
+    path = before.save(tmp_path / "sample.json")
+    after = ss.load(path)
+    assert type(after) is SampleOfAResult
+    np.testing.assert_array_equal(after.values, before.values)
+    assert after.inner == before.inner
+    assert after.by_name == before.by_name
+    assert after.pair == before.pair
+    assert json.loads(path.read_text())["skipscope"] == ss.__version__
+
+
+@given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=5), st.text(max_size=20))
+@settings(max_examples=60, deadline=None)
+def test_every_number_and_string_survives(numbers, text):
+    after = loads(dumps(sample(values=np.array(numbers), inner=(Inner(text, numbers[0]),))))
+    np.testing.assert_array_equal(after.values, np.array(numbers))
+    assert after.inner[0].name == text
+
+
+def test_it_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sample().pair = (1, 2)
+
+
+def test_it_prints_as_a_table_and_markup_is_only_text():
+    text = str(sample())
+    assert "a sample" in text
+    assert "[red]b[/red]" in text
+    assert "0.250" in text
+    assert all(len(line) <= 80 for line in sample().table().text(80).splitlines())
+
+
+def test_to_dict_is_plain():
+    plain = sample().to_dict()
+    assert plain["inner"][0] == {"name": "a", "value": 0.25}
+    assert plain["values"][0][0] == 1.5
+    assert isinstance(plain["values"], list)
+
+
+def test_every_cut_of_a_file_is_refused(tmp_path):
+    text = dumps(sample())
+    path = tmp_path / "cut.json"
+    for end in range(len(text) - 1):
+        path.write_text(text[:end])
+        with pytest.raises(SkipscopeError):
+            ss.load(path)
+
+
+HOSTILE = [
+    "", "null", "[]", "{}", '{"result": 3}', '{"result": "os.system", "data": {}}', '{"result": "Path", "data": "/"}',
+    '{"result": "SampleOfAResult", "data": {"values": "__import__(\'os\')"}}',
+    '{"result": "SampleOfAResult", "data": []}', '{"result": ["SampleOfAResult"], "data": {}}', "\x00\x01", "[" * 100000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_files_are_refused(text, tmp_path):
+    path = tmp_path / "hostile.json"
+    path.write_text(text)
+    with pytest.raises(SkipscopeError, match="load"):
+        ss.load(path)
+
+
+def test_a_missing_file_and_an_unknown_ending(tmp_path):
+    with pytest.raises(SkipscopeError, match=r"nowhere\.json"):
+        ss.load(tmp_path / "nowhere.json")
+    with pytest.raises(SkipscopeError, match=r"\.docx"):
+        sample().save(tmp_path / "x.docx")
+
+
+def test_a_file_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = write_whole(tmp_path / "a.txt", "old")
+    assert stat.S_IMODE(path.stat().st_mode) & 0o400
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SkipscopeError, match="No space left"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(SkipscopeError, match="choose a folder"):
+        sample().save(tmp_path / "no" / "such" / "folder.json")
+
+
+def test_errors_cross_process_borders_whole():
+    import pickle
+
+    error = SkipscopeError("ablate", "no", layer="a.b", expected=1, got=2, cure="do this")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert (again.layer, again.cure) == ("a.b", "do this")
+    assert 'pip install "skipscope[hf]"' in str(MissingExtra("compare", "transformers", "hf"))
