@@ -1,0 +1,106 @@
+"""Why the gradient changes: the gain of the weights and the slope of the activation functions, stretch by stretch.
+
+For a stretch between two boundaries, a weight W puts RMS(W) sqrt(fan-out) on the gradient's RMS and an activation
+function the RMS of its derivative (mean-field theory; Schoenholz 2016, Pennington 2017): in a plain network their
+product is the factor at the boundary, but for correlations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from skipscope._data import Batch, Objective
+from skipscope.flow._measure import Tap
+from skipscope.flow._verdict import Clue
+
+_ACTIVATIONS = {
+    getattr(owner, name)
+    for owner in (torch, F, Tensor, torch._C._nn)
+    for name in (
+        "relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "gelu", "silu", "mish", "elu", "elu_", "selu", "selu_",
+        "celu", "leaky_relu", "leaky_relu_", "softplus", "hardtanh", "hardsigmoid", "hardswish", "relu6", "softsign",
+        "logsigmoid", "erf", "sin", "cos",
+    )
+    if hasattr(owner, name)
+}  # fmt: skip
+_LINEAR = {F.linear, torch._C._nn.linear}
+_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
+SATURATED = 0.05  # of the greatest slope
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes weights and activation functions as they are called, under the number of the last boundary passed."""
+
+    def __init__(self, names: dict[int, str]):
+        super().__init__()
+        self.names, self.at, self.busy = names, -1, False
+        self.gains: dict[int, list[tuple[str, float]]] = {}
+        self.slopes: dict[int, list[tuple[str, float, float, float]]] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.busy or not args or not isinstance(args[0], Tensor):
+            return func(*args, **kwargs)
+        if func in _ACTIVATIONS and args[0].is_floating_point():
+            self.slopes.setdefault(self.at, []).append(self.slope(func, args, kwargs))
+        elif func in _LINEAR or func in _CONVOLUTIONS:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            stride = (args[3] if len(args) > 3 else kwargs.get("stride", 1)) if func in _CONVOLUTIONS else 1
+            self.gains.setdefault(self.at, []).append((self.names.get(id(weight), "weight"), gain(weight, stride)))
+        return func(*args, **kwargs)
+
+    def slope(self, func: Any, args: tuple, kwargs: dict) -> tuple[str, float, float, float]:
+        self.busy = True
+        try:
+            with torch.enable_grad():
+                x = args[0].detach().clone().requires_grad_()
+                y = func(x.clone(), *args[1:], **{k: v for k, v in kwargs.items() if k != "inplace"})
+                (d,) = torch.autograd.grad(y.sum(), x)
+        finally:
+            self.busy = False
+        size = d.abs().double()
+        top = max(float(size.max()), 0.25 if "sigmoid" in func.__name__ else 1.0) if size.numel() else 1.0
+        rms = math.sqrt(float(size.square().mean())) if size.numel() else 1.0
+        return (
+            func.__name__.strip("_"), rms, float((size < SATURATED * top).double().mean()),
+            float((size == 0).double().mean()),
+        )  # fmt: skip
+
+
+def gain(weight: Tensor, stride: Any = 1) -> float:
+    """RMS(W) sqrt(fan-out): what a linear map with independent weights does to the RMS of a gradient.
+
+    Example:
+        >>> round(gain(torch.eye(4)), 6)
+        1.0
+    """
+    strides = stride if isinstance(stride, tuple | list) else [stride] * (weight.ndim - 2)
+    fan_out = weight.shape[0] * math.prod(weight.shape[2:]) / math.prod(strides)
+    return math.sqrt(float(weight.detach().double().square().mean()) * fan_out)
+
+
+def clues(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap) -> tuple[Clue, ...]:
+    """One clue for each step from a boundary to the next: ``[count - 1]``, from a forward pass over one batch."""
+    recorder = _Recorder({id(p): name for name, p in model.named_parameters()})
+
+    def touch(i: int, activation: Tensor) -> Tensor:
+        recorder.at = i
+        return activation
+
+    with torch.no_grad(), tap(touch), recorder:
+        loss(model, batch)
+    return tuple(_clue(recorder.gains.get(i, []), recorder.slopes.get(i, [])) for i in range(count - 1))
+
+
+def _clue(gains: list[tuple[str, float]], slopes: list[tuple[str, float, float, float]]) -> Clue:
+    worst = min(slopes, key=lambda s: s[1], default=(None, 1.0, 0.0, 0.0))
+    return Clue(
+        worst[0], math.prod(s[1] for s in slopes), worst[2], worst[3], math.prod(g for _, g in gains),
+        min(gains, key=lambda g: g[1])[0] if gains else None,
+    )  # fmt: skip

@@ -1,0 +1,267 @@
+"""A forward pass cut at every merge, and the walk back over the pieces that sorts the gradient by path length.
+
+Vocabulary. A *cut* is the output of a merge, detached: an independent leaf for all that follows. Between cuts lie
+*segments*, ordinary autograd graphs. A cut's *stack* is its gradient taken apart: ``[hi - lo + 1, *shape]``, row k - lo
+being the sum over all paths from the loss to the cut that cross k branch operands. The walk goes from the last cut to
+the first: when it reaches one its stack is complete, since all that use it come later. The stack goes through the
+merge to its operands; the rows of a branch operand move up by one; then all operands go back together through their
+segments to the cuts before. Few lengths exist near the loss, and no gradient of a weight is computed unless asked for:
+this is why all lengths together cost less than as many plain backward passes.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._data import Batch, Objective
+from skipscope.shortcuts import tap_boundaries, tap_merges
+
+
+@dataclass
+class Stack:
+    """Gradients by length: row i belongs to length ``low + i``."""
+
+    low: int
+    rows: Tensor
+
+    @property
+    def high(self) -> int:
+        """The greatest length in it."""
+        return self.low + self.rows.shape[0] - 1
+
+    def spread(self, low: int, high: int) -> Tensor:
+        """The rows from ``low`` to ``high``, zeros where there are none."""
+        before, after = self.low - low, high - self.high
+        if not before and not after:
+            return self.rows
+        return torch.cat([self.rows.new_zeros(before, *self.rows.shape[1:]), self.rows,
+                          self.rows.new_zeros(after, *self.rows.shape[1:])])  # fmt: skip
+
+    def plus(self, other: Stack) -> Stack:
+        """The sum, over all lengths that either has."""
+        low, high = min(self.low, other.low), max(self.high, other.high)
+        total = self.spread(low, high)
+        if total is self.rows:
+            total = total.clone()
+        total[other.low - low : other.high - low + 1] += other.rows
+        return Stack(low, total)
+
+
+@dataclass
+class Cut:
+    """One merge's output, cut off from what made it.
+
+    Attributes:
+        leaf: what the rest of the network was given.
+        operands: what the merge joined, still attached to their segments.
+        sides: ``"branch"`` or ``"shortcut"`` for each operand.
+        inner: the operands once more, detached, and the merge's output computed from them; None when the gradient of
+            a plain sum is wanted, which is the same for every operand.
+    """
+
+    leaf: Tensor
+    operands: tuple[Tensor, ...]
+    sides: tuple[str, ...]
+    inner: tuple[tuple[Tensor, ...], Tensor] | None
+
+
+@dataclass
+class CutForward:
+    """A forward pass cut at every merge, and at the target if the target is an activation.
+
+    Attributes:
+        loss: the scalar.
+        cuts: in order of execution.
+        targets: what the paths lead back to: a leaf, or a parameter.
+    """
+
+    loss: Tensor
+    cuts: list[Cut]
+    targets: list[Tensor]
+
+
+def cut_forward(
+    model: nn.Module, batch: Batch, loss: Objective, found: Any, target: Any, parameter: nn.Parameter | None
+) -> CutForward:
+    """Run ``model`` once, cutting it.
+
+    Args:
+        model: run in the modes its modules are in.
+        batch: one batch.
+        loss: the objective.
+        found: the shortcuts whose merges are cut.
+        target: the boundary that paths lead back to, unless ``parameter`` is given.
+        parameter: a parameter they lead back to.
+    """
+    cuts: list[Cut] = []
+    targets: list[Tensor] = [] if parameter is None else [parameter]
+
+    def merge(k: int, one: Any) -> Tensor:
+        operands = tuple(one.operands)
+        inner = None
+        if not _is_plain_sum(one.output, operands):
+            copies = tuple(o.detach().requires_grad_(o.requires_grad) for o in operands)
+            with torch.enable_grad():
+                inner = (copies, one.recompute(copies))
+        leaf = one.output.detach().requires_grad_()
+        if parameter is None and target.kind == "merge" and target.name == one.name:
+            targets.append(leaf)
+        cuts.append(Cut(leaf, operands, tuple(one.sides), inner))
+        return leaf.clone()  # a leaf could not be changed in place by what follows
+
+    def reach(_: int, activation: Tensor) -> Tensor:
+        leaf = activation.detach().requires_grad_()
+        targets.append(leaf)
+        return leaf.clone()
+
+    with ExitStack() as stack:
+        if parameter is None and target.kind != "merge":
+            stack.enter_context(tap_boundaries(model, [target], reach))
+        stack.enter_context(tap_merges(model, found, merge))
+        value = loss(model, batch)
+    return CutForward(value, cuts, targets)
+
+
+def _is_plain_sum(output: Tensor, operands: Sequence[Tensor]) -> bool:
+    """x + y of equal shapes: each operand gets the output's gradient as it is."""
+    node = output.grad_fn
+    return (
+        node is not None and type(node).__name__ == "AddBackward0" and len(operands) == 2
+        and getattr(node, "_saved_alpha", None) == 1
+        and all(o.shape == output.shape and o.dtype == output.dtype for o in operands)
+    )  # fmt: skip
+
+
+class Walk:
+    """From the loss back to the targets, by path length.
+
+    Args:
+        forward: the cut forward pass; it is used up.
+        batched: carry all lengths through a segment at once (vmap) where that works; else one after the other.
+        max_bytes: a bound on the cotangents that go through a segment at once.
+
+    Attributes:
+        unit: what one unit of the stacks is worth: the walk scales the loss by a power of two.
+        ways: how segments were passed: ``"batched"``, ``"loop"``.
+    """
+
+    def __init__(self, forward: CutForward, *, batched: bool = True, max_bytes: int = 2**28):
+        self.forward, self.max_bytes, self.may_batch = forward, max_bytes, batched
+        self.unit, self.ways = 1.0, set[str]()
+        self.leaves = {id(cut.leaf) for cut in forward.cuts} | {id(target) for target in forward.targets}
+        self.stacks: dict[int, Stack] = {}  # at leaves
+        self.pending: dict[int, tuple[Tensor, Stack]] = {}  # at operands, which several merges may share
+        self.first_use: dict[int, int] = {}
+        for m, cut in enumerate(forward.cuts):
+            for operand in cut.operands:
+                self.first_use.setdefault(id(operand), m)
+
+    def run(self) -> list[Stack | None]:
+        """The stacks of the targets, None for one that no path reaches."""
+        loss, targets = self.forward.loss, {id(target) for target in self.forward.targets}
+        self.segment([loss], [Stack(0, torch.ones_like(loss)[None])])
+        self.rescale()
+        for m in range(len(self.forward.cuts) - 1, -1, -1):
+            cut = self.forward.cuts.pop()
+            if id(cut.leaf) not in targets:
+                stack = self.stacks.pop(id(cut.leaf), None)
+                if stack is not None:
+                    self.through(cut, stack)
+            self.flush(m)
+        return [self.stacks.get(id(target)) for target in self.forward.targets]
+
+    def rescale(self) -> None:
+        """Set the greatest gradient near the loss to about 1, so that small losses do not underflow on the way."""
+        greatest = max((float(s.rows.abs().max()) for s in self.stacks.values() if s.rows.numel()), default=0.0)
+        if greatest > 0 and math.isfinite(greatest):
+            self.unit = 2.0 ** math.frexp(greatest)[1]
+            for stack in self.stacks.values():
+                stack.rows = stack.rows / self.unit
+
+    def through(self, cut: Cut, stack: Stack) -> None:
+        """From a merge's output to its operands; a branch operand adds one to the length."""
+        live = [i for i, operand in enumerate(cut.operands) if operand.requires_grad]
+        if cut.inner is None:
+            arriving: list[Tensor | None] = [stack.rows] * len(live)
+        else:
+            copies, output = cut.inner
+            arriving = self.backward([output], [stack.rows], [copies[i] for i in live]) if live else []
+        for i, rows in zip(live, arriving):
+            if rows is not None:
+                operand, new = cut.operands[i], Stack(stack.low + (cut.sides[i] == "branch"), rows)
+                old = self.pending.get(id(operand))
+                self.pending[id(operand)] = (operand, new if old is None else old[1].plus(new))
+
+    def flush(self, m: int) -> None:
+        """Send on what waits at the operands that no earlier merge uses."""
+        ready = [key for key in self.pending if self.first_use[key] == m]
+        ends = [self.pending.pop(key) for key in ready]
+        if ends:
+            self.segment([end for end, _ in ends], [stack for _, stack in ends])
+
+    def segment(self, ends: list[Tensor], stacks: list[Stack]) -> None:
+        """Back from ``ends`` to whatever cuts and targets they were computed from."""
+        low, high = min(s.low for s in stacks), max(s.high for s in stacks)
+        sources = self.sources(ends)
+        if not sources:
+            return
+        gradients = self.backward(ends, [s.spread(low, high) for s in stacks], sources)
+        for source, rows in zip(sources, gradients):
+            if rows is not None:
+                new, old = Stack(low, rows), self.stacks.get(id(source))
+                self.stacks[id(source)] = new if old is None else old.plus(new)
+
+    def sources(self, ends: list[Tensor]) -> list[Tensor]:
+        """The cuts and targets that the graph above ``ends`` starts from."""
+        found = {id(end): end for end in ends if id(end) in self.leaves}
+        stack = [end.grad_fn for end in ends if end.grad_fn is not None]
+        seen = set(stack)
+        while stack:
+            node = stack.pop()
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) in self.leaves:
+                found[id(leaf)] = leaf
+            for parent, _ in node.next_functions:
+                if parent is not None and parent not in seen:
+                    seen.add(parent)
+                    stack.append(parent)
+        return list(found.values())
+
+    def backward(
+        self, ends: Sequence[Tensor], rows: Sequence[Tensor], sources: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Vector-Jacobian products of every row: ``[n, *source.shape]`` for each source, None where unreached."""
+        one = sum(t.numel() * t.element_size() for t in (*ends, *sources))
+        most = max(1, self.max_bytes // max(1, one))
+        parts = [self.some(ends, [r[i : i + most] for r in rows], sources) for i in range(0, rows[0].shape[0], most)]
+        columns = zip(*parts)
+        return [None if c[0] is None else c[0] if len(c) == 1 else torch.cat(c) for c in columns]
+
+    def some(self, ends: Sequence[Tensor], rows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor | None]:
+        """The products of so few rows that they fit."""
+        n = rows[0].shape[0]
+        if n > 1 and self.may_batch:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # an operation that vmap itself loops over
+                    gradients = _grad(ends, rows, sources, is_grads_batched=True)
+                self.ways.add("batched")
+                return gradients
+            except (RuntimeError, NotImplementedError):
+                self.may_batch = False
+        if n > 1:
+            self.ways.add("loop")
+        each = [_grad(ends, [r[i] for r in rows], sources) for i in range(n)]
+        return [None if column[0] is None else torch.stack(column) for column in zip(*each)]
+
+
+def _grad(ends: Sequence[Tensor], rows: Sequence[Tensor], sources: Sequence[Tensor], **how: bool) -> list[Tensor | None]:
+    return list(torch.autograd.grad(ends, sources, rows, retain_graph=True, allow_unused=True, **how))

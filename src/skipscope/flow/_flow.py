@@ -1,0 +1,235 @@
+"""``gradient_flow``: readings at the boundaries, three kinds of zero told apart, and the verdict on them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._data import Batch, Batches, Objective, inputs_of, map_tensors, read
+from skipscope._numbers import short
+from skipscope._untouched import untouched
+from skipscope.flow._clues import clues
+from skipscope.flow._measure import Reading, Readings, Tap, WeightReading, measure, norm_of
+from skipscope.flow._results import BoundaryFlow, GradientFlow, LayerGradient
+from skipscope.flow._verdict import Clue, Point, judge
+from skipscope.shortcuts import boundaries, tap_boundaries
+
+
+def gradient_flow(
+    model: nn.Module,
+    data: Any,
+    loss: Any = None,
+    *,
+    found: Any = None,
+    scaler: Any = None,
+    seed: int = 0,
+    weight: Callable[[Batch], float] | None = None,
+) -> GradientFlow:
+    """Read the gradient on its way back through a network, and say what it is like.
+
+    The flow at a boundary is the RMS over all elements of dL/d(activation) there, squares summed in float64, with
+    |dL/d(output)| set to 1. The modules run in the modes they are in. Called inside ``torch.autocast`` it measures
+    what autocast does. Local: under DDP and FSDP2 each rank may call it alone on an unwrapped model.
+
+    Args:
+        model: any eager module; as found afterwards.
+        data: a batch ``(inputs, target)``, a Mapping, or a re-iterable of batches.
+        loss: ``loss(output, target)``; left out when the output carries ``.loss``.
+        found: shortcuts already found, whose merges are the boundaries; found anew by default.
+        scaler: the training loop's ``torch.amp.GradScaler``, so that underflow is judged at the scale it sets.
+        seed: of the random numbers drawn inside (dropout).
+        weight: what a batch counts for in the mean over batches.
+
+    Returns:
+        The flow at each boundary, the gradient of each weight, and the verdict.
+
+    Raises:
+        SkipscopeError: data, loss or model cannot be read, or the loss has no gradient.
+
+    Example:
+        >>> import skipscope as ss
+        >>> model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Sigmoid()) for _ in range(12)])
+        >>> flow = ss.gradient_flow(model, (torch.randn(8, 16), torch.zeros(8, 16)), nn.functional.mse_loss)
+        >>> flow.verdict.state, flow.verdict.cause
+        ('vanishing', 'gain')
+    """
+    batches, objective = read(model, data, loss, "gradient_flow", weight=weight)
+    points = boundaries(model, inputs_of(batches.first()), found=found)
+    scale = float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def tap(touch):
+        return tap_boundaries(model, points, touch)
+
+    with untouched(model, seed=seed, operation="gradient_flow"):
+        mode = mode_of(model)
+        readings = measure(model, batches, objective, len(points), tap, scale=scale)
+    exact = _in_float64(model, batches, objective, points, seed) if _doubtful(readings) else None
+    flow = [_boundary_state(readings, exact, i) for i in range(len(points))]
+    seen = [Point(p.name, state, _log(value)) for p, (state, value) in zip(points, flow)]
+    residual = sum(p.kind == "merge" for p in points) > len(points) / 2
+    verdict = judge(seen, residual=residual, dtype=_dtype_name(readings))
+    if verdict.state in {"vanishing", "exploding", "dead"}:
+        with untouched(model, seed=seed, operation="gradient_flow"):
+            why = _clues(model, batches.first(), objective, len(points), tap)
+        verdict = judge(seen, why, residual=residual, dtype=_dtype_name(readings))
+    return _assemble(model, points, flow, readings, exact, verdict, mode, scale)
+
+
+def mode_of(model: nn.Module) -> str:
+    """``"train"``, ``"eval"`` or ``"mixed"``."""
+    modes = {module.training for module in model.modules()}
+    return "mixed" if len(modes) > 1 else "train" if modes.pop() else "eval"
+
+
+def meaning_of(model: nn.Module) -> str:
+    """What was done to a twin (``"removed"``, ``"detached"``, ...), or ``"as built"``."""
+    return getattr(model, "skipscope_meaning", "as built")
+
+
+def _clues(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap) -> tuple[Clue, ...]:
+    try:
+        return clues(model, batch, loss, count, tap)
+    except RuntimeError:  # an operation that does not run without gradients: a verdict needs no reason to stand
+        return ()
+
+
+# --- three kinds of zero --------------------------------------------------------------------------------------
+
+
+def _doubtful(readings: Readings) -> bool:
+    """Something arrived as exactly zero: dead, or too small for the dtype?"""
+    weights = [w.total for w in readings.weights.values() if w.total is not None]
+    return any(g.all_zero and g.dtype != torch.float64 for g in readings.gradients) or any(
+        t.dtype != torch.float64 and not bool(t.any()) for t in weights
+    )
+
+
+def _in_float64(model: nn.Module, data: Batches, loss: Objective, points: Any, seed: int) -> Readings | None:
+    """The same readings from a copy in float64, whose range is 300 decades; None where no such copy can be run."""
+
+    def wide(value: Tensor) -> Tensor:
+        return value.double() if value.is_floating_point() else value
+
+    with untouched(model, seed=seed, operation="gradient_flow"):
+        try:
+            twin = copy.deepcopy(model).double()
+            batches = Batches([map_tensors(batch, wide) for batch in data], single=data.single)
+            with torch.autocast(next(twin.parameters()).device.type, enabled=False):
+                return measure(twin, batches, loss, len(points), lambda touch: tap_boundaries(twin, points, touch))
+        except Exception:  # whatever a model does that cannot be copied or run in float64: it is a second opinion
+            return None
+
+
+def _boundary_state(readings: Readings, exact: Readings | None, i: int) -> tuple[str, float | None]:
+    """State and flow of a boundary, the flow not yet normalised."""
+    gradient = readings.gradients[i]
+    if not readings.activations[i].finite:
+        return "nonfinite_activation", None
+    if not gradient.seen:
+        return "not_connected", None
+    if not gradient.finite:
+        return "nonfinite", None
+    if not gradient.all_zero:
+        return "ok", gradient.rms
+    if exact is not None and exact.gradients[i].norm > 0:
+        ratio = readings.output_gradient / exact.output_gradient if exact.output_gradient else 1.0
+        return "underflow", exact.gradients[i].rms * ratio
+    return "exact_zero", 0.0
+
+
+def _layer(name: str, weight: WeightReading, exact: WeightReading | None, scale: float) -> LayerGradient:
+    if weight.total is None:
+        return LayerGradient(name, None, None, None, "not_connected", trainable=weight.trainable)
+    total = weight.total
+    largest = float(total.abs().max()) if total.numel() else 0.0
+    rms = norm_of(total) * weight.unit / math.sqrt(max(1, total.numel()))
+    mean = float(total.abs().sum(dtype=torch.float64)) * weight.unit / max(1, total.numel())
+    info = torch.finfo(total.dtype)
+    if not math.isfinite(largest):
+        state = "nonfinite"
+    elif largest == 0:
+        state = "underflow" if exact is not None and exact.total is not None and bool(exact.total.any()) else "exact_zero"
+    else:
+        state = "underflow" if largest * weight.unit * scale < float(info.smallest_normal) * float(info.eps) else "ok"
+    return LayerGradient(
+        name, mean, rms, float((total == 0).double().mean()) if total.numel() else 0.0, state, _spread(weight.rms),
+        weight.trainable,
+    )  # fmt: skip
+
+
+def _spread(values: list[float]) -> float | None:
+    if len(values) < 2 or not sum(values):
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) / mean
+
+
+# --- putting it together --------------------------------------------------------------------------------------
+
+
+def _assemble(
+    model: nn.Module, points: Any, flow: list[tuple[str, float | None]], readings: Readings, exact: Readings | None,
+    verdict: Any, mode: str, scale: float,
+) -> GradientFlow:  # fmt: skip
+    unit = readings.output_gradient or 1.0
+    values = [None if value is None else value / unit for _, value in flow]
+    rows = []
+    for i, (point, (state, _)) in enumerate(zip(points, flow)):
+        after = next((v for v in values[i + 1 :] if v is not None), None)
+        here = values[i]
+        factor = None if here is None or not after else here / after
+        gradient = readings.gradients[i]
+        rows.append(BoundaryFlow(
+            point.name, point.depth, point.kind, here, readings.activations[i].rms, factor,
+            None if factor is None else factor**2, gradient.zeros / gradient.elements if gradient.elements else None,
+            state.removesuffix("_activation"), readings.similarities[i],
+        ))  # fmt: skip
+    layers = tuple(
+        _layer(name, w, exact.weights.get(name) if exact else None, scale) for name, w in readings.weights.items()
+    )
+    slope = verdict.slope
+    chi = None if slope is None else 10.0 ** (-2 * slope)
+    depth_scale = None if slope is None else math.inf if slope == 0 else 1 / abs(2 * slope * math.log(10))
+    return GradientFlow(
+        tuple(rows), layers, verdict, chi, depth_scale,
+        None if verdict.fall_decades is None else 10.0**-verdict.fall_decades, readings.loss, readings.output_gradient,
+        mode, meaning_of(model), _dtype_name(readings), readings.batches, readings.samples,
+        _notes(readings, layers, scale),
+    )  # fmt: skip
+
+
+def _notes(readings: Readings, layers: tuple[LayerGradient, ...], scale: float) -> tuple[str, ...]:
+    notes = []
+    for state, words in (
+        ("exact_zero", "get a gradient that is exactly 0"),
+        ("underflow", "get a gradient too small for their dtype"),
+        ("not_connected", "are not connected to the loss"),
+        ("nonfinite", "get a gradient that is not finite"),
+    ):
+        names = [w.name for w in layers if w.state == state and w.trainable]
+        if names:
+            notes.append(f"{len(names)} of {len(layers)} weights {words}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}.")
+    frozen = sum(not w.trainable for w in layers)
+    if frozen:
+        notes.append(f"{frozen} of {len(layers)} weights are frozen.")
+    lost, all_elements = sum(g.lost for g in readings.gradients), sum(g.elements for g in readings.gradients)
+    if lost > 1e-3 * all_elements:
+        notes.append(
+            f"In training, with the loss times {short(scale)}, {100 * lost / all_elements:.1f} % of these gradients' elements "
+            "underflow: scale the loss (torch.amp.GradScaler, handed over as scaler=)."
+        )
+    return tuple(notes)
+
+
+def _dtype_name(readings: Readings) -> str:
+    kinds = {str(g.dtype).removeprefix("torch.") for g in readings.gradients if g.dtype is not None}
+    return ", ".join(sorted(kinds)) or "none"
+
+
+def _log(value: float | None) -> float | None:
+    return math.log10(value) if value is not None and value > 0 and math.isfinite(value) else None

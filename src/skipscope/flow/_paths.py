@@ -1,0 +1,172 @@
+"""``path_spectrum``: the gradient taken apart by how many branches it crossed (Veit et al. 2016 sampled it)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skipscope._data import Batch, Objective, inputs_of, read
+from skipscope._errors import SkipscopeError
+from skipscope._progress import track
+from skipscope._untouched import untouched
+from skipscope.flow._cuts import Stack, Walk, cut_forward
+from skipscope.flow._flow import meaning_of, mode_of
+from skipscope.flow._measure import no_gradient, norm_of, shares_of
+from skipscope.flow._results import PathSpectrum
+from skipscope.shortcuts import boundaries, find_shortcuts, tap_boundaries
+
+
+def path_spectrum(
+    model: nn.Module,
+    data: Any,
+    loss: Any = None,
+    wrt: Any = None,
+    *,
+    found: Any = None,
+    batched: bool = True,
+    max_bytes: int = 2**28,
+    seed: int = 0,
+    weight: Callable[[Batch], float] | None = None,
+) -> PathSpectrum:
+    """Sort the gradient by the number of branches it crossed: exactly, over all 2^L paths, in one walk.
+
+    Any graph of shortcuts: chains, nested, dense, two merges a block. The forward pass is cut at each merge; going
+    back, each cut holds one gradient for each length that can exist there. Local.
+
+    Args:
+        model: any eager module; as found afterwards. It runs in the modes its modules are in.
+        data: a batch ``(inputs, target)``, a Mapping, or a re-iterable of batches.
+        loss: ``loss(output, target)``; left out when the output carries ``.loss``.
+        wrt: what the paths lead back to: a boundary or a parameter, or the name of one; the first boundary by default.
+        found: the shortcuts that count; all that are found by default.
+        batched: carry all lengths through the backward pass at once where torch's vmap can.
+        max_bytes: a bound on the gradients that go through a segment at once.
+        seed: of the random numbers drawn inside (dropout).
+        weight: what a batch counts for in the mean over batches.
+
+    Returns:
+        ``norms[k]``, the L2 norm of the sum over all paths that cross k branches, and its summary.
+
+    Raises:
+        SkipscopeError: ``wrt`` is unknown, or no path leads there from the loss.
+
+    Example:
+        >>> import skipscope as ss
+        >>> model = ss.reference.residual_mlp([16] * 5)
+        >>> batch = torch.randn(8, 16), torch.zeros(8, 16)
+        >>> paths = ss.path_spectrum(model, batch, nn.functional.mse_loss)
+        >>> len(paths.norms), paths.residual < 1e-5
+        (5, True)
+    """
+    batches, objective = read(model, data, loss, "path_spectrum", weight=weight)
+    inputs = inputs_of(batches.first())
+    found = find_shortcuts(model, inputs) if found is None else found
+    target, parameter = _target(model, boundaries(model, inputs, found=found), wrt)
+    sums, value, ways = _Sums(), 0.0, set()
+    with untouched(model, seed=seed, operation="path_spectrum"):
+        mode = mode_of(model)
+        for i, (batch, share) in enumerate(track(shares_of(batches, objective, "path_spectrum"), "paths")):
+            torch.manual_seed(seed + i)
+            forward = cut_forward(model, batch, objective, found, target, parameter)
+            if not forward.loss.requires_grad:
+                raise no_gradient("path_spectrum", model)
+            value += share * float(forward.loss.detach())
+            walk = Walk(forward, batched=batched, max_bytes=max_bytes)
+            stacks = walk.run()
+            ways |= walk.ways
+            torch.manual_seed(seed + i)  # the same dropout again
+            plain = _plain_gradient(model, batch, objective, target, parameter)
+            sums.add(stacks, plain, walk.unit, share, shared=parameter is not None)
+    name = target.name if parameter is None else next(n for n, p in model.named_parameters() if p is parameter)
+    if not sums.reached:
+        raise SkipscopeError(
+            "path_spectrum", f"no path leads from the loss to {name}", layer=name,
+            cure="choose another wrt; ss.gradient_flow says where the network comes apart",
+        )  # fmt: skip
+    norms, residual, total = sums.result()
+    mean = float(norms @ np.arange(len(norms)) / norms.sum()) if norms.sum() else math.nan
+    method = "mixed" if len(ways) == 2 else ways.pop() if ways else "batched"
+    return PathSpectrum(norms, mean, residual, total, len(norms) - 1, name, method, value, mode, meaning_of(model))
+
+
+def _target(model: nn.Module, points: Any, wrt: Any) -> tuple[Any, nn.Parameter | None]:
+    """The boundary that is meant, or the parameter."""
+    parameters = dict(model.named_parameters())
+    if wrt is None:
+        return points[0], None
+    if isinstance(wrt, Tensor):
+        if any(p is wrt for p in parameters.values()):
+            return points[0], wrt  # type: ignore[return-value]
+    elif isinstance(wrt, str):
+        for point in points:
+            if point.name == wrt:
+                return point, None
+        if wrt in parameters:
+            return points[0], parameters[wrt]
+    elif hasattr(wrt, "key") or hasattr(wrt, "depth"):
+        return next(p for p in points if p.name == wrt.name), None
+    raise SkipscopeError(
+        "path_spectrum", "wrt is neither a boundary nor a parameter of this model",
+        expected="one of " + ", ".join([p.name for p in points][:8]) + ", ..., or a parameter's name",
+        got=f"{wrt!r:.60}", cure="[b.name for b in ss.gradient_flow(model, data, loss).boundaries]",
+    )  # fmt: skip
+
+
+def _plain_gradient(
+    model: nn.Module, batch: Batch, loss: Objective, target: Any, parameter: nn.Parameter | None
+) -> Tensor | None:
+    """The whole gradient, from an ordinary backward pass."""
+    if parameter is not None:
+        return torch.autograd.grad(loss(model, batch), parameter, allow_unused=True)[0]
+    reached: list[Tensor] = []
+
+    def reach(_: int, activation: Tensor) -> Tensor:
+        leaf = activation.detach().requires_grad_()
+        reached.append(leaf)
+        return leaf.clone()
+
+    with tap_boundaries(model, [target], reach):
+        value = loss(model, batch)
+    return torch.autograd.grad(value, reached[0], allow_unused=True)[0] if reached else None
+
+
+class _Sums:
+    """What several batches come to: activations lie side by side, gradients of a parameter add up."""
+
+    def __init__(self):
+        self.squares: dict[int, float] = {}
+        self.off = self.all = 0.0
+        self.vectors: dict[int, Tensor] = {}
+        self.plain: Tensor | None = None
+        self.reached = False
+
+    def add(self, stacks: list[Stack | None], plain: Tensor | None, unit: float, share: float, shared: bool) -> None:
+        """Take in one batch; ``shared``: the target is one and the same in every batch."""
+        if not stacks or stacks[0] is None or plain is None:
+            return
+        self.reached = True
+        stack = stacks[0]
+        rows = {stack.low + i: row.detach().double() * (unit * share) for i, row in enumerate(stack.rows)}
+        plain = plain.detach().double() * share
+        if shared:
+            for k, row in rows.items():
+                self.vectors[k] = self.vectors[k] + row if k in self.vectors else row
+            self.plain = plain if self.plain is None else self.plain + plain
+            return
+        for k, row in rows.items():
+            self.squares[k] = math.hypot(self.squares.get(k, 0.0), norm_of(row))
+        self.off = math.hypot(self.off, norm_of(sum(rows.values()) - plain))
+        self.all = math.hypot(self.all, norm_of(plain))
+
+    def result(self) -> tuple[np.ndarray, float, float]:
+        """Norms, residual, and the norm of the whole gradient."""
+        if self.plain is not None:
+            self.squares = {k: norm_of(row) for k, row in self.vectors.items()}
+            self.off, self.all = norm_of(sum(self.vectors.values()) - self.plain), norm_of(self.plain)
+        norms = np.array([self.squares.get(k, 0.0) for k in range(max(self.squares) + 1)])
+        return norms, self.off / self.all if self.all else self.off, self.all

@@ -1,0 +1,225 @@
+"""From readings at boundaries to a verdict: pure functions of plain numbers.
+
+With g_i the flow (RMS of the gradient) at boundary i of n, and y_i = log10 g_i:
+fall = y_last - y_first; slope = the least-squares coefficient of y on i; both positive when the gradient shrinks on
+its way back. chi = 10 ** (-2 slope) is Schoenholz's (2016), and 1/|ln chi| his depth scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from skipscope._numbers import short
+from skipscope.flow._results import Verdict
+
+# A fall of so many decades, either way, is trouble. Set on 200 labelled networks, tested on 100 others: see
+# benchmarks/verdict.py.
+FALL = 1.5
+# One step is called the place where it breaks when it makes up so much of the fall.
+SHARE_OF_ONE = 0.5
+
+
+@dataclass(frozen=True)
+class Point:
+    """One boundary as the verdict sees it: its name, its state, and log10 of its flow (None where there is none)."""
+
+    name: str
+    state: str
+    log_flow: float | None
+
+
+@dataclass(frozen=True)
+class Clue:
+    """What one stretch between two boundaries does to the gradient, from its weights and its activation functions.
+
+    Attributes:
+        activation: the activation function met in it, None without.
+        slope: RMS of its derivative over all units, the factor it puts on the gradient's RMS.
+        saturated: the share of units whose derivative is below 5 % of its greatest.
+        inactive: the share of units whose derivative is exactly 0.
+        gain: RMS weight x sqrt(fan-out) of the weights in it, multiplied: the factor they put on the gradient's RMS.
+        layer: the first weight met in it.
+    """
+
+    activation: str | None = None
+    slope: float = 1.0
+    saturated: float = 0.0
+    inactive: float = 0.0
+    gain: float = 1.0
+    layer: str | None = None
+
+
+def least_squares(y: Sequence[float]) -> tuple[float, tuple[float, float]] | None:
+    """The slope of ``y`` against 0, 1, 2, ... and its 95 % interval (Student's t); None for fewer than two points.
+
+    Example:
+        >>> least_squares([0.0, 1.0, 2.0])
+        (1.0, (1.0, 1.0))
+    """
+    n = len(y)
+    if n < 2:
+        return None
+    mid, mean = (n - 1) / 2, sum(y) / n
+    spread = sum((i - mid) ** 2 for i in range(n))
+    slope = sum((i - mid) * (v - mean) for i, v in enumerate(y)) / spread
+    if n == 2:
+        return slope, (-math.inf, math.inf)
+    from scipy.stats import t  # slow to import
+
+    rest = sum((v - mean - slope * (i - mid)) ** 2 for i, v in enumerate(y))
+    margin = float(t.ppf(0.975, n - 2)) * math.sqrt(rest / (n - 2) / spread)
+    return slope, (slope - margin, slope + margin)
+
+
+def judge(points: Sequence[Point], clues: Sequence[Clue] = (), *, residual: bool = False, dtype: str = "") -> Verdict:
+    """The verdict on a flow.
+
+    Args:
+        points: in order of execution.
+        clues: for each step from a boundary to the next, what lies between; may be empty.
+        residual: shortcuts run along the boundaries, so that clues about branches do not multiply up.
+        dtype: for the reason, when it underflows.
+    """
+    broken = _broken(points, clues)
+    if broken is not None:
+        return broken
+    connected = [(i, p) for i, p in enumerate(points) if p.log_flow is not None]
+    logs = [p.log_flow for _, p in connected if p.log_flow is not None]
+    fall = logs[-1] - logs[0]
+    fitted = least_squares(logs)
+    slope, interval = fitted if fitted else (None, None)
+    numbers = {"fall_decades": fall, "slope": slope, "slope_interval": interval}
+    if abs(fall) < FALL:
+        return Verdict("healthy", **numbers, where=None, reason=_unhindered(fall, len(logs)))
+    state = "vanishing" if fall > 0 else "exploding"
+    at = _where(logs)
+    first, last = connected[at][0], connected[at + 1][0]
+    alone = abs(logs[at + 1] - logs[at]) >= SHARE_OF_ONE * abs(fall)
+    cause, reason, evidence = _why(state, logs, at, alone, clues[first:last] if alone else clues, residual)
+    if any(p.state == "underflow" for p in points):
+        zero = next(p for p in reversed(points) if p.state == "underflow")
+        cause, evidence = "underflow", 10.0 ** (zero.log_flow or 0.0)
+        reason = (
+            f"the gradient underflows {dtype or 'its dtype'} at {zero.name}, where it is {short(evidence)} in float64; {reason}"
+        )
+    return Verdict(state, **numbers, where=connected[at][1].name, reason=reason, cause=cause, evidence=evidence)
+
+
+def _unhindered(fall: float, n: int) -> str:
+    if n < 2:
+        return "a single boundary: the gradient has no way to go"
+    return (
+        f"unhindered: {short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {n} boundaries; if it does not "
+        "learn, look at data, rate, initialisation"
+    )
+
+
+def _broken(points: Sequence[Point], clues: Sequence[Clue]) -> Verdict | None:
+    """The states in which there is no fall to speak of: non-finite, unconnected, dead."""
+    nothing = {"fall_decades": None, "slope": None, "slope_interval": None}
+    for p in points:
+        if p.state == "nonfinite_activation":
+            return Verdict(
+                "nonfinite", **nothing, where=p.name, reason=f"the activation at {p.name} overflows going forward",
+                cause="overflow",
+            )  # fmt: skip
+    for p in reversed(points):
+        if p.state == "nonfinite":
+            return Verdict(
+                "nonfinite", **nothing, where=p.name, reason=f"the gradient at {p.name} is not finite", cause="overflow"
+            )
+    first = next((p for p in points), None)
+    if first is None or first.state == "not_connected":
+        until = _until(points, "not_connected")
+        name = points[until].name if points else None
+        rest = len(points) - until - 1
+        return Verdict(
+            "unconnected", **nothing, where=name, cause="missing path", evidence=float(until + 1),
+            reason=f"no path leads from the loss to {name}: {until + 1} of {until + 1 + rest} boundaries get no gradient",
+        )  # fmt: skip
+    if first.state == "exact_zero":
+        return _dead(points, clues, nothing)
+    return None
+
+
+def _dead(points: Sequence[Point], clues: Sequence[Clue], nothing: dict) -> Verdict:
+    until = _until(points, "exact_zero")
+    name = points[until].name
+    if until == len(points) - 1:
+        return Verdict(
+            "dead", **nothing, where=name, cause="loss", evidence=0.0,
+            reason=f"the gradient is exactly 0 already at {name}, the last boundary: what follows it passes none",
+        )  # fmt: skip
+    clue = clues[until] if until < len(clues) else Clue()
+    if clue.activation and clue.inactive == 1:
+        reason = f"every unit of the {clue.activation} after {name} is inactive on all of the data (100 % have slope 0)"
+        return Verdict("dead", **nothing, where=name, reason=reason, cause="inactive", evidence=clue.inactive)
+    if clue.layer and clue.gain == 0:
+        reason = f"the weights of {clue.layer} are all 0"
+        return Verdict("dead", **nothing, where=name, reason=reason, cause="gain", evidence=0.0)
+    reason = f"the gradient is exactly 0 at {name} and all before it"
+    return Verdict("dead", **nothing, where=name, reason=reason, cause="unexplained", evidence=0.0)
+
+
+def _until(points: Sequence[Point], state: str) -> int:
+    """The last of the unbroken run from the first boundary on that is in ``state``."""
+    last = 0
+    for i, p in enumerate(points):
+        if p.state != state:
+            break
+        last = i
+    return last
+
+
+def _where(logs: Sequence[float]) -> int:
+    """The step at which it breaks: the greatest if it makes up half the fall, else where the fall reaches FALL."""
+    fall = logs[-1] - logs[0]
+    sign = math.copysign(1.0, fall)
+    steps = [sign * (b - a) for a, b in zip(logs, logs[1:])]
+    worst = max(range(len(steps)), key=steps.__getitem__)
+    if steps[worst] >= SHARE_OF_ONE * abs(fall):
+        return worst
+    return next(i for i in range(len(steps) - 1, -1, -1) if sign * (logs[-1] - logs[i]) >= FALL)
+
+
+def _why(
+    state: str, logs: Sequence[float], at: int, alone: bool, clues: Sequence[Clue], residual: bool
+) -> tuple[str, str, float | None]:
+    """The cause in a word, the reason in a sentence, and its number."""
+    fall, steps = logs[-1] - logs[0], len(logs) - 1
+    word = "shrinks" if state == "vanishing" else "grows"
+    each = 10.0 ** (-fall / steps)
+    if alone:
+        step = 10.0 ** (logs[at] - logs[at + 1])
+        what = f"one step puts a factor {short(step)} on it, {short(abs(logs[at + 1] - logs[at]))} of {short(abs(fall))} decades"
+    else:
+        what = f"it {word} by a factor {short(each)} at each of {steps} boundaries"
+    if residual:
+        return "gain", f"{what}: what the branches add to the shortcuts multiplies up", each
+    slopes, gains = (sum(_log(value) for value in column) for column in ([c.slope for c in clues], [c.gain for c in clues]))
+    expected = slopes + gains
+    observed = -(logs[at + 1] - logs[at]) if alone else -fall
+    if not clues or expected * observed <= 0 or abs(expected) < 0.5 * abs(observed):
+        return "unexplained", what, None
+    if observed < 0 and slopes <= gains:
+        return _activation_cause(what, clues)
+    worst = (min if observed < 0 else max)(clues, key=lambda c: c.gain)
+    gain = 10.0 ** (gains / max(1, sum(c.layer is not None for c in clues)))
+    return "gain", f"{what}: the weights' gain (RMS weight x sqrt(fan-out)) is {short(gain)} a layer, {short(worst.gain)} at {worst.layer}", gain
+
+
+def _activation_cause(what: str, clues: Sequence[Clue]) -> tuple[str, str, float | None]:
+    worst = min(clues, key=lambda c: c.slope)
+    if worst.inactive >= 0.9:
+        return "inactive", f"{what}: {100 * worst.inactive:.0f} % of the units of a {worst.activation} are inactive", worst.inactive
+    saturated = [c.saturated for c in clues if c.activation is not None]
+    share = sum(saturated) / len(saturated)
+    if share >= 0.25:
+        return "saturation", f"{what}: {100 * share:.0f} % of the units of its {worst.activation} are saturated", share
+    return "gain", f"{what}: the slope of its {worst.activation} is {short(worst.slope)} (RMS over units)", worst.slope
+
+
+def _log(value: float) -> float:
+    return math.log10(value) if value > 0 else -300.0
