@@ -1,0 +1,178 @@
+"""A network with its shortcuts for a terminal: layers downward, shortcuts as rails on the left.
+
+Each line is a layer or a merge. In a long network blocks that repeat are drawn once and counted, so that 500 layers
+fit a screen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from skipscope.report._charts import Arc, Network
+from skipscope.report._markup import clean, ellipsis
+
+# start, end, end and start, passes, crosses, level, wire, layer, fork, merge, more
+_LINES = {"start": "╭", "end": "╰", "both": "├", "pass": "│", "cross": "┼", "level": "─", "wire": "│", "layer": "■",
+          "fork": "○", "merge": "⊕", "input": "●", "more": "⋮", "out": "▽"}  # fmt: skip
+_ASCII = {"start": ".", "end": "`", "both": "+", "pass": "|", "cross": "+", "level": "-", "wire": "|", "layer": "#",
+          "fork": "o", "merge": "@", "input": "*", "more": ":", "out": "v"}  # fmt: skip
+RAILS = 12
+SHORT = 36  # up to so many layers nothing is folded
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """What every line of the drawing needs to know."""
+
+    chart: Network
+    rails: tuple[int | None, ...]  # of each arc; None where there is no room for it
+    count: int
+    width: int
+    signs: dict[str, str]
+
+
+def text(chart: Network, width: int = 80, *, ascii: bool = False) -> str:
+    """The drawing, at most ``width`` columns wide.
+
+    Args:
+        chart: the network.
+        width: columns.
+        ascii: use no signs beyond ASCII.
+
+    Example:
+        >>> print(text(Network(["stem", "conv1", "conv2", "head"], [Arc(1, 2, "block", "identity", 0.8)])))
+           ● input
+           ■ stem
+        ╭──○
+        │  ■ conv1
+        │  ■ conv2
+        ╰──⊕ block  identity, 80 % of the gradient
+           ■ head
+           ▽ output
+    """
+    rails = _assign(chart.arcs)
+    count = min(RAILS, max([rail + 1 for rail in rails if rail is not None] or [0]))
+    sheet = _Sheet(chart, tuple(rails), count, width, _ASCII if ascii else _LINES)
+    lines = _place(sheet, 0)
+    for first, last, repeats in _runs(chart):
+        for i in range(first, last):
+            lines.append(_line(sheet, _passing(sheet, i), "layer", clean(chart.layers[i])))
+            lines += _place(sheet, i + 1)
+        if repeats:
+            lines.append(_line(sheet, [" "] * count, "more", repeats))
+    lines.append(_line(sheet, [" "] * count, "out", "output"))
+    left_out = sum(rail is None for rail in rails)
+    if left_out:
+        lines.append(f"{left_out} more shortcuts lie beyond {RAILS} rails: see the table")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _assign(arcs: Sequence[Arc]) -> list[int | None]:
+    """A rail for each arc: the shortest nearest to the wire, none on top of another."""
+    rails: list[int | None] = [None] * len(arcs)
+    taken: list[list[Arc]] = [[] for _ in range(RAILS)]
+    for i in sorted(range(len(arcs)), key=lambda i: arcs[i].end - arcs[i].start):
+        for rail in range(RAILS):
+            if all(arcs[i].end < other.start or arcs[i].start > other.end for other in taken[rail]):
+                taken[rail].append(arcs[i])
+                rails[i] = rail
+                break
+    return rails
+
+
+def _line(sheet: _Sheet, rails: Sequence[str], sign: str, words: str) -> str:
+    start = "".join(rail.ljust(3) for rail in reversed(rails)) or "  "
+    return f"{start}{sheet.signs[sign]} {ellipsis(words, max(12, sheet.width - len(start) - 2), keep='start')}"
+
+
+def _passing(sheet: _Sheet, layer: int) -> list[str]:
+    rails = [" "] * sheet.count
+    for arc, rail in zip(sheet.chart.arcs, sheet.rails):
+        if rail is not None and arc.start <= layer <= arc.end:
+            rails[rail] = sheet.signs["pass"]
+    return rails
+
+
+def _place(sheet: _Sheet, place: int) -> list[str]:
+    """The lines between two layers: one a merge, or one where shortcuts leave, or none."""
+    arcs = list(zip(sheet.chart.arcs, sheet.rails))
+    ends = sorted((p for p in arcs if p[0].end + 1 == place), key=lambda p: p[0].start, reverse=True)
+    starts = [p for p in arcs if p[0].start == place and p[1] is not None]
+    if place == 0:
+        return [_event(sheet, place, [], starts, [], "input", "input")]
+    lines = []
+    for n, (arc, rail) in enumerate(ends):
+        last = n == len(ends) - 1
+        waiting = [p for p in ends[n + 1 :] if p[1] is not None]
+        here = [(arc, rail)] if rail is not None else []
+        lines.append(_event(sheet, place, here, starts if last else [], waiting, "merge", _words(arc)))
+    return lines or ([_event(sheet, place, [], starts, [], "fork", "")] if starts else [])
+
+
+def _event(sheet: _Sheet, place: int, ends, starts, waiting, sign: str, words: str) -> str:
+    ending, starting = {rail for _, rail in ends}, {rail for _, rail in starts}
+    passing = {rail for _, rail in waiting}
+    passing |= {rail for arc, rail in zip(sheet.chart.arcs, sheet.rails) if rail is not None and arc.start < place < arc.end + 1}
+    farthest = max(ending | starting, default=-1)
+    signs, rails = sheet.signs, []
+    for rail in range(sheet.count):
+        level = signs["level"] * 2 if rail <= farthest else "  "
+        if rail in ending or rail in starting:
+            sign_here = signs["both" if rail in ending and rail in starting else "end" if rail in ending else "start"]
+        elif rail in passing:
+            sign_here = signs["cross"] if rail < farthest else signs["pass"]
+        else:
+            sign_here = signs["level"] if rail < farthest else " "
+        rails.append(sign_here + level)
+    return _line(sheet, rails, sign, words)
+
+
+def _words(arc: Arc) -> str:
+    share = f", {100 * arc.share:.0f} % of the gradient" if arc.share is not None else ""
+    return f"{clean(arc.name)}  {arc.kind}{share}"
+
+
+# --- folding --------------------------------------------------------------------------------------------------------
+
+
+def _runs(chart: Network) -> list[tuple[int, int, str]]:
+    """Stretches of layers to draw, each with what is said of its repetitions ("" for none)."""
+    count = len(chart.layers)
+    if count <= SHORT:
+        return [(0, count, "")]
+    covered = {p for arc in chart.arcs for p in range(arc.start + 1, arc.end + 1)}
+    cuts = [p for p in range(count + 1) if p not in covered]
+    pieces = list(zip(cuts, cuts[1:]))
+    signatures = [_signature(chart, *piece) for piece in pieces]
+    runs, i = [], 0
+    while i < len(pieces):
+        period, repeats = _best_period(signatures, i)
+        runs.append((pieces[i][0], pieces[i + period - 1][1], ""))
+        if repeats > 1:
+            runs[-1] = (*runs[-1][:2], _repeated(chart, pieces[i + period][0], pieces[i + period * repeats - 1][1], repeats - 1))
+        i += period * repeats
+    return runs
+
+
+def _signature(chart: Network, first: int, last: int) -> tuple:
+    names = tuple(re.sub(r"\d+", "#", name) for name in chart.layers[first:last])
+    return names, tuple((a.start - first, a.end - first, a.kind) for a in chart.arcs if first <= a.start and a.end < last)
+
+
+def _best_period(signatures: Sequence[tuple], start: int) -> tuple[int, int]:
+    best = (1, 1)
+    for period in range(1, min(12, (len(signatures) - start) // 3) + 1):
+        block, repeats = signatures[start : start + period], 1
+        while list(signatures[start + repeats * period : start + (repeats + 1) * period]) == list(block):
+            repeats += 1
+        if repeats >= 3 and period * repeats > best[0] * best[1]:
+            best = (period, repeats)
+    return best
+
+
+def _repeated(chart: Network, first: int, last: int, repeats: int) -> str:
+    shares = [arc.share for arc in chart.arcs if arc.start >= first and arc.end < last and arc.share is not None]
+    carried = f", carrying {100 * min(shares):.0f} to {100 * max(shares):.0f} %" if shares else ""
+    return f"{repeats} more like this, {clean(chart.layers[first])} to {clean(chart.layers[last - 1])}{carried}"

@@ -1,0 +1,55 @@
+"""Markup built piece by piece, escaped everywhere: a layer may be called anything, also ``<script>``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from markupsafe import Markup, escape
+
+# What XML cannot hold at all, escaped or not: a picture with one of these in it would not open.
+_UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: Any) -> str:
+    """Text without control characters (nor those that turn the direction of what follows)."""
+    return _UNWRITABLE.sub("\N{REPLACEMENT CHARACTER}", str(text))
+
+
+def tag(name: str, *children: Any, **attributes: Any) -> Markup:
+    """An element; children that are not markup are escaped, ``class_`` and ``stroke_width`` lose or change their underscore.
+
+    Example:
+        >>> tag("text", "a < b", x=1.25, text_anchor="end")
+        Markup('<text x="1.2" text-anchor="end">a &lt; b</text>')
+    """
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(_value(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    inside = "".join(child if isinstance(child, Markup) else str(escape(clean(child))) for child in children if child is not None)
+    return Markup(f"<{name}{written}>{inside}</{name}>")  # noqa: S704 (its parts are escaped above)
+
+
+def join(*parts: Any) -> Markup:
+    """Pieces of markup one after the other."""
+    return Markup("").join(parts)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):  # a tenth of a pixel is enough, and pages stay small
+        return f"{value:.1f}".removesuffix(".0")
+    return clean(value)
+
+
+def ellipsis(text: str, most: int, *, keep: str = "end") -> str:
+    """At most ``most`` characters: the end of a dotted name says more than its beginning.
+
+    Example:
+        >>> ellipsis("model.encoder.layers.11.attention", 20)
+        '…layers.11.attention'
+    """
+    if len(text) <= most:
+        return text
+    return "…" + text[-(most - 1) :] if keep == "end" else text[: most - 1] + "…"

@@ -1,0 +1,200 @@
+"""The page: one self-contained file, and the same charts as a fragment for a notebook.
+
+What is drawn by hand here (text) is escaped by jinja2; what is drawn by `_svg.py` is escaped there. The policy in the
+page's head allows exactly the scripts that it carries, by their hashes, and no address at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from skipscope._errors import SkipscopeError
+from skipscope._numbers import short
+from skipscope._result import Result, Table, dumps
+from skipscope._version import __version__
+from skipscope.report import _arcs, _svg, _terrain
+from skipscope.report._charts import Bars, Chart, Heat, Lines, Network, Panel, Story, Surfaces
+from skipscope.report._markup import clean
+
+MOST = 8_000_000  # bytes: what a browser on a phone still opens, and a mail still carries
+ROWS = 400  # of a table; the rest is in the data
+
+
+@functools.singledispatch
+def svg(chart: Chart) -> Markup:
+    """A chart as SVG, at both widths."""
+    raise TypeError(type(chart).__name__)
+
+
+svg.register(Lines, functools.partial(_svg.both, _svg.lines))
+svg.register(Bars, functools.partial(_svg.both, _svg.bars))
+svg.register(Heat, functools.partial(_svg.both, _svg.heat))
+svg.register(Surfaces, functools.partial(_svg.both, _terrain.contours))
+svg.register(Network, functools.partial(_svg.both, _arcs.network))
+
+
+def page(result: Result, story: Story, file: str = "report.html") -> str:
+    """A result as a page.
+
+    Args:
+        result: carried along, so that the page can be loaded.
+        story: what is told of it.
+        file: the page's name, for the line that says how to load it.
+
+    Raises:
+        SkipscopeError: it would be larger than a browser should be given.
+    """
+    panels = [_panel(panel, i) for i, panel in enumerate(story.panels)]
+    turning = any(figure["scenes"] for panel in panels for figure in panel["figures"])
+    scripts = [_plotly()] if turning else []
+    scripts.append(_asset("page.js"))
+    data = _safe_json(dumps(result))
+    content = {
+        "story": story, "panels": panels, "contents": [p for p in panels if p["claim"]] if len(panels) > 3 else [],
+        "facts": [(name, _cell(value)) for name, value in story.facts.items()], "file": file, "version": __version__,
+        "css": Markup(_asset("chart.css") + _asset("page.css")),  # noqa: S704 (our own files)
+        "scripts": [Markup(script) for script in scripts], "policy": _policy(scripts),  # noqa: S704
+    }  # fmt: skip
+    made = _environment().get_template("page").render(content, data=data)
+    if len(made.encode()) > MOST:
+        made = _environment().get_template("page").render(content, data=None)
+    if len(made.encode()) > MOST:
+        raise SkipscopeError(
+            "save", f"the page would have {len(made.encode()) / 1e6:.1f} MB", expected=f"at most {MOST / 1e6:.0f} MB",
+            cure='save(".json") for the data, and a page of a part of it',
+        )  # fmt: skip
+    return made
+
+
+def fragment(story: Story) -> str:
+    """The first panel as a piece of HTML for a notebook, with its style."""
+    first = _panel(story.panels[0], 0) if story.panels else None
+    content = {"story": story, "panel": first, "css": Markup(_asset("chart.css"))}  # noqa: S704
+    return _environment().get_template("fragment").render(content)
+
+
+def piece(drawing: Markup) -> str:
+    """A drawing as a piece of HTML that brings its style."""
+    css = Markup(_asset("chart.css"))  # noqa: S704
+    return str(Markup('<div class="skipscope fragment"><style>{}</style>{}</div>').format(css, drawing))
+
+
+def alone(drawing: Markup) -> str:
+    """A drawing as an SVG file of its own, with its style inside."""
+    box = re.search(r'viewBox="0 0 (\S+) (\S+)"', drawing)
+    assert box, "every drawing has a viewBox"
+    css = re.sub(r"\.skipscope svg(?=[.\s])", "svg", _asset("chart.css")).replace(".skipscope {", "svg {")
+    start, _, rest = str(drawing).partition(">")
+    size = f' width="{box[1]}" height="{box[2]}" style="background: var(--paper)">'
+    return start.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1) + size + f"<style>{css}</style>" + rest
+
+
+def _panel(panel: Panel, index: int) -> dict[str, Any]:
+    charts = [c for c in (panel.chart, *panel.extra) if c is not None]
+    return {
+        "anchor": f"s{index + 1}", "heading": panel.heading, "short": panel.claim or panel.heading, "claim": panel.claim,
+        "verdict": panel.verdict, "mood": {"holds": "holds", "half true": "half", "does not hold here": "fails"}.get(panel.verdict, ""),
+        "caption": panel.caption, "figures": [_figure(c, f"f{index + 1}-{n}") for n, c in enumerate(charts)],
+        "tables": [_table(t) for t in panel.tables],
+    }  # fmt: skip
+
+
+def _figure(chart: Chart, name: str) -> dict[str, Any]:
+    figure: dict[str, Any] = {"id": name, "svg": svg(chart), "scenes": [], "labels": None}
+    if isinstance(chart, Surfaces):
+        figure |= {"scenes": chart.surfaces, "height": chart.height, "payload": _safe_json(json.dumps(_terrain.payload(chart)))}
+    if isinstance(chart, Lines) and chart.frames:
+        labels = json.dumps([clean(label) for label in chart.frames])
+        figure |= {"labels": labels, "last": len(chart.frames) - 1, "frame": chart.frame, "slider": chart.slider}
+    return figure
+
+
+def _table(table: Table) -> dict[str, Any]:
+    numeric = [
+        any(isinstance(row[i], int | float) for row in table.rows) and not any(isinstance(row[i], str) for row in table.rows)
+        for i in range(len(table.columns))
+    ]
+    notes = list(table.notes)
+    if len(table.rows) > ROWS:
+        notes.append(f"{len(table.rows) - ROWS:,} more rows are in the data that this page carries.")
+    rows = [[_cell(cell) for cell in row] for row in table.rows[:ROWS]]
+    return {"title": table.title, "columns": table.columns, "numeric": numeric, "rows": rows, "notes": notes}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value)
+    return clean(value) if isinstance(value, str) else clean(short(value) if isinstance(value, int | float | None) else value)
+
+
+def _safe_json(text: str) -> Markup:
+    """JSON for inside a script element: no ``<``, so nothing in it can end the element or open a comment."""
+    return Markup(text.replace("<", "\\u003c"))  # noqa: S704
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def stress(sentence: str) -> Markup:
+    """A sentence with its numbers in bold.
+
+    Example:
+        >>> stress("It falls 8.3 decades < 9x")
+        Markup('It falls <b>8.3 decades</b> &lt; <b>9x</b>')
+    """
+    parts, at = [], 0
+    for found in _NUMBER.finditer(sentence):
+        parts += [escape(clean(sentence[at : found.start()])), Markup("<b>{}</b>").format(found[0])]
+        at = found.end()
+    return Markup("").join([*parts, escape(clean(sentence[at:]))])
+
+
+_NUMBER = re.compile(
+    r"(?<![\w.-])(?:> ?|< ?|≥ ?|≤ ?)?[-−+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?:\^-?\d+(?:\.\d+)?)?"
+    r"(?: ?(?:x\b|%|decades?\b|steps?\b|times\b|branches\b))?(?![\w-])"
+)
+
+
+@functools.cache
+def _environment() -> Environment:
+    from jinja2 import FunctionLoader
+
+    made = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize,
+        loader=FunctionLoader(lambda name: _asset(f"{name}.html")),
+    )  # fmt: skip
+    made.filters["stress"] = stress
+    return made
+
+
+def _finalize(value: Any) -> Any:
+    return value if isinstance(value, Markup) else clean(value) if isinstance(value, str) else value
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return resources.files("skipscope.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return get_plotlyjs()

@@ -1,0 +1,120 @@
+"""Axes: where a number lies on paper, where the ticks are, and how they are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale from numbers to positions.
+
+    On a log axis, zero and what is negative lie on the lower edge, infinity on the upper one (each has its own
+    tick then), so that a dead gradient is seen and not left out.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+    ticks: tuple[tuple[float, str], ...] = ()
+
+    def __call__(self, value: float) -> float | None:
+        """The position of a number, or None for NaN."""
+        if value is None or math.isnan(value):
+            return None
+        low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
+        if self.log:
+            value = -math.inf if value <= 0 else math.log10(value) if value < math.inf else math.inf
+        part = min(1.0, max(0.0, (value - low) / ((high - low) or 1.0))) if abs(value) != math.inf else float(value > 0)
+        return self.start + part * (self.end - self.start)
+
+
+def axis(values: Iterable[float], start: float, end: float, *, log: bool = False, zero: bool = False, most: int = 6) -> Axis:
+    """An axis that holds ``values``, with about ``most`` ticks.
+
+    Args:
+        values: what must fit.
+        start: position of the low end.
+        end: position of the high end.
+        log: powers of ten.
+        zero: a linear axis begins at zero when it can.
+        most: how many ticks there is room for.
+    """
+    # copied to a contiguous float array: values of any origin
+    array = np.array([v for v in values if v is not None], dtype=float)
+    finite = array[np.isfinite(array)]
+    if log:
+        return _log_axis(array, finite[finite > 0], start, end, most)
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if zero:
+        low, high = min(0.0, low), max(0.0, high)
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
+        pad = abs(high) * 0.5 or 0.5
+        low, high = low - pad, high + pad
+    step = _nice((high - low) / max(1, most - 1))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = [i * step for i in range(first, last + 1)]
+    return Axis(ticks[0], ticks[-1], start, end, ticks=tuple((t, plain(t)) for t in ticks))
+
+
+def whole_axis(low: float, high: float, start: float, end: float, most: int = 6) -> Axis:
+    """An axis whose ends are exactly the data's, with whole numbers or round numbers for ticks."""
+    if high <= low:
+        high = low + 1
+    step = _nice((high - low) / max(1, most))
+    if float(low).is_integer() and float(high).is_integer():
+        step = max(1.0, step)
+    ticks = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return Axis(low, high, start, end, ticks=tuple((t, plain(t)) for t in ticks))
+
+
+def _log_axis(array: np.ndarray, positive: np.ndarray, start: float, end: float, most: int) -> Axis:
+    low, high = (float(positive.min()), float(positive.max())) if positive.size else (0.1, 1.0)
+    if high / low < 1.05:
+        low, high = low / 2, high * 2
+    decades = math.log10(high) - math.log10(low)
+    if decades > 1.6:
+        bottom, top = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+        step = max(1, math.ceil((top - bottom) / most))
+        ticks = [(10.0**e, power(e)) for e in range(top, bottom - 1, -step) if -320 < e < 308][::-1]
+        low, high = 10.0 ** max(bottom, -320), 10.0 ** min(top, 308)
+    else:
+        low, high = low / 10 ** (0.04 * decades), high * 10 ** (0.04 * decades)
+        exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        grid = [m * 10.0**e for e in exponents for m in ((1, 2, 5) if decades > 0.5 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))]
+        ticks = [(t, plain(t)) for t in grid if low <= t <= high]
+        ticks = ticks[:: max(1, math.ceil(len(ticks) / most))]
+    if (array <= 0).any():  # room below for a zero
+        low = max(low / 10 ** max(0.15 * decades, 0.5), 1e-320)
+        ticks = [(0.0, "0"), *ticks]
+    if np.isposinf(array).any():
+        high = min(high * 10 ** max(0.15 * decades, 0.5), 1e308)
+        ticks = [*ticks, (math.inf, "inf")]
+    return Axis(low, high, start, end, log=True, ticks=tuple(ticks))
+
+
+def _nice(step: float) -> float:
+    scale = 10.0 ** math.floor(math.log10(step)) if step > 0 else 1.0
+    return next(m * scale for m in (1, 2, 2.5, 5, 10) if m * scale >= step * (1 - 1e-9))
+
+
+def plain(value: float) -> str:
+    """A tick's number, without noise: 0.25, 1,500, 2e-7."""
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
+    return f"{round(value, 10):,.10g}".replace("-", "−")
+
+
+def power(exponent: int) -> str:
+    """A power of ten as people write it: 10⁻³, 1, 10, 100."""
+    return {0: "1", 1: "10", 2: "100", -1: "0.1"}.get(exponent) or "10" + str(exponent).translate(_SUPERSCRIPTS)

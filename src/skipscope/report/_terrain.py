@@ -1,0 +1,192 @@
+"""Loss surfaces: heights on a clipped log scale, as contours (SVG, always there) and as data for the 3-D view.
+
+A loss surface spans many decades, and what matters lies at its bottom: heights are logarithms, cut off four decades
+above the lowest point of all surfaces shown, with one scale for all of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from skipscope._numbers import short
+from skipscope.report._charts import Surface, Surfaces
+from skipscope.report._markup import ellipsis, join, tag
+from skipscope.report._palette import cividis
+from skipscope.report._scale import power
+
+DECADES = 4.0
+
+
+@dataclass(frozen=True)
+class Heights:
+    """How losses become heights.
+
+    Attributes:
+        low, high: the loss at the bottom and at the cut.
+        cut: whether something lies above the cut.
+        log: False for a difference, whose heights are linear around zero.
+    """
+
+    low: float
+    high: float
+    cut: bool
+    log: bool
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Heights; NaN stays NaN, infinity is the cut."""
+        if not self.log:
+            return np.clip(values, self.low, self.high)
+        with np.errstate(invalid="ignore"):
+            return np.log10(np.clip(values, self.low, self.high))
+
+    def levels(self, count: int = 9) -> np.ndarray:
+        """Heights of the contours, evenly spaced on the scale."""
+        low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
+        return np.linspace(low, high, count + 2)[1:-1]
+
+    def ticks(self) -> tuple[list[float], list[str]]:
+        """Where to write what on the height axis."""
+        if not self.log:
+            values = np.linspace(self.low, self.high, 5)
+            return values.tolist(), [short(float(v), 2) for v in values]
+        bottom, top = math.log10(self.low), math.log10(self.high)
+        whole = list(range(math.ceil(bottom), math.floor(top) + 1))
+        if len(whole) >= 2:
+            return [float(e) for e in whole], [power(e) for e in whole]
+        values = np.linspace(bottom, top, 4)
+        return values.tolist(), [short(float(10**v), 2) for v in values]
+
+
+def heights(chart: Surfaces) -> Heights:
+    """One scale for all surfaces of a chart."""
+    values = np.concatenate([np.ravel(s.values) for s in chart.surfaces])
+    if any(s.signed for s in chart.surfaces):
+        finite = np.abs(values[np.isfinite(values)])
+        reach = float(np.quantile(finite, 0.98)) if finite.size else 1.0
+        reach = reach or 1.0
+        return Heights(-reach, reach, bool((finite > reach).any()), log=False)
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not positive.size:
+        return Heights(0.1, 1.0, False, log=True)
+    low, top = float(positive.min()), float(positive.max())
+    high = max(min(top, low * 10**DECADES), low * 1.25)
+    return Heights(low, high, top > high or bool(np.isposinf(values).any()), log=True)
+
+
+def colours(signed: bool) -> np.ndarray:
+    """``[256, 3]`` bytes: cividis for heights; blue through white to orange for a difference."""
+    if not signed:
+        return cividis()
+    below, middle, above = np.array([0, 103, 165]), np.array([247, 246, 242]), np.array([200, 80, 10])
+    part = np.linspace(-1, 1, 256)[:, None]
+    return np.where(part < 0, middle + (below - middle) * -part, middle + (above - middle) * part).astype(np.uint8)
+
+
+def contours(chart: Surfaces, width: int) -> Markup:
+    """All surfaces of a chart as contour maps beside each other, on one scale, with its key."""
+    scale = heights(chart)
+    across = min(len(chart.surfaces), (4 if len(chart.surfaces) == 4 else 3) if width > 500 else 2)
+    gap = 18
+    side = min(300.0, (width - 4 - gap * (across - 1)) / across)
+    rows = math.ceil(len(chart.surfaces) / across)
+    noted = any(s.note for s in chart.surfaces)
+    block = side + (46 if noted else 30)
+    parts = []
+    for i, surface in enumerate(chart.surfaces):
+        at_x, at_y = 2 + (i % across) * (side + gap), (i // across) * (block + 10)
+        parts.append(_map(surface, scale, at_x, at_y + 22, side, most=int(side / 6.6)))
+        if surface.note:
+            parts.append(tag("text", ellipsis(surface.note, int(side / 6), keep="start"), x=at_x, y=at_y + side + 38, class_="note"))
+    bottom = rows * (block + 10) + 4
+    parts.append(_key(scale, chart, 2, bottom, min(240.0, width / 2)))
+    height = bottom + 44
+    return tag("svg", *parts, viewBox=f"0 0 {width} {height:.0f}", class_="chart", role="img", aria_label=f"contours of the {chart.height}")
+
+
+def _map(surface: Surface, scale: Heights, x: float, y: float, side: float, most: int) -> Markup:
+    from contourpy import contour_generator
+
+    level = scale(np.asarray(surface.values, dtype=float))
+    rows, columns = level.shape
+    body = [tag("text", ellipsis(surface.label, most, keep="start"), x=x, y=y - 7, class_="label strong")]
+    body.append(tag("image", href=_png(level, scale, surface.signed), x=x, y=y, width=side, height=side,
+                    preserveAspectRatio="none"))  # fmt: skip
+    if rows > 1 and columns > 1 and np.isfinite(level).any():
+        made = contour_generator(np.linspace(0, side, rows), np.linspace(side, 0, columns), np.ma.masked_invalid(level.T))
+        path = "".join(
+            "M" + "L".join(f"{x + px:.1f} {y + py:.1f}" for px, py in line)
+            for at in scale.levels()
+            for line in made.lines(at)
+            if len(line) > 2
+        )
+        if path:
+            body.append(tag("path", d=path, class_="contour"))
+    a, b = _zero(surface.alphas), _zero(surface.betas)
+    if a is not None and b is not None:
+        px, py = x + a * side, y + (1 - b) * side
+        body.append(tag("path", tag("title", "the weights as they are"), d=f"M{px - 5:.1f} {py:.1f}h10M{px:.1f} {py - 5:.1f}v10", class_="centre"))
+    body.append(tag("rect", x=x, y=y, width=side, height=side, class_="frame"))
+    return tag("g", *body)
+
+
+def _zero(axis: np.ndarray) -> float | None:
+    low, high = float(axis[0]), float(axis[-1])
+    return -low / (high - low) if low < 0 < high else None
+
+
+def _png(level: np.ndarray, scale: Heights, signed: bool, pixels: int = 240) -> str:
+    """A smooth picture of heights ``[a, b]``: a to the right, b upward; what is unknown is transparent."""
+    import matplotlib.image
+    from scipy.ndimage import map_coordinates
+
+    low, high = (math.log10(scale.low), math.log10(scale.high)) if scale.log else (scale.low, scale.high)
+    part = (level - low) / ((high - low) or 1.0)
+    known = np.isfinite(part)
+    grid = np.meshgrid(*(np.linspace(0, n - 1, pixels) for n in level.shape), indexing="ij")
+    smooth = map_coordinates(np.where(known, part, 1.0), grid, order=1)
+    clear = map_coordinates(known.astype(float), grid, order=0)
+    rgb = colours(signed)[(smooth.clip(0, 1) * 255).astype(int)]
+    rgba = np.dstack([rgb, (clear > 0.5).astype(np.uint8) * 255]).transpose(1, 0, 2)[::-1]
+    buffer = io.BytesIO()
+    # copied: imsave wants contiguous bytes
+    matplotlib.image.imsave(buffer, np.ascontiguousarray(rgba), format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _key(scale: Heights, chart: Surfaces, x: float, y: float, width: float) -> Markup:
+    signed = any(s.signed for s in chart.surfaces)
+    ramp = Heights(0.0, 1.0, False, log=False)
+    image = tag("image", href=_png(np.linspace(0, 1, 64)[:, None].repeat(2, 1), ramp, signed, 96), x=x, y=y, width=width,
+                height=9.0, preserveAspectRatio="none")  # fmt: skip
+    above = "≥ " if scale.cut else ""
+    below = "≤ " if scale.cut and signed else ""
+    return join(
+        image,
+        tag("text", below + short(scale.low, 2), x=x, y=y + 23, class_="tick"),
+        tag("text", above + short(scale.high, 2), x=x + width, y=y + 23, text_anchor="end", class_="tick"),
+        tag("text", chart.height, x=x + width + 12, y=y + 9, class_="title"),
+    )
+
+
+def payload(chart: Surfaces) -> dict[str, Any]:
+    """What the page's script needs to draw the surfaces in 3-D: heights, scale and ticks; no markup."""
+    scale = heights(chart)
+    values, texts = scale.ticks()
+    low, high = (math.log10(scale.low), math.log10(scale.high)) if scale.log else (scale.low, scale.high)
+    ramp = [[i / 15, "rgb({},{},{})".format(*colours(any(s.signed for s in chart.surfaces))[i * 17])] for i in range(16)]
+    surfaces = [
+        {
+            "x": [round(float(v), 5) for v in s.alphas],
+            "y": [round(float(v), 5) for v in s.betas],
+            "z": [[round(float(v), 3) if math.isfinite(v) else None for v in row] for row in scale(np.asarray(s.values, dtype=float)).T],
+        }
+        for s in chart.surfaces
+    ]
+    return {"surfaces": surfaces, "low": low, "high": high, "ticks": values, "texts": texts, "scale": ramp}

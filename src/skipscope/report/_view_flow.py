@@ -1,0 +1,246 @@
+"""How flow, split, paths, importance, remedies and correlations are told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from skipscope._numbers import short
+from skipscope.flow import (
+    GradientCorrelation,
+    GradientFlow,
+    GradientSplit,
+    Importance,
+    PathSpectrum,
+    Prescription,
+)
+from skipscope.report._charts import Bars, Lines, Mark, Panel, Series, Story
+from skipscope.report._story import story
+
+DEPTH = "boundary, from the input (left) to the loss (right)"
+
+
+def number(value: float | None) -> float:
+    """A missing number as NaN, so that a line has a gap there."""
+    return math.nan if value is None else float(value)
+
+
+def flow_lines(flows: Mapping[str, GradientFlow], styles: Mapping[str, int] | None = None) -> Lines:
+    """The flow of one or several networks, boundary by boundary, on a log axis."""
+    series = []
+    for i, (name, flow) in enumerate(flows.items()):
+        series.append(
+            Series(
+                name,
+                [b.depth for b in flow.boundaries],
+                [number(b.gradient_rms) for b in flow.boundaries],
+                style=(styles or {}).get(name, i),
+                tips=[f"{name}  {b.depth} {b.name}: {short(b.gradient_rms)}, factor {short(b.factor)}" for b in flow.boundaries],
+            )
+        )
+    alone = next(iter(flows.values())) if len(flows) == 1 else None
+    marks = [Mark(b.depth, f"breaks at {b.name}") for b in alone.boundaries if b.name == alone.verdict.where][:1] if alone else []
+    return Lines(series, DEPTH, "gradient RMS, |dL/d(output)| = 1", log_y=True, marks=marks, foot=str(alone.verdict) if alone else "")
+
+
+def factor_lines(flows: Mapping[str, GradientFlow], styles: Mapping[str, int] | None = None) -> Lines:
+    """The factor at each boundary, whose product is what reaches the first one."""
+    series = [
+        Series(
+            name,
+            [b.depth for b in flow.boundaries if b.factor is not None],
+            [number(b.factor) for b in flow.boundaries if b.factor is not None],
+            style=(styles or {}).get(name, i),
+            tips=[f"{name}  {b.depth} {b.name}: {short(b.factor)}" for b in flow.boundaries if b.factor is not None],
+        )
+        for i, (name, flow) in enumerate(flows.items())
+    ]
+    return Lines(series, DEPTH, "factor: gradient here over the gradient one boundary nearer the loss", log_y=True, level=(1.0, "1: nothing lost"))
+
+
+def fall_sentence(flow: GradientFlow) -> str:
+    """The verdict as one sentence with its number."""
+    fall = flow.verdict.fall_decades
+    if fall is None:
+        return f"The gradient's flow is {flow.verdict.state}: {flow.verdict.reason}."
+    kept = 10.0 ** -fall
+    size = f"{short(kept, 2)} times as large" if 1e-3 < kept < 1e4 else f"10^{-fall:.1f} times as large"
+    return f"The flow is {flow.verdict.state}: at the first boundary the gradient is {size} as at the last ({abs(fall):.2f} decades {'lost' if fall >= 0 else 'gained'})."
+
+
+@story.register
+def _(result: GradientFlow) -> Story:
+    verdict = result.verdict
+    broken = f"It breaks at {verdict.where}." if verdict.where else ""
+    panels = [
+        Panel(
+            heading=f"The gradient on its way back: {verdict.state}",
+            chart=flow_lines({result.meaning: result}),
+            caption="Read from right to left, as the gradient travels. A level line is a healthy flow; a line that sinks to the left "
+            f"is a gradient that vanishes. {broken}",
+            tables=[result.table()],
+        )
+    ]
+    if len(result.boundaries) > 2:
+        panels.append(
+            Panel(
+                heading="A product of factors",
+                chart=factor_lines({result.meaning: result}),
+                caption=f"What each stretch passes on. All factors multiplied: {short(result.product)}.",
+            )
+        )
+    if result.layers:
+        panels.append(
+            Panel(
+                heading="What the lecture prints: mean |dL/dW|",
+                chart=Bars(
+                    [w.name for w in result.layers], [[number(w.weight_grad_mean_abs) for w in result.layers]], ["mean |dL/dW|"],
+                    title="mean |dL/dW| by weight", log=True,
+                ),
+                caption="The size of each weight's own gradient: not the flow, and it can go the opposite way.",
+                tables=[result.layer_table()],
+            )
+        )  # fmt: skip
+    return Story("How the gradient flows", f"{result.meaning}, {result.mode} mode, {result.samples:,} samples",
+                 [fall_sentence(result), verdict.reason[:1].upper() + verdict.reason[1:] + ("" if verdict.reason.endswith(".") else ".")], panels,
+                 methods=result.table().notes)  # fmt: skip
+
+
+def split_lines(split: GradientSplit) -> Lines:
+    """What each shortcut and each branch carries, fork by fork."""
+    at = list(range(1, len(split) + 1))
+    tips = [f"{s.name}: shortcut {short(s.shortcut_rms)}, branch {short(s.branch_rms)}, cosine {short(s.cosine)}" for s in split]
+    return Lines(
+        [
+            Series("by the shortcut", at, [s.shortcut_rms for s in split], style=0, tips=tips),
+            Series("by the branch", at, [s.branch_rms for s in split], style=1, tips=tips),
+        ],
+        "shortcut, from the input (left) to the loss (right)", "gradient RMS arriving at the fork", log_y=True,
+    )  # fmt: skip
+
+
+def split_answer(split: GradientSplit) -> str:
+    """How much the shortcuts carry, in a sentence."""
+    shares = sorted(s.share for s in split if s.share is not None)
+    if not shares:
+        return "There is no gradient to split."
+    middle = shares[len(shares) // 2]
+    return f"At the middle one of {len(shares)} forks the shortcut carries {100 * middle:.0f} % of the gradient (from {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %)."
+
+
+@story.register
+def _(result: GradientSplit) -> Story:
+    panel = Panel(
+        "Two ways back, at each fork", split_lines(result),
+        "At each fork the gradient arrives by two ways. Where the upper line is the shortcut's, it is the shortcut that keeps the gradient alive.",
+        [result.table()],
+    )  # fmt: skip
+    return Story("Shortcut against branch", f"{result.meaning}, {result.mode} mode", [split_answer(result)], [panel], result.notes)
+
+
+def path_lines(paths: Mapping[str, PathSpectrum], styles: Mapping[str, int] | None = None) -> Lines:
+    """The gradient by path length; lengths that carry less than 1e-12 of the greatest are left to the table."""
+    series, marks = [], []
+    for i, (name, spectrum) in enumerate(paths.items()):
+        top = float(spectrum.norms.max()) if len(spectrum.norms) else 0.0
+        kept = [k for k, n in enumerate(spectrum.norms) if n > top * 1e-12] or list(range(len(spectrum.norms)))
+        errors = spectrum.errors
+        series.append(
+            Series(
+                name, kept, [float(spectrum.norms[k]) for k in kept], style=(styles or {}).get(name, i),
+                low=None if errors is None else [float(spectrum.norms[k] - 1.96 * errors[k]) for k in kept],
+                high=None if errors is None else [float(spectrum.norms[k] + 1.96 * errors[k]) for k in kept],
+                tips=[f"{name}  {k} branches: {short(float(spectrum.norms[k]))}, {100 * spectrum.shares[k]:.2g} %" for k in kept],
+            )
+        )  # fmt: skip
+        if len(paths) == 1:
+            marks = [Mark(spectrum.mean_length, f"mean length {short(spectrum.mean_length)}")]
+    return Lines(series, "branches crossed on the way back", "norm of the gradient by paths of this length", log_y=True, marks=marks)
+
+
+def path_answer(spectrum: PathSpectrum) -> str:
+    """Where most of the gradient travels, in a sentence."""
+    shares, total, inside = spectrum.shares, 0.0, []
+    for k in sorted(range(len(shares)), key=lambda k: -shares[k]):
+        inside.append(k)
+        total += float(shares[k])
+        if total >= 0.9:
+            break
+    return (
+        f"Of up to {spectrum.branches} branches, the gradient crosses {spectrum.mean_length:.2g} on average; paths of "
+        f"{min(inside)} to {max(inside)} branches carry {100 * total:.0f} % of it."
+    )
+
+
+@story.register
+def _(result: PathSpectrum) -> Story:
+    panel = Panel(
+        "The gradient by the length of its path", path_lines({result.meaning: result}),
+        "Each point adds up all paths that cross so many branches; at 0 is the way by shortcuts alone. The axis is "
+        "logarithmic: a step down is a factor.",
+        [result.table()],
+    )  # fmt: skip
+    return Story("Which paths the gradient takes", f"back to {result.wrt}, {result.meaning}", [path_answer(result)], [panel], result.table().notes)
+
+
+def importance_bars(result: Importance, what: str = "loss_cost") -> Bars:
+    """What each edit costs, the costliest first."""
+    rows = result.ranked
+    title = "change of the loss" if what == "loss_cost" else "decades of gradient lost"
+    return Bars(
+        [s.name for s in rows],
+        [[number(getattr(c, what)) if c else math.nan for c in costs] for costs in ([s.removed for s in rows], [s.lesioned for s in rows])],
+        ["shortcut removed", "branch lesioned"], title=title,
+    )  # fmt: skip
+
+
+def importance_answer(result: Importance) -> str:
+    """Which one matters most, in a sentence."""
+    ranked = [s for s in result.ranked if s.removed is not None and not math.isnan(s.removed.loss_cost)]
+    if not ranked:
+        return "No shortcut could be removed alone."
+    first, last = ranked[0], ranked[-1]
+    text = f"Removing {first.name} alone changes the loss by {short(first.removed.loss_cost)} (from {short(result.loss)})"
+    return text + (f", removing {last.name} by {short(last.removed.loss_cost)}." if len(ranked) > 1 else ".")
+
+
+def importance_panels(result: Importance) -> list[Panel]:
+    """What each shortcut and each branch is worth: in loss, and in flow."""
+    return [
+        Panel(
+            "What each one costs in loss", importance_bars(result),
+            "One edit at a time, from these weights, without training again: a shortcut taken out, or its branch.", [result.table()],
+        ),
+        Panel("What each one costs in flow", importance_bars(result, "flow_cost"),
+              "Decades of gradient that are lost on the way to the first boundary; to the left of zero, gained."),
+    ]  # fmt: skip
+
+
+@story.register
+def _(result: Importance) -> Story:
+    return Story("Which shortcuts matter", f"loss as built {short(result.loss)}, {result.mode} mode", [importance_answer(result)],
+                 importance_panels(result), result.notes)  # fmt: skip
+
+
+@story.register
+def _(result: Prescription) -> Story:
+    rows = (result.before, *result.remedies)
+    charts: Sequence[Bars] = [
+        Bars([r.name for r in rows], [[number(r.fall_decades) for r in rows]], ["fall"], title="decades of gradient lost on the way back (0 is best)")
+    ]
+    panels = [Panel("What each remedy did to the flow", charts[0], "The first row is the network as it is; each remedy was applied to a copy.", [result.table()])]
+    if any(r.reached is not None for r in rows):
+        reached = Bars([r.name for r in rows], [[number(r.reached) for r in rows]], ["loss"], title="loss after the same few training steps")
+        panels.append(Panel("And what it did to the training", reached, "Shorter is better."))
+    return Story("Remedies that were tried", "", [result.advice] if result.advice else [], panels, result.refused)
+
+
+@story.register
+def _(result: GradientCorrelation) -> Story:
+    chart = Lines(
+        [Series("correlation", [b[0] for b in result.bins], [b[1] for b in result.bins],
+                tips=[f"distance {short(b[0])}: {short(b[1])} ({b[2]} pairs)" for b in result.bins])],
+        "distance between two inputs", "correlation of their gradients", level=(0.0, "0: unrelated"),
+    )  # fmt: skip
+    panel = Panel("Gradients of near inputs", chart, "A line near zero: the gradient is shattered, neighbours are told unrelated things.", [result.table()])
+    return Story("How alike the gradients of two inputs are", f"read at {result.boundary}", [f"The mean correlation is {short(result.mean)}."], [panel], result.notes)
