@@ -1,0 +1,151 @@
+"""The command line as a person uses it: real processes, real files; errors in words, never a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+MODELS = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    def forward(self, x):
+        return x + self.f(x)
+
+def make():
+    return nn.Sequential(Block(), Block(), nn.Linear(8, 3))
+
+def plain():
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+def needs_an_argument(n):
+    return make()
+
+def batch():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(48, 8, generator=g), torch.randint(0, 3, (48,), generator=g)
+
+def nan_batch():
+    x, y = batch()
+    return x * float("nan"), y
+
+def two_in_a_list():
+    return [batch(), batch()]
+
+def wrong_shape():
+    x, y = batch()
+    return x[:, :5], y
+
+def empty():
+    return []
+
+number = 3
+raise_on_import = None
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "mine.py").write_text(MODELS)
+    (folder / "broken.py").write_text("import a_package_that_is_not_there\n")
+    return folder
+
+
+def skipscope(folder, *words):
+    environment = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "skipscope", *words],
+        cwd=folder, capture_output=True, text=True, timeout=280, env=environment, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+BAD = {
+    "no such network": (["flow", "alexnet-999"], "one of plain"),
+    "no such module": (["flow", "nowhere:make", "--data", "mine:batch"], "there is no module nowhere"),
+    "no such callable": (["flow", "mine:nothing", "--data", "mine:batch"], "no such name"),
+    "its import fails": (["flow", "broken:make", "--data", "mine:batch"], "a_package_that_is_not_there"),
+    "not a module": (["flow", "mine:batch", "--data", "mine:batch"], "nn.Module"),
+    "needs arguments": (["flow", "mine:needs_an_argument", "--data", "mine:batch"], "make_model()"),
+    "code as a name": (["flow", "__import__('os').system('true'):x"], "is not module:callable"),
+    "no data": (["flow", "mine:make"], "--data"),
+    "no such loss": (["flow", "mine:make", "--data", "mine:batch", "--loss", "focal"], "cross_entropy"),
+    "not a loss": (["flow", "mine:make", "--data", "mine:batch", "--loss", "relu"], "cross_entropy"),
+    "an ambiguous list": (["flow", "mine:make", "--data", "mine:two_in_a_list"], "ss.batches"),
+    "no batches": (["flow", "mine:make", "--data", "mine:empty"], "empty"),
+    "wrong shape": (["flow", "mine:make", "--data", "mine:wrong_shape"], "(48, 5)"),
+    "nan": (["compare", "mine:make", "--data", "mine:nan_batch"], "not finite"),
+    "bad shape words": (["find", "mine:make", "--input", "8x-3"], "8x3x224x224"),
+    "cannot write": (["flow", "mine:make", "--data", "mine:batch", "--out", "/proc/nope"], "--out"),
+    "nothing saved": (["show", "nowhere.json"], "nowhere.json"),
+    "no weights": (["flow", "mine:make", "--data", "mine:batch", "--weights", "no.pt"], "no.pt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_answered_in_words(name, folder):
+    words, cure = BAD[name]
+    done = skipscope(folder, *words)
+    assert done.returncode == 1, done.stderr
+    assert cure in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_weights_that_hold_code_are_not_run(folder):
+    import torch
+
+    class Harmful:
+        def __reduce__(self):
+            return (os.system, (f"touch {folder / 'harmed'}",))
+
+    torch.save({"state_dict": Harmful()}, folder / "harmful.pt")
+    done = skipscope(folder, "flow", "mine:make", "--data", "mine:batch", "--weights", "harmful.pt")
+    assert done.returncode == 1
+    assert not (folder / "harmed").exists()
+
+
+def test_find_flow_paths_and_show(folder):
+    out = ("--out", "results")
+    found = skipscope(folder, "find", "mine:make", "--input", "4x8", *out)
+    assert found.returncode == 0, found.stderr
+    assert "identity" in found.stdout
+    flow = skipscope(folder, "flow", "mine:make", "--data", "mine:batch", *out)
+    assert flow.returncode == 0, flow.stderr
+    assert "cross_entropy, guessed" in flow.stderr
+    assert str(folder / "results" / "flow.html") in flow.stdout
+    assert (folder / "results" / "flow.html").stat().st_size < 8_000_000
+    shown = skipscope(folder, "show", "results/flow.json")
+    assert shown.stdout.strip()[:60] == flow.stdout.strip()[:60]
+    paths = skipscope(folder, "paths", "mine:make", "--data", "mine:batch", "--json")
+    assert len(json.loads(paths.stdout)["norms"]) == 3
+
+
+def test_compare_ones_own_model(folder):
+    done = skipscope(folder, "compare", "mine:make", "--data", "mine:batch", "--quick", "--out", "mine")
+    assert done.returncode == 0, done.stderr
+    assert "training:" in done.stderr
+    result = json.loads((folder / "mine" / "compare.json").read_text())["data"]
+    assert len(result["found"]["with"]["entries"]) == 2
+    assert set(result["flow"]) == {"with", "with, detached", "without"}
+    page = (folder / "mine" / "compare.html").read_text()
+    assert len(page) < 8_000_000
+    assert result["summary"][0] in page.replace("&#39;", "'")
+
+
+def test_compare_a_model_without_shortcuts(folder):
+    done = skipscope(
+        folder, "compare", "mine:plain", "--data", "mine:batch", "--no-train", "--quick", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {t["name"]: t["meaning"] for t in result["twins"]} == {
+        "without": "as built",
+        "with": "shortcuts added",
+    }
+    assert result["training"] is None

@@ -1,0 +1,79 @@
+"""The package as a user meets it: what is public, what an import pulls in, examples that run."""
+
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import skipscope as ss
+
+ROOT = Path(__file__).parent.parent
+MODULES = [
+    m.name for m in pkgutil.walk_packages(ss.__path__, "skipscope.") if not m.name.endswith("__main__")
+]
+# Adapters of packages that may not be installed; their own tests run them.
+OPTIONAL = {"skipscope.monitor.lightning", "skipscope.monitor.transformers", "skipscope.monitor.accelerate"}
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def imported(code: str) -> set[str]:
+    return set(python(f"import sys; {code}; print(*sys.modules)").split())
+
+
+def test_every_public_name_is_there_documented_and_they_are_few():
+    assert len(ss.__all__) < 40
+    for name in ss.__all__:
+        value = getattr(ss, name)
+        assert (value.__doc__ or "").strip(), f"ss.{name} has no docstring"
+
+
+def test_importing_is_immediate():
+    modules = imported("import skipscope")
+    assert not modules & {"torch", "numpy", "matplotlib", "plotly", "scipy", "rich", "zarr"}
+
+
+def test_help_does_not_import_torch():
+    modules = imported(
+        "import sys, contextlib, io; sys.argv = ['skipscope', 'compare', '--help']\n"
+        "from skipscope.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()\n"
+    )
+    assert "cyclopts" in modules
+    assert "torch" not in modules
+
+
+def test_the_core_imports_no_plotting_and_no_logger():
+    rooms = "comparison surfaces curvature flow shortcuts reference nn book testing".split()
+    modules = imported("import " + ", ".join(f"skipscope.{room}" for room in rooms))
+    assert "torch" in modules
+    assert not modules & {
+        "matplotlib",
+        "plotly",
+        "tensorboard",
+        "wandb",
+        "lightning",
+        "transformers",
+        "ray",
+        "IPython",
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in OPTIONAL])
+def test_examples_run(name):
+    module = importlib.import_module(name)
+    results = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert results.failed == 0
+
+
+def test_the_version_is_written_once():
+    assert ss.__version__ in (ROOT / "CITATION.cff").read_text()
+    assert f"[{ss.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
