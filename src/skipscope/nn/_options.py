@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from skipscope._errors import SkipscopeError
 from skipscope.nn._connection import Connection, Pointwise, pad_width
 
 
@@ -82,12 +83,15 @@ def option(
 ) -> Connection:
     """The shortcut module that option ``"A"``, ``"B"`` or ``"C"`` asks for between these widths.
 
+    Raises:
+        SkipscopeError: another letter.
+
     Example:
         >>> type(option("B", nn.Linear(4, 4), 4)).__name__, type(option("B", nn.Linear(4, 8), 4, 8)).__name__
         ('PadShortcut', 'ProjectionShortcut')
     """
+    if letter not in {"A", "B", "C"}:
+        raise SkipscopeError("option", "no such option", expected='"A", "B" or "C"', got=repr(letter))
     changes = stride > 1 or (width_out or width) != width
-    kind = {"A": PadShortcut, "B": ProjectionShortcut if changes else PadShortcut, "C": ProjectionShortcut}[
-        letter
-    ]
-    return kind(branch, width, width_out, stride=stride, dim=dim)
+    module = ProjectionShortcut if letter == "C" or (letter == "B" and changes) else PadShortcut
+    return module(branch, width, width_out, stride=stride, dim=dim)

@@ -1,0 +1,262 @@
+"""Every shortcut module against its paper's equation, written out in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import skipscope.nn as sn
+from skipscope import SkipscopeError
+
+N, WIDTH = 5, 6
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def branch(out=WIDTH):
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, out))
+
+
+def norm(x):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+
+
+def gate(module, x):
+    return 1 / (1 + torch.exp(-(x @ module.gate.weight.T + module.gate.bias)))
+
+
+EQUATIONS = {
+    "identity": lambda m, f, x: x + f(x),
+    "post-activation": lambda m, f, x: (x + f(x)).clamp_min(0),
+    "pre-activation": lambda m, f, x: x + f(norm(x).clamp_min(0)),
+    "pad": lambda m, f, x: x + f(x),
+    "projection": lambda m, f, x: x @ m.projection.weight.T + f(x),
+    "scaled": lambda m, f, x: x / 2 + f(x) / 2,
+    "depth-scaled": lambda m, f, x: x + f(x) / 3,
+    "exclusive-gate": lambda m, f, x: (1 - gate(m, x)) * x + gate(m, x) * f(x),
+    "shortcut-only-gate": lambda m, f, x: (1 - gate(m, x)) * x + f(x),
+    "highway": lambda m, f, x: gate(m, x) * f(x) + (1 - gate(m, x)) * x,
+    "dropout": lambda m, f, x: x + f(x),
+    "stochastic-depth": lambda m, f, x: x + f(x),
+    "dense": lambda m, f, x: torch.cat([x, f(x)], -1),
+    "skipinit": lambda m, f, x: x + m.alpha * f(x),
+    "rezero": lambda m, f, x: x + m.alpha * f(x),
+    "layer-scale": lambda m, f, x: x + f(x) @ torch.diag(m.gamma),
+    "fixup": lambda m, f, x: x + m.multiplier * f(x + m.bias_in) + m.bias_out,
+    "pre-norm": lambda m, f, x: x + f(norm(x)),
+    "post-norm": lambda m, f, x: norm(x + f(x)),
+    "sandwich-norm": lambda m, f, x: x + norm(f(norm(x))),
+    "deep-norm": lambda m, f, x: norm(8**0.25 * x + f(x)),
+    "hyper": lambda m, f, x: x + f(x),
+}
+
+
+def test_every_registered_module_has_its_equation():
+    assert sn.registry().keys() == EQUATIONS.keys()
+
+
+def scrambled(module):
+    """The module with its own scalars away from their start, so that each factor shows (norms and streams stay)."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 0 or name in {"gamma", "gate.bias"}:
+                parameter.add_(torch.randn_like(parameter))
+    return module
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_equation(name):
+    module = scrambled(sn.registry()[name](branch(), WIDTH, depth=9)).eval()
+    inner = module.layers[0].branch if name == "hyper" else module.branch
+    if name == "fixup":
+        nn.init.normal_(inner[2].weight)
+    x = torch.randn(N, WIDTH)
+    torch.testing.assert_close(module(x), EQUATIONS[name](module, inner, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_images_are_rows_of_features_with_the_features_second(name):
+    """On [n, c, h, w] with dim=1 every module does to each pixel what it does to a row."""
+
+    class PixelBranch(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x.movedim(1, -1)).movedim(-1, 1)
+
+    torch.manual_seed(1)
+    rows = sn.registry()[name](branch(), WIDTH, depth=4).eval()
+    torch.manual_seed(1)
+    pixels = sn.registry()[name](PixelBranch(branch()), WIDTH, dim=1, depth=4).eval()
+    x = torch.randn(2, WIDTH, 3, 4)
+    expected = rows(x.movedim(1, -1).reshape(-1, WIDTH)).reshape(2, 3, 4, -1).movedim(-1, 1)
+    torch.testing.assert_close(pixels(x), expected)
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_identity_at_start_is_claimed_where_it_holds(name):
+    module, x = sn.registry()[name](branch(), WIDTH, depth=4).eval(), torch.randn(N, WIDTH)
+    y = module(x)
+    assert module.identity_at_start == (y.shape == x.shape and torch.equal(y, x))
+
+
+def test_more_arguments_go_to_the_branch():
+    class Masked(nn.Module):
+        def forward(self, x, mask, scale=1.0):
+            return x * mask * scale
+
+    x, mask = torch.randn(N, WIDTH), torch.randint(2, (N, WIDTH))
+    torch.testing.assert_close(sn.IdentityShortcut(Masked())(x, mask, scale=3.0), x + 3 * x * mask)
+
+
+# --- where the shape changes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_options_a_and_b_on_images(stride):
+    conv = nn.Conv2d(4, 8, 3, stride, 1)
+    x = torch.randn(2, 4, 6, 6)
+    padded = F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 2, 2))
+    a = sn.option("A", conv, 4, 8, stride=stride, dim=1)
+    torch.testing.assert_close(a(x), conv(x) + padded)
+    assert sum(p.numel() for p in a.parameters()) == sum(p.numel() for p in conv.parameters())
+    b = sn.option("B", conv, 4, 8, stride=stride, dim=1)
+    as_conv = F.conv2d(x, b.projection.weight[:, :, None, None], stride=stride)
+    torch.testing.assert_close(b(x), conv(x) + as_conv)
+
+
+def test_options_differ_where_the_shape_stays():
+    kinds = {letter: sn.option(letter, nn.Linear(4, 4), 4).kind for letter in "ABC"}
+    assert kinds == {"A": "identity", "B": "identity", "C": "projection"}
+
+
+def test_unknown_option_is_refused():
+    with pytest.raises(SkipscopeError, match='"A", "B" or "C"'):
+        sn.option("D", nn.Linear(4, 4), 4)
+
+
+# --- gates ------------------------------------------------------------------------------------------------------
+
+
+def test_gates_start_where_they_are_told():
+    x = torch.zeros(1, WIDTH)
+    for module, bias in [(sn.Highway(branch(), WIDTH), -2), (sn.ShortcutOnlyGate(branch(), WIDTH), -6)]:
+        assert torch.sigmoid(module.gate(x)).unique().item() == pytest.approx(1 / (1 + math.exp(-bias)))
+
+
+def test_a_closed_gate_is_the_identity_and_an_open_one_the_branch():
+    x = torch.randn(N, WIDTH)
+    torch.testing.assert_close(sn.Highway(branch(), WIDTH, bias=-800.0)(x), x)
+    opened = sn.Highway(branch(), WIDTH, bias=800.0)
+    torch.testing.assert_close(opened(x), opened.branch(x))
+
+
+# --- chance -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_stochastic_depth_drops_rows_or_batches_and_keeps_the_mean(mode):
+    f, p = torch.ones(4000, 2), 0.3
+    draws = torch.stack([sn.stochastic_depth(f, p, True, mode) for _ in range(200)])
+    assert set(draws.unique().tolist()) == {0.0, 1 / 0.7}
+    assert (draws[..., 0] == draws[..., 1]).all()
+    one_for_all = bool((draws == draws[:, :1]).all())
+    assert one_for_all == (mode == "batch")
+    assert draws.mean().item() == pytest.approx(1, abs=0.01 if mode == "row" else 0.2)
+
+
+def test_stochastic_depth_edges():
+    f = torch.randn(3, 2)
+    assert torch.equal(sn.stochastic_depth(f, 0.0, True), f)
+    assert torch.equal(sn.stochastic_depth(f, 0.9, False), f)
+    assert not sn.stochastic_depth(f, 1.0, True).any()
+
+
+def test_dropout_shortcut_drops_the_shortcut_and_not_the_branch():
+    x, f = torch.ones(1000, 3), torch.full((1000, 3), 5.0)
+    y = sn.dropout_shortcut(x, f, 0.5, True)
+    assert set(y.unique().tolist()) == {5.0, 7.0}
+
+
+# --- initialisations --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [1, 2, 3])
+@pytest.mark.parametrize("depth", [4, 64])
+def test_fixup_scales_by_depth_and_zeroes_the_last(weights, depth):
+    layers = nn.Sequential(*[nn.Linear(8, 8) for _ in range(weights)])
+    before = [layer.weight.clone() for layer in layers]
+    sn.fixup_(layers, depth)
+    for old, layer in list(zip(before, layers))[:-1]:
+        torch.testing.assert_close(layer.weight.detach(), old * depth ** (-1 / (2 * weights - 2)))
+    assert not layers[-1].weight.any() and not any(layer.bias.any() for layer in layers)
+
+
+def test_fixup_refuses_a_branch_without_weights():
+    with pytest.raises(SkipscopeError, match="no weights"):
+        sn.Fixup(nn.ReLU(), 4)
+
+
+def test_fixup_updates_do_not_grow_with_depth():
+    """Its purpose: one SGD step changes the output by about as much at L = 4 and at L = 64."""
+
+    def change(depth):
+        torch.manual_seed(0)
+        blocks = []
+        for _ in range(depth):
+            f = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+            nn.init.kaiming_normal_(f[0].weight)
+            blocks.append(sn.Fixup(f, depth))
+        model, x = nn.Sequential(*blocks), torch.randn(32, 16)
+        before = model(x)
+        before.square().mean().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.05 * p.grad
+            return (model(x) - before).norm().item()
+
+    assert 0.5 < change(64) / change(4) < 2
+
+
+def test_deep_norm_weights_and_factor():
+    layer = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)})
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    sn.deep_norm_(layer, layers=18)
+    torch.testing.assert_close(layer.v_proj.weight.detach(), before["v_proj.weight"] * (8 * 18) ** -0.25)
+    assert torch.equal(layer.q_proj.weight, before["q_proj.weight"])
+    assert torch.equal(layer.v_proj.bias, before["v_proj.bias"])
+    assert sn.DeepNorm(branch(), WIDTH, layers=18).scale == pytest.approx(36**0.25)
+
+
+# --- hyper-connections ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_fresh_hyper_connections_are_a_residual_network(streams):
+    branches, x = [branch() for _ in range(3)], torch.randn(N, WIDTH)
+    y = x
+    for f in branches:
+        y = y + f(y)
+    torch.testing.assert_close(sn.HyperConnected(*branches, streams=streams)(x), y)
+
+
+def test_hyper_connection_is_its_matrix_form():
+    module = sn.HyperConnection(branch(), 3, layer=1)
+    for p in (module.pre, module.residual, module.post):
+        nn.init.normal_(p)
+    x = torch.randn(3, N, WIDTH)
+    f = module.branch(sum(module.pre[j] * x[j] for j in range(3)))
+    expected = torch.stack([
+        sum(module.residual[i, j] * x[j] for j in range(3)) + module.post[i] * f for i in range(3)
+    ])  # fmt: skip
+    torch.testing.assert_close(module(x), expected)
