@@ -1,6 +1,7 @@
 """What data and a loss are: every reading in definitions.md, and every refusal with its cure."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_any_cut_gives_the_same_loss(cuts, name, seed):
     model = nn.Linear(5, 4).double()
     x, y = classification(31, seed)
     edges = [0, *sorted(set(cuts)), 31]
-    data = ss.batches([(x[a:b], y[a:b]) for a, b in zip(edges, edges[1:]) if b > a])
+    data = ss.batches([(x[a:b], y[a:b]) for a, b in pairwise(edges) if b > a])
     assert mean_loss(model, *read(model, data, STOCK[name], "test")) == pytest.approx(
         float(STOCK[name](model(x), y)), rel=1e-10
     )

@@ -52,7 +52,7 @@ def test_help_does_not_import_torch():
 
 
 def test_the_core_imports_no_plotting_and_no_logger():
-    rooms = "comparison surfaces curvature flow shortcuts reference nn book testing".split()
+    rooms = ["comparison", "surfaces", "curvature", "flow", "shortcuts", "reference", "nn", "book", "testing"]
     modules = imported("import " + ", ".join(f"skipscope.{room}" for room in rooms))
     assert "torch" in modules
     assert not modules & {

@@ -290,7 +290,7 @@ def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
     try:
         return call_model(model, inputs_of(batch))
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
-        if isinstance(error, SkipscopeError) or isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, SkipscopeError | torch.OutOfMemoryError):
             raise
         shapes = [
             f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(inputs_of(batch))
@@ -521,10 +521,8 @@ class _Stock:
 
     def samples(self, output: Tensor, target: Tensor) -> Samples:
         losses = self.function(output, target, **self.options, reduction="none")
-        if self.function in _BY_CLASS:
-            shares = self._class_weights(target).to(losses.dtype)
-        else:
-            shares = torch.ones_like(losses)
+        by_class = self.function in _BY_CLASS
+        shares = self._class_weights(target).to(losses.dtype) if by_class else torch.ones_like(losses)
         return _per_sample(losses), _per_sample(shares)
 
 

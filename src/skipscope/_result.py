@@ -218,7 +218,7 @@ def _plain(value: Any) -> Any:
     if hasattr(
         value, "tolist"
     ):  # NumPy's arrays and scalars; NumPy itself is slow to import and not needed here
-        return _plain(value.tolist()) if getattr(value, "dtype", None) == object else value.tolist()
+        return value.tolist()
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

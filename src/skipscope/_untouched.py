@@ -85,10 +85,8 @@ class _Snapshot:
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.is_meta:
         return True
-    return (
-        torch.equal(a, b)
-        or torch.equal(torch.isnan(a), torch.isnan(b))
-        and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+    return torch.equal(a, b) or (
+        torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
     )
 
 

@@ -271,16 +271,13 @@ def _loss(model: nn.Module, data: Any, name: str | None, said: list[str]) -> Any
     if name:
         found = getattr(F, name, None) if re.fullmatch(r"[a-z]\w*", name) else None
         if not callable(found) or not (name.endswith("_loss") or "entropy" in name):
-            known = [
-                n
-                for n in (
-                    "cross_entropy",
-                    "mse_loss",
-                    "l1_loss",
-                    "binary_cross_entropy_with_logits",
-                    "nll_loss",
-                )
-            ]
+            known = (
+                "cross_entropy",
+                "mse_loss",
+                "l1_loss",
+                "binary_cross_entropy_with_logits",
+                "nll_loss",
+            )
             raise SkipscopeError(
                 "loss",
                 f"there is no loss called {name!r:.60}",

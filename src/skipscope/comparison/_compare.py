@@ -283,9 +283,7 @@ def measure_flow(evidence: Evidence, networks: Mapping[str, nn.Module], probe: P
         evidence.found[name] = found
         twins = {"detached": "detach"} if removed else {"removed": "remove", "detached": "detach"}
         for word, how in twins.items():
-            flow = attempt(
-                clock, f"flow: {name}, {word}", lambda how=how: probe.flow(ablate(model, found, how=how))
-            )
+            flow = attempt(clock, f"flow: {name}, {word}", _flow_of_twin, probe, model, found, how)
             if flow is not None:
                 evidence.flow[f"{name}, {word}"] = flow
         for question, store in (("split", evidence.split), ("paths", evidence.paths)):
@@ -295,6 +293,10 @@ def measure_flow(evidence: Evidence, networks: Mapping[str, nn.Module], probe: P
         sweep = attempt(clock, f"strength: {name}", probe.strength, model, found, name)
         if sweep is not None:
             evidence.strength[name] = sweep
+
+
+def _flow_of_twin(probe: Probe, model: nn.Module, found: Shortcuts, how: str) -> GradientFlow:
+    return probe.flow(ablate(model, found, how=how))  # type: ignore[arg-type]
 
 
 def measure_training(
@@ -347,33 +349,36 @@ def _seconds_a_step(makers, data, loss, settings: Settings, weight) -> float:
 
 
 def measure_surfaces(
-    evidence, networks: Mapping[str, nn.Module], data, loss, settings: Settings, clock, weight
+    evidence: Evidence,
+    networks: Mapping[str, nn.Module],
+    data,
+    loss,
+    settings: Settings,
+    clock: Clock,
+    weight,
 ) -> None:
     """Each network's own surface; and, from shared weights, with against removed."""
     say(f"loss surfaces of {len(networks)} networks, {settings.grid} x {settings.grid} points each")
-    options = dict(grid=settings.grid, seed=settings.seed, weight=weight)
     if not clock.fits("the loss surfaces", 2.0):
         return
-    batches = as_batches(data, "compare", any_shape=True)
-    sample = _some(batches.first(), settings.samples)
-    trained = attempt(
-        clock, "surfaces: trained", lambda: paired_landscapes(dict(networks), sample, loss, **options)
-    )
-    if trained is not None:
-        evidence.surfaces["trained"] = trained
+    sample = _some(as_batches(data, "compare", any_shape=True).first(), settings.samples)
     having = evidence.roles.having
+
+    def surfaces_of(models: dict[str, nn.Module]) -> PairedSurfaces:
+        return paired_landscapes(models, sample, loss, grid=settings.grid, seed=settings.seed, weight=weight)
+
+    def with_and_removed() -> PairedSurfaces:
+        twin = ablate(networks[having], evidence.found[having], how="remove")
+        recalibrate(twin, sample)
+        return surfaces_of({having: networks[having], f"{having}, removed": twin})
+
+    questions: dict[str, Callable[[], PairedSurfaces]] = {"trained": lambda: surfaces_of(dict(networks))}
     if having in evidence.found:
-
-        def paired() -> PairedSurfaces:
-            twin = ablate(networks[having], evidence.found[having], how="remove")
-            recalibrate(twin, sample)
-            return paired_landscapes(
-                {having: networks[having], f"{having}, removed": twin}, sample, loss, **options
-            )
-
-        answer = attempt(clock, "surfaces: paired", paired)
+        questions["paired"] = with_and_removed
+    for name, question in questions.items():
+        answer = attempt(clock, f"surfaces: {name}", question)
         if answer is not None:
-            evidence.surfaces["paired"] = answer
+            evidence.surfaces[name] = answer
 
 
 def measure_importance(

@@ -199,7 +199,7 @@ def _final(losses: np.ndarray) -> float:
     return final if math.isfinite(final) else math.inf
 
 
-def _optimizer(name: str, parameters: list[Tensor], rate: float) -> torch.optim.Optimizer:
+def _optimizer(name: str, parameters: Sequence[Tensor], rate: float) -> torch.optim.Optimizer:
     if name == "SGD":
         return torch.optim.SGD(parameters, lr=rate, momentum=0.9)
     if name == "Adam":
@@ -261,10 +261,10 @@ class _Bound(nn.Module):
 
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor]):
         super().__init__()
-        self.__dict__.update(inner=model, values=parameters)
+        self.call = partial(functional_call, model, parameters)
 
     def forward(self, *args, **kwargs):
-        return functional_call(self.inner, self.values, args, kwargs)
+        return self.call(args, kwargs)
 
 
 def _train_stacked(
