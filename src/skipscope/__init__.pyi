@@ -14,3 +14,11 @@ from .surfaces import landscape as landscape
 from .surfaces import paired_landscapes as paired_landscapes
 from .curvature import curvature_operator as curvature_operator
 from .curvature import extreme_eigenvalues as extreme_eigenvalues
+from .shortcuts import Boundary as Boundary
+from .shortcuts import Shortcut as Shortcut
+from .shortcuts import Shortcuts as Shortcuts
+from .shortcuts import ablate as ablate
+from .shortcuts import add_shortcuts as add_shortcuts
+from .shortcuts import find_shortcuts as find_shortcuts
+from .shortcuts import recalibrate as recalibrate
+from .monitor import watch as watch

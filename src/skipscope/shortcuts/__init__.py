@@ -4,7 +4,15 @@ Words (definitions.md): where activations join is a *merge*; the *branch* is its
 the side that skips it, and they part at the *fork*.
 """
 
+from skipscope.shortcuts._add import add_shortcuts as add_shortcuts
+from skipscope.shortcuts._edit import ablate as ablate
+from skipscope.shortcuts._edit import boundaries as boundaries
 from skipscope.shortcuts._find import find_shortcuts as find_shortcuts
+from skipscope.shortcuts._recalibrate import recalibrate as recalibrate
 from skipscope.shortcuts._results import Boundary as Boundary
 from skipscope.shortcuts._results import Shortcut as Shortcut
 from skipscope.shortcuts._results import Shortcuts as Shortcuts
+from skipscope.shortcuts._taps import Merge as Merge
+from skipscope.shortcuts._taps import tap_boundaries as tap_boundaries
+from skipscope.shortcuts._taps import tap_merges as tap_merges
+from skipscope.shortcuts._trace import trace as trace

@@ -32,14 +32,21 @@ SUMS: dict[str, tuple[Slot, ...]] = {
 }
 PRODUCTS: dict[str, tuple[Slot, ...]] = dict.fromkeys(("mul", "multiply", "__rmul__"), _TWO)
 LISTS = frozenset({"cat", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack", "stack"})
-_SAME = {"subtract": "sub", "multiply": "mul", "rmul": "mul", "radd": "add", "concat": "cat", "concatenate": "cat"}
+_SAME = {
+    "subtract": "sub",
+    "multiply": "mul",
+    "rmul": "mul",
+    "radd": "add",
+    "concat": "cat",
+    "concatenate": "cat",
+}
 _SLOTS = {**SUMS, **PRODUCTS}
 _SLOTS |= {name + "_": slots for name, slots in _SLOTS.items() if not name.startswith("_")}
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 _MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
 _PLUMBING = os.path.join(_MODULES, "module.py")
-_HERE = os.path.dirname(__file__) + os.sep
+_OURS = tuple(os.path.join(os.path.dirname(__file__), name) for name in ("_edit.py", "_taps.py", "_trace.py"))
 _is_plumbing: dict[str, bool] = {}
 
 
@@ -66,7 +73,9 @@ def with_operands(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the same call with other operands."""
     if name in LISTS:
-        return ((list(values), *args[1:]), dict(kwargs)) if args else ((), {**kwargs, "tensors": list(values)})
+        return (
+            ((list(values), *args[1:]), dict(kwargs)) if args else ((), {**kwargs, "tensors": list(values)})
+        )
     new_args, new_kwargs = list(args), dict(kwargs)
     for (i, key), value in zip(_SLOTS[name], values, strict=True):
         if i < len(new_args):
@@ -90,7 +99,7 @@ def is_in_place(name: str) -> bool:
 
 
 def caller() -> FrameType:
-    """The innermost frame that is the model's: outside torch's plumbing and outside this folder."""
+    """The innermost frame that is the model's: outside torch's plumbing and our modes."""
     frame = sys._getframe(2)
     while frame.f_back is not None:
         filename = frame.f_code.co_filename
@@ -98,16 +107,16 @@ def caller() -> FrameType:
         if plumbing is None:
             in_torch = filename.startswith(TORCH)
             plumbing = in_torch and (not filename.startswith(_MODULES) or filename == _PLUMBING)
-            _is_plumbing[filename] = plumbing = plumbing or filename.startswith(_HERE)
+            _is_plumbing[filename] = plumbing = plumbing or filename in _OURS
         if not plumbing:
             return frame
         frame = frame.f_back
     return frame
 
 
-def site_of(frame: FrameType) -> str:
-    """Function, line and instruction: two additions on one line are two sites."""
-    return f"{frame.f_code.co_qualname}:{frame.f_lineno}:{frame.f_lasti}"
+def site_of(frame: FrameType, operation: str) -> str:
+    """Function, line, instruction and operation: two additions on one line are two sites."""
+    return f"{frame.f_code.co_qualname}:{frame.f_lineno}:{frame.f_lasti}:{operation}"
 
 
 def source_of(frame: FrameType) -> str:
@@ -124,7 +133,7 @@ class Sites:
 
     def __init__(self, model: nn.Module):
         self.paths = {id(module): path for path, module in model.named_modules()}
-        self._names: dict[tuple[int, int], tuple[CodeType, str]] = {}
+        self._names: dict[tuple[int, int, str], tuple[CodeType, str]] = {}
         self.counts: dict[tuple[str, str], int] = {}
         self._calls: dict[int, list[Any]] = {}
 
@@ -133,12 +142,12 @@ class Sites:
         self.counts.clear()
         self._calls.clear()
 
-    def site(self, frame: FrameType) -> str:
+    def site(self, frame: FrameType, operation: str) -> str:
         """The site's name, remembered."""
         code = frame.f_code
-        known = self._names.get((id(code), frame.f_lasti))
+        known = self._names.get((id(code), frame.f_lasti, operation))
         if known is None:
-            known = self._names[id(code), frame.f_lasti] = (code, site_of(frame))
+            known = self._names[id(code), frame.f_lasti, operation] = (code, site_of(frame, operation))
         return known[1]
 
     def _module_of(self, frame: FrameType) -> str | None:
@@ -160,16 +169,16 @@ class Sites:
             frame = frame.f_back
         return owner or "", "", None
 
-    def key(self, frame: FrameType, counts_as_merge: bool = True) -> tuple[CallKey, str]:
+    def key(self, frame: FrameType, operation: str) -> tuple[CallKey, str]:
         """The call's key, counted, and its owner's path."""
         owner, host, host_frame = self.host(frame)
-        site = self.site(frame)
+        site = self.site(frame, operation)
         nth = self.counts.get((host, site), 0)
         self.counts[host, site] = nth + 1
         # The frame is kept with its count, so that its id is not given to another while the pass runs.
         entry = self._calls.setdefault(id(host_frame), [host_frame, 0])
         index = entry[1]
-        entry[1] += counts_as_merge
+        entry[1] += operation != "embedding"
         return CallKey(host, site, nth, index), owner
 
 

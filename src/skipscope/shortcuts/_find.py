@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -57,7 +57,9 @@ def read(record: Trace) -> Shortcuts:
     names = _unique_names(found)
     layers = _layers(record)
     entries = tuple(_entry(graph, item, name, names, found) for item, name in zip(found, names, strict=True))
-    points = boundaries_of(graph, [(f.call, n, f.region | f.side_region) for f, n in zip(found, names, strict=True)])
+    points = boundaries_of(
+        graph, [(f.call, n, f.region | f.side_region) for f, n in zip(found, names, strict=True)]
+    )
     return Shortcuts(entries, tuple(rejected), points, layers, model=type(record.model).__name__)
 
 
@@ -87,8 +89,8 @@ class _Reader:
     def judge(self, call: Call) -> _Found | str | None:
         reader = Sides(self.graph, call)
         if len(reader.active) < 2:
-            others = [at for at in reader.at if at is not None]
-            return "an activation and a weight (position embedding or bias)" if len(others) > len(reader.active) == 1 else None
+            is_addition = call.name == "add" and all(at is not None for at in reader.at) and reader.active
+            return "an activation and a weight (position embedding or bias)" if is_addition else None
         sides = reader.read()
         if call.name in _calls.PRODUCTS:
             return self._gate(sides)
@@ -107,7 +109,11 @@ class _Reader:
 
     def _gate(self, sides: dict[int, Side]) -> str | None:
         free = [s for s in sides.values() if s.how == "identity" and s.fork is not None]
-        weighted = [s for s in sides.values() if s.how not in {"identity", "scaled"} and self.graph.modules_in(s.region)]
+        weighted = [
+            s
+            for s in sides.values()
+            if s.how not in {"identity", "scaled"} and self.graph.modules_in(s.region)
+        ]
         return "a gate: a product, not a sum" if free and weighted else None
 
     def _bypassing(self, call: Call, sides: dict[int, Side]) -> tuple[int, ...] | str:
@@ -146,7 +152,12 @@ class _Reader:
         return matrices > 1 or (matrices == 1 and any(self.graph.kind(v) in BENT for v in bits(side.region)))
 
     def _branch(
-        self, call: Call, reader: Sides, sides: dict[int, Side], bypassing: tuple[int, ...], forks: tuple[int, ...]
+        self,
+        call: Call,
+        reader: Sides,
+        sides: dict[int, Side],
+        bypassing: tuple[int, ...],
+        forks: tuple[int, ...],
     ) -> tuple[int, tuple[int, ...]]:
         """The nodes of the branch, and the operands they come in by."""
         graph = self.graph
@@ -189,14 +200,18 @@ class _Reader:
         if call.name in {"addcdiv", "addcmul", "addmm", "baddbmm", "addbmm", "addmv", "addr"}:
             branch_at = branch_at[:1]
         name = self._name(call, region)
-        return _Found(call, kind, forks, bypassing, branches, region, side_region, shortcut_at, branch_at, name)
+        return _Found(
+            call, kind, forks, bypassing, branches, region, side_region, shortcut_at, branch_at, name
+        )
 
     def _shortcut_place(self, call: Call, i: int, side: Side) -> Place:
         """Where x is met before its factor: the factor itself stays as built, and its gradient live."""
         if side.through is not None:
             product = self.outputs.get(id(self.graph.nodes[side.through]))
             if product is not None:
-                walk_ends = [k for k, n in enumerate(product.operands) if n is not None and self._reaches(n, side)]
+                walk_ends = [
+                    k for k, n in enumerate(product.operands) if n is not None and self._reaches(n, side)
+                ]
                 if walk_ends:
                     return Place(product.key, walk_ends[0])
         return Place(call.key, i)
@@ -288,19 +303,29 @@ def _merge_name(call: Call) -> str:
 def _layers(record: Trace) -> tuple[Layer, ...]:
     modules = dict(record.model.named_modules())
     return tuple(
-        Layer(path, type(modules[path]).__name__, sum(p.numel() for p in modules[path]._parameters.values() if p is not None))
+        Layer(
+            path,
+            type(modules[path]).__name__,
+            sum(p.numel() for p in modules[path]._parameters.values() if p is not None),
+        )
         for path, *_ in record.runs
     )
 
 
 def _entry(graph: Graph, item: _Found, name: str, names: list[str], found: list[_Found]) -> Shortcut:
-    runs = [i for i, run in enumerate(graph.record.runs) if run[3] is not None and _at(graph, run[3]) & item.region]
+    runs = [
+        i
+        for i, run in enumerate(graph.record.runs)
+        if run[3] is not None and _at(graph, run[3]) & item.region
+    ]
     branch = graph.modules_in(item.region)
     if not runs:
         runs = [i for i, run in enumerate(graph.record.runs) if run[0] in branch] or [0]
     merges = {id(f.call.output): n for f, n in zip(found, names, strict=True)}
     sides = tuple(
-        "shortcut" if i in item.bypassing else "branch" for i, is_tensor in enumerate(item.call.tensors) if is_tensor
+        "shortcut" if i in item.bypassing else "branch"
+        for i, is_tensor in enumerate(item.call.tensors)
+        if is_tensor
     )
     return Shortcut(
         name=name, kind=item.kind, fork=_fork_name(graph, item.forks[0], merges), merge=_merge_name(item.call),

@@ -167,7 +167,9 @@ class Shortcuts(Result, Sequence):
     def table(self) -> Table:
         """One row a shortcut."""
         rows = [[s.name, s.kind, s.fork, s.merge, s.source] for s in self.entries]
-        notes = [f"{len(self.rejected)} other merges are no shortcuts: see .rejected"] if self.rejected else []
+        notes = (
+            [f"{len(self.rejected)} other merges are no shortcuts: see .rejected"] if self.rejected else []
+        )
         notes += [f"could not look into {o.name} ({o.source}): {o.reason}" for o in self.opaque]
         notes += [f"{s.name} cannot be edited: {s.blocked}" for s in self.entries if s.blocked]
         title = f"{self.model}: {len(self)} shortcut{'' if len(self) == 1 else 's'}"

@@ -11,8 +11,13 @@ from dataclasses import dataclass
 
 from skipscope.shortcuts._trace import Call, Graph, bits
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # What moves, resizes, pools or copies values: y is linear in x, with constant coefficients.
-SHAPE = frozenset(
+SHAPE = _words(
     """View UnsafeView ReshapeAlias Transpose T Permute Slice Select Index Expand Clone Alias Squeeze Unsqueeze ToCopy
     ConstantPadNd Roll Flip Unfold AsStrided Split SplitWithSizes Unbind Cat Stack Repeat Gather IndexSelect CopySlices
     Copy CopyBackwards ReflectionPad1D ReflectionPad2D ReplicationPad2D AvgPool1D AvgPool2D AvgPool3D MeanBackward1 Mean
@@ -20,21 +25,21 @@ SHAPE = frozenset(
     MaxPool3DWithIndices MkldnnMaxPool2D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleBilinear2D
     UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D PixelShuffle PixelUnshuffle Add Sub Rsub Neg Sum Swapaxes Movedim
     Contiguous Narrow NestedTensorFromPadded SliceScatter SelectScatter Detach LiftFresh
-    MaskedFill Tril Triu Where Moveaxis Col2Im Im2Col IndexPut SplitBackwardAutogradNested""".split()
+    MaskedFill Tril Triu Where Moveaxis Col2Im Im2Col IndexPut SplitBackwardAutogradNested"""
 )
-PRODUCT = frozenset("Mul Div Lerp Addcmul Addcdiv NativeDropout FusedDropout Bmm Mm Addmm Addbmm Baddbmm Mv Dot".split())
-NORM = frozenset(
+PRODUCT = _words("Mul Div Lerp Addcmul Addcdiv NativeDropout FusedDropout Bmm Mm Addmm Addbmm Baddbmm Mv Dot")
+NORM = _words(
     """NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeLayerNorm NativeGroupNorm FusedRmsNorm RmsNorm
-    InstanceNorm""".split()
+    InstanceNorm"""
 )
-LINEAR = frozenset(
+LINEAR = _words(
     """Addmm Mm Linear Convolution MkldnnConvolution Bmm ThnnConv2D SlowConvDilated2D CudnnConvolution
-    ConvolutionOverrideable Baddbmm MkldnnLinear Einsum""".split()
+    ConvolutionOverrideable Baddbmm MkldnnLinear Einsum"""
 )
-BENT = frozenset(
+BENT = _words(
     """Relu Gelu Silu LeakyRelu Elu Tanh Hardswish Mish PreluKernel Hardtanh Celu Threshold Relu6 Softmax Selu
     HardtanhBackward Hardsigmoid Sigmoid Rrelu RreluWithNoise ScaledDotProductFlashAttentionForCpu
-    ScaledDotProductFlashAttention ScaledDotProductEfficientAttention""".split()
+    ScaledDotProductFlashAttention ScaledDotProductEfficientAttention"""
 )
 
 
@@ -94,7 +99,12 @@ class Sides:
             through = walk.product
             if walk.bent or (through is None and graph.matrices_in(own)):
                 return Side(fork, "bent", own)
-            return Side(fork, "gated" if walk.gate else "scaled" if through is not None or walk.scaled else "identity", own, through)
+            return Side(
+                fork,
+                "gated" if walk.gate else "scaled" if through is not None or walk.scaled else "identity",
+                own,
+                through,
+            )
         fork = walk.nearest({p for v in bits(own) for p in graph.parents[v] if common >> p & 1})
         if fork is not None and self._is_linear(own & graph.descendants[fork], own):
             return Side(fork, "projection" if graph.matrices_in(own) else "scaled", own)
@@ -103,14 +113,17 @@ class Sides:
     def _is_linear(self, path: int, own: int) -> bool:
         matrices = self.graph.matrices_in(own)
         kinds = {self.graph.kind(v) for v in bits(path)}
-        return matrices.bit_count() <= 1 and kinds <= (SHAPE | PRODUCT | NORM | LINEAR) and not (
-            self._gated(path)
+        return (
+            matrices.bit_count() <= 1
+            and kinds <= (SHAPE | PRODUCT | NORM | LINEAR)
+            and not (self._gated(path))
         )
 
     def _gated(self, path: int) -> bool:
         graph = self.graph
         return any(
-            graph.kind(v) in PRODUCT | LINEAR and sum(graph.active >> p & 1 for p in graph.parents[v]) > 1 for v in bits(path)
+            graph.kind(v) in PRODUCT | LINEAR and sum(graph.active >> p & 1 for p in graph.parents[v]) > 1
+            for v in bits(path)
         )
 
 
@@ -170,5 +183,7 @@ class _Walk:
 
     def nearest(self, candidates: frozenset[int] | set[int]) -> int | None:
         """Of several common nodes the one that the others depend on; the last in order if they are unrelated."""
-        first = [c for c in candidates if not any(d != c and self.graph.ancestors[c] >> d & 1 for d in candidates)]
+        first = [
+            c for c in candidates if not any(d != c and self.graph.ancestors[c] >> d & 1 for d in candidates)
+        ]
         return max(first) if first else None

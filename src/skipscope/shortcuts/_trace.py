@@ -88,7 +88,7 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "embedding":
             output = func(*args, **kwargs)
-            key, owner = self.sites.key(_calls.caller(), counts_as_merge=False)
+            key, owner = self.sites.key(_calls.caller(), name)
             if (node := node_of(output)) is not None:
                 self.trace.embeddings.append((node, key, owner))
             return output
@@ -100,11 +100,13 @@ class _Recorder(TorchFunctionMode):
         nodes = tuple(node_of(value) for value in values)  # before the call: it may write into an operand
         tensors = tuple(isinstance(value, Tensor) for value in values)
         frame = _calls.caller()
-        key, owner = self.sites.key(frame)
+        base = _calls.base_name(name)
+        key, owner = self.sites.key(frame, base)
         output = func(*args, **kwargs)
         calls = self.trace.calls
-        base = _calls.base_name(name)
-        calls.append(Call(base, key, owner, _calls.source_of(frame), nodes, node_of(output), len(calls), tensors))
+        calls.append(
+            Call(base, key, owner, _calls.source_of(frame), nodes, node_of(output), len(calls), tensors)
+        )
         return output
 
 
@@ -202,7 +204,9 @@ class Graph:
                 self.weighted_modules.append(self.modules[i])
         self.active, self.weights, self.matrices = 0, [], []
         embedded = {id(node) for node, _, _ in self.record.embeddings}
-        pure: list[tuple[int, int]] = []  # for nodes computed from weights alone: the modules, and those with matrices
+        pure: list[
+            tuple[int, int]
+        ] = []  # for nodes computed from weights alone: the modules, and those with matrices
         for i, node in enumerate(self.nodes):
             parents = self.parents[i]
             starts = node in self.record.sources or id(node) in embedded

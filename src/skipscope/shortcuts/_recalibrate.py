@@ -1,0 +1,49 @@
+"""Batch-norm statistics of a twin are its original's: one pass over data makes them its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipscope import _data
+from skipscope._untouched import random_state_kept
+
+
+def recalibrate(twin: nn.Module, data: Any) -> nn.Module:
+    """Set every batch norm's running statistics to the average over ``data``, in place, and return the twin.
+
+    Args:
+        twin: usually what ``ablate`` returned; without batch norms nothing happens.
+        data: batches (definitions.md), or bare inputs of the model.
+
+    Example:
+        >>> net = nn.BatchNorm1d(2)
+        >>> _ = recalibrate(net, torch.tensor([[0.0, 4.0], [2.0, 8.0]]))
+        >>> net.running_mean
+        tensor([1., 6.])
+    """
+    norms = [
+        m for m in twin.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    if not norms:
+        return twin
+    flags = {m: m.training for m in twin.modules()}
+    momenta = [norm.momentum for norm in norms]
+    single = isinstance(data, torch.Tensor)
+    try:
+        twin.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain average over batches
+            norm.train()
+        with random_state_kept(0), torch.no_grad():
+            for batch in [(data,)] if single else _data.as_batches(data, "recalibrate", any_shape=True):
+                _data.call_model(twin, _data.inputs_of(batch))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, flag in flags.items():
+            module.training = flag
+    return twin

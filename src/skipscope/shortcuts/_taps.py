@@ -1,0 +1,224 @@
+"""Taps: read and replace activations as a forward pass produces them, without touching the model.
+
+A tap is a function mode that knows, from what :func:`find_shortcuts` returned, which calls to stop at. On an edited
+twin it sees each edited call once, with the operands the edit left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from skipscope import _data
+from skipscope.shortcuts import _calls
+from skipscope.shortcuts._results import Boundary, CallKey, Shortcuts
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """A merge as it happens.
+
+    Attributes:
+        name: of its shortcut.
+        operands: the tensors that go in, connected to autograd's graph; for a call that writes into its first
+            operand these are the values before.
+        sides: ``"branch"`` or ``"shortcut"`` for each operand.
+        output: what comes out, computed from the operands.
+        recompute: the same call with other operands, never in place.
+    """
+
+    name: str
+    operands: tuple[Tensor, ...]
+    sides: tuple[str, ...]
+    output: Tensor
+    recompute: Callable[[Sequence[Tensor]], Tensor]
+
+
+Handler = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class _Tap(TorchFunctionMode):
+    """Calls a handler at each call whose key is wanted."""
+
+    def __init__(self, model: nn.Module, handlers: dict[CallKey, Handler]):
+        super().__init__()
+        self.sites = _calls.Sites(model)
+        self.handlers = {(key.host, key.site, key.nth): handler for key, handler in handlers.items()}
+        self.wanted = {key.site for key in handlers}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if not (name == "embedding" or _calls.is_merge_like(name)):
+            return func(*args, **kwargs)
+        frame = _calls.caller()
+        if self.sites.site(frame, _calls.base_name(name)) not in self.wanted:
+            return func(*args, **kwargs)
+        if name != "embedding" and _calls.tensor_operands(_calls.operands(name, args, kwargs)) < 2:
+            return func(*args, **kwargs)
+        key, _ = self.sites.key(frame, _calls.base_name(name))
+        handler = self.handlers.get((key.host, key.site, key.nth))
+        return func(*args, **kwargs) if handler is None else handler(name, func, args, kwargs)
+
+
+@contextmanager
+def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge], Tensor]) -> Iterator[None]:
+    """Stop at the merge of each shortcut.
+
+    Args:
+        model: the model that ``found`` is of, or another instance or an edited twin of it.
+        found: its shortcuts.
+        touch: ``touch(k, merge) -> Tensor``: called at the merge of ``found[k]``; what it returns takes the place of
+            the merge's output.
+
+    Example:
+        >>> from skipscope.shortcuts import find_shortcuts
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.lin = nn.Linear(3, 3)
+        ...     def forward(self, x):
+        ...         return x + self.lin(x)
+        >>> model, x = Net(), torch.ones(1, 3)
+        >>> with tap_merges(model, find_shortcuts(model, x), lambda k, merge: merge.operands[0]):
+        ...     model(x)
+        tensor([[1., 1., 1.]])
+    """
+
+    def handler(k: int) -> Handler:
+        shortcut = found[k]
+
+        def handle(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            merge = _merge(shortcut.name, shortcut.sides, name, func, args, kwargs)
+            return _replace(name, args, kwargs, touch(k, merge))
+
+        return handle
+
+    with _running(model, {found[k].key: handler(k) for k in range(len(found))}):
+        yield
+
+
+def _merge(
+    label: str, sides: tuple[str, ...], name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Merge:
+    values = _calls.operands(name, args, kwargs)
+    if _calls.is_in_place(name):  # its value and its place in the graph are about to be overwritten
+        values[0] = values[0].clone()
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    pure = _calls.out_of_place(name, func)
+
+    def recompute(operands: Sequence[Tensor]) -> Tensor:
+        new = list(values)
+        for place, operand in zip(places, operands, strict=True):
+            new[place] = operand
+        new_args, new_kwargs = _calls.with_operands(name, args, kwargs, new)
+        return pure(*new_args, **new_kwargs)
+
+    operands = tuple(values[i] for i in places)
+    return Merge(label, operands, sides, recompute(operands), recompute)
+
+
+def _replace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    if not _calls.is_in_place(name):
+        return output
+    target = _calls.operands(name, args, kwargs)[0]
+    return target.copy_(output)  # every alias of the first operand sees the new value, as built
+
+
+@contextmanager
+def _running(model: nn.Module, handlers: dict[CallKey, Handler]) -> Iterator[None]:
+    tap = _Tap(model, handlers)
+    begin = model.register_forward_pre_hook(lambda module, args: tap.sites.reset())
+    try:
+        with tap:
+            yield
+    finally:
+        begin.remove()
+        tap.sites.reset()
+
+
+@contextmanager
+def tap_boundaries(
+    model: nn.Module, points: tuple[Boundary, ...], touch: Callable[[int, Tensor], Tensor]
+) -> Iterator[None]:
+    """Stop at each boundary.
+
+    Args:
+        model: the model that the points are of, or another instance or an edited twin of it.
+        points: from :func:`boundaries`.
+        touch: ``touch(i, activation) -> activation``: called as the activation of ``points[i]`` is produced; what it
+            returns takes its place downstream.
+    """
+    handlers: dict[CallKey, Handler] = {}
+    hooks = []
+    modules = dict(model.named_modules())
+
+    def output_handler(i: int) -> Handler:
+        def handle(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if _calls.is_in_place(name):
+                new = _calls.out_of_place(name, func)(*args, **kwargs)
+                return _replace(name, args, kwargs, touch(i, new))
+            return touch(i, func(*args, **kwargs))
+
+        return handle
+
+    try:
+        for i, point in enumerate(points):
+            if point.key.site == "input":
+                hooks.append(_hook_input(model, point.key.nth, i, touch))
+            elif point.key.site == "output":
+                hooks += _hook_output(model, modules[point.key.host], point.key.nth, i, touch)
+            else:
+                handlers[point.key] = output_handler(i)
+        with _running(model, handlers):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hook_input(model: nn.Module, which: int, i: int, touch: Callable[[int, Tensor], Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        count = -1
+
+        def replace(tensor: Tensor) -> Tensor:
+            nonlocal count
+            count += tensor.is_floating_point()
+            return touch(i, tensor) if tensor.is_floating_point() and count == which else tensor
+
+        return _data.map_tensors(args, replace), _data.map_tensors(kwargs, replace)
+
+    return model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _hook_output(
+    model: nn.Module, module: nn.Module, nth: int, i: int, touch: Callable[[int, Tensor], Tensor]
+) -> list[Any]:
+    calls = 0
+
+    def begin(*_: Any) -> None:
+        nonlocal calls
+        calls = 0
+
+    def hook(_: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls - 1 != nth:
+            return None
+        done = False
+
+        def replace(tensor: Tensor) -> Tensor:
+            nonlocal done
+            if done or not tensor.is_floating_point():
+                return tensor
+            done = True
+            return touch(i, tensor)
+
+        return _data.map_tensors(output, replace)
+
+    return [model.register_forward_pre_hook(begin), module.register_forward_hook(hook)]
