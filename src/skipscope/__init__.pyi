@@ -13,7 +13,9 @@ from .comparison import train_twins as train_twins
 from .surfaces import landscape as landscape
 from .surfaces import paired_landscapes as paired_landscapes
 from .curvature import curvature_operator as curvature_operator
+from .curvature import curvature_trace as curvature_trace
 from .curvature import extreme_eigenvalues as extreme_eigenvalues
+from .curvature import spectral_density as spectral_density
 from .shortcuts import Boundary as Boundary
 from .shortcuts import Shortcut as Shortcut
 from .shortcuts import Shortcuts as Shortcuts

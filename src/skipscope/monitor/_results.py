@@ -11,7 +11,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope._result import Result, Table
 
-# The state of one parameter's gradient at one step; History.states holds the index. Three kinds of zero stay apart.
+# The state of one parameter's gradient at one step; History.states holds the index. The kinds of zero stay apart.
 STATES = ("ok", "exact_zero", "underflow", "not_connected", "nonfinite", "frozen", "absent")
 
 GRADIENTS = "parameter gradients"
@@ -23,10 +23,10 @@ class LiveVerdict:
     """What the gradients are like, as far as a running training lets it be known.
 
     Attributes:
-        state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"``, ``"unconnected"``, or
+        state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"``, ``"unconnected"``;
             ``"unknown"`` before the first step.
-        basis: what it rests on: ``"boundary flow"`` or ``"parameter gradients"`` (weaker: dL/dW can fall where the flow
-            does not).
+        basis: what it rests on: ``"boundary flow"`` or ``"parameter gradients"`` (weaker: dL/dW can fall where the
+            flow does not).
         step: the optimizer step it was given at.
         reason: a sentence with the number that says so.
         where: the boundary or parameter where it breaks; None for a healthy one.
@@ -71,13 +71,12 @@ class VerdictEvent:
 class History(Result):
     """What a monitor recorded: one row an optimizer step, one column a parameter.
 
-    Every gradient is the one that the optimizer received: after accumulation, without the loss scale, reduced over the
-    ranks, whole, and after clipping; ``norm_before_clip`` is the one before clipping where that could be known.
+    Every gradient is the one that the optimizer received: after accumulation, without the loss scale, reduced over
+    the ranks, whole, and after clipping; ``norm_before_clip`` is that before clipping where it could be known.
 
     Attributes:
         parameters: names, in the model's order; ``[P]``.
-        sizes: elements of each; ``[P]``.
-        ndims: dimensions of each; ``[P]``.
+        shapes: of each; ``[P]``.
         owners: the optimizer that updates it, by its place among those watched; ``[P]``.
         groups: its parameter group in that optimizer; ``[P]``.
         steps: the optimizer's step, counted from 1 since the watch began; ``[rows]``.
@@ -101,8 +100,7 @@ class History(Result):
     """
 
     parameters: tuple[str, ...]
-    sizes: tuple[int, ...]
-    ndims: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     owners: tuple[int, ...]
     groups: tuple[int, ...]
     steps: np.ndarray
@@ -128,9 +126,14 @@ class History(Result):
         return len(self.steps)
 
     @property
+    def sizes(self) -> np.ndarray:
+        """Elements of each parameter, ``[P]``."""
+        return np.array([np.prod(shape, dtype=float) for shape in self.shapes])
+
+    @property
     def rms(self) -> np.ndarray:
         """RMS of dL/dw, ``[rows, P]``."""
-        return self.norm / np.sqrt(np.array(self.sizes, dtype=float))
+        return self.norm / np.sqrt(np.maximum(self.sizes, 1.0))
 
     @property
     def total_norm(self) -> np.ndarray:
@@ -146,16 +149,17 @@ class History(Result):
             weights_only: leave out parameters with fewer than two dimensions (biases, norms).
 
         Returns:
-            ``rows`` (names, nearest the input first), ``columns`` (steps), ``values`` ``[rows, columns]`` (not log;
-            NaN where there is none), ``label``, ``verdict``.
+            ``rows`` (names, nearest the input first), ``columns`` (steps), ``values`` ``[rows, columns]`` (not
+            log; NaN where there is none), ``label``, ``verdict``.
         """
         if what == "flow":
             values, names, steps = self.flow.T, list(self.boundaries), self.flow_steps
         elif what in {"rms", "mean_abs", "norm", "norm_before_clip"}:
             rows = self.optimizers == optimizer
             columns = [
-                i for i, owner in enumerate(self.owners) if owner == optimizer and (self.ndims[i] > 1 or not weights_only)
-            ]
+                i for i, (owner, shape) in enumerate(zip(self.owners, self.shapes))
+                if owner == optimizer and (len(shape) > 1 or not weights_only)
+            ]  # fmt: skip
             values = getattr(self, what)[rows][:, columns].T
             names, steps = [self.parameters[i] for i in columns], self.steps[rows]
         else:
@@ -188,7 +192,7 @@ class History(Result):
             )
         last = f"{int(self.steps[-1]):,} steps, {len(self):,} recorded" if len(self) else "no step yet"
         notes = [
-            "RMS and mean |dL/dw| of the gradient the optimizer received: accumulated, unscaled, reduced, after clipping.",
+            "Of the gradient the optimizer received: accumulated, unscaled, reduced over ranks, after clipping.",
             self._clipping_note(), *self.notes,
         ]  # fmt: skip
         if len(self.flow_steps):
@@ -207,7 +211,9 @@ class History(Result):
         if not known:
             return "Before clipping: unknown (no clip_grad_norm_ was seen)."
         last = float(self.total_before_clip[np.isfinite(self.total_before_clip)][-1])
-        return f"Before clipping: known at {known:,} of {len(self):,} steps; total norm {short(last)} at the last."
+        return (
+            f"Before clipping: known at {known:,} of {len(self):,} steps; total norm at last {short(last)}."
+        )
 
 
 _LABELS = {

@@ -1,0 +1,107 @@
+"""Rows of numbers: bounded in memory, appended to a file as they come.
+
+A file is one line of JSON that says what the columns are, then rows of float64. A row is written by one call, so a run
+killed at any moment leaves whole rows and at most one torn one, which readers leave out; they may read while the run
+goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Rows:
+    """Rows of one width. Memory holds at most ``keep``: when they are full every second is dropped, again and again.
+
+    Args:
+        width: numbers a row.
+        keep: most rows in memory.
+        path: where to append them as well; None for nowhere.
+        about: what the columns are, for the file's first line.
+    """
+
+    def __init__(self, width: int, keep: int, path: Path | None = None, about: dict[str, Any] | None = None):
+        self.about = about or {}
+        self._data = np.empty((min(64, keep), width))
+        self._keep, self._stride, self._count, self._held = keep, 1, 0, 0
+        self._last: np.ndarray | None = None
+        self._file = None
+        if path is not None:
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+            self._write(json.dumps({**self.about, "width": width}).encode() + b"\n")
+
+    def append(self, row: np.ndarray) -> None:
+        """Add a row (float64, contiguous; it is copied or kept)."""
+        if self._file is not None:
+            self._write(row.tobytes())
+        self._last = row
+        if self._count % self._stride == 0:
+            if self._held == self._keep:
+                kept = self._data[: self._keep : 2].copy()
+                self._data[: len(kept)] = kept
+                self._held, self._stride = len(kept), self._stride * 2
+            if self._count % self._stride == 0:
+                self._push(row)
+        self._count += 1
+
+    def _push(self, row: np.ndarray) -> None:
+        if self._held == len(self._data):
+            grown = np.empty((min(2 * len(self._data), self._keep), self._data.shape[1]))
+            grown[: self._held] = self._data
+            self._data = grown
+        self._data[self._held] = row
+        self._held += 1
+
+    def array(self) -> np.ndarray:
+        """What memory holds, ``[rows, width]``, the last row always among it."""
+        held = self._data[: self._held]
+        if self._last is not None and (self._count - 1) % self._stride:
+            return np.vstack([held, self._last])
+        return held.copy()
+
+    def last(self, n: int) -> np.ndarray:
+        """Up to ``n`` of the latest rows that memory holds."""
+        return (
+            self.array()[-n:] if self._stride > 1 else self._data[max(0, self._held - n) : self._held].copy()
+        )
+
+    def _write(self, data: bytes) -> None:
+        try:
+            written = os.write(self._file, data)  # type: ignore[arg-type]
+            if written < len(data):
+                raise OSError("the disk is full")
+        except OSError as error:  # a monitor must not end a training
+            warnings.warn(
+                f"skipscope: the history is no longer written ({error}); it goes on in memory", stacklevel=4
+            )
+            self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._file)
+            self._file = None
+
+
+def read_rows(path: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """(what the columns are, ``[rows, width]``) of a file, without a torn row at its end.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    data = path.read_bytes()
+    first, newline, rest = data.partition(b"\n")
+    if not newline:
+        raise ValueError(f"{path.name} has no first line yet")
+    about = json.loads(first)
+    width = int(about["width"])
+    whole = len(rest) // (8 * width)
+    return about, np.frombuffer(rest[: whole * 8 * width], dtype=np.float64).reshape(whole, width)

@@ -1,0 +1,189 @@
+"""The numbers of one optimizer step: read where the gradients lie, made whole over the ranks, put into a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skipscope.monitor import _norms, _ranks
+from skipscope.monitor._results import STATES
+from skipscope.monitor._roster import Roster
+
+# The first numbers of a row; then come norm, mean |g| and the norm before clipping, each [P].
+SCALARS = ("step", "seconds", "evaluations", "skipped", "loss_scale", "total_before_clip")
+# Where there is no gradient, mean |g| holds minus the state's number.
+_NOT_CONNECTED, _FROZEN = -STATES.index("not_connected"), -STATES.index("frozen")
+
+Parts = list[
+    tuple[list[int], Any]
+]  # (places among the parameters, [2, n]: an array, or a Reading on its way)
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """One call of a clipping function.
+
+    Attributes:
+        members: ids of the parameters whose gradients it changed.
+        factor: what they were multiplied by; None where elements were clipped one by one.
+        total: their total norm before.
+        witness: a parameter, and its gradient's address and version just after the call.
+    """
+
+    members: frozenset[int]
+    factor: Tensor | None
+    total: Tensor | None
+    witness: tuple[Tensor, int, int]
+
+    def still_true(self) -> bool:
+        """Nobody has changed or replaced the gradient since: what is clipped, then thrown away, does not count."""
+        parameter, address, version = self.witness
+        grad = parameter.grad
+        return grad is not None and (grad.data_ptr(), grad._version) == (address, version)
+
+
+def clip_of(
+    parameters: Sequence[Tensor], roster: Roster, factor: Tensor | None, total: Tensor | None
+) -> Clip | None:
+    """What a clipping call did to the roster's gradients; None when it did not concern them."""
+    mine = {id(p) for p in roster.parameters}
+    touched = [p for p in parameters if id(p) in mine and p.grad is not None]
+    if not touched:
+        return None
+    grad: Tensor = touched[0].grad  # type: ignore[assignment]
+    return Clip(
+        frozenset(id(p) for p in touched), factor, total, (touched[0], grad.data_ptr(), grad._version)
+    )
+
+
+@dataclass(eq=False)
+class Step:
+    """One step's numbers, some perhaps still on their way from an accelerator.
+
+    Attributes:
+        roster, step, seconds: whose, which, when.
+        codes: 1 where there is a gradient, else minus its state; ``[P]``.
+        parts: the sums.
+        squares: whether the first line of a part is a sum of squares instead of a norm.
+        extras: further numbers: ``still_scaled`` (a factor still in the gradients), ``loss_scale``, ``skipped``,
+            ``factor0``, ``total0``, ...
+        clips: the clipping calls that these gradients went through.
+        evaluations: how often the closure was evaluated.
+        open: the closure may be evaluated again.
+    """
+
+    roster: Roster
+    step: int
+    seconds: float
+    codes: np.ndarray
+    parts: Parts
+    squares: bool
+    extras: dict[str, Any]
+    clips: list[Clip]
+    evaluations: int = 0
+    open: bool = False
+
+    def ready(self) -> bool:
+        """Whether every number has arrived."""
+        numbers = [*(part for _, part in self.parts), *self.extras.values()]
+        return not self.open and all(n.ready() for n in numbers if isinstance(n, _norms.Reading))
+
+    def row(self) -> np.ndarray:
+        """The row for the history, ``[len(SCALARS) + 3 P]``; waits for numbers still on their way."""
+        P, S = len(self.roster.parameters), len(SCALARS)
+        row = np.full(S + 3 * P, np.nan)
+        norm, mean, before = row[S : S + P], row[S + P : S + 2 * P], row[S + 2 * P :]
+        mean[:] = self.codes
+        for places, part in self.parts:
+            values = _arrived(part)
+            norm[places] = np.sqrt(values[0]) if self.squares else values[0]
+            mean[places] = values[1] / self.roster.sizes[places]
+        extras = {key: float(_arrived(value)) for key, value in self.extras.items()}
+        there = self.codes > 0
+        norm[~there] = np.nan
+        mean[~there] = self.codes[~there]
+        norm /= extras.get("still_scaled", 1.0)
+        mean[there] /= extras.get("still_scaled", 1.0)
+        factors, total = self._clipping(extras)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            before[:] = norm / factors
+        row[:S] = (
+            self.step, self.seconds, self.evaluations, extras.get("skipped", 0.0) > 0,
+            extras.get("loss_scale", np.nan), total,
+        )  # fmt: skip
+        return row
+
+    def _clipping(self, extras: dict[str, float]) -> tuple[np.ndarray, float]:
+        """(what each gradient was multiplied by, NaN where unknown; the total norm before)."""
+        factors = np.full(len(self.roster.parameters), np.nan)
+        squares = 0.0 if self.clips else np.nan
+        for k, clip in enumerate(self.clips):
+            covered = np.array([id(p) in clip.members for p in self.roster.parameters])
+            so_far = np.where(np.isnan(factors), 1.0, factors)
+            factors = np.where(covered, so_far * extras.get(f"factor{k}", np.nan), factors)
+            squares += extras.get(f"total{k}", np.nan) ** 2
+        if any(clip.factor is None for clip in self.clips):
+            factors[:], squares = np.nan, np.nan
+        return factors, float(np.sqrt(squares))
+
+
+def _arrived(number: Any) -> Any:
+    return number.array() if isinstance(number, _norms.Reading) else number
+
+
+def on_its_way(number: Any) -> Any:
+    """A 0-dim tensor as a number: at once from the host, later from an accelerator."""
+    if not isinstance(number, Tensor):
+        return float(number)
+    return float(number) if number.device.type == "cpu" else _norms.Reading(number.detach())
+
+
+def codes_of(roster: Roster, grads: Sequence[Tensor | None]) -> np.ndarray:
+    """1 where there is a gradient; else minus the state: frozen, or not connected. ``[P]``."""
+    codes = [
+        1 if grad is not None else _NOT_CONNECTED if p.requires_grad else _FROZEN
+        for p, grad in zip(roster.parameters, grads)
+    ]
+    return np.array(codes, dtype=float)
+
+
+def local_sums(grads: Sequence[Tensor | None]) -> Parts:
+    """L2 norms and sums of |g| of what lies on this rank, a part for each device."""
+    places: dict[torch.device, list[int]] = {}
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            places.setdefault(grad.device, []).append(i)
+    parts: Parts = []
+    for device, at in places.items():
+        plain = [_norms.plain(grads[i]) for i in at]  # type: ignore[arg-type]
+        if device.type == "cpu":
+            parts.append((at, np.array([_norms.on_host(grad) for grad in plain]).T))
+        else:
+            parts.append((at, _norms.Reading(_norms.on_device(plain))))
+    return parts
+
+
+def whole_sums(grads: Sequence[Tensor | None], size: int) -> Parts:
+    """Sums of squares and of |g| over all ranks, each element counted once: one all-reduce (collective)."""
+    grads = [None if grad is None else _ranks.whole(grad) for grad in grads]
+    device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
+    weights = [0.0 if grad is None else _ranks.weight_of(grad, size) for grad in grads]
+    sums = torch.zeros(2, len(grads), dtype=torch.float64, device=device)
+    at = [i for i, grad in enumerate(grads) if grad is not None]
+    plain = [_norms.plain(grads[i]) for i in at]  # type: ignore[arg-type]
+    if device.type == "cpu":
+        sums[:, at] = torch.tensor([_norms.on_host(grad) for grad in plain], dtype=torch.float64).T
+    elif len(at) == len(grads):
+        sums = _norms.on_device(plain)
+    else:
+        sums[:, torch.tensor(at, device=device)] = _norms.on_device(plain)
+    sums[0].square_()
+    sums *= torch.tensor(weights, dtype=torch.float64).to(device, non_blocking=True)
+    _ranks.all_reduced(sums)
+    everywhere = list(range(len(grads)))
+    return [(everywhere, sums.numpy() if device.type == "cpu" else _norms.Reading(sums))]

@@ -1,0 +1,138 @@
+"""The live verdict: the flow room's rule, on what a running training lets be seen.
+
+On the *boundary flow* the rule applies as it is. *Parameter gradients* are weaker evidence: RMS dL/dW is the flow times
+the size of an activation, and depends on the weight's shape. So only weights of equal shape are compared (each shape
+gets its own level, all share the way it changes with depth), and more is asked for before trouble is called.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from skipscope._numbers import short
+from skipscope.flow._verdict import FALL, Point, judge
+from skipscope.monitor._results import FLOW, GRADIENTS, STATES, LiveVerdict
+
+# dL/dW was seen to fall 1.4 decades where dL/dx grew: ask for more than of a flow, and for more still where no weights
+# of equal shape can be compared.
+_FALL_OF_WEIGHTS, _FALL_OF_UNEQUAL = FALL + 0.5, FALL + 1.5
+# A state that is reached is left only when the fall is so much smaller: no flicker at the threshold.
+_STICKY = 0.3
+_WORDS = {"underflow": "ok"}
+
+UNKNOWN = LiveVerdict("unknown", GRADIENTS, 0, "no step has been recorded yet")
+
+
+def judge_flow(names: Sequence[str], rms: np.ndarray, step: int, was: str) -> LiveVerdict:
+    """The verdict on the flow at boundaries, nearest the input first; NaN where none arrived."""
+    points = [Point(name, *_flow_state(value)) for name, value in zip(names, rms)]
+    return _live(points, FLOW, step, was, FALL)
+
+
+def judge_gradients(
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    rms: np.ndarray,
+    states: np.ndarray,
+    step: int,
+    was: str,
+) -> LiveVerdict:
+    """The verdict on the gradients of weights.
+
+    Args:
+        names: the weights' names, in the model's order; ``[W]``.
+        shapes: their shapes.
+        rms: RMS dL/dW of the last few steps; ``[steps, W]``, NaN where there is none.
+        states: index into STATES; ``[steps, W]``.
+        step: the last of these steps.
+        was: the state so far.
+    """
+    state = [_lasting(column) for column in states.T]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log10(np.where(rms > 0, rms, np.nan))
+    level = np.array([_median(column) for column in logs.T])
+    level, compared = _comparable(level, shapes, state)
+    points = [
+        Point(name, s, float(y) if math.isfinite(y) else None)
+        for name, s, y, use in zip(names, state, level, compared) if use or s not in {"ok", "frozen", "absent"}
+    ]  # fmt: skip
+    points = [p for p in points if p.state != "ok" or p.log_flow is not None]
+    if not points:
+        return LiveVerdict("unknown", GRADIENTS, step, "no weight has a gradient that can be compared", None)
+    equal = Counter(shape for shape, use in zip(shapes, compared) if use)
+    least = _FALL_OF_WEIGHTS if max(equal.values(), default=0) >= 3 else _FALL_OF_UNEQUAL
+    return _live(points, GRADIENTS, step, was, least)
+
+
+def _live(points: list[Point], basis: str, step: int, was: str, least: float) -> LiveVerdict:
+    found = judge(points)
+    state, reason, where = found.state, found.reason, found.where
+    fall = found.fall_decades
+    if basis == GRADIENTS:
+        reason = reason.replace("boundaries", "weights")
+    if fall is not None:
+        least -= _STICKY if was in {"vanishing", "exploding"} else 0.0
+        if abs(fall) < least:
+            state, where = "healthy", None
+            reason = f"{short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {len(points)} " + (
+                "boundaries" if basis == FLOW else "weights; set flow_every= to read the flow itself"
+            )
+    return LiveVerdict(state, basis, step, reason, where, fall, found.slope, found.slope_interval)
+
+
+def _flow_state(value: float) -> tuple[str, float | None]:
+    if math.isnan(value):
+        return "not_connected", None
+    if math.isinf(value):
+        return "nonfinite", None
+    return ("ok", math.log10(value)) if value > 0 else ("exact_zero", None)
+
+
+def _lasting(codes: np.ndarray) -> str:
+    """A zero or a missing gradient counts when it was so at every step looked at; a non-finite one at the last."""
+    words = [STATES[int(code)] for code in codes if math.isfinite(code)]
+    if not words:
+        return "absent"
+    if words[-1] == "nonfinite":
+        return "nonfinite"
+    state = words[-1] if len(set(words)) == 1 else "ok"
+    return _WORDS.get(state, state)
+
+
+def _median(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else math.nan
+
+
+def _comparable(
+    level: np.ndarray, shapes: Sequence[tuple[int, ...]], state: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each weight's log10 RMS without its shape's own level, and which weights can be compared.
+
+    With y = level of shape + slope x place + rest by least squares, what remains is slope x place + rest.
+    """
+    fine = np.isfinite(level) & np.array([s == "ok" for s in state], dtype=bool)
+    members = Counter(shape for shape, ok in zip(shapes, fine) if ok)
+    compared = np.array([ok and members[shape] >= 3 for shape, ok in zip(shapes, fine)], dtype=bool)
+    if not compared.any():
+        return level, fine
+    place = np.cumsum(compared) - 1.0
+    kinds = {shape: k for k, shape in enumerate(dict.fromkeys(s for s, use in zip(shapes, compared) if use))}
+    rows = np.flatnonzero(compared)
+    design = np.zeros((len(rows), 1 + len(kinds)))
+    design[:, 0] = place[rows]
+    design[np.arange(len(rows)), [1 + kinds[shapes[int(i)]] for i in rows]] = 1.0
+    solution = np.linalg.lstsq(design, level[rows], rcond=None)[0]
+    adjusted = level.copy()
+    adjusted[rows] -= design[:, 1:] @ solution[1:] - solution[1:].mean()
+    return adjusted, compared
+
+
+def refused(reason: str, step: int) -> LiveVerdict:
+    """The verdict of a monitor that cannot give right numbers."""
+    return replace(UNKNOWN, step=step, reason=f"nothing is recorded: {reason}")

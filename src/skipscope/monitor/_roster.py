@@ -1,0 +1,119 @@
+"""Which parameters an optimizer updates, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skipscope._errors import SkipscopeError
+
+# What wrappers put in front of, or into, a parameter's name.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+@dataclass(frozen=True, eq=False)
+class Roster:
+    """The parameters of one optimizer at one time, in the model's order.
+
+    Attributes:
+        parameters: ``[P]``.
+        names, shapes, groups: of each; the whole parameter's shape, also where this rank has a shard.
+        sizes: elements.
+        tiny: the smallest normal number of its dtype.
+        order: its place among the model's parameters.
+    """
+
+    parameters: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    sizes: np.ndarray
+    groups: tuple[int, ...]
+    tiny: tuple[float, ...]
+    order: tuple[int, ...]
+
+
+def named_models(models: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """One model has no prefix; several are told apart by their key or number."""
+    if isinstance(models, nn.Module):
+        return {"": models}
+    if isinstance(models, Mapping):
+        return {f"{name}.": model for name, model in models.items()}
+    return {f"{i}.": model for i, model in enumerate(models)}
+
+
+def names_of(models: Mapping[str, nn.Module]) -> dict[int, tuple[int, str]]:
+    """For each parameter's id: its place in the models' order, and its name without what wrappers add."""
+    names: dict[int, tuple[int, str]] = {}
+    for prefix, model in models.items():
+        outer = "module." if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) else ""
+        for name, parameter in model.named_parameters():
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            names.setdefault(id(parameter), (len(names), prefix + name.removeprefix(outer)))
+    return names
+
+
+def take_roster(optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.Module]) -> Roster:
+    """Read an optimizer's parameters; those of no model get a name from their place, and stand last."""
+    names = names_of(models)
+    entries = []
+    for g, group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(group["params"]):
+            place, name = names.get(id(p), (len(names), f"optimizer{index}.group{g}.{i}"))
+            entries.append((place, len(entries), name, g, p))
+    entries.sort(key=lambda entry: entry[:2])
+    return Roster(
+        parameters=tuple(e[4] for e in entries),
+        names=tuple(e[2] for e in entries),
+        shapes=tuple(tuple(e[4].shape) for e in entries),
+        sizes=np.array([e[4].numel() for e in entries], dtype=float),
+        groups=tuple(e[3] for e in entries),
+        tiny=tuple(float(torch.finfo(e[4].dtype).tiny) for e in entries),
+        order=tuple(e[0] for e in entries),
+    )
+
+
+def about(roster: Roster, index: int) -> dict[str, Any]:
+    """What the columns of an optimizer's rows are, as plain data."""
+    return {
+        "optimizer": index, "names": list(roster.names), "shapes": [list(shape) for shape in roster.shapes],
+        "groups": list(roster.groups), "tiny": list(roster.tiny), "order": list(roster.order),
+    }  # fmt: skip
+
+
+def same_members(roster: Roster, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer still updates exactly these parameters."""
+    members = {id(p) for p in roster.parameters}
+    now = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    return len(now) == len(members) and members.issuperset(now)
+
+
+def unwrapped(optimizer: object) -> torch.optim.Optimizer:
+    """The torch optimizer inside what a trainer wraps around it; refuses one whose steps cannot be seen.
+
+    Raises:
+        SkipscopeError: not an optimizer, or one whose ``step`` does not run torch's step hooks.
+    """
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") or type(optimizer).__name__ in _OUTER:
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None or inner is optimizer:
+            raise SkipscopeError(
+                "watch", "this optimizer's steps cannot be seen",
+                expected="a torch.optim.Optimizer, or a trainer's wrapper with one in .optimizer",
+                got=type(optimizer).__name__, cure="pass the torch optimizer inside it",
+            )  # fmt: skip
+        optimizer = inner
+    if not getattr(type(optimizer).step, "hooked", False):  # type: ignore[attr-defined]
+        raise SkipscopeError(
+            "watch", "this optimizer's step() does not run torch's step hooks, so its steps cannot be seen",
+            got=type(optimizer).__name__, cure="its __init__ must call torch.optim.Optimizer.__init__",
+        )  # fmt: skip
+    return optimizer  # type: ignore[return-value]
+
+
+_OUTER = {"AcceleratedOptimizer", "LightningOptimizer", "FabricOptimizer", "_FabricOptimizer"}

@@ -1,0 +1,227 @@
+"""Where a monitor reports as it goes: what a sink is, the terminal, and JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from skipscope._errors import SkipscopeError
+from skipscope._numbers import short
+from skipscope.monitor._gradients import SCALARS
+from skipscope.monitor._read import states_of
+from skipscope.monitor._results import STATES, History, LiveVerdict, VerdictEvent
+from skipscope.monitor._roster import Roster
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One recorded step, as sinks get it.
+
+    Attributes:
+        optimizer, step, seconds: which optimizer, its step, seconds since the watch began.
+        names: of its parameters; ``[P]``.
+        rms, mean_abs, norm_before_clip: of each gradient; NaN where there is none, or where it is unknown; ``[P]``.
+        states: in words; ``[P]``.
+        total_norm: L2 norm of all gradients together.
+        total_before_clip: what ``clip_grad_norm_`` found; NaN where unknown.
+        loss_scale: GradScaler's, already divided out; NaN without one.
+        skipped: GradScaler skipped this step.
+        verdict: as it was before this step.
+    """
+
+    optimizer: int
+    step: int
+    seconds: float
+    names: tuple[str, ...]
+    rms: np.ndarray
+    mean_abs: np.ndarray
+    norm_before_clip: np.ndarray
+    states: tuple[str, ...]
+    total_norm: float
+    total_before_clip: float
+    loss_scale: float
+    skipped: bool
+    verdict: LiveVerdict
+
+    @classmethod
+    def of(cls, optimizer: int, roster: Roster, row: np.ndarray, verdict: LiveVerdict) -> Record:
+        """From a row of the history."""
+        P, S = len(roster.names), len(SCALARS)
+        norm, mean, before = (row[S + k * P : S + (k + 1) * P] for k in range(3))
+        scalars = dict(zip(SCALARS, row.tolist()))
+        states = states_of(norm, mean, np.array(roster.tiny))
+        return cls(
+            optimizer, int(scalars["step"]), scalars["seconds"], roster.names,
+            norm / np.sqrt(np.maximum(roster.sizes, 1.0)), np.where(mean < 0, np.nan, mean), before,
+            tuple(STATES[int(code)] for code in states), float(np.sqrt(np.nansum(np.square(norm)))) if P else 0.0,
+            scalars["total_before_clip"], scalars["loss_scale"], bool(scalars["skipped"]), verdict,
+        )  # fmt: skip
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """What receives a monitor's reports, on rank 0. One that raises is dropped with a warning."""
+
+    def open(self, notes: list[str]) -> None:
+        """The watch begins."""
+        ...
+
+    def step(self, record: Record) -> None:
+        """A step was recorded."""
+        ...
+
+    def event(self, event: VerdictEvent) -> None:
+        """The state changed."""
+        ...
+
+    def close(self, history: History) -> None:
+        """The watch ends."""
+        ...
+
+
+class Terminal:
+    """A line every few recorded steps, a line when the state changes; the same on a terminal and in a pipe.
+
+    Args:
+        every: recorded steps from one line to the next.
+        file: where to; standard error by default.
+    """
+
+    def __init__(self, every: int = 50, file: IO[str] | None = None):
+        self.every, self.file, self._count = every, file, 0
+
+    def open(self, notes: list[str]) -> None:
+        """Say what a reader should know."""
+        for note in notes:
+            self._say(f"watching: {note}")
+
+    def step(self, record: Record) -> None:
+        """A line now and then."""
+        if self._count % self.every == 0 or record.skipped:
+            clip = record.total_before_clip
+            parts = [f"|g| {short(record.total_norm)}"]
+            parts += [f"before clipping {short(clip)}"] if math.isfinite(clip) else []
+            parts += [f"loss scale {short(record.loss_scale)}"] if math.isfinite(record.loss_scale) else []
+            parts += ["skipped"] if record.skipped else []
+            which = f" (optimizer {record.optimizer})" if record.optimizer else ""
+            self._say(f"step {record.step:>6,}{which}  " + "  ".join(parts) + f"  {record.verdict.state}")
+        self._count += 1
+
+    def event(self, event: VerdictEvent) -> None:
+        """The change, in a line."""
+        self._say(str(event))
+
+    def close(self, history: History) -> None:
+        """The last verdict."""
+        self._say(f"{len(history):,} steps recorded. {history.verdict}")
+
+    def _say(self, text: str) -> None:
+        print(f"skipscope: {text}", file=self.file or sys.stderr, flush=True)
+
+
+class JsonLines:
+    """One JSON object a recorded step or event, one a line, each flushed; what is not finite is null.
+
+    Args:
+        path: the file; appended to.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        try:
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise SkipscopeError(
+                "watch",
+                f"cannot write {path}: {error.strerror}",
+                cure="choose a file in a folder that exists",
+            ) from error
+
+    def open(self, notes: list[str]) -> None:
+        """The notes."""
+        self._write({"kind": "open", "notes": notes})
+
+    def step(self, record: Record) -> None:
+        """The step with every parameter's numbers."""
+        self._write(
+            {
+                "kind": "step", "optimizer": record.optimizer, "step": record.step, "seconds": record.seconds,
+                "total_norm": record.total_norm, "total_before_clip": record.total_before_clip,
+                "loss_scale": record.loss_scale, "skipped": record.skipped, "verdict": record.verdict.state,
+                "parameters": {
+                    name: {"rms": rms, "mean_abs": mean, "norm_before_clip": before, "state": state}
+                    for name, rms, mean, before, state in zip(
+                        record.names, record.rms.tolist(), record.mean_abs.tolist(),
+                        record.norm_before_clip.tolist(), record.states,
+                    )
+                },
+            }
+        )  # fmt: skip
+
+    def event(self, event: VerdictEvent) -> None:
+        """The change."""
+        verdict = event.verdict
+        self._write(
+            {
+                "kind": "event", "step": event.step, "before": event.before, "state": verdict.state,
+                "basis": verdict.basis, "where": verdict.where, "reason": verdict.reason,
+            }
+        )  # fmt: skip
+
+    def close(self, history: History) -> None:
+        """The last verdict; the file is closed."""
+        self._write({"kind": "close", "recorded": len(history), "state": history.verdict.state})
+        self._file.close()
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_sink(sink: Sink | str) -> Sink:
+    """A sink, or what its short name stands for.
+
+    Raises:
+        SkipscopeError: no such sink.
+        MissingExtra: its package is not installed.
+    """
+    if not isinstance(sink, str):
+        if isinstance(sink, Sink):
+            return sink
+        raise SkipscopeError(
+            "watch",
+            "this is not a sink",
+            expected="an object with open, step, event and close",
+            got=type(sink).__name__,
+        )
+    kind, _, rest = sink.partition(":")
+    if sink == "terminal":
+        return Terminal()
+    if sink.endswith(".jsonl"):
+        return JsonLines(sink)
+    if kind == "tensorboard":
+        from skipscope.monitor.tensorboard import TensorBoard
+
+        return TensorBoard(rest or "runs")
+    if kind == "wandb":
+        from skipscope.monitor.wandb import WandB
+
+        return WandB()
+    raise SkipscopeError(
+        "watch",
+        f"there is no sink {sink!r}",
+        expected="terminal, FILE.jsonl, tensorboard:FOLDER, wandb, or an object",
+    )

@@ -1,0 +1,210 @@
+"""One optimizer under watch: at each of its steps, the gradients that it receives.
+
+Everything happens in the optimizer's own step hook, when accumulation, reduction and clipping are over. On the host
+the numbers are there at once; from an accelerator they arrive later, in order, and are picked up at a later step.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skipscope.monitor import _ranks
+from skipscope.monitor._gradients import Clip, Step, clip_of, codes_of, local_sums, on_its_way, whole_sums
+from skipscope.monitor._roster import same_members, take_roster
+
+# How many steps' numbers may be on their way from an accelerator before the oldest is waited for.
+_IN_FLIGHT = 64
+
+
+class Stepper:
+    """Listens to one optimizer.
+
+    Args:
+        optimizer: a torch optimizer.
+        index: its number among those watched.
+        models: the models, by prefix.
+        every: record each such step; the first one always.
+        deliver: called with this and each finished :class:`Step`, in order.
+
+    Attributes:
+        step: how many steps it has made, skipped ones included.
+        refusal: why nothing is recorded any more; None while all is well.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.Module], every: int,
+        deliver: Callable[[Stepper, Step], None],
+    ):  # fmt: skip
+        self.optimizer, self.index, self.models, self.every = optimizer, index, models, every
+        self.deliver = deliver
+        self.ranks = _ranks.world()[1]
+        self.step = self._depth = 0
+        self.refusal: str | None = None
+        self.scale: Tensor | None = None
+        self._clips: list[Clip] = []
+        self._steps: deque[Step] = deque()
+        self._begun = time.perf_counter()
+        self._take_roster()
+        self._checked = self.ranks == 1 or self.sharded
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
+
+    def _take_roster(self) -> None:
+        self.roster = take_roster(self.optimizer, self.index, self.models)
+        self.sharded = self.ranks > 1 and any(hasattr(p, "placements") for p in self.roster.parameters)
+        for name, parameter in zip(self.roster.names, self.roster.parameters):
+            _ranks.check_mesh(name, parameter, self.ranks)
+
+    def due(self, step: int) -> bool:
+        """Whether this step is recorded."""
+        return (step - 1) % self.every == 0 and self.refusal is None
+
+    # --- what torch calls ---
+
+    def _before(
+        self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        # A subclass whose step calls its parent's has two hooked functions: only the outer one is a step. A depth
+        # that an exception left behind is told from a real one by the calls under way.
+        self._depth = self._depth + 1 if self._depth and _nested(optimizer) else 1
+        if self._depth > 1:
+            return None
+        self.step += 1
+        if not self.due(self.step):
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._measure()
+            return None
+        self._drop_open()  # a step that raised before it was over
+
+        def observed() -> Any:
+            result = closure()
+            if not self._open_step():
+                self._measure(
+                    open=True
+                )  # the gradient at the point where the step begins; later ones are only counted
+            if step := self._open_step():
+                step.evaluations += 1
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": observed}
+        return (args[0], observed, *args[2:]), kwargs
+
+    def _after(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        if step := self._open_step():
+            step.open = False
+            self.hand_over()
+        self._clips.clear()
+
+    def clipped(self, parameters: Sequence[Tensor], factor: Tensor | None, total: Tensor | None) -> None:
+        """Some gradients have just been clipped."""
+        if self.due(self.step + 1) or self.due(self.step):
+            clip = clip_of(parameters, self.roster, factor, total)
+            if clip is not None:
+                self._clips.append(clip)
+
+    def scaled_step(self, scale: Tensor, step: Callable[[], Any]) -> Any:
+        """GradScaler is about to step; when it skips, our hook is not called."""
+        before, self.scale = self.step, scale
+        try:
+            result = step()
+            if self.step == before:
+                self.step += 1
+                if self.due(self.step):
+                    self._measure(skipped=True)
+                self._clips.clear()
+            return result
+        finally:
+            self.scale = None
+
+    # --- measuring ---
+
+    @torch.no_grad()
+    def _measure(self, *, skipped: bool = False, open: bool = False) -> None:
+        if not same_members(self.roster, self.optimizer):
+            self._take_roster()
+        grads = [p.grad for p in self.roster.parameters]
+        clips = [clip for clip in self._clips if clip.still_true()]
+        step = Step(
+            self.roster, self.step, time.perf_counter() - self._begun, codes_of(self.roster, grads),
+            whole_sums(grads, self.ranks) if self.sharded else local_sums(grads), self.sharded,
+            self._extras(clips, skipped), clips, open=open,
+        )  # fmt: skip
+        if not self._checked:
+            self._check_ranks(step)
+        if self.refusal is None:
+            self._steps.append(step)
+            self.hand_over()
+
+    def _extras(self, clips: list[Clip], skipped: bool) -> dict[str, Any]:
+        """The step's other numbers; tensors of an accelerator are not waited for."""
+        numbers: dict[str, Any] = {"skipped": float(skipped)}
+        if self.scale is not None:
+            numbers["loss_scale"] = self.scale
+        if getattr(self.optimizer, "grad_scale", None) is not None:  # fused: it unscales inside its own step
+            numbers["still_scaled"] = self.optimizer.grad_scale  # type: ignore[attr-defined]
+        if getattr(self.optimizer, "found_inf", None) is not None:
+            numbers["skipped"] = self.optimizer.found_inf  # type: ignore[attr-defined]
+        for k, clip in enumerate(clips):
+            if clip.factor is not None:
+                numbers[f"factor{k}"], numbers[f"total{k}"] = clip.factor, clip.total
+        return {key: on_its_way(number) for key, number in numbers.items()}
+
+    def _check_ranks(self, step: Step) -> None:
+        """At the first step: is the gradient the same on every rank? (collective)."""
+        row = step.row()
+        P = len(self.roster.parameters)
+        problem = _ranks.disagreement(self.roster.names, np.nan_to_num(row[-3 * P : -2 * P]))
+        self._checked = True
+        if problem is not None:
+            self.refusal = problem
+
+    # --- handing over ---
+
+    def _open_step(self) -> Step | None:
+        return self._steps[-1] if self._steps and self._steps[-1].open else None
+
+    def _drop_open(self) -> None:
+        if self._open_step():
+            self._steps.pop()
+
+    def hand_over(self, *, wait: bool = False) -> None:
+        """Deliver the steps whose numbers have arrived; all of them with ``wait``."""
+        while self._steps and not self._steps[0].open:
+            if not (wait or len(self._steps) > _IN_FLIGHT or self._steps[0].ready()):
+                break
+            self.deliver(self, self._steps.popleft())
+
+    def close(self) -> None:
+        """Deliver what is left, and leave the optimizer as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._drop_open()
+        self.hand_over(wait=True)
+        self._clips.clear()
+
+
+def _nested(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the hook is called from inside another hooked ``step`` of this optimizer."""
+    caller = sys._getframe(2)
+    frame = caller.f_back
+    while frame is not None:
+        if frame.f_code is caller.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False

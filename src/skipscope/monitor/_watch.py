@@ -1,0 +1,280 @@
+"""``watch``: one line around an ordinary training loop."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._errors import SkipscopeError
+from skipscope._untouched import require_module
+from skipscope.monitor import _judge, _patches, _ranks
+from skipscope.monitor._gradients import Step
+from skipscope.monitor._results import History, LiveVerdict, VerdictEvent
+from skipscope.monitor._roster import named_models, names_of, unwrapped
+from skipscope.monitor._sinks import Record, Sink, Terminal, as_sink
+from skipscope.monitor._stepper import Stepper
+from skipscope.monitor._store import Store
+
+_log = logging.getLogger("skipscope.monitor")
+# After the first few rows the verdict is judged anew at every so many.
+_JUDGE_EVERY = 16
+
+
+class Monitor:
+    """A live recording; made by :func:`watch`, and a context manager.
+
+    Attributes:
+        history: everything recorded so far, a :class:`History`. Waits for numbers on their way from an accelerator.
+        verdict: the verdict so far, a :class:`LiveVerdict`; says what it rests on.
+    """
+
+    def __init__(
+        self, models: Mapping[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer], *, every: int, keep: int,
+        sinks: Sequence[Sink], folder: Path | None, on_verdict: Sequence[Callable[[VerdictEvent], Any]],
+    ):  # fmt: skip
+        rank = _ranks.world()[0]
+        self._first = rank == 0
+        self._sinks, self._on_verdict = list(sinks) if self._first else [], tuple(on_verdict)
+        self._verdict = _judge.UNKNOWN
+        self._rows, self._judged = 0, 0
+        self._open = True
+        self._steppers = [
+            Stepper(optimizer, i, models, every, self._deliver) for i, optimizer in enumerate(optimizers)
+        ]  # fmt: skip
+        self._store = Store(keep, folder if self._first else None, _notes(models, self._steppers))
+        _patches.listen(self)
+        for sink in list(self._sinks):
+            self._tell(sink, "open", self._store.notes)
+
+    # --- what the user reads ---
+
+    @property
+    def history(self) -> History:
+        """Everything recorded so far."""
+        self._catch_up()
+        return self._store.history(self._verdict, complete=not self._open)
+
+    @property
+    def verdict(self) -> LiveVerdict:
+        """The verdict on the last few steps."""
+        self._catch_up()
+        return self._verdict
+
+    def close(self) -> None:
+        """Stop: torch, the model and the optimizers are as they were; files are closed. May be called twice."""
+        if not self._open:
+            return
+        self._open = False
+        _patches.forget(self)
+        for stepper in self._steppers:
+            stepper.close()
+        self._judge()
+        history = self._store.history(self._verdict, complete=True) if self._sinks else None
+        for sink in list(self._sinks):
+            self._tell(sink, "close", history)
+        self._store.close()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- what torch tells ---
+
+    def clipped(self, parameters: list[Tensor], factor: Tensor, total: Tensor) -> None:
+        """``clip_grad_norm_`` was called."""
+        for stepper in self._steppers:
+            stepper.clipped(parameters, factor, total)
+
+    def clipped_by_value(self, parameters: list[Tensor]) -> None:
+        """``clip_grad_value_`` was called."""
+        for stepper in self._steppers:
+            stepper.clipped(parameters, None, None)
+
+    def scaled_step(self, optimizer: Any, scale: Tensor, step: Callable[[], Any]) -> Any:
+        """``GradScaler.step`` was called."""
+        for stepper in self._steppers:
+            if stepper.optimizer is optimizer or getattr(optimizer, "optimizer", None) is stepper.optimizer:
+                return stepper.scaled_step(scale, step)
+        return step()
+
+    # --- what comes of it ---
+
+    def _deliver(self, stepper: Stepper, step: Step) -> None:
+        row = step.row()
+        self._store.add_gradients(stepper.index, step.roster, row)
+        self._rows += 1
+        if self._sinks:
+            record = Record.of(stepper.index, step.roster, row, self._verdict)
+            for sink in list(self._sinks):
+                self._tell(sink, "step", record)
+        if self._rows < _JUDGE_EVERY or self._rows % _JUDGE_EVERY == 0 or record_is_bad(step, row):
+            self._judge()
+
+    def _catch_up(self) -> None:
+        for stepper in self._steppers:
+            stepper.hand_over(wait=True)
+        if self._open and self._judged != self._rows:
+            self._judge()
+
+    def _judge(self) -> None:
+        self._judged = self._rows
+        refusal = next((s.refusal for s in self._steppers if s.refusal), None)
+        before = self._verdict.state
+        if refusal is not None:
+            self._verdict = _judge.refused(refusal, max(s.step for s in self._steppers))
+        elif self._rows:
+            self._verdict = self._store.verdict(before)
+        if self._verdict.state != before:
+            self._announce(VerdictEvent(self._verdict.step, before, self._verdict))
+
+    def _announce(self, event: VerdictEvent) -> None:
+        self._store.add_event(event)
+        if self._first and not any(isinstance(sink, Terminal) for sink in self._sinks):
+            good = event.verdict.state in {"healthy", "unknown"}
+            _log.log(logging.INFO if good else logging.WARNING, "%s", event)
+        for sink in list(self._sinks):
+            self._tell(sink, "event", event)
+        for callback in self._on_verdict:
+            callback(event)
+
+    def _tell(self, sink: Sink, what: str, value: Any) -> None:
+        try:
+            getattr(sink, what)(value)
+        except SkipscopeError:
+            raise
+        except Exception as error:  # a logger that fails must not end a training
+            self._sinks.remove(sink)
+            warnings.warn(f"skipscope: {type(sink).__name__} failed, and is dropped: {error!r}", stacklevel=3)
+
+
+def record_is_bad(step: Step, row: Any) -> bool:
+    """Whether a gradient that should be there is not finite: judged at once."""
+    P = len(step.roster.names)
+    there = step.codes > 0
+    return bool(there.any()) and not float(row[-3 * P : -2 * P][there].sum()) < float("inf")
+
+
+def _notes(models: Mapping[str, nn.Module], steppers: Sequence[Stepper]) -> list[str]:
+    notes = []
+    size = _ranks.world()[1]
+    held = {id(p) for s in steppers for p in s.roster.parameters}
+    names = names_of(models)
+    left_out = [name for key, (_, name) in names.items() if key not in held]
+    foreign = sum(len(s.roster.parameters) for s in steppers) - sum(
+        id(p) in names for s in steppers for p in s.roster.parameters
+    )
+    if left_out:
+        notes.append(f"{len(left_out)} parameters are in none of the watched optimizers: {_few(left_out)}.")
+    if foreign:
+        notes.append(f"{foreign} parameters of the optimizers belong to none of the watched models.")
+    if size > 1:
+        how = (
+            "summed over their shards"
+            if any(s.sharded for s in steppers)
+            else "reduced by the training itself"
+        )
+        notes.append(f"{size} ranks; the gradients are {how}.")
+    return notes
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _check(models: Mapping[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer], every: int) -> None:
+    """What is known at the start: refuse what could only give wrong numbers."""
+    if not isinstance(every, int) or every < 1:
+        raise SkipscopeError(
+            "watch", "every is the number of steps from one record to the next", expected="1 or more", got=every
+        )  # fmt: skip
+    for model in models.values():
+        require_module(model, "watch")
+        for name, module in model.named_modules():
+            if type(module).__name__ == "FullyShardedDataParallel":
+                raise SkipscopeError(
+                    "watch", "FSDP1 flattens parameters, and a layer's gradient cannot be made whole",
+                    layer=name or None, expected="DDP, FSDP2 (fully_shard), or no sharding",
+                    got="FullyShardedDataParallel",
+                    cure="shard with torch.distributed.fsdp.fully_shard",
+                )  # fmt: skip
+    known = names_of(models)
+    if not any(id(p) in known for o in optimizers for group in o.param_groups for p in group["params"]):
+        raise SkipscopeError(
+            "watch", "the optimizer updates none of the model's parameters",
+            expected="an optimizer made from model.parameters()",
+            got="an optimizer of other tensors (made before the parameters were replaced?)",
+            cure="make the optimizer after the model is in its final form",
+        )  # fmt: skip
+
+
+def watch(
+    model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    *,
+    every: int = 1,
+    sinks: Iterable[Sink | str] = (),
+    on_verdict: Callable[[VerdictEvent], Any] | Sequence[Callable[[VerdictEvent], Any]] = (),
+    folder: str | Path | None = None,
+    keep: int = 1000,
+    timeout: float = 60.0,
+) -> Monitor:
+    """Record, at each optimizer step, the gradient that the optimizer receives.
+
+    Per parameter: L2 norm (from it the RMS) and mean |dL/dw|; after accumulation, without GradScaler's scale, reduced
+    under DDP, whole under FSDP2, after clipping; and the norm before clipping where torch's ``clip_grad_norm_`` did
+    it. Nothing in the loop changes.
+
+    Collective where ``torch.distributed`` is in use: every rank calls it. Only rank 0 prints and writes; the numbers
+    and the verdict are the same on all.
+
+    Args:
+        model: a model, or several (a list, or a dict of names).
+        optimizer: the optimizer that trains it, or several.
+        every: record each such step, the first one always.
+        sinks: where to report as well: ``"terminal"``, ``"run.jsonl"``, ``"tensorboard:FOLDER"``, ``"wandb"``, or
+            objects with ``open``, ``step``, ``event`` and ``close`` (see :class:`skipscope.monitor.Sink`).
+        on_verdict: called with a :class:`VerdictEvent` when the state changes, on every rank.
+        folder: where the history is written as it goes; read it with ``skipscope.load`` or ``skipscope show``, also
+            while the run goes on or after it was killed. By default it is kept in memory only.
+        keep: most rows in memory; when they are full every second is dropped. The folder keeps all.
+        timeout: seconds to wait for the other ranks' call.
+
+    Returns:
+        A :class:`Monitor`: a context manager, or call its ``close()``.
+
+    Raises:
+        SkipscopeError: the optimizer's steps cannot be seen, it does not train the model, the parameters are spread in
+            a way that cannot be made whole, or a rank is missing.
+        MissingExtra: a sink's package is not installed.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with watch(model, optimizer) as monitor:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         model(torch.ones(2, 4)).square().mean().backward()
+        ...         optimizer.step()
+        >>> monitor.history.rms.shape
+        (3, 4)
+    """
+    models = named_models(model)
+    optimizers = [unwrapped(o) for o in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])]
+    _check(models, optimizers, every)
+    if _ranks.world()[1] > 1:
+        _ranks.meet(timeout)
+    callbacks = on_verdict if isinstance(on_verdict, Sequence) else [on_verdict]
+    first = _ranks.world()[0] == 0
+    return Monitor(
+        models, optimizers, every=every, keep=max(2, keep), sinks=[as_sink(s) for s in sinks] if first else [],
+        folder=None if folder is None else Path(folder), on_verdict=callbacks,
+    )  # fmt: skip

@@ -1,0 +1,275 @@
+"""What a monitor records, against an independent float64 reading of the gradients just before each step."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import skipscope as ss
+from skipscope.monitor import STATES, JsonLines, Terminal, watch
+
+
+def network(dtype=torch.float32, width=6, depth=3, seed=0):
+    torch.manual_seed(seed)
+    layers = [part for _ in range(depth) for part in (nn.Linear(width, width), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(width, 1)).to(dtype)
+
+
+def data(dtype=torch.float32, n=8, width=6):
+    return torch.randn(n, width, dtype=dtype)
+
+
+def oracle(model):
+    """(L2 norm, mean |g|) of each parameter's gradient in float64, one element at a time; None without gradient."""
+    result = []
+    for p in model.parameters():
+        if p.grad is None:
+            result.append((math.nan, math.nan))
+            continue
+        values = [abs(float(v)) for v in p.grad.detach().to_dense().double().flatten()]
+        result.append((math.sqrt(math.fsum(v * v for v in values)), math.fsum(values) / len(values)))
+    return np.array(result).T
+
+
+class Spy(torch.optim.SGD):
+    """SGD that notes, inside its own step, what it receives."""
+
+    def __init__(self, model, **options):
+        super().__init__(model.parameters(), **{"lr": 0.05, **options})
+        self.model, self.received = model, []
+
+    def step(self, closure=None):
+        self.received.append(oracle(self.model))
+        return super().step(closure)
+
+
+def agrees(history, received, tolerance=1e-6):
+    expected = np.array(received)
+    assert len(history) == len(received)
+    np.testing.assert_allclose(history.norm, expected[:, 0], rtol=tolerance)
+    np.testing.assert_allclose(history.mean_abs, expected[:, 1], rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_every_step_equals_the_oracle(dtype):
+    model = network(dtype)
+    optimizer = Spy(model)
+    with watch(model, optimizer) as monitor:
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(data(dtype)).square().mean().backward()
+            optimizer.step()
+    agrees(monitor.history, optimizer.received)
+    assert monitor.history.parameters == tuple(name for name, _ in model.named_parameters())
+    np.testing.assert_array_equal(monitor.history.steps, [1, 2, 3, 4, 5])
+
+
+def test_the_oracle_can_fail():
+    model = network()
+    optimizer = Spy(model)
+    with watch(model, optimizer) as monitor:
+        model(data()).square().mean().backward()
+        optimizer.step()
+    optimizer.received[0][0][0] *= 1 + 1e-5
+    with pytest.raises(AssertionError):
+        agrees(monitor.history, optimizer.received)
+
+
+def test_every_and_public_name():
+    model = network()
+    optimizer = Spy(model)
+    monitor = ss.watch(model, optimizer, every=3)
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(data()).square().mean().backward()
+        optimizer.step()
+    monitor.close()
+    monitor.close()
+    np.testing.assert_array_equal(monitor.history.steps, [1, 4, 7])
+    agrees(monitor.history, optimizer.received[::3])
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_history_is_data_that_saves_and_loads(tmp_path):
+    model = network()
+    optimizer = Spy(model)
+    with watch(model, optimizer, folder=tmp_path / "run") as monitor:
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(data()).square().mean().backward()
+            optimizer.step()
+        running = ss.load(tmp_path / "run")
+        assert not running.complete
+        np.testing.assert_array_equal(running.norm, monitor.history.norm)
+    history = ss.load(tmp_path / "run")
+    assert history.complete
+    assert history.verdict.state == monitor.verdict.state
+    path = monitor.history.save(tmp_path / "history.json")
+    again = ss.load(path)
+    np.testing.assert_array_equal(again.norm, history.norm)
+    assert again.shapes == history.shapes
+    assert "0.weight" in str(again)
+    with pytest.raises(ss.SkipscopeError, match="already holds a history"):
+        watch(model, optimizer, folder=tmp_path / "run")
+
+
+@pytest.mark.parametrize("cut", range(0, 400, 7))
+def test_a_torn_file_reads_up_to_the_last_whole_row(tmp_path, cut):
+    model = network(depth=1)
+    optimizer = Spy(model)
+    with watch(model, optimizer, folder=tmp_path / "run") as monitor:
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(data()).square().mean().backward()
+            optimizer.step()
+    rows = tmp_path / "run" / "gradients-0-000.rows"
+    whole = rows.read_bytes()
+    rows.write_bytes(whole[: len(whole) - cut])
+    history = ss.load(tmp_path / "run")
+    width = 8 * (6 + 3 * 4)
+    assert len(history) == 4 - math.ceil(cut / width)
+    np.testing.assert_array_equal(history.norm, monitor.history.norm[: len(history)])
+
+
+def test_matrix_has_layer_by_step():
+    model = network()
+    optimizer = Spy(model)
+    with watch(model, optimizer) as monitor:
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(data()).square().mean().backward()
+            optimizer.step()
+    picture = monitor.history.matrix()
+    assert picture["rows"] == ["0.weight", "2.weight", "4.weight", "6.weight"]
+    assert picture["values"].shape == (4, 4)
+    assert picture["columns"] == [1, 2, 3, 4]
+    assert len(monitor.history.matrix("mean_abs", weights_only=False)["rows"]) == 8
+    with pytest.raises(ss.SkipscopeError, match="no quantity"):
+        monitor.history.matrix("nonsense")
+
+
+def test_a_step_that_calls_its_parents_step_is_one_step():
+    class Outer(Spy):
+        def step(self, closure=None):
+            if self.fails:
+                raise ZeroDivisionError
+            return super().step(closure)
+
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # torch hooks each class's step at its first use
+    model = network()
+    Spy(model)
+    optimizer = Outer(model)
+    with watch(model, optimizer) as monitor:
+        for i in range(6):
+            optimizer.zero_grad()
+            model(data()).square().mean().backward()
+            optimizer.fails = i == 2
+            if optimizer.fails:
+                with pytest.raises(ZeroDivisionError):
+                    optimizer.step()
+                optimizer.received.append(oracle(model))
+            else:
+                optimizer.step()
+    agrees(monitor.history, optimizer.received)
+
+
+def test_memory_is_bounded_and_the_folder_keeps_all(tmp_path):
+    model = network(depth=1)
+    optimizer = Spy(model)
+    with watch(model, optimizer, keep=16, folder=tmp_path / "run") as monitor:
+        for _ in range(100):
+            optimizer.zero_grad()
+            model(data()).square().mean().backward()
+            optimizer.step()
+    steps = monitor.history.steps
+    assert len(steps) <= 17
+    assert steps[0] == 1
+    assert steps[-1] == 100
+    assert len(set(np.diff(steps)[:-1])) == 1
+    received = np.array(optimizer.received)[steps.astype(int) - 1]
+    np.testing.assert_allclose(monitor.history.norm, received[:, 0], rtol=1e-6)
+    agrees(ss.load(tmp_path / "run"), optimizer.received)
+
+
+def test_the_three_kinds_of_zero_stay_apart():
+    model = nn.ModuleDict(
+        {name: nn.Linear(2, 2, bias=False) for name in ("fine", "dead", "tiny", "loose", "broken", "frozen")}
+    )
+    model["frozen"].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer) as monitor:
+        for name, value in {"fine": 1.0, "dead": 0.0, "tiny": 1e-40, "broken": math.nan}.items():
+            model[name].weight.grad = torch.full((2, 2), value)
+        optimizer.step()
+    states = [STATES[int(code)] for code in monitor.history.states[0]]
+    assert states == ["ok", "exact_zero", "underflow", "not_connected", "nonfinite", "frozen"]
+
+
+def test_jsonl_and_terminal_when_piped(tmp_path, capsys):
+    model = network()
+    optimizer = Spy(model)
+    with watch(model, optimizer, sinks=[Terminal(every=2), str(tmp_path / "log.jsonl")]):
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(data()).square().mean().backward()
+            optimizer.step()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines if line["kind"] != "event"] == ["open", *["step"] * 4, "close"]
+    first = next(line for line in lines if line["kind"] == "step")
+    np.testing.assert_allclose(
+        first["parameters"]["0.weight"]["mean_abs"], optimizer.received[0][1][0], rtol=1e-6
+    )
+    assert first["parameters"]["0.weight"]["norm_before_clip"] is None
+    printed = capsys.readouterr().err.splitlines()
+    assert sum("step      " in line for line in printed) >= 2
+    assert all(line.startswith("skipscope: ") and line.isprintable() for line in printed)
+
+
+def test_a_sink_that_fails_is_dropped_and_training_goes_on(tmp_path):
+    class Broken(JsonLines):
+        def step(self, record):
+            raise OSError("no space left")
+
+    model = network()
+    optimizer = Spy(model)
+    with (
+        pytest.warns(UserWarning, match="Broken failed"),
+        watch(model, optimizer, sinks=[Broken(tmp_path / "x")]),
+    ):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(data()).square().mean().backward()
+            optimizer.step()
+    assert len(optimizer.received) == 2
+
+
+def test_it_detaches_after_an_exception():
+    from torch.nn.utils import clip_grad
+
+    inner, step = clip_grad._clip_grads_with_norm_, torch.amp.GradScaler.step
+    model = network()
+    optimizer = Spy(model)
+    with pytest.raises(ZeroDivisionError), watch(model, optimizer):
+        assert clip_grad._clip_grads_with_norm_ is not inner
+        raise ZeroDivisionError
+    assert clip_grad._clip_grads_with_norm_ is inner
+    assert torch.amp.GradScaler.step is step
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_refusals():
+    model, other = network(), network()
+    with pytest.raises(ss.SkipscopeError, match="none of the model's parameters"):
+        watch(model, torch.optim.SGD(other.parameters(), lr=0.1))
+    with pytest.raises(ss.SkipscopeError, match="steps cannot be seen"):
+        watch(model, object())
+    with pytest.raises(ss.SkipscopeError, match=r"not a torch\.nn\.Module"):
+        watch("model", torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ss.SkipscopeError, match="every"):
+        watch(model, torch.optim.SGD(model.parameters(), lr=0.1), every=0)
+    with pytest.raises(ss.SkipscopeError, match="no sink"):
+        watch(model, torch.optim.SGD(model.parameters(), lr=0.1), sinks=["nowhere"])
