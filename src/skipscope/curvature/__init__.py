@@ -1,5 +1,6 @@
 """Curvature: products with the Hessian, both ends of its spectrum with bounds, its density and trace."""
 
+from skipscope.curvature._density import spectral_density as spectral_density
 from skipscope.curvature._ends import ends_of as ends_of
 from skipscope.curvature._ends import extreme_eigenvalues as extreme_eigenvalues
 from skipscope.curvature._operator import CurvatureOperator as CurvatureOperator
@@ -8,3 +9,4 @@ from skipscope.curvature._results import ExtremeEigenvalues as ExtremeEigenvalue
 from skipscope.curvature._results import Layout as Layout
 from skipscope.curvature._results import SpectralDensity as SpectralDensity
 from skipscope.curvature._results import TraceEstimate as TraceEstimate
+from skipscope.curvature._trace import curvature_trace as curvature_trace

@@ -2,127 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
-from skipscope._progress import track
-from skipscope.curvature._certificate import chance_unseen
-from skipscope.curvature._lanczos import Krylov, Product, begin
 from skipscope.curvature._operator import CurvatureOperator, Matrix, open_operator
 from skipscope.curvature._private import Selection
 from skipscope.curvature._results import ExtremeEigenvalues
-
-_BASIS_BYTES = 1 << 30
-_ASYMMETRY = 0.02  # of max |lambda|: more is no rounding, and no bound of a symmetric matrix holds
-
-
-@dataclass
-class Ends:
-    """What the solver found, for any symmetric matrix.
-
-    Attributes:
-        values: the k smallest, ascending, then the k largest, descending ``[2, k]``.
-        residuals: their bounds ``[2, k]``.
-        vectors: their vectors ``[2, k, n]``, or None.
-        probability: that no eigenvalue lies beyond the ends by more than the tolerance.
-        converged: residuals and probability are as asked.
-        run: the run.
-    """
-
-    values: np.ndarray
-    residuals: np.ndarray
-    vectors: Tensor | None
-    probability: float
-    converged: bool
-    run: Krylov
-
-
-def find_ends(
-    product: Product,
-    size: int,
-    *,
-    k: int = 1,
-    tol: float = 1e-3,
-    confidence: float = 0.99,
-    block: int = 1,
-    seed: int = 0,
-    basis: int | None = None,
-    max_products: int = 1000,
-    device: torch.device | str = "cpu",
-    vectors: bool = False,
-) -> Ends:
-    """The k smallest and the k largest eigenvalues of a symmetric matrix known by products.
-
-    Args:
-        product: the matrix times rows ``[b, size]``.
-        size: n.
-        k: eigenvalues wanted at each end.
-        tol: largest residual, relative to max |lambda|.
-        confidence: the probability wanted.
-        block: start vectors.
-        seed: of the start.
-        basis: vectors kept before a thick restart; default: as many as 1 GiB holds, at most 300.
-        max_products: after these it stops, converged or not.
-        device: where the basis lives.
-        vectors: return eigenvectors.
-    """
-    block = min(block, size)
-    room = basis or int(np.clip(_BASIS_BYTES / (8 * size), 4 * k + 4 * block + 20, 300))
-    run = begin(product, size, block=block, room=max(room, 2 * k + 3 * block + 2), seed=seed, device=device)
-    for _ in track(_until_done(max_products, run), "Lanczos"):
-        run.step()
-        found = _judge(run, k, tol, confidence, block)
-        if found.converged or run.exhausted:
-            break
-        if run.filled + run.width > run.room:
-            run.restart(_worth_keeping(run.filled, k, block))
-    if vectors:
-        chosen = _ends_of(run.filled, k)
-        coordinates = run.ritz()[1][:, chosen.reshape(-1)]
-        found.vectors = run.vectors(coordinates).reshape(*chosen.shape, size)
-    return found
-
-
-def _until_done(max_products: int, run: Krylov) -> Iterator[int]:
-    step = 0
-    while step == 0 or run.products + run.width <= max_products:
-        yield step
-        step += 1
-
-
-def _ends_of(filled: int, k: int) -> np.ndarray:
-    """Indices of the k smallest, then of the k largest (descending), of ``filled`` ascending values ``[2, k]``."""
-    k = min(k, filled)
-    return np.array([range(k), range(filled - 1, filled - 1 - k, -1)])
-
-
-def _worth_keeping(filled: int, k: int, block: int) -> np.ndarray:
-    """Indices kept at a thick restart: the wanted ends, and as much beside them as leaves half the room."""
-    each = min(k + max(2 * block, filled // 5), (filled - block) // 2)
-    return np.r_[0:each, filled - each : filled]
-
-
-def _judge(run: Krylov, k: int, tol: float, confidence: float, block: int) -> Ends:
-    values, _, residuals = run.ritz()
-    chosen = _ends_of(run.filled, k)
-    scale = float(max(abs(values[0]), abs(values[-1])))
-    bounds = residuals[chosen]
-    good = chosen.shape[1] == k and bool((bounds <= tol * scale).all() or (scale == 0.0 and run.noise == 0.0))
-    probability = 0.0
-    if good or run.exhausted:
-        below, above = values[0] - tol * scale, values[-1] + tol * scale
-        probability = max(0.0, 1.0 - chance_unseen(run, below, block) - chance_unseen(run, above, block))
-    symmetric = run.asymmetry <= _ASYMMETRY * scale
-    return Ends(
-        values[chosen], bounds, None, probability, good and symmetric and probability >= confidence, run
-    )
+from skipscope.curvature._solve import Wish, find_ends
 
 
 def extreme_eigenvalues(
@@ -159,7 +49,7 @@ def extreme_eigenvalues(
         matrix: "hessian" or "gauss_newton".
         parameters: names or patterns (``"layer1.*"``); default: all that require a gradient.
         vectors: keep the eigenvectors, as directions for a landscape (``.direction("largest")``).
-        block: start vectors: an eigenvalue that occurs several times is seen up to ``block`` times.
+        block: start vectors of a run; for k > 1 and eigenvalues that occur several times, more find them sooner.
         confidence: the probability wanted; 0 asks for the residuals alone.
         max_products: after these it stops, converged or not.
         basis: vectors kept before a thick restart; default: as many as 1 GiB holds, at most 300.
@@ -222,18 +112,27 @@ def ends_of(
     ):
         if not good:
             raise SkipscopeError(operation, f"{name} is out of range", expected=expected, got=value)
-    device = operator.device if operator.device.type != "mps" else "cpu"  # Apple's GPUs have no float64
-    found = find_ends(
-        operator.apply, size, k=k, tol=tol, confidence=confidence, block=block, seed=seed, basis=basis,
-        max_products=max_products, device=device, vectors=vectors,
-    )  # fmt: skip
-    scale = float(np.abs(found.values).max())
-    kept = found.vectors.cpu().numpy() if found.vectors is not None else (None, None)
+    wish = Wish(k, tol, confidence, block, basis, max_products, seed)
+    found = find_ends(operator.apply, size, wish, device=operator.basis_device)
+    low, high = found.order(k)
     return ExtremeEigenvalues(
-        smallest=found.values[0], largest=found.values[1],
-        smallest_residuals=found.residuals[0], largest_residuals=found.residuals[1],
-        converged=found.converged, probability=found.probability, confidence=confidence, tol=tol,
-        products=operator.products, method=operator.method, matrix=operator.matrix, parameters=size, block=block,
-        noise=found.run.noise, asymmetry=found.run.asymmetry / scale if scale else 0.0, layout=operator.layout,
-        smallest_vectors=kept[0], largest_vectors=kept[1], loss_name=operator.model.objective.name,
-    )  # fmt: skip
+        smallest=found.values[low],
+        largest=found.values[high],
+        smallest_residuals=found.residuals[low],
+        largest_residuals=found.residuals[high],
+        converged=found.converged,
+        probability=max(0.0, 1.0 - found.doubt),
+        confidence=confidence,
+        tol=tol,
+        products=operator.products,
+        method=operator.method,
+        matrix=operator.matrix,
+        parameters=size,
+        block=block,
+        noise=found.noise,
+        asymmetry=found.asymmetry / found.scale if found.scale else 0.0,
+        layout=operator.layout,
+        smallest_vectors=found.vectors[low].cpu().numpy() if vectors else None,
+        largest_vectors=found.vectors[high].cpu().numpy() if vectors else None,
+        loss_name=operator.model.objective.name,
+    )

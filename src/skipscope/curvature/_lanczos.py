@@ -6,9 +6,9 @@ has orthonormal rows; ``Q [b, n]`` is the next block, orthonormal and orthogonal
     A V' = V' H + Q' T',   H = V A V' [m, m],   T = Q A V' [b, m]
 
 so a Ritz pair ``H s = theta s`` has the residual ``|A V's - theta V's| = |T s|``, and an eigenvalue of A lies within
-that distance of theta (Parlett, *The Symmetric Eigenvalue Problem*, theorem 4.5.1). Because ``H`` is measured in full, not
-assumed tridiagonal, a restart from Ritz vectors (Wu & Simon 2000) needs no other formulas than the first steps do, and
-what should vanish in a symmetric matrix but does not measures the rounding error of the products as they come.
+that distance of theta (Parlett, *The Symmetric Eigenvalue Problem*, theorem 4.5.1). Because ``H`` is measured in full,
+not assumed tridiagonal, a restart from Ritz vectors (Wu & Simon 2000) needs no other formulas than the first steps do,
+and what should vanish in a symmetric matrix but does not measures the rounding error of the products as they come.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]  # [b, n] float64 -> [b, n] float64
+Draw = Callable[[int], Tensor]  # b -> a random block [b, n]
 _BREAKDOWN = 1e-12  # a remainder this small against the matrix is rounding: the space is invariant
 _SAFETY = 4.0  # on the estimate of the products' rounding error
 
@@ -57,14 +58,16 @@ class Krylov:
         room: rows the basis may have.
         draw: gives a random block ``[b, n]``, for the start and after a breakdown.
         rows: storage: the basis, and the next block behind it.
+        outside: orthonormal rows ``[p, N]`` that the run stays orthogonal to, so that n = N - p.
         history: what happened, for the certificate; ends at the first invariant space.
     """
 
     product: Product
     size: int
     room: int
-    draw: Callable[[int], Tensor]
+    draw: Draw
     rows: Tensor
+    outside: Tensor
     filled: int = 0
     width: int = 0
     products: int = 0
@@ -99,6 +102,7 @@ class Krylov:
         self.scale = max(self.scale, float(torch.linalg.vector_norm(image, dim=1).max()))
         measured = torch.zeros(m + b, b, dtype=torch.float64, device=space.device)
         for _ in range(2):  # once is not enough: Giraud, Langou & Rozloznik 2005
+            image -= (image @ self.outside.T) @ self.outside
             part = space @ image.T
             image -= part.T @ space
             measured += part
@@ -143,9 +147,8 @@ class Krylov:
             for _ in range(
                 2
             ):  # what is left of a large image is relatively less orthogonal than the image was
-                for other in (space, torch.stack(found) if found else None):
-                    if other is not None:
-                        row = row - (other @ row) @ other
+                for others in (self.outside, space, *(found and [torch.stack(found)])):
+                    row = row - (others @ row) @ others
             row = row / torch.linalg.vector_norm(row)
             onward[len(found), i] = norm
             found.append(row)
@@ -162,7 +165,7 @@ class Krylov:
     def noise(self) -> float:
         """An upper estimate of the rounding error of one product: what asymmetry shows, over all coordinates."""
         seen = (self._lost / self._lost_count * self.size) ** 0.5 if self._lost_count else 0.0
-        return _SAFETY * seen + 16 * np.finfo(float).eps * self.scale
+        return _SAFETY * float(seen) + 16 * np.finfo(float).eps * self.scale
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ritz values ascending ``[m]``, their coordinates ``[m, m]``, and the bounds of their residuals ``[m]``."""
@@ -190,41 +193,7 @@ class Krylov:
             self.history.append(Restart(kept))
 
 
-def gaussian_blocks(size: int, seed: int, device: torch.device | str = "cpu") -> Callable[[int], Tensor]:
+def gaussian_blocks(size: int, seed: int, device: torch.device | str = "cpu") -> Draw:
     """A source of random blocks ``[b, n]`` that leaves the global generators alone."""
     generator = torch.Generator().manual_seed(seed)
     return lambda rows: torch.randn(rows, size, generator=generator, dtype=torch.float64).to(device)
-
-
-def begin(
-    product: Product,
-    size: int,
-    *,
-    block: int,
-    room: int,
-    seed: int,
-    device: torch.device | str = "cpu",
-    start: Tensor | None = None,
-) -> Krylov:
-    """A run that has made no product yet.
-
-    Args:
-        product: ``A`` on rows ``[b, n]``.
-        size: n.
-        block: random start vectors.
-        room: rows the basis may have; at most n.
-        seed: of the random vectors.
-        device: where the basis lives.
-        start: rows ``[p, n]`` to begin with instead.
-    """
-    draw = gaussian_blocks(size, seed, device)
-    block = min(block, size)
-    rows = torch.zeros(
-        min(room, size) + (start.shape[0] if start is not None else block),
-        size,
-        dtype=torch.float64,
-        device=device,
-    )
-    state = Krylov(product, size, min(room, size), draw, rows)
-    state.start(draw(block) if start is None else start.to(rows))
-    return state

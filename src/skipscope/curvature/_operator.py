@@ -85,6 +85,11 @@ class CurvatureOperator(LinearOperator):
         return self.model.parameters[0].device
 
     @property
+    def basis_device(self) -> torch.device:
+        """Where float64 vectors live: Apple's GPUs have none."""
+        return self.device if self.device.type != "mps" else torch.device("cpu")
+
+    @property
     def method(self) -> str:
         """The mode that runs."""
         name, held, total = self._rungs[0][0], len(self._held), len(self._shares or ())
@@ -155,7 +160,7 @@ class CurvatureOperator(LinearOperator):
         if not total > 0:
             raise SkipscopeError(
                 self.model.operation, "no batch counts for anything, so the mean over batches is undefined",
-                expected="weights with a positive sum", got=f"a sum of {total}", 
+                expected="weights with a positive sum", got=f"a sum of {total}",
                 cure="check weight=, or the labels that are ignored",
             )  # fmt: skip
         return {i: weight / total for i, weight in weights.items() if weight}

@@ -66,7 +66,7 @@ class ExtremeEigenvalues(Result):
         method: the mode of the products that ran, and the solver.
         matrix: "hessian" or "gauss_newton".
         parameters: the size of the matrix.
-        block: start vectors; an eigenvalue is seen at most ``block`` times by one run.
+        block: start vectors of a run.
         noise: an estimate of the products' rounding error, already inside the residuals.
         asymmetry: the largest |u'Hv - v'Hu| seen, relative to max |lambda|.
         layout: how an eigenvector is cut into parameters.
@@ -144,9 +144,10 @@ class ExtremeEigenvalues(Result):
             "+- bounds the distance to an eigenvalue. That none lies farther out by more than the tolerance holds with "
             f"probability {_percent(self.probability)}, over the random start.",
         ]
-        if len(self.largest) > 1:
+        if self.noise > self.tol * self.scale:
             notes.append(
-                f"An eigenvalue that occurs several times is listed at most {self.block} time(s): block={self.block}."
+                f"The products' own error ({short(self.noise, 2)}) is above the tolerance: use float64, or see whether the "
+                "loss draws random numbers of its own or has a backward pass that cannot be differentiated."
             )
         return Table(
             f"Ends of the spectrum of the {_MATRICES[self.matrix]}",

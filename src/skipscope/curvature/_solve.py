@@ -1,0 +1,209 @@
+"""The k smallest and the k largest eigenvalues of a symmetric matrix known by products; nothing about networks.
+
+The first run starts anywhere. One vector (or block) cannot see how often an eigenvalue occurs, so for k > 1 further runs
+follow in what is orthogonal to the eigenvectors found: until one shows that nothing there lies beyond the k-th. By Weyl's
+theorem the matrix's eigenvalues, each counted as often as it occurs, then lie within the residuals of those found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skipscope._progress import track
+from skipscope.curvature._certificate import chance_unseen
+from skipscope.curvature._lanczos import Draw, Krylov, Product, gaussian_blocks
+
+_BASIS_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for.
+
+    Attributes:
+        k: eigenvalues at each end.
+        tol: largest residual, relative to max |lambda|.
+        confidence: the probability that nothing lies farther out.
+        block: start vectors of a run.
+        basis: vectors kept before a thick restart; None: as many as 1 GiB holds, at most 300.
+        max_products: after these it stops, converged or not.
+        seed: of the start vectors.
+    """
+
+    k: int = 1
+    tol: float = 1e-3
+    confidence: float = 0.99
+    block: int = 1
+    basis: int | None = None
+    max_products: int = 1000
+    seed: int = 0
+
+
+@dataclass
+class Ends:
+    """What was found.
+
+    Attributes:
+        values: of every vector found ``[p]``.
+        residuals: their bounds ``[p]``.
+        vectors: ``[p, n]``, orthonormal.
+        doubt: at most this is the chance that something farther out was not seen.
+        converged: residuals and probability are as asked.
+        products: matrix-vector products spent.
+        scale: max |lambda|.
+        noise: the products' rounding error, estimated.
+        asymmetry: the largest |u'Av - v'Au| seen.
+    """
+
+    values: np.ndarray
+    residuals: np.ndarray
+    vectors: Tensor
+    doubt: float = 0.0
+    converged: bool = False
+    products: int = 0
+    scale: float = 0.0
+    noise: float = 0.0
+    asymmetry: float = 0.0
+
+    def order(self, k: int) -> np.ndarray:
+        """Indices of the k smallest, ascending, and of the k largest, descending ``[2, k]``."""
+        k = min(k, len(self.values))
+        ascending = np.argsort(self.values)
+        return np.array([ascending[:k], ascending[::-1][:k]])
+
+
+def find_ends(product: Product, size: int, wish: Wish, *, device: torch.device | str = "cpu") -> Ends:
+    """Both ends of the spectrum; see the module's text.
+
+    Args:
+        product: the matrix times rows ``[b, size]``, float64.
+        size: n.
+        wish: what is asked for.
+        device: where the vectors live.
+    """
+    found = Ends(np.zeros(0), np.zeros(0), torch.zeros(0, size, dtype=torch.float64, device=device))
+    draw, allowed = gaussian_blocks(size, wish.seed, device), 1.0 - wish.confidence
+    while True:
+        allowed = (
+            allowed / 2 if wish.k > 1 else allowed
+        )  # all runs together may doubt no more than was allowed
+        search = _Search(_deflated(product, size, found.vectors, draw, wish), found, wish, allowed)
+        complete = search.finish()
+        found = search.harvest()
+        if not complete or wish.k == 1 or search.run.exhausted or not len(search.wanted):
+            found.converged = complete
+            return found
+
+
+def _deflated(product: Product, size: int, known: Tensor, draw: Draw, wish: Wish) -> Krylov:
+    """A run in the space orthogonal to the vectors ``known [p, n]``."""
+    left = size - known.shape[0]
+    block = min(wish.block, left)
+    room = wish.basis or int(np.clip(_BASIS_BYTES / (8 * size), 4 * wish.k + 4 * block + 20, 300))
+    room = min(max(room, 2 * wish.k + 3 * block + 2), left)
+    rows = torch.zeros(room + block, size, dtype=torch.float64, device=known.device)
+    run = Krylov(product, left, room, draw, rows, known)
+    run.start(run.draw(block))
+    return run
+
+
+@dataclass
+class _Search:
+    """One run, until it has found what there is beyond what is known, or shown that there is nothing."""
+
+    run: Krylov
+    known: Ends
+    wish: Wish
+    allowed: float
+    wanted: np.ndarray = field(
+        default_factory=lambda: np.zeros(0, int)
+    )  # indices of this run's part of the answer
+    doubt: float = 1.0
+
+    def finish(self) -> bool:
+        """Step until done (True) or until the products are spent or cannot do better (False)."""
+        run, width = self.run, self.run.width
+        for _ in track(self._steps(), "ends of the spectrum"):
+            run.step()
+            done = self._judge(width)
+            if done is not None:
+                return done
+            if run.filled + run.width > run.room:
+                run.restart(_worth_keeping(run.filled, self.wish.k, width))
+        return False
+
+    def _steps(self) -> Iterator[int]:
+        spent, step = self.known.products, 0
+        while (
+            spent + self.run.products + self.run.width <= self.wish.max_products or self._count < self.wish.k
+        ):
+            yield (step := step + 1)
+
+    @property
+    def _count(self) -> int:
+        """How many eigenvalues there would be, at most k of which are asked for."""
+        return len(self.known.values) + self.run.filled
+
+    def _judge(self, width: int) -> bool | None:
+        run, wish = self.run, self.wish
+        values, _, residuals = run.ritz()
+        self.wanted = self._wanted(values)
+        limit = wish.tol * max(self.known.scale, abs(values[0]), abs(values[-1]))
+        within = residuals[self.wanted] - run.noise <= limit
+        if not run.exhausted:
+            if self._count < wish.k or not within.all():
+                return None
+            low, high = self._thresholds(values)
+            self.doubt = chance_unseen(run, low - limit, width) + chance_unseen(run, high + limit, width)
+            if limit and self.doubt > self.allowed:
+                return None
+        if run.exhausted or not limit:  # what a random vector shows nothing of is the zero matrix
+            self.doubt = 0.0
+        return bool((residuals[self.wanted] <= limit).all())
+
+    def _thresholds(self, values: np.ndarray) -> tuple[float, float]:
+        """Beyond these nothing may be: the k-th known at each end, or this run's own ends if farther out."""
+        if not len(self.known.values):
+            return values[0], values[-1]
+        order = self.known.order(self.wish.k)
+        return min(values[0], self.known.values[order[0, -1]]), max(
+            values[-1], self.known.values[order[1, -1]]
+        )
+
+    def _wanted(self, values: np.ndarray) -> np.ndarray:
+        """Indices of the Ritz values that belong to the k outermost at an end, those known counted."""
+        k, count = self.wish.k, len(values)
+        if not len(self.known.values):
+            return np.unique(np.r_[: min(k, count), max(count - k, 0) : count])
+        order = self.known.order(k)
+        if order.shape[1] < k:
+            return np.arange(count)
+        margin = self.wish.tol * self.known.scale
+        low, high = self.known.values[order[0, -1]] - margin, self.known.values[order[1, -1]] + margin
+        return np.flatnonzero((values < low) | (values > high))
+
+    def harvest(self) -> Ends:
+        """Everything known after this run."""
+        run, known = self.run, self.known
+        values, coordinates, residuals = run.ritz()
+        return Ends(
+            values=np.r_[known.values, values[self.wanted]],
+            residuals=np.r_[known.residuals, residuals[self.wanted]],
+            vectors=torch.cat([known.vectors, run.vectors(coordinates[:, self.wanted])]),
+            doubt=known.doubt + self.doubt,
+            products=known.products + run.products,
+            scale=max(known.scale, abs(values[0]), abs(values[-1])),
+            noise=max(known.noise, run.noise),
+            asymmetry=max(known.asymmetry, run.asymmetry),
+        )
+
+
+def _worth_keeping(filled: int, k: int, block: int) -> np.ndarray:
+    """Indices kept at a thick restart: the wanted ends, and as much beside them as leaves half the room."""
+    each = min(k + max(2 * block, filled // 5), (filled - block) // 2)
+    return np.r_[0:each, filled - each : filled]

@@ -1,0 +1,130 @@
+"""The trace of a matrix known by products: Hutchinson's estimate, and Hutch++ (Meyer, Musco, Musco & Woodruff 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skipscope._data import Batch
+from skipscope._errors import SkipscopeError
+from skipscope._progress import track
+from skipscope.curvature._lanczos import Product
+from skipscope.curvature._operator import Matrix, open_operator
+from skipscope.curvature._private import Selection
+from skipscope.curvature._results import TraceEstimate, stderr_of
+
+Method = Literal["hutch++", "hutchinson"]
+
+
+def trace_of(
+    product: Product, size: int, products: int, method: Method, seed: int, device: torch.device | str = "cpu"
+) -> tuple[float, float, int]:
+    """The trace, its standard error, and how many random vectors it rests on.
+
+    Args:
+        product: the matrix times rows ``[b, size]``.
+        size: n.
+        products: how many may be spent.
+        method: "hutchinson": the mean of g'Ag over random signs g. "hutch++": a third of the products finds a subspace
+            that carries most of the matrix, a third takes the trace there exactly, a third estimates the rest.
+        seed: of the random vectors.
+        device: where they live.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def signs() -> Tensor:
+        return (torch.randint(0, 2, (1, size), generator=generator) * 2 - 1).to(device, torch.float64)
+
+    def images(rows: Tensor) -> Tensor:
+        return torch.cat([product(row[None]) for row in track(rows, "trace")])
+
+    exact, carried = 0.0, torch.zeros(0, size, dtype=torch.float64, device=device)
+    third = min(products // 3, size)
+    if method == "hutch++" and third:
+        carried = torch.linalg.qr(images(torch.cat([signs() for _ in range(third)])).T)[0].T
+        exact = float((carried * images(carried)).sum())
+        if third == size:
+            return exact, 0.0, third
+    rest = []
+    for _ in track(range(max(2, products - 2 * carried.shape[0])), "trace"):
+        probe = signs()
+        probe = probe - (probe @ carried.T) @ carried
+        rest.append(float((probe * product(probe)).sum()))
+    return exact + float(np.mean(rest)), stderr_of(np.array(rest)), len(rest)
+
+
+def curvature_trace(
+    model: nn.Module,
+    data: Any,
+    loss: Any = None,
+    *,
+    products: int = 60,
+    method: Method = "hutch++",
+    matrix: Matrix = "hessian",
+    parameters: Selection = None,
+    weight: Callable[[Batch], float] | None = None,
+    training: bool | None = False,
+    seed: int = 0,
+    mode: str | None = None,
+) -> TraceEstimate:
+    """The trace of a loss's Hessian (its mean curvature times the parameters), with its error. Local under DDP.
+
+    Args:
+        model: any module; left as found.
+        data: one batch, or a re-iterable of batches, averaged as the loss does.
+        loss: ``loss(output, target)``; None when the output carries ``.loss``; or an ``@ss.objective``.
+        products: how many to spend.
+        method: "hutch++" or "hutchinson".
+        matrix: "hessian" or "gauss_newton".
+        parameters: names or patterns (``"layer1.*"``); default: all that require a gradient.
+        weight: what a batch counts for in the mean.
+        training: False runs in eval mode, True in training mode, None leaves each module's flag.
+        seed: of the probes, and of random numbers inside the model.
+        mode: as in :func:`curvature_operator`.
+
+    Raises:
+        SkipscopeError: data or loss cannot be read, a product is not finite, or an unknown method.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> x = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+        >>> model = torch.nn.Linear(3, 1, bias=False).double()
+        >>> found = ss.curvature_trace(model, (x, torch.zeros(3, 1).double()), torch.nn.functional.mse_loss)
+        >>> round(found.value, 6)  # 2/N sum of x squared
+        9.333333
+    """
+    operation = "curvature_trace"
+    if method not in get_args(Method):
+        raise SkipscopeError(
+            operation, f"unknown method {method!r}", expected=" or ".join(map(repr, get_args(Method)))
+        )
+    if products < 2:
+        raise SkipscopeError(operation, "too few products", expected="at least 2", got=products)
+    operator = open_operator(
+        operation,
+        model,
+        data,
+        loss,
+        matrix=matrix,
+        parameters=parameters,
+        weight=weight,
+        training=training,
+        seed=seed,
+        mode=mode,
+    )
+    value, stderr, probes = trace_of(
+        operator.apply, operator.shape[0], products, method, seed, operator.basis_device
+    )
+    return TraceEstimate(
+        value=value,
+        stderr=stderr,
+        probes=probes,
+        products=operator.products,
+        method=f"{method}; {operator.method}",
+        matrix=matrix,
+        parameters=operator.shape[0],
+    )
