@@ -1,5 +1,8 @@
 """The gradient on its way back: flow, verdict, split, paths, importance, remedies."""
 
+from skipscope.flow._flow import gradient_flow as gradient_flow
+from skipscope.flow._importance import importance as importance
+from skipscope.flow._paths import path_spectrum as path_spectrum
 from skipscope.flow._results import BoundaryFlow as BoundaryFlow
 from skipscope.flow._results import Cost as Cost
 from skipscope.flow._results import GradientCorrelation as GradientCorrelation
@@ -13,3 +16,4 @@ from skipscope.flow._results import Prescription as Prescription
 from skipscope.flow._results import Remedy as Remedy
 from skipscope.flow._results import SplitAt as SplitAt
 from skipscope.flow._results import Verdict as Verdict
+from skipscope.flow._split import gradient_split as gradient_split

@@ -52,7 +52,9 @@ class _Recorder(TorchFunctionMode):
         elif func in _LINEAR or func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             stride = (args[3] if len(args) > 3 else kwargs.get("stride", 1)) if func in _CONVOLUTIONS else 1
-            self.gains.setdefault(self.at, []).append((self.names.get(id(weight), "weight"), gain(weight, stride)))
+            self.gains.setdefault(self.at, []).append(
+                (self.names.get(id(weight), "weight"), gain(weight, stride))
+            )
         return func(*args, **kwargs)
 
     def slope(self, func: Any, args: tuple, kwargs: dict) -> tuple[str, float, float, float]:

@@ -24,6 +24,10 @@ from torch import Tensor, nn
 from skipscope._data import Batch, Objective
 from skipscope.shortcuts import tap_boundaries, tap_merges
 
+# Elements of an activation up to which carrying all lengths at once was faster than one after the other (measured:
+# benchmarks/paths.py).
+SMALL_ON_CPU, SMALL_ELSEWHERE = 2**13, 2**20
+
 
 @dataclass
 class Stack:
@@ -48,9 +52,11 @@ class Stack:
     def plus(self, other: Stack) -> Stack:
         """The sum, over all lengths that either has."""
         low, high = min(self.low, other.low), max(self.high, other.high)
-        total = self.spread(low, high)
-        if total is self.rows:
-            total = total.clone()
+        if (low, high) == (self.low, self.high) == (other.low, other.high):
+            return Stack(low, self.rows + other.rows)
+        total = self.rows.new_empty(high - low + 1, *self.rows.shape[1:])
+        total[: self.low - low], total[self.high - low + 1 :] = 0, 0
+        total[self.low - low : self.high - low + 1] = self.rows
         total[other.low - low : other.high - low + 1] += other.rows
         return Stack(low, total)
 
@@ -81,11 +87,13 @@ class CutForward:
         loss: the scalar.
         cuts: in order of execution.
         targets: what the paths lead back to: a leaf, or a parameter.
+        handed: what the network was given for each leaf (its copy), by id, with the leaf.
     """
 
     loss: Tensor
     cuts: list[Cut]
     targets: list[Tensor]
+    handed: dict[int, tuple[Tensor, Tensor]]
 
 
 def cut_forward(
@@ -103,6 +111,12 @@ def cut_forward(
     """
     cuts: list[Cut] = []
     targets: list[Tensor] = [] if parameter is None else [parameter]
+    handed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def hand(leaf: Tensor) -> Tensor:
+        copy = leaf.clone()  # a leaf could not be changed in place by what follows
+        handed[id(copy)] = (copy, leaf)
+        return copy
 
     def merge(k: int, one: Any) -> Tensor:
         operands = tuple(one.operands)
@@ -115,23 +129,23 @@ def cut_forward(
         if parameter is None and target.kind == "merge" and target.name == one.name:
             targets.append(leaf)
         cuts.append(Cut(leaf, operands, tuple(one.sides), inner))
-        return leaf.clone()  # a leaf could not be changed in place by what follows
+        return hand(leaf)
 
     def reach(_: int, activation: Tensor) -> Tensor:
         leaf = activation.detach().requires_grad_()
         targets.append(leaf)
-        return leaf.clone()
+        return hand(leaf)
 
     with ExitStack() as stack:
         if parameter is None and target.kind != "merge":
-            stack.enter_context(tap_boundaries(model, [target], reach))
+            stack.enter_context(tap_boundaries(model, (target,), reach))
         stack.enter_context(tap_merges(model, found, merge))
         value = loss(model, batch)
-    return CutForward(value, cuts, targets)
+    return CutForward(value, cuts, targets, handed)
 
 
 def _is_plain_sum(output: Tensor, operands: Sequence[Tensor]) -> bool:
-    """x + y of equal shapes: each operand gets the output's gradient as it is."""
+    """For x + y of equal shapes: each operand gets the output's gradient as it is."""
     node = output.grad_fn
     return (
         node is not None and type(node).__name__ == "AddBackward0" and len(operands) == 2
@@ -145,7 +159,8 @@ class Walk:
 
     Args:
         forward: the cut forward pass; it is used up.
-        batched: carry all lengths through a segment at once (vmap) where that works; else one after the other.
+        batched: carry all lengths through a segment at once (vmap); False: one after the other; None: at once where
+            a row is so small that the calls cost more than the arithmetic.
         max_bytes: a bound on the cotangents that go through a segment at once.
 
     Attributes:
@@ -153,8 +168,10 @@ class Walk:
         ways: how segments were passed: ``"batched"``, ``"loop"``.
     """
 
-    def __init__(self, forward: CutForward, *, batched: bool = True, max_bytes: int = 2**28):
-        self.forward, self.max_bytes, self.may_batch = forward, max_bytes, batched
+    def __init__(self, forward: CutForward, *, batched: bool | None = None, max_bytes: int = 2**28):
+        self.forward, self.max_bytes, self.may_batch = forward, max_bytes, batched is not False
+        cpu = forward.loss.device.type == "cpu"
+        self.small = math.inf if batched else SMALL_ON_CPU if cpu else SMALL_ELSEWHERE
         self.unit, self.ways = 1.0, set[str]()
         self.leaves = {id(cut.leaf) for cut in forward.cuts} | {id(target) for target in forward.targets}
         self.stacks: dict[int, Stack] = {}  # at leaves
@@ -180,7 +197,9 @@ class Walk:
 
     def rescale(self) -> None:
         """Set the greatest gradient near the loss to about 1, so that small losses do not underflow on the way."""
-        greatest = max((float(s.rows.abs().max()) for s in self.stacks.values() if s.rows.numel()), default=0.0)
+        greatest = max(
+            (float(s.rows.abs().max()) for s in self.stacks.values() if s.rows.numel()), default=0.0
+        )
         if greatest > 0 and math.isfinite(greatest):
             self.unit = 2.0 ** math.frexp(greatest)[1]
             for stack in self.stacks.values():
@@ -195,10 +214,22 @@ class Walk:
             copies, output = cut.inner
             arriving = self.backward([output], [stack.rows], [copies[i] for i in live]) if live else []
         for i, rows in zip(live, arriving):
-            if rows is not None:
-                operand, new = cut.operands[i], Stack(stack.low + (cut.sides[i] == "branch"), rows)
+            if rows is None:
+                continue
+            operand, new = cut.operands[i], Stack(stack.low + (cut.sides[i] == "branch"), rows)
+            _, leaf = self.forward.handed.get(id(operand), (None, None))
+            if leaf is not None and type(operand.grad_fn).__name__ == "CloneBackward0":
+                self.arrive(
+                    leaf, new
+                )  # nothing lies between; after a change in place grad_fn would be another
+            else:
                 old = self.pending.get(id(operand))
                 self.pending[id(operand)] = (operand, new if old is None else old[1].plus(new))
+
+    def arrive(self, leaf: Tensor, new: Stack) -> None:
+        """Add to the stack of a leaf."""
+        old = self.stacks.get(id(leaf))
+        self.stacks[id(leaf)] = new if old is None else old.plus(new)
 
     def flush(self, m: int) -> None:
         """Send on what waits at the operands that no earlier merge uses."""
@@ -216,8 +247,7 @@ class Walk:
         gradients = self.backward(ends, [s.spread(low, high) for s in stacks], sources)
         for source, rows in zip(sources, gradients):
             if rows is not None:
-                new, old = Stack(low, rows), self.stacks.get(id(source))
-                self.stacks[id(source)] = new if old is None else old.plus(new)
+                self.arrive(source, Stack(low, rows))
 
     def sources(self, ends: list[Tensor]) -> list[Tensor]:
         """The cuts and targets that the graph above ``ends`` starts from."""
@@ -241,14 +271,19 @@ class Walk:
         """Vector-Jacobian products of every row: ``[n, *source.shape]`` for each source, None where unreached."""
         one = sum(t.numel() * t.element_size() for t in (*ends, *sources))
         most = max(1, self.max_bytes // max(1, one))
-        parts = [self.some(ends, [r[i : i + most] for r in rows], sources) for i in range(0, rows[0].shape[0], most)]
+        parts = [
+            self.some(ends, [r[i : i + most] for r in rows], sources)
+            for i in range(0, rows[0].shape[0], most)
+        ]
         columns = zip(*parts)
         return [None if c[0] is None else c[0] if len(c) == 1 else torch.cat(c) for c in columns]
 
-    def some(self, ends: Sequence[Tensor], rows: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor | None]:
+    def some(
+        self, ends: Sequence[Tensor], rows: Sequence[Tensor], sources: Sequence[Tensor]
+    ) -> list[Tensor | None]:
         """The products of so few rows that they fit."""
         n = rows[0].shape[0]
-        if n > 1 and self.may_batch:
+        if n > 1 and self.may_batch and ends[0].numel() <= self.small:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # an operation that vmap itself loops over
@@ -263,5 +298,7 @@ class Walk:
         return [None if column[0] is None else torch.stack(column) for column in zip(*each)]
 
 
-def _grad(ends: Sequence[Tensor], rows: Sequence[Tensor], sources: Sequence[Tensor], **how: bool) -> list[Tensor | None]:
+def _grad(
+    ends: Sequence[Tensor], rows: Sequence[Tensor], sources: Sequence[Tensor], **how: bool
+) -> list[Tensor | None]:
     return list(torch.autograd.grad(ends, sources, rows, retain_graph=True, allow_unused=True, **how))

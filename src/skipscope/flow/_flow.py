@@ -14,7 +14,7 @@ from skipscope._data import Batch, Batches, Objective, inputs_of, map_tensors, r
 from skipscope._numbers import short
 from skipscope._untouched import untouched
 from skipscope.flow._clues import clues
-from skipscope.flow._measure import Reading, Readings, Tap, WeightReading, measure, norm_of
+from skipscope.flow._measure import Readings, Tap, WeightReading, measure, norm_of
 from skipscope.flow._results import BoundaryFlow, GradientFlow, LayerGradient
 from skipscope.flow._verdict import Clue, Point, judge
 from skipscope.shortcuts import boundaries, tap_boundaries
@@ -94,7 +94,9 @@ def meaning_of(model: nn.Module) -> str:
 def _clues(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap) -> tuple[Clue, ...]:
     try:
         return clues(model, batch, loss, count, tap)
-    except RuntimeError:  # an operation that does not run without gradients: a verdict needs no reason to stand
+    except (
+        RuntimeError
+    ):  # an operation that does not run without gradients: a verdict needs no reason to stand
         return ()
 
 
@@ -120,8 +122,12 @@ def _in_float64(model: nn.Module, data: Batches, loss: Objective, points: Any, s
             twin = copy.deepcopy(model).double()
             batches = Batches([map_tensors(batch, wide) for batch in data], single=data.single)
             with torch.autocast(next(twin.parameters()).device.type, enabled=False):
-                return measure(twin, batches, loss, len(points), lambda touch: tap_boundaries(twin, points, touch))
-        except Exception:  # whatever a model does that cannot be copied or run in float64: it is a second opinion
+                return measure(
+                    twin, batches, loss, len(points), lambda touch: tap_boundaries(twin, points, touch)
+                )
+        except (
+            Exception
+        ):  # whatever a model does that cannot be copied or run in float64: it is a second opinion
             return None
 
 
@@ -153,9 +159,17 @@ def _layer(name: str, weight: WeightReading, exact: WeightReading | None, scale:
     if not math.isfinite(largest):
         state = "nonfinite"
     elif largest == 0:
-        state = "underflow" if exact is not None and exact.total is not None and bool(exact.total.any()) else "exact_zero"
+        state = (
+            "underflow"
+            if exact is not None and exact.total is not None and bool(exact.total.any())
+            else "exact_zero"
+        )
     else:
-        state = "underflow" if largest * weight.unit * scale < float(info.smallest_normal) * float(info.eps) else "ok"
+        state = (
+            "underflow"
+            if largest * weight.unit * scale < float(info.smallest_normal) * float(info.eps)
+            else "ok"
+        )
     return LayerGradient(
         name, mean, rms, float((total == 0).double().mean()) if total.numel() else 0.0, state, _spread(weight.rms),
         weight.trainable,
@@ -190,7 +204,8 @@ def _assemble(
             state.removesuffix("_activation"), readings.similarities[i],
         ))  # fmt: skip
     layers = tuple(
-        _layer(name, w, exact.weights.get(name) if exact else None, scale) for name, w in readings.weights.items()
+        _layer(name, w, exact.weights.get(name) if exact else None, scale)
+        for name, w in readings.weights.items()
     )
     slope = verdict.slope
     chi = None if slope is None else 10.0 ** (-2 * slope)
@@ -213,7 +228,9 @@ def _notes(readings: Readings, layers: tuple[LayerGradient, ...], scale: float) 
     ):
         names = [w.name for w in layers if w.state == state and w.trainable]
         if names:
-            notes.append(f"{len(names)} of {len(layers)} weights {words}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}.")
+            notes.append(
+                f"{len(names)} of {len(layers)} weights {words}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}."
+            )
     frozen = sum(not w.trainable for w in layers)
     if frozen:
         notes.append(f"{frozen} of {len(layers)} weights are frozen.")

@@ -120,7 +120,9 @@ def measure(
         scale: by which training multiplies the loss (a GradScaler's).
     """
     weights = {n: WeightReading(p.requires_grad) for n, p in model.named_parameters() if p.ndim >= 2}
-    readings = Readings([Reading() for _ in range(count)], [Reading() for _ in range(count)], [None] * count, weights)
+    readings = Readings(
+        [Reading() for _ in range(count)], [Reading() for _ in range(count)], [None] * count, weights
+    )
     for batch, share in shares_of(data, loss, "gradient_flow"):
         try:
             one = _Pass(model, batch, loss, share, scale, readings)
@@ -189,7 +191,9 @@ class _Pass:
                 self.value = self.loss(self.model, self.batch)
                 if not self.value.requires_grad:
                     raise no_gradient("gradient_flow", self.model)
-                self.at_output = output_gradient(self.value, outputs[-1] if outputs else None, self.accumulate)
+                self.at_output = output_gradient(
+                    self.value, outputs[-1] if outputs else None, self.accumulate
+                )
                 seed = seed_for(self.at_output, self.value.dtype)
                 self.unit = 1.0 / seed
                 self.weights = self.backward(seed)
@@ -255,7 +259,9 @@ def _post_accumulate_hooks_off(parameters: list[nn.Parameter]):
 
 def output_gradient(loss: Tensor, output: Any, accumulate: bool = False) -> float:
     """|dL/d(output)| over the tensors of ``output`` that the loss is made of; 1 where it cannot be had."""
-    tensors = [t for t in _direct_outputs(output) if t.requires_grad and t is not loss and t.is_floating_point()]
+    tensors = [
+        t for t in _direct_outputs(output) if t.requires_grad and t is not loss and t.is_floating_point()
+    ]
     tensors = _without_ancestors(tensors)
     if not tensors or (accumulate and len(tensors) == 1 and tensors[0].grad_fn is None):
         return 1.0

@@ -28,7 +28,7 @@ def path_spectrum(
     wrt: Any = None,
     *,
     found: Any = None,
-    batched: bool = True,
+    batched: bool | None = None,
     max_bytes: int = 2**28,
     seed: int = 0,
     weight: Callable[[Batch], float] | None = None,
@@ -44,7 +44,8 @@ def path_spectrum(
         loss: ``loss(output, target)``; left out when the output carries ``.loss``.
         wrt: what the paths lead back to: a boundary or a parameter, or the name of one; the first boundary by default.
         found: the shortcuts that count; all that are found by default.
-        batched: carry all lengths through the backward pass at once where torch's vmap can.
+        batched: carry all lengths through the backward pass at once (torch's vmap), or one after the other; by default
+            whichever is faster.
         max_bytes: a bound on the gradients that go through a segment at once.
         seed: of the random numbers drawn inside (dropout).
         weight: what a batch counts for in the mean over batches.
@@ -57,7 +58,7 @@ def path_spectrum(
 
     Example:
         >>> import skipscope as ss
-        >>> model = ss.reference.residual_mlp([16] * 5)
+        >>> model = ss.reference.deep_mlp(depth=4, width=16, inputs=16, classes=16, shortcut="identity")
         >>> batch = torch.randn(8, 16), torch.zeros(8, 16)
         >>> paths = ss.path_spectrum(model, batch, nn.functional.mse_loss)
         >>> len(paths.norms), paths.residual < 1e-5
@@ -82,7 +83,9 @@ def path_spectrum(
             torch.manual_seed(seed + i)  # the same dropout again
             plain = _plain_gradient(model, batch, objective, target, parameter)
             sums.add(stacks, plain, walk.unit, share, shared=parameter is not None)
-    name = target.name if parameter is None else next(n for n, p in model.named_parameters() if p is parameter)
+    name = (
+        target.name if parameter is None else next(n for n, p in model.named_parameters() if p is parameter)
+    )
     if not sums.reached:
         raise SkipscopeError(
             "path_spectrum", f"no path leads from the loss to {name}", layer=name,
@@ -91,7 +94,9 @@ def path_spectrum(
     norms, residual, total = sums.result()
     mean = float(norms @ np.arange(len(norms)) / norms.sum()) if norms.sum() else math.nan
     method = "mixed" if len(ways) == 2 else ways.pop() if ways else "batched"
-    return PathSpectrum(norms, mean, residual, total, len(norms) - 1, name, method, value, mode, meaning_of(model))
+    return PathSpectrum(
+        norms, mean, residual, total, len(norms) - 1, name, method, value, mode, meaning_of(model)
+    )
 
 
 def _target(model: nn.Module, points: Any, wrt: Any) -> tuple[Any, nn.Parameter | None]:
@@ -130,7 +135,7 @@ def _plain_gradient(
         reached.append(leaf)
         return leaf.clone()
 
-    with tap_boundaries(model, [target], reach):
+    with tap_boundaries(model, (target,), reach):
         value = loss(model, batch)
     return torch.autograd.grad(value, reached[0], allow_unused=True)[0] if reached else None
 
@@ -145,7 +150,9 @@ class _Sums:
         self.plain: Tensor | None = None
         self.reached = False
 
-    def add(self, stacks: list[Stack | None], plain: Tensor | None, unit: float, share: float, shared: bool) -> None:
+    def add(
+        self, stacks: list[Stack | None], plain: Tensor | None, unit: float, share: float, shared: bool
+    ) -> None:
         """Take in one batch; ``shared``: the target is one and the same in every batch."""
         if not stacks or stacks[0] is None or plain is None:
             return
@@ -160,13 +167,16 @@ class _Sums:
             return
         for k, row in rows.items():
             self.squares[k] = math.hypot(self.squares.get(k, 0.0), norm_of(row))
-        self.off = math.hypot(self.off, norm_of(sum(rows.values()) - plain))
+        self.off = math.hypot(self.off, norm_of(torch.stack(list(rows.values())).sum(0) - plain))
         self.all = math.hypot(self.all, norm_of(plain))
 
     def result(self) -> tuple[np.ndarray, float, float]:
         """Norms, residual, and the norm of the whole gradient."""
         if self.plain is not None:
             self.squares = {k: norm_of(row) for k, row in self.vectors.items()}
-            self.off, self.all = norm_of(sum(self.vectors.values()) - self.plain), norm_of(self.plain)
+            self.off, self.all = (
+                norm_of(torch.stack(list(self.vectors.values())).sum(0) - self.plain),
+                norm_of(self.plain),
+            )
         norms = np.array([self.squares.get(k, 0.0) for k in range(max(self.squares) + 1)])
         return norms, self.off / self.all if self.all else self.off, self.all

@@ -150,6 +150,7 @@ class GradientFlow(Result):
         ]
         interval = self.verdict.slope_interval
         notes = [
+            f"{self.verdict}.",
             "gradient: RMS of dL/d(activation), with |dL/d(output)| = 1; factor: over the gradient one boundary nearer "
             "the loss, so their product is what reaches the first boundary.",
         ]
@@ -163,7 +164,7 @@ class GradientFlow(Result):
             f"batch{'es' if self.batches != 1 else ''}, loss {short(self.loss)}."
         )
         return Table(
-            f"Gradient flow: {self.verdict}",
+            f"Gradient flow: {self.verdict.state}",
             ["depth", "boundary", "gradient", "factor", "activation", "state"], rows, [*notes, *self.notes],
         )  # fmt: skip
 

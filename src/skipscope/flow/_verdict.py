@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from skipscope._numbers import short
 from skipscope.flow._results import Verdict
@@ -73,7 +74,9 @@ def least_squares(y: Sequence[float]) -> tuple[float, tuple[float, float]] | Non
     return slope, (slope - margin, slope + margin)
 
 
-def judge(points: Sequence[Point], clues: Sequence[Clue] = (), *, residual: bool = False, dtype: str = "") -> Verdict:
+def judge(
+    points: Sequence[Point], clues: Sequence[Clue] = (), *, residual: bool = False, dtype: str = ""
+) -> Verdict:
     """The verdict on a flow.
 
     Args:
@@ -101,10 +104,10 @@ def judge(points: Sequence[Point], clues: Sequence[Clue] = (), *, residual: bool
     if any(p.state == "underflow" for p in points):
         zero = next(p for p in reversed(points) if p.state == "underflow")
         cause, evidence = "underflow", 10.0 ** (zero.log_flow or 0.0)
-        reason = (
-            f"the gradient underflows {dtype or 'its dtype'} at {zero.name}, where it is {short(evidence)} in float64; {reason}"
-        )
-    return Verdict(state, **numbers, where=connected[at][1].name, reason=reason, cause=cause, evidence=evidence)
+        reason = f"the gradient underflows {dtype or 'its dtype'} at {zero.name}, where it is {short(evidence)} in float64; {reason}"
+    return Verdict(
+        state, **numbers, where=connected[at][1].name, reason=reason, cause=cause, evidence=evidence
+    )
 
 
 def _unhindered(fall: float, n: int) -> str:
@@ -128,7 +131,11 @@ def _broken(points: Sequence[Point], clues: Sequence[Clue]) -> Verdict | None:
     for p in reversed(points):
         if p.state == "nonfinite":
             return Verdict(
-                "nonfinite", **nothing, where=p.name, reason=f"the gradient at {p.name} is not finite", cause="overflow"
+                "nonfinite",
+                **nothing,
+                where=p.name,
+                reason=f"the gradient at {p.name} is not finite",
+                cause="overflow",
             )
     first = next((p for p in points), None)
     if first is None or first.state == "not_connected":
@@ -177,7 +184,7 @@ def _where(logs: Sequence[float]) -> int:
     """The step at which it breaks: the greatest if it makes up half the fall, else where the fall reaches FALL."""
     fall = logs[-1] - logs[0]
     sign = math.copysign(1.0, fall)
-    steps = [sign * (b - a) for a, b in zip(logs, logs[1:])]
+    steps = [sign * (b - a) for a, b in pairwise(logs)]
     worst = max(range(len(steps)), key=steps.__getitem__)
     if steps[worst] >= SHARE_OF_ONE * abs(fall):
         return worst
@@ -198,7 +205,9 @@ def _why(
         what = f"it {word} by a factor {short(each)} at each of {steps} boundaries"
     if residual:
         return "gain", f"{what}: what the branches add to the shortcuts multiplies up", each
-    slopes, gains = (sum(_log(value) for value in column) for column in ([c.slope for c in clues], [c.gain for c in clues]))
+    slopes, gains = (
+        sum(_log(value) for value in column) for column in ([c.slope for c in clues], [c.gain for c in clues])
+    )
     expected = slopes + gains
     observed = -(logs[at + 1] - logs[at]) if alone else -fall
     if not clues or expected * observed <= 0 or abs(expected) < 0.5 * abs(observed):
@@ -207,18 +216,34 @@ def _why(
         return _activation_cause(what, clues)
     worst = (min if observed < 0 else max)(clues, key=lambda c: c.gain)
     gain = 10.0 ** (gains / max(1, sum(c.layer is not None for c in clues)))
-    return "gain", f"{what}: the weights' gain (RMS weight x sqrt(fan-out)) is {short(gain)} a layer, {short(worst.gain)} at {worst.layer}", gain
+    return (
+        "gain",
+        f"{what}: the weights' gain (RMS weight x sqrt(fan-out)) is {short(gain)} a layer, {short(worst.gain)} at {worst.layer}",
+        gain,
+    )
 
 
 def _activation_cause(what: str, clues: Sequence[Clue]) -> tuple[str, str, float | None]:
     worst = min(clues, key=lambda c: c.slope)
     if worst.inactive >= 0.9:
-        return "inactive", f"{what}: {100 * worst.inactive:.0f} % of the units of a {worst.activation} are inactive", worst.inactive
+        return (
+            "inactive",
+            f"{what}: {100 * worst.inactive:.0f} % of the units of a {worst.activation} are inactive",
+            worst.inactive,
+        )
     saturated = [c.saturated for c in clues if c.activation is not None]
     share = sum(saturated) / len(saturated)
     if share >= 0.25:
-        return "saturation", f"{what}: {100 * share:.0f} % of the units of its {worst.activation} are saturated", share
-    return "gain", f"{what}: the slope of its {worst.activation} is {short(worst.slope)} (RMS over units)", worst.slope
+        return (
+            "saturation",
+            f"{what}: {100 * share:.0f} % of the units of its {worst.activation} are saturated",
+            share,
+        )
+    return (
+        "gain",
+        f"{what}: the slope of its {worst.activation} is {short(worst.slope)} (RMS over units)",
+        worst.slope,
+    )
 
 
 def _log(value: float) -> float:

@@ -1,0 +1,77 @@
+"""``importance``: each shortcut taken out alone, each branch taken out alone, and what it costs in loss and in flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from skipscope._data import Batch, inputs_of, read
+from skipscope._errors import SkipscopeError
+from skipscope._progress import track
+from skipscope.flow._flow import gradient_flow
+from skipscope.flow._results import Cost, GradientFlow, Importance, ImportanceOf
+from skipscope.shortcuts import ablate, find_shortcuts
+
+
+def importance(
+    model: nn.Module,
+    data: Any,
+    loss: Any = None,
+    *,
+    found: Any = None,
+    seed: int = 0,
+    weight: Callable[[Batch], float] | None = None,
+) -> Importance:
+    """Remove each shortcut alone, lesion each branch alone (Veit et al. 2016), and measure what either costs.
+
+    From the weights as they are: nothing is trained. The twins share the model's parameters. Local.
+
+    Args:
+        model: any eager module; as found afterwards. It runs in the modes its modules are in.
+        data: a batch ``(inputs, target)``, a Mapping, or a re-iterable of batches.
+        loss: ``loss(output, target)``; left out when the output carries ``.loss``.
+        found: the shortcuts to try; all that are found by default.
+        seed: of the random numbers drawn inside (dropout).
+        weight: what a batch counts for in the mean over batches.
+
+    Raises:
+        SkipscopeError: data, loss or model cannot be read, or the loss has no gradient.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model = ss.reference.deep_mlp(depth=4, width=16, inputs=16, classes=16, shortcut="identity")
+        >>> rank = ss.importance(model, (torch.randn(8, 16), torch.zeros(8, 16)), nn.functional.mse_loss)
+        >>> len(rank), rank.ranked[0].removed.loss_cost is not None
+        (4, True)
+    """
+    batches, objective = read(model, data, loss, "importance", weight=weight)
+    every = find_shortcuts(model, inputs_of(batches.first()))
+    chosen = every if found is None else found
+    options = {"found": every, "seed": seed, "weight": weight}
+    before = gradient_flow(model, batches, objective, **options)
+    rows = []
+    for i in track(range(len(chosen)), "importance"):
+        costs, reasons = {}, []
+        for how in ("remove", "lesion"):
+            try:
+                twin = ablate(model, chosen[i : i + 1], how=how, share=True)
+                costs[how] = cost(before, gradient_flow(twin, batches, objective, **options))
+            except SkipscopeError as error:
+                reasons.append(f"{how}: {error.problem}")
+        one = chosen[i]
+        rows.append(
+            ImportanceOf(
+                one.name, one.kind, costs.get("remove"), costs.get("lesion"), "; ".join(reasons) or None
+            )
+        )
+    refused = [f"{row.name}: {row.why}" for row in rows if row.why]
+    return Importance(tuple(rows), before.loss, before.verdict.fall_decades, before.mode, tuple(refused))
+
+
+def cost(before: GradientFlow, after: GradientFlow) -> Cost:
+    """What changed from one measurement to another."""
+    was, now = before.verdict.fall_decades, after.verdict.fall_decades
+    change = None if was is None or now is None else now - was
+    return Cost(after.loss, after.loss - before.loss, now, change, after.verdict.state)
