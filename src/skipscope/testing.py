@@ -33,7 +33,7 @@ class _Case:
     def output(self, module: nn.Module | None = None) -> Tensor:
         """The output in evaluation mode, from the same random numbers each time."""
         with torch.no_grad(), random_state_kept(0):
-            return (module or self.fresh()).eval()(self.inputs)
+            return (self.fresh() if module is None else module).eval()(self.inputs)
 
 
 def check_shortcut(

@@ -35,14 +35,12 @@ def stochastic_depth(f: Tensor, p: float, training: bool, mode: Literal["row", "
 
 
 class DropoutShortcut(Connection):
-    """``dropout(x) + F(x)``.
+    """``dropout(x) + F(x)``: scaled by a random mask while training, the identity shortcut otherwise.
 
     Args:
         branch: F.
         p: the probability that an element of the shortcut is dropped.
     """
-
-    kind = "scaled"
 
     def __init__(self, branch: nn.Module, p: float = 0.5):
         super().__init__(branch)
