@@ -73,13 +73,21 @@ class _Snapshot:
         for container, before in self.containers.values():
             if isinstance(container, list):
                 container[:] = before
-            elif container != before or (isinstance(container, dict) and list(container) != list(before)):
+            elif not _same_items(container, before):
                 container.clear()
                 container.update(before)
         for tensor, before in self.tensors:
             if not _same_bits(tensor, before):
                 with torch.no_grad():
                     tensor.copy_(before)
+
+
+def _same_items(a: dict | set, b: dict | set) -> bool:
+    # By identity: a module that gave itself a new buffer holds tensors that cannot be compared with ==.
+    if isinstance(a, set) or isinstance(b, set):
+        return a == b
+    pairs = zip(a.items(), b.items(), strict=False)
+    return len(a) == len(b) and all(i is j and x is y for (i, x), (j, y) in pairs)
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
