@@ -29,7 +29,7 @@ def boundaries_of(graph: Graph, merges: Sequence[tuple[Call, str, int]]) -> tupl
         embeds = any(owner == path for _, _, owner in graph.record.embeddings)
         if at is None or not matrix or nested or embeds or not graph.active >> at & 1 or covered >> at & 1:
             continue
-        points.append((calls_before, Boundary(path, 0, "module", CallKey(path, "output", nth, 0))))
+        points.append((calls_before, Boundary(path, 0, "module", CallKey(path, "output", nth))))
     points.sort(key=lambda point: point[0])
     ordered = [*_first(graph), *(boundary for _, boundary in points)]
     return tuple(Boundary(b.name, depth, b.kind, b.key) for depth, b in enumerate(ordered))
@@ -39,7 +39,7 @@ def _first(graph: Graph) -> list[Boundary]:
     record = graph.record
     for i, node in enumerate(record.sources):
         if node in graph.position:
-            return [Boundary("input", 0, "input", CallKey("", "input", i, 0))]
+            return [Boundary("input", 0, "input", CallKey("", "input", i))]
     for node, key, owner in record.embeddings:
         if node in graph.position:
             return [Boundary(owner or "input", 0, "input", key)]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any
 
@@ -19,65 +21,76 @@ from skipscope.shortcuts._results import CallKey
 
 Slot = tuple[int, str]  # position and keyword of one tensor argument
 
+
+@dataclass(frozen=True)
+class Operation:
+    """A function that joins tensors.
+
+    Attributes:
+        name: of the operation: ``add`` for ``add``, ``add_`` and ``__radd__``.
+        slots: its operands; empty when they come as one list.
+        in_place: whether it writes into its first operand.
+    """
+
+    name: str
+    slots: tuple[Slot, ...]
+    in_place: bool = False
+
+
 _TWO: tuple[Slot, ...] = ((0, "input"), (1, "other"))
-_MATRIX = {
+_LIKE_ADDMM = {
     "addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"), "addbmm": ("batch1", "batch2"),
     "addmv": ("mat", "vec"), "addr": ("vec1", "vec2"), "addcmul": ("tensor1", "tensor2"),
     "addcdiv": ("tensor1", "tensor2"), "lerp": ("end", "weight"),
 }  # fmt: skip
-SUMS: dict[str, tuple[Slot, ...]] = {
-    **dict.fromkeys(("add", "sub", "subtract", "rsub", "__radd__", "__rsub__"), _TWO),
-    **{name: ((0, "input"), (1, a), (2, b)) for name, (a, b) in _MATRIX.items()},
+_SUMS: dict[str, tuple[Slot, ...]] = {
+    **dict.fromkeys(("add", "sub", "rsub"), _TWO),
+    **{name: ((0, "input"), (1, a), (2, b)) for name, (a, b) in _LIKE_ADDMM.items()},
     **dict.fromkeys(("index_add", "scatter_add"), ((0, "input"), (3, "source"))),
 }
-PRODUCTS: dict[str, tuple[Slot, ...]] = dict.fromkeys(("mul", "multiply", "__rmul__"), _TWO)
-LISTS = frozenset({"cat", "concat", "concatenate", "hstack", "vstack", "dstack", "column_stack", "stack"})
-_SAME = {
-    "subtract": "sub",
-    "multiply": "mul",
-    "rmul": "mul",
-    "radd": "add",
-    "concat": "cat",
-    "concatenate": "cat",
-}
-_SLOTS = {**SUMS, **PRODUCTS}
-_SLOTS |= {name + "_": slots for name, slots in _SLOTS.items() if not name.startswith("_")}
+PRODUCTS = frozenset({"mul"})
+LISTS = frozenset({"cat", "hstack", "vstack", "dstack", "column_stack", "stack"})
 
-TORCH = os.path.dirname(torch.__file__) + os.sep
+
+def _operations() -> dict[str, Operation]:
+    slots = {**_SUMS, **dict.fromkeys(PRODUCTS, _TWO), **dict.fromkeys(LISTS, ())}
+    table = {name: Operation(name, places) for name, places in slots.items()}
+    table |= {f"{name}_": Operation(name, places, True) for name, places in slots.items() if places}
+    same = {
+        "subtract": "sub", "subtract_": "sub_", "multiply": "mul", "multiply_": "mul_", "concat": "cat",
+        "concatenate": "cat", "__rsub__": "rsub", "__radd__": "add", "__rmul__": "mul",
+    }  # fmt: skip
+    return table | {name: table[other] for name, other in same.items()}
+
+
+# By the function's own name; looked up in compiled code too, which is why it is a plain dict.
+OPERATIONS = _operations()
+
+TORCH = os.path.dirname(str(torch.__file__)) + os.sep
 _MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
 _PLUMBING = os.path.join(_MODULES, "module.py")
-_OURS = tuple(os.path.join(os.path.dirname(__file__), name) for name in ("_edit.py", "_taps.py", "_trace.py"))
+_OURS = tuple(os.path.join(os.path.dirname(__file__), name) for name in ("_twin.py", "_taps.py", "_trace.py"))
+_CHECKPOINT = os.path.join(TORCH, "utils", "checkpoint.py")
 _is_plumbing: dict[str, bool] = {}
 
 
-def is_merge_like(name: str) -> bool:
-    """Whether a function of this name joins tensors (products included: they are gates)."""
-    return name in _SLOTS or name in LISTS
-
-
-def base_name(name: str) -> str:
-    """The operation's name without what says in place or reflected: ``add_`` and ``__radd__`` are ``add``."""
-    plain = name.strip("_")
-    return _SAME.get(plain, plain)
-
-
-def operands(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The operands of a merge-like call, in order; what is no tensor is kept as it is."""
-    if name in LISTS:
+def operands(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The operands of a call, in order; what is no tensor is kept as it is."""
+    if not operation.slots:
         return list(args[0] if args else kwargs["tensors"])
-    return [args[i] if i < len(args) else kwargs.get(key) for i, key in _SLOTS[name]]
+    return [args[i] if i < len(args) else kwargs.get(key) for i, key in operation.slots]
 
 
 def with_operands(
-    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], values: Sequence[Any]
+    operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any], values: Sequence[Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the same call with other operands."""
-    if name in LISTS:
+    if not operation.slots:
         return (
             ((list(values), *args[1:]), dict(kwargs)) if args else ((), {**kwargs, "tensors": list(values)})
         )
     new_args, new_kwargs = list(args), dict(kwargs)
-    for (i, key), value in zip(_SLOTS[name], values, strict=True):
+    for (i, key), value in zip(operation.slots, values):
         if i < len(new_args):
             new_args[i] = value
         elif key in new_kwargs:
@@ -85,14 +98,9 @@ def with_operands(
     return tuple(new_args), new_kwargs
 
 
-def out_of_place(name: str, func: Callable[..., Any]) -> Callable[..., Any]:
+def out_of_place(operation: Operation, func: Callable[..., Any]) -> Callable[..., Any]:
     """The function that computes the same without writing into its first operand."""
-    return getattr(torch, name[:-1]) if is_in_place(name) else func
-
-
-def is_in_place(name: str) -> bool:
-    """Whether the call writes into its first operand."""
-    return name.endswith("_") and not name.startswith("__")
+    return getattr(torch, operation.name) if operation.in_place else func
 
 
 # --- where a call is made ---------------------------------------------------------------------------------------------
@@ -124,6 +132,29 @@ def source_of(frame: FrameType) -> str:
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
+def first_argument(frame: FrameType) -> Any:
+    """The value of a function's first parameter (``self`` in a method), or None."""
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+
+
+def is_forward(frame: FrameType) -> bool:
+    """Whether a frame that belongs to a module is its forward: named so, or called by ``Module.__call__``."""
+    back = frame.f_back
+    return frame.f_code.co_name == "forward" or (back is not None and back.f_code.co_filename == _PLUMBING)
+
+
+@dataclass(eq=False)
+class _Entered:
+    """One call of a module's forward: the frame (kept, so that its id stays its own) and the counts when it began."""
+
+    frame: FrameType | None
+    path: str
+    call: int
+    before: dict[str, int]
+    after: dict[str, int] | None = None
+
+
 class Sites:
     """Finds the key of a call from its frames, and counts occurrences over one forward pass.
 
@@ -134,13 +165,15 @@ class Sites:
     def __init__(self, model: nn.Module):
         self.paths = {id(module): path for path, module in model.named_modules()}
         self._names: dict[tuple[int, int, str], tuple[CodeType, str]] = {}
-        self.counts: dict[tuple[str, str], int] = {}
-        self._calls: dict[int, list[Any]] = {}
+        self.reset()
 
     def reset(self) -> None:
         """Begin a new forward pass."""
-        self.counts.clear()
-        self._calls.clear()
+        self.occurrences: Counter[tuple[str, str]] = Counter()
+        self.operations: Counter[str] = Counter()
+        self.entered: dict[int, _Entered] = {}
+        self._times: Counter[str] = Counter()
+        self._latest: dict[str, _Entered] = {}
 
     def site(self, frame: FrameType, operation: str) -> str:
         """The site's name, remembered."""
@@ -150,38 +183,75 @@ class Sites:
             known = self._names[id(code), frame.f_lasti, operation] = (code, site_of(frame, operation))
         return known[1]
 
-    def _module_of(self, frame: FrameType) -> str | None:
-        code = frame.f_code
-        if not code.co_argcount:
-            return None
-        return self.paths.get(id(frame.f_locals.get(code.co_varnames[0])))
+    def owner_and_host(self, frame: FrameType | None) -> tuple[str, str, FrameType | None, bool]:
+        """Who makes a call.
 
-    def host(self, frame: FrameType | None) -> tuple[str, str, FrameType | None]:
-        """Owner (innermost module on the stack), host (innermost whose ``forward`` runs), and the host's frame."""
-        owner = None
+        Returns:
+            The innermost module on the stack; the innermost whose forward runs, and that frame; and whether
+            checkpointing stands between the call and that forward, which will then be run again without it.
+        """
+        owner, checkpointed = None, False
         while frame is not None:
-            if frame.f_code.co_filename != _PLUMBING:
-                path = self._module_of(frame)
+            if frame.f_code.co_filename == _CHECKPOINT:
+                checkpointed = True
+            elif frame.f_code.co_filename != _PLUMBING:
+                path = self.paths.get(id(first_argument(frame)))
                 if path is not None:
                     owner = path if owner is None else owner
-                    if frame.f_code.co_name == "forward":
-                        return owner, path, frame
+                    if is_forward(frame):
+                        return owner, path, frame, checkpointed
             frame = frame.f_back
-        return owner or "", "", None
+        return owner or "", "", None, checkpointed
 
-    def key(self, frame: FrameType, operation: str) -> tuple[CallKey, str]:
-        """The call's key, counted, and its owner's path."""
-        owner, host, host_frame = self.host(frame)
+    def occurrence(self, frame: FrameType, operation: str) -> tuple[str, str, int]:
+        """Host, site and how many times this host was at this site before."""
+        _, host, _, _ = self.owner_and_host(frame)
         site = self.site(frame, operation)
-        nth = self.counts.get((host, site), 0)
-        self.counts[host, site] = nth + 1
-        # The frame is kept with its count, so that its id is not given to another while the pass runs.
-        entry = self._calls.setdefault(id(host_frame), [host_frame, 0])
-        index = entry[1]
-        entry[1] += operation != "embedding"
-        return CallKey(host, site, nth, index), owner
+        nth = self.occurrences[host, site]
+        self.occurrences[host, site] += 1
+        return host, site, nth
+
+    def key(self, frame: FrameType, operation: str) -> tuple[CallKey, str, bool]:
+        """The call's whole key, its owner's path, and whether it is checkpointed outside any module."""
+        owner, host, host_frame, checkpointed = self.owner_and_host(frame)
+        site = self.site(frame, operation)
+        nth = self.occurrences[host, site]
+        self.occurrences[host, site] += 1
+        entered = self._enter(host_frame, host)
+        index = self.operations[operation] - entered.before.get(operation, 0)
+        self.operations[operation] += 1
+        return CallKey(host, site, nth, index, entered.call), owner, checkpointed
+
+    def _enter(self, frame: FrameType | None, path: str) -> _Entered:
+        """Note a forward that has begun, and those around it, with what had been counted before."""
+        known = self.entered.get(id(frame))
+        if known is not None:
+            return known
+        if frame is not None and frame.f_back is not None:
+            _, outer, outer_frame, _ = self.owner_and_host(frame.f_back)
+            if outer_frame is not None:
+                self._enter(outer_frame, outer)
+        entered = self.entered[id(frame)] = _Entered(frame, path, self._times[path], dict(self.operations))
+        self._times[path] += 1
+        self._latest[path] = entered
+        return entered
+
+    def leave(self, path: str) -> None:
+        """A forward has ended."""
+        entered = self._latest.get(path)
+        if entered is not None and entered.after is None:
+            entered.after = dict(self.operations)
+
+    def complete(self, key: CallKey) -> CallKey:
+        """The key with what is known only when the forward pass is over."""
+        operation = key.site.rpartition(":")[2]
+        among = 0
+        for entered in self.entered.values():
+            if entered.path == key.host and entered.call == key.call and entered.after is not None:
+                among = entered.after[operation] - entered.before.get(operation, 0)
+        return replace(key, total=self.occurrences[key.host, key.site], among=among)
 
 
 def tensor_operands(values: Sequence[Any]) -> int:
     """How many operands are floating tensors."""
-    return sum(isinstance(v, Tensor) and v.is_floating_point() for v in values)
+    return len([v for v in values if isinstance(v, Tensor) and v.is_floating_point()])

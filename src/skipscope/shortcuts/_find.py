@@ -169,7 +169,7 @@ class _Reader:
         for j in reader.active:
             if j in bypassing:
                 continue
-            nodes = below & (sides[j].region if is_list else graph.ancestors[reader.at[j]])
+            nodes = below & (sides[j].region if is_list else graph.ancestors[reader.position(j)])
             if graph.region_has_weights(nodes):
                 region |= nodes
                 branches.append(j)
@@ -228,9 +228,9 @@ class _Reader:
 
     def _difference(self, call: Call, reader: Sides, i: int, j: int) -> tuple[Call, int] | None:
         """In x + t (H - x): the call of H - x and which of its operands is x."""
-        graph, x = self.graph, reader.at[i]
+        graph, x = self.graph, reader.position(i)
         sign = -1 if call.name in {"sub", "rsub"} else 1
-        at, waiting = reader.at[j], []
+        at, waiting = reader.position(j), []
         for _ in range(8):
             inner = self.outputs.get(id(graph.nodes[at]))
             if inner is not None and inner.name in {"sub", "rsub"}:
@@ -331,8 +331,14 @@ def _entry(graph: Graph, item: _Found, name: str, names: list[str], found: list[
         name=name, kind=item.kind, fork=_fork_name(graph, item.forks[0], merges), merge=_merge_name(item.call),
         branch=tuple(branch), shortcut=tuple(graph.modules_in(item.side_region)), source=item.call.source,
         span=(runs[0], runs[-1]), sides=sides, key=item.call.key,
-        shortcut_at=item.shortcut_at, branch_at=item.branch_at,
+        shortcut_at=item.shortcut_at, branch_at=item.branch_at, blocked=_blocked(item),
     )  # fmt: skip
+
+
+def _blocked(item: _Found) -> str | None:
+    if item.call.checkpointed:
+        return "checkpointing runs its code again outside of any module's forward: checkpoint whole modules instead"
+    return None
 
 
 def _at(graph: Graph, node: Any) -> int:

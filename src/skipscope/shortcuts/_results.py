@@ -16,17 +16,26 @@ KINDS = ("identity", "scaled", "projection", "gated", "concat")
 class CallKey:
     """Where one call happens in a forward pass: the same in every run and process.
 
+    Eager code knows a call by host, site and ``nth``; compiled code has no frames, and knows it by host, ``call`` and
+    ``index``, checked by ``among``.
+
     Attributes:
         host: path of the module whose forward makes the call ("" is the model itself).
-        site: function, line and instruction of the call.
-        nth: how many times this host has been at this site before in the same forward pass.
-        index: how many merge-like calls this host's forward has made before (for compiled code, which has no frames).
+        site: function, line, instruction and operation.
+        nth: how many times this host was at this site before in the same forward pass.
+        index: how many calls of the same operation this host's forward had seen before, its children's included.
+        call: how many times this host's forward had run before.
+        total: how many times this host is at this site in the whole pass.
+        among: how many calls of the same operation this host's forward sees in this call of it.
     """
 
     host: str
     site: str
     nth: int
-    index: int
+    index: int = 0
+    call: int = 0
+    total: int = 1
+    among: int = 0
 
 
 @dataclass(frozen=True)

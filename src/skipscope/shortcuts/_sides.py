@@ -76,16 +76,17 @@ class Sides:
         common = 0
         for j in self.active:
             if j != i:
-                common |= self.graph.ancestors[self._at(j)]
+                common |= self.graph.ancestors[self.position(j)]
         return common
 
-    def _at(self, i: int) -> int:
+    def position(self, i: int) -> int:
+        """Index of an activation operand's node."""
         at = self.at[i]
         assert at is not None
         return at
 
     def _side(self, i: int) -> Side:
-        graph, at = self.graph, self._at(i)
+        graph, at = self.graph, self.position(i)
         common = self._common(i)
         own = graph.ancestors[at] & ~common
         if own == graph.ancestors[at]:

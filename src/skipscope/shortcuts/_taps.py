@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from skipscope import _data
 from skipscope.shortcuts import _calls
+from skipscope.shortcuts._calls import Operation
 from skipscope.shortcuts._results import Boundary, CallKey, Shortcuts
 
 
@@ -39,7 +40,7 @@ class Merge:
     recompute: Callable[[Sequence[Tensor]], Tensor]
 
 
-Handler = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
+Handler = Callable[[Operation | None, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _Tap(TorchFunctionMode):
@@ -54,16 +55,16 @@ class _Tap(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if not (name == "embedding" or _calls.is_merge_like(name)):
+        operation = _calls.OPERATIONS.get(name)
+        if operation is None and name != "embedding":
             return func(*args, **kwargs)
-        frame = _calls.caller()
-        if self.sites.site(frame, _calls.base_name(name)) not in self.wanted:
+        frame, label = _calls.caller(), name if operation is None else operation.name
+        if self.sites.site(frame, label) not in self.wanted:
             return func(*args, **kwargs)
-        if name != "embedding" and _calls.tensor_operands(_calls.operands(name, args, kwargs)) < 2:
+        if operation is not None and _calls.tensor_operands(_calls.operands(operation, args, kwargs)) < 2:
             return func(*args, **kwargs)
-        key, _ = self.sites.key(frame, _calls.base_name(name))
-        handler = self.handlers.get((key.host, key.site, key.nth))
-        return func(*args, **kwargs) if handler is None else handler(name, func, args, kwargs)
+        handler = self.handlers.get(self.sites.occurrence(frame, label))
+        return func(*args, **kwargs) if handler is None else handler(operation, func, args, kwargs)
 
 
 @contextmanager
@@ -77,6 +78,7 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
             the merge's output.
 
     Example:
+        >>> import torch
         >>> from skipscope.shortcuts import find_shortcuts
         >>> class Net(nn.Module):
         ...     def __init__(self):
@@ -93,9 +95,10 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
     def handler(k: int) -> Handler:
         shortcut = found[k]
 
-        def handle(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            merge = _merge(shortcut.name, shortcut.sides, name, func, args, kwargs)
-            return _replace(name, args, kwargs, touch(k, merge))
+        def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
+            assert operation is not None
+            merge = _merge(shortcut.name, shortcut.sides, operation, func, args, kwargs)
+            return _replace(operation, args, kwargs, touch(k, merge))
 
         return handle
 
@@ -104,29 +107,29 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
 
 
 def _merge(
-    label: str, sides: tuple[str, ...], name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    label: str, sides: tuple[str, ...], operation: Operation, func: Any, args: Any, kwargs: Any
 ) -> Merge:
-    values = _calls.operands(name, args, kwargs)
-    if _calls.is_in_place(name):  # its value and its place in the graph are about to be overwritten
+    values = _calls.operands(operation, args, kwargs)
+    if operation.in_place:  # its value and its place in the graph are about to be overwritten
         values[0] = values[0].clone()
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
-    pure = _calls.out_of_place(name, func)
+    pure = _calls.out_of_place(operation, func)
 
     def recompute(operands: Sequence[Tensor]) -> Tensor:
         new = list(values)
         for place, operand in zip(places, operands, strict=True):
             new[place] = operand
-        new_args, new_kwargs = _calls.with_operands(name, args, kwargs, new)
+        new_args, new_kwargs = _calls.with_operands(operation, args, kwargs, new)
         return pure(*new_args, **new_kwargs)
 
     operands = tuple(values[i] for i in places)
     return Merge(label, operands, sides, recompute(operands), recompute)
 
 
-def _replace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    if not _calls.is_in_place(name):
+def _replace(operation: Operation, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    if not operation.in_place:
         return output
-    target = _calls.operands(name, args, kwargs)[0]
+    target = _calls.operands(operation, args, kwargs)[0]
     return target.copy_(output)  # every alias of the first operand sees the new value, as built
 
 
@@ -159,10 +162,10 @@ def tap_boundaries(
     modules = dict(model.named_modules())
 
     def output_handler(i: int) -> Handler:
-        def handle(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if _calls.is_in_place(name):
-                new = _calls.out_of_place(name, func)(*args, **kwargs)
-                return _replace(name, args, kwargs, touch(i, new))
+        def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
+            if operation is not None and operation.in_place:
+                new = _calls.out_of_place(operation, func)(*args, **kwargs)
+                return _replace(operation, args, kwargs, touch(i, new))
             return touch(i, func(*args, **kwargs))
 
         return handle

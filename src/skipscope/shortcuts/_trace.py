@@ -34,6 +34,7 @@ class Call:
         output: the result's autograd node.
         order: position among all calls.
         tensors: which operands are tensors.
+        checkpointed: recomputed in backward outside of any module's forward.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Call:
     output: Any
     order: int
     tensors: tuple[bool, ...] = ()
+    checkpointed: bool = False
 
 
 @dataclass(eq=False)
@@ -88,24 +90,33 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "embedding":
             output = func(*args, **kwargs)
-            key, owner = self.sites.key(_calls.caller(), name)
+            key, owner, _ = self.sites.key(_calls.caller(), name)
             if (node := node_of(output)) is not None:
                 self.trace.embeddings.append((node, key, owner))
             return output
-        if not _calls.is_merge_like(name):
+        operation = _calls.OPERATIONS.get(name)
+        if operation is None:
             return func(*args, **kwargs)
-        values = _calls.operands(name, args, kwargs)
+        values = _calls.operands(operation, args, kwargs)
         if _calls.tensor_operands(values) < 2:
             return func(*args, **kwargs)
         nodes = tuple(node_of(value) for value in values)  # before the call: it may write into an operand
         tensors = tuple(isinstance(value, Tensor) for value in values)
         frame = _calls.caller()
-        base = _calls.base_name(name)
-        key, owner = self.sites.key(frame, base)
+        key, owner, again = self.sites.key(frame, operation.name)
         output = func(*args, **kwargs)
         calls = self.trace.calls
         calls.append(
-            Call(base, key, owner, _calls.source_of(frame), nodes, node_of(output), len(calls), tensors)
+            Call(
+                operation.name,
+                key,
+                owner,
+                _calls.source_of(frame),
+                nodes,
+                node_of(output),
+                len(calls),
+                tensors,
+            )
         )
         return output
 
@@ -133,19 +144,23 @@ def trace(model: nn.Module, inputs: Any) -> Trace:
 
     inputs = _data.map_tensors(inputs, leaf)
     record.sources = {node_of(tensor): "input" for tensor in leaves}
-    with _watched(record), _Recorder(record):
+    recorder = _Recorder(record)
+    with _watched(record, recorder.sites), recorder:
         record.output = _data.call_model(model, inputs)
+    for call in record.calls:
+        call.key = recorder.sites.complete(call.key)
     return record
 
 
 @contextmanager
-def _watched(record: Trace) -> Iterator[None]:
+def _watched(record: Trace, sites: _calls.Sites) -> Iterator[None]:
     """Note, by forward hooks, which module returned which node, and in which order those with weights ran."""
     handles = []
     times: dict[str, int] = {}
 
     def note(path: str, has_weights: bool):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            sites.leave(path)
             tensors = _data.tensors_in(output)
             nodes = [node for node in map(node_of, tensors) if node is not None]
             for node in nodes:

@@ -1,0 +1,327 @@
+"""How an edited twin runs: the model's own code under a function mode that rewrites operands at chosen calls.
+
+Each edited module gets a subclass of its own class with the same name, whose forward enters the mode; weights,
+``state_dict`` keys and attributes stay. The mode is entered once, by the outermost edited forward. In eager code it
+knows a call by its frames (which loops of any length leave right); in compiled code, which has no frames, by counting
+calls of one operation since the host's forward began, and it checks that count when the forward ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from skipscope._errors import SkipscopeError
+from skipscope.shortcuts import _calls
+from skipscope.shortcuts._results import Boundary, Place
+
+_PLAN = "_skipscope_plan"
+_eager = threading.local()
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What happens to one operand of one call.
+
+    Attributes:
+        place: the operand.
+        factor: None detaches; 0 gives zeros; anything else multiplies.
+        name: of the shortcut, for errors.
+    """
+
+    place: Place
+    factor: float | Tensor | None
+    name: str
+
+    def __deepcopy__(self, memo: Any) -> Rule:
+        return self  # a strength tensor stays the user's own, so that its gradient can be read
+
+
+class Group:
+    """What all edited modules of one twin share.
+
+    Attributes:
+        boundaries: of the original.
+        shares: whether the parameters are the original's own.
+        compiled: the mode that is active while compiled code is traced.
+    """
+
+    def __init__(self, boundaries: tuple[Boundary, ...], shares: bool):
+        self.boundaries, self.shares = boundaries, shares
+        self.compiled: _CompiledEditing | None = None
+
+
+@dataclass(eq=False)
+class Plan:
+    """The edits in one module's forward.
+
+    Attributes:
+        group: the twin it belongs to.
+        rules: by site and occurrence.
+        everywhere: by site, where every occurrence is edited alike: loops that run longer than the traced one too.
+        counted: by call of the host, operation and index in it, for compiled code.
+        among: by operation, how many calls of it one run of the host makes.
+    """
+
+    group: Group
+    rules: dict[tuple[str, int], list[Rule]] = field(default_factory=dict)
+    everywhere: dict[str, list[Rule]] = field(default_factory=dict)
+    counted: dict[tuple[int, str, int], list[Rule]] = field(default_factory=dict)
+    among: dict[str, int] = field(default_factory=dict)
+    sites: frozenset[str] = frozenset()
+    operations: frozenset[str] = frozenset()
+
+    def add(self, rule: Rule) -> None:
+        """Add a rule; rules for one operand apply one after the other."""
+        call = rule.place.call
+        operation = call.site.rpartition(":")[2]
+        self.rules.setdefault((call.site, call.nth), []).append(rule)
+        self.counted.setdefault((call.call, operation, call.index), []).append(rule)
+        self.sites |= {call.site}
+        self.operations |= {operation}
+        self.among[operation] = call.among
+        alike = [
+            [(r.place.operand, r.factor) for r in rules]
+            for (s, _), rules in self.rules.items()
+            if s == call.site
+        ]
+        self.everywhere.pop(call.site, None)
+        if len(alike) == call.total and all(a == alike[0] for a in alike):
+            self.everywhere[call.site] = self.rules[call.site, call.nth]
+
+
+def follow(module: nn.Module, group: Group) -> Plan:
+    """The module's plan; the module becomes one that follows it."""
+    plan = module.__dict__.get(_PLAN)
+    if plan is None:
+        plan = module.__dict__[_PLAN] = Plan(group)
+        module.__class__ = _edited_class(type(module))
+    elif plan.group is not group:  # an edited twin is edited again: all its modules move to the new group
+        for other in module.modules():
+            if (old := other.__dict__.get(_PLAN)) is not None:
+                old.group = group
+    return plan
+
+
+def remembered_boundaries(model: nn.Module) -> tuple[Boundary, ...] | None:
+    """The original's boundaries, where ``model`` is an edited twin that knows them."""
+    plan = model.__dict__.get(_PLAN)
+    return plan.group.boundaries if plan is not None and plan.group.boundaries else None
+
+
+def shares_parameters(model: nn.Module) -> bool:
+    """Whether ``model`` is an edited twin made with ``share=True``."""
+    plan = model.__dict__.get(_PLAN)
+    return plan is not None and plan.group.shares
+
+
+# --- the classes -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _run(self, original.forward, args, kwargs)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        parts = (
+            object.__reduce_ex__(self, protocol)
+            if original.__reduce_ex__ is object.__reduce_ex__
+            else (original.__reduce_ex__(self, protocol))
+        )
+        assert isinstance(parts, tuple)
+        arguments = tuple(original if argument is type(self) else argument for argument in parts[1])
+        return (_rebuild, (parts[0], arguments, original), *parts[2:])
+
+    def apply(self: nn.Module, function: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        if shares_parameters(self):
+            raise SkipscopeError(
+                "ablate", "this twin shares its parameters with the original, which would be changed too",
+                cure="move or convert the original first, or make the twin with share=False",
+            )  # fmt: skip
+        return original._apply(self, function, *args, **kwargs)
+
+    namespace = {
+        "forward": functools.wraps(original.forward)(forward),
+        "__reduce_ex__": reduce,
+        "_apply": apply,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    make: Any = type(original)
+    return make(original.__name__, (original,), namespace)
+
+
+def _rebuild(make: Any, arguments: tuple[Any, ...], original: type[nn.Module]) -> nn.Module:
+    module = make(*arguments)
+    module.__class__ = _edited_class(original)
+    return module
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def _run(module: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    plan = module.__dict__[_PLAN]
+    if torch.compiler.is_compiling():
+        return _run_compiled(module, plan, original, args, kwargs)
+    group, active = plan.group, getattr(_eager, "mode", None)
+    if active is not None and active.group is group:
+        return active.checked(module, plan, original, args, kwargs)
+    mode = _eager.mode = _Editing(group)
+    try:
+        with mode:
+            return mode.checked(module, plan, original, args, kwargs)
+    finally:
+        _eager.mode = active
+
+
+class _Editing(TorchFunctionMode):
+    """Edits eager code: a call is known by its frames."""
+
+    def __init__(self, group: Group):
+        super().__init__()
+        self.group = group
+        self.counts: Counter[tuple[int, str]] = Counter()
+        self.missed: dict[int, str] = {}
+        self.hit: set[int] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        operation = _calls.OPERATIONS.get(name)
+        if operation is None:
+            return func(*args, **kwargs)
+        values = _calls.operands(operation, args, kwargs)
+        if _calls.tensor_operands(values) < 2:
+            return func(*args, **kwargs)
+        frame = _calls.caller()
+        host, plan = self._host(frame)
+        if plan is None or operation.name not in plan.operations:
+            return func(*args, **kwargs)
+        site = _calls.site_of(frame, operation.name)
+        if site not in plan.sites:
+            self.missed.setdefault(id(host), site)
+            return func(*args, **kwargs)
+        self.hit.add(id(host))
+        nth = self.counts[id(host), site]
+        self.counts[id(host), site] += 1
+        rules = plan.everywhere.get(site) or plan.rules.get((site, nth))
+        return (
+            func(*args, **kwargs) if rules is None else _edited(rules, operation, func, args, kwargs, values)
+        )
+
+    def _host(self, frame: Any) -> tuple[nn.Module | None, Plan | None]:
+        """The module whose forward runs innermost, and its plan in this twin."""
+        while frame is not None:
+            if _calls.is_forward(frame):
+                module = _calls.first_argument(frame)
+                if isinstance(module, nn.Module):
+                    plan = module.__dict__.get(_PLAN)
+                    return module, plan if plan is not None and plan.group is self.group else None
+            frame = frame.f_back
+        return None, None
+
+    def checked(self, module: nn.Module, plan: Plan, original: Any, args: Any, kwargs: Any) -> Any:
+        """Run a forward, and refuse when it merged somewhere else than where its shortcuts were found."""
+        output = original(module, *args, **kwargs)
+        if plan.rules and id(module) in self.missed and id(module) not in self.hit:
+            _refuse(plan, f"only {self.missed[id(module)]}")
+        return output
+
+
+def _refuse(plan: Plan, got: str) -> None:
+    rule = next(iter(plan.rules.values()))[0]
+    raise SkipscopeError(
+        "ablate", "the twin ran other code than its shortcuts were found in, and was not edited there",
+        layer=rule.name, expected=f"a merge at {rule.place.call.site}", got=got,
+        cure="find them again with inputs of this kind and in this mode: ss.find_shortcuts(twin, inputs)",
+    )  # fmt: skip
+
+
+def _run_compiled(module: nn.Module, plan: Plan, original: Any, args: Any, kwargs: Any) -> Any:
+    group = plan.group
+    if group.compiled is not None:
+        return group.compiled.run(module, plan, original, args, kwargs)
+    mode = _CompiledEditing()
+    group.compiled = mode
+    try:
+        with mode:
+            return mode.run(module, plan, original, args, kwargs)
+    finally:
+        group.compiled = None
+
+
+class _CompiledEditing(TorchFunctionMode):
+    """Edits code that is being compiled: a call is known by how many of its operation came before."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        self.times: dict[int, int] = {}
+        self.open: list[tuple[Plan, int, dict[str, int]]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        operation = _calls.OPERATIONS.get(name)
+        if operation is None:
+            return func(*args, **kwargs)
+        values = _calls.operands(operation, args, kwargs)
+        if _calls.tensor_operands(values) < 2:
+            return func(*args, **kwargs)
+        count = self.counts.get(operation.name, 0)
+        self.counts[operation.name] = count + 1
+        for plan, call, before in self.open:
+            rules = plan.counted.get((call, operation.name, count - before.get(operation.name, 0)))
+            if rules is not None:
+                return _edited(rules, operation, func, args, kwargs, values)
+        return func(*args, **kwargs)
+
+    def run(self, module: nn.Module, plan: Plan, original: Any, args: Any, kwargs: Any) -> Any:
+        """Run a forward and refuse when it made another number of calls than the traced one."""
+        call = self.times.get(id(module), 0)
+        self.times[id(module)] = call + 1
+        before = dict(self.counts)
+        self.open.append((plan, call, before))
+        output = original(module, *args, **kwargs)
+        self.open.pop()
+        for operation, among in plan.among.items():
+            made = self.counts.get(operation, 0) - before.get(operation, 0)
+            if among and made != among:
+                _refuse(plan, f"{made} calls of {operation} in compiled code, {among} when they were found")
+        return output
+
+
+def _edited(
+    rules: list[Rule], operation: _calls.Operation, func: Any, args: Any, kwargs: Any, values: list[Any]
+) -> Any:
+    target = values[0]
+    for rule in rules:
+        values[rule.place.operand] = _apply(rule.factor, values[rule.place.operand])
+    new_args, new_kwargs = _calls.with_operands(operation, args, kwargs, values)
+    if not operation.in_place or values[0] is target:
+        return func(*new_args, **new_kwargs)
+    return target.copy_(_calls.out_of_place(operation, func)(*new_args, **new_kwargs))
+
+
+def _apply(factor: float | Tensor | None, operand: Tensor) -> Tensor:
+    if factor is None:
+        return operand.detach()
+    if isinstance(factor, float | int):
+        if factor == 0:
+            return operand.new_zeros(()).expand(operand.shape)
+    elif factor.ndim:
+        factor = factor.to(operand.device, operand.dtype)
+    if torch.compiler.is_compiling():
+        return operand * factor
+    with torch._C.DisableTorchFunction():  # a tap around the twin sees the edited call, not how it was edited
+        return operand * factor
