@@ -1,13 +1,13 @@
-"""From points of a plane to losses: one twin's copy, its batch-norm mode, and the way points are run.
+"""From points of a plane to losses: the plain loop over points, and one twin's evaluator around it.
 
-The plain loop (move the copy, run every batch) is the reference. Other strategies are tried against it on the first
-points (see :mod:`skipscope.surfaces._strategies`).
+The plain loop (move our copy of the model, run every batch as it came) is the reference; faster ways are tried
+against it on the first points (see :mod:`skipscope.surfaces._strategies`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,19 @@ from skipscope.surfaces._points import Metric, PointLoss, Reading, gather
 
 BATCH_NORM = {"frozen": "frozen", "recalibrate": "recalibrated at each point", "batch": "batch statistics"}
 Point = tuple[float, ...]
+
+
+class Strategy(Protocol):
+    """A way to evaluate points."""
+
+    name: str
+
+    def __call__(self, points: Sequence[Point]) -> list[dict[str, Any]]:
+        """What :meth:`PointLoss.read` gives, at each point."""
+        ...
+
+
+# --- batch norm ----------------------------------------------------------------------------------------------------
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -62,6 +75,61 @@ def recalibrate(copy: nn.Module, data: Batches) -> None:
         layer.eval()
 
 
+# --- the plain loop, and loops like it -----------------------------------------------------------------------------
+
+
+class Loop:
+    """Point after point: move the copy, run every batch.
+
+    Args:
+        model: the user's model in evaluation mode; it is only read.
+        directions: one direction an axis.
+        at_point: the data and the loss.
+        batch_norm: "frozen", "recalibrate" or "batch".
+        name: for the result.
+        channels_last: lay the copy's convolution weights out that way.
+        run: the forward pass, ``run(model, batch) -> output``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        directions: Sequence[Direction],
+        at_point: PointLoss,
+        batch_norm: str,
+        *,
+        name: str = "plain loop",
+        channels_last: bool = False,
+        run: Callable[[nn.Module, Batch], Any] | None = None,
+    ):
+        self.name, self.at_point = name, at_point
+        self.moving = MovingCopy(model, directions, channels_last=channels_last)
+        self.recalibrates = prepare_batch_norm(self.moving.model, batch_norm) == BATCH_NORM["recalibrate"]
+        self.run = run or _run
+        self.draws = False
+
+    def __call__(self, points: Sequence[Point]) -> list[dict[str, Any]]:
+        return [self._one(point) for point in points]
+
+    def _one(self, point: Point) -> dict[str, Any]:
+        copy = self.moving.move(point)
+        if self.draws:
+            torch.manual_seed(0)  # a forward pass that draws numbers draws the same ones at every point
+        if self.recalibrates:
+            recalibrate(copy, self.at_point.data)
+        return self.at_point.read(copy, self.run)
+
+    def notice_draws(self, origin: Point) -> None:
+        """Find out whether the forward pass draws random numbers; if so, every point starts from the same state."""
+        before = torch.get_rng_state()
+        self([origin])
+        self.draws = not torch.equal(before, torch.get_rng_state())
+
+
+def _run(model: nn.Module, batch: Batch) -> Any:
+    return forward(model, batch, "landscape")
+
+
 class Evaluator:
     """One twin on the plane.
 
@@ -73,9 +141,11 @@ class Evaluator:
         metrics: name -> ``f(output, target)``.
         batch_norm: "frozen", "recalibrate" or "batch".
         l2: adds l2/2 |w|^2 over all parameters to every value.
-        per_sample: also hand over each sample's share.
 
     Attributes:
+        plain: the reference.
+        strategy: the way points are evaluated; the plain loop until another is chosen.
+        origin: the reading at the origin, by the plain loop.
         batch_norm: the mode in words.
     """
 
@@ -89,53 +159,27 @@ class Evaluator:
         metrics: dict[str, Metric],
         batch_norm: str,
         l2: float,
-        per_sample: bool,
     ):
-        self.moving = MovingCopy(model, directions)
-        self.batch_norm = prepare_batch_norm(self.moving.model, batch_norm)
-        self.recalibrates = batch_norm == "recalibrate" and self.batch_norm != "none"
-        self.data, self.loss = data, loss
-        self.at_point = PointLoss(data, loss, metrics, per_sample)
-        self.draws = False
+        self.model, self.loss, self.directions = model, loss, directions
+        self.mode = batch_norm
+        self.plain = Loop(model, directions, PointLoss(data, loss, metrics), batch_norm)
+        self.batch_norm = BATCH_NORM[batch_norm] if batch_norms(model) else "none"
+        self.strategy: Strategy = self.plain
         self._penalty = _Penalty(model, directions, l2) if l2 else None
-
-    def plain(self, points: Sequence[Point]) -> list[dict[str, Any]]:
-        """The plain loop: move, run every batch."""
-        return [self._one(point) for point in points]
-
-    def _one(self, point: Point) -> dict[str, Any]:
-        copy = self.moving.move(point)
-        if self.draws:
-            torch.manual_seed(0)  # a forward pass that draws numbers draws the same ones at every point
-        if self.recalibrates:
-            recalibrate(copy, self.data)
-        return self.at_point.read(copy, _run)
+        origin = (0.0,) * len(directions)
+        self.plain.notice_draws(origin)
+        self.origin = self([origin])
 
     def __call__(self, points: Sequence[Point]) -> Reading:
         """The losses at ``points``."""
-        reading = gather(self.plain(points))
+        reading = gather(self.strategy(points))
         if self._penalty is not None:
             reading.values = reading.values + [self._penalty(point) for point in points]
         return reading
 
-    def penalty(self, point: Point) -> float:
-        """The regulariser's part of the value at ``point``."""
-        return self._penalty(point) if self._penalty is not None else 0.0
-
-    def notice_draws(self) -> None:
-        """Find out whether the forward pass draws random numbers; if so, every point starts from the same state."""
-        before = torch.get_rng_state()
-        self.plain([(0.0,) * self.axes])
-        self.draws = not torch.equal(before, torch.get_rng_state())
-
-    @property
-    def axes(self) -> int:
-        """How many directions there are."""
-        return len(self.moving._flats[0].axes)
-
-
-def _run(model: nn.Module, batch: Batch) -> Any:
-    return forward(model, batch, "landscape")
+    def penalty_at_origin(self) -> float:
+        """The regulariser's part of the value at the origin."""
+        return self._penalty((0.0,) * len(self.directions)) if self._penalty is not None else 0.0
 
 
 class _Penalty:

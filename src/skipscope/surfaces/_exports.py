@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,14 +51,15 @@ def _csv(surfaces: dict[str, Surface], result: Surface | PairedSurfaces) -> str:
     writer.writerow(["surface", "alpha", "beta", *heads])
     for name, surface in surfaces.items():
         columns = _columns(surface)
-        for place in np.ndindex(surface.values.shape):
-            beta = repr(float(surface.betas[place[1]])) if len(place) > 1 else ""
+        for place in map(tuple, np.ndindex(*surface.values.shape)):
+            alpha, *more = place
+            beta = repr(float(surface.betas[more[0]])) if more else ""
             cells = [_cell(columns[key][place]) if key in columns else "" for key in heads]
-            writer.writerow([name, repr(float(surface.alphas[place[0]])), beta, *cells])
+            writer.writerow([name, repr(float(surface.alphas[alpha])), beta, *cells])
     return lines.getvalue()
 
 
-def _cell(value: np.generic) -> str:
+def _cell(value: Any) -> str:
     return str(int(value)) if isinstance(value, np.bool_) else repr(float(value))
 
 

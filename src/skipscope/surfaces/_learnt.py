@@ -22,6 +22,7 @@ def has_learnt(model: nn.Module, data: Batches, loss: Objective) -> bool | None:
     """
     own = exchanged = weight = 0.0
     gaps = []
+    samples = loss.samples if loss.from_output is not None else None
     for batch in data:
         other = _exchanged(batch, loss)
         if other is None:
@@ -32,9 +33,9 @@ def has_learnt(model: nn.Module, data: Batches, loss: Objective) -> bool | None:
         own += share * float(loss(model, batch))
         exchanged += share * float(loss(model, other))
         weight += share
-        if loss.samples is not None and loss.from_output is not None:
+        if samples is not None:
             output = forward(model, batch, "landscape")
-            gaps.append((loss.samples(output, other)[0] - loss.samples(output, batch)[0]).double().flatten())
+            gaps.append((samples(output, other)[0] - samples(output, batch)[0]).double().flatten())
     if not weight:
         return None
     gap = (exchanged - own) / weight

@@ -101,12 +101,11 @@ class PointLoss:
         data: as :func:`resident` gave them.
         loss: the objective.
         metrics: name -> ``f(output, target)``; averaged over batches by samples.
-        per_sample: also keep each sample's share.
     """
 
-    def __init__(self, data: Batches, loss: Objective, metrics: dict[str, Metric], per_sample: bool):
+    def __init__(self, data: Batches, loss: Objective, metrics: dict[str, Metric]):
         self.data, self.loss, self.metrics = data, loss, metrics
-        self.per_sample = per_sample and loss.samples is not None and loss.from_output is not None
+        self.samples = loss.samples if loss.from_output is not None else None
         self.shares = [1.0 if loss.sums or data.single else float(loss.weight(batch)) for batch in data]
         self.sizes = [batch_size(batch) for batch in data]
 
@@ -124,9 +123,8 @@ class PointLoss:
                 value = self.loss.from_output(output, batch)
             if share:  # a batch with nothing to count has an undefined mean, and counts for nothing
                 total = total + share * value.double()
-            if self.per_sample:
-                assert self.loss.samples is not None
-                n, d = self.loss.samples(output, batch)
+            if self.samples is not None:
+                n, d = self.samples(output, batch)
                 numerators.append(n.double())
                 denominators.append(d.double())
             for name, metric in self.metrics.items():

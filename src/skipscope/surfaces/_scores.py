@@ -103,7 +103,7 @@ def width(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray, level: floa
     origin = tuple(int(np.argmin(np.abs(at))) for at in (alphas, betas)[: values.ndim])
     if not below[origin]:
         return float("nan"), False
-    regions, _ = label(below)
+    regions = np.asarray(label(below)[0])  # type: ignore[index]
     region = regions == regions[origin]
     cells = [np.gradient(at) if at.size > 1 else np.ones(1) for at in (alphas, betas)[: values.ndim]]
     if values.ndim == 1:

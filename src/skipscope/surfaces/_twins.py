@@ -1,4 +1,4 @@
-"""Twins on one plane: what is computed at each point, as named numbers, and how surfaces are made from them.
+"""Twins on one plane: what is computed at each point, as named numbers.
 
 For each twin k: ``k/value``; with per-sample losses ``k/stderr``, ``k/centre_stderr`` and the folds of
 the jackknife; each metric; and for a twin that shares the first one's weights ``k/difference_stderr``.
@@ -6,14 +6,19 @@ the jackknife; each metric; and for a twin that shares the first one's weights `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import nn
 
+from skipscope._data import Batches, Objective
+from skipscope.surfaces import _directions as dirs
 from skipscope.surfaces._evaluate import Evaluator, Point
 from skipscope.surfaces._grid import Sheet
 from skipscope.surfaces._points import FOLDS, Reading, fold_sums, influence
+from skipscope.surfaces._settings import Settings
 
 
 @dataclass
@@ -22,20 +27,76 @@ class TwinOnPlane:
 
     Attributes:
         name: its key.
+        model: the user's.
+        directions: one an axis.
         evaluator: goes to points.
-        origin: the reading at the origin.
         shared: its weights are the first twin's.
     """
 
     name: str
+    model: nn.Module
+    directions: list[dirs.Direction]
     evaluator: Evaluator
-    origin: Reading
     shared: bool
+
+    @property
+    def origin(self) -> Reading:
+        """The reading at the origin, by the plain loop."""
+        return self.evaluator.origin
+
+    @property
+    def centre(self) -> float:
+        """The loss at the origin."""
+        return float(self.origin.values[0])
 
     @property
     def has_samples(self) -> bool:
         """Whether standard errors can be had."""
         return influence(self.origin, self.evaluator.loss.sums) is not None
+
+
+def make_twins(
+    models: Mapping[str, nn.Module], data: Batches, loss: Objective, settings: Settings, axes: int
+) -> list[TwinOnPlane]:
+    """Every twin with its directions: identical tensors for those that share the first one's weights."""
+    first: TwinOnPlane | None = None
+    twins: list[TwinOnPlane] = []
+    for name, model in models.items():
+        shared = first is None or _same_weights(first.model, model)
+        directions = first.directions if first is not None and shared else _directions(model, settings, axes)
+        evaluator = Evaluator(
+            model, data, loss, directions,
+            metrics=dict(settings.metrics), batch_norm=settings.batch_norm, l2=settings.l2,
+        )  # fmt: skip
+        twins.append(TwinOnPlane(name, model, directions, evaluator, shared))
+        first = first or twins[0]
+    return twins
+
+
+def _same_weights(first: nn.Module, other: nn.Module) -> bool:
+    a, b = dict(first.named_parameters()), dict(other.named_parameters())
+    return a.keys() == b.keys() and all(
+        a[n] is b[n] or (a[n].shape == b[n].shape and torch.equal(a[n], b[n])) for n in a
+    )
+
+
+def _directions(model: nn.Module, settings: Settings, count: int) -> list[dirs.Direction]:
+    if settings.directions is not None:
+        return [dirs.checked_direction(d, model) for d in settings.directions]
+    made: list[dirs.Direction] = []
+    for axis in range(count):
+        like = made[0] if axis and settings.orthogonal else None
+        made.append(
+            dirs.random_direction(
+                model,
+                seed=settings.seed,
+                axis=axis,
+                normalize=settings.normalize,
+                zero=settings.zeroed,
+                like=like,
+            )
+        )
+    return made
 
 
 class Work:
@@ -51,7 +112,7 @@ class Work:
 
     def __init__(self, twins: Sequence[TwinOnPlane], axes: tuple[np.ndarray, ...]):
         self.twins, self.axes = twins, axes
-        self.shape = tuple(len(at) for at in axes)
+        self.shape: tuple[int, ...] = tuple(len(at) for at in axes)
         self.names = [name for twin in twins for name in self._names(twin)]
 
     def _names(self, twin: TwinOnPlane) -> list[str]:

@@ -1,0 +1,217 @@
+"""Coarse first, finer where it is needed: a grid whose smooth parts are interpolated, and checked.
+
+Levels are nested: each halves the gaps of the one before it. A cell of a level is tested by computing its centre and
+holding it against a spline through the level's points, which has not seen it. Where it fails, the cell and its
+neighbours are computed at the next level; where it holds, the spline's values stand, marked as not computed. At the
+end points drawn at random are computed and held against what was interpolated; where one fails, the area around it is
+computed, and another draw is made. A chaotic surface fails everywhere and ends as the full grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from skipscope.surfaces._grid import Sheet
+
+_COARSE = 5  # points an axis at the first level; bisection of any grid keeps its middle
+_DRAW = 24  # held-out points a draw
+
+
+class Adaptive:
+    """Fills a sheet to a tolerance.
+
+    Args:
+        sheet: to be filled.
+        axes: the grid's two axes.
+        compute: computes flat indices into the sheet.
+        fields: names of the values that must be right (each with the name of its standard error, or None).
+        tolerance: largest error as a share of each value's range over the surface; a standard error that is larger
+            is tolerance enough.
+    """
+
+    def __init__(
+        self,
+        sheet: Sheet,
+        axes: Sequence[np.ndarray],
+        compute: Callable[[np.ndarray], None],
+        fields: Sequence[tuple[str, str | None]],
+        tolerance: float,
+    ):
+        self.sheet, self.axes, self.compute = sheet, axes, compute
+        self.fields, self.tolerance = fields, tolerance
+        self.shape = sheet.shape
+        self.errors = dict.fromkeys((value for value, _ in fields), 0.0)
+
+    def run(self) -> dict[str, float]:
+        """Fill the sheet; returns the largest error seen on held-out points, for each field."""
+        levels = [_levels(n) for n in self.shape]
+        rows, columns = levels[0][0], levels[1][0]
+        self.compute(self._flat(*np.meshgrid(rows, columns, indexing="ij")))
+        active = {(i, j) for i in range(len(rows) - 1) for j in range(len(columns) - 1)}
+        for depth in range(1, max(len(axis) for axis in levels)):
+            if not active:
+                break
+            finer = levels[0][min(depth, len(levels[0]) - 1)], levels[1][min(depth, len(levels[1]) - 1)]
+            active = self._refine((rows, columns), finer, active)
+            rows, columns = finer
+        everything = np.arange(self.sheet.done.size)
+        self._interpolate((rows, columns), everything)
+        return self._verify((rows, columns))
+
+    def _flat(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        return np.ravel_multi_index((rows.ravel(), columns.ravel()), self.shape)
+
+    # --- one level ---
+
+    def _refine(
+        self,
+        old: tuple[np.ndarray, np.ndarray],
+        new: tuple[np.ndarray, np.ndarray],
+        active: set[tuple[int, int]],
+    ) -> set[tuple[int, int]]:
+        """Test the active cells of ``old``, compute the failing ones' points of ``new``; the next level's cells."""
+        cells = sorted(active)
+        centres = np.array([[_middle(old[axis], cell[axis]) for axis in (0, 1)] for cell in cells])
+        centre_points = self._flat(centres[:, 0], centres[:, 1])
+        predicted = self._predict(old, centre_points)
+        self.compute(centre_points)
+        failing = [cell for cell, bad in zip(cells, self._fails(predicted, centre_points)) if bad]
+        around = {(i + di, j + dj) for i, j in failing for di in (-1, 0, 1) for dj in (-1, 0, 1)}
+        around = {
+            cell for cell in around if cell[0] in range(len(old[0]) - 1) and cell[1] in range(len(old[1]) - 1)
+        }
+        inside = [
+            np.ix_(*(_between(new[a], old[a][c[a]], old[a][c[a] + 1]) for a in (0, 1)))
+            for c in sorted(around)
+        ]
+        if inside:
+            self.compute(
+                np.unique(np.concatenate([self._flat(*np.broadcast_arrays(*box)) for box in inside]))
+            )
+        self._interpolate(old, self._flat(*np.meshgrid(*new, indexing="ij")))
+        return {
+            (i, j)
+            for c in around
+            for i in _cells_between(new[0], old[0][c[0]], old[0][c[0] + 1])
+            for j in _cells_between(new[1], old[1][c[1]], old[1][c[1] + 1])
+        }
+
+    def _fails(self, predicted: dict[str, np.ndarray], points: np.ndarray) -> np.ndarray:
+        bad = np.zeros(len(points), dtype=bool)
+        for name, error_name in self.fields:
+            value = self.sheet.data[self.sheet.names.index(name), points]
+            bad |= ~(self._error(predicted[name], value) <= self._allowed(name, error_name, points))
+        return bad
+
+    @staticmethod
+    def _error(predicted: np.ndarray, value: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            return np.where(np.isfinite(value), np.abs(predicted - value), np.inf)
+
+    def _allowed(self, name: str, error_name: str | None, points: np.ndarray) -> np.ndarray:
+        allowed = np.full(len(points), self.tolerance * self._range(name))
+        if error_name is not None:
+            error = self.sheet.data[self.sheet.names.index(error_name), points]
+            allowed = np.fmax(allowed, error)
+        return allowed
+
+    def _range(self, name: str) -> float:
+        values = self.sheet[name].ravel()[self.sheet.done]
+        values = values[np.isfinite(values)]
+        return float(np.ptp(values)) if values.size else 0.0
+
+    # --- interpolation ---
+
+    def _interpolate(self, level: tuple[np.ndarray, np.ndarray], points: np.ndarray) -> None:
+        """Give every point that is not computed the spline's value, for every number of the sheet."""
+        points = points[~self.sheet.done[points]]
+        if len(points):
+            for k, name in enumerate(self.sheet.names):
+                values = self._spline(name, level, points)
+                self.sheet.data[k, points] = np.fmax(values, 0.0) if name.endswith("stderr") else values
+
+    def _predict(self, level: tuple[np.ndarray, np.ndarray], points: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: self._spline(name, level, points) for name, _ in self.fields}
+
+    def _spline(self, name: str, level: tuple[np.ndarray, np.ndarray], points: np.ndarray) -> np.ndarray:
+        from scipy.interpolate import RectBivariateSpline
+
+        rows, columns = level
+        values = _finite_filled(self.sheet[name][np.ix_(rows, columns)])
+        # Losses that span decades are smooth in their logarithm, and stay positive when interpolated there.
+        spans_decades = values.min() > 0 and values.max() > 30 * values.min()
+        degrees = [min(3, len(axis) - 1) for axis in level]
+        fit = RectBivariateSpline(
+            self.axes[0][rows], self.axes[1][columns], np.log(values) if spans_decades else values,
+            kx=degrees[0], ky=degrees[1],
+        )  # fmt: skip
+        i, j = np.unravel_index(points, self.shape)
+        with np.errstate(over="ignore"):
+            out = fit.ev(self.axes[0][i], self.axes[1][j])
+            return np.exp(out) if spans_decades else out
+
+    # --- the end ---
+
+    def _verify(self, level: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+        """Hold interpolated points against computed ones, drawn at random, until a whole draw holds."""
+        generator = np.random.default_rng(0)
+        gap = [int(np.max(np.diff(axis), initial=1)) for axis in level]
+        while (left := np.flatnonzero(~self.sheet.done)).size:
+            drawn = np.sort(generator.choice(left, min(_DRAW, left.size), replace=False))
+            guessed = {
+                name: self.sheet.data[self.sheet.names.index(name), drawn].copy() for name, _ in self.fields
+            }
+            self.compute(drawn)
+            for name, _ in self.fields:
+                value = self.sheet.data[self.sheet.names.index(name), drawn]
+                self.errors[name] = float(self._error(guessed[name], value).max())
+            bad = drawn[self._fails(guessed, drawn)]
+            if not bad.size:
+                return self.errors
+            i, j = np.unravel_index(bad, self.shape)
+            near = [
+                np.ix_(
+                    *(np.arange(max(0, p - g), min(n, p + g + 1)) for p, g, n in zip(place, gap, self.shape))
+                )
+                for place in zip(i, j)
+            ]
+            self.compute(np.unique(np.concatenate([self._flat(*np.broadcast_arrays(*box)) for box in near])))
+        return dict.fromkeys(self.errors, 0.0)
+
+
+def _levels(n: int) -> list[np.ndarray]:
+    """Nested index sets from coarse to all, by halving gaps; the middle point is in each."""
+    last = n - 1
+    levels = [np.unique([0, last // 2, last])]
+    while len(levels[-1]) < n:
+        level = levels[-1]
+        levels.append(np.unique(np.concatenate([level, (level[:-1] + level[1:]) // 2])))
+    start = next((k for k, level in enumerate(levels) if len(level) >= _COARSE), len(levels) - 1)
+    return levels[start:]
+
+
+def _middle(axis: np.ndarray, i: int) -> int:
+    return int(axis[i] + axis[i + 1]) // 2
+
+
+def _between(axis: np.ndarray, low: int, high: int) -> np.ndarray:
+    return axis[(axis >= low) & (axis <= high)]
+
+
+def _cells_between(axis: np.ndarray, low: int, high: int) -> range:
+    return range(int(np.searchsorted(axis, low)), int(np.searchsorted(axis, high)))
+
+
+def _finite_filled(values: np.ndarray) -> np.ndarray:
+    """Values for a fit: what is not finite takes its nearest finite neighbour's (such cells fail their test anyway)."""
+    finite = np.isfinite(values)
+    if finite.all():
+        return values
+    if not finite.any():
+        return np.zeros_like(values)
+    from scipy.ndimage import distance_transform_edt
+
+    nearest = distance_transform_edt(~finite, return_distances=False, return_indices=True)
+    return values[tuple(np.asarray(nearest))]

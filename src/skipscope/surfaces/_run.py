@@ -1,0 +1,212 @@
+"""The straight line from models, data and a loss to surfaces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from skipscope._data import Batches, Objective, mean_loss, read
+from skipscope._errors import SkipscopeError
+from skipscope._untouched import require_module, untouched
+from skipscope._version import __version__
+from skipscope.surfaces._adaptive import Adaptive
+from skipscope.surfaces._evaluate import prepare_batch_norm, recalibrate
+from skipscope.surfaces._finish import Facts, Run, finish
+from skipscope.surfaces._grid import Sheet, axes
+from skipscope.surfaces._learnt import has_learnt
+from skipscope.surfaces._moving import own_copy
+from skipscope.surfaces._points import data_hash, hash_of, resident, weights_hash
+from skipscope.surfaces._results import PairedSurfaces
+from skipscope.surfaces._runner import Runner, engine_for
+from skipscope.surfaces._settings import Settings
+from skipscope.surfaces._store import Plan, Store, check_plan, read_plan
+from skipscope.surfaces._strategies import Choice, choose
+from skipscope.surfaces._twins import TwinOnPlane, Work, make_twins
+
+_UNIT_S = 2.0  # a unit of work in a store takes about this long: what a killed process loses at most
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings) -> PairedSurfaces:
+    """Every twin's surface on the plane that ``settings`` describe.
+
+    Raises:
+        SkipscopeError: model, data, loss or settings that cannot be used.
+    """
+    began = time.perf_counter()
+    first = next(iter(models.values()))
+    for model in models.values():
+        require_module(model, "landscape")
+    engine = engine_for(settings.engine, settings.store is not None)
+    at = axes(settings.grid, settings.span, None if settings.directions is None else len(settings.directions))
+    held = resident(first, data, loss, settings.samples, settings.seed)
+    held, objective = read(
+        first, held, loss, "landscape", weight=settings.weight, sample_loss=settings.sample_loss
+    )
+    with (
+        untouched(*models.values(), training=False, seed=0, operation="landscape"),
+        _precision(settings.precision, first),
+    ):
+        hashes = {name: weights_hash(model) for name, model in models.items()}
+        twins = make_twins(models, held, objective, settings, len(at))
+        work = Work(twins, at)
+        sheet = Sheet(work.names, work.shape)
+        store, choices = _prepare(twins, work, settings, hashes, held, objective)
+        runner = Runner(sheet, work, store, engine, f"loss surface of {', '.join(models)}")
+        errors = _fill(sheet, runner, twins, at, settings.tolerance)
+        _put_origin(sheet, twins, at)
+        facts = {t.name: _facts(t, held, objective, settings) for t in twins}
+    run = Run(settings, at, held, objective, hashes, facts, choices, errors, began)
+    result = finish(run, sheet, twins)
+    if store is not None and runner.rank == 0:
+        store.finish(result if len(twins) > 1 else result.surfaces[twins[0].name])
+    return result
+
+
+@contextmanager
+def _precision(precision: str | None, model: nn.Module) -> Iterator[None]:
+    """The explicit choice of lower precision; None is the model's own, with torch's present settings."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if precision is None:
+        yield
+    elif precision in _PRECISIONS:
+        with torch.autocast(device, _PRECISIONS[precision], cache_enabled=False):
+            yield
+    elif precision in {"tf32", "fp32"}:
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    else:
+        raise SkipscopeError(
+            "landscape",
+            "unknown precision",
+            expected="None (the model's own), fp32, tf32, bf16 or fp16",
+            got=repr(precision),
+        )
+
+
+def _prepare(
+    twins: list[TwinOnPlane],
+    work: Work,
+    settings: Settings,
+    hashes: dict[str, str],
+    data: Batches,
+    loss: Objective,
+) -> tuple[Store | None, dict[str, Choice]]:
+    """Open the store, if any, and choose the way of evaluating: the store's own when it has one."""
+    count = int(np.prod(work.shape))
+    folder = settings.store
+    found = read_plan(folder) if folder is not None else None
+    plan = Plan(
+        _identity(twins, work, settings, hashes, data, loss),
+        [t.centre for t in twins],
+        work.names,
+        count,
+        1,
+        "plain",
+    )
+    if folder is not None and found is not None:
+        check_plan(found, plan, folder)
+        return Store(folder, found), _choose(twins, work, count, found.strategy)
+    choices = _choose(twins, work, count, settings.strategy)
+    if folder is None:
+        return None, choices
+    name = choices[twins[0].name].name
+    store = Store.create(folder, replace(plan, unit=_unit(work, choices, settings), strategy=name))
+    if store.plan.strategy != name:  # another process made the store first
+        choices = _choose(twins, work, count, store.plan.strategy)
+    return store, choices
+
+
+def _unit(work: Work, choices: dict[str, Choice], settings: Settings) -> int:
+    if settings.tolerance is not None:
+        return 1
+    seconds = sum(choice.point_seconds for choice in choices.values())
+    return int(np.clip(_UNIT_S / max(seconds, 1e-9), 1, work.shape[-1]))
+
+
+def _identity(
+    twins: list[TwinOnPlane],
+    work: Work,
+    settings: Settings,
+    hashes: dict[str, str],
+    data: Batches,
+    loss: Objective,
+) -> dict[str, Any]:
+    return {
+        "weights": hashes,
+        "data": data_hash(data),
+        "loss": loss.name,
+        "grid": [at.tolist() for at in work.axes],
+        "directions": {t.name: hash_of(x for d in t.directions for x in d.values()) for t in twins},
+        "settings": {
+            "seed": settings.seed, "batch_norm": settings.batch_norm, "l2": settings.l2,
+            "tolerance": settings.tolerance, "precision": settings.precision,
+        },
+        "versions": {"skipscope": __version__, "torch": torch.__version__},
+    }  # fmt: skip
+
+
+def _choose(twins: list[TwinOnPlane], work: Work, count: int, wanted: str) -> dict[str, Choice]:
+    """One way for all twins: the first one's choice, where it holds."""
+    # The first points of the grid and of its middle row: what is cheap at the origin need not be at the edge.
+    some = work.points(
+        np.unique(
+            np.concatenate([np.arange(min(4, count)), np.arange(count // 2, min(count, count // 2 + 28))])
+        )
+    )
+    choices = {}
+    for twin in twins:
+        choices[twin.name] = choose(twin.evaluator, some, count, wanted)
+        wanted = choices[twins[0].name].name
+    return choices
+
+
+def _fill(
+    sheet: Sheet,
+    runner: Runner,
+    twins: list[TwinOnPlane],
+    at: tuple[np.ndarray, ...],
+    tolerance: float | None,
+) -> dict[str, float | None]:
+    """Compute the sheet; each twin's largest error on held-out points, None when all was computed."""
+    everything = np.arange(sheet.done.size)
+    if tolerance is None or len(at) == 1 or min(sheet.shape) < 5:
+        runner.compute(everything)
+        return dict.fromkeys((t.name for t in twins), None)
+    if not tolerance > 0:
+        raise SkipscopeError(
+            "landscape", "the tolerance is not positive", expected="e.g. 0.01, or None", got=tolerance
+        )
+    fields = [(f"{t.name}/value", f"{t.name}/stderr" if t.has_samples else None) for t in twins]
+    errors = Adaptive(sheet, at, runner.compute, fields, tolerance).run()
+    complete = bool(sheet.done.all())
+    return {t.name: None if complete else errors[f"{t.name}/value"] for t in twins}
+
+
+def _put_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ...]) -> None:
+    """Where the origin is a point of the grid it carries the plain loop's value: the model's own loss, bit for bit."""
+    places = [np.flatnonzero(axis == 0.0) for axis in at]
+    if all(len(p) for p in places):
+        for twin in twins:
+            sheet[f"{twin.name}/value"][tuple(int(p[0]) for p in places)] = twin.centre
+
+
+def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings) -> Facts:
+    """What is measured apart from the evaluator: the model's own loss, and whether it has learnt."""
+    model = twin.model
+    if settings.batch_norm != "frozen":
+        model = own_copy(model)
+        if prepare_batch_norm(model, settings.batch_norm) != "none" and settings.batch_norm == "recalibrate":
+            recalibrate(model, data)
+    return Facts(mean_loss(model, data, loss), has_learnt(model, data, loss))

@@ -1,0 +1,121 @@
+"""Who computes which unit: this process, the ranks of a torchrun, or a Ray cluster. No collectives anywhere.
+
+Under torchrun each rank takes every WORLD_SIZE-th unit and writes it to the store, then waits for the others'. When
+nothing has come for a while a rank is taken for lost, and those that are left compute its units: both may write one,
+which does no harm, for a unit has the same bits whoever computes it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from skipscope._errors import SkipscopeError
+from skipscope._progress import track
+from skipscope.surfaces._grid import Sheet
+from skipscope.surfaces._store import Store
+
+ENGINES = ("local", "torchrun", "ray")
+_POLL_S = 0.2
+_PATIENCE_S = 10.0  # without a new unit before a rank is taken for lost; at least five units' time
+
+
+def engine_for(engine: str | None, stored: bool) -> str:
+    """The engine to use; by default torchrun's ranks when there are some and a store to meet in.
+
+    Raises:
+        SkipscopeError: an unknown engine, or ranks without a store.
+    """
+    if engine is None:
+        return "torchrun" if stored and int(os.environ.get("WORLD_SIZE", "1")) > 1 else "local"
+    if engine not in ENGINES:
+        raise SkipscopeError("landscape", "unknown engine", expected=" or ".join(ENGINES), got=repr(engine))
+    if engine == "torchrun" and not stored:
+        raise SkipscopeError(
+            "landscape",
+            "ranks meet in a store, and none was given",
+            cure='store="surface.zarr", a folder all ranks see',
+        )
+    return engine
+
+
+class Runner:
+    """Computes points into a sheet, and into the store if there is one.
+
+    Args:
+        sheet: filled.
+        work: flat indices -> numbers [names, points].
+        store: kept as it comes, or None.
+        engine: "local", "torchrun" or "ray".
+        what: for the progress display.
+        remote: for Ray: computes units elsewhere and yields (unit, numbers) as they come.
+    """
+
+    def __init__(
+        self,
+        sheet: Sheet,
+        work: Callable[[np.ndarray], np.ndarray],
+        store: Store | None,
+        engine: str,
+        what: str,
+        remote: Callable[[Sequence[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]] | None = None,
+    ):
+        self.sheet, self.work, self.store, self.what, self.remote = sheet, work, store, what, remote
+        self.rank = int(os.environ.get("RANK", "0")) if engine == "torchrun" else 0
+        self.world = int(os.environ.get("WORLD_SIZE", "1")) if engine == "torchrun" else 1
+        # What an earlier run left is taken point by point, when it is asked for: a resumed adaptive run then decides as
+        # the first one did.
+        self.kept = Sheet(sheet.names, sheet.shape)
+
+    def compute(self, points: np.ndarray) -> None:
+        """Make sure that ``points`` are done."""
+        points = np.unique(points)
+        points = points[~self.sheet.done[points]]
+        if self.store is not None and not self.kept.done[points].all():
+            self.store.read_into(self.kept)
+        units = self.store.units(points) if self.store is not None else _chunks(points, 64)
+        self._compute([unit for unit in units if not self.kept.done[unit].all()])
+        self.sheet.put(points, self.kept.data[:, points])
+
+    def _compute(self, units: list[np.ndarray]) -> None:
+        if self.remote is not None:
+            for unit, numbers in track(self.remote(units), self.what, len(units)):
+                self._keep(unit, numbers)
+            return
+        longest = 0.0
+        for unit in track(units[self.rank :: self.world], self.what):
+            began = time.perf_counter()
+            self._keep(unit, self.work(unit))
+            longest = max(longest, time.perf_counter() - began)
+        if self.world > 1:
+            self._wait(units, max(_PATIENCE_S, 5 * longest))
+
+    def _keep(self, unit: np.ndarray, numbers: np.ndarray) -> None:
+        self.kept.put(unit, numbers)
+        if self.store is not None:
+            self.store.write(unit, numbers)
+
+    def _wait(self, units: list[np.ndarray], patience: float) -> None:
+        """Until the other ranks' units are there, or their silence says that someone must take them over."""
+        assert self.store is not None
+        done, since = -1, time.monotonic()
+        while True:
+            self.store.read_into(self.kept)
+            missing = [unit for unit in units if not self.kept.done[unit].all()]
+            if not missing:
+                return
+            if int(self.kept.done.sum()) != done:
+                done, since = int(self.kept.done.sum()), time.monotonic()
+            elif time.monotonic() - since > patience:
+                unit = missing[self.rank % len(missing)]
+                self._keep(unit, self.work(unit))
+                done += len(unit)  # our own unit is no sign of life
+            else:
+                time.sleep(_POLL_S)
+
+
+def _chunks(points: np.ndarray, size: int) -> list[np.ndarray]:
+    return [points[i : i + size] for i in range(0, len(points), size)]

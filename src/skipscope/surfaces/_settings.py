@@ -1,0 +1,41 @@
+"""What decides the numbers of a surface besides model, data and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from skipscope._data import Batch
+from skipscope.surfaces._points import Metric
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """The options of :func:`skipscope.landscape`, by the names and meanings they have there."""
+
+    grid: int | Sequence[int] = 51
+    span: Any = 1.0
+    seed: int = 0
+    store: Any = None
+    directions: Sequence[Any] | None = None
+    normalize: str = "filter"
+    zero: Iterable[str] = ("biases", "norms")
+    orthogonal: bool = False
+    batch_norm: str = "frozen"
+    samples: int | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    l2: float = 0.0
+    tolerance: float | None = None
+    strategy: str = "auto"
+    precision: str | None = None
+    engine: str | None = None
+    weight: Callable[[Batch], float] | None = None
+    sample_loss: Callable[[Any, Any], Tensor] | None = None
+
+    @property
+    def zeroed(self) -> tuple[str, ...]:
+        """What does not move, as a tuple."""
+        return (self.zero,) if isinstance(self.zero, str) else tuple(self.zero)
