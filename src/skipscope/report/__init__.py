@@ -16,8 +16,12 @@ from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
 from skipscope._result import Result
 from skipscope.report import _arcs, _arcs_text, _page
+from skipscope.report import _view_comparison as _view_comparison
+from skipscope.report import _view_curvature as _view_curvature
 from skipscope.report import _view_flow as _view_flow
+from skipscope.report import _view_monitor as _view_monitor
 from skipscope.report import _view_shortcuts as _view_shortcuts
+from skipscope.report import _view_surfaces as _view_surfaces
 from skipscope.report._story import story as story
 
 
@@ -38,7 +42,7 @@ def plot(result: Result, ax: Any = None, *, chart: int = 0, **options: Any) -> A
     """
     from skipscope.report._matplotlib import draw as by_matplotlib
 
-    charts = [c for panel in story(result).panels for c in (panel.chart, *panel.extra) if c is not None]
+    charts = [chart for panel in story(result).panels for chart in panel.charts]
     if not -len(charts) <= chart < len(charts):
         raise SkipscopeError(
             "plot", f"a {type(result).__name__} has no chart number {chart}", expected=f"0 to {len(charts) - 1}" if charts else "a result with a chart",
@@ -64,7 +68,10 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
         return write_whole(path, _page.page(result, story(result), path.name))
     if ending not in {"png", "svg", "pdf"}:
         raise SkipscopeError(
-            "save", f"a {type(result).__name__} is not saved as .{ending}", expected=".json, .html, .png, .svg or .pdf", got=path.name
+            "save",
+            f"a {type(result).__name__} is not saved as .{ending}",
+            expected=".json, .html, .png, .svg or .pdf",
+            got=path.name,
         )
     return write_whole(path, _picture(result, ending, **options))
 
@@ -77,9 +84,17 @@ def _picture(result: Result, ending: str, *, dpi: int = 160, **options: Any) -> 
 
     buffer = io.BytesIO()
     # No dates and no random names inside: the same result gives the same file
-    with hidden(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "skipscope", "pdf.fonttype": 42}):
+    with (
+        hidden(),
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "skipscope", "pdf.fonttype": 42}),
+    ):
         figure = np.ravel(plot(result, **options))[0].figure
-        figure.savefig(buffer, format=ending, dpi=dpi, metadata={"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[ending])
+        figure.savefig(
+            buffer,
+            format=ending,
+            dpi=dpi,
+            metadata={"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[ending],
+        )
     return buffer.getvalue()
 
 
@@ -88,7 +103,9 @@ def fragment(result: Result) -> str:
     return _page.fragment(story(result))
 
 
-def draw(found: Any, form: str = "text", *, width: int | None = None, shares: Any = None, ascii: bool = False) -> str:
+def draw(
+    found: Any, form: str = "text", *, width: int | None = None, shares: Any = None, ascii: bool = False
+) -> str:
     """The network as a line of layers with its shortcuts as arcs.
 
     Args:

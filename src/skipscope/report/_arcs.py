@@ -18,7 +18,13 @@ from skipscope.report._markup import ellipsis, join, tag
 from skipscope.report._palette import DASHES
 
 KINDS = ("identity", "scaled", "projection", "gated", "concat")
-_DASH = {"identity": "", "scaled": DASHES[1], "projection": DASHES[4], "gated": DASHES[3], "concat": DASHES[2]}
+_DASH = {
+    "identity": "",
+    "scaled": DASHES[1],
+    "projection": DASHES[4],
+    "gated": DASHES[3],
+    "concat": DASHES[2],
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,15 @@ def network(chart: Network, width: int) -> Markup:
     below = _label_room(chart, pitch) if named else 26
     legend, height = _legend(chart, width, rows[-1].y + below + 20)
     title = f"{len(chart.layers)} layers, {len(chart.arcs)} shortcuts"
-    return tag("svg", *parts, legend, viewBox=f"0 0 {width} {height:.0f}", class_="network", role="img", aria_label=title)
+    return tag(
+        "svg",
+        *parts,
+        legend,
+        viewBox=f"0 0 {width} {height:.0f}",
+        class_="network",
+        role="img",
+        aria_label=title,
+    )
 
 
 def _rows(chart: Network, per_row: int, named: bool, width: int) -> list[_Row]:
@@ -51,7 +65,14 @@ def _rows(chart: Network, per_row: int, named: bool, width: int) -> list[_Row]:
     rows, y = [], 0.0
     for first in range(0, max(1, len(chart.layers)), max(1, size)):
         last = min(first + size, len(chart.layers))
-        room = max([_height(arc, first, last, pitch) for arc in chart.arcs if arc.start <= last and arc.end + 1 >= first] or [10.0])
+        room = max(
+            [
+                _height(arc, first, last, pitch)
+                for arc in chart.arcs
+                if arc.start <= last and arc.end + 1 >= first
+            ]
+            or [10.0]
+        )
         y += room + 20
         rows.append(_Row(first, last, y, room))
         y += 30
@@ -62,7 +83,11 @@ def _height(arc: Arc, first: int, last: int, pitch: float) -> float:
     """How high an arc rises: with its length, but ever more slowly."""
     span = (arc.end + 1 - arc.start) * pitch
     crossing = arc.start < first or arc.end >= last
-    return min(190.0, 9 + 0.5 * span if span < 90 else 54 + 8.2 * math.sqrt(span - 90)) if not crossing else min(120.0, 26 + 5 * math.sqrt(arc.end + 1 - arc.start))
+    return (
+        min(190.0, 9 + 0.5 * span if span < 90 else 54 + 8.2 * math.sqrt(span - 90))
+        if not crossing
+        else min(120.0, 26 + 5 * math.sqrt(arc.end + 1 - arc.start))
+    )
 
 
 def _row(chart: Network, row: _Row, pitch: float, named: bool, width: int, *, final: bool) -> Markup:
@@ -70,12 +95,22 @@ def _row(chart: Network, row: _Row, pitch: float, named: bool, width: int, *, fi
         return 22 + (place - row.first) * pitch
 
     end = at(row.last)
-    parts = [tag("path", d=f"M{8 if row.first == 0 else 2} {row.y:.1f}H{end + (14 if final else 20):.1f}", class_="wire")]
+    parts = [
+        tag(
+            "path",
+            d=f"M{8 if row.first == 0 else 2} {row.y:.1f}H{end + (14 if final else 20):.1f}",
+            class_="wire",
+        )
+    ]
     if final:
         parts.append(tag("path", d=f"M{end + 14:.1f} {row.y - 4:.1f}l6 4l-6 4z", class_="layer"))
     # Long arcs first, so that short ones lie on top and can be pointed at
     for arc in sorted(chart.arcs, key=lambda a: a.start - a.end):
-        if arc.start < row.last + (arc.start == row.last and final) and arc.end + 1 > row.first and arc.start <= row.last:
+        if (
+            arc.start < row.last + (arc.start == row.last and final)
+            and arc.end + 1 > row.first
+            and arc.start <= row.last
+        ):
             parts.append(_arc(arc, row, pitch, at))
     size = max(2.6, min(17.0, pitch * 0.5))
     for i in range(row.first, row.last):
@@ -88,12 +123,25 @@ def _row(chart: Network, row: _Row, pitch: float, named: bool, width: int, *, fi
             parts.append(_name(chart.layers[i], middle, row.y, pitch))
     if not named:
         parts += [
-            tag("text", ellipsis(chart.layers[row.first], int(width / 16)), x=22, y=row.y + 20, class_="tick"),
-            tag("text", ellipsis(chart.layers[row.last - 1], int(width / 16)), x=end, y=row.y + 20, text_anchor="end", class_="tick"),
+            tag(
+                "text", ellipsis(chart.layers[row.first], int(width / 16)), x=22, y=row.y + 20, class_="tick"
+            ),
+            tag(
+                "text",
+                ellipsis(chart.layers[row.last - 1], int(width / 16)),
+                x=end,
+                y=row.y + 20,
+                text_anchor="end",
+                class_="tick",
+            ),
         ]
     radius = max(2.0, min(4.5, pitch * 0.16))
     merges = {arc.end + 1 for arc in chart.arcs}
-    parts += [tag("circle", cx=at(p), cy=row.y, r=radius, class_="merge") for p in sorted(merges) if row.first < p <= row.last]
+    parts += [
+        tag("circle", cx=at(p), cy=row.y, r=radius, class_="merge")
+        for p in sorted(merges)
+        if row.first < p <= row.last
+    ]
     return tag("g", *parts)
 
 
@@ -105,12 +153,24 @@ def _arc(arc: Arc, row: _Row, pitch: float, at) -> Markup:
         d = f"M{a:.1f} {y:.1f}A{(b - a) / 2:.1f} {rise:.1f} 0 0 1 {b:.1f} {y:.1f}"
     else:  # it goes on in another row: level at the open end
         turn = min(24.0, (b - a) / 2)
-        start = f"M{a:.1f} {y:.1f}Q{a:.1f} {y - rise:.1f} {a + turn:.1f} {y - rise:.1f}" if left else f"M{a:.1f} {y - rise:.1f}"
+        start = (
+            f"M{a:.1f} {y:.1f}Q{a:.1f} {y - rise:.1f} {a + turn:.1f} {y - rise:.1f}"
+            if left
+            else f"M{a:.1f} {y - rise:.1f}"
+        )
         d = start + (f"H{b - turn:.1f}Q{b:.1f} {y - rise:.1f} {b:.1f} {y:.1f}" if right else f"H{b:.1f}")
     style = KINDS.index(arc.kind) if arc.kind in KINDS else 5
-    told = f"{arc.name}: {arc.kind}" + (f", carries {100 * arc.share:.0f} % of the gradient" if arc.share is not None else "")
-    return tag("path", tag("title", told), d=d, class_=f"arc line s{style}", stroke_width=thickness(arc, pitch), stroke_dasharray=_DASH.get(arc.kind) or None,
-               style=None)  # fmt: skip
+    told = f"{arc.name}: {arc.kind}" + (
+        f", carries {100 * arc.share:.0f} % of the gradient" if arc.share is not None else ""
+    )
+    return tag(
+        "path",
+        tag("title", told),
+        d=d,
+        class_=f"arc s{style}",
+        stroke_width=thickness(arc, pitch),
+        stroke_dasharray=_DASH.get(arc.kind) or None,
+    )
 
 
 def thickness(arc: Arc, pitch: float = 64.0) -> float:
@@ -123,7 +183,16 @@ def _name(name: str, x: float, y: float, pitch: float) -> Markup:
     y += 18
     if pitch > 9 * 6.4 and len(name) <= 8:
         return tag("text", name, x=x, y=y + 4, text_anchor="middle", class_="tick")
-    return tag("text", ellipsis(name, 20), tag("title", name), x=x, y=y, text_anchor="end", class_="tick", transform=f"rotate(-48 {x:.1f} {y:.1f}) translate(4 4)")
+    return tag(
+        "text",
+        ellipsis(name, 20),
+        tag("title", name),
+        x=x,
+        y=y,
+        text_anchor="end",
+        class_="tick",
+        transform=f"rotate(-48 {x:.1f} {y:.1f}) translate(4 4)",
+    )
 
 
 def _label_room(chart: Network, pitch: float) -> float:
@@ -134,13 +203,15 @@ def _label_room(chart: Network, pitch: float) -> float:
 def _legend(chart: Network, width: int, y: float) -> tuple[Markup, float]:
     parts, x = [], 4.0
     counts = {kind: sum(arc.kind == kind for arc in chart.arcs) for kind in KINDS}
-    entries: Sequence[tuple[str, int]] = [(f"{count} {kind}", KINDS.index(kind)) for kind, count in counts.items() if count]
+    entries: Sequence[tuple[str, int]] = [
+        (f"{count} {kind}", KINDS.index(kind)) for kind, count in counts.items() if count
+    ]
     for text, style in entries:
         needed = 34 + len(text) * 6.6 + 12
         if x > 4 and x + needed > width:
             x, y = 4.0, y + 19
         d = f"M{x:.1f} {y:.1f}a12 9 0 0 1 24 0"
-        parts += [tag("path", d=d, class_=f"arc line s{style}", stroke_width=2, stroke_dasharray=_DASH[KINDS[style]] or None),
+        parts += [tag("path", d=d, class_=f"arc s{style}", stroke_width=2, stroke_dasharray=_DASH[KINDS[style]] or None),
                   tag("text", text, x=x + 30, y=y, class_="label")]  # fmt: skip
         x += needed
     if any(arc.share is not None for arc in chart.arcs):

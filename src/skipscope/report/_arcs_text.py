@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from skipscope.report._charts import Arc, Network
 from skipscope.report._markup import clean, ellipsis
@@ -84,7 +85,9 @@ def _assign(arcs: Sequence[Arc]) -> list[int | None]:
 
 def _line(sheet: _Sheet, rails: Sequence[str], sign: str, words: str) -> str:
     start = "".join(rail.ljust(3) for rail in reversed(rails)) or "  "
-    return f"{start}{sheet.signs[sign]} {ellipsis(words, max(12, sheet.width - len(start) - 2), keep='start')}"
+    return (
+        f"{start}{sheet.signs[sign]} {ellipsis(words, max(12, sheet.width - len(start) - 2), keep='start')}"
+    )
 
 
 def _passing(sheet: _Sheet, layer: int) -> list[str]:
@@ -114,13 +117,19 @@ def _place(sheet: _Sheet, place: int) -> list[str]:
 def _event(sheet: _Sheet, place: int, ends, starts, waiting, sign: str, words: str) -> str:
     ending, starting = {rail for _, rail in ends}, {rail for _, rail in starts}
     passing = {rail for _, rail in waiting}
-    passing |= {rail for arc, rail in zip(sheet.chart.arcs, sheet.rails) if rail is not None and arc.start < place < arc.end + 1}
+    passing |= {
+        rail
+        for arc, rail in zip(sheet.chart.arcs, sheet.rails)
+        if rail is not None and arc.start < place < arc.end + 1
+    }
     farthest = max(ending | starting, default=-1)
     signs, rails = sheet.signs, []
     for rail in range(sheet.count):
         level = signs["level"] * 2 if rail <= farthest else "  "
         if rail in ending or rail in starting:
-            sign_here = signs["both" if rail in ending and rail in starting else "end" if rail in ending else "start"]
+            sign_here = signs[
+                "both" if rail in ending and rail in starting else "end" if rail in ending else "start"
+            ]
         elif rail in passing:
             sign_here = signs["cross"] if rail < farthest else signs["pass"]
         else:
@@ -144,21 +153,26 @@ def _runs(chart: Network) -> list[tuple[int, int, str]]:
         return [(0, count, "")]
     covered = {p for arc in chart.arcs for p in range(arc.start + 1, arc.end + 1)}
     cuts = [p for p in range(count + 1) if p not in covered]
-    pieces = list(zip(cuts, cuts[1:]))
+    pieces = list(pairwise(cuts))
     signatures = [_signature(chart, *piece) for piece in pieces]
     runs, i = [], 0
     while i < len(pieces):
         period, repeats = _best_period(signatures, i)
         runs.append((pieces[i][0], pieces[i + period - 1][1], ""))
         if repeats > 1:
-            runs[-1] = (*runs[-1][:2], _repeated(chart, pieces[i + period][0], pieces[i + period * repeats - 1][1], repeats - 1))
+            runs[-1] = (
+                *runs[-1][:2],
+                _repeated(chart, pieces[i + period][0], pieces[i + period * repeats - 1][1], repeats - 1),
+            )
         i += period * repeats
     return runs
 
 
 def _signature(chart: Network, first: int, last: int) -> tuple:
     names = tuple(re.sub(r"\d+", "#", name) for name in chart.layers[first:last])
-    return names, tuple((a.start - first, a.end - first, a.kind) for a in chart.arcs if first <= a.start and a.end < last)
+    return names, tuple(
+        (a.start - first, a.end - first, a.kind) for a in chart.arcs if first <= a.start and a.end < last
+    )
 
 
 def _best_period(signatures: Sequence[tuple], start: int) -> tuple[int, int]:
@@ -173,6 +187,10 @@ def _best_period(signatures: Sequence[tuple], start: int) -> tuple[int, int]:
 
 
 def _repeated(chart: Network, first: int, last: int, repeats: int) -> str:
-    shares = [arc.share for arc in chart.arcs if arc.start >= first and arc.end < last and arc.share is not None]
+    shares = [
+        arc.share for arc in chart.arcs if arc.start >= first and arc.end < last and arc.share is not None
+    ]
     carried = f", carrying {100 * min(shares):.0f} to {100 * max(shares):.0f} %" if shares else ""
-    return f"{repeats} more like this, {clean(chart.layers[first])} to {clean(chart.layers[last - 1])}{carried}"
+    return (
+        f"{repeats} more like this, {clean(chart.layers[first])} to {clean(chart.layers[last - 1])}{carried}"
+    )

@@ -57,6 +57,7 @@ class Lines:
     Attributes:
         ticks: words instead of numbers at places on the x axis.
         level: a horizontal line of reference and its label, or None.
+        back: the lines are read from right to left and fan out there, so they are named at their left end.
         frames: the labels of a slider's steps; empty for none.
         frame: the step that is strong at first.
         slider: what the slider sets.
@@ -71,6 +72,7 @@ class Lines:
     ticks: Mapping[float, str] | None = None
     marks: Sequence[Mark] = ()
     level: tuple[float, str] | None = None
+    back: bool = False
     frames: Sequence[str] = ()
     frame: int = 0
     slider: str = ""
@@ -183,6 +185,8 @@ class Panel:
         tables: the numbers behind it.
         claim: the sentence of the lecture that it weighs, or "".
         verdict: one word on the claim ("holds", "half true"), or "".
+        finding: what was found, with its numbers, said before the chart.
+        parts: more charts, each with its own heading and caption, where the claim has several sides.
     """
 
     heading: str
@@ -191,7 +195,14 @@ class Panel:
     tables: Sequence[Table] = ()
     claim: str = ""
     verdict: str = ""
-    extra: Sequence[Chart] = field(default=())
+    finding: str = ""
+    parts: Sequence[Panel] = field(default=())
+
+    @property
+    def charts(self) -> list[Chart]:
+        """Every chart, in order."""
+        own = [] if self.chart is None else [self.chart]
+        return own + [chart for part in self.parts for chart in part.charts]
 
 
 @dataclass(frozen=True)

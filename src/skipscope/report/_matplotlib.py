@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from skipscope.report import _terrain
+from skipscope.report._arcs import KINDS, thickness
 from skipscope.report._charts import Bars, Chart, Heat, Lines, Network, Surfaces
 from skipscope.report._palette import DASHES, LIGHT, PLOT_MARKERS
-from skipscope.report._arcs import KINDS, thickness
-
 
 _hidden: ContextVar[bool] = ContextVar("_hidden", default=False)
 
@@ -77,7 +76,16 @@ def _(chart: Lines, ax: Any = None, *, label: str | None = None, legend: bool = 
         ax.axhline(chart.level[0], color="0.5", lw=0.8, ls=(0, (3, 3)))
     for mark in chart.marks:
         ax.axvline(mark.x, color="0.5", lw=0.8, ls=(0, (3, 3)))
-        ax.annotate(_plain(mark.label), (mark.x, 1), (4, -4), xycoords=("data", "axes fraction"), textcoords="offset points", va="top", fontsize=8, color="0.35")
+        ax.annotate(
+            _plain(mark.label),
+            (mark.x, 1),
+            (4, -4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+            fontsize=8,
+            color="0.35",
+        )
     ax.set_xlabel(_plain(chart.x_title))
     ax.set_ylabel("\n".join(textwrap.wrap(_plain(chart.y_title), 44)))
     _calm(ax)
@@ -109,7 +117,16 @@ def _(chart: Bars, ax: Any = None, *, most: int = 40) -> Any:
             value = np.array(chart.values[k][:count], dtype=float)
             errors = np.abs(np.array([chart.low[k][:count], chart.high[k][:count]], dtype=float) - value)
         hatch = ("", "//", "..", "xx")[k % 4]
-        ax.barh(at, chart.values[k][:count], thick * 0.9, color=LIGHT[chart.styles[k] % len(LIGHT)], label=_plain(name), xerr=errors, hatch=hatch, edgecolor="white")
+        ax.barh(
+            at,
+            chart.values[k][:count],
+            thick * 0.9,
+            color=LIGHT[chart.styles[k] % len(LIGHT)],
+            label=_plain(name),
+            xerr=errors,
+            hatch=hatch,
+            edgecolor="white",
+        )
     ax.set_yticks(range(count), [_plain(label) for label in chart.labels[:count]], fontsize=8)
     ax.invert_yaxis()
     if chart.log:
@@ -132,7 +149,7 @@ def _(chart: Heat, ax: Any = None) -> Any:
     ax.set_facecolor("0.92")
     edges = _edges(chart.columns)
     mesh = ax.pcolormesh(
-        edges, np.arange(rows + 1), np.where(chart.values > 0, chart.values, np.nan), cmap="cividis",
+        edges, np.arange(rows + 1), np.where(chart.values > 0, chart.values, np.nan), cmap="viridis",
         norm=LogNorm(low, max(high, low * 1.01)), rasterized=True,
     )  # fmt: skip
     step = max(1, rows // 36)
@@ -142,7 +159,14 @@ def _(chart: Heat, ax: Any = None) -> Any:
     ax.figure.colorbar(mesh, ax=ax, label=_plain(chart.title), fraction=0.04, pad=0.02)
     for mark in chart.events:
         ax.axvline(mark.x, color="white", lw=1, ls=(0, (3, 3)))
-        ax.annotate(_plain(mark.label), (mark.x, 1), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=7)
+        ax.annotate(
+            _plain(mark.label),
+            (mark.x, 1),
+            (3, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=7,
+        )
     if chart.foot:
         _foot(ax, chart.foot)
     return ax
@@ -161,10 +185,14 @@ def _(chart: Surfaces, ax: Any = None, *, kind: str = "contour") -> Any:
     """Contours, or ``kind="3d"``: several surfaces get axes of their own unless ``ax`` is given for the first."""
     subject = {"projection": "3d"} if kind == "3d" else {}
     count = 1 if ax is not None else len(chart.surfaces)
-    axes = [ax] if ax is not None else np.ravel(new_axes(3.6 * count + 0.6, 3.7, ncols=count, squeeze=False, subplot_kw=subject))
+    axes = (
+        [ax]
+        if ax is not None
+        else np.ravel(new_axes(3.6 * count + 0.6, 3.7, ncols=count, squeeze=False, subplot_kw=subject))
+    )
     scale = _terrain.heights(chart)
     values, texts = scale.ticks()
-    cmap = "RdBu_r" if chart.surfaces[0].signed else "cividis"
+    cmap = "RdBu_r" if chart.surfaces[0].signed else "viridis"
     drawn = None
     for where, surface in zip(axes, chart.surfaces):
         level = scale(np.array(surface.values, dtype=float)).T
@@ -175,10 +203,20 @@ def _(chart: Surfaces, ax: Any = None, *, kind: str = "contour") -> Any:
         else:
             shades = np.linspace(scale.levels()[0] - 1e-9, scale.levels()[-1], 24) if level.size else 8
             drawn = where.contourf(a, b, np.ma.masked_invalid(level), levels=shades, cmap=cmap, extend="both")
-            where.contour(a, b, np.ma.masked_invalid(level), levels=scale.levels(), colors="white", linewidths=0.5, alpha=0.7)
+            where.contour(
+                a,
+                b,
+                np.ma.masked_invalid(level),
+                levels=scale.levels(),
+                colors="white",
+                linewidths=0.5,
+                alpha=0.7,
+            )
             where.plot(0, 0, "+", color="white", ms=9, mew=1.6)
             where.set_aspect("auto")
-        where.set_title(_plain(surface.label) + (f"\n{_plain(surface.note)}" if surface.note else ""), fontsize=9)
+        where.set_title(
+            _plain(surface.label) + (f"\n{_plain(surface.note)}" if surface.note else ""), fontsize=9
+        )
         where.set_xlabel(_plain(chart.axes[0]), fontsize=8)
         where.set_ylabel(_plain(chart.axes[1]), fontsize=8)
     if drawn is not None:
@@ -193,7 +231,14 @@ def _(chart: Network, ax: Any = None) -> Any:
 
     ax = new_axes(min(14.0, max(6.0, 0.3 * len(chart.layers))), 2.6) if ax is None else ax
     ax.plot([-0.4, len(chart.layers) + 0.4], [0, 0], color="0.4", lw=1, zorder=1)
-    ax.plot(np.arange(len(chart.layers)) + 0.5, np.zeros(len(chart.layers)), "s", color="0.35", ms=max(1.5, min(7, 200 / max(1, len(chart.layers)))), zorder=2)
+    ax.plot(
+        np.arange(len(chart.layers)) + 0.5,
+        np.zeros(len(chart.layers)),
+        "s",
+        color="0.35",
+        ms=max(1.5, min(7, 200 / max(1, len(chart.layers)))),
+        zorder=2,
+    )
     for arc in chart.arcs:
         style = KINDS.index(arc.kind) if arc.kind in KINDS else 5
         span = arc.end + 1 - arc.start
@@ -203,7 +248,13 @@ def _(chart: Network, ax: Any = None) -> Any:
     ax.set_ylim(-0.5 * top, 1.15 * top)
     ax.set_xlim(-0.6, len(chart.layers) + 0.6)
     step = max(1, len(chart.layers) // 30)
-    ax.set_xticks(np.arange(0, len(chart.layers), step) + 0.5, [_plain(name) for name in chart.layers[::step]], rotation=60, ha="right", fontsize=7)
+    ax.set_xticks(
+        np.arange(0, len(chart.layers), step) + 0.5,
+        [_plain(name) for name in chart.layers[::step]],
+        rotation=60,
+        ha="right",
+        fontsize=7,
+    )
     ax.set_yticks([])
     for side in ("left", "right", "top", "bottom"):
         ax.spines[side].set_visible(False)

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
@@ -54,16 +54,16 @@ def page(result: Result, story: Story, file: str = "report.html") -> str:
     Raises:
         SkipscopeError: it would be larger than a browser should be given.
     """
-    panels = [_panel(panel, i) for i, panel in enumerate(story.panels)]
-    turning = any(figure["scenes"] for panel in panels for figure in panel["figures"])
+    panels = [_panel(panel, f"s{i + 1}") for i, panel in enumerate(story.panels)]
+    turning = any(_turns(chart) for panel in story.panels for chart in panel.charts)
     scripts = [_plotly()] if turning else []
     scripts.append(_asset("page.js"))
     data = _safe_json(dumps(result))
     content = {
         "story": story, "panels": panels, "contents": [p for p in panels if p["claim"]] if len(panels) > 3 else [],
         "facts": [(name, _cell(value)) for name, value in story.facts.items()], "file": file, "version": __version__,
-        "css": Markup(_asset("chart.css") + _asset("page.css")),  # noqa: S704 (our own files)
-        "scripts": [Markup(script) for script in scripts], "policy": _policy(scripts),  # noqa: S704
+        "css": Markup(_asset("chart.css") + _asset("page.css")),
+        "scripts": [Markup(script) for script in scripts], "policy": _policy(scripts),
     }  # fmt: skip
     made = _environment().get_template("page").render(content, data=data)
     if len(made.encode()) > MOST:
@@ -78,14 +78,14 @@ def page(result: Result, story: Story, file: str = "report.html") -> str:
 
 def fragment(story: Story) -> str:
     """The first panel as a piece of HTML for a notebook, with its style."""
-    first = _panel(story.panels[0], 0) if story.panels else None
-    content = {"story": story, "panel": first, "css": Markup(_asset("chart.css"))}  # noqa: S704
+    first = _panel(story.panels[0], "s1") if story.panels else None
+    content = {"story": story, "panel": first, "css": Markup(_asset("chart.css"))}
     return _environment().get_template("fragment").render(content)
 
 
 def piece(drawing: Markup) -> str:
     """A drawing as a piece of HTML that brings its style."""
-    css = Markup(_asset("chart.css"))  # noqa: S704
+    css = Markup(_asset("chart.css"))
     return str(Markup('<div class="skipscope fragment"><style>{}</style>{}</div>').format(css, drawing))
 
 
@@ -96,32 +96,51 @@ def alone(drawing: Markup) -> str:
     css = re.sub(r"\.skipscope svg(?=[.\s])", "svg", _asset("chart.css")).replace(".skipscope {", "svg {")
     start, _, rest = str(drawing).partition(">")
     size = f' width="{box[1]}" height="{box[2]}" style="background: var(--paper)">'
-    return start.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1) + size + f"<style>{css}</style>" + rest
+    return (
+        start.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+        + size
+        + f"<style>{css}</style>"
+        + rest
+    )
 
 
-def _panel(panel: Panel, index: int) -> dict[str, Any]:
-    charts = [c for c in (panel.chart, *panel.extra) if c is not None]
+def _panel(panel: Panel, name: str) -> dict[str, Any]:
     return {
-        "anchor": f"s{index + 1}", "heading": panel.heading, "short": panel.claim or panel.heading, "claim": panel.claim,
-        "verdict": panel.verdict, "mood": {"holds": "holds", "half true": "half", "does not hold here": "fails"}.get(panel.verdict, ""),
-        "caption": panel.caption, "figures": [_figure(c, f"f{index + 1}-{n}") for n, c in enumerate(charts)],
-        "tables": [_table(t) for t in panel.tables],
+        "anchor": name, "heading": panel.heading, "finding": panel.finding, "claim": panel.claim, "verdict": panel.verdict,
+        "mood": {"holds": "holds", "half true": "half", "does not hold here": "fails"}.get(panel.verdict, ""),
+        "caption": panel.caption, "figure": None if panel.chart is None else _figure(panel.chart, f"{name}-f"),
+        "tables": [_table(t) for t in panel.tables], "parts": [_panel(part, f"{name}-{i + 1}") for i, part in enumerate(panel.parts)],
     }  # fmt: skip
 
 
 def _figure(chart: Chart, name: str) -> dict[str, Any]:
     figure: dict[str, Any] = {"id": name, "svg": svg(chart), "scenes": [], "labels": None}
-    if isinstance(chart, Surfaces):
-        figure |= {"scenes": chart.surfaces, "height": chart.height, "payload": _safe_json(json.dumps(_terrain.payload(chart)))}
+    if _turns(chart):
+        figure |= {
+            "scenes": chart.surfaces,
+            "height": chart.height,
+            "payload": _safe_json(json.dumps(_terrain.payload(chart))),
+        }
     if isinstance(chart, Lines) and chart.frames:
         labels = json.dumps([clean(label) for label in chart.frames])
-        figure |= {"labels": labels, "last": len(chart.frames) - 1, "frame": chart.frame, "slider": chart.slider}
+        figure |= {
+            "labels": labels,
+            "last": len(chart.frames) - 1,
+            "frame": chart.frame,
+            "slider": chart.slider,
+        }
     return figure
+
+
+def _turns(chart: Chart) -> TypeGuard[Surfaces]:
+    """Heights are worth turning; a difference reads better flat."""
+    return isinstance(chart, Surfaces) and not any(s.signed for s in chart.surfaces)
 
 
 def _table(table: Table) -> dict[str, Any]:
     numeric = [
-        any(isinstance(row[i], int | float) for row in table.rows) and not any(isinstance(row[i], str) for row in table.rows)
+        any(isinstance(row[i], int | float) for row in table.rows)
+        and not any(isinstance(row[i], str) for row in table.rows)
         for i in range(len(table.columns))
     ]
     notes = list(table.notes)
@@ -136,16 +155,22 @@ def _cell(value: Any) -> str:
         return ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value)
-    return clean(value) if isinstance(value, str) else clean(short(value) if isinstance(value, int | float | None) else value)
+    return (
+        clean(value)
+        if isinstance(value, str)
+        else clean(short(value) if isinstance(value, int | float | None) else value)
+    )
 
 
 def _safe_json(text: str) -> Markup:
     """JSON for inside a script element: no ``<``, so nothing in it can end the element or open a comment."""
-    return Markup(text.replace("<", "\\u003c"))  # noqa: S704
+    return Markup(text.replace("<", "\\u003c"))
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
+    )
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
@@ -168,7 +193,7 @@ def stress(sentence: str) -> Markup:
 
 _NUMBER = re.compile(
     r"(?<![\w.-])(?:> ?|< ?|≥ ?|≤ ?)?[-−+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?:\^-?\d+(?:\.\d+)?)?"
-    r"(?: ?(?:x\b|%|decades?\b|steps?\b|times\b|branches\b))?(?![\w-])"
+    r"(?:-fold\b| ?(?:x\b|%|decades?\b|steps?\b|times\b|branches\b|layers\b|boundaries\b))?(?![\w-])"
 )
 
 

@@ -1,7 +1,7 @@
 """Colours, markers and dashes: told apart by eyes of any kind, and in black and white.
 
-Series: Okabe and Ito's colours, each with a marker and a dash of its own. Heights: cividis, which looks the same to
-people with and without red-green blindness.
+Series: Okabe and Ito's colours, each with a marker and a dash of its own. Heights: viridis, even in lightness from
+dark to light, whoever looks.
 """
 
 from __future__ import annotations
@@ -49,32 +49,45 @@ def _flat(x: float, y: float) -> str:
     return f"M{x - 4:.1f} {y - 1.3:.1f}h8v2.6h-8z"
 
 
-MARKERS: tuple[Callable[[float, float], str], ...] = (_circle, _square, _up, _diamond, _down, _plus, _bar, _flat)
+MARKERS: tuple[Callable[[float, float], str], ...] = (
+    _circle,
+    _square,
+    _up,
+    _diamond,
+    _down,
+    _plus,
+    _bar,
+    _flat,
+)
 
 
-def cividis(count: int = 256) -> np.ndarray:
+def viridis(count: int = 256) -> np.ndarray:
     """``[count, 3]`` bytes from dark to light."""
     import matplotlib
 
-    return (matplotlib.colormaps["cividis"](np.linspace(0, 1, count))[:, :3] * 255).round().astype(np.uint8)
+    return (matplotlib.colormaps["viridis"](np.linspace(0, 1, count))[:, :3] * 255).round().astype(np.uint8)
 
 
 def heat_png(values: np.ndarray, most: int = 720) -> tuple[bytes, float, float]:
     """A positive matrix as a PNG on a log scale, and the range of the colours. Zero is grey, NaN is transparent.
 
     Args:
-        values: ``[rows, columns]``; more than ``most`` columns are averaged (in the log) to that many.
+        values: ``[rows, columns]``; of more than ``most`` columns the nearest to each pixel is taken.
         most: pixels across.
     """
     values = np.asarray(values, dtype=float)
     positive = np.isfinite(values) & (values > 0)
-    low, high = (float(values[positive].min()), float(values[positive].max())) if positive.any() else (0.1, 1.0)
+    low, high = (
+        (float(values[positive].min()), float(values[positive].max())) if positive.any() else (0.1, 1.0)
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         part = (np.log10(values) - np.log10(low)) / max(np.log10(high) - np.log10(low), 1e-12)
     part = np.where(np.isposinf(values), 1.0, part)
     if part.shape[1] > most:  # fewer columns than steps: take the steps nearest to each pixel
-        part, values = (a[:, np.linspace(0, a.shape[1] - 1, most).round().astype(int)] for a in (part, values))
-    colours = cividis()[np.nan_to_num(part * 255, nan=0, posinf=255, neginf=0).clip(0, 255).astype(int)]
+        part, values = (
+            a[:, np.linspace(0, a.shape[1] - 1, most).round().astype(int)] for a in (part, values)
+        )
+    colours = viridis()[np.nan_to_num(part * 255, nan=0, posinf=255, neginf=0).clip(0, 255).astype(int)]
     pixels = np.concatenate([colours, np.full((*part.shape, 1), 255, np.uint8)], axis=2)
     pixels[values == 0] = (140, 140, 140, 255)
     pixels[np.isnan(values)] = (0, 0, 0, 0)

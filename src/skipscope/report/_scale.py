@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,26 @@ class Axis:
     log: bool = False
     ticks: tuple[tuple[float, str], ...] = ()
 
-    def __call__(self, value: float) -> float | None:
-        """The position of a number, or None for NaN."""
-        if value is None or math.isnan(value):
-            return None
+    def __call__(self, value: float | None) -> float | None:
+        """The position of a number, or None where there is none."""
+        return None if value is None or math.isnan(value) else self.at(value)
+
+    def at(self, value: float) -> float:
+        """The position of a number that is one."""
         low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
         if self.log:
             value = -math.inf if value <= 0 else math.log10(value) if value < math.inf else math.inf
-        part = min(1.0, max(0.0, (value - low) / ((high - low) or 1.0))) if abs(value) != math.inf else float(value > 0)
+        part = (
+            min(1.0, max(0.0, (value - low) / ((high - low) or 1.0)))
+            if abs(value) != math.inf
+            else float(value > 0)
+        )
         return self.start + part * (self.end - self.start)
 
 
-def axis(values: Iterable[float], start: float, end: float, *, log: bool = False, zero: bool = False, most: int = 6) -> Axis:
+def axis(
+    values: Iterable[float], start: float, end: float, *, log: bool = False, zero: bool = False, most: int = 6
+) -> Axis:
     """An axis that holds ``values``, with about ``most`` ticks.
 
     Args:
@@ -70,8 +78,8 @@ def whole_axis(low: float, high: float, start: float, end: float, most: int = 6)
     if high <= low:
         high = low + 1
     step = _nice((high - low) / max(1, most))
-    if float(low).is_integer() and float(high).is_integer():
-        step = max(1.0, step)
+    if float(low).is_integer() and float(high).is_integer():  # counts: no boundary has the number 2.5
+        step = max(1.0, math.ceil(step))
     ticks = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     return Axis(low, high, start, end, ticks=tuple((t, plain(t)) for t in ticks))
 
@@ -84,12 +92,16 @@ def _log_axis(array: np.ndarray, positive: np.ndarray, start: float, end: float,
     if decades > 1.6:
         bottom, top = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
         step = max(1, math.ceil((top - bottom) / most))
-        ticks = [(10.0**e, power(e)) for e in range(top, bottom - 1, -step) if -320 < e < 308][::-1]
+        ticks = [(10.0**e, power(e)) for e in range(bottom, top + 1) if e % step == 0 and -320 < e < 308]
         low, high = 10.0 ** max(bottom, -320), 10.0 ** min(top, 308)
     else:
         low, high = low / 10 ** (0.04 * decades), high * 10 ** (0.04 * decades)
         exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        grid = [m * 10.0**e for e in exponents for m in ((1, 2, 5) if decades > 0.5 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))]
+        grid = [
+            m * 10.0**e
+            for e in exponents
+            for m in ((1, 2, 5) if decades > 0.5 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
+        ]
         ticks = [(t, plain(t)) for t in grid if low <= t <= high]
         ticks = ticks[:: max(1, math.ceil(len(ticks) / most))]
     if (array <= 0).any():  # room below for a zero
@@ -117,4 +129,6 @@ def plain(value: float) -> str:
 
 def power(exponent: int) -> str:
     """A power of ten as people write it: 10⁻³, 1, 10, 100."""
-    return {0: "1", 1: "10", 2: "100", -1: "0.1"}.get(exponent) or "10" + str(exponent).translate(_SUPERSCRIPTS)
+    return {0: "1", 1: "10", 2: "100", -1: "0.1"}.get(exponent) or "10" + str(exponent).translate(
+        SUPERSCRIPTS
+    )

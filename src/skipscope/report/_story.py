@@ -16,4 +16,6 @@ from skipscope.report._charts import Panel, Story
 def story(result: Result) -> Story:
     """What a page says about a result, the answer first."""
     table = result.table()
-    return Story(title=table.title, lead=type(result).__name__, panels=[Panel(heading="The numbers", tables=[table])])
+    return Story(
+        title=table.title, lead=type(result).__name__, panels=[Panel(heading="The numbers", tables=[table])]
+    )

@@ -28,21 +28,30 @@ def lines(chart: Lines, width: int) -> Markup:
     narrow = width < 500
     height = 250 if narrow else 330
     named = _named(chart)
-    beside = not narrow and 1 < len(named) <= 7
-    right = min(190, 16 + max(len(s.label) for s in named) * LETTER) if beside else 14
+    beside = not narrow and 1 < len(named) <= 9
+    words = [s.label for s in named] + ([chart.level[1]] if chart.level else [])
+    room = min(190, 18 + max(len(word) for word in words) * LETTER) if beside else 14
     legend, top = (join(), 30) if beside or len(named) < 2 else _legend(named, width)
     y = axis(_heights(chart), height - 46, top, log=chart.log_y, zero=not chart.log_y)
-    left = 12 + max([len(label) for _, label in y.ticks] or [1]) * 7.4
+    ticks = 12 + max([len(label) for _, label in y.ticks] or [1]) * 7.4
+    left, right = (room, ticks) if beside and chart.back else (ticks, room)
     x = _x_axis(chart, left, width - right, most=4 if narrow else 8)
-    clicks = [f"{len(chart.series)} lines"]
     body = [
-        _grid(chart, x, y, width, height, narrow=narrow),
+        _grid(chart, x, y, width, height, beside=beside),
         *(_band(s, x, y) for s in chart.series),
         *(_line(s, x, y, chart) for s in chart.series),
+        _remarks(chart, x, y, width, beside=beside),
         _hits(chart, x, y),
-        _end_labels(named, x, y, width - right) if beside else legend,
+        _end_labels(chart, named, x, y) if beside else legend,
     ]
-    return tag("svg", *body, viewBox=f"0 0 {width} {height}", class_="chart", role="img", aria_label=chart.y_title or clicks[0])
+    return tag(
+        "svg",
+        *body,
+        viewBox=f"0 0 {width} {height}",
+        class_="chart",
+        role="img",
+        aria_label=chart.y_title or "a chart of lines",
+    )
 
 
 def _named(chart: Lines) -> list[Series]:
@@ -77,36 +86,51 @@ def _x_axis(chart: Lines, start: float, end: float, most: int) -> Axis:
     return Axis(made.low, made.high, start, end, ticks=tuple(shown[:: max(1, math.ceil(len(shown) / most))]))
 
 
-def _grid(chart: Lines, x: Axis, y: Axis, width: int, height: int, *, narrow: bool) -> Markup:
+def _grid(chart: Lines, x: Axis, y: Axis, width: int, height: int, *, beside: bool) -> Markup:
     parts = []
+    # Lines that are named at their left end leave the right side to the numbers
+    side, anchor = (x.end + 8, "start") if chart.back and beside else (x.start - 7, "end")
     for value, label in y.ticks:
-        at = y(value)
+        at = y.at(value)
         parts += [
             tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"),
-            tag("text", label, x=x.start - 7, y=at + 4, text_anchor="end", class_="tick"),
+            tag("text", label, x=side, y=at + 4, text_anchor=anchor, class_="tick"),
         ]
     for value, label in x.ticks:
-        at = x(value)
+        at = x.at(value)
         parts += [
             tag("line", x1=at, x2=at, y1=y.start, y2=y.start + 4, class_="axis"),
             tag("text", label, x=at, y=y.start + 18, text_anchor="middle", class_="tick"),
         ]
     parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
-    parts.append(tag("text", chart.y_title, x=2, y=13, class_="title"))
-    parts.append(tag("text", chart.x_title, x=(x.start + x.end) / 2, y=height - 6, text_anchor="middle", class_="title"))
+    at, anchor = (width - 2, "end") if chart.back and beside else (2, "start")
+    parts.append(tag("text", chart.y_title, x=at, y=13, text_anchor=anchor, class_="title"))
+    parts.append(
+        tag(
+            "text", chart.x_title, x=(x.start + x.end) / 2, y=height - 6, text_anchor="middle", class_="title"
+        )
+    )
+    return join(*parts)
+
+
+def _remarks(chart: Lines, x: Axis, y: Axis, width: int, *, beside: bool) -> Markup:
+    """What is written into the chart, over the lines: a level of reference, and places worth a word."""
+    parts = []
     if chart.level:
-        at = y(chart.level[0])
-        parts += [
-            tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="level"),
-            tag("text", chart.level[1], x=x.end, y=at - 5, text_anchor="end", class_="note"),
-        ]
+        at = y.at(chart.level[0])
+        parts.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="level"))
+        if not beside:
+            parts.append(
+                tag("text", chart.level[1], x=x.end, y=at - 5, text_anchor="end", class_="note halo")
+            )
     for mark in chart.marks:
-        at = x(mark.x)
+        at = x.at(mark.x)
         late = at > (x.start + x.end) / 2
-        label = ellipsis(mark.label, 26 if narrow else 48, keep="start")
+        label = ellipsis(mark.label, 48 if width > 500 else 26, keep="start")
+        place, anchor = (at - 6, "end") if late else (at + 6, "start")
         parts += [
             tag("line", x1=at, x2=at, y1=y.end, y2=y.start, class_="mark"),
-            tag("text", label, x=at + (-6 if late else 6), y=y.end + 11, text_anchor="end" if late else "start", class_="note"),
+            tag("text", label, x=place, y=y.end + 11, text_anchor=anchor, class_="note halo"),
         ]
     return join(*parts)
 
@@ -132,11 +156,15 @@ def _line(series: Series, x: Axis, y: Axis, chart: Lines) -> Markup:
             parts.append(tag("path", d=_path(run), class_=classes, stroke_dasharray=DASHES[style] or None))
     seen = [p for p in points if None not in p]
     if not series.faint and seen:
-        step = max(1, len(seen) // (60 if series.points else 12))
+        step = max(1, len(seen) // (60 if series.points else 12 if x.end - x.start > 400 else 6))
         # Markers of different lines start at different points, so that lines on top of each other stay apart
         shown = seen if len(seen) <= 16 else seen[(style * step) // 4 :: step]
-        parts.append(tag("path", d="".join(MARKERS[style](px, py) for px, py in shown), class_=f"marker s{style}"))
-    return tag("g", *parts, data_frame=frame, class_=None if frame is None else "frame" + (" on" if strong else ""))
+        parts.append(
+            tag("path", d="".join(MARKERS[style](px, py) for px, py in shown), class_=f"marker s{style}")
+        )
+    return tag(
+        "g", *parts, data_frame=frame, class_=None if frame is None else "frame" + (" on" if strong else "")
+    )
 
 
 def _runs(points: Sequence[tuple]) -> list[list[tuple]]:
@@ -156,9 +184,14 @@ def _thin(points: list[tuple], most: int = 400) -> list[tuple]:
     kept: list[tuple] = [points[0]]
     stretch = math.ceil(2 * len(points) / most)
     for i in range(1, len(points) - 1, stretch):
-        part = [(j, points[j][1]) for j in range(i, min(i + stretch, len(points) - 1)) if points[j][1] is not None]
+        part = [
+            (j, points[j][1]) for j in range(i, min(i + stretch, len(points) - 1)) if points[j][1] is not None
+        ]
         if part:
-            kept += [points[j] for j in sorted({min(part, key=lambda p: p[1])[0], max(part, key=lambda p: p[1])[0]})]
+            kept += [
+                points[j]
+                for j in sorted({min(part, key=lambda p: p[1])[0], max(part, key=lambda p: p[1])[0]})
+            ]
         else:
             kept.append(points[i])
     return [*kept, points[-1]]
@@ -179,7 +212,11 @@ def _hits(chart: Lines, x: Axis, y: Axis) -> Markup:
         for i in range(0, len(series.x), step):
             at = x(series.x[i]), y(series.y[i])
             if None not in at:
-                told = series.tips[i] if series.tips else f"{series.label}  {short(float(series.x[i]))}: {short(float(series.y[i]))}"
+                told = (
+                    series.tips[i]
+                    if series.tips
+                    else f"{series.label}  {short(float(series.x[i]))}: {short(float(series.y[i]))}"
+                )
                 parts.append(tag("circle", tag("title", told), cx=at[0], cy=at[1], r=8, class_="hit"))
     return join(*parts)
 
@@ -188,7 +225,12 @@ def swatch(style: int, at_x: float, at_y: float) -> Markup:
     """A short piece of line with its marker."""
     style %= len(MARKERS)
     return join(
-        tag("path", d=f"M{at_x:.1f} {at_y:.1f}h22", class_=f"line s{style}", stroke_dasharray=DASHES[style] or None),
+        tag(
+            "path",
+            d=f"M{at_x:.1f} {at_y:.1f}h22",
+            class_=f"line s{style}",
+            stroke_dasharray=DASHES[style] or None,
+        ),
         tag("path", d=MARKERS[style](at_x + 11, at_y), class_=f"marker s{style}"),
     )
 
@@ -200,23 +242,30 @@ def _legend(named: Sequence[Series], width: int, start: float = 24) -> tuple[Mar
         needed = 30 + len(label) * LETTER + 14
         if at_x > 4 and at_x + needed > width:
             at_x, at_y = 4.0, at_y + 19
-        parts += [swatch(series.style, at_x, at_y - 4), tag("text", label, x=at_x + 28, y=at_y, class_="label")]
+        parts += [
+            swatch(series.style, at_x, at_y - 4),
+            tag("text", label, x=at_x + 28, y=at_y, class_="label"),
+        ]
         at_x += needed
     return join(*parts), at_y + 16
 
 
-def _end_labels(named: Sequence[Series], x: Axis, y: Axis, at_x: float) -> Markup:
-    ends = []
+def _end_labels(chart: Lines, named: Sequence[Series], x: Axis, y: Axis) -> Markup:
+    """The lines' names at their ends, moved apart where they would touch."""
+    ends: list[tuple[float, str, str]] = (
+        [(y.at(chart.level[0]), chart.level[1], "note")] if chart.level else []
+    )
     for series in named:
         heights = [y(v) for v in series.y]
-        last = next((h for h in reversed(heights) if h is not None), None)
+        last = next((h for h in (heights if chart.back else reversed(heights)) if h is not None), None)
         if last is not None:
-            ends.append((last, series))
+            kind = f"label ink s{series.style % len(MARKERS)}"
+            ends.append((last, ellipsis(series.label, 27, keep="start"), kind))
     ends.sort(key=lambda end: end[0])
-    places = spread([end[0] for end in ends], 17, y.end, y.start)
+    at_x, anchor = (x.start - 10, "end") if chart.back else (x.end + 10, "start")
+    places = spread([end[0] for end in ends], 16, y.end - 4, y.start + 2)
     return join(*(
-        tag("text", ellipsis(s.label, 27, keep="start"), x=at_x + 10, y=place + 4, class_=f"label ink s{s.style % len(MARKERS)}")
-        for place, (_, s) in zip(places, ends)
+        tag("text", words, x=at_x, y=place + 4, text_anchor=anchor, class_=kind) for place, (_, words, kind) in zip(places, ends)
     ))  # fmt: skip
 
 
@@ -240,7 +289,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 # --- bars -----------------------------------------------------------------------------------------------------------
 
 
-def bars(chart: Bars, width: int, most: int = 40) -> Markup:
+def bars(chart: Bars, width: int, most: int = 24) -> Markup:
     """Horizontal bars of ``width`` pixels; beyond ``most`` rows the rest is left to the table, and said so."""
     narrow = width < 500
     count = min(len(chart.labels), most)
@@ -248,15 +297,38 @@ def bars(chart: Bars, width: int, most: int = 40) -> Markup:
     left = 8 + max([len(label) for label in labels] or [1]) * LETTER
     several = len(chart.names) > 1
     legend, top = _bar_legend(chart, width) if several else (join(), 26)
-    shown = [float(v) for values in (chart.values, chart.low or [], chart.high or []) for row in values for v in row[:count]]
-    x = axis(shown, left + 4, width - (58 if narrow else 70), log=chart.log, zero=not chart.log, most=3 if narrow else 6)
+    shown = [
+        float(v)
+        for values in (chart.values, chart.low or [], chart.high or [])
+        for row in values
+        for v in row[:count]
+    ]
+    below = any(v < 0 for v in shown) and not chart.log
+    x = axis(
+        shown,
+        left + (56 if below else 4),
+        width - (58 if narrow else 70),
+        log=chart.log,
+        zero=not chart.log,
+        most=3 if narrow else 6,
+    )
     zero = x.start if chart.log else x(0.0) or x.start
     thick = 9 if several else 14
     pitch = len(chart.names) * (thick + 2) + 9
     parts = [tag("text", chart.title, x=2, y=13, class_="title"), legend]
     for i in range(count):
         middle = top + i * pitch + pitch / 2
-        parts.append(tag("text", labels[i], tag("title", chart.labels[i]), x=left - 2, y=middle + 4, text_anchor="end", class_="tick"))
+        parts.append(
+            tag(
+                "text",
+                labels[i],
+                tag("title", chart.labels[i]),
+                x=left - 2,
+                y=middle + 4,
+                text_anchor="end",
+                class_="tick",
+            )
+        )
         for k in range(len(chart.names)):
             at_y = middle + (k - len(chart.names) / 2) * (thick + 2) + 1
             parts.append(_bar(chart, k, i, x, zero, at_y, thick))
@@ -265,7 +337,9 @@ def bars(chart: Bars, width: int, most: int = 40) -> Markup:
         parts.append(tag("text", note, x=left, y=top + count * pitch + 16, class_="note"))
     height = top + count * pitch + (26 if len(chart.labels) > count else 6)
     parts.append(tag("line", x1=zero, x2=zero, y1=top, y2=top + count * pitch, class_="axis"))
-    return tag("svg", *parts, viewBox=f"0 0 {width} {height:.0f}", class_="chart", role="img", aria_label=chart.title)
+    return tag(
+        "svg", *parts, viewBox=f"0 0 {width} {height:.0f}", class_="chart", role="img", aria_label=chart.title
+    )
 
 
 def _bar(chart: Bars, k: int, i: int, x: Axis, zero: float, at_y: float, thick: float) -> Markup:
@@ -273,18 +347,35 @@ def _bar(chart: Bars, k: int, i: int, x: Axis, zero: float, at_y: float, thick: 
     end = x(value)
     if end is None:
         return tag("text", "not measured", x=zero + 5, y=at_y + thick - 1, class_="note")
-    whisker, reach = join(), end
+    whisker, reach, least = join(), end, end
     if chart.low is not None and chart.high is not None:
         a, b = x(float(chart.low[k][i])), x(float(chart.high[k][i]))
         if a is not None and b is not None:
             whisker = tag("path", d=f"M{a:.1f} {at_y + thick / 2:.1f}H{b:.1f}", class_="whisker")
-            reach = max(end, b)
-    told = f"{chart.labels[i]}  {chart.names[k]}: {short(value)}"
+            reach, least = max(end, b), min(end, a)
+    told = tag("title", f"{chart.labels[i]}  {chart.names[k]}: {short(value)}")
+    middle = at_y + thick / 2
+    if chart.log:  # a bar's length means nothing where the axis has no zero: a dot on a thread
+        drawn = join(
+            tag("path", d=f"M{x.start:.1f} {middle:.1f}H{end:.1f}", class_="grid"),
+            tag("path", told, d=MARKERS[style](end, middle), class_=f"marker s{style}"),
+        )
+    else:
+        drawn = tag(
+            "rect",
+            told,
+            x=min(zero, end),
+            y=at_y,
+            width=max(1.0, abs(end - zero)),
+            height=float(thick),
+            class_=f"bar s{style}",
+            rx=1.5,
+        )
     return join(
-        tag("rect", tag("title", told), x=min(zero, end), y=at_y, width=max(1.0, abs(end - zero)), height=float(thick),
-            class_=f"bar s{style}", rx=1.5),
+        drawn,
         whisker,
-        tag("text", short(value), x=max(reach, zero) + 5, y=at_y + thick / 2 + 4, class_="value"),
+        tag("text", short(value), x=least - 5, y=middle + 4, text_anchor="end", class_="value") if value < 0 and not chart.log
+        else tag("text", short(value), x=max(reach, zero) + (8 if chart.log else 5), y=middle + 4, class_="value"),
     )  # fmt: skip
 
 
@@ -316,17 +407,34 @@ def heat(chart: Heat, width: int) -> Markup:
     left = 10 + max([len(label) for label in labels[::step]] or [1]) * LETTER
     top, bottom = 28.0, height - 68.0
     png, low, high = heat_png(chart.values)
-    x = whole_axis(float(chart.columns[0]), float(chart.columns[-1]), left, width - 14, most=4 if narrow else 8)
+    x = whole_axis(
+        float(chart.columns[0]), float(chart.columns[-1]), left, width - 14, most=4 if narrow else 8
+    )
     pitch = (bottom - top) / rows
     parts = [
         tag("text", chart.title, x=2, y=13, class_="title"),
         _image(png, left, top, width - 14 - left, bottom - top),
-        *(tag("text", labels[i], x=left - 6, y=top + (i + 0.5) * pitch + 4, text_anchor="end", class_="tick") for i in range(0, rows, step)),
-        *(tag("text", label, x=x(v), y=bottom + 17, text_anchor="middle", class_="tick") for v, label in x.ticks),
-        tag("text", chart.x_title, x=(left + width - 14) / 2, y=bottom + 34, text_anchor="middle", class_="title"),
+        *(
+            tag(
+                "text", labels[i], x=left - 6, y=top + (i + 0.5) * pitch + 4, text_anchor="end", class_="tick"
+            )
+            for i in range(0, rows, step)
+        ),
+        *(
+            tag("text", label, x=x(v), y=bottom + 17, text_anchor="middle", class_="tick")
+            for v, label in x.ticks
+        ),
+        tag(
+            "text",
+            chart.x_title,
+            x=(left + width - 14) / 2,
+            y=bottom + 34,
+            text_anchor="middle",
+            class_="title",
+        ),
     ]
     for mark in chart.events:
-        at = x(mark.x) or left
+        at = x.at(mark.x)
         late = at > width / 2
         parts += [
             tag("line", x1=at, x2=at, y1=top - 4, y2=bottom, class_="mark"),
@@ -334,12 +442,23 @@ def heat(chart: Heat, width: int) -> Markup:
                 text_anchor="end" if late else "start", class_="note"),
         ]  # fmt: skip
     parts.append(_key(left, bottom + 46, min(180.0, width - left - 90), low, high))
-    return tag("svg", *parts, viewBox=f"0 0 {width} {height:.0f}", class_="chart", role="img", aria_label=chart.title)
+    return tag(
+        "svg", *parts, viewBox=f"0 0 {width} {height:.0f}", class_="chart", role="img", aria_label=chart.title
+    )
 
 
 def _image(png: bytes, x: float, y: float, width: float, height: float) -> Markup:
     address = "data:image/png;base64," + base64.b64encode(png).decode()
-    return tag("image", href=address, x=x, y=y, width=width, height=height, preserveAspectRatio="none", class_="pixels")
+    return tag(
+        "image",
+        href=address,
+        x=x,
+        y=y,
+        width=width,
+        height=height,
+        preserveAspectRatio="none",
+        class_="pixels",
+    )
 
 
 def _key(x: float, y: float, width: float, low: float, high: float) -> Markup:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ from markupsafe import Markup
 
 from skipscope._numbers import short
 from skipscope.report._charts import Surface, Surfaces
-from skipscope.report._markup import ellipsis, join, tag
-from skipscope.report._palette import cividis
+from skipscope.report._markup import clean, ellipsis, join, tag
+from skipscope.report._palette import viridis
 from skipscope.report._scale import power
 
 DECADES = 4.0
@@ -81,12 +82,14 @@ def heights(chart: Surfaces) -> Heights:
 
 
 def colours(signed: bool) -> np.ndarray:
-    """``[256, 3]`` bytes: cividis for heights; blue through white to orange for a difference."""
+    """``[256, 3]`` bytes: viridis for heights; blue through white to orange for a difference."""
     if not signed:
-        return cividis()
+        return viridis()
     below, middle, above = np.array([0, 103, 165]), np.array([247, 246, 242]), np.array([200, 80, 10])
     part = np.linspace(-1, 1, 256)[:, None]
-    return np.where(part < 0, middle + (below - middle) * -part, middle + (above - middle) * part).astype(np.uint8)
+    return np.where(part < 0, middle + (below - middle) * -part, middle + (above - middle) * part).astype(
+        np.uint8
+    )
 
 
 def contours(chart: Surfaces, width: int) -> Markup:
@@ -95,45 +98,83 @@ def contours(chart: Surfaces, width: int) -> Markup:
     across = min(len(chart.surfaces), (4 if len(chart.surfaces) == 4 else 3) if width > 500 else 2)
     gap = 18
     side = min(300.0, (width - 4 - gap * (across - 1)) / across)
-    rows = math.ceil(len(chart.surfaces) / across)
-    noted = any(s.note for s in chart.surfaces)
-    block = side + (46 if noted else 30)
+    notes = [textwrap.wrap(clean(s.note), int(side / 5.8)) for s in chart.surfaces]
+    block = side + 32 + 15 * max(map(len, notes))
     parts = []
     for i, surface in enumerate(chart.surfaces):
-        at_x, at_y = 2 + (i % across) * (side + gap), (i // across) * (block + 10)
+        at_x, at_y = 2 + (i % across) * (side + gap), (i // across) * block
         parts.append(_map(surface, scale, at_x, at_y + 22, side, most=int(side / 6.6)))
-        if surface.note:
-            parts.append(tag("text", ellipsis(surface.note, int(side / 6), keep="start"), x=at_x, y=at_y + side + 38, class_="note"))
-    bottom = rows * (block + 10) + 4
+        parts += [
+            tag("text", line, x=at_x, y=at_y + side + 38 + 15 * n, class_="note")
+            for n, line in enumerate(notes[i])
+        ]
+    bottom = math.ceil(len(chart.surfaces) / across) * block + 6
     parts.append(_key(scale, chart, 2, bottom, min(240.0, width / 2)))
-    height = bottom + 44
-    return tag("svg", *parts, viewBox=f"0 0 {width} {height:.0f}", class_="chart", role="img", aria_label=f"contours of the {chart.height}")
+    size = f"0 0 {width} {bottom + 34:.0f}"
+    return tag(
+        "svg", *parts, viewBox=size, class_="chart", role="img", aria_label=f"contours of the {chart.height}"
+    )
 
 
 def _map(surface: Surface, scale: Heights, x: float, y: float, side: float, most: int) -> Markup:
-    from contourpy import contour_generator
-
     level = scale(np.asarray(surface.values, dtype=float))
-    rows, columns = level.shape
-    body = [tag("text", ellipsis(surface.label, most, keep="start"), x=x, y=y - 7, class_="label strong")]
-    body.append(tag("image", href=_png(level, scale, surface.signed), x=x, y=y, width=side, height=side,
-                    preserveAspectRatio="none"))  # fmt: skip
-    if rows > 1 and columns > 1 and np.isfinite(level).any():
-        made = contour_generator(np.linspace(0, side, rows), np.linspace(side, 0, columns), np.ma.masked_invalid(level.T))
-        path = "".join(
-            "M" + "L".join(f"{x + px:.1f} {y + py:.1f}" for px, py in line)
-            for at in scale.levels()
-            for line in made.lines(at)
-            if len(line) > 2
-        )
-        if path:
-            body.append(tag("path", d=path, class_="contour"))
+    fine = _fine(level)
+    body = [
+        tag("text", ellipsis(surface.label, most, keep="start"), x=x, y=y - 7, class_="label strong"),
+        tag(
+            "image",
+            href=_png(fine, scale, surface.signed),
+            x=x,
+            y=y,
+            width=side,
+            height=side,
+            preserveAspectRatio="none",
+        ),
+        tag(
+            "path", d=_lines(fine, scale, x, y, side), class_="contour dark" if surface.signed else "contour"
+        ),
+    ]
     a, b = _zero(surface.alphas), _zero(surface.betas)
     if a is not None and b is not None:
         px, py = x + a * side, y + (1 - b) * side
-        body.append(tag("path", tag("title", "the weights as they are"), d=f"M{px - 5:.1f} {py:.1f}h10M{px:.1f} {py - 5:.1f}v10", class_="centre"))
+        d = f"M{px - 5:.1f} {py:.1f}h10M{px:.1f} {py - 5:.1f}v10"
+        body += [
+            tag("path", d=d, class_="centre under"),
+            tag("path", tag("title", "the weights as they are"), d=d, class_="centre"),
+        ]
     body.append(tag("rect", x=x, y=y, width=side, height=side, class_="frame"))
     return tag("g", *body)
+
+
+def _lines(fine: np.ndarray, scale: Heights, x: float, y: float, side: float) -> str:
+    from contourpy import contour_generator
+
+    rows, columns = fine.shape
+    if min(rows, columns) < 2 or not np.isfinite(fine).any():
+        return "M0 0"
+    made = contour_generator(
+        np.linspace(0, side, rows), np.linspace(side, 0, columns), np.ma.masked_invalid(fine.T)
+    )
+    found = [line for at in scale.levels() for line in made.lines(at) if len(line) > 2]
+    return (
+        "".join("M" + "L".join(f"{x + px:.1f} {y + py:.1f}" for px, py in line) for line in found) or "M0 0"
+    )
+
+
+def _fine(level: np.ndarray, least: int = 61) -> np.ndarray:
+    """Heights on a finer grid, for smooth contours; cubic between the values where all are known, else linear."""
+    from scipy.interpolate import RegularGridInterpolator
+
+    known = np.isfinite(level)
+    if min(level.shape) < 4 or not known.any():
+        return level
+    axes = [np.arange(n, dtype=float) for n in level.shape]
+    finer = [np.linspace(0, n - 1, max(n, math.ceil(least / (n - 1)) * (n - 1) + 1)) for n in level.shape]
+    grid = np.meshgrid(*finer, indexing="ij")
+    method = "cubic" if known.all() else "linear"  # a cubic would carry NaN over the whole plane
+    made = RegularGridInterpolator(axes, level, method=method)(grid)
+    # A cubic may overshoot: never beyond what was measured
+    return np.clip(made, np.nanmin(level), np.nanmax(level))
 
 
 def _zero(axis: np.ndarray) -> float | None:
@@ -141,7 +182,7 @@ def _zero(axis: np.ndarray) -> float | None:
     return -low / (high - low) if low < 0 < high else None
 
 
-def _png(level: np.ndarray, scale: Heights, signed: bool, pixels: int = 240) -> str:
+def _png(level: np.ndarray, scale: Heights, signed: bool, pixels: int = 160) -> str:
     """A smooth picture of heights ``[a, b]``: a to the right, b upward; what is unknown is transparent."""
     import matplotlib.image
     from scipy.ndimage import map_coordinates
@@ -180,12 +221,18 @@ def payload(chart: Surfaces) -> dict[str, Any]:
     scale = heights(chart)
     values, texts = scale.ticks()
     low, high = (math.log10(scale.low), math.log10(scale.high)) if scale.log else (scale.low, scale.high)
-    ramp = [[i / 15, "rgb({},{},{})".format(*colours(any(s.signed for s in chart.surfaces))[i * 17])] for i in range(16)]
+    ramp = [
+        [i / 15, "rgb({},{},{})".format(*colours(any(s.signed for s in chart.surfaces))[i * 17])]
+        for i in range(16)
+    ]
     surfaces = [
         {
             "x": [round(float(v), 5) for v in s.alphas],
             "y": [round(float(v), 5) for v in s.betas],
-            "z": [[round(float(v), 3) if math.isfinite(v) else None for v in row] for row in scale(np.asarray(s.values, dtype=float)).T],
+            "z": [
+                [round(float(v), 3) if math.isfinite(v) else None for v in row]
+                for row in scale(np.asarray(s.values, dtype=float)).T
+            ],
         }
         for s in chart.surfaces
     ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from skipscope._numbers import short
 from skipscope.flow import (
+    Cost,
     GradientCorrelation,
     GradientFlow,
     GradientSplit,
@@ -15,6 +16,7 @@ from skipscope.flow import (
     Prescription,
 )
 from skipscope.report._charts import Bars, Lines, Mark, Panel, Series, Story
+from skipscope.report._scale import SUPERSCRIPTS
 from skipscope.report._story import story
 
 DEPTH = "boundary, from the input (left) to the loss (right)"
@@ -35,12 +37,27 @@ def flow_lines(flows: Mapping[str, GradientFlow], styles: Mapping[str, int] | No
                 [b.depth for b in flow.boundaries],
                 [number(b.gradient_rms) for b in flow.boundaries],
                 style=(styles or {}).get(name, i),
-                tips=[f"{name}  {b.depth} {b.name}: {short(b.gradient_rms)}, factor {short(b.factor)}" for b in flow.boundaries],
+                tips=[
+                    f"{name}  {b.depth} {b.name}: {short(b.gradient_rms)}, factor {short(b.factor)}"
+                    for b in flow.boundaries
+                ],
             )
         )
     alone = next(iter(flows.values())) if len(flows) == 1 else None
-    marks = [Mark(b.depth, f"breaks at {b.name}") for b in alone.boundaries if b.name == alone.verdict.where][:1] if alone else []
-    return Lines(series, DEPTH, "gradient RMS, |dL/d(output)| = 1", log_y=True, marks=marks, foot=str(alone.verdict) if alone else "")
+    marks = (
+        [Mark(b.depth, f"breaks at {b.name}") for b in alone.boundaries if b.name == alone.verdict.where][:1]
+        if alone
+        else []
+    )
+    return Lines(
+        series,
+        DEPTH,
+        "gradient RMS, |dL/d(output)| = 1",
+        log_y=True,
+        back=True,
+        marks=marks,
+        foot=str(alone.verdict) if alone else "",
+    )
 
 
 def factor_lines(flows: Mapping[str, GradientFlow], styles: Mapping[str, int] | None = None) -> Lines:
@@ -51,11 +68,22 @@ def factor_lines(flows: Mapping[str, GradientFlow], styles: Mapping[str, int] | 
             [b.depth for b in flow.boundaries if b.factor is not None],
             [number(b.factor) for b in flow.boundaries if b.factor is not None],
             style=(styles or {}).get(name, i),
-            tips=[f"{name}  {b.depth} {b.name}: {short(b.factor)}" for b in flow.boundaries if b.factor is not None],
+            tips=[
+                f"{name}  {b.depth} {b.name}: {short(b.factor)}"
+                for b in flow.boundaries
+                if b.factor is not None
+            ],
         )
         for i, (name, flow) in enumerate(flows.items())
     ]
-    return Lines(series, DEPTH, "factor: gradient here over the gradient one boundary nearer the loss", log_y=True, level=(1.0, "1: nothing lost"))
+    return Lines(
+        series,
+        DEPTH,
+        "factor by which each boundary multiplies it",
+        log_y=True,
+        back=True,
+        level=(1.0, "nothing lost"),
+    )
 
 
 def fall_sentence(flow: GradientFlow) -> str:
@@ -63,9 +91,17 @@ def fall_sentence(flow: GradientFlow) -> str:
     fall = flow.verdict.fall_decades
     if fall is None:
         return f"The gradient's flow is {flow.verdict.state}: {flow.verdict.reason}."
-    kept = 10.0 ** -fall
-    size = f"{short(kept, 2)} times as large" if 1e-3 < kept < 1e4 else f"10^{-fall:.1f} times as large"
-    return f"The flow is {flow.verdict.state}: at the first boundary the gradient is {size} as at the last ({abs(fall):.2f} decades {'lost' if fall >= 0 else 'gained'})."
+    if abs(fall) < 0.05:
+        return f"The flow is {flow.verdict.state}: the gradient arrives at the first boundary as large as it left the last."
+    size = (
+        f"{float(f'{10 ** abs(fall):.2g}'):,.3g}"
+        if abs(fall) < 5
+        else "10" + f"{abs(fall):.0f}".translate(SUPERSCRIPTS)
+    )
+    return (
+        f"The flow is {flow.verdict.state}: at the first boundary the gradient is {size} times {'smaller' if fall > 0 else 'larger'} than "
+        f"at the last ({abs(fall):.2g} decades {'lost' if fall > 0 else 'gained'})."
+    )
 
 
 @story.register
@@ -109,7 +145,10 @@ def _(result: GradientFlow) -> Story:
 def split_lines(split: GradientSplit) -> Lines:
     """What each shortcut and each branch carries, fork by fork."""
     at = list(range(1, len(split) + 1))
-    tips = [f"{s.name}: shortcut {short(s.shortcut_rms)}, branch {short(s.branch_rms)}, cosine {short(s.cosine)}" for s in split]
+    tips = [
+        f"{s.name}: shortcut {short(s.shortcut_rms)}, branch {short(s.branch_rms)}, cosine {short(s.cosine)}"
+        for s in split
+    ]
     return Lines(
         [
             Series("by the shortcut", at, [s.shortcut_rms for s in split], style=0, tips=tips),
@@ -135,7 +174,13 @@ def _(result: GradientSplit) -> Story:
         "At each fork the gradient arrives by two ways. Where the upper line is the shortcut's, it is the shortcut that keeps the gradient alive.",
         [result.table()],
     )  # fmt: skip
-    return Story("Shortcut against branch", f"{result.meaning}, {result.mode} mode", [split_answer(result)], [panel], result.notes)
+    return Story(
+        "Shortcut against branch",
+        f"{result.meaning}, {result.mode} mode",
+        [split_answer(result)],
+        [panel],
+        result.notes,
+    )
 
 
 def path_lines(paths: Mapping[str, PathSpectrum], styles: Mapping[str, int] | None = None) -> Lines:
@@ -143,7 +188,9 @@ def path_lines(paths: Mapping[str, PathSpectrum], styles: Mapping[str, int] | No
     series, marks = [], []
     for i, (name, spectrum) in enumerate(paths.items()):
         top = float(spectrum.norms.max()) if len(spectrum.norms) else 0.0
-        kept = [k for k, n in enumerate(spectrum.norms) if n > top * 1e-12] or list(range(len(spectrum.norms)))
+        kept = [k for k, n in enumerate(spectrum.norms) if n > top * 1e-12] or list(
+            range(len(spectrum.norms))
+        )
         errors = spectrum.errors
         series.append(
             Series(
@@ -155,7 +202,13 @@ def path_lines(paths: Mapping[str, PathSpectrum], styles: Mapping[str, int] | No
         )  # fmt: skip
         if len(paths) == 1:
             marks = [Mark(spectrum.mean_length, f"mean length {short(spectrum.mean_length)}")]
-    return Lines(series, "branches crossed on the way back", "norm of the gradient by paths of this length", log_y=True, marks=marks)
+    return Lines(
+        series,
+        "branches crossed on the way back",
+        "norm of the gradient by paths of this length",
+        log_y=True,
+        marks=marks,
+    )
 
 
 def path_answer(spectrum: PathSpectrum) -> str:
@@ -180,28 +233,43 @@ def _(result: PathSpectrum) -> Story:
         "logarithmic: a step down is a factor.",
         [result.table()],
     )  # fmt: skip
-    return Story("Which paths the gradient takes", f"back to {result.wrt}, {result.meaning}", [path_answer(result)], [panel], result.table().notes)
+    return Story(
+        "Which paths the gradient takes",
+        f"back to {result.wrt}, {result.meaning}",
+        [path_answer(result)],
+        [panel],
+        result.table().notes,
+    )
 
 
 def importance_bars(result: Importance, what: str = "loss_cost") -> Bars:
-    """What each edit costs, the costliest first."""
-    rows = result.ranked
+    """What each edit costs, the shortcut that costs most to remove first."""
+
+    def cost(edit: Cost | None) -> float:
+        return math.nan if edit is None else number(getattr(edit, what))
+
+    rows = sorted(
+        result.shortcuts,
+        key=lambda s: -math.inf if math.isnan(cost(s.removed)) else cost(s.removed),
+        reverse=True,
+    )
     title = "change of the loss" if what == "loss_cost" else "decades of gradient lost"
-    return Bars(
-        [s.name for s in rows],
-        [[number(getattr(c, what)) if c else math.nan for c in costs] for costs in ([s.removed for s in rows], [s.lesioned for s in rows])],
-        ["shortcut removed", "branch lesioned"], title=title,
-    )  # fmt: skip
+    values = [[cost(s.removed) for s in rows], [cost(s.lesioned) for s in rows]]
+    return Bars([s.name for s in rows], values, ["shortcut removed", "branch lesioned"], title)
 
 
 def importance_answer(result: Importance) -> str:
     """Which one matters most, in a sentence."""
-    ranked = [s for s in result.ranked if s.removed is not None and not math.isnan(s.removed.loss_cost)]
+    ranked = [
+        (s.name, s.removed.loss_cost)
+        for s in result.ranked
+        if s.removed is not None and not math.isnan(s.removed.loss_cost)
+    ]
     if not ranked:
         return "No shortcut could be removed alone."
-    first, last = ranked[0], ranked[-1]
-    text = f"Removing {first.name} alone changes the loss by {short(first.removed.loss_cost)} (from {short(result.loss)})"
-    return text + (f", removing {last.name} by {short(last.removed.loss_cost)}." if len(ranked) > 1 else ".")
+    (first, most), (last, least) = ranked[0], ranked[-1]
+    text = f"Removing {first} alone changes the loss by {short(most)} (from {short(result.loss)})"
+    return text + (f", removing {last} by {short(least)}." if len(ranked) > 1 else ".")
 
 
 def importance_panels(result: Importance) -> list[Panel]:
@@ -226,13 +294,32 @@ def _(result: Importance) -> Story:
 def _(result: Prescription) -> Story:
     rows = (result.before, *result.remedies)
     charts: Sequence[Bars] = [
-        Bars([r.name for r in rows], [[number(r.fall_decades) for r in rows]], ["fall"], title="decades of gradient lost on the way back (0 is best)")
+        Bars(
+            [r.name for r in rows],
+            [[number(r.fall_decades) for r in rows]],
+            ["fall"],
+            title="decades of gradient lost on the way back (0 is best)",
+        )
     ]
-    panels = [Panel("What each remedy did to the flow", charts[0], "The first row is the network as it is; each remedy was applied to a copy.", [result.table()])]
+    panels = [
+        Panel(
+            "What each remedy did to the flow",
+            charts[0],
+            "The first row is the network as it is; each remedy was applied to a copy.",
+            [result.table()],
+        )
+    ]
     if any(r.reached is not None for r in rows):
-        reached = Bars([r.name for r in rows], [[number(r.reached) for r in rows]], ["loss"], title="loss after the same few training steps")
+        reached = Bars(
+            [r.name for r in rows],
+            [[number(r.reached) for r in rows]],
+            ["loss"],
+            title="loss after the same few training steps",
+        )
         panels.append(Panel("And what it did to the training", reached, "Shorter is better."))
-    return Story("Remedies that were tried", "", [result.advice] if result.advice else [], panels, result.refused)
+    return Story(
+        "Remedies that were tried", "", [result.advice] if result.advice else [], panels, result.refused
+    )
 
 
 @story.register
@@ -242,5 +329,16 @@ def _(result: GradientCorrelation) -> Story:
                 tips=[f"distance {short(b[0])}: {short(b[1])} ({b[2]} pairs)" for b in result.bins])],
         "distance between two inputs", "correlation of their gradients", level=(0.0, "0: unrelated"),
     )  # fmt: skip
-    panel = Panel("Gradients of near inputs", chart, "A line near zero: the gradient is shattered, neighbours are told unrelated things.", [result.table()])
-    return Story("How alike the gradients of two inputs are", f"read at {result.boundary}", [f"The mean correlation is {short(result.mean)}."], [panel], result.notes)
+    panel = Panel(
+        "Gradients of near inputs",
+        chart,
+        "A line near zero: the gradient is shattered, neighbours are told unrelated things.",
+        [result.table()],
+    )
+    return Story(
+        "How alike the gradients of two inputs are",
+        f"read at {result.boundary}",
+        [f"The mean correlation is {short(result.mean)}."],
+        [panel],
+        result.notes,
+    )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from skipscope.report._charts import Arc, Network, Panel, Story
 from skipscope.report._story import story
-from skipscope.shortcuts._results import Shortcuts
+from skipscope.shortcuts import Shortcuts
 
 
 def drawing(found: Shortcuts, shares: Mapping[str, float | None] | None = None) -> Network:

@@ -58,27 +58,26 @@
   const draw = (scenes) => {
     const data = JSON.parse(scenes.querySelector("script").textContent);
     const canvases = [...scenes.querySelectorAll(".canvas")];
-    const phone = root.clientWidth < 600;
     const side = { title: { text: "" }, showticklabels: false, showspikes: false, gridcolor: colour("--hair"), zeroline: false, showbackground: false };
     const drawn = canvases.map((canvas, i) => {
       const surface = {
         type: "surface", ...data.surfaces[i], cmin: data.low, cmax: data.high, colorscale: data.scale, showscale: false,
         hoverinfo: "skip", connectgaps: false,
         lighting: { ambient: 0.62, diffuse: 0.7, specular: 0.12, roughness: 0.8, fresnel: 0.1 },
-        contours: { z: { show: true, start: data.low, end: data.high, size: (data.high - data.low) / 12 || 1, color: "rgba(255,255,255,.45)", width: 1 } },
+        contours: { z: { show: true, start: data.low, end: data.high, size: (data.high - data.low) / 12 || 1, color: "rgba(255,255,255,.3)", width: 1 } },
       };
       const layout = {
         margin: { l: 0, r: 0, t: 0, b: 0 }, paper_bgcolor: "rgba(0,0,0,0)", showlegend: false,
         font: { family: "system-ui, sans-serif", size: 11, color: colour("--soft") },
         scene: {
-          aspectmode: "manual", aspectratio: { x: 1, y: 1, z: 0.72 },
+          aspectmode: "manual", aspectratio: { x: 1, y: 1, z: 0.8 },
           xaxis: side, yaxis: side,
           zaxis: { ...side, range: [data.low, data.high], showticklabels: true, tickvals: data.ticks, ticktext: data.texts },
-          camera: { eye: { x: 1.25, y: -1.25, z: 0.85 }, center: { x: 0, y: 0, z: -0.12 } },
+          camera: { eye: { x: 1.12, y: -1.22, z: 0.82 }, center: { x: 0, y: 0, z: -0.16 } },
           dragmode: "orbit",
         },
       };
-      const config = { displayModeBar: false, showSendToCloud: false, responsive: true, scrollZoom: !phone ? false : false };
+      const config = { displayModeBar: false, showSendToCloud: false, responsive: true, scrollZoom: false };
       return window.Plotly.newPlot(canvas, [surface], layout, config);
     });
     Promise.all(drawn).then((plots) => {

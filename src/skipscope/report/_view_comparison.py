@@ -1,0 +1,381 @@
+"""How the main job is told: the answer, the network, then the lecture's claims one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import numpy as np
+
+from skipscope._numbers import short
+from skipscope._result import Table
+from skipscope.comparison import Claim, Comparison, StrengthSweep, Training
+from skipscope.report import _view_flow as flows
+from skipscope.report import _view_shortcuts as shortcuts
+from skipscope.report import _view_surfaces as surfaces
+from skipscope.report._charts import Lines, Panel, Series, Story
+from skipscope.report._story import story
+
+Thing = TypeVar("Thing")
+HEADINGS = {
+    "smaller": "The gradient on its way back",
+    "product": "A product of small quantities",
+    "stagnate": "Training, step by step",
+    "path": "An alternative path",
+    "surface": "The loss surface",
+    "which": "Which shortcuts matter",
+    "strength": "Turn the shortcuts up",
+}
+CREDITS = (
+    "Gradient paths: A. Veit, M. Wilber, S. Belongie, Residual Networks Behave Like Ensembles of Relatively Shallow Networks, 2016. "
+    "Loss surfaces: H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein, Visualizing the Loss Landscape of Neural Nets, 2018.",
+)
+DIGITS = "Data: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0."
+
+
+def styles(result: Comparison) -> dict[str, int]:
+    """One colour, marker and dash a network, the same in every chart: cool with shortcuts, warm without."""
+    cool, warm = iter((0, 2, 7, 3, 5) * 9), iter((1, 4, 6, 5) * 9)
+    return {twin.name: next(cool if len(result.found.get(twin.name, ())) else warm) for twin in result.twins}
+
+
+def _twins(result: Comparison, things: Mapping[str, Thing]) -> dict[str, Thing]:
+    names = {twin.name for twin in result.twins}
+    return {name: thing for name, thing in things.items() if name in names}
+
+
+def main_twin(result: Comparison) -> str | None:
+    """The first network that has shortcuts and was taken apart."""
+    having = [twin.name for twin in result.twins if len(result.found.get(twin.name, ()))]
+    return next((name for name in having if name in result.split), having[0] if having else None)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def training_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
+    """Loss against step: the mean over seeds on the log scale, and a band over all of them."""
+    from skipscope.comparison import smoothed
+
+    series = []
+    for i, (name, by) in enumerate(training.curves.items()):
+        if optimizer not in by:
+            continue
+        losses = smoothed(by[optimizer].losses)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            middle = np.exp(np.log(losses).mean(0))
+        steps = list(range(1, losses.shape[1] + 1))
+        series.append(
+            Series(name, steps, middle.tolist(), losses.min(0).tolist(), losses.max(0).tolist(), style=(style or {}).get(name, i),
+                   tips=[f"{name}  step {s}: {short(float(m))}" for s, m in zip(steps, middle)])
+        )  # fmt: skip
+    return Lines(
+        series,
+        f"step, {optimizer}",
+        f"training loss, {optimizer}, each at its best rate",
+        log_y=True,
+        level=(training.target, f"target {short(training.target)}"),
+    )
+
+
+def _sweep_table(training: Training) -> Table:
+    rates = list(
+        dict.fromkeys(rate for by in training.curves.values() for c in by.values() for rate in c.sweep)
+    )
+    rows = [
+        [twin, optimizer, *(c.sweep.get(rate) for rate in rates)]
+        for twin, by in training.curves.items()
+        for optimizer, c in by.items()
+    ]
+    return Table(
+        "The sweep: final loss by learning rate",
+        ["network", "optimizer", *rates],
+        rows,
+        ["Mean over seeds of the smoothed loss at the end; inf: it diverged."],
+    )
+
+
+@story.register
+def _(result: Training) -> Story:
+    optimizers = list(dict.fromkeys(o for by in result.curves.values() for o in by))
+    panels = [
+        Panel(
+            f"Training with {optimizer}",
+            training_lines(result, optimizer),
+            "Bands are the range over seeds.",
+            [result.table(), _sweep_table(result)] if i == 0 else [],
+        )
+        for i, optimizer in enumerate(optimizers)
+    ]
+    return Story(
+        "Twins, trained side by side",
+        f"{len(result.seeds)} seeds, {result.steps} steps",
+        _training_answer(result, optimizers),
+        panels,
+        result.table().notes,
+    )
+
+
+def _training_answer(training: Training, optimizers: list[str]) -> list[str]:
+    sentences = []
+    for optimizer in optimizers:
+        counts = [
+            f"{name} {training.steps_text(name, optimizer)}"
+            for name, by in training.curves.items()
+            if optimizer in by
+        ]
+        sentences.append(
+            f"Steps to a loss of {short(training.target)} with {optimizer}: {', '.join(counts)}."
+        )
+    return sentences
+
+
+# --- strength ---------------------------------------------------------------------------------------------------------
+
+
+def strength_lines(sweep: StrengthSweep) -> Lines:
+    """The flow at every strength; a slider makes one of them strong."""
+    at = list(range(sweep.gradient_rms.shape[1]))
+    series = [
+        Series(
+            "", at, flow.tolist(), frame=i, style=0,
+            tips=[f"strength {short(float(s))}, {name}: {short(float(v))}" for name, v in zip(sweep.names, flow)],
+        )
+        for i, (s, flow) in enumerate(zip(sweep.strengths, sweep.gradient_rms))
+    ]  # fmt: skip
+    labels = [
+        f"{short(float(s), 2)}: {state}"
+        + (f", {abs(fall):.1f} decades {'lost' if fall >= 0 else 'gained'}" if math.isfinite(fall) else "")
+        for s, fall, state in zip(sweep.strengths, sweep.fall_decades, sweep.states)
+    ]
+    return Lines(
+        series,
+        flows.DEPTH,
+        "gradient RMS, |dL/d(output)| = 1",
+        log_y=True,
+        frames=labels,
+        frame=len(labels) - 1,
+        slider="strength of every shortcut",
+    )
+
+
+@story.register
+def _(result: StrengthSweep) -> Story:
+    caption = "Move the slider: at 0 every shortcut is removed, at 1 the network is as built. The thin lines are the other strengths."
+    first, last = result.fall_decades[0], result.fall_decades[-1]
+    answer = f"At strength {short(float(result.strengths[0]))} the gradient loses {short(float(first))} decades, at {short(float(result.strengths[-1]))} {short(float(last))}."
+    return Story(
+        "The flow as shortcuts are turned up",
+        "",
+        [answer],
+        [Panel("Flow by strength", strength_lines(result), caption, [result.table()])],
+        result.table().notes,
+    )
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _smaller(result: Comparison, style: dict[str, int]) -> list[Panel]:
+    tables = [flow.table() for flow in result.flow.values()]
+    panels = [Panel("", flows.flow_lines(_twins(result, result.flow), style), "", tables)]
+    name = main_twin(result)
+    edited = {
+        key: flow
+        for key, flow in result.flow.items()
+        if name and key.startswith(f"{name}, ") and key not in style
+    }
+    if name in result.flow and edited:
+        panels.append(
+            Panel(
+                "The same network, its shortcuts taken away", flows.flow_lines({f"{name}, as built": result.flow[name], **edited}),
+                "Removed: taken out, from the same weights. Detached: the forward pass stays bit for bit the same, only no gradient goes through the shortcuts.",
+            )
+        )  # fmt: skip
+    if len(result.ladder) > 1:
+        panels.append(
+            Panel(
+                "The deeper, the more",
+                _ladder_lines(result, style),
+                "Above zero the gradient shrinks on its way back, below it grows.",
+                [_ladder_table(result)],
+            )
+        )
+    return panels
+
+
+def _ladder_lines(result: Comparison, style: dict[str, int]) -> Lines:
+    depths = [float(rung.depth) for rung in result.ladder]
+    series = [
+        Series(
+            name, depths, [rung.fall.get(name, math.nan) for rung in result.ladder], style=style.get(name, 5)
+        )
+        for name in dict.fromkeys(n for rung in result.ladder for n in rung.fall)
+    ]
+    ticks = {d: f"{d:g}" for d in depths}
+    return Lines(
+        series,
+        "hidden layers",
+        "decades of gradient lost on the way back",
+        ticks=ticks,
+        level=(0.0, "arrives as it left"),
+    )
+
+
+def _ladder_table(result: Comparison) -> Table:
+    rows = []
+    for rung in result.ladder:
+        for name in rung.fall:
+            steps = ", ".join(f"{optimizer} {count}" for optimizer, count in rung.steps.get(name, {}).items())
+            learns = ", ".join(optimizer for optimizer, yes in rung.learns.get(name, {}).items() if yes) or (
+                "no" if rung.learns else "-"
+            )
+            rows.append([rung.depth, name, rung.fall[name], rung.state.get(name, "-"), steps or "-", learns])
+    return Table(
+        "The same question at every depth",
+        ["hidden layers", "network", "fall (decades)", "verdict", "steps to target", "learns under"],
+        rows,
+    )
+
+
+def _product(result: Comparison, style: dict[str, int]) -> list[Panel]:
+    twins = _twins(result, result.flow)
+    rows = [[name, flow.product, flow.chi, flow.depth_scale] for name, flow in twins.items()]
+    note = "chi: mean change of the squared flow at a boundary; depth scale: boundaries over which it changes e-fold."
+    return [
+        Panel(
+            "",
+            flows.factor_lines(twins, style),
+            "",
+            [Table("The product of all factors", ["network", "product", "chi", "depth scale"], rows, [note])],
+        )
+    ]
+
+
+def _stagnate(result: Comparison, style: dict[str, int]) -> list[Panel]:
+    training = result.training
+    if training is None:
+        return []
+    optimizers = list(dict.fromkeys(o for by in training.curves.values() for o in by))
+    first, *others = [
+        Panel(f"With {o}", training_lines(training, o, style), f"The same networks under {o}.")
+        for o in optimizers
+    ]
+    return [Panel("", first.chart, "", [training.table(), _sweep_table(training)]), *others]
+
+
+def _path(result: Comparison, style: dict[str, int]) -> list[Panel]:
+    panels = []
+    if result.paths:
+        shown = _twins(result, result.paths) or result.paths
+        panels.append(
+            Panel("", flows.path_lines(shown, style), "", [t.table() for t in result.paths.values()])
+        )
+    name = main_twin(result)
+    if name in result.split:
+        split = result.split[name]
+        panels.append(
+            Panel(
+                "At each fork, two ways back",
+                flows.split_lines(split),
+                flows.split_answer(split),
+                [s.table() for s in result.split.values()],
+            )
+        )
+    return panels
+
+
+def _surface(result: Comparison, style: dict[str, int]) -> list[Panel]:
+    panels = []
+    headings = {
+        "trained": "After training, each from its own weights",
+        "paired": "The same weights, with and without",
+    }
+    for key, pair in result.surfaces.items():
+        first, *others = surfaces.pair_panels(pair)
+        tables = [*first.tables, *(s.checks.table() for s in pair.surfaces.values())]
+        panels += [Panel(headings.get(key, key), first.chart, first.caption, tables), *others]
+    return panels
+
+
+def _which(result: Comparison, style: dict[str, int]) -> list[Panel]:
+    ranked = next((i for i in result.importance.values() if len(i)), None)
+    return flows.importance_panels(ranked) if ranked is not None else []
+
+
+def _strength(result: Comparison, style: dict[str, int]) -> list[Panel]:
+    return [
+        Panel(
+            name,
+            strength_lines(sweep),
+            "At 0 every shortcut is removed, at 1 the network is as built; the thin lines are the other strengths.",
+            [sweep.table()],
+        )
+        for name, sweep in result.strength.items()
+    ]
+
+
+EVIDENCE: dict[str, Callable[[Comparison, dict[str, int]], list[Panel]]] = {
+    "smaller": _smaller, "product": _product, "stagnate": _stagnate, "path": _path, "surface": _surface, "which": _which,
+    "strength": _strength,
+}  # fmt: skip
+
+
+def _claim_panel(result: Comparison, claim: Claim, style: dict[str, int]) -> Panel:
+    evidence = EVIDENCE[claim.key](result, style) if claim.key in EVIDENCE else []
+    first, parts = (evidence[0], evidence[1:]) if evidence else (Panel(""), [])
+    caption = f"{claim.see} {first.caption}".strip()
+    return Panel(
+        HEADINGS.get(claim.key, claim.key),
+        first.chart,
+        caption,
+        first.tables,
+        claim.claim,
+        claim.answer,
+        claim.finding,
+        parts,
+    )
+
+
+def _network_panel(result: Comparison) -> Panel | None:
+    name = main_twin(result)
+    if name is None or name not in result.found:
+        return None
+    found = result.found[name]
+    split = result.split.get(name)
+    shares = {s.name: s.share for s in split} if split else None
+    drawn = shortcuts.drawing(found, shares)
+    thick = (
+        " An arc's thickness is the share of the gradient that the shortcut carries at its fork."
+        if shares
+        else ""
+    )
+    return Panel(
+        f"{name[:1].upper() + name[1:]}: the network, layer by layer", drawn,
+        f"Each square is a layer, each arc a shortcut that leaves and joins the line again.{thick}", [found.table()],
+    )  # fmt: skip
+
+
+@story.register
+def _(result: Comparison) -> Story:
+    style = styles(result)
+    network = _network_panel(result)
+    panels = [
+        *([network] if network else []),
+        *(_claim_panel(result, claim, style) for claim in result.claims),
+    ]
+    whole = result.table()
+    rows = [[t.name, t.description, t.meaning, t.parameters] for t in result.twins]
+    twins = Table("The networks", ["name", "what it is", "without means", "parameters"], rows)
+    panels.append(Panel("All in one table", tables=[Table(whole.title, whole.columns, whole.rows), twins]))
+    credits = (*CREDITS, *([DIGITS] if "digits" in result.subject.lower() else []))
+    return Story(
+        "What do its shortcuts do for this network?",
+        result.subject,
+        result.summary,
+        panels,
+        [result.methods, *result.notes],
+        credits,
+        result.provenance,
+    )

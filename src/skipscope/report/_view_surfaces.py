@@ -1,0 +1,147 @@
+"""How loss surfaces are told: turning, and as contours; twins beside each other, and their difference."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from skipscope._numbers import short
+from skipscope.report import _terrain
+from skipscope.report._charts import Chart, Lines, Panel, Series, Story, Surface, Surfaces
+from skipscope.report._story import story
+from skipscope.surfaces import Difference, PairedSurfaces
+from skipscope.surfaces import Surface as LossSurface
+
+
+def axes_of(surface: LossSurface) -> tuple[str, str]:
+    """What the axes are."""
+    names = (*surface.axis_names, "direction 1", "direction 2")
+    return (names[0], surface.axis_names[1] if len(surface.axis_names) > 1 else names[-1])
+
+
+def surface_chart(surfaces: dict[str, LossSurface]) -> Chart:
+    """Surfaces beside each other on one scale; lines where there is one direction only."""
+    first = next(iter(surfaces.values()))
+    if not first.betas.size:
+        series = [
+            Series(
+                name, s.alphas.tolist(), s.values.tolist(), style=i,
+                low=None if s.stderr is None else (s.values - 1.96 * s.stderr).tolist(),
+                high=None if s.stderr is None else (s.values + 1.96 * s.stderr).tolist(),
+            )
+            for i, (name, s) in enumerate(surfaces.items())
+        ]  # fmt: skip
+        return Lines(series, axes_of(first)[0], "loss", log_y=_wide(surfaces))
+    return Surfaces(
+        [Surface(s.values, s.alphas, s.betas, name, s.label) for name, s in surfaces.items()],
+        "loss",
+        axes_of(first),
+    )
+
+
+def _wide(surfaces: dict[str, LossSurface]) -> bool:
+    values = np.concatenate([s.values[np.isfinite(s.values)] for s in surfaces.values()])
+    return bool(values.size and values.min() > 0 and values.max() / values.min() > 30)
+
+
+def height_sentence(chart: Chart) -> str:
+    """What the heights are, where they were clipped."""
+    if not isinstance(chart, Surfaces):
+        return ""
+    scale = _terrain.heights(chart)
+    if not scale.log:
+        return f"Colours end at {short(scale.high)} on either side of zero." if scale.cut else ""
+    cut = f"; above {short(scale.high)} it is cut off" if scale.cut else ""
+    return f"Height is the loss on a log scale, from {short(scale.low)} to {short(scale.high)}{cut}. The cross is where the weights are."
+
+
+def surface_answer(name: str, surface: LossSurface) -> str:
+    """A surface in one sentence."""
+    scores = surface.scores
+    if surface.label:
+        return f"{name}: {surface.label}."
+    return (
+        f"{name}: loss {short(scores.centre)} at the centre; {100 * scores.convexity_share:.0f} % of the plane curves up both ways, "
+        f"roughness {short(scores.roughness)}."
+    )
+
+
+@story.register
+def _(result: LossSurface) -> Story:
+    chart = surface_chart({result.name: result})
+    table = result.table()
+    tables = [table, result.checks.table(), result.provenance.table()]
+    panel = Panel("The loss around the weights", chart, height_sentence(chart), tables)
+    panels = [panel]
+    if result.stderr is not None and result.betas.size:
+        known = np.where(np.isfinite(result.stderr), result.stderr, np.nan)
+        error = Surfaces(
+            [Surface(known, result.alphas, result.betas, "standard error")],
+            "standard error of the loss",
+            axes_of(result),
+        )
+        panels.append(
+            Panel("How sure each height is", error, "Standard error over the samples, point by point.")
+        )
+    return Story(
+        f"The loss surface of {result.name or 'the network'}",
+        "",
+        [surface_answer(result.name or "The network", result)],
+        panels,
+        table.notes,
+    )
+
+
+def difference_chart(result: Difference, like: LossSurface | None = None) -> Chart:
+    """A difference, coloured on both sides of zero."""
+    shape = result.values.shape
+    alphas = like.alphas if like is not None else np.linspace(-1, 1, shape[0])
+    betas = like.betas if like is not None else np.linspace(-1, 1, shape[1] if len(shape) > 1 else 0)
+    if len(shape) < 2:
+        low, high = (None if v is None else v.tolist() for v in (result.low, result.high))
+        return Lines(
+            [Series(result.name, alphas.tolist(), result.values.tolist(), low, high)],
+            "direction 1",
+            "difference of the loss",
+            level=(0.0, "no difference"),
+        )
+    return Surfaces(
+        [Surface(result.values, alphas, betas, result.name, signed=True)], "difference of the loss"
+    )
+
+
+def difference_sentence(result: Difference) -> str:
+    """Where two surfaces differ for sure."""
+    clear = result.clear_share
+    middle = float(np.nanmedian(result.values)) if result.values.size else float("nan")
+    sure = (
+        f"; at {100 * clear:.0f} % of the points the 95 % interval leaves zero out"
+        if clear is not None
+        else ""
+    )
+    return f"{result.name}: the median difference is {short(middle)}{sure}."
+
+
+@story.register
+def _(result: Difference) -> Story:
+    panel = Panel(
+        "One surface minus the other", difference_chart(result), "White is no difference.", [result.table()]
+    )
+    return Story(f"The difference of two surfaces: {result.name}", "", [difference_sentence(result)], [panel])
+
+
+def pair_panels(result: PairedSurfaces) -> list[Panel]:
+    """Twins beside each other, and the difference where there may be one."""
+    chart = surface_chart(result.surfaces)
+    panels = [Panel("Side by side, on one scale", chart, height_sentence(chart), [result.table()])]
+    like = next(iter(result.surfaces.values()))
+    for difference in result.differences.values():
+        drawn = difference_chart(difference, like)
+        text = f"White is no difference; {difference_sentence(difference)} {height_sentence(drawn)}"
+        panels.append(Panel(f"The difference: {difference.name}", drawn, text, [difference.table()]))
+    return panels
+
+
+@story.register
+def _(result: PairedSurfaces) -> Story:
+    answers = [surface_answer(name, surface) for name, surface in result.surfaces.items()]
+    return Story("Loss surfaces side by side", "", answers, pair_panels(result), result.table().notes)
