@@ -11,52 +11,13 @@ from torch import nn
 import skipscope as ss
 from skipscope.monitor import STATES, JsonLines, Terminal, watch
 
-
-def network(dtype=torch.float32, width=6, depth=3, seed=0):
-    torch.manual_seed(seed)
-    layers = [part for _ in range(depth) for part in (nn.Linear(width, width), nn.Tanh())]
-    return nn.Sequential(*layers, nn.Linear(width, 1)).to(dtype)
-
-
-def data(dtype=torch.float32, n=8, width=6):
-    return torch.randn(n, width, dtype=dtype)
-
-
-def oracle(model):
-    """(L2 norm, mean |g|) of each parameter's gradient in float64, one element at a time; None without gradient."""
-    result = []
-    for p in model.parameters():
-        if p.grad is None:
-            result.append((math.nan, math.nan))
-            continue
-        values = [abs(float(v)) for v in p.grad.detach().to_dense().double().flatten()]
-        result.append((math.sqrt(math.fsum(v * v for v in values)), math.fsum(values) / len(values)))
-    return np.array(result).T
-
-
-class Spy(torch.optim.SGD):
-    """SGD that notes, inside its own step, what it receives."""
-
-    def __init__(self, model, **options):
-        super().__init__(model.parameters(), **{"lr": 0.05, **options})
-        self.model, self.received = model, []
-
-    def step(self, closure=None):
-        self.received.append(oracle(self.model))
-        return super().step(closure)
-
-
-def agrees(history, received, tolerance=1e-6):
-    expected = np.array(received)
-    assert len(history) == len(received)
-    np.testing.assert_allclose(history.norm, expected[:, 0], rtol=tolerance)
-    np.testing.assert_allclose(history.mean_abs, expected[:, 1], rtol=tolerance)
+from ._loops import Spy, agrees, data, network, oracle
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_every_step_equals_the_oracle(dtype):
     model = network(dtype)
-    optimizer = Spy(model)
+    optimizer = Spy(model.parameters())
     with watch(model, optimizer) as monitor:
         for _ in range(5):
             optimizer.zero_grad()
@@ -69,7 +30,7 @@ def test_every_step_equals_the_oracle(dtype):
 
 def test_the_oracle_can_fail():
     model = network()
-    optimizer = Spy(model)
+    optimizer = Spy(model.parameters())
     with watch(model, optimizer) as monitor:
         model(data()).square().mean().backward()
         optimizer.step()
@@ -80,7 +41,7 @@ def test_the_oracle_can_fail():
 
 def test_every_and_public_name():
     model = network()
-    optimizer = Spy(model)
+    optimizer = Spy(model.parameters())
     monitor = ss.watch(model, optimizer, every=3)
     for _ in range(8):
         optimizer.zero_grad()
@@ -96,7 +57,7 @@ def test_every_and_public_name():
 
 def test_history_is_data_that_saves_and_loads(tmp_path):
     model = network()
-    optimizer = Spy(model)
+    optimizer = Spy(model.parameters())
     with watch(model, optimizer, folder=tmp_path / "run") as monitor:
         for _ in range(4):
             optimizer.zero_grad()
@@ -120,7 +81,7 @@ def test_history_is_data_that_saves_and_loads(tmp_path):
 @pytest.mark.parametrize("cut", range(0, 400, 7))
 def test_a_torn_file_reads_up_to_the_last_whole_row(tmp_path, cut):
     model = network(depth=1)
-    optimizer = Spy(model)
+    optimizer = Spy(model.parameters())
     with watch(model, optimizer, folder=tmp_path / "run") as monitor:
         for _ in range(4):
             optimizer.zero_grad()
@@ -137,7 +98,7 @@ def test_a_torn_file_reads_up_to_the_last_whole_row(tmp_path, cut):
 
 def test_matrix_has_layer_by_step():
     model = network()
-    optimizer = Spy(model)
+    optimizer = Spy(model.parameters())
     with watch(model, optimizer) as monitor:
         for _ in range(4):
             optimizer.zero_grad()
@@ -161,8 +122,8 @@ def test_a_step_that_calls_its_parents_step_is_one_step():
 
     torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # torch hooks each class's step at its first use
     model = network()
-    Spy(model)
-    optimizer = Outer(model)
+    Spy(model.parameters())
+    optimizer = Outer(model.parameters())
     with watch(model, optimizer) as monitor:
         for i in range(6):
             optimizer.zero_grad()
@@ -171,7 +132,7 @@ def test_a_step_that_calls_its_parents_step_is_one_step():
             if optimizer.fails:
                 with pytest.raises(ZeroDivisionError):
                     optimizer.step()
-                optimizer.received.append(oracle(model))
+                optimizer.received.append(oracle(model.parameters()))
             else:
                 optimizer.step()
     agrees(monitor.history, optimizer.received)
@@ -179,7 +140,7 @@ def test_a_step_that_calls_its_parents_step_is_one_step():
 
 def test_memory_is_bounded_and_the_folder_keeps_all(tmp_path):
     model = network(depth=1)
-    optimizer = Spy(model)
+    optimizer = Spy(model.parameters())
     with watch(model, optimizer, keep=16, folder=tmp_path / "run") as monitor:
         for _ in range(100):
             optimizer.zero_grad()
@@ -211,7 +172,7 @@ def test_the_three_kinds_of_zero_stay_apart():
 
 def test_jsonl_and_terminal_when_piped(tmp_path, capsys):
     model = network()
-    optimizer = Spy(model)
+    optimizer = Spy(model.parameters())
     with watch(model, optimizer, sinks=[Terminal(every=2), str(tmp_path / "log.jsonl")]):
         for _ in range(4):
             optimizer.zero_grad()
@@ -235,7 +196,7 @@ def test_a_sink_that_fails_is_dropped_and_training_goes_on(tmp_path):
             raise OSError("no space left")
 
     model = network()
-    optimizer = Spy(model)
+    optimizer = Spy(model.parameters())
     with (
         pytest.warns(UserWarning, match="Broken failed"),
         watch(model, optimizer, sinks=[Broken(tmp_path / "x")]),
@@ -252,7 +213,7 @@ def test_it_detaches_after_an_exception():
 
     inner, step = clip_grad._clip_grads_with_norm_, torch.amp.GradScaler.step
     model = network()
-    optimizer = Spy(model)
+    optimizer = Spy(model.parameters())
     with pytest.raises(ZeroDivisionError), watch(model, optimizer):
         assert clip_grad._clip_grads_with_norm_ is not inner
         raise ZeroDivisionError

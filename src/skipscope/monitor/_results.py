@@ -127,13 +127,13 @@ class History(Result):
 
     @property
     def sizes(self) -> np.ndarray:
-        """Elements of each parameter, ``[P]``."""
-        return np.array([np.prod(shape, dtype=float) for shape in self.shapes])
+        """Elements of each parameter (1 for an empty one), ``[P]``."""
+        return np.array([max(1.0, np.prod(shape, dtype=float)) for shape in self.shapes])
 
     @property
     def rms(self) -> np.ndarray:
         """RMS of dL/dw, ``[rows, P]``."""
-        return self.norm / np.sqrt(np.maximum(self.sizes, 1.0))
+        return self.norm / np.sqrt(self.sizes)
 
     @property
     def total_norm(self) -> np.ndarray:

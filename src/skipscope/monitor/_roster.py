@@ -23,7 +23,7 @@ class Roster:
     Attributes:
         parameters: ``[P]``.
         names, shapes, groups: of each; the whole parameter's shape, also where this rank has a shard.
-        sizes: elements.
+        sizes: elements; 1 for an empty parameter.
         tiny: the smallest normal number of its dtype.
         order: its place among the model's parameters.
     """
@@ -71,7 +71,7 @@ def take_roster(optimizer: torch.optim.Optimizer, index: int, models: Mapping[st
         parameters=tuple(e[4] for e in entries),
         names=tuple(e[2] for e in entries),
         shapes=tuple(tuple(e[4].shape) for e in entries),
-        sizes=np.array([e[4].numel() for e in entries], dtype=float),
+        sizes=np.array([max(1, e[4].numel()) for e in entries], dtype=float),
         groups=tuple(e[3] for e in entries),
         tiny=tuple(float(torch.finfo(e[4].dtype).tiny) for e in entries),
         order=tuple(e[0] for e in entries),

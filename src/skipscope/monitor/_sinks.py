@@ -59,7 +59,7 @@ class Record:
         states = states_of(norm, mean, np.array(roster.tiny))
         return cls(
             optimizer, int(scalars["step"]), scalars["seconds"], roster.names,
-            norm / np.sqrt(np.maximum(roster.sizes, 1.0)), np.where(mean < 0, np.nan, mean), before,
+            norm / np.sqrt(roster.sizes), np.where(mean < 0, np.nan, mean), before,
             tuple(STATES[int(code)] for code in states), float(np.sqrt(np.nansum(np.square(norm)))) if P else 0.0,
             scalars["total_before_clip"], scalars["loss_scale"], bool(scalars["skipped"]), verdict,
         )  # fmt: skip
