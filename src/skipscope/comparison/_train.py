@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -123,10 +124,11 @@ def train_and_keep(
             starts = {seed: make(seed) for seed in chosen}
             engine[name] = "stacked" if _stackable(starts[chosen[0]], stream, objective) else "one by one"
             train = _train_stacked if engine[name] == "stacked" else _train_one_by_one
-            logs[name] = {
-                optimizer: _sweep_then_seeds(train, starts, values, optimizer, stream, objective, steps, name)
-                for optimizer, values in rates.items()
-            }
+            with _few_threads(starts[chosen[0]]):
+                logs[name] = {
+                    optimizer: _sweep_then_seeds(train, starts, values, optimizer, stream, objective, steps, name)
+                    for optimizer, values in rates.items()
+                }
     if target is None:
         target = min(_first_loss(by) for by in logs.values()) / 2
     curves = {name: {o: _best(runs, chosen, target) for o, runs in by.items()} for name, by in logs.items()}
@@ -135,6 +137,18 @@ def train_and_keep(
         for name, by in logs.items()
     }
     return Training(curves, target, steps, stream.size, chosen, varies, engine), kept
+
+
+@contextmanager
+def _few_threads(model: nn.Module) -> Iterator[None]:
+    """One thread for small networks: they gain nothing from more, and lose much when other work shares the machine."""
+    threads = torch.get_num_threads()
+    if max((p.numel() for p in model.parameters()), default=0) < 2**15:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass
@@ -195,7 +209,7 @@ def _best(runs: dict[Run, _Log], seeds: tuple[int, ...], target: float) -> Curve
 
 
 def _final(losses: np.ndarray) -> float:
-    final = float(np.mean(smoothed(losses)[:, -1]))
+    final = float(smoothed(losses)[-1])
     return final if math.isfinite(final) else math.inf
 
 
@@ -282,7 +296,7 @@ def _train_stacked(
     # the rate, so one optimizer at rate 1 serves all rates, and the displacement is the update whose size we report.
     moves = [torch.zeros_like(w).requires_grad_() for w in weights]
     driver = _optimizer(optimizer, moves, 1.0)
-    rates = torch.tensor([run.rate for run in runs])
+    rates = torch.tensor([run.rate for run in runs], dtype=torch.float64)
     sources = {run.seed: stream.batches(run.seed) for run in runs}
     losses, ratios = np.full((len(runs), steps), np.nan), np.full((len(runs), steps), np.nan)
     for step in track(range(steps), f"training {name} with {optimizer}"):
@@ -301,7 +315,7 @@ def _apply(weights: list[Tensor], moves: list[Tensor], rates: Tensor) -> np.ndar
     """Move each network by its own rate; returns |update| / |weights| of each."""
     moved, size = torch.zeros(len(rates), dtype=torch.float64), torch.zeros(len(rates), dtype=torch.float64)
     for w, move in zip(weights, moves):
-        update = move * rates.view(-1, *[1] * (w.ndim - 1))
+        update = move * rates.to(move).view(-1, *[1] * (w.ndim - 1))
         size += w.flatten(1).square().sum(1).double()
         moved += update.flatten(1).square().sum(1).double()
         w += update
