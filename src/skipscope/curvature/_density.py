@@ -17,8 +17,9 @@ from torch import nn
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
+from skipscope.curvature._ladder import Matrix
 from skipscope.curvature._lanczos import Draw, Krylov, Product, gaussian_blocks
-from skipscope.curvature._operator import Matrix, open_operator
+from skipscope.curvature._operator import open_operator
 from skipscope.curvature._private import Selection
 from skipscope.curvature._results import SpectralDensity, stderr_of
 

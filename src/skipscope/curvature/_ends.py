@@ -9,7 +9,8 @@ from torch import nn
 
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
-from skipscope.curvature._operator import CurvatureOperator, Matrix, open_operator
+from skipscope.curvature._ladder import Matrix
+from skipscope.curvature._operator import CurvatureOperator, open_operator
 from skipscope.curvature._private import Selection
 from skipscope.curvature._results import ExtremeEigenvalues
 from skipscope.curvature._solve import Wish, find_ends

@@ -17,7 +17,7 @@ from torch import Tensor
 from skipscope._data import Batch, inputs_of, tensors_in
 from skipscope._errors import SkipscopeError
 from skipscope.curvature._modes import Tangent, backward, difference, each
-from skipscope.curvature._private import PrivateModel
+from skipscope.curvature._private import PrivateModel, in_double
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _linearise(model: PrivateModel, batch: Batch, index: int) -> _Linearised:
     with model.running(index):
         loss = from_output(_rebuilt(output, swap), batch)
     found = (None,) * len(leaves)
-    if loss.requires_grad and leaves:
+    if loss.requires_grad and leaves and not any(loss is leaf for leaf in leaves.values()):
         found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
     gradient = {i: g for i, g in zip(leaves, found, strict=True) if g is not None}
     if not gradient:
@@ -130,14 +130,20 @@ class GaussNewtonForward:
         return [prepared.pull_back(change) for change in changes]
 
 
+@dataclass(frozen=True)
 class GaussNewtonDifferences:
-    """``J v`` as the difference of two outputs."""
+    """``J v`` as the difference of two outputs.
 
+    Attributes:
+        step: as a part of |p|; default: the best for the precision.
+    """
+
+    step: float | None = None
     name = "finite differences"
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> tuple[PrivateModel, Batch, int]:
-        """Nothing is kept: moving the parameters spoils a graph."""
-        return model, batch, index
+        """The model and batch in float64 where they can be run in it; no graph, which moving parameters spoils."""
+        return *(in_double(model, batch, index) or (model, batch)), index
 
     def product(self, prepared: tuple[PrivateModel, Batch, int], tangents: list[Tangent]) -> list[Tangent]:
         """Two forward passes a tangent, and a linearisation for the way back."""
@@ -148,7 +154,7 @@ class GaussNewtonDifferences:
             every = tensors_in(model.output_and_loss(batch, index, output=True)[0])
             return [every[i].detach() for i in positions]
 
-        changes = [difference(model, tangent, outputs) for tangent in tangents]
+        changes = [difference(model, tangent, outputs, self.step) for tangent in tangents]
         linear = _linearise(*prepared)
         return [linear.pull_back(change) for change in changes]
 

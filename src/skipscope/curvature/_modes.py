@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._data import Batch
-from skipscope.curvature._private import PrivateModel, gradients_of
+from skipscope.curvature._private import PrivateModel, gradients_of, in_double
 
 Tangent = list[Tensor]  # one tensor a parameter
 
@@ -90,19 +90,28 @@ class ForwardOverReverse:
             return each(along, tangents)
 
 
+@dataclass(frozen=True)
 class FiniteDifferences:
-    """The difference of two gradients: for what cannot be differentiated twice."""
+    """The difference of two gradients: for what cannot be differentiated twice.
 
+    Attributes:
+        step: as a part of |p|; default: the best for the precision.
+    """
+
+    step: float | None = None
     name = "finite differences"
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> tuple[PrivateModel, Batch, int]:
-        """Nothing is kept."""
-        return model, batch, index
+        """The model and batch in float64, where they can be run in it."""
+        return *(in_double(model, batch, index) or (model, batch)), index
 
     def product(self, prepared: tuple[PrivateModel, Batch, int], tangents: list[Tangent]) -> list[Tangent]:
         """Two gradients a tangent."""
         model, batch, index = prepared
-        return [difference(model, tangent, lambda: model.gradients(batch, index)) for tangent in tangents]
+        return [
+            difference(model, tangent, lambda: model.gradients(batch, index), self.step)
+            for tangent in tangents
+        ]
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------
@@ -143,13 +152,16 @@ def each(along: Callable[..., tuple[Tensor, ...]], tangents: list[Tangent]) -> l
     return [list(along(*tangent)) for tangent in tangents]
 
 
-def difference(model: PrivateModel, tangent: Tangent, function: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """The derivative of ``function()`` along ``tangent``: a central difference at the best step for the precision."""
+def difference(
+    model: PrivateModel, tangent: Tangent, function: Callable[[], list[Tensor]], step: float | None = None
+) -> list[Tensor]:
+    """The derivative of ``function()`` along ``tangent``: a central difference, by default at the best step."""
     point = [p.detach().clone() for p in model.parameters]
+    tangent = [t.to(p.dtype) for t, p in zip(tangent, point, strict=True)]
     here, there = _norm(point), _norm(tangent)
     if there == 0.0:
         return [torch.zeros_like(t) for t in function()]
-    step = torch.finfo(point[0].dtype).eps ** (1 / 3) * max(1.0, here) / there
+    step = (step or torch.finfo(point[0].dtype).eps ** (1 / 3)) * max(1.0, here) / there
     try:
         model.move_to(p + step * t for p, t in zip(point, tangent, strict=True))
         ahead = [t.detach() for t in function()]

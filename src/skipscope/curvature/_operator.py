@@ -6,36 +6,23 @@ first product on the first batch tries the rungs of the ladder from the cheapest
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from skipscope._data import Batch, Batches, Objective, read, tensors_in
+from skipscope._data import Batch, Batches, Objective, read
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import random_state_kept
-from skipscope.curvature._gauss_newton import GaussNewtonDifferences, GaussNewtonForward, GaussNewtonReverse
-from skipscope.curvature._modes import (
-    FiniteDifferences,
-    ForwardOverReverse,
-    Mode,
-    ReverseOverReverse,
-    Tangent,
-)
+from skipscope.curvature._ladder import Matrix, climb, graph_bytes
+from skipscope.curvature._modes import Tangent
 from skipscope.curvature._private import PrivateModel, Selection, private_model
 from skipscope.curvature._results import Layout
 
-Matrix = Literal["hessian", "gauss_newton"]
-_MODES: dict[str, tuple[Mode, Mode, Mode]] = {
-    "hessian": (ReverseOverReverse(), ForwardOverReverse(), FiniteDifferences()),
-    "gauss_newton": (GaussNewtonReverse(), GaussNewtonForward(), GaussNewtonDifferences()),
-}
 _MEMORY = 1 << 30
 
 
@@ -50,6 +37,7 @@ class CurvatureOperator(LinearOperator):
         layout: how a vector ``[n]`` is cut into parameters.
         products: vectors multiplied so far, the trial of the modes included.
         tried: for each mode that was refused, why.
+        held_bytes: memory that kept graphs take.
     """
 
     def __init__(
@@ -63,19 +51,15 @@ class CurvatureOperator(LinearOperator):
     ):
         self.model, self.data, self.matrix = model, data, matrix
         self.layout: Layout = model.layout
-        self.products = 0
-        self.tried: dict[str, str] = {}
+        self.products = 1  # the trial
         self.held_bytes = 0
-        self._memory, self._held, self._shares = memory, {}, None
-        self._rungs = [r for r in _ladder(matrix) if mode is None or mode in r[0]]
-        if not self._rungs:
-            raise SkipscopeError(
-                model.operation,
-                f"unknown mode {mode!r}",
-                expected="one of " + ", ".join(r[0] for r in _ladder(matrix)),
-            )
+        self._memory, self._held = memory, {}
+        self._shares = self._count_shares()
         super().__init__(np.dtype(np.float64), (self.layout.size, self.layout.size))
-        self._choose()
+        index, batch, _ = next(iter(self._batches()))
+        model.output_and_loss(batch, index)  # a user's own error comes out as such
+        trial = self._cut(torch.randn(self.layout.size, generator=torch.Generator().manual_seed(0)))
+        self._rung, self.tried = climb(model, batch, index, matrix, trial, mode)
 
     # --- as a matrix ---
 
@@ -92,7 +76,7 @@ class CurvatureOperator(LinearOperator):
     @property
     def method(self) -> str:
         """The mode that runs."""
-        name, held, total = self._rungs[0][0], len(self._held), len(self._shares or ())
+        name, held, total = self._rung.name, len(self._held), len(self._shares)
         if not held:
             return name
         return (
@@ -138,8 +122,6 @@ class CurvatureOperator(LinearOperator):
 
     def _batches(self) -> Iterator[tuple[int, Batch, float]]:
         """Every batch that counts, with its number and its share of the mean (or 1 in a sum)."""
-        if self._shares is None:
-            self._shares = self._count_shares()
         if len(self._held) == len(self._shares):  # nothing is run anew: the data need not be read
             yield from ((index, None, share) for index, share in self._shares.items())
             return
@@ -168,49 +150,20 @@ class CurvatureOperator(LinearOperator):
     # --- products of a batch ---
 
     def _on_batch(self, index: int, batch: Batch, tangents: list[Tangent]) -> list[Tangent]:
-        _, mode, attention = self._rungs[0]
-        with attention():
+        mode = self._rung.mode
+        with self._rung.running():
             prepared = self._held.get(index)
             if prepared is None:
                 prepared = mode.prepare(self.model, batch, index)
-                self._hold(index, prepared)
+                if self._rung.keeps:
+                    self._hold(index, prepared)
             return mode.product(prepared, tangents)
 
     def _hold(self, index: int, prepared: Any) -> None:
-        if not isinstance(self._rungs[0][1], ReverseOverReverse | GaussNewtonReverse):
-            return
         size = graph_bytes(prepared)
         if self.held_bytes + size <= self._memory:
             self._held[index] = prepared
             self.held_bytes += size
-
-    def _choose(self) -> None:
-        """Try the rungs on the first batch that counts; the first that works stays."""
-        index, batch, _ = next(iter(self._batches()))
-        self.model.output_and_loss(batch, index)  # a user's own error comes out as such
-        generator = torch.Generator().manual_seed(0)
-        trial = self._cut(torch.randn(self.layout.size, generator=generator, dtype=torch.float64))
-        self.products += 1
-        while True:
-            try:
-                self._on_batch(index, batch, [trial])
-                return
-            except SkipscopeError:
-                raise
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a mode cannot do, the next may
-                self.tried[self._rungs[0][0]] = (
-                    f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-                )
-                self._held.clear()
-                self.held_bytes = 0
-                if len(self._rungs) == 1:
-                    raise SkipscopeError(
-                        self.model.operation, "no way to multiply with the matrix works on this model",
-                        got="; ".join(f"{name}: {why}" for name, why in self.tried.items()),
-                    ) from error  # fmt: skip
-                self._rungs.pop(0)
 
     def _cut(self, vector: Tensor) -> Tangent:
         parts = torch.split(vector, [p.numel() for p in self.model.parameters])
@@ -276,7 +229,7 @@ def curvature_operator(
         training: False runs in eval mode, True in training mode, None leaves each module's flag.
         seed: of random numbers inside the model (dropout), the same in every product.
         mode: which way to make products; default: the first that works of "reverse over reverse", "forward over
-            reverse", the two with plain attention ("math attention"), and "finite differences".
+            reverse", the two with fused kernels spelt out ("math kernels"), and "finite differences".
         memory: bytes that kept graphs may take; batches beyond it are run anew for each product.
 
     Returns:
@@ -321,37 +274,3 @@ def open_operator(
     batches, objective = read(model, data, loss, operation, weight=weight)
     own = private_model(model, objective, operation, parameters=parameters, training=training, seed=seed)
     return CurvatureOperator(own, batches, matrix, mode=mode, memory=memory)
-
-
-def _ladder(matrix: str) -> list[tuple[str, Mode, Callable[[], Any]]]:
-    reverse, forward, differences = _MODES[matrix]
-    return [
-        (reverse.name, reverse, contextlib.nullcontext),
-        (forward.name, forward, contextlib.nullcontext),
-        (f"{reverse.name}, math attention", reverse, _math_attention),
-        (f"{forward.name}, math attention", forward, _math_attention),
-        (differences.name, differences, contextlib.nullcontext),
-    ]
-
-
-def _math_attention():
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def graph_bytes(prepared: Any) -> int:
-    """The memory that a graph keeps alive: every distinct storage saved for a backward pass."""
-    waiting = [t.grad_fn for t in tensors_in(prepared) if t.grad_fn is not None]
-    seen, storages = set(), {}
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
-        for name in dir(node):
-            if name.startswith("_saved_") or name == "saved_tensors":
-                with contextlib.suppress(RuntimeError, AttributeError):
-                    for tensor in tensors_in(getattr(node, name)):
-                        storage = tensor.untyped_storage()
-                        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, Objective
+from skipscope._data import Batch, Objective, forward, map_tensors
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import untouched
 from skipscope.curvature._results import Layout
@@ -40,6 +40,7 @@ class PrivateModel:
     training: bool | None
     seed: int
     operation: str
+    _twin: PrivateModel | None = None
 
     @property
     def layout(self) -> Layout:
@@ -54,8 +55,6 @@ class PrivateModel:
 
     def output_and_loss(self, batch: Batch, index: int, *, output: bool = False) -> tuple[Any, Tensor]:
         """The loss of a batch, with its graph; and the model's output if it is asked for (else None)."""
-        from skipscope._data import forward
-
         with self.running(index):
             self._own_buffers()
             if not output:
@@ -76,8 +75,17 @@ class PrivateModel:
         _, loss = self.output_and_loss(batch, index)
         return gradients_of(loss, self.parameters)
 
+    def doubled(self) -> PrivateModel:
+        """A copy of the copy, in float64; made once for a point."""
+        if self._twin is None:
+            module = _copied(self.module, self.operation).double()
+            found = dict(module.named_parameters())
+            self._twin = replace(self, module=module, parameters=[found[name] for name in self.names])
+        return self._twin
+
     def move_to(self, values: Iterable[Tensor]) -> None:
         """Give the chosen parameters other values."""
+        self._twin = None
         with torch.no_grad():
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.copy_(value)
@@ -89,6 +97,23 @@ def gradients_of(loss: Tensor, parameters: list[nn.Parameter], *, create_graph: 
         return [torch.zeros_like(p) for p in parameters]
     found = torch.autograd.grad(loss, parameters, create_graph=create_graph, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def in_double(model: PrivateModel, batch: Batch, index: int) -> tuple[PrivateModel, Batch] | None:
+    """The same model and batch in float64, or None where something cannot be run in it."""
+    if model.parameters[0].dtype == torch.float64:
+        return model, batch
+    try:
+        twin, batch = model.doubled(), map_tensors(batch, _doubled)
+        if twin.output_and_loss(batch, index)[1].dtype != torch.float64:
+            return None
+    except Exception:  # a class weight in float32, a kernel without float64, ...
+        return None
+    return twin, batch
+
+
+def _doubled(value: Any) -> Any:
+    return value.double() if value.is_floating_point() else value
 
 
 def private_model(
