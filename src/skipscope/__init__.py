@@ -19,4 +19,5 @@ __getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
 
 # The one way upward: results draw themselves by this room's hand, and are read back from the rooms' own stores.
 _result.register_drawer("skipscope.report")
+_result.register_reader("skipscope.surfaces:read_store")
 _result.register_reader("skipscope.monitor:read_history")

@@ -15,3 +15,4 @@ from skipscope.surfaces._results import PairedSurfaces as PairedSurfaces
 from skipscope.surfaces._results import Provenance as Provenance
 from skipscope.surfaces._results import Scores as Scores
 from skipscope.surfaces._results import Surface as Surface
+from skipscope.surfaces._store import read_store as read_store

@@ -43,6 +43,7 @@ class Adaptive:
         self.fields, self.tolerance = fields, tolerance
         self.shape = sheet.shape
         self.errors = dict.fromkeys((value for value, _ in fields), 0.0)
+        self._in_logarithm: dict[str, bool] = {}  # which values are interpolated so; learnt at each level
 
     def run(self) -> dict[str, float]:
         """Fill the sheet; returns the largest error seen on held-out points, for each field."""
@@ -75,8 +76,12 @@ class Adaptive:
         cells = sorted(active)
         centres = np.array([[_middle(old[axis], cell[axis]) for axis in (0, 1)] for cell in cells])
         centre_points = self._flat(centres[:, 0], centres[:, 1])
-        predicted = self._predict(old, centre_points)
+        both = [
+            {name: self._spline(name, old, centre_points, log) for name, _ in self.fields}
+            for log in (False, True)
+        ]
         self.compute(centre_points)
+        predicted = self._better(*both, centre_points)
         failing = [cell for cell, bad in zip(cells, self._fails(predicted, centre_points)) if bad]
         around = {(i + di, j + dj) for i, j in failing for di in (-1, 0, 1) for dj in (-1, 0, 1)}
         around = {
@@ -132,25 +137,42 @@ class Adaptive:
                 values = self._spline(name, level, points)
                 self.sheet.data[k, points] = np.fmax(values, 0.0) if name.endswith("stderr") else values
 
-    def _predict(self, level: tuple[np.ndarray, np.ndarray], points: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: self._spline(name, level, points) for name, _ in self.fields}
+    def _better(
+        self, straight: dict[str, np.ndarray], logarithm: dict[str, np.ndarray], points: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Of two predictions of each value the one that came closer; it is the way from now on."""
+        chosen = {}
+        for name, _ in self.fields:
+            value = self.sheet.data[self.sheet.names.index(name), points]
+            value = np.where(np.isfinite(value), value, np.nan)
+            off = [np.nanmax(np.abs(guess[name] - value), initial=0.0) for guess in (straight, logarithm)]
+            self._in_logarithm[name] = bool(off[1] < off[0])
+            chosen[name] = (logarithm if self._in_logarithm[name] else straight)[name]
+        return chosen
 
-    def _spline(self, name: str, level: tuple[np.ndarray, np.ndarray], points: np.ndarray) -> np.ndarray:
+    def _spline(
+        self, name: str, level: tuple[np.ndarray, np.ndarray], points: np.ndarray, log: bool | None = None
+    ) -> np.ndarray:
         from scipy.interpolate import RectBivariateSpline
 
         rows, columns = level
         values = _finite_filled(self.sheet[name][np.ix_(rows, columns)])
-        # Losses that span decades are smooth in their logarithm, and stay positive when interpolated there.
-        spans_decades = values.min() > 0 and values.max() > 30 * values.min()
+        # Losses that span decades are often smoother in their logarithm, and stay positive when interpolated there.
+        if log is None:  # whatever belongs to a value (its folds, its error) is interpolated as it is
+            log = any(
+                chosen and name.startswith(v.removesuffix("value"))
+                for v, chosen in self._in_logarithm.items()
+            )
+        log = log and bool(values.min() > 0)
         degrees = [min(3, len(axis) - 1) for axis in level]
         fit = RectBivariateSpline(
-            self.axes[0][rows], self.axes[1][columns], np.log(values) if spans_decades else values,
+            self.axes[0][rows], self.axes[1][columns], np.log(values) if log else values,
             kx=degrees[0], ky=degrees[1],
         )  # fmt: skip
         i, j = np.unravel_index(points, self.shape)
         with np.errstate(over="ignore"):
             out = fit.ev(self.axes[0][i], self.axes[1][j])
-            return np.exp(out) if spans_decades else out
+            return np.exp(out) if log else out
 
     # --- the end ---
 

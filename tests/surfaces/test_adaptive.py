@@ -1,0 +1,103 @@
+"""Adaptive grids: few points where the surface is smooth, every point where it is not, and no lie about which."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import skipscope as ss
+from skipscope import reference
+from skipscope.surfaces._adaptive import Adaptive, _levels
+from skipscope.surfaces._grid import Sheet
+
+
+def _fill(function, n, tolerance, m=None):
+    axes = np.linspace(-1, 1, n), np.linspace(-1, 1, m or n)
+    truth = function(*np.meshgrid(*axes, indexing="ij"))
+    sheet, asked = Sheet(["value"], truth.shape), []
+
+    def compute(points):
+        asked.append(points)
+        new = points[~sheet.done[points]]
+        sheet.put(new, truth.ravel()[new][None])
+
+    errors = Adaptive(sheet, axes, compute, [("value", None)], tolerance).run()
+    return truth, sheet, errors["value"]
+
+
+SMOOTH = {
+    "bowl": lambda a, b: a**2 + 3 * b**2,
+    "quartic": lambda a, b: (a**2 + b**2 + a * b) ** 2,
+    "steep in decades": lambda a, b: np.exp(6 * (a**2 + b**2)),
+    "waves": lambda a, b: np.sin(3 * a) * np.cos(2 * b),
+    "plateau": lambda a, b: np.tanh(4 * (a**2 + b**2)),
+}
+
+
+@pytest.mark.parametrize("kind", SMOOTH)
+@pytest.mark.parametrize(("n", "m"), [(51, 51), (33, 50)])
+def test_smooth_surfaces_take_few_points(kind, n, m):
+    truth, sheet, error = _fill(SMOOTH[kind], n, 0.01, m)
+    worst = np.abs(sheet["value"] - truth).max() / np.ptp(truth)
+    assert worst <= 0.015 and error <= 0.01 * np.ptp(truth)
+    assert sheet.done.mean() < 0.15
+    assert np.array_equal(sheet["value"].ravel()[sheet.done], truth.ravel()[sheet.done])
+
+
+def test_a_chaotic_surface_ends_as_the_full_grid():
+    noise = np.random.default_rng(0).normal(size=(31, 31))
+    truth, sheet, error = _fill(lambda a, b: noise, 31, 0.01)
+    assert sheet.done.all() and np.array_equal(sheet["value"], truth) and error == 0
+
+
+def test_half_chaotic_is_computed_in_that_half():
+    noise = np.random.default_rng(0).normal(size=(51, 51))
+    truth, sheet, _ = _fill(lambda a, b: a**2 + np.where(b > 0.4, noise, 0), 51, 0.01)
+    done = sheet.done.reshape(51, 51)
+    assert done[:, 36:].mean() > 0.95 and done[:, :25].mean() < 0.6
+    assert np.abs(sheet["value"] - truth).max() <= 0.02 * np.ptp(truth)
+
+
+def test_a_narrow_spike_between_coarse_points_is_not_promised_but_nan_and_inf_are_never_smoothed():
+    def hole(a, b):
+        v = a**2 + b**2
+        v[a + b > 0.9] = np.nan
+        v[a + b > 1.4] = np.inf
+        return v
+
+    truth, sheet, _ = _fill(hole, 51, 0.01)
+    computed = sheet.done.reshape(51, 51)
+    assert computed[~np.isfinite(truth)].mean() > 0.9
+    assert np.array_equal(sheet["value"][computed], truth[computed], equal_nan=True)
+
+
+@given(st.integers(2, 200))
+@settings(max_examples=60, deadline=None)
+def test_levels_are_nested_and_end_with_all(n):
+    levels = _levels(n)
+    assert np.array_equal(levels[-1], np.arange(n))
+    assert all(set(a) <= set(b) for a, b in zip(levels, levels[1:]))
+    assert n % 2 == 0 or n < 3 or all(n // 2 in level for level in levels)
+
+
+def test_a_networks_surface_within_the_tolerance():
+    torch.manual_seed(0)
+    model = reference.deep_mlp(depth=4, shortcut="identity")
+    batch = reference.digits(64)
+    full = ss.landscape(model, batch, F.cross_entropy, grid=31, strategy="plain")
+    part = ss.landscape(model, batch, F.cross_entropy, grid=31, strategy="plain", tolerance=0.01)
+    assert part.computed.mean() < 0.5 and part.complete and full.complete
+    assert np.array_equal(part.values[part.computed], full.values[part.computed])
+    assert np.abs(part.values - full.values).max() <= 0.015 * np.ptp(full.values)
+    assert part.interpolation_error <= 0.01 * np.ptp(full.values) or (
+        part.interpolation_error <= np.nanmax(part.stderr)
+    )
+    assert "interpolated" in str(part) and full.interpolation_error is None
+
+
+def test_a_tolerance_of_nothing_is_refused():
+    with pytest.raises(ss.SkipscopeError, match="tolerance is not positive"):
+        ss.landscape(nn.Linear(2, 2), (torch.ones(2, 2), torch.ones(2, 2)), F.mse_loss, grid=9, tolerance=0)

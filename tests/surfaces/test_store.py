@@ -1,0 +1,224 @@
+"""Results kept as they come: killed at any moment, run again, the same bits; strangers refused; ranks without collectives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import skipscope as ss
+from skipscope.surfaces import _runner
+
+HERE = Path(__file__).parent
+
+
+def _model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def _data():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(50, 6, generator=generator), torch.randint(4, (50,), generator=generator)
+
+
+def _surface(store=None, **options):
+    return ss.landscape(
+        options.pop("model", None) or _model(), options.pop("data", None) or _data(),
+        options.pop("loss", F.cross_entropy), store=store, **{"grid": (9, 7), "strategy": "plain", **options},
+    )  # fmt: skip
+
+
+def test_a_store_resumes_without_computing_anything_again(tmp_path):
+    calls = []
+
+    def loss(output, target):
+        calls.append(1)
+        return F.cross_entropy(output, target)
+
+    one = _surface(tmp_path / "s", loss=loss)
+    first, calls[:] = len(calls), []
+    two = _surface(tmp_path / "s", loss=loss)
+    assert np.array_equal(one.values, two.values) and len(calls) < first / 5
+    assert np.array_equal(one.values, _surface(loss=loss).values)
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.02])
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, tolerance):
+    whole = _surface(grid=17, tolerance=tolerance)
+    count = 0
+
+    def loss(output, target):
+        nonlocal count
+        count += 1
+        if count == stop:
+            raise KeyboardInterrupt
+        return F.cross_entropy(output, target)
+
+    stop, rounds = 40, 0
+    while True:
+        try:
+            result = _surface(tmp_path / "s", grid=17, loss=loss, tolerance=tolerance)
+            break
+        except KeyboardInterrupt:
+            count, rounds, stop = 0, rounds + 1, 60 + 40 * rounds
+    assert (
+        rounds >= 1
+        and np.array_equal(result.values, whole.values)
+        and np.array_equal(result.computed, whole.computed)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model": _model(1)}, "weights"),
+        ({"data": (_data()[0] + 1, _data()[1])}, "data"),
+        ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "loss"),
+        ({"loss": lambda o, t: 2 * F.cross_entropy(o, t)}, "loss"),
+        ({"grid": (9, 8)}, "grid"),
+        ({"span": 0.5}, "grid"),
+        ({"seed": 1}, "directions, settings"),
+        ({"normalize": "tensor"}, "directions"),
+        ({"l2": 0.1}, "settings"),
+        ({"metrics": {"error": lambda o, t: 1.0}}, "measured"),
+    ],
+)
+def test_a_store_of_others_is_refused_and_left_alone(tmp_path, change, named):
+    before = _surface(tmp_path / "s", loss=F.cross_entropy)
+    with pytest.raises(ss.SkipscopeError, match="made with other .*" + named):
+        _surface(tmp_path / "s", **change)
+    assert np.array_equal(_surface(tmp_path / "s").values, before.values)
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / "diary.txt").write_text("dear diary")
+    with pytest.raises(ss.SkipscopeError, match="not a landscape's store"):
+        _surface(tmp_path)
+    assert (tmp_path / "diary.txt").read_text() == "dear diary"
+
+
+def test_an_empty_folder_will_do(tmp_path):
+    assert _surface(tmp_path).complete
+
+
+def test_pairs_and_the_chosen_way_are_kept(tmp_path):
+    twins = {"one": _model(), "other": _model(1)}
+    one, two = (
+        ss.paired_landscapes(twins, _data(), F.cross_entropy, grid=7, store=tmp_path / "s") for _ in range(2)
+    )
+    for name in twins:
+        assert np.array_equal(one.surfaces[name].values, two.surfaces[name].values)
+    loaded = ss.load(tmp_path / "s")
+    assert np.array_equal(loaded.surfaces["other"].values, one.surfaces["other"].values)
+
+
+def test_load_of_an_unfinished_store_says_how_to_finish(tmp_path):
+    _surface(tmp_path / "s")
+    (tmp_path / "s" / "result.json").unlink()
+    with pytest.raises(ss.SkipscopeError, match="not finished"):
+        ss.load(tmp_path / "s")
+
+
+# --- real processes -------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, time
+import numpy as np, torch, torch.nn.functional as F
+sys.path.insert(0, {here!r})
+torch.set_num_threads(1)
+from test_store import _data, _model
+import skipscope as ss
+def loss(output, target):
+    time.sleep({slow})
+    return F.cross_entropy(output, target)
+loss.__name__ = "slow"
+surface = ss.landscape(_model(), _data(), loss, grid=(9, 7), strategy="plain", store={store!r})
+print("FINISHED", surface.computed.all(), float(np.nansum(surface.values)).hex())
+"""
+
+
+def _script(tmp_path, slow):
+    path = tmp_path / "run.py"
+    path.write_text(SCRIPT.format(here=str(HERE), slow=slow, store=str(tmp_path / "s")))
+    return str(path)
+
+
+def _units(store):
+    folder = Path(store) / "sheet" / "c" / "0"
+    return len([f for f in folder.iterdir() if f.name.isdigit()]) if folder.exists() else 0
+
+
+def _environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_kill_9_and_run_again(tmp_path):
+    script = _script(tmp_path, 0.04)
+    process = subprocess.Popen([sys.executable, script], env=_environment())
+    end = time.monotonic() + 60
+    while _units(tmp_path / "s") < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = _units(tmp_path / "s")
+    assert 2 <= kept < 9 and not (tmp_path / "s" / "result.json").exists()
+    seen = {f: f.stat().st_mtime_ns for f in (tmp_path / "s" / "sheet" / "c" / "0").iterdir()}
+
+    def loss(output, target):
+        return F.cross_entropy(output, target)
+
+    loss.__name__ = "slow"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        resumed, whole = _surface(tmp_path / "s", loss=loss), _surface(loss=loss)
+    finally:
+        torch.set_num_threads(threads)
+    assert resumed.computed.all() and np.array_equal(resumed.values, whole.values)
+    assert all(
+        f.stat().st_mtime_ns == t for f, t in seen.items() if f.name.isdigit()
+    )  # nothing done was done again
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_torchrun_ranks(tmp_path, ranks):
+    script = _script(tmp_path, 0.002)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={ranks}",
+        "--master-port=0",
+        script,
+    ]
+    found = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=200)
+    lines = [line for line in found.stdout.splitlines() if "FINISHED" in line]
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert len(lines) == ranks and len(set(lines)) == 1 and "True" in lines[0]
+
+
+def test_a_lost_rank_costs_its_units_and_no_more(tmp_path, monkeypatch):
+    """Rank 1 of 2 never comes: rank 0 does its own share, waits, and takes the rest over."""
+    monkeypatch.setattr(_runner, "_PATIENCE_S", 0.5)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    began = time.monotonic()
+    alone = _surface(tmp_path / "s")
+    assert alone.computed.all() and time.monotonic() - began >= 0.5
+    monkeypatch.delenv("WORLD_SIZE")
+    assert np.array_equal(alone.values, _surface().values)
+
+
+def test_ranks_without_a_store_are_refused():
+    with pytest.raises(ss.SkipscopeError, match="ranks meet in a store"):
+        _surface(engine="torchrun")
+    with pytest.raises(ss.SkipscopeError, match="unknown engine"):
+        _surface(engine="slurm")

@@ -1,0 +1,137 @@
+"""Every way of evaluating points gives the plain loop's numbers, or is not taken."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import skipscope as ss
+from skipscope.surfaces import _strategies
+
+
+def _close(one, other, tolerance=1e-9):
+    assert np.allclose(one.values, other.values, rtol=tolerance)
+    if other.stderr is not None:
+        assert np.allclose(one.stderr, other.stderr, rtol=1e-6, atol=1e-12)
+        assert np.allclose(one.centre_stderr, other.centre_stderr, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("strategy", ["split 64", "split 32", "stacked 8", "stacked 32"])
+@pytest.mark.parametrize("case", ["mlp", "mixed", "ignore"])
+def test_each_way_equals_the_plain_loop(strategy, case):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4)).double()
+    x, y = torch.randn(100, 6).double(), torch.randint(4, (100,))
+    if case == "ignore":
+        y[::3] = -100
+    data = (x, y) if case != "mixed" else ss.batches([(x[:70], y[:70]), (x[70:], y[70:])])
+    plain, other = (
+        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s) for s in ("plain", strategy)
+    )
+    assert other.provenance.strategy != plain.provenance.strategy, other.provenance.why
+    _close(other, plain)
+    assert other.checks.passed and 0 <= other.checks.strategy_error < 1e-9
+
+
+@pytest.mark.parametrize("strategy", ["channels last 32", "channels last 64"])
+def test_channels_last_on_a_convolutional_network(strategy):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 2), nn.Flatten(), nn.LazyLinear(10)
+    )  # fmt: skip
+    data = torch.randn(70, 1, 8, 8).double(), torch.randint(10, (70,))
+    model.double()(data[0])
+    plain, other = (
+        ss.landscape(model, data, F.cross_entropy, grid=3, strategy=s) for s in ("plain", strategy)
+    )
+    assert "channels last" in other.provenance.strategy
+    _close(other, plain)
+
+
+@pytest.mark.slow
+def test_the_compiled_loop():
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4)).double()
+    data = torch.randn(100, 6).double(), torch.randint(4, (100,))
+    plain, other = (
+        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s) for s in ("plain", "compiled")
+    )
+    assert "compiled" in other.provenance.strategy
+    _close(other, plain)
+
+
+def test_a_loss_that_is_no_mean_over_samples_is_never_split():
+    """Splitting this batch changes its loss; the reference says so, and the way is dropped with the reason."""
+    model = nn.Sequential(nn.Linear(6, 4)).double()
+    data = torch.randn(100, 6).double(), torch.randn(100, 4).double()
+    loss = lambda output, target: (output - target).square().mean().sqrt()  # noqa: E731
+    plain, other = (ss.landscape(model, data, loss, grid=5, strategy=s) for s in ("plain", "split 32"))
+    assert np.array_equal(plain.values, other.values)
+    assert "differs from the plain loop" in other.provenance.why
+
+
+def test_a_model_whose_samples_mix_is_never_split():
+    class Mixes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 4)
+
+        def forward(self, x):
+            h = self.inner(x)
+            return h - h.mean(0)
+
+    data = torch.randn(100, 6), torch.randint(4, (100,))
+    torch.manual_seed(0)
+    model = Mixes()
+    plain, other = (
+        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s) for s in ("plain", "split 32")
+    )
+    assert np.array_equal(plain.values, other.values)
+
+
+def test_what_draws_random_numbers_draws_the_same_at_every_point():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.inner(x) + torch.randn(len(x), 4)
+
+    data = torch.randn(10, 6), torch.randint(4, (10,))
+    model = Noisy()
+    one = ss.landscape(model, data, F.cross_entropy, grid=(5, 5))
+    other = ss.landscape(model, data, F.cross_entropy, grid=(3, 3), strategy="auto")
+    assert np.array_equal(one.values[::2, ::2], other.values)
+
+
+def test_the_choice_is_timed_told_and_kept(monkeypatch):
+    monkeypatch.setattr(_strategies, "_chosen", {})
+    monkeypatch.setattr(_strategies, "_SHARE", 1e9)
+    monkeypatch.setattr(_strategies, "_COMPILE_S", 1e9)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    data = torch.randn(100, 6), torch.randint(4, (100,))
+    one = ss.landscape(model, data, F.cross_entropy, grid=9)
+    assert "plain" in one.provenance.why and "stacked 8" in one.provenance.why and " ms" in one.provenance.why
+    two = ss.landscape(model, data, F.cross_entropy, grid=9)
+    assert two.provenance.strategy == one.provenance.strategy and np.array_equal(one.values, two.values)
+
+
+def test_an_unknown_strategy_is_refused():
+    with pytest.raises(ss.SkipscopeError, match="unknown strategy"):
+        ss.landscape(
+            nn.Linear(2, 2), (torch.ones(2, 2), torch.ones(2, 2)), F.mse_loss, grid=3, strategy="magic"
+        )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_lower_precision_is_an_explicit_choice_and_is_told(precision):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    data = torch.randn(50, 6), torch.randint(4, (50,))
+    own = ss.landscape(model, data, F.cross_entropy, grid=5)
+    other = ss.landscape(model, data, F.cross_entropy, grid=5, precision=precision)
+    assert precision in other.provenance.dtype and other.checks.passed
+    assert np.allclose(own.values, other.values, rtol=2e-2)
+    assert np.array_equal(own.values, other.values) == (precision == "fp32")
+    with pytest.raises(ss.SkipscopeError, match="unknown precision"):
+        ss.landscape(model, data, F.cross_entropy, grid=5, precision="int3")
