@@ -88,7 +88,7 @@ def gain(weight: Tensor, stride: Any = 1) -> float:
 
 
 def clues(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap) -> tuple[Clue, ...]:
-    """One clue for each step from a boundary to the next: ``[count - 1]``, from a forward pass over one batch."""
+    """A clue for what follows each boundary: ``[count]``, from a forward pass over one batch."""
     recorder = _Recorder({id(p): name for name, p in model.named_parameters()})
 
     def touch(i: int, activation: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def clues(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap)
 
     with torch.no_grad(), tap(touch), recorder:
         loss(model, batch)
-    return tuple(_clue(recorder.gains.get(i, []), recorder.slopes.get(i, [])) for i in range(count - 1))
+    return tuple(_clue(recorder.gains.get(i, []), recorder.slopes.get(i, [])) for i in range(count))
 
 
 def _clue(gains: list[tuple[str, float]], slopes: list[tuple[str, float, float, float]]) -> Clue:

@@ -69,6 +69,8 @@ def gradient_flow(
         mode = mode_of(model)
         readings = measure(model, batches, objective, len(points), tap, scale=scale)
     exact = _in_float64(model, batches, objective, points, seed) if _doubtful(readings) else None
+    if exact is not None and readings.output_gradient == 0:
+        readings.output_gradient = exact.output_gradient
     flow = [_boundary_state(readings, exact, i) for i in range(len(points))]
     seen = [Point(p.name, state, _log(value)) for p, (state, value) in zip(points, flow)]
     residual = sum(p.kind == "merge" for p in points) > len(points) / 2
@@ -143,8 +145,7 @@ def _boundary_state(readings: Readings, exact: Readings | None, i: int) -> tuple
     if not gradient.all_zero:
         return "ok", gradient.rms
     if exact is not None and exact.gradients[i].norm > 0:
-        ratio = readings.output_gradient / exact.output_gradient if exact.output_gradient else 1.0
-        return "underflow", exact.gradients[i].rms * ratio
+        return "underflow", exact.gradients[i].rms
     return "exact_zero", 0.0
 
 

@@ -22,7 +22,8 @@ from skipscope._errors import SkipscopeError
 Touch = Callable[[int, Tensor], Tensor]
 Tap = Callable[[Touch], AbstractContextManager[Any]]
 
-RE_ENTRANT = "Checkpointing is not compatible with .grad()"  # how torch says that it wants .backward()
+# How torch says that re-entrant checkpointing wants .backward(), in older and newer versions.
+RE_ENTRANT = ("Checkpointing is not compatible with .grad()", "checkpoint is incompatible with .grad()")
 
 
 @dataclass
@@ -128,7 +129,7 @@ def measure(
             one = _Pass(model, batch, loss, share, scale, readings)
             one.run(tap)
         except RuntimeError as error:
-            if RE_ENTRANT not in str(error):
+            if not wants_backward(error):
                 raise
             one = _Pass(model, batch, loss, share, scale, readings, accumulate=True)
             one.run(tap)
@@ -163,7 +164,7 @@ class _Pass:
         self.similarities: dict[int, float | None] = {}
         self.gradients: dict[int, Reading] = {}
         self.leaves: list[Tensor] = []
-        self.unit = 1.0
+        self.unit: float | None = None  # what one unit of a gradient is worth, once the seed is known
 
     def touch(self, i: int, activation: Tensor) -> Tensor:
         if i not in self.activations:  # re-entrant checkpointing comes by twice
@@ -181,7 +182,10 @@ class _Pass:
         return activation
 
     def arrive(self, i: int, gradient: Tensor) -> None:
-        self.gradients.setdefault(i, Reading()).add(gradient, self.unit * self.share, self.unit * self.scale)
+        if self.unit is not None:  # the hooks also run while the seed is being found
+            self.gradients.setdefault(i, Reading()).add(
+                gradient, self.unit * self.share, self.unit * self.scale
+            )
 
     def run(self, tap: Tap) -> None:
         outputs: list[Any] = []
@@ -221,7 +225,7 @@ class _Pass:
             to.similarities[i] = value
         for name, gradient in self.weights.items():
             if name in to.weights:
-                to.weights[name].add(gradient, self.unit, self.share)
+                to.weights[name].add(gradient, self.unit or 1.0, self.share)
         if self.accumulate:
             self.model.zero_grad(set_to_none=True)
         to.loss += self.share * float(self.value.detach())
@@ -239,6 +243,11 @@ def _merge(total: Reading, one: Reading) -> None:
     total.finite = total.finite and one.finite
     total.seen = total.seen or one.seen
     total.dtype = one.dtype or total.dtype
+
+
+def wants_backward(error: RuntimeError) -> bool:
+    """Whether torch refuses ``torch.autograd.grad`` because of re-entrant checkpointing."""
+    return any(text in str(error) for text in RE_ENTRANT)
 
 
 @contextmanager
@@ -265,9 +274,22 @@ def output_gradient(loss: Tensor, output: Any, accumulate: bool = False) -> floa
     tensors = _without_ancestors(tensors)
     if not tensors or (accumulate and len(tensors) == 1 and tensors[0].grad_fn is None):
         return 1.0
-    gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
-    norm = math.hypot(*(norm_of(_dense(g)) for g in gradients if g is not None))
-    return norm if any(g is not None for g in gradients) else 1.0
+    narrow = any(torch.finfo(t.dtype).bits < 32 for t in tensors)
+    near = 2.0**6 if narrow else 1e25  # in half precision the seed must be about right before the norm can be
+    seed, found = 1.0, 0.0
+    for _ in range(4):
+        gradients = torch.autograd.grad(
+            loss, tensors, loss.new_tensor(seed), retain_graph=True, allow_unused=True
+        )
+        if all(g is None for g in gradients):
+            return 1.0
+        norm = math.hypot(*(norm_of(_dense(g)) for g in gradients if g is not None))
+        found = norm / seed
+        step = 2.0**24 if norm == 0 else seed_for(norm, loss.dtype) if math.isfinite(norm) else 2.0**-24
+        if 1 / near < norm < near or not 0 < seed * step < torch.finfo(loss.dtype).max:
+            break
+        seed *= step
+    return found
 
 
 def _direct_outputs(output: Any) -> list[Tensor]:

@@ -18,7 +18,7 @@ from skipscope._data import Batch, Objective, inputs_of, map_tensors, read
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import untouched
 from skipscope.flow._flow import meaning_of, mode_of
-from skipscope.flow._measure import RE_ENTRANT, no_gradient, norm_of, shares_of
+from skipscope.flow._measure import no_gradient, norm_of, shares_of, wants_backward
 from skipscope.flow._results import GradientSplit, SplitAt
 from skipscope.shortcuts import find_shortcuts, tap_merges
 
@@ -134,7 +134,7 @@ def _one_batch(
             if graph.starts:
                 torch.autograd.grad(value, graph.starts, allow_unused=True)
         except RuntimeError as error:
-            if RE_ENTRANT in str(error):
+            if wants_backward(error):
                 raise _re_entrant() from error
             raise
         finally:

@@ -81,7 +81,7 @@ def judge(
 
     Args:
         points: in order of execution.
-        clues: for each step from a boundary to the next, what lies between; may be empty.
+        clues: for each boundary, what lies between it and the next (or the output); may be empty.
         residual: shortcuts run along the boundaries, so that clues about branches do not multiply up.
         dtype: for the reason, when it underflows.
     """
@@ -100,7 +100,9 @@ def judge(
     at = _where(logs)
     first, last = connected[at][0], connected[at + 1][0]
     alone = abs(logs[at + 1] - logs[at]) >= SHARE_OF_ONE * abs(fall)
-    cause, reason, evidence = _why(state, logs, at, alone, clues[first:last] if alone else clues, residual)
+    cause, reason, evidence = _why(
+        state, logs, at, alone, clues[first:last] if alone else clues[: len(points) - 1], residual
+    )
     if any(p.state == "underflow" for p in points):
         zero = next(p for p in reversed(points) if p.state == "underflow")
         cause, evidence = "underflow", 10.0 ** (zero.log_flow or 0.0)
@@ -154,20 +156,20 @@ def _broken(points: Sequence[Point], clues: Sequence[Clue]) -> Verdict | None:
 def _dead(points: Sequence[Point], clues: Sequence[Clue], nothing: dict) -> Verdict:
     until = _until(points, "exact_zero")
     name = points[until].name
-    if until == len(points) - 1:
-        return Verdict(
-            "dead", **nothing, where=name, cause="loss", evidence=0.0,
-            reason=f"the gradient is exactly 0 already at {name}, the last boundary: what follows it passes none",
-        )  # fmt: skip
     clue = clues[until] if until < len(clues) else Clue()
     if clue.activation and clue.inactive == 1:
+        cause, evidence = "inactive", 1.0
         reason = f"every unit of the {clue.activation} after {name} is inactive on all of the data (100 % have slope 0)"
-        return Verdict("dead", **nothing, where=name, reason=reason, cause="inactive", evidence=clue.inactive)
-    if clue.layer and clue.gain == 0:
+    elif clue.layer and clue.gain == 0:
+        cause, evidence = "gain", 0.0
         reason = f"the weights of {clue.layer} are all 0"
-        return Verdict("dead", **nothing, where=name, reason=reason, cause="gain", evidence=0.0)
-    reason = f"the gradient is exactly 0 at {name} and all before it"
-    return Verdict("dead", **nothing, where=name, reason=reason, cause="unexplained", evidence=0.0)
+    elif until == len(points) - 1:
+        cause, evidence = "loss", 0.0
+        reason = f"the gradient is exactly 0 already at {name}, the last boundary: the loss passes none on"
+    else:
+        cause, evidence = "unexplained", 0.0
+        reason = f"the gradient is exactly 0 at {name} and all before it"
+    return Verdict("dead", **nothing, where=name, reason=reason, cause=cause, evidence=evidence)
 
 
 def _until(points: Sequence[Point], state: str) -> int:

@@ -1,0 +1,197 @@
+"""Path lengths against the enumeration of all paths, closed forms, and the plain gradient."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import skipscope as ss
+
+_spec = importlib.util.spec_from_file_location("flow_oracles", Path(__file__).with_name("oracles.py"))
+oracles = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(oracles)
+
+mse = nn.functional.mse_loss
+
+
+def square(output):
+    return output.square().mean()
+
+
+def objective(output, target):
+    return square(output)
+
+
+def check(model, x, wrt=None, of=None, **options):
+    paths = ss.path_spectrum(model, (x, torch.zeros(1)), objective, wrt=wrt, **options)
+    expected = np.array(
+        [float(torch.as_tensor(g).norm()) for g in oracles.by_enumeration(model, square, x, of)]
+    )
+    n = len(paths.norms)
+    assert np.allclose(expected[n:], 0, atol=1e-13 * expected.max())
+    scale = expected.max()
+    np.testing.assert_allclose(paths.norms, expected[:n], rtol=1e-10, atol=1e-13 * scale)
+    assert paths.residual < 1e-13
+    return paths
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 8, 10])
+def test_a_chain_equals_the_enumeration_of_all_paths(length):
+    paths = check(oracles.chain(length), torch.randn(4, 6, dtype=torch.float64))
+    assert paths.branches == length
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("options", [{"scale": 0.5}, {"in_place": True}])
+def test_scaled_and_in_place(options, batched):
+    check(oracles.chain(5, **options), torch.randn(4, 6, dtype=torch.float64), batched=batched)
+
+
+@pytest.mark.parametrize("a", [0.1, -0.7, 2.0])
+def test_a_linear_chain_is_binomial(a):
+    """x -> x + a x, L times: G_k = C(L, k) a^k of the gradient at the end."""
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(a * torch.eye(3, dtype=torch.float64))
+
+        def forward(self, x):
+            return x + nn.functional.linear(x, self.weight)
+
+    length, x = 60, torch.randn(5, 3, dtype=torch.float64)
+    model = nn.Sequential(*[Scale() for _ in range(length)])
+    paths = ss.path_spectrum(model, (x, x), lambda output, target: (output * target).sum())
+    expected = np.array([math.comb(length, k) * abs(a) ** k * float(x.norm()) for k in range(length + 1)])
+    np.testing.assert_allclose(paths.norms, expected, rtol=1e-11)
+    k = np.arange(length + 1)
+    assert paths.mean_length == pytest.approx((k * expected).sum() / expected.sum(), rel=1e-11)
+
+
+parts = st.deferred(
+    lambda: st.one_of(
+        st.just("layer"),
+        st.tuples(st.sampled_from(["residual", "in_place", "scaled", "projected", "dense"]), parts),
+        st.tuples(st.just("chain"), parts, parts),
+        st.tuples(st.just("dense_block"), st.integers(1, 3)),
+    )
+)
+
+
+def build(part, width=4):
+    if part == "layer":
+        return oracles.layer(width)
+    kind, *inner = part
+    if kind == "chain":
+        return oracles.Chain(*[build(p, width) for p in inner])
+    if kind == "dense_block":
+        return oracles.DenseBlock(width, inner[0])
+    first = oracles.Chain(nn.Linear(width, width), build(inner[0], width))
+    if kind == "projected":
+        return oracles.Projected(width, oracles.Chain(first, nn.Tanh(), nn.Linear(width, width)))
+    if kind == "dense":
+        return oracles.Dense(width, first)
+    return oracles.Residual(first, scale=0.5 if kind == "scaled" else None, in_place=kind == "in_place")
+
+
+@settings(max_examples=40, deadline=None)
+@given(parts, st.integers(0, 10**6), st.booleans())
+def test_random_nested_graphs_equal_the_enumeration(part, seed, batched):
+    torch.manual_seed(seed)
+    model = oracles.Chain(nn.Linear(4, 4), build(part), nn.Linear(4, 2)).double()
+    marks = sum(isinstance(m, oracles.Branch) for m in model.modules())
+    if marks > 7:
+        return
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert len(ss.find_shortcuts(model, x)) == marks
+    check(model, x, batched=batched)
+
+
+@pytest.mark.parametrize("name", ["parts.1.inner.0.weight", "parts.0.inner.0.bias", "parts.4.weight"])
+def test_back_to_a_parameter(name):
+    model = oracles.chain(4)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    parameter = dict(model.named_parameters())[name]
+    check(model, x, wrt=name, of=parameter)
+    check(model, x, wrt=parameter, of=parameter, batched=False)
+
+
+def test_back_to_a_merge_in_the_middle():
+    model = oracles.chain(6)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    middle = ss.gradient_flow(model, (x, x[:, :3]), mse).boundaries[3]
+    assert middle.kind == "merge"
+    paths = ss.path_spectrum(model, (x, x[:, :3]), mse, wrt=middle.name)
+    with torch.no_grad():
+        inner = oracles.Chain(*model.parts[:3])(x)
+    rest = oracles.Chain(*model.parts[3:])
+    expected = oracles.by_enumeration(rest, lambda output: mse(output, x[:, :3]), inner)
+    np.testing.assert_allclose(paths.norms, [float(g.norm()) for g in expected], rtol=1e-10)
+
+
+def test_two_batches_are_one():
+    model, x = oracles.chain(4), torch.randn(10, 6, dtype=torch.float64)
+    y = torch.randint(0, 3, (10,))
+    whole = ss.path_spectrum(model, (x, y), nn.functional.cross_entropy)
+    parts = ss.path_spectrum(model, ss.batches([(x[:7], y[:7]), (x[7:], y[7:])]), nn.functional.cross_entropy)
+    np.testing.assert_allclose(parts.norms, whole.norms, rtol=1e-12)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
+    name = "parts.1.inner.0.weight"
+    whole = ss.path_spectrum(model, (x, y), nn.functional.cross_entropy, wrt=name)
+    parts = ss.path_spectrum(
+        model, ss.batches([(x[:7], y[:7]), (x[7:], y[7:])]), nn.functional.cross_entropy, wrt=name
+    )
+    np.testing.assert_allclose(parts.norms, whole.norms, rtol=1e-12)
+
+
+def test_memory_is_bounded_without_changing_the_answer():
+    model, x = oracles.chain(8), torch.randn(4, 6, dtype=torch.float64)
+    whole = ss.path_spectrum(model, (x, x[:, :3]), mse)
+    small = ss.path_spectrum(model, (x, x[:, :3]), mse, max_bytes=1500)
+    np.testing.assert_allclose(small.norms, whole.norms, rtol=1e-13)
+
+
+def test_dropout_is_the_same_in_both_passes():
+    model = nn.Sequential(
+        *[oracles.Residual(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5))) for _ in range(4)]
+    ).double()
+    paths = ss.path_spectrum(model, (torch.randn(4, 6).double(), torch.zeros(4, 6).double()), mse)
+    assert paths.residual < 1e-13
+
+
+def test_known_networks_sum_to_the_plain_gradient():
+    for model, batch in (
+        (ss.reference.resnet20(), ss.reference.digits(8)),
+        (ss.reference.deep_mlp(12, 16, shortcut="identity"), ss.reference.digits(8)),
+        (ss.reference.gpt(), ss.reference.english(2)),
+    ):
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        paths = ss.path_spectrum(model, batch, nn.functional.cross_entropy)
+        assert paths.residual < 1e-4
+        assert len(paths.norms) == len(ss.find_shortcuts(model, batch[0])) + 1
+
+
+def test_what_cannot_be_reached_is_refused():
+    model = nn.Sequential(nn.Linear(3, 3), oracles.Severed(), nn.Linear(3, 3))
+    batch = torch.randn(2, 3), torch.zeros(2, 3)
+    with pytest.raises(ss.SkipscopeError, match="no path leads from the loss to input"):
+        ss.path_spectrum(model, batch, mse)
+    with pytest.raises(ss.SkipscopeError, match="neither a boundary nor a parameter"):
+        ss.path_spectrum(model, batch, mse, wrt="nowhere")
+
+
+def test_the_oracle_can_fail():
+    model, x = oracles.chain(3), torch.randn(4, 6, dtype=torch.float64)
+    good = oracles.by_enumeration(model, square, x)
+    with torch.no_grad():
+        model.parts[1].inner[0].weight.mul_(1.001)
+    bad = oracles.by_enumeration(model, square, x)
+    assert float((good[1] - bad[1]).norm()) > 1e-6 * float(good[1].norm())
