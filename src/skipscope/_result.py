@@ -196,7 +196,7 @@ def load(path: str | os.PathLike[str]) -> Result:
             raise SkipscopeError(
                 "load", f"{path} carries no saved result", expected="a page written by result.save(...)"
             )
-        text = rest.partition("</script>")[0].replace("\\u003c", "<")
+        text = rest.partition("</script>")[0]  # every "<" in it is written as JSON's own escape
     return loads(text, str(path))
 
 
