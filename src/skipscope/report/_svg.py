@@ -30,7 +30,7 @@ def lines(chart: Lines, width: int) -> Markup:
     named = _named(chart)
     beside = not narrow and 1 < len(named) <= 9
     words = [s.label for s in named] + ([chart.level[1]] if chart.level else [])
-    room = min(190, 18 + max(len(word) for word in words) * LETTER) if beside else 14
+    room = min(200, 27 + max(len(word) for word in words) * LETTER) if beside else 14
     legend, top = (join(), 30) if beside or len(named) < 2 else _legend(named, width)
     y = axis(_heights(chart), height - 46, top, log=chart.log_y, zero=not chart.log_y)
     ticks = 12 + max([len(label) for _, label in y.ticks] or [1]) * 7.4
@@ -252,21 +252,25 @@ def _legend(named: Sequence[Series], width: int, start: float = 24) -> tuple[Mar
 
 def _end_labels(chart: Lines, named: Sequence[Series], x: Axis, y: Axis) -> Markup:
     """The lines' names at their ends, moved apart where they would touch."""
-    ends: list[tuple[float, str, str]] = (
-        [(y.at(chart.level[0]), chart.level[1], "note")] if chart.level else []
+    ends: list[tuple[float, str, int | None]] = (
+        [(y.at(chart.level[0]), chart.level[1], None)] if chart.level else []
     )
     for series in named:
         heights = [y(v) for v in series.y]
         last = next((h for h in (heights if chart.back else reversed(heights)) if h is not None), None)
         if last is not None:
-            kind = f"label ink s{series.style % len(MARKERS)}"
-            ends.append((last, ellipsis(series.label, 27, keep="start"), kind))
+            ends.append((last, ellipsis(series.label, 27, keep="start"), series.style % len(MARKERS)))
     ends.sort(key=lambda end: end[0])
-    at_x, anchor = (x.start - 10, "end") if chart.back else (x.end + 10, "start")
     places = spread([end[0] for end in ends], 16, y.end - 4, y.start + 2)
-    return join(*(
-        tag("text", words, x=at_x, y=place + 4, text_anchor=anchor, class_=kind) for place, (_, words, kind) in zip(places, ends)
-    ))  # fmt: skip
+    side, anchor, at_x = (-1, "end", x.start) if chart.back else (1, "start", x.end)
+    parts = []
+    for place, (_, words, style) in zip(places, ends):
+        kind = "note" if style is None else f"label ink s{style}"
+        if style is not None:  # the marker again, so that a name is found without its colour
+            parts.append(tag("path", d=MARKERS[style](at_x + 11 * side, place), class_=f"marker s{style}"))
+        shift = 19 if style is not None else 9
+        parts.append(tag("text", words, x=at_x + shift * side, y=place + 4, text_anchor=anchor, class_=kind))
+    return join(*parts)
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

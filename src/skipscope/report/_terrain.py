@@ -208,9 +208,16 @@ def _key(scale: Heights, chart: Surfaces, x: float, y: float, width: float) -> M
                 height=9.0, preserveAspectRatio="none")  # fmt: skip
     above = "≥ " if scale.cut else ""
     below = "≤ " if scale.cut and signed else ""
+    low, high = (math.log10(scale.low), math.log10(scale.high)) if scale.log else (scale.low, scale.high)
+    between = [
+        (x + (at - low) / (high - low) * width, text)
+        for at, text in zip(*scale.ticks())
+        if 0.2 < (at - low) / ((high - low) or 1.0) < 0.76
+    ]
     return join(
         image,
         tag("text", below + short(scale.low, 2), x=x, y=y + 23, class_="tick"),
+        *(tag("text", text, x=at, y=y + 23, text_anchor="middle", class_="tick") for at, text in between),
         tag("text", above + short(scale.high, 2), x=x + width, y=y + 23, text_anchor="end", class_="tick"),
         tag("text", chart.height, x=x + width + 12, y=y + 9, class_="title"),
     )

@@ -14,6 +14,7 @@ from skipscope.comparison import Claim, Comparison, StrengthSweep, Training
 from skipscope.report import _view_flow as flows
 from skipscope.report import _view_shortcuts as shortcuts
 from skipscope.report import _view_surfaces as surfaces
+from skipscope.report._scale import plain
 from skipscope.report._charts import Lines, Panel, Series, Story
 from skipscope.report._story import story
 
@@ -75,7 +76,7 @@ def training_lines(training: Training, optimizer: str, style: Mapping[str, int] 
         f"step, {optimizer}",
         f"training loss, {optimizer}, each at its best rate",
         log_y=True,
-        level=(training.target, f"target {short(training.target)}"),
+        level=(training.target, f"target {plain(training.target)}"),
     )
 
 
@@ -181,11 +182,7 @@ def _smaller(result: Comparison, style: dict[str, int]) -> list[Panel]:
     tables = [flow.table() for flow in result.flow.values()]
     panels = [Panel("", flows.flow_lines(_twins(result, result.flow), style), "", tables)]
     name = main_twin(result)
-    edited = {
-        key: flow
-        for key, flow in result.flow.items()
-        if name and key.startswith(f"{name}, ") and key not in style
-    }
+    edited = {key: flow for key, flow in result.flow.items() if key in {f"{name}, removed", f"{name}, detached"}}
     if name in result.flow and edited:
         panels.append(
             Panel(
@@ -309,7 +306,7 @@ def _strength(result: Comparison, style: dict[str, int]) -> list[Panel]:
         Panel(
             name,
             strength_lines(sweep),
-            "At 0 every shortcut is removed, at 1 the network is as built; the thin lines are the other strengths.",
+            f"Shown: {name}, from the same weights; the thin lines are the other strengths.",
             [sweep.table()],
         )
         for name, sweep in result.strength.items()
@@ -352,8 +349,8 @@ def _network_panel(result: Comparison) -> Panel | None:
         else ""
     )
     return Panel(
-        f"{name[:1].upper() + name[1:]}: the network, layer by layer", drawn,
-        f"Each square is a layer, each arc a shortcut that leaves and joins the line again.{thick}", [found.table()],
+        f"The network with its {len(found)} shortcut{'s' * (len(found) > 1)}", drawn,
+        f"Drawn: {name}. Each square is a layer, each arc a shortcut that leaves the line and joins it again.{thick}", [found.table()],
     )  # fmt: skip
 
 
