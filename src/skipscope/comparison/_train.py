@@ -126,7 +126,9 @@ def train_and_keep(
             train = _train_stacked if engine[name] == "stacked" else _train_one_by_one
             with _few_threads(starts[chosen[0]]):
                 logs[name] = {
-                    optimizer: _sweep_then_seeds(train, starts, values, optimizer, stream, objective, steps, name)
+                    optimizer: _sweep_then_seeds(
+                        train, starts, values, optimizer, stream, objective, steps, name
+                    )
                     for optimizer, values in rates.items()
                 }
     if target is None:

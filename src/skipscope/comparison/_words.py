@@ -239,7 +239,11 @@ def _alternative(evidence: Evidence) -> Claim:
     if carried < 0.5:
         finding += " Here the branches carry more than the shortcuts."
     return Claim(
-        "path", _ALTERNATIVE, answer, finding, "Bars: norm of the gradient that passed exactly k branches."
+        "path",
+        _ALTERNATIVE,
+        answer,
+        finding,
+        "Height: norm of the gradient that passed exactly k branches, on a log scale. Most of it has taken short ways.",
     )
 
 

@@ -1,0 +1,197 @@
+"""The main job: the right twins, every number what its word says, the budget kept, the model as it was."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import skipscope as ss
+from skipscope import reference
+from skipscope._errors import SkipscopeError
+from skipscope.comparison._compare import Evidence, Roles
+from skipscope.comparison._lecture import build, deepest_where_both_learn
+from skipscope.comparison._results import Rung
+from skipscope.comparison._words import summary
+
+WITH = partial(reference.deep_mlp, 4, width=16, shortcut="identity", scale=0.5)
+PLAIN = partial(reference.deep_mlp, 4, width=16)
+DATA = reference.digits(96)
+SMALL = {"grid": 5, "steps": 25, "seeds": 2}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return ss.compare(WITH, DATA, F.cross_entropy, **SMALL)
+
+
+def test_its_twins_are_named_for_what_they_are(trained):
+    assert {t.name: t.meaning for t in trained.twins} == {"with": "as built", "without": "removed"}
+    assert set(trained.flow) == {"with", "with, detached", "without"}
+    assert set(trained.found) == {"with"}
+    assert len(trained.found["with"]) == 3, "the first hidden layer changes the width: no shortcut there"
+    assert set(trained.surfaces) == {"trained", "paired"}
+    assert trained.surfaces["paired"].difference is not None
+    assert trained.surfaces["trained"].difference is None
+    assert len(trained.importance["with"]) == 3
+
+
+def test_its_numbers_are_those_of_each_room_alone(trained):
+    torch.manual_seed(0)
+    model = WITH().train()
+    found = ss.find_shortcuts(model, DATA[0])
+    alone = ss.gradient_flow(ss.ablate(model, found), DATA, F.cross_entropy)
+    assert [b.gradient_rms for b in trained.flow["without"].boundaries] == [
+        b.gradient_rms for b in alone.boundaries
+    ]
+    np.testing.assert_array_equal(
+        trained.paths["with"].norms, ss.path_spectrum(model, DATA, F.cross_entropy).norms
+    )
+    sweep = trained.strength["with"]
+    assert sweep.fall_decades[-1] == pytest.approx(trained.flow["with"].verdict.fall_decades)
+    assert sweep.fall_decades[0] == pytest.approx(trained.flow["without"].verdict.fall_decades)
+
+
+def test_three_sentences_each_with_its_number(trained):
+    assert len(trained.summary) == 3
+    assert all(any(c.isdigit() for c in sentence) for sentence in trained.summary)
+    text = str(trained)
+    assert all(max(map(len, part.splitlines())) <= 200 for part in [text])
+    assert trained.claims[0].claim.startswith("Gradients become progressively smaller")
+    assert {c.answer for c in trained.claims} <= {"holds", "half true", "does not hold here", "not measured"}
+
+
+def test_same_seed_same_numbers(trained):
+    again = ss.compare(WITH, DATA, F.cross_entropy, **SMALL)
+    a, b = (r.to_dict() for r in (trained, again))
+    for result in (a, b):
+        result["provenance"].pop("seconds"), result["provenance"].pop("seconds in all")
+    a, b = (
+        {k: v for k, v in r.items() if k not in {"provenance", "surfaces"}} for r in (a, b)
+    )  # a surface's provenance names the strategy that was fastest on the day
+    assert ss._result.finite(a) == ss._result.finite(b)
+    for kind in ("trained", "paired"):
+        for name, surface in trained.surfaces[kind].surfaces.items():
+            other = again.surfaces[kind].surfaces[name].values
+            np.testing.assert_allclose(surface.values, other, rtol=1e-4)
+
+
+def test_it_saves_and_loads(trained, tmp_path):
+    path = trained.save(tmp_path / "c.json")
+    again = ss.load(path)
+    assert type(again) is ss.comparison.Comparison
+    assert again.summary == trained.summary
+    assert str(again) == str(trained)
+
+
+def test_a_model_without_shortcuts_is_compared_with_one_to_which_they_were_added():
+    result = ss.compare(PLAIN, DATA, F.cross_entropy, train=False, grid=3)
+    assert {t.name: t.meaning for t in result.twins} == {"without": "as built", "with": "shortcuts added"}
+    assert len(result.found["with"]) == 3
+    assert "with, removed" in result.flow
+    removed, plain = result.flow["with, removed"], result.flow["without"]
+    np.testing.assert_allclose(
+        removed.boundaries[0].gradient_rms, plain.boundaries[0].gradient_rms, rtol=1e-5
+    )  # taking the added shortcuts out again gives the plain network back
+    assert result.training is None
+    assert any("added" in note for note in result.notes)
+
+
+def test_a_ready_model_varies_batch_order_only_and_is_left_alone():
+    torch.manual_seed(1)
+    model = WITH().eval()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    result = ss.compare(model, DATA, F.cross_entropy, **SMALL)
+    assert result.training.varies == "batch order only"
+    assert not model.training
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_variants_stand_beside_it():
+    variants = {"scaled": partial(reference.deep_mlp, 4, width=16, shortcut="identity", scale="depth")}
+    result = ss.compare(WITH, DATA, F.cross_entropy, variants=variants, train=False, grid=3)
+    assert {"with", "without", "scaled"} <= set(result.flow)
+    assert "scaled, removed" not in result.flow or "scaled" in result.found
+
+
+def test_a_budget_is_kept_by_leaving_out_and_saying_so():
+    result = ss.compare(WITH, DATA, F.cross_entropy, budget=0.0, grid=3)
+    assert result.training is None
+    assert any(note.startswith("training was left out") for note in result.notes)
+    assert any("surfaces" in note and "left out" in note for note in result.notes)
+    assert result.flow, "what is cheap is always measured"
+
+
+def test_batch_norm_of_the_removed_twin_is_recalibrated():
+    norm = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), ss.nn.IdentityShortcut(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))),
+        nn.Linear(8, 10),
+    )  # fmt: skip
+    result = ss.compare(norm, DATA, F.cross_entropy, train=False, grid=3)
+    assert len(result.found["with"]) == 1
+    assert np.isfinite(result.surfaces["paired"].difference).all()
+
+
+REFUSED = {
+    "no model": (lambda: ss.compare(None, DATA, F.cross_entropy), "data without a model"),
+    "not a model": (lambda: ss.compare(3, DATA, F.cross_entropy), "not a torch.nn.Module"),
+    "nan": (lambda: ss.compare(WITH, (DATA[0] * torch.nan, DATA[1]), F.cross_entropy), "not finite"),
+    "detached": (lambda: ss.compare(WITH, DATA, lambda o, t: F.cross_entropy(o.detach(), t)), "no gradient"),
+    "ambiguous": (lambda: ss.compare(WITH, [DATA, DATA], F.cross_entropy), "ss.batches"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_calls_are_refused(name):
+    call, words = REFUSED[name]
+    with pytest.raises(SkipscopeError, match=words):
+        call()
+
+
+def test_the_lectures_four_networks_share_their_draw():
+    networks = build(3, seed=5)
+    plain, short, scaled = (networks[n].state_dict() for n in ("plain", "shortcuts", "shortcuts, scaled"))
+    assert all(torch.equal(plain[k], short[k]) and torch.equal(plain[k], scaled[k]) for k in plain)
+    he = networks["plain, He"].state_dict()
+    assert not torch.equal(he["layers.1.0.weight"], plain["layers.1.0.weight"])
+
+
+def rung(depth, plain, shortcuts):
+    learns = {"plain": {"SGD": plain, "Adam": False}, "shortcuts": {"SGD": False, "Adam": shortcuts}}
+    return Rung(depth, {}, {}, {}, learns)
+
+
+def test_the_deepest_rung_where_both_learn():
+    assert deepest_where_both_learn([rung(8, True, True), rung(12, True, True), rung(30, False, True)]) == 12
+    assert deepest_where_both_learn([rung(8, False, True), rung(30, False, True)]) == 8
+
+
+def test_a_summary_of_nothing_says_nothing():
+    assert summary(Evidence(Roles("with", "without"), {})) == ()
+
+
+@pytest.mark.slow
+def test_the_main_job_whole():
+    result = ss.compare()
+    assert [r.depth for r in result.ladder] == [8, 12, 16, 30]
+    assert set(result.training.curves) == {"plain", "plain, He", "shortcuts", "shortcuts, scaled"}
+    assert result.flow["plain"].verdict.state == "vanishing"
+    assert result.flow["shortcuts"].verdict.state == "exploding"
+    assert result.ladder[-1].learns["shortcuts"]["Adam"]
+    assert not any(result.ladder[-1].learns["plain"].values())
+
+
+def test_the_main_job_quick():
+    result = ss.compare(quick=True)
+    removed, plain = result.flow["shortcuts, removed"], result.flow["plain"]
+    assert [b.gradient_rms for b in removed.boundaries][-1] == pytest.approx(
+        plain.boundaries[-1].gradient_rms
+    )
+    assert result.flow["plain"].verdict.fall_decades > 10
+    assert result.flow["shortcuts"].verdict.state == "exploding"
+    assert not any(result.ladder[-1].learns["plain"].values())
+    assert result.ladder[-1].learns["shortcuts"]["Adam"]
