@@ -1,5 +1,7 @@
 """Adaptive grids: few points where the surface is smooth, every point where it is not, and no lie about which."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -79,7 +81,7 @@ def test_a_narrow_spike_between_coarse_points_is_not_promised_but_nan_and_inf_ar
 def test_levels_are_nested_and_end_with_all(n):
     levels = _levels(n)
     assert np.array_equal(levels[-1], np.arange(n))
-    assert all(set(a) <= set(b) for a, b in zip(levels, levels[1:]))
+    assert all(set(a) <= set(b) for a, b in pairwise(levels))
     assert n % 2 == 0 or n < 3 or all(n // 2 in level for level in levels)
 
 

@@ -76,12 +76,12 @@ class Adaptive:
         cells = sorted(active)
         centres = np.array([[_middle(old[axis], cell[axis]) for axis in (0, 1)] for cell in cells])
         centre_points = self._flat(centres[:, 0], centres[:, 1])
-        both = [
+        straight, logarithm = (
             {name: self._spline(name, old, centre_points, log) for name, _ in self.fields}
             for log in (False, True)
-        ]
+        )
         self.compute(centre_points)
-        predicted = self._better(*both, centre_points)
+        predicted = self._better(straight, logarithm, centre_points)
         failing = [cell for cell, bad in zip(cells, self._fails(predicted, centre_points)) if bad]
         around = {(i + di, j + dj) for i, j in failing for di in (-1, 0, 1) for dj in (-1, 0, 1)}
         around = {

@@ -121,9 +121,14 @@ class Loop:
 
     def notice_draws(self, origin: Point) -> None:
         """Find out whether the forward pass draws random numbers; if so, every point starts from the same state."""
-        before = torch.get_rng_state()
+        before = _random_states()
         self([origin])
-        self.draws = not torch.equal(before, torch.get_rng_state())
+        self.draws = any(not torch.equal(a, b) for a, b in zip(before, _random_states()))
+
+
+def _random_states() -> list[torch.Tensor]:
+    ours = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if ours else [])]
 
 
 def _run(model: nn.Module, batch: Batch) -> Any:

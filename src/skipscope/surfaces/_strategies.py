@@ -110,7 +110,7 @@ def split_loop(evaluator: Evaluator, size: int | None, channels_last: bool, comp
         channels_last=channels_last, run=None,
     )  # fmt: skip
     if compiled:
-        faster = torch.compile(loop.moving.model)
+        faster = torch.compile(loop.moving.model, dynamic=False)
         loop.run = lambda model, batch: _call(faster, batch)
     return loop
 
@@ -150,13 +150,15 @@ class Replayed(Loop):
         self.recalibrates, self.draws, self.run = False, False, loop.run
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set themselves up outside the recording
-            for _ in range(2):
-                loop.at_point.read(loop.moving.model, loop.run)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.static = loop.at_point.read(loop.moving.model, loop.run)
+        # The fastest kernels are looked for once; the recording then holds them to the end.
+        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+            with torch.cuda.stream(stream):  # libraries set themselves up outside the recording
+                for _ in range(2):
+                    loop.at_point.read(loop.moving.model, loop.run)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.static = loop.at_point.read(loop.moving.model, loop.run)
 
     def _one(self, point: Point) -> dict[str, Any]:
         self.moving.move(point)
@@ -191,14 +193,17 @@ def _ways(evaluator: Evaluator) -> Iterator[tuple[str, Callable[[], Strategy], f
             _COMPILE_S,
         )
     else:
-        size = 64 if convolutions and evaluator.mode != "batch" else None
-        yield "compiled", lambda: split_loop(evaluator, size, convolutions, True), _COMPILE_S
+        for size in sizes:
+            make = lambda size=size: split_loop(evaluator, size, convolutions, True)  # noqa: E731
+            yield f"compiled {size}", make, _COMPILE_S
 
 
 def _sizes(batches: list[int], device: str) -> list[int | None]:
-    # On a CPU what a layer leaves must stay in the cache for the next one; a GPU wants all there is.
-    smaller = [size for size in (64, 32, 128, 256) if size < max(batches)] if device == "cpu" else []
-    return [*smaller, None] if device != "cpu" or max(batches) <= 64 else list(smaller)
+    # What a layer leaves should stay in the cache for the next one: tens of samples on a CPU, hundreds on a GPU.
+    smaller = [
+        size for size in ((64, 32, 128, 256) if device == "cpu" else (5000, 1000, 500)) if size < max(batches)
+    ]
+    return [*smaller] if device == "cpu" and smaller else [None, *smaller]
 
 
 def choose(evaluator: Evaluator, points: Sequence[Point], left: int, wanted: str = "auto") -> Choice:
@@ -214,6 +219,8 @@ def choose(evaluator: Evaluator, points: Sequence[Point], left: int, wanted: str
         SkipscopeError: the wanted way is unknown or does not give the plain loop's numbers.
     """
     seconds = _time(evaluator.plain, points[:1])
+    if seconds < 1:
+        seconds = min(seconds, _time(evaluator.plain, points[:2]))
     plain = Choice("plain", "the reference; asked for", 0.0, seconds)
     if wanted == "plain":
         return plain
@@ -256,9 +263,7 @@ def _measured(evaluator: Evaluator, points: Sequence[Point], left: int, plain: C
     budget = _SHARE * plain.point_seconds * left
     best, spent, tried = plain, 0.0, [f"plain {_ms(plain.point_seconds)}"]
     for name, make, cost in _ways(evaluator):
-        if spent + cost / 4 + 3 * best.point_seconds > budget or (
-            cost > 1 and best.point_seconds * left < 4 * cost
-        ):
+        if spent + 3 * best.point_seconds > budget or (cost >= _COMPILE_S and not _pays(name, best, left)):
             continue
         began = time.perf_counter()
         try:
@@ -280,6 +285,13 @@ def _measured(evaluator: Evaluator, points: Sequence[Point], left: int, plain: C
     return _reason(best, why)
 
 
+def _pays(name: str, best: Choice, left: int) -> bool:
+    """Compiling is tried on the best batch size alone, and only when half of what is left would pay for it twice."""
+    return best.point_seconds * left > 4 * _COMPILE_S and (
+        best.name == "plain" or best.name.split()[-1] == name.split()[-1]
+    )
+
+
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
 
@@ -292,6 +304,8 @@ def _time(strategy: Strategy, points: Sequence[Point]) -> float:
 
 def _allowed(evaluator: Evaluator) -> float:
     dtypes = {p.dtype for p in evaluator.model.parameters()}
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        dtypes.add(torch.bfloat16)
     return max((_TOLERANCE.get(dtype, 3e-2) for dtype in dtypes), default=1e-3)
 
 
