@@ -136,7 +136,7 @@ REFUSED = {
     "two batches in a list": (lambda x, y: [(x, y), (x, y)], "ss.batches"),
     "one batch in a list": (lambda x, y: [(x, y)], "ss.batches"),
     "three parts": (lambda x, y: (x, x, y), "((x1, x2), target)"),
-    "nothing": (lambda x, y: [], "expected"),
+    "nothing": (lambda x, y: [], "the data is empty"),
     "an iterator": (lambda x, y: iter([(x, y)]), "ss.batches(list(data))"),
     "an empty loader": (lambda x, y: range(0), "at least one batch"),
     "a bare tensor": (lambda x, y: x, "(inputs, target)"),

@@ -26,7 +26,7 @@ def python(code: str) -> str:
 
 
 def imported(code: str) -> set[str]:
-    return set(python(f"import sys; {code}; print(*sys.modules)").split())
+    return set(python(f"import sys\n{code}\nprint(*sys.modules)").split())
 
 
 def test_every_public_name_is_there_documented_and_they_are_few():
@@ -43,9 +43,9 @@ def test_importing_is_immediate():
 
 def test_help_does_not_import_torch():
     modules = imported(
-        "import sys, contextlib, io; sys.argv = ['skipscope', 'compare', '--help']\n"
+        "import contextlib, io; sys.argv = ['skipscope', 'compare', '--help']; out = io.StringIO()\n"
         "from skipscope.cli import main\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()\n"
+        "with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit): main()\n"
     )
     assert "cyclopts" in modules
     assert "torch" not in modules

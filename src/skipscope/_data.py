@@ -99,7 +99,11 @@ def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches
 
 
 def _one_batch(data: Sequence[Any], operation: str, any_shape: bool) -> Batch:
-    looks_like_batches = len(data) > 0 and all(
+    if not data:
+        raise SkipscopeError(
+            operation, "the data is empty", expected="(inputs, target)", got="an empty " + type(data).__name__
+        )
+    looks_like_batches = all(
         isinstance(item, Mapping) or (isinstance(item, list | tuple) and len(item) == 2) for item in data
     )
     if looks_like_batches:
@@ -113,7 +117,7 @@ def _one_batch(data: Sequence[Any], operation: str, any_shape: bool) -> Batch:
     if len(data) != 2 and not any_shape:
         raise SkipscopeError(
             operation, "a list or tuple is one batch, and a batch has two parts", expected="(inputs, target)",
-            got=f"a {type(data).__name__} of length {len(data)}" if len(data) else "an empty batch",
+            got=f"a {type(data).__name__} of length {len(data)}",
             cure="for several inputs pass ((x1, x2), target); for several batches ss.batches([...])",
         )  # fmt: skip
     return data

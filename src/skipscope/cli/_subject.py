@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skipscope import reference
-from skipscope._data import as_batches, call_model, inputs_of, objective, target_of
+from skipscope._data import as_batches, call_model, forward, inputs_of, objective, target_of, tensors_in
 from skipscope._errors import MissingExtra, SkipscopeError
 from skipscope._untouched import random_state_kept, untouched
 
@@ -257,8 +257,6 @@ def _random_data(shape: str, model: nn.Module, source: Source, said: list[str]) 
 
     @objective
     def mean_square(model: nn.Module, batch: Any) -> Tensor:
-        from skipscope._data import tensors_in
-
         outputs = [
             t for t in tensors_in(call_model(model, batch)) if t.is_floating_point() and t.requires_grad
         ]
@@ -286,7 +284,7 @@ def _loss(model: nn.Module, data: Any, name: str | None, said: list[str]) -> Any
         return found
     batch = as_batches(data, "data", any_shape=True).first()
     with untouched(model, operation="data"), torch.no_grad():
-        output = call_model(model, inputs_of(batch))
+        output = forward(model, batch, "data")
     if getattr(output, "loss", None) is not None:
         said.append("loss: the output's own")
         return None
