@@ -77,7 +77,9 @@ def test_a_page_is_whole_small_offline_and_loads_back(result: Result, tmp_path):
 
 
 def test_the_check_for_addresses_can_fail():
-    assert loads_from(Parts('<img src="https://example.org/x.png"><a href="#s1">')) == [("img", "src", "https://example.org/x.png")]
+    assert loads_from(Parts('<img src="https://example.org/x.png"><a href="#s1">')) == [
+        ("img", "src", "https://example.org/x.png")
+    ]
 
 
 def test_the_policy_names_exactly_the_scripts_that_are_there(tmp_path):
@@ -86,7 +88,11 @@ def test_the_policy_names_exactly_the_scripts_that_are_there(tmp_path):
 
     page = samples.pair().save(tmp_path / "x.html").read_text()
     parts = Parts(page)
-    policy = next(value for tag, name, value in parts.attributes if tag == "meta" and name == "content" and "default-src" in value)
+    policy = next(
+        value
+        for tag, name, value in parts.attributes
+        if tag == "meta" and name == "content" and "default-src" in value
+    )
     runs = [text for kind, text in parts.scripts if kind == "run"]
     hashes = {"'sha256-" + base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() + "'" for t in runs}
     assert set(re.findall(r"'sha256-[^']+'", policy)) == hashes
@@ -104,13 +110,29 @@ def test_plotly_never_offers_to_send_data_away():
     assert "showSendToCloud: false" in _page._asset("page.js")
 
 
-@pytest.mark.parametrize("text", ["</script><script>alert(1)</script>", "<!--<script>", "\\u003c/script>", "\\", '"', "\u2028", "\x00", "\ud800"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "</script><script>alert(1)</script>",
+        "<!--<script>",
+        "\\u003c/script>",
+        "\\",
+        '"',
+        "\u2028",
+        "\x00",
+        "\ud800",
+    ],
+)
 def test_hostile_text_in_the_data_comes_back_as_it_was(text, tmp_path):
     result = samples.flow(3, text=lambda s: s + text)
     assert ss.load(result.save(tmp_path / "x.html")).to_dict() == result.to_dict()
 
 
-@pytest.mark.parametrize("result", samples.everything(lambda s: f'{s}"><img src=x onerror=bad()><script>bad()</script>\'{{{{7*7}}}}'), ids=NAMES)
+@pytest.mark.parametrize(
+    "result",
+    samples.everything(lambda s: f"{s}\"><img src=x onerror=bad()><script>bad()</script>'{{{{7*7}}}}"),
+    ids=NAMES,
+)
 def test_no_text_of_a_result_becomes_an_element(result, tmp_path):
     page = result.save(tmp_path / "x.html").read_text(encoding="utf-8")
     parts = Parts(page)
@@ -161,7 +183,17 @@ def test_no_claim_of_the_comparison_is_left_out(tmp_path):
 def test_a_comparison_of_which_little_was_measured_still_is_a_page(tmp_path):
     from dataclasses import replace
 
-    bare = replace(samples.comparison(), found={}, split={}, paths={}, training=None, ladder=(), surfaces={}, importance={}, strength={})
+    bare = replace(
+        samples.comparison(),
+        found={},
+        split={},
+        paths={},
+        training=None,
+        ladder=(),
+        surfaces={},
+        importance={},
+        strength={},
+    )
     page = bare.save(tmp_path / "x.html").read_text()
     assert "not measured" in page
 
@@ -188,11 +220,15 @@ def test_fragments_are_small_and_tell_the_answer():
         fragment = result._repr_html_()
         assert len(fragment) < 400_000
         told = story(result)
-        assert html.escape((told.answer or [told.title])[0], quote=False)[:30] in html.unescape(fragment) or (told.answer or [told.title])[0][:30] in html.unescape(fragment)
+        assert html.escape((told.answer or [told.title])[0], quote=False)[:30] in html.unescape(fragment) or (
+            told.answer or [told.title]
+        )[0][:30] in html.unescape(fragment)
 
 
 def test_long_tables_are_cut_and_say_so(tmp_path):
     result = samples.flow(depth=1000, slope=0.001)
     page = result.save(tmp_path / "x.html").read_text()
     assert "600 more rows" in page
-    assert np.isclose(ss.load(tmp_path / "x.html").boundaries[999].gradient_rms, result.boundaries[999].gradient_rms)
+    assert np.isclose(
+        ss.load(tmp_path / "x.html").boundaries[999].gradient_rms, result.boundaries[999].gradient_rms
+    )

@@ -14,8 +14,8 @@ from skipscope.comparison import Claim, Comparison, StrengthSweep, Training
 from skipscope.report import _view_flow as flows
 from skipscope.report import _view_shortcuts as shortcuts
 from skipscope.report import _view_surfaces as surfaces
-from skipscope.report._scale import plain
 from skipscope.report._charts import Lines, Panel, Series, Story
+from skipscope.report._scale import plain
 from skipscope.report._story import story
 
 Thing = TypeVar("Thing")
@@ -182,7 +182,9 @@ def _smaller(result: Comparison, style: dict[str, int]) -> list[Panel]:
     tables = [flow.table() for flow in result.flow.values()]
     panels = [Panel("", flows.flow_lines(_twins(result, result.flow), style), "", tables)]
     name = main_twin(result)
-    edited = {key: flow for key, flow in result.flow.items() if key in {f"{name}, removed", f"{name}, detached"}}
+    edited = {
+        key: flow for key, flow in result.flow.items() if key in {f"{name}, removed", f"{name}, detached"}
+    }
     if name in result.flow and edited:
         panels.append(
             Panel(

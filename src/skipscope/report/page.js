@@ -74,7 +74,7 @@
           xaxis: side, yaxis: side,
           zaxis: { ...side, range: [data.low, data.high], showticklabels: true, tickvals: data.ticks, ticktext: data.texts },
           camera: { eye: { x: 1.2, y: -1.3, z: 0.88 }, center: { x: 0, y: 0, z: -0.16 } },
-          dragmode: "orbit",
+          dragmode: "turntable",
         },
       };
       const config = { displayModeBar: false, showSendToCloud: false, responsive: true, scrollZoom: false };
@@ -82,15 +82,31 @@
     });
     Promise.all(drawn).then((plots) => {
       scenes.dataset.drawn = "yes";
+      // Only the surface under the hand leads; the latest camera wins, also when the others are slow to follow.
+      let leader = null;
+      let wanted = null;
       let busy = false;
-      for (const plot of plots) {
-        const follow = (change) => {
-          const camera = change["scene.camera"];
-          if (!camera || busy) return;
-          busy = true;
-          requestAnimationFrame(() => {
-            Promise.all(plots.filter((other) => other !== plot).map((other) => window.Plotly.relayout(other, { "scene.camera": camera }))).finally(() => { busy = false; });
+      const sync = () => {
+        if (busy || !wanted) return;
+        const camera = wanted;
+        wanted = null;
+        busy = true;
+        const others = plots.filter((plot) => plot !== leader);
+        requestAnimationFrame(() => {
+          Promise.all(others.map((plot) => window.Plotly.relayout(plot, { "scene.camera": camera }))).finally(() => {
+            busy = false;
+            sync();
           });
+        });
+      };
+      for (const plot of plots) {
+        const lead = () => { leader = plot; };
+        plot.addEventListener("pointerdown", lead, true);
+        plot.addEventListener("wheel", lead, { capture: true, passive: true });
+        const follow = (change) => {
+          if (plot !== leader || !change["scene.camera"]) return;
+          wanted = change["scene.camera"];
+          sync();
         };
         plot.on("plotly_relayouting", follow);
         plot.on("plotly_relayout", follow);

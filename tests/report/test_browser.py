@@ -1,0 +1,203 @@
+"""The page in a real browser: nothing leaves, nothing breaks, nothing hostile runs, it fits a phone and prints."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import samples
+from browser import CHROMIUM, Browser
+from payloads import PAYLOADS
+
+from skipscope.report import _page, draw
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return samples.comparison(points=15).save(tmp_path_factory.mktemp("page") / "report.html")
+
+
+def test_the_page_opens_offline_without_complaint_and_says_the_answer(browser, report):
+    page = browser.open(report)
+    assert page.show_surfaces() == 2
+    assert page.run("document.querySelectorAll('.scenes canvas').length") >= 6
+    answer = page.run("document.querySelector('#answer').textContent")
+    for sentence in samples.comparison(points=5).summary:
+        assert sentence in " ".join(answer.split())
+    # The answer stands above everything else, on the first screen
+    assert page.run("document.querySelector('#answer').getBoundingClientRect().bottom + scrollY") < 900
+    assert page.requests == []
+    assert page.complaints == []
+
+
+def test_the_checks_of_the_browser_can_fail(browser, tmp_path):
+    bad = tmp_path / "bad.html"
+    bad.write_text(
+        "<title>x</title><img src='other.png'><script>console.error('no'); undefined_thing()</script>"
+    )
+    page = browser.open(bad)
+    assert any("other.png" in url for url in page.requests)
+    assert len(page.complaints) >= 2
+
+
+def test_turning_one_surface_turns_its_neighbour(browser, tmp_path):
+    page = browser.open(samples.pair(points=9).save(tmp_path / "pair.html"))
+    page.show_surfaces()
+    camera = (
+        "JSON.stringify(document.querySelectorAll('.canvas')[{}]._fullLayout.scene._scene.getCamera().eye)"
+    )
+    before = page.run(camera.format(1))
+    x, y = page.run(
+        "(r => [r.x + r.width / 2, r.y + r.height / 2])(document.querySelector('.canvas').getBoundingClientRect())"
+    )
+    page.drag(x, y, x + 90, y)
+    page.wait(f"{camera.format(1)} !== '{before}'", 20)
+    page.wait("new Promise(done => setTimeout(() => done(true), 300))")
+    first, second = (re.findall(r"-?\d+\.\d{3}", page.run(camera.format(i))) for i in (0, 1))
+    assert first == second
+    assert page.complaints == []
+
+
+def test_the_slider_makes_another_strength_strong(browser, tmp_path):
+    sweep = samples.strength()
+    page = browser.open(sweep.save(tmp_path / "s.html"))
+    strong = "[...document.querySelectorAll('.wide g.frame.on')].map(g => g.dataset.frame).join()"
+    assert page.run(strong) == str(len(sweep.strengths) - 1)
+    page.run(
+        "(i => { i.value = 0; i.dispatchEvent(new Event('input')); })(document.querySelector('.slider input'))"
+    )
+    assert page.run(strong) == "0"
+    assert sweep.states[0] in page.run("document.querySelector('.slider output').textContent")
+
+
+def test_a_pointer_is_told_the_numbers(browser, tmp_path):
+    flow = samples.flow(12)
+    page = browser.open(flow.save(tmp_path / "f.html"))
+    assert page.run("document.querySelector('.tip').hidden") is True
+    page.run(
+        "document.querySelector('.wide .hit').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
+    )
+    assert page.run("document.querySelector('.tip').hidden") is False
+    assert flow.boundaries[0].name in page.run("document.querySelector('.tip').textContent")
+
+
+@pytest.mark.parametrize("width", [320, 360, 768, 1280])
+def test_nothing_is_wider_than_the_screen(browser, report, width):
+    page = browser.open(report, width, 740, phone=width < 700)
+    page.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    assert page.run("document.documentElement.scrollWidth") <= width
+    visible = "window.getComputedStyle(document.querySelector('.{}')).display !== 'none'"
+    assert page.run(visible.format("narrow")) is (width <= 600)
+    assert page.run(visible.format("wide")) is (width > 600)
+    # Letters of charts keep a size that can be read
+    smallest = "Math.min(...[...document.querySelectorAll('svg.chart text')].map(t => t.getBoundingClientRect().height).filter(h => h > 0))"
+    assert page.run(smallest) >= (8 if width < 340 else 9)
+
+
+def test_in_print_the_charts_are_there_and_the_buttons_are_not(browser, report):
+    page = browser.open(report, 760, 1000, media="print")
+    shown = "e => e.getClientRects().length > 0 && e.getBoundingClientRect().height > 40"
+    charts = page.run(f"[...document.querySelectorAll('.wide svg')].every({shown})")
+    assert charts
+    for gone in ("nav", ".slider", ".scenes", "details", ".narrow"):
+        assert page.run(
+            f"[...document.querySelectorAll('{gone}')].every(e => e.getClientRects().length === 0)"
+        ), gone
+    assert len(page.pdf()) > 50_000
+
+
+def test_without_webgl_and_without_scripts_the_contours_remain(browser, report):
+    page = browser.open(report)
+    page.send("Emulation.setScriptExecutionDisabled", value=True)
+    page.send("Page.reload")
+    page.wait("document.readyState === 'complete'")
+    assert page.run("document.documentElement.className") == ""
+    assert page.run("getComputedStyle(document.querySelector('.scenes')).display") == "none"
+    assert page.run("document.querySelectorAll('.contour').length") >= 6
+
+
+def test_dark_mode_turns_the_paper_dark(browser, report):
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light, dark = (browser.open(report, dark=dark).run(colour) for dark in (False, True))
+    assert sum(map(int, re.findall(r"\d+", light)[:3])) > 600
+    assert sum(map(int, re.findall(r"\d+", dark)[:3])) < 120
+
+
+# --- hostile text -----------------------------------------------------------------------------------------------------
+
+RAN = "Boolean(window.pwned || document.documentElement.dataset.pwned)"
+
+
+def hostile(text: str) -> str:
+    """A text of a result with every payload in it."""
+    return text + " ".join(PAYLOADS)
+
+
+@pytest.fixture(autouse=True)
+def room_for_hostile_text(monkeypatch):
+    """Every text of these results is 4,000 characters long: more than a page would be given."""
+    monkeypatch.setattr(_page, "MOST", 10**9)
+
+
+def without_policy(page: str) -> str:
+    """The same page with its second line of defence taken away."""
+    made, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
+    assert count == 1
+    return made
+
+
+def test_payloads_do_run_where_nothing_is_escaped(browser, tmp_path):
+    assert len(PAYLOADS) >= 50
+    bad = tmp_path / "bad.html"
+    bad.write_text("<title>x</title><body>" + PAYLOADS[0] + "</body>")
+    page = browser.open(bad)
+    page.wait(RAN, 5)
+
+
+@pytest.mark.parametrize("policy", [True, False], ids=["with its policy", "without its policy"])
+def test_no_hostile_text_runs_in_the_page(browser, tmp_path, policy):
+    path = samples.comparison(hostile, depth=6, points=5).save(tmp_path / "x.html")
+    if not policy:
+        path.write_text(without_policy(path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert_nothing_runs(browser, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(samples.everything())))
+def test_no_hostile_text_runs_in_any_result(browser, tmp_path, index):
+    path = samples.everything(hostile)[index].save(tmp_path / "x.html")
+    path.write_text(without_policy(path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert_nothing_runs(browser, path)
+
+
+def test_no_hostile_text_runs_in_fragments_and_drawings(browser, tmp_path):
+    path = tmp_path / "x.html"
+    found = samples.found(text=hostile)
+    parts = [r._repr_html_() for r in samples.everything(hostile)] + [draw(found, "html"), draw(found, "svg")]
+    path.write_text("<!doctype html><meta charset=utf-8><title>x</title>" + "".join(parts), encoding="utf-8")
+    assert_nothing_runs(browser, path)
+    alone = tmp_path / "x.svg"
+    alone.write_text(draw(found, "svg"), encoding="utf-8")
+    assert_nothing_runs(browser, alone)
+
+
+def assert_nothing_runs(browser, path):
+    page = browser.open(path)
+    page.run(
+        "document.querySelectorAll && document.querySelectorAll('details').forEach(d => { d.open = true; })"
+    )
+    page.run(  # a pointer over everything, and every tip shown
+        "[...document.querySelectorAll('[data-tip]')].slice(0, 400).forEach(e => e.dispatchEvent(new PointerEvent('pointerover', {bubbles: true})))"
+    )
+    page.wait("new Promise(done => setTimeout(() => done(true), 400))")
+    assert page.run(RAN) is False
+    assert page.requests == []
+    assert page.complaints == []
