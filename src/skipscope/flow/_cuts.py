@@ -26,7 +26,7 @@ from skipscope.shortcuts import tap_boundaries, tap_merges
 
 # Elements of an activation up to which carrying all lengths at once was faster than one after the other (measured:
 # benchmarks/paths.py).
-SMALL_ON_CPU, SMALL_ELSEWHERE = 2**13, 2**20
+SMALL_ON_CPU, SMALL_ELSEWHERE = 2**14, 2**20
 
 
 @dataclass

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, Batches, Objective, inputs_of, map_tensors, read
+from skipscope._data import Batch, Batches, Objective, map_tensors, read
 from skipscope._numbers import short
-from skipscope._untouched import untouched
 from skipscope.flow._clues import clues
 from skipscope.flow._measure import Readings, Tap, WeightReading, measure, norm_of
 from skipscope.flow._results import BoundaryFlow, GradientFlow, LayerGradient
+from skipscope.flow._running import places, running
 from skipscope.flow._verdict import Clue, Point, judge
-from skipscope.shortcuts import boundaries, tap_boundaries
+from skipscope.shortcuts import tap_boundaries
 
 
 def gradient_flow(
@@ -59,25 +59,28 @@ def gradient_flow(
         ('vanishing', 'gain')
     """
     batches, objective = read(model, data, loss, "gradient_flow", weight=weight)
-    points = boundaries(model, inputs_of(batches.first()), found=found)
+    _, points = places(model, batches, "gradient_flow", found)
     scale = float(scaler.get_scale()) if scaler is not None else 1.0
 
     def tap(touch):
         return tap_boundaries(model, points, touch)
 
-    with untouched(model, seed=seed, operation="gradient_flow"):
+    with running(model, seed, "gradient_flow"):
         mode = mode_of(model)
         readings = measure(model, batches, objective, len(points), tap, scale=scale)
     exact = _in_float64(model, batches, objective, points, seed) if _doubtful(readings) else None
     if exact is not None and readings.output_gradient == 0:
         readings.output_gradient = exact.output_gradient
     flow = [_boundary_state(readings, exact, i) for i in range(len(points))]
-    seen = [Point(p.name, state, _log(value)) for p, (state, value) in zip(points, flow)]
+    seen = [
+        Point(p.name, state, _log(value)) for p, (state, value) in zip(points, flow) if state != "not_met"
+    ]
     residual = sum(p.kind == "merge" for p in points) > len(points) / 2
     verdict = judge(seen, residual=residual, dtype=_dtype_name(readings))
     if verdict.state in {"vanishing", "exploding", "dead"}:
-        with untouched(model, seed=seed, operation="gradient_flow"):
-            why = _clues(model, batches.first(), objective, len(points), tap)
+        with running(model, seed, "gradient_flow"):
+            every = _clues(model, batches.first(), objective, len(points), tap)
+        why = [clue for clue, (state, _) in zip(every, flow) if state != "not_met"]
         verdict = judge(seen, why, residual=residual, dtype=_dtype_name(readings))
     return _assemble(model, points, flow, readings, exact, verdict, mode, scale)
 
@@ -119,7 +122,7 @@ def _in_float64(model: nn.Module, data: Batches, loss: Objective, points: Any, s
     def wide(value: Tensor) -> Tensor:
         return value.double() if value.is_floating_point() else value
 
-    with untouched(model, seed=seed, operation="gradient_flow"):
+    with running(model, seed, "gradient_flow"):
         try:
             twin = copy.deepcopy(model).double()
             batches = Batches([map_tensors(batch, wide) for batch in data], single=data.single)
@@ -136,6 +139,8 @@ def _in_float64(model: nn.Module, data: Batches, loss: Objective, points: Any, s
 def _boundary_state(readings: Readings, exact: Readings | None, i: int) -> tuple[str, float | None]:
     """State and flow of a boundary, the flow not yet normalised."""
     gradient = readings.gradients[i]
+    if not readings.activations[i].seen:
+        return "not_met", None
     if not readings.activations[i].finite:
         return "nonfinite_activation", None
     if not gradient.seen:
@@ -195,6 +200,8 @@ def _assemble(
     values = [None if value is None else value / unit for _, value in flow]
     rows = []
     for i, (point, (state, _)) in enumerate(zip(points, flow)):
+        if state == "not_met":
+            continue
         after = next((v for v in values[i + 1 :] if v is not None), None)
         here = values[i]
         factor = None if here is None or not after else here / after
@@ -215,7 +222,7 @@ def _assemble(
         tuple(rows), layers, verdict, chi, depth_scale,
         None if verdict.fall_decades is None else 10.0**-verdict.fall_decades, readings.loss, readings.output_gradient,
         mode, meaning_of(model), _dtype_name(readings), readings.batches, readings.samples,
-        _notes(readings, layers, scale),
+        _notes(readings, layers, scale) + _not_met([p.name for p, (state, _) in zip(points, flow) if state == "not_met"]),
     )  # fmt: skip
 
 
@@ -242,6 +249,10 @@ def _notes(readings: Readings, layers: tuple[LayerGradient, ...], scale: float) 
             "underflow: scale the loss (torch.amp.GradScaler, handed over as scaler=)."
         )
     return tuple(notes)
+
+
+def _not_met(names: list[str]) -> tuple[str, ...]:
+    return (f"Not met in this pass, and left out: {', '.join(names)}.",) if names else ()
 
 
 def _dtype_name(readings: Readings) -> str:

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from skipscope._data import Batch, inputs_of, read
+from skipscope._data import Batch, read
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
 from skipscope.flow._flow import gradient_flow
 from skipscope.flow._results import Cost, GradientFlow, Importance, ImportanceOf
-from skipscope.shortcuts import ablate, find_shortcuts
+from skipscope.flow._running import places
+from skipscope.shortcuts import ablate
 
 
 def importance(
@@ -47,7 +48,7 @@ def importance(
         (4, True)
     """
     batches, objective = read(model, data, loss, "importance", weight=weight)
-    every = find_shortcuts(model, inputs_of(batches.first()))
+    every, _ = places(model, batches, "importance")
     chosen = every if found is None else found
     options = {"found": every, "seed": seed, "weight": weight}
     before = gradient_flow(model, batches, objective, **options)

@@ -84,7 +84,7 @@ class WeightReading:
     def add(self, gradient: Tensor, unit: float, share: float) -> None:
         """Take in one batch's gradient; ``unit``: what one unit of it is worth; ``share``: the batch's in the mean."""
         gradient = gradient.detach()
-        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        gradient = _dense(gradient.to_dense() if gradient.is_sparse else gradient)
         self.rms.append(norm_of(gradient) * unit / math.sqrt(max(1, gradient.numel())))
         if self.total is None:
             self.total, self.unit = gradient, unit * share
@@ -181,8 +181,8 @@ class _Pass:
         activation.register_hook(lambda gradient: self.arrive(i, gradient))
         return activation
 
-    def arrive(self, i: int, gradient: Tensor) -> None:
-        if self.unit is not None:  # the hooks also run while the seed is being found
+    def arrive(self, i: int, gradient: Tensor | None) -> None:
+        if self.unit is not None and gradient is not None:  # the hooks also run while the seed is being found
             self.gradients.setdefault(i, Reading()).add(
                 gradient, self.unit * self.share, self.unit * self.scale
             )
@@ -248,6 +248,14 @@ def _merge(total: Reading, one: Reading) -> None:
 def wants_backward(error: RuntimeError) -> bool:
     """Whether torch refuses ``torch.autograd.grad`` because of re-entrant checkpointing."""
     return any(text in str(error) for text in RE_ENTRANT)
+
+
+def re_entrant(operation: str) -> SkipscopeError:
+    """The error where the graph between a fork and its merge is needed and hidden."""
+    return SkipscopeError(
+        operation, "re-entrant checkpointing hides the graph between a fork and its merge",
+        cure="torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off for this call",
+    )  # fmt: skip
 
 
 @contextmanager
@@ -345,7 +353,8 @@ def no_gradient(operation: str, model: nn.Module) -> SkipscopeError:
 
 
 def _dense(value: Tensor) -> Tensor:
-    return value.coalesce().values() if value.is_sparse else value
+    value = value.coalesce().values() if value.is_sparse else value
+    return torch.view_as_real(value) if value.is_complex() else value
 
 
 def _smallest(dtype: torch.dtype) -> float:

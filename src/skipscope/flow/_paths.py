@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, Objective, inputs_of, read
+from skipscope._data import Batch, Objective, read
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
-from skipscope._untouched import untouched
+from skipscope._untouched import random_state_kept
 from skipscope.flow._cuts import Stack, Walk, cut_forward
 from skipscope.flow._flow import meaning_of, mode_of
-from skipscope.flow._measure import no_gradient, norm_of, shares_of
+from skipscope.flow._measure import no_gradient, norm_of, re_entrant, shares_of, wants_backward
 from skipscope.flow._results import PathSpectrum
-from skipscope.shortcuts import boundaries, find_shortcuts, tap_boundaries
+from skipscope.flow._running import places, running
+from skipscope.shortcuts import tap_boundaries
 
 
 def path_spectrum(
@@ -65,23 +66,27 @@ def path_spectrum(
         (5, True)
     """
     batches, objective = read(model, data, loss, "path_spectrum", weight=weight)
-    inputs = inputs_of(batches.first())
-    found = find_shortcuts(model, inputs) if found is None else found
-    target, parameter = _target(model, boundaries(model, inputs, found=found), wrt)
+    found, points = places(model, batches, "path_spectrum", found)
+    target, parameter = _target(model, points, wrt)
     sums, value, ways = _Sums(), 0.0, set()
-    with untouched(model, seed=seed, operation="path_spectrum"):
+    with running(model, seed, "path_spectrum"):
         mode = mode_of(model)
         for i, (batch, share) in enumerate(track(shares_of(batches, objective, "path_spectrum"), "paths")):
-            torch.manual_seed(seed + i)
-            forward = cut_forward(model, batch, objective, found, target, parameter)
+            with random_state_kept(seed + i):
+                forward = cut_forward(model, batch, objective, found, target, parameter)
             if not forward.loss.requires_grad:
                 raise no_gradient("path_spectrum", model)
             value += share * float(forward.loss.detach())
             walk = Walk(forward, batched=batched, max_bytes=max_bytes)
-            stacks = walk.run()
+            try:
+                stacks = walk.run()
+            except RuntimeError as error:
+                if wants_backward(error):
+                    raise re_entrant("path_spectrum") from error
+                raise
             ways |= walk.ways
-            torch.manual_seed(seed + i)  # the same dropout again
-            plain = _plain_gradient(model, batch, objective, target, parameter)
+            with random_state_kept(seed + i):  # the same dropout again
+                plain = _plain_gradient(model, batch, objective, target, parameter)
             sums.add(stacks, plain, walk.unit, share, shared=parameter is not None)
     name = (
         target.name if parameter is None else next(n for n, p in model.named_parameters() if p is parameter)

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, Objective, inputs_of, map_tensors, read
-from skipscope._errors import SkipscopeError
-from skipscope._untouched import untouched
+from skipscope._data import Batch, Objective, map_tensors, read
 from skipscope.flow._flow import meaning_of, mode_of
-from skipscope.flow._measure import no_gradient, norm_of, shares_of, wants_backward
+from skipscope.flow._measure import no_gradient, norm_of, re_entrant, shares_of, wants_backward
 from skipscope.flow._results import GradientSplit, SplitAt
-from skipscope.shortcuts import find_shortcuts, tap_merges
+from skipscope.flow._running import places, running
+from skipscope.shortcuts import tap_merges
 
 SIDES = ("branch", "shortcut", "other")
 
@@ -57,10 +56,10 @@ def gradient_split(
         (4, True)
     """
     batches, objective = read(model, data, loss, "gradient_split", weight=weight)
-    found = find_shortcuts(model, inputs_of(batches.first())) if found is None else found
+    found, _ = places(model, batches, "gradient_split", found)
     forks = [_Fork() for _ in found]
     value = 0.0
-    with untouched(model, seed=seed, operation="gradient_split"):
+    with running(model, seed, "gradient_split"):
         mode = mode_of(model)
         for batch, share in shares_of(batches, objective, "gradient_split"):
             value += share * _one_batch(model, batch, objective, found, forks, share)
@@ -135,7 +134,7 @@ def _one_batch(
                 torch.autograd.grad(value, graph.starts, allow_unused=True)
         except RuntimeError as error:
             if wants_backward(error):
-                raise _re_entrant() from error
+                raise re_entrant("gradient_split") from error
             raise
         finally:
             for handle in handles:
@@ -155,13 +154,6 @@ def _with_leaves(batch: Batch, leaves: list[Tensor]) -> Batch:
     if isinstance(batch, list | tuple) and len(batch) == 2:
         return (map_tensors(batch[0], leaf), batch[1])
     return map_tensors(batch, leaf)
-
-
-def _re_entrant() -> SkipscopeError:
-    return SkipscopeError(
-        "gradient_split", "re-entrant checkpointing hides the graph between a fork and its merge",
-        cure="torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off for this call",
-    )  # fmt: skip
 
 
 # --- the graph ------------------------------------------------------------------------------------------------
