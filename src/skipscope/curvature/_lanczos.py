@@ -23,6 +23,7 @@ from torch import Tensor
 Product = Callable[[Tensor], Tensor]  # [b, n] float64 -> [b, n] float64
 Draw = Callable[[int], Tensor]  # b -> a random block [b, n]
 _BREAKDOWN = 1e-12  # a remainder this small against the matrix is rounding: the space is invariant
+_EPS = float(np.finfo(float).eps)
 _SAFETY = 4.0  # on the estimate of the products' rounding error
 
 
@@ -59,6 +60,7 @@ class Krylov:
         draw: gives a random block ``[b, n]``, for the start and after a breakdown.
         rows: storage: the basis, and the next block behind it.
         outside: orthonormal rows ``[p, N]`` that the run stays orthogonal to, so that n = N - p.
+        precision: relative rounding error of the products, where it is known beforehand.
         history: what happened, for the certificate; ends at the first invariant space.
     """
 
@@ -68,6 +70,7 @@ class Krylov:
     draw: Draw
     rows: Tensor
     outside: Tensor
+    precision: float = _EPS
     filled: int = 0
     width: int = 0
     products: int = 0
@@ -79,7 +82,8 @@ class Krylov:
     def __post_init__(self):
         self.projected = np.zeros((0, 0))
         self.coupling = np.zeros((0, 0))  # V A Q', as expected by symmetry, [m, b]
-        self._lost, self._lost_count = 0.0, 0
+        self.leak = np.zeros((self.outside.shape[0], 0))  # what A V' has outside, cut off: [p, m]
+        self._lost, self._lost_count, self._dropped = 0.0, 0, 0.0
 
     def start(self, block: Tensor) -> None:
         """Begin (again) with ``block [b, n]``, made orthogonal to the basis and to itself."""
@@ -101,6 +105,7 @@ class Krylov:
         self.products += b
         self.scale = max(self.scale, float(torch.linalg.vector_norm(image, dim=1).max()))
         measured = torch.zeros(m + b, b, dtype=torch.float64, device=space.device)
+        self.leak = np.hstack([self.leak, (self.outside @ image.T).cpu().numpy()])
         for _ in range(2):  # once is not enough: Giraud, Langou & Rozloznik 2005
             image -= (image @ self.outside.T) @ self.outside
             part = space @ image.T
@@ -118,6 +123,7 @@ class Krylov:
     def _next_block(self, image: Tensor, measured: np.ndarray) -> None:
         m, b = self.filled, image.shape[0]
         kept, onward, dropped = self._orthonormal(image, floor=_BREAKDOWN * self.scale)
+        self._dropped = max(self._dropped, dropped)
         if not self.invariant:
             self.history.append(Step(measured, onward, dropped))
         self.width = kept.shape[0]
@@ -163,16 +169,15 @@ class Krylov:
 
     @property
     def noise(self) -> float:
-        """An upper estimate of the rounding error of one product: what asymmetry shows, over all coordinates."""
+        """An upper estimate of the error of one product: what asymmetry shows, over all coordinates; what was cut off."""
         seen = (self._lost / self._lost_count * self.size) ** 0.5 if self._lost_count else 0.0
-        return _SAFETY * float(seen) + 16 * np.finfo(float).eps * self.scale
+        return _SAFETY * float(seen) + self._dropped + 16 * max(self.precision, _EPS) * self.scale
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ritz values ascending ``[m]``, their coordinates ``[m, m]``, and the bounds of their residuals ``[m]``."""
         values, coordinates = np.linalg.eigh(self.projected)
-        residuals = (
-            np.linalg.norm(self.coupling.T @ coordinates, axis=0) if self.width else np.zeros(len(values))
-        )
+        remainder = np.vstack([self.leak @ coordinates, self.coupling.T @ coordinates])
+        residuals = np.linalg.norm(remainder, axis=0)
         return values, coordinates, residuals + self.noise
 
     def vectors(self, coordinates: np.ndarray) -> Tensor:
@@ -188,7 +193,7 @@ class Krylov:
         self.filled = len(chosen)
         self.rows[self.filled : self.filled + self.width] = ahead
         self.projected = np.diag(values[chosen])
-        self.coupling = kept.T @ self.coupling
+        self.coupling, self.leak = kept.T @ self.coupling, self.leak @ kept
         if not self.invariant:
             self.history.append(Restart(kept))
 

@@ -74,6 +74,12 @@ class CurvatureOperator(LinearOperator):
         return self.device if self.device.type != "mps" else torch.device("cpu")
 
     @property
+    def precision(self) -> float:
+        """The relative rounding error to expect of a product, at the least."""
+        coarsest = max(torch.finfo(p.dtype).eps for p in self.model.parameters)
+        return coarsest ** (2 / 3) if self._rung.name == "finite differences" else coarsest
+
+    @property
     def method(self) -> str:
         """The mode that runs."""
         name, held, total = self._rung.name, len(self._held), len(self._shares)
