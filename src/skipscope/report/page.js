@@ -99,14 +99,28 @@
           });
         });
       };
+      // A turned surface glides on for a moment after its last event: follow it until it rests.
+      let still = Infinity;
+      let last = "";
+      const glide = () => {
+        const camera = leader._fullLayout.scene._scene.getCamera();
+        const now = JSON.stringify(camera);
+        still = now === last ? still + 1 : 0;
+        last = now;
+        if (still === 0) {
+          wanted = camera;
+          sync();
+        }
+        if (still < 20) requestAnimationFrame(glide);
+      };
       for (const plot of plots) {
         const lead = () => { leader = plot; };
         plot.addEventListener("pointerdown", lead, true);
         plot.addEventListener("wheel", lead, { capture: true, passive: true });
         const follow = (change) => {
           if (plot !== leader || !change["scene.camera"]) return;
-          wanted = change["scene.camera"];
-          sync();
+          if (still >= 20) requestAnimationFrame(glide);
+          still = 0;
         };
         plot.on("plotly_relayouting", follow);
         plot.on("plotly_relayout", follow);
