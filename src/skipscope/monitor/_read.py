@@ -113,9 +113,16 @@ def _judged(history: History) -> History:
 
 def verdict_of(history: History, was: str = "unknown") -> LiveVerdict:
     """The verdict on a history: from its flow where it has one, else from its parameters' gradients."""
-    if len(history.flow_steps):
-        step = int(history.flow_steps[-1])
-        return _judge.judge_flow(history.boundaries, history.flow[-1], step, was)
+    of_weights = _verdict_of_weights(history, was)
+    if not len(history.flow_steps):
+        return of_weights
+    step = int(history.flow_steps[-1])
+    if of_weights.step > step and of_weights.state in {"nonfinite", "dead", "unconnected"}:
+        return of_weights  # the flow was last read before this happened
+    return _judge.judge_flow(history.boundaries, history.flow[-1], step, was)
+
+
+def _verdict_of_weights(history: History, was: str) -> LiveVerdict:
     if not len(history):
         return _judge.UNKNOWN
     weights = [i for i, shape in enumerate(history.shapes) if len(shape) > 1] or list(

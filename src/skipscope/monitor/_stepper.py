@@ -33,6 +33,7 @@ class Stepper:
         models: the models, by prefix.
         every: record each such step; the first one always.
         deliver: called with this and each finished :class:`Step`, in order.
+        stepped: called after each step, recorded or not, with its number and GradScaler's scale (None without one).
 
     Attributes:
         step: how many steps it has made, skipped ones included.
@@ -41,10 +42,10 @@ class Stepper:
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.Module], every: int,
-        deliver: Callable[[Stepper, Step], None],
+        deliver: Callable[[Stepper, Step], None], stepped: Callable[[int, Tensor | None], None] | None = None,
     ):  # fmt: skip
         self.optimizer, self.index, self.models, self.every = optimizer, index, models, every
-        self.deliver = deliver
+        self.deliver, self.stepped = deliver, stepped
         self.ranks = _ranks.world()[1]
         self.step = self._depth = 0
         self.refusal: str | None = None
@@ -109,7 +110,12 @@ class Stepper:
         if step := self._open_step():
             step.open = False
             self.hand_over()
+        self._over()
+
+    def _over(self) -> None:
         self._clips.clear()
+        if self.stepped is not None:
+            self.stepped(self.step, self.scale)
 
     def clipped(self, parameters: Sequence[Tensor], factor: Tensor | None, total: Tensor | None) -> None:
         """Some gradients have just been clipped."""
@@ -127,7 +133,7 @@ class Stepper:
                 self.step += 1
                 if self.due(self.step):
                     self._measure(skipped=True)
-                self._clips.clear()
+                self._over()
             return result
         finally:
             self.scale = None

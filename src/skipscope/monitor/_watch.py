@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import require_module
 from skipscope.monitor import _judge, _patches, _ranks
+from skipscope.monitor._flow import FlowReader
 from skipscope.monitor._gradients import Step
 from skipscope.monitor._results import History, LiveVerdict, VerdictEvent
 from skipscope.monitor._roster import named_models, names_of, unwrapped
@@ -37,6 +39,7 @@ class Monitor:
     def __init__(
         self, models: Mapping[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer], *, every: int, keep: int,
         sinks: Sequence[Sink], folder: Path | None, on_verdict: Sequence[Callable[[VerdictEvent], Any]],
+        flow_every: int | None,
     ):  # fmt: skip
         rank = _ranks.world()[0]
         self._first = rank == 0
@@ -44,13 +47,23 @@ class Monitor:
         self._verdict = _judge.UNKNOWN
         self._rows, self._judged = 0, 0
         self._open = True
+        self._flow = (
+            None
+            if flow_every is None
+            else FlowReader(next(iter(models.values())), flow_every, self._deliver_flow)
+        )
         self._steppers = [
-            Stepper(optimizer, i, models, every, self._deliver) for i, optimizer in enumerate(optimizers)
-        ]  # fmt: skip
+            Stepper(
+                optimizer, i, models, every, self._deliver, None if i or not self._flow else self._stepped
+            )
+            for i, optimizer in enumerate(optimizers)
+        ]
         self._store = Store(keep, folder if self._first else None, _notes(models, self._steppers))
         _patches.listen(self)
         for sink in list(self._sinks):
             self._tell(sink, "open", self._store.notes)
+        if self._flow is not None:
+            self._flow.begin(1)
 
     # --- what the user reads ---
 
@@ -72,6 +85,8 @@ class Monitor:
             return
         self._open = False
         _patches.forget(self)
+        if self._flow is not None:
+            self._flow.close()
         for stepper in self._steppers:
             stepper.close()
         self._judge()
@@ -105,7 +120,21 @@ class Monitor:
                 return stepper.scaled_step(scale, step)
         return step()
 
+    def _stepped(self, step: int, scale: Tensor | None) -> None:
+        assert self._flow is not None
+        if self._steppers[0].refusal is None:
+            self._flow.end(step, scale)
+            if self._flow.problem is not None and self._flow.problem not in self._store.notes:
+                self._store.notes.append(self._flow.problem)
+                warnings.warn(f"skipscope: {self._flow.problem}", stacklevel=2)
+            self._flow.begin(step + 1)
+
     # --- what comes of it ---
+
+    def _deliver_flow(self, names: tuple[str, ...], step: int, rms: np.ndarray) -> None:
+        self._store.add_flow(names, step, rms)
+        if self._rows:
+            self._judge()
 
     def _deliver(self, stepper: Stepper, step: Step) -> None:
         row = step.row()
@@ -121,6 +150,8 @@ class Monitor:
     def _catch_up(self) -> None:
         for stepper in self._steppers:
             stepper.hand_over(wait=True)
+        if self._flow is not None:
+            self._flow.hand_over(wait=True)
         if self._open and self._judged != self._rows:
             self._judge()
 
@@ -189,12 +220,18 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _check(models: Mapping[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer], every: int) -> None:
+def _check(
+    models: Mapping[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer], every: Any, flow_every: Any
+) -> None:
     """What is known at the start: refuse what could only give wrong numbers."""
-    if not isinstance(every, int) or every < 1:
-        raise SkipscopeError(
-            "watch", "every is the number of steps from one record to the next", expected="1 or more", got=every
-        )  # fmt: skip
+    for name, value in {"every": every, "flow_every": flow_every}.items():
+        if not (isinstance(value, int) and value >= 1) and (name, value) != ("flow_every", None):
+            raise SkipscopeError(
+                "watch",
+                f"{name} is the number of steps from one reading to the next",
+                expected="1 or more",
+                got=value,
+            )
     for model in models.values():
         require_module(model, "watch")
         for name, module in model.named_modules():
@@ -220,6 +257,7 @@ def watch(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     *,
     every: int = 1,
+    flow_every: int | None = None,
     sinks: Iterable[Sink | str] = (),
     on_verdict: Callable[[VerdictEvent], Any] | Sequence[Callable[[VerdictEvent], Any]] = (),
     folder: str | Path | None = None,
@@ -239,6 +277,8 @@ def watch(
         model: a model, or several (a list, or a dict of names).
         optimizer: the optimizer that trains it, or several.
         every: record each such step, the first one always.
+        flow_every: read the flow at the boundaries at each such step as well (of the first model), from the training's
+            own passes; a compiled model runs those steps uncompiled.
         sinks: where to report as well: ``"terminal"``, ``"run.jsonl"``, ``"tensorboard:FOLDER"``, ``"wandb"``, or
             objects with ``open``, ``step``, ``event`` and ``close`` (see :class:`skipscope.monitor.Sink`).
         on_verdict: called with a :class:`VerdictEvent` when the state changes, on every rank.
@@ -269,12 +309,12 @@ def watch(
     """
     models = named_models(model)
     optimizers = [unwrapped(o) for o in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])]
-    _check(models, optimizers, every)
+    _check(models, optimizers, every, flow_every)
     if _ranks.world()[1] > 1:
         _ranks.meet(timeout)
     callbacks = on_verdict if isinstance(on_verdict, Sequence) else [on_verdict]
     first = _ranks.world()[0] == 0
     return Monitor(
         models, optimizers, every=every, keep=max(2, keep), sinks=[as_sink(s) for s in sinks] if first else [],
-        folder=None if folder is None else Path(folder), on_verdict=callbacks,
+        folder=None if folder is None else Path(folder), on_verdict=callbacks, flow_every=flow_every,
     )  # fmt: skip

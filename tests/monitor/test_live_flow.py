@@ -1,0 +1,272 @@
+"""The flow during training equals ``gradient_flow``'s on the same model and batch, whatever the loop does."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import skipscope as ss
+from skipscope import reference
+from skipscope.flow import gradient_flow
+from skipscope.monitor import watch
+
+from ._loops import loss_of, network
+
+
+def expected(model, batch, loss):
+    flow = gradient_flow(model, batch, loss)
+    names = tuple(b.name for b in flow.boundaries)
+    return names, [(b.gradient_rms or np.nan) * flow.output_gradient_norm for b in flow.boundaries]
+
+
+def steps(model, optimizer, batch, loss, n=3, run=None):
+    for _ in range(n):
+        optimizer.zero_grad()
+        loss((model if run is None else run)(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+
+def digits(n=16):
+    return reference.digits(n)
+
+
+MODELS = {
+    "plain": lambda: (reference.deep_mlp(depth=8), digits()),
+    "shortcuts": lambda: (reference.deep_mlp(depth=8, shortcut="identity"), digits()),
+    "resnet": lambda: (reference.resnet20(), digits()),
+    "gpt": lambda: (reference.gpt(2, 16, 2, context=16), reference.english(4, context=16)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_gradient_flow(name):
+    torch.manual_seed(0)
+    model, batch = MODELS[name]()
+    names, rms = expected(model, batch, F.cross_entropy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer, flow_every=2) as monitor:
+        steps(model, optimizer, batch, F.cross_entropy, 4)
+    history = monitor.history
+    assert history.boundaries == names
+    np.testing.assert_array_equal(history.flow_steps, [1, 3])
+    np.testing.assert_allclose(history.flow, [rms, rms], rtol=2e-4)
+    assert monitor.verdict.basis == "boundary flow"
+    assert monitor.verdict.state == gradient_flow(model, batch, F.cross_entropy).verdict.state
+
+
+def test_in_float64_it_is_exact():
+    model = network(torch.float64)
+    batch = (torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64))
+    _, rms = expected(model, batch, F.mse_loss)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer, flow_every=1) as monitor:
+        steps(model, optimizer, batch, F.mse_loss, 1)
+    np.testing.assert_allclose(monitor.history.flow[0], rms, rtol=1e-12)
+
+
+def test_accumulation_is_the_whole_batch():
+    model = network(torch.float64)
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+    _, rms = expected(model, (x, y), F.mse_loss)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer, flow_every=1) as monitor:
+        for part in (slice(0, 3), slice(3, 8)):
+            (F.mse_loss(model(x[part]), y[part]) * (part.stop - part.start) / 8).backward()
+        optimizer.step()
+    np.testing.assert_allclose(monitor.history.flow, [rms], rtol=1e-12)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_loss_scale_is_divided_out(fused):
+    model = network()
+    batch = (torch.randn(8, 6), torch.randn(8, 1))
+    _, rms = expected(model, batch, F.mse_loss)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    with watch(model, optimizer, flow_every=1) as monitor:
+        scaler.scale(F.mse_loss(model(batch[0]), batch[1])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    np.testing.assert_allclose(monitor.history.flow, [rms], rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["watch first", "compile first", "in place"])
+def test_a_compiled_model_runs_only_the_steps_read_uncompiled(order):
+    from torch._dynamo.testing import CompileCounter
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = network()
+            self.calls = 0
+
+        def forward(self, x):
+            return self.layers(x)
+
+    torch._dynamo.reset()
+    model = Net()
+    batch = (torch.randn(8, 6), torch.randn(8, 1))
+    _, rms = expected(model, batch, F.mse_loss)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    counter, run = CompileCounter(), model
+    with contextlib.ExitStack() as stack:
+        monitor = None
+        if order == "watch first":
+            monitor = stack.enter_context(watch(model, optimizer, flow_every=3))
+        if order == "in place":
+            model.compile(backend=counter, fullgraph=True)
+        else:
+            run = torch.compile(model, backend=counter, fullgraph=True)
+        if monitor is None:
+            monitor = stack.enter_context(watch(run, optimizer, flow_every=3))
+        steps(model, optimizer, batch, F.mse_loss, 7, run)
+    assert counter.frame_count == 1
+    np.testing.assert_array_equal(monitor.history.flow_steps, [1, 4, 7])
+    np.testing.assert_allclose(monitor.history.flow, [rms] * 3, rtol=1e-5)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+            self.blocks = nn.ModuleList(network() for _ in range(3))
+
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                x = x + (checkpoint(block, x, use_reentrant=reentrant) if self.saves else block(x))
+            return x
+
+    torch.manual_seed(0)
+    model = Net().double()
+    model.saves = False
+    batch = (torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 6, dtype=torch.float64))
+    names, rms = expected(model, batch, F.mse_loss)
+    model.saves = True
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer, flow_every=1) as monitor:
+        steps(model, optimizer, batch, F.mse_loss, 2)
+    values = dict(zip(names, rms))
+    assert len(monitor.history.boundaries) >= (2 if reentrant else 4)
+    right = [values[name] for name in monitor.history.boundaries]
+    np.testing.assert_allclose(monitor.history.flow, [right] * 2, rtol=1e-10)
+
+
+def test_validation_between_steps_and_a_pass_that_raises_do_not_count():
+    model = network(torch.float64)
+    batch = (torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64))
+    _, rms = expected(model, batch, F.mse_loss)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer, flow_every=1) as monitor:
+        for _ in range(2):
+            with torch.no_grad():
+                model(batch[0])
+            model(batch[0])  # with a graph, but no backward pass
+            with pytest.raises(RuntimeError):
+                model(torch.ones(2, 3, dtype=torch.float64))
+            steps(model, optimizer, batch, F.mse_loss, 1)
+    np.testing.assert_allclose(monitor.history.flow, [rms] * 2, rtol=1e-12)
+
+
+def test_keywords_and_frozen_layers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = network(torch.float64)
+
+        def forward(self, x, *, scale=1.0):
+            return self.layers(x) * scale
+
+    model = Net()
+    model.layers[:4].requires_grad_(False)
+    x, y = torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+    _, rms = expected(model, (x, y), F.mse_loss)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer, flow_every=1) as monitor:
+        F.mse_loss(model(x=x, scale=1.0), y).backward()
+        optimizer.step()
+    np.testing.assert_allclose(monitor.history.flow[0], rms, rtol=1e-12)
+
+
+def test_a_network_whose_gradient_dies_and_recovers_is_announced():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *[part for _ in range(12) for part in (nn.Linear(8, 8), nn.Tanh())], nn.Linear(8, 1)
+    )
+    for layer in model[::2][:-1]:
+        nn.init.orthogonal_(layer.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    heard = []
+    with watch(model, optimizer, flow_every=1, on_verdict=heard.append) as monitor:
+        for size in (1.0, 1.0, 0.3, 0.3, 1.0):
+            with torch.no_grad():
+                for layer in model[::2][:-1]:
+                    layer.weight.mul_(size / layer.weight.norm() * 8**0.5)
+            optimizer.zero_grad()
+            loss_of(model, 0.1 * torch.randn(8, 8)).backward()
+            optimizer.step()
+    assert [(e.before, e.verdict.state) for e in heard[-2:]] == [
+        ("healthy", "vanishing"),
+        ("vanishing", "healthy"),
+    ]
+    assert heard[-2].verdict.basis == "boundary flow"
+    assert heard == list(monitor.history.events)
+
+
+def test_the_model_is_left_as_it_was_and_training_too():
+    results = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model, batch = reference.resnet20(), digits()
+        before = {name: list(module._forward_pre_hooks) for name, module in model.named_modules()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with watch(model, optimizer, flow_every=1) if watched else contextlib.nullcontext():
+            steps(model, optimizer, batch, F.cross_entropy, 3)
+        assert {name: list(module._forward_pre_hooks) for name, module in model.named_modules()} == before
+        assert not any(module._forward_hooks for module in model.modules())
+        results.append([*model.state_dict().values(), torch.get_rng_state()])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_the_flow_is_written_and_read(tmp_path):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = (torch.randn(8, 6), torch.randn(8, 1))
+    with watch(model, optimizer, flow_every=2, folder=tmp_path / "run") as monitor:
+        steps(model, optimizer, batch, F.mse_loss, 5)
+    history = ss.load(tmp_path / "run")
+    np.testing.assert_array_equal(history.flow, monitor.history.flow)
+    assert history.matrix("flow")["values"].shape == (len(history.boundaries), 3)
+    assert history.verdict == monitor.verdict
+
+
+def test_where_no_boundary_can_be_found_training_goes_on_and_says_so():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            self.first = True
+
+        def forward(self, x):
+            if self.first:
+                self.first = False
+                raise ZeroDivisionError("this model cannot be traced")
+            return self.weight * x
+
+    model = Odd()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="cannot be read"), watch(model, optimizer, flow_every=1) as monitor:
+        for i in range(2):
+            with contextlib.suppress(ZeroDivisionError):
+                model(torch.ones(3)).sum().backward()
+            optimizer.step()
+            model.first = i == 1
+    assert any("cannot be read" in note for note in monitor.history.notes)
+    assert len(monitor.history) == 2
