@@ -1,15 +1,19 @@
 """Leaving a model, its gradients and the user's random state as they were found.
 
 Every public call that runs a user's model does so inside :func:`untouched`. It takes a cheap snapshot (references,
-flags, clones of buffers; never of parameters), and puts everything back in ``finally``: after a return, an exception
-or Ctrl-C.
+flags, clones of buffers and of whatever else a forward pass can write to; never of parameters), and puts everything
+back in ``finally``: after a return, an exception or Ctrl-C.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
+import sys
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,56 +50,130 @@ def random_state_kept(seed: int | None = None) -> Iterator[None]:
 
 
 class _Snapshot:
-    """What one module holds, apart from the values of its parameters."""
+    """Everything that can change and be reached from the modules' attributes, apart from the values of parameters.
 
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.attributes = dict(module.__dict__)
-        # Hooks, parameters, buffers, children and the user's own caches live in containers that are changed in place.
-        self.containers = {
-            key: (value, value.copy())
-            for key, value in self.attributes.items()
-            if isinstance(value, dict | list | set)
-        }
-        self.tensors = [
-            (value, value.detach().clone())
-            for value in [*module._buffers.values(), *self.attributes.values()]
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-        ]
+    Modules (those in a plain list too), containers, tensors, arrays, generators and objects of the user's own keep
+    their identity and get their contents back; parameters get ``.grad`` and ``requires_grad`` back.
+    """
+
+    def __init__(self, models: Iterable[nn.Module]):
+        self.empty: list[Any] = []
+        self.kept: list[tuple[Callable[[Any, Any], None], Any, Any]] = []
+        self.gradients: list[tuple[Tensor, Tensor | None, bool]] = []
+        queue, seen = [thing for model in models for thing in (*model.modules(), *model.parameters())], set()
+        while queue:
+            thing = queue.pop()
+            if id(thing) not in seen and type(thing) not in _ATOMS:
+                seen.add(id(thing))
+                queue += self._keep(thing)
+
+    def _keep(self, thing: Any) -> Iterable[Any]:
+        """Note what ``thing`` holds; returns what can be reached through it."""
+        kind = type(thing)
+        if isinstance(thing, Tensor):
+            is_parameter = isinstance(thing, nn.Parameter)
+            if is_parameter or (thing.is_leaf and thing.requires_grad):
+                self.gradients.append((thing, thing.grad, thing.requires_grad))
+            if is_parameter:
+                return ()
+        way = _way(kind)
+        if way is None and _has_attributes(kind):
+            thing, way = vars(thing), _way(dict)
+        if way is None:
+            return thing if isinstance(thing, tuple) else ()
+        if isinstance(thing, dict | list | set) and not thing:
+            self.empty.append(thing)  # most of torch's own containers: no copy keeps the snapshot cheap
+            return ()
+        duplicate, restore = way
+        before = duplicate(thing)
+        self.kept.append((restore, thing, before))
+        return before.values() if isinstance(before, dict) else before if isinstance(before, list) else ()
 
     def restore(self) -> None:
-        state = self.module.__dict__
-        if state.keys() != self.attributes.keys() or any(
-            state[k] is not v for k, v in self.attributes.items()
-        ):
-            state.clear()
-            state.update(self.attributes)
-        for container, before in self.containers.values():
-            if isinstance(container, list):
-                container[:] = before
-            elif not _same_items(container, before):
+        for container in self.empty:
+            if container:
                 container.clear()
-                container.update(before)
-        for tensor, before in self.tensors:
-            if not _same_bits(tensor, before):
-                with torch.no_grad():
-                    tensor.copy_(before)
+        for restore, thing, before in self.kept:
+            restore(thing, before)
+        for tensor, grad, requires_grad in self.gradients:
+            tensor.grad = None  # a gradient of another dtype can only be replaced through None
+            tensor.requires_grad_(requires_grad)
+            tensor.grad = grad
 
 
-def _same_items(a: dict | set, b: dict | set) -> bool:
-    # By identity: a module that gave itself a new buffer holds tensors that cannot be compared with ==.
-    if isinstance(a, set) or isinstance(b, set):
-        return a == b
-    pairs = zip(a.items(), b.items(), strict=False)
-    return len(a) == len(b) and all(i is j and x is y for (i, x), (j, y) in pairs)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta:
+@functools.lru_cache(4096)
+def _has_attributes(kind: type) -> bool:
+    """Modules, and objects of the user's own."""
+    if issubclass(kind, nn.Module):
         return True
-    return torch.equal(a, b) or (
-        torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+    # Objects of the standard library and of torch may hold threads, locks and files: they are left alone.
+    package = kind.__module__.partition(".")[0]
+    left_alone = package in {"torch", "numpy", "skipscope"} or package in sys.stdlib_module_names
+    return not left_alone and not issubclass(kind, type) and bool(kind.__dictoffset__)
+
+
+@functools.lru_cache(4096)
+def _way(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]] | None:
+    """How this kind of thing is copied, and how it gets its contents back."""
+    return next(
+        ((duplicate, restore) for kinds, duplicate, restore in _WAYS if issubclass(kind, kinds)), None
     )
+
+
+def _restore_tensor(tensor: Tensor, before: Tensor) -> None:
+    if tensor.is_meta:
+        return
+    if tensor.shape != before.shape or not torch.equal(_bits(tensor), _bits(before)):
+        with torch.no_grad():
+            if tensor.shape == before.shape:
+                tensor.copy_(before)
+            else:
+                tensor.data = before
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers, so that NaN equals NaN and -0 does not equal 0."""
+    tensor = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.view(integer) if tensor.is_floating_point() else tensor
+
+
+def _restore_array(array: np.ndarray, before: np.ndarray) -> None:
+    if array.dtype == object or array.tobytes() != before.tobytes():
+        array[...] = before
+
+
+def _restore_dict(items: dict[Any, Any], before: dict[Any, Any]) -> None:
+    # By identity: tensors cannot be compared with ==, and a changed order is a change.
+    pairs = zip(items.items(), before.items(), strict=False)
+    if len(items) != len(before) or any(i is not j or x is not y for (i, x), (j, y) in pairs):
+        items.clear()
+        items.update(before)
+
+
+def _restore_items(items: list[Any] | deque[Any] | set[Any], before: list[Any]) -> None:
+    if len(items) != len(before) or any(x is not y for x, y in zip(items, before)):
+        items.clear()
+        items.update(before) if isinstance(items, set) else items.extend(before)
+
+
+def _restore_numpy_generator(generator: np.random.Generator, before: tuple[Any]) -> None:
+    (generator.bit_generator.state,) = before
+
+
+# What cannot change, and is met most.
+_ATOMS = {int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype, torch.device}
+
+# What can change, how it is copied, and how it gets its contents back. A copy that is a dict or a list is searched further.
+_WAYS: list[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], None]]] = [
+    (Tensor, lambda tensor: tensor.detach().clone(), _restore_tensor),
+    (dict, dict, _restore_dict),
+    (list | deque | set, list, _restore_items),
+    (np.ndarray, np.copy, _restore_array),
+    (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
+    (np.random.Generator, lambda generator: (generator.bit_generator.state,), _restore_numpy_generator),
+    (random.Random, random.Random.getstate, random.Random.setstate),
+]
 
 
 @contextmanager
@@ -127,28 +205,20 @@ def untouched(
     for model in models:
         require_module(model, operation)
     with _turn, random_state_kept(seed), torch.inference_mode(False), torch.enable_grad():
-        modules = {id(m): m for model in models for m in model.modules()}.values()
-        parameters = list({id(p): p for model in models for p in model.parameters()}.values())
-        snapshots = [_Snapshot(module) for module in modules]
-        gradients = [(p, p.grad, p.requires_grad) for p in parameters]
+        snapshot = _Snapshot(models)
         try:
-            for p in parameters:
-                p.grad = None
+            for parameter, _, _ in snapshot.gradients:
+                parameter.grad = None
             if training is not None:
                 for model in models:
                     model.train(training)
             yield
         finally:
-            for snapshot in snapshots:
-                snapshot.restore()
-            for p, grad, requires_grad in gradients:
-                p.grad = None  # a gradient of another dtype can only be replaced through None
-                p.requires_grad_(requires_grad)
-                p.grad = grad
+            snapshot.restore()
 
 
 def require_module(model: Any, operation: str) -> None:
-    """Refuse what is not a module, or is one whose parameters do not exist yet."""
+    """Refuse what is not a module, has weights that do not exist yet, or cannot be looked into."""
     if not isinstance(model, nn.Module):
         raise SkipscopeError(
             operation,
@@ -157,11 +227,49 @@ def require_module(model: Any, operation: str) -> None:
             got=f"{type(model).__name__}: {model!r:.80}",
             cure="pass the module itself; a factory is called first: make_model()",
         )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
             raise SkipscopeError(
                 operation,
-                "a lazy module has no weights yet, and the first forward pass would change it",
-                layer=name,
-                cure="run model(inputs) once before measuring",
+                "TorchScript hides what happens inside a module",
+                layer=name or None,
+                got=type(module).__name__,
+                cure="pass the module from which it was scripted or traced",
             )
+        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                raise SkipscopeError(
+                    operation,
+                    "a lazy module has no weights yet, and the first forward pass would change it",
+                    layer=f"{name}.{own}".lstrip("."),
+                    cure="run model(inputs) once before measuring",
+                )
+
+
+def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn.Module:
+    """A deep copy to work on, or a refusal that says why there can be none.
+
+    Args:
+        model: any module.
+        operation: named in the error.
+        share: the copy has the same Parameter objects.
+
+    Raises:
+        SkipscopeError: the model holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if share else {}
+    # Tensors with a history (the weight under an old weight norm or pruning, a kept activation) are made anew by each
+    # forward pass, and torch refuses to copy them.
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        with torch.no_grad():
+            return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a model holds that cannot be copied ends here
+        raise SkipscopeError(
+            operation,
+            f"the model cannot be copied ({type(error).__name__}: {str(error)[:200]})",
+            cure="keep open files, locks and tensors of a forward pass out of the model's attributes",
+        ) from error

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipscope._data import forward
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short, times
 from skipscope._progress import track
@@ -81,6 +82,9 @@ def print_gradients(model: nn.Module, x: Tensor) -> None:
 
     The gradients are not left in the model, so a second call prints the same numbers.
 
+    Raises:
+        SkipscopeError: the model does not take ``x``, or its output is not one tensor with a gradient.
+
     Example:
         >>> model = ExampleDeepNeuralNetwork([3, 1], use_shortcut=False)
         >>> print_gradients(model, torch.zeros(1, 3))
@@ -101,11 +105,19 @@ class _Backward(NamedTuple):
 
 
 def _backward(model: nn.Module, x: Tensor) -> _Backward:
-    output = model(x)
+    """One backward pass as the lecture does it; the gradients are left in ``.grad``."""
+    output = forward(model, (x, None), "print_gradients")
+    if not isinstance(output, Tensor) or not output.requires_grad:
+        raise SkipscopeError(
+            "print_gradients", "the model's output has no gradient", expected="a tensor that requires grad",
+            got=type(output).__name__, cure="skipscope.gradient_flow(model, data, loss) takes any output and loss",
+        )  # fmt: skip
     loss = nn.functional.mse_loss(output, torch.zeros_like(output))
-    weights = {n: p for n, p in model.named_parameters() if "weight" in n and p.requires_grad}
-    gradients = torch.autograd.grad(loss, list(weights.values()))
-    return _Backward({n: g.abs().mean().item() for n, g in zip(weights, gradients)}, loss.item())
+    loss.backward()
+    weights = [(n, p.grad) for n, p in model.named_parameters() if "weight" in n and p.grad is not None]
+    return _Backward(
+        {name: gradient.to_dense().abs().mean().item() for name, gradient in weights}, loss.item()
+    )
 
 
 # --- the experiment and what it shows -----------------------------------------------------------
@@ -281,5 +293,6 @@ def _both(seed: int) -> tuple[_Backward, _Backward]:
     with random_state_kept(seed), torch.device("cpu"), torch.enable_grad():
         model, x = ExampleDeepNeuralNetwork(LAYER_SIZES, use_shortcut=False), torch.tensor(SAMPLE_INPUT)
         without = _backward(model, x)
+        model.zero_grad()
         model.use_shortcut = True
         return without, _backward(model, x)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
-from skipscope._untouched import random_state_kept, require_module
+from skipscope._untouched import private_copy, random_state_kept, require_module
 from skipscope.shortcuts import ablate, find_shortcuts
 
 
@@ -28,7 +28,7 @@ class _Case:
     same_shape: bool
 
     def fresh(self) -> nn.Module:
-        return copy.deepcopy(self.module)
+        return private_copy(self.module, "check_shortcut")
 
     def output(self, module: nn.Module | None = None) -> Tensor:
         """The output in evaluation mode, from the same random numbers each time."""
@@ -66,7 +66,7 @@ def check_shortcut(
 
     Raises:
         BrokenContract: a clause does not hold; it is an AssertionError too.
-        SkipscopeError: no inputs were given and none can be guessed.
+        SkipscopeError: the inputs are not one float tensor, or none were given and none can be guessed.
 
     Example:
         >>> from skipscope.nn import Highway
@@ -94,8 +94,7 @@ def check_shortcut(
     if not compile:
         del clauses["compile"]
     with random_state_kept(0):
-        inputs = _guess_inputs(module) if inputs is None else inputs.detach()
-        case = _Case(module, inputs, kind, identity_at_start, same_shape)
+        case = _Case(module, _read_inputs(module, inputs), kind, identity_at_start, same_shape)
         for name, clause in clauses.items():
             try:
                 clause(case)
@@ -231,6 +230,18 @@ def _first_line(error: Exception) -> str:
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def _read_inputs(module: nn.Module, inputs: Any) -> Tensor:
+    if inputs is None:
+        return _guess_inputs(module)
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        raise SkipscopeError(
+            "check_shortcut", "the contract is for modules that take one float tensor", expected="a float tensor",
+            got=str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__,
+            cure="wrap the block in a module that takes one tensor",
+        )  # fmt: skip
+    return inputs.detach()
 
 
 def _guess_inputs(module: nn.Module) -> Tensor:
