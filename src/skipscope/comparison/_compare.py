@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from skipscope._untouched import random_state_kept, require_module, untouched
 from skipscope._version import __version__
 from skipscope.comparison._measure import Clock, Probe, attempt
 from skipscope.comparison._results import Comparison, Rung, StrengthSweep, Training, Twin
+from skipscope.comparison._threads import fitting_threads
 from skipscope.comparison._train import RATES, train_and_keep
 from skipscope.comparison._words import claims, methods, summary
 from skipscope.flow import GradientFlow, GradientSplit, Importance, PathSpectrum
@@ -191,19 +193,19 @@ def _compare_own(
     )
     label = name or type(base).__name__
     evidence = Evidence(roles, describe(networks, meanings, label))
-    measure_flow(evidence, networks, probe, clock)
-    trained: dict[str, nn.Module] = {}
-    if settings.train:
-        trained = measure_training(evidence, makers, data, loss, settings, clock, weight)
-    subjects = trained or networks
-    if not trained:
-        clock.notes.append(
-            "surfaces and importance are those of the weights as given: the networks were not trained here"
-        )
-    measure_surfaces(evidence, subjects, data, loss, settings, clock, weight)
-    measure_importance(evidence, subjects, probe, clock)
-    n = batch_size(probe.batch)
-    return evidence.finish(f"{label} on {n} samples a measurement", settings, clock)
+    with fitting_threads(copy.deepcopy(base), objective, probe.batch):
+        measure_flow(evidence, networks, probe, clock)
+        trained: dict[str, nn.Module] = {}
+        if settings.train:
+            trained = measure_training(evidence, makers, data, loss, settings, clock, weight)
+        subjects = trained or networks
+        if not trained:
+            clock.notes.append(
+                "nothing was trained: surfaces and importance are those of the weights as they were given"
+            )
+        measure_surfaces(evidence, subjects, data, loss, settings, clock, weight)
+        measure_importance(evidence, subjects, probe, clock)
+    return evidence.finish(f"{label}, measured on {batch_size(probe.batch)} samples", settings, clock)
 
 
 def _ready(model: Any, seed: int) -> nn.Module:
@@ -304,7 +306,7 @@ def measure_training(
 ) -> dict[str, nn.Module]:
     """Train the twins side by side; returns one trained network each, under the optimizer that most of them like."""
     runs = len(makers) * sum(len(r) + settings.seeds - 1 for r in settings.optimizers.values())
-    steps, per_step = settings.steps, _seconds_a_step(makers, data, loss, settings, weight)
+    steps, per_step = settings.steps, seconds_a_step(makers, data, loss, settings, weight)
     if clock.budget is not None:
         steps = int(min(steps, max(0.0, (clock.budget - clock.spent) * 0.6) / (runs * per_step)))
     say(f"training: {runs} runs of {steps} steps, about {runs * steps * per_step:.0f} s")
@@ -335,17 +337,25 @@ def trained_alike(training: Training, kept: Mapping[str, Mapping[str, nn.Module]
     return {name: by[best] for name, by in kept.items()}
 
 
-def _seconds_a_step(makers, data, loss, settings: Settings, weight) -> float:
-    """Time two steps of the first twin, alone, and take that for all (stacked runs are cheaper)."""
+def seconds_a_step(makers, data, loss, settings: Settings, weight) -> float:
+    """What one step of the first twin takes, under each optimizer's first rate, timed over a few steps."""
     name, maker = next(iter(makers.items()))
-    probe = Clock()
-    for steps in (1, 3):  # the first pays for what happens only once
-        with probe.stage(str(steps)):
-            train_and_keep(
-                {name: maker}, data, loss, seeds=1, steps=steps, batch_size=settings.batch_size,
-                optimizers={"SGD": (1e-3,)}, weight=weight,
-            )  # fmt: skip
-    return max(1e-4, (probe.stages["3"] - probe.stages["1"]) / 2)
+    few = {optimizer: rates[:1] for optimizer, rates in settings.optimizers.items()}
+    seconds = float("inf")
+    for _ in range(2):  # the first pays for what happens only once
+        start = time.perf_counter()
+        train_and_keep(
+            {name: maker},
+            data,
+            loss,
+            seeds=1,
+            steps=3,
+            batch_size=settings.batch_size,
+            optimizers=few,
+            weight=weight,
+        )
+        seconds = min(seconds, time.perf_counter() - start)
+    return seconds / (3 * len(few))
 
 
 def measure_surfaces(

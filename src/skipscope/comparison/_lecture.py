@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from skipscope import reference
+from skipscope._data import read
 from skipscope._progress import say
 from skipscope._untouched import random_state_kept
 from skipscope.comparison._compare import (
@@ -23,10 +24,12 @@ from skipscope.comparison._compare import (
     measure_flow,
     measure_importance,
     measure_surfaces,
+    seconds_a_step,
     trained_alike,
 )
 from skipscope.comparison._measure import Clock, Probe
 from skipscope.comparison._results import Comparison, Rung, Training
+from skipscope.comparison._threads import fitting_threads
 from skipscope.comparison._train import train_and_keep
 
 DEPTHS = (8, 12, 16, 30)
@@ -73,25 +76,13 @@ def compare_lecture(settings: Settings, clock: Clock, *, quick: bool) -> Compari
         seeds=2 if quick else 3, steps=steps, batch_size=64, grid=15 if quick else 31, samples=256,
         train=settings.train, target=TARGET, seed=settings.seed,
     )  # fmt: skip
-    data = reference.digits()
     probe = Probe(reference.digits(settings.samples), F.cross_entropy)
-    say(_estimate(depths, settings))
     deepest = build(depths[-1], settings.seed)
     evidence = Evidence(ROLES, describe(deepest, MEANINGS, f"{depths[-1]} hidden layers of width 64"))
-    measure_flow(evidence, deepest, probe, clock)
-    trained, rung = deepest, depths[-1]
-    if settings.train:
-        with clock.stage("ladder"):
-            evidence.ladder = [_rung(depth, probe, data, settings, train=True) for depth in depths]
-        rung = deepest_where_both_learn(evidence.ladder)
-        with clock.stage("training"):
-            evidence.training, kept = _train(rung, data, settings, settings.seeds)
-        trained = trained_alike(evidence.training, kept)
-    else:
-        evidence.ladder = [_rung(depth, probe, data, settings, train=False) for depth in depths]
-        clock.notes.append("nothing was trained: the surfaces are those of the initial weights")
-    measure_surfaces(evidence, trained, probe.batch, F.cross_entropy, settings, clock, None)
-    measure_importance(evidence, trained, probe, clock)
+    _, objective = read(deepest[ROLES.lacking], probe.batch, F.cross_entropy, "compare")
+    with fitting_threads(build(depths[-1], settings.seed)[ROLES.lacking], objective, probe.batch):
+        say(_estimate(depths, settings))
+        rung = _measure(evidence, deepest, depths, probe, settings, clock)
     subject = f"The lecture's network, {depths[-1]} hidden layers deep, on 1,797 real digits"
     details = DETAILS + (
         f"Flow, paths and strength are those of {depths[-1]} hidden layers at initialisation; curves, surfaces and "
@@ -101,19 +92,42 @@ def compare_lecture(settings: Settings, clock: Clock, *, quick: bool) -> Compari
     return evidence.finish(subject, settings, clock, details if settings.train else DETAILS)
 
 
+def _measure(
+    evidence: Evidence,
+    deepest: dict[str, nn.Module],
+    depths: tuple[int, ...],
+    probe: Probe,
+    settings: Settings,
+    clock: Clock,
+) -> int:
+    """Everything that is measured; returns the depth that was trained in full."""
+    data = reference.digits()
+    measure_flow(evidence, deepest, probe, clock)
+    with clock.stage("ladder"):
+        evidence.ladder = [_rung(depth, probe, data, settings) for depth in depths]
+    trained, rung = deepest, depths[-1]
+    if settings.train:
+        rung = deepest_where_both_learn(evidence.ladder)
+        with clock.stage("training"):
+            evidence.training, kept = _train(rung, data, settings, settings.seeds)
+        trained = trained_alike(evidence.training, kept)
+    else:
+        clock.notes.append("nothing was trained: the surfaces are those of the initial weights")
+    measure_surfaces(evidence, trained, probe.batch, F.cross_entropy, settings, clock, None)
+    measure_importance(evidence, trained, probe, clock)
+    return rung
+
+
 def _estimate(depths: tuple[int, ...], settings: Settings) -> str:
     if not settings.train:
         return "without training: about 15 s"
-    from skipscope.comparison._measure import Clock as Stopwatch
-
-    watch = Stopwatch()
-    for steps in (1, 11):
-        with watch.stage(str(steps)):
-            _train(depths[-1], reference.digits(256), settings, 1, steps=steps)
     each = (
-        (watch.stages["11"] - watch.stages["1"]) / 10 / depths[-1]
-    )  # seconds a step and hidden layer, all eight runs
-    seconds = each * settings.steps * (sum(depths) + 2 * sorted(depths)[-2]) + 20
+        seconds_a_step(makers(depths[-1]), reference.digits(256), F.cross_entropy, settings, None)
+        / depths[-1]
+    )
+    sweeps = sum(map(len, settings.optimizers.values())) / 3  # three rates at once cost little more than one
+    layers = sum(depths) + 2 * depths[-2]  # the ladder, and then the sweep and the other seeds of one rung
+    seconds = 20 + each * settings.steps * 4 * sweeps * layers
     return f"about {seconds:.0f} s: {len(depths)} depths, 4 networks, 2 optimizers, {settings.seeds} seeds"
 
 
@@ -124,12 +138,12 @@ def _train(depth: int, data, settings: Settings, seeds: int, steps: int | None =
     )  # fmt: skip
 
 
-def _rung(depth: int, probe: Probe, data, settings: Settings, *, train: bool) -> Rung:
+def _rung(depth: int, probe: Probe, data, settings: Settings) -> Rung:
     say(f"{depth} hidden layers")
     flows = {name: probe.flow(model) for name, model in build(depth, settings.seed).items()}
     fall = {name: flow.verdict.fall_decades or 0.0 for name, flow in flows.items()}
     state = {name: flow.verdict.state for name, flow in flows.items()}
-    if not train:
+    if not settings.train:
         return Rung(depth, fall, state)
     training: Training = _train(depth, data, settings, 1)[0]
     steps = {name: {o: training.steps_text(name, o) for o in by} for name, by in training.curves.items()}

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from skipscope._progress import track
 from skipscope._untouched import random_state_kept, require_module, untouched
 from skipscope.comparison._results import Curves, Training, smoothed
 from skipscope.comparison._stream import Stream
+from skipscope.comparison._threads import fitting_threads
 
 RATES: dict[str, tuple[float, ...]] = {"SGD": (0.1, 0.03, 0.01), "Adam": (0.01, 0.003, 0.001)}
 
@@ -124,7 +124,7 @@ def train_and_keep(
             starts = {seed: make(seed) for seed in chosen}
             engine[name] = "stacked" if _stackable(starts[chosen[0]], stream, objective) else "one by one"
             train = _train_stacked if engine[name] == "stacked" else _train_one_by_one
-            with _few_threads(starts[chosen[0]]):
+            with fitting_threads(copy.deepcopy(starts[chosen[0]]), objective, next(stream.batches(0))):
                 logs[name] = {
                     optimizer: _sweep_then_seeds(
                         train, starts, values, optimizer, stream, objective, steps, name
@@ -139,18 +139,6 @@ def train_and_keep(
         for name, by in logs.items()
     }
     return Training(curves, target, steps, stream.size, chosen, varies, engine), kept
-
-
-@contextmanager
-def _few_threads(model: nn.Module) -> Iterator[None]:
-    """One thread for small networks: they gain nothing from more, and lose much when other work shares the machine."""
-    threads = torch.get_num_threads()
-    if max((p.numel() for p in model.parameters()), default=0) < 2**15:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass
@@ -307,7 +295,7 @@ def _train_stacked(
         for w, grad in zip(moves, torch.autograd.grad(value.sum(), weights)):
             w.grad = grad
         driver.step()
-        losses[:, step] = value.detach().double().numpy()
+        losses[:, step] = value.detach().double().cpu().numpy()
         ratios[:, step] = _apply(weights, moves, rates)
     return {run: _Log(losses[i], ratios[i], partial(networks.network, i)) for i, run in enumerate(runs)}
 
@@ -315,14 +303,15 @@ def _train_stacked(
 @torch.no_grad()
 def _apply(weights: list[Tensor], moves: list[Tensor], rates: Tensor) -> np.ndarray:
     """Move each network by its own rate; returns |update| / |weights| of each."""
-    moved, size = torch.zeros(len(rates), dtype=torch.float64), torch.zeros(len(rates), dtype=torch.float64)
+    moved = torch.zeros(len(rates), dtype=torch.float64, device=weights[0].device)
+    size = torch.zeros_like(moved)
     for w, move in zip(weights, moves):
         update = move * rates.to(move).view(-1, *[1] * (w.ndim - 1))
         size += w.flatten(1).square().sum(1).double()
         moved += update.flatten(1).square().sum(1).double()
         w += update
         move.zero_()
-    return (moved / size).sqrt().numpy()
+    return (moved / size).sqrt().cpu().numpy()
 
 
 # --- one network after the other
