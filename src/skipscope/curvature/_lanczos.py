@@ -198,7 +198,13 @@ class Krylov:
             self.history.append(Restart(kept))
 
 
+def own_generator(seed: int) -> torch.Generator:
+    """Random numbers that are nobody else's: data made after ``torch.manual_seed(0)`` would otherwise be our probes."""
+    state = np.random.SeedSequence([seed, *b"skipscope curvature"]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
 def gaussian_blocks(size: int, seed: int, device: torch.device | str = "cpu") -> Draw:
     """A source of random blocks ``[b, n]`` that leaves the global generators alone."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = own_generator(seed)
     return lambda rows: torch.randn(rows, size, generator=generator, dtype=torch.float64).to(device)

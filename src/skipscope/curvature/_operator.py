@@ -19,6 +19,7 @@ from skipscope._data import Batch, Batches, Objective, read
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import random_state_kept
 from skipscope.curvature._ladder import Matrix, climb, graph_bytes
+from skipscope.curvature._lanczos import own_generator
 from skipscope.curvature._modes import Tangent
 from skipscope.curvature._private import PrivateModel, Selection, private_model
 from skipscope.curvature._results import Layout
@@ -58,7 +59,7 @@ class CurvatureOperator(LinearOperator):
         super().__init__(np.dtype(np.float64), (self.layout.size, self.layout.size))
         index, batch, _ = next(iter(self._batches()))
         model.output_and_loss(batch, index)  # a user's own error comes out as such
-        trial = self._cut(torch.randn(self.layout.size, generator=torch.Generator().manual_seed(0)))
+        trial = self._cut(torch.randn(self.layout.size, generator=own_generator(0)))
         self._rung, self.tried = climb(model, batch, index, matrix, trial, mode)
 
     # --- as a matrix ---

@@ -13,7 +13,7 @@ from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
 from skipscope.curvature._ladder import Matrix
-from skipscope.curvature._lanczos import Product
+from skipscope.curvature._lanczos import Product, own_generator
 from skipscope.curvature._operator import open_operator
 from skipscope.curvature._private import Selection
 from skipscope.curvature._results import TraceEstimate, stderr_of
@@ -35,7 +35,7 @@ def trace_of(
         seed: of the random vectors.
         device: where they live.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = own_generator(seed)
 
     def signs() -> Tensor:
         return (torch.randint(0, 2, (1, size), generator=generator) * 2 - 1).to(device, torch.float64)
