@@ -9,46 +9,69 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
 from skipscope._result import Result
+from skipscope.comparison import Comparison
+from skipscope.flow import GradientSplit
 from skipscope.report import _arcs, _arcs_text, _page
+from skipscope.report import _view_book as _view_book
 from skipscope.report import _view_comparison as _view_comparison
 from skipscope.report import _view_curvature as _view_curvature
 from skipscope.report import _view_flow as _view_flow
 from skipscope.report import _view_monitor as _view_monitor
 from skipscope.report import _view_shortcuts as _view_shortcuts
 from skipscope.report import _view_surfaces as _view_surfaces
+from skipscope.report._charts import Lines
 from skipscope.report._story import story as story
+from skipscope.shortcuts import Shortcuts
 
 
-def plot(result: Result, ax: Any = None, *, chart: int = 0, **options: Any) -> Any:
+def plot(result: Result, ax: Any = None, *, chart: int | None = None, **options: Any) -> Any:
     """Draw a result with matplotlib.
 
     Args:
         result: any result.
         ax: axes to draw into; several results drawn into the same axes get styles of their own.
-        chart: which of its charts, the first by default.
+        chart: which of its charts, counted as on its page; by default the first, and of a comparison its picture.
         options: ``label=`` for lines, ``kind="3d"`` for surfaces, ``most=`` for bars.
 
     Returns:
-        The axes (an array of them where there are several surfaces and no ``ax``).
+        The axes; an array of them where there are several and no ``ax`` was given.
 
     Raises:
-        SkipscopeError: the result has no such chart.
+        SkipscopeError: the result has no such chart, or the chart no such option.
     """
-    from skipscope.report._matplotlib import draw as by_matplotlib
+    # matplotlib is slow to import, and a page needs little of it
+    from skipscope.report import _hero, _matplotlib
+    from skipscope.report import _matplotlib_maps as _matplotlib_maps
 
+    if isinstance(result, Comparison) and chart is None and ax is None:
+        return _hero.hero(result)
     charts = [chart for panel in story(result).panels for chart in panel.charts]
+    if chart is None:  # of a comparison the flow, which its networks share; of everything else the first
+        chart = next(
+            (i for i, c in enumerate(charts) if isinstance(result, Comparison) and isinstance(c, Lines)), 0
+        )
     if not -len(charts) <= chart < len(charts):
         raise SkipscopeError(
-            "plot", f"a {type(result).__name__} has no chart number {chart}", expected=f"0 to {len(charts) - 1}" if charts else "a result with a chart",
-            got=chart, cure=None if charts else "print(result) shows its table; save('x.html') makes a page of it",
+            "plot", f"a {type(result).__name__} has no chart number {chart}", got=chart,
+            expected=f"0 to {len(charts) - 1}" if charts else "a result with a chart",
+            cure=None if charts else "print(result) shows its table; save('x.html') makes a page of it",
         )  # fmt: skip
-    return by_matplotlib(charts[chart], ax=ax, **options)
+    try:
+        return _matplotlib.draw(charts[chart], ax=ax, **options)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise SkipscopeError(
+            "plot", f"a {type(result).__name__} is not drawn with these options", got=", ".join(options)
+        ) from error
 
 
 def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
@@ -68,11 +91,9 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
         return write_whole(path, _page.page(result, story(result), path.name))
     if ending not in {"png", "svg", "pdf"}:
         raise SkipscopeError(
-            "save",
-            f"a {type(result).__name__} is not saved as .{ending}",
+            "save", f"a {type(result).__name__} is not saved as .{ending}", got=path.name,
             expected=".json, .html, .png, .svg or .pdf",
-            got=path.name,
-        )
+        )  # fmt: skip
     return write_whole(path, _picture(result, ending, **options))
 
 
@@ -82,19 +103,15 @@ def _picture(result: Result, ending: str, *, dpi: int = 160, **options: Any) -> 
 
     from skipscope.report._matplotlib import hidden
 
-    buffer = io.BytesIO()
     # No dates and no random names inside: the same result gives the same file
+    undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[ending]
+    buffer = io.BytesIO()
     with (
         hidden(),
         matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "skipscope", "pdf.fonttype": 42}),
     ):
-        figure = np.ravel(plot(result, **options))[0].figure
-        figure.savefig(
-            buffer,
-            format=ending,
-            dpi=dpi,
-            metadata={"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[ending],
-        )
+        figure = np.ravel(plot(result, **options))[0].get_figure(root=True)
+        figure.savefig(buffer, format=ending, dpi=dpi, metadata=undated)
     return buffer.getvalue()
 
 
@@ -103,14 +120,32 @@ def fragment(result: Result) -> str:
     return _page.fragment(story(result))
 
 
+class Drawing(str):
+    """A drawing of a network: text in a terminal, a picture in a notebook."""
+
+    html: str = ""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
 def draw(
-    found: Any, form: str = "text", *, width: int | None = None, shares: Any = None, ascii: bool = False
+    found: Shortcuts,
+    form: str = "text",
+    *,
+    width: int | None = None,
+    shares: Mapping[str, float | None] | GradientSplit | None = None,
+    ascii: bool = False,
 ) -> str:
     """The network as a line of layers with its shortcuts as arcs.
 
     Args:
         found: what ``find_shortcuts`` returned.
-        form: ``"text"`` for a terminal, ``"svg"`` for a file of its own, ``"html"`` for a page's fragment.
+        form: ``"text"`` for a terminal (a notebook shows it as a picture), ``"svg"`` for a file of its own, ``"html"``
+            for a piece of a page.
         width: columns of text (default: the terminal's) or pixels of the SVG (default 720).
         shares: shortcut's name -> the share of gradient that it carries, drawn as thickness; or a ``GradientSplit``.
         ascii: draw text without signs beyond ASCII.
@@ -118,13 +153,13 @@ def draw(
     Raises:
         SkipscopeError: an unknown form.
     """
-    import shutil
-
-    if shares is not None and not isinstance(shares, dict):
+    if isinstance(shares, GradientSplit):
         shares = {s.name: s.share for s in shares}
     chart = _view_shortcuts.drawing(found, shares)
     if form == "text":
-        return _arcs_text.text(chart, width or shutil.get_terminal_size().columns, ascii=ascii)
+        drawing = Drawing(_arcs_text.text(chart, width or shutil.get_terminal_size().columns, ascii=ascii))
+        drawing.html = _page.piece(_page.svg(chart))
+        return drawing
     if form == "svg":
         return _page.alone(_arcs.network(chart, width or 720))
     if form == "html":

@@ -1,4 +1,7 @@
-"""The same charts by matplotlib, for figures in papers and notebooks: `plot(ax=...)`, PNG, SVG, PDF."""
+"""The same charts by matplotlib, for figures in papers and notebooks: lines, bars and the network.
+
+Maps (heat, surfaces) are drawn in `_matplotlib_maps.py`, which registers itself here.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from skipscope.report import _terrain
 from skipscope.report._arcs import KINDS, thickness
-from skipscope.report._charts import Bars, Chart, Heat, Lines, Network, Surfaces
+from skipscope.report._charts import Bars, Chart, Lines, Mark, Network, Series
 from skipscope.report._palette import DASHES, LIGHT, PLOT_MARKERS
+
+OURS = "skipscope"  # the gid of a strong line: how a later result drawn into the same axes knows how many are there
 
 _hidden: ContextVar[bool] = ContextVar("_hidden", default=False)
 
@@ -29,15 +33,20 @@ def hidden() -> Iterator[None]:
         _hidden.reset(token)
 
 
-def new_axes(width: float = 7.2, height: float = 4.0, **options: Any) -> Any:
-    """Axes of a new figure."""
+def new_figure(width: float, height: float) -> Any:
+    """A figure for a file where :func:`hidden`, else one of pyplot's."""
     if _hidden.get():
         from matplotlib.figure import Figure
 
-        return Figure(figsize=(width, height), layout="constrained").subplots(**options)
+        return Figure(figsize=(width, height), layout="constrained")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(figsize=(width, height), layout="constrained", **options)[1]
+    return plt.figure(figsize=(width, height), layout="constrained")
+
+
+def new_axes(width: float = 7.2, height: float = 4.0, **options: Any) -> Any:
+    """Axes of a new figure."""
+    return new_figure(width, height).subplots(**options)
 
 
 @functools.singledispatch
@@ -46,54 +55,57 @@ def draw(chart: Chart, ax: Any = None, **options: Any) -> Any:
     raise TypeError(type(chart).__name__)
 
 
-def _dash(style: int) -> Any:
-    dash = DASHES[style % len(DASHES)]
-    return (0, tuple(float(d) for d in dash.split())) if dash else "-"
+# --- lines ------------------------------------------------------------------------------------------------------------
 
 
 @draw.register
 def _(chart: Lines, ax: Any = None, *, label: str | None = None, legend: bool = True) -> Any:
     ax = new_axes() if ax is None else ax
-    before = len(ax.get_lines()) and len([line for line in ax.get_lines() if line.get_gid() == "skipscope"])
+    before = sum(line.get_gid() == OURS for line in ax.get_lines())
     for series in chart.series:
-        style = (series.style + before) % len(LIGHT)
-        strong = not series.faint and (series.frame is None or series.frame == chart.frame)
-        ax.plot(
-            series.x, _visible(series.y, chart.log_y), color=LIGHT[style] if strong else "0.6", lw=1.8 if strong else 0.7,
-            linestyle="none" if series.points else _dash(style) if strong else "-", gid="skipscope" if strong else None,
-            marker=PLOT_MARKERS[style] if strong else None, ms=4, markevery=max(1, len(series.x) // 12),
-            label=(label if label and len(chart.series) == 1 else series.label) if strong else None,
-        )  # fmt: skip
-        if series.low is not None and series.high is not None:
-            ax.fill_between(series.x, series.low, series.high, color=LIGHT[style], alpha=0.16, lw=0)
+        _series(ax, chart, series, before, label if len(chart.series) == 1 else None)
+    if not before:
+        _frame(ax, chart)
+    for mark in chart.marks:
+        ax.axvline(mark.x, color="0.5", lw=0.8, ls=(0, (3, 3)))
+        remark(ax, mark)
+    if legend and len(ax.get_legend_handles_labels()[1]) > 1:
+        ax.legend(frameon=False, fontsize=8)
+    if chart.foot:
+        foot(ax, (f"{label}: " if label else "") + chart.foot)
+    return ax
+
+
+def _frame(ax: Any, chart: Lines) -> None:
+    """What the first result drawn into the axes decides for all."""
+    from matplotlib.ticker import MaxNLocator
+
     if chart.log_y:
         ax.set_yscale("log")
     if chart.log_x:
         ax.set_xscale("log")
-    if chart.ticks:
+    elif chart.ticks:
         ax.set_xticks(list(chart.ticks), list(chart.ticks.values()))
-    if chart.level and not before:
+    elif all(float(x).is_integer() for s in chart.series for x in s.x):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if chart.level:
         ax.axhline(chart.level[0], color="0.5", lw=0.8, ls=(0, (3, 3)))
-    for mark in chart.marks:
-        ax.axvline(mark.x, color="0.5", lw=0.8, ls=(0, (3, 3)))
-        ax.annotate(
-            _plain(mark.label),
-            (mark.x, 1),
-            (4, -4),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            va="top",
-            fontsize=8,
-            color="0.35",
-        )
-    ax.set_xlabel(_plain(chart.x_title))
-    ax.set_ylabel("\n".join(textwrap.wrap(_plain(chart.y_title), 44)))
-    _calm(ax)
-    if legend and len(ax.get_legend_handles_labels()[1]) > 1:
-        ax.legend(frameon=False, fontsize=8)
-    if chart.foot:
-        _foot(ax, (f"{label}: " if label else "") + chart.foot)
-    return ax
+    ax.set_xlabel(plain(chart.x_title))
+    ax.set_ylabel("\n".join(textwrap.wrap(plain(chart.y_title), 44)))
+    calm(ax)
+
+
+def _series(ax: Any, chart: Lines, series: Series, before: int, label: str | None) -> None:
+    style = (series.style + before) % len(LIGHT)
+    if series.faint or (series.frame is not None and series.frame != chart.frame):
+        ax.plot(series.x, _visible(series.y, chart.log_y), color="0.65", lw=0.7)
+        return
+    ax.plot(
+        series.x, _visible(series.y, chart.log_y), color=LIGHT[style], lw=1.8, gid=OURS, label=plain(label or series.label) or None,
+        linestyle="none" if series.points else dash(style), marker=PLOT_MARKERS[style], ms=4, markevery=max(1, len(series.x) // 12),
+    )  # fmt: skip
+    if series.low is not None and series.high is not None:
+        ax.fill_between(series.x, series.low, series.high, color=LIGHT[style], alpha=0.16, lw=0)
 
 
 def _visible(values: Any, log: bool) -> np.ndarray:
@@ -105,175 +117,117 @@ def _visible(values: Any, log: bool) -> np.ndarray:
     return array
 
 
+def dash(style: int) -> Any:
+    """A series' dash in matplotlib's words."""
+    pattern = DASHES[style % len(DASHES)]
+    return (0, tuple(float(d) for d in pattern.split())) if pattern else "-"
+
+
+# --- bars -------------------------------------------------------------------------------------------------------------
+
+
 @draw.register
 def _(chart: Bars, ax: Any = None, *, most: int = 40) -> Any:
     count = min(len(chart.labels), most)
-    ax = new_axes(7.2, 1.2 + 0.22 * count * max(1, len(chart.names))) if ax is None else ax
+    ax = new_axes(7.2, 1.2 + 0.2 * count * max(1, len(chart.names))) if ax is None else ax
     thick = 0.8 / len(chart.names)
     for k, name in enumerate(chart.names):
         at = np.arange(count) + (k + 0.5) * thick - 0.4
-        errors = None
+        values = np.array(chart.values[k][:count], dtype=float)
+        colour = LIGHT[chart.styles[k] % len(LIGHT)]
+        if chart.log:  # a bar's length means nothing where the axis has no zero
+            ax.plot(values, at, PLOT_MARKERS[k % len(PLOT_MARKERS)], color=colour, label=plain(name))
+        else:
+            hatch = ("", "///", "...", "xxx")[k % 4]
+            ax.barh(at, values, thick * 0.9, color=colour, label=plain(name), hatch=hatch, edgecolor="white")
         if chart.low is not None and chart.high is not None:
-            value = np.array(chart.values[k][:count], dtype=float)
-            errors = np.abs(np.array([chart.low[k][:count], chart.high[k][:count]], dtype=float) - value)
-        hatch = ("", "//", "..", "xx")[k % 4]
-        ax.barh(
-            at,
-            chart.values[k][:count],
-            thick * 0.9,
-            color=LIGHT[chart.styles[k] % len(LIGHT)],
-            label=_plain(name),
-            xerr=errors,
-            hatch=hatch,
-            edgecolor="white",
-        )
-    ax.set_yticks(range(count), [_plain(label) for label in chart.labels[:count]], fontsize=8)
-    ax.invert_yaxis()
+            ends = np.array([chart.low[k][:count], chart.high[k][:count]], dtype=float)
+            ax.hlines(at, ends[0], ends[1], color="0.2", lw=1)
+    ax.set_yticks(range(count), [plain(label) for label in chart.labels[:count]], fontsize=8)
+    ax.set_ylim(count - 0.4, -0.6)
     if chart.log:
         ax.set_xscale("log")
-    ax.set_xlabel(_plain(chart.title))
-    _calm(ax, "x")
+    ax.set_xlabel(
+        plain(chart.title)
+        + (f" (the first {count} of {len(chart.labels)})" if len(chart.labels) > count else "")
+    )
+    calm(ax, "x")
     if len(chart.names) > 1:
         ax.legend(frameon=False, fontsize=8)
     return ax
 
 
-@draw.register
-def _(chart: Heat, ax: Any = None) -> Any:
-    from matplotlib.colors import LogNorm
-
-    rows = len(chart.rows)
-    ax = new_axes(7.2, min(9.0, 1.6 + 0.16 * rows)) if ax is None else ax
-    positive = chart.values[np.isfinite(chart.values) & (chart.values > 0)]
-    low, high = (float(positive.min()), float(positive.max())) if positive.size else (0.1, 1.0)
-    ax.set_facecolor("0.92")
-    edges = _edges(chart.columns)
-    mesh = ax.pcolormesh(
-        edges, np.arange(rows + 1), np.where(chart.values > 0, chart.values, np.nan), cmap="viridis",
-        norm=LogNorm(low, max(high, low * 1.01)), rasterized=True,
-    )  # fmt: skip
-    step = max(1, rows // 36)
-    ax.set_yticks(np.arange(0, rows, step) + 0.5, [_plain(name) for name in chart.rows[::step]], fontsize=7)
-    ax.invert_yaxis()
-    ax.set_xlabel(_plain(chart.x_title))
-    ax.figure.colorbar(mesh, ax=ax, label=_plain(chart.title), fraction=0.04, pad=0.02)
-    for mark in chart.events:
-        ax.axvline(mark.x, color="white", lw=1, ls=(0, (3, 3)))
-        ax.annotate(
-            _plain(mark.label),
-            (mark.x, 1),
-            (3, 3),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            fontsize=7,
-        )
-    if chart.foot:
-        _foot(ax, chart.foot)
-    return ax
-
-
-def _edges(columns: Any) -> np.ndarray:
-    at = np.array(columns, dtype=float)
-    if len(at) == 1:
-        return np.array([at[0] - 0.5, at[0] + 0.5])
-    middle = (at[1:] + at[:-1]) / 2
-    return np.concatenate([[2 * at[0] - middle[0]], middle, [2 * at[-1] - middle[-1]]])
+# --- the network ------------------------------------------------------------------------------------------------------
 
 
 @draw.register
-def _(chart: Surfaces, ax: Any = None, *, kind: str = "contour") -> Any:
-    """Contours, or ``kind="3d"``: several surfaces get axes of their own unless ``ax`` is given for the first."""
-    subject = {"projection": "3d"} if kind == "3d" else {}
-    count = 1 if ax is not None else len(chart.surfaces)
-    axes = (
-        [ax]
-        if ax is not None
-        else np.ravel(new_axes(3.6 * count + 0.6, 3.7, ncols=count, squeeze=False, subplot_kw=subject))
-    )
-    scale = _terrain.heights(chart)
-    values, texts = scale.ticks()
-    cmap = "RdBu_r" if chart.surfaces[0].signed else "viridis"
-    drawn = None
-    for where, surface in zip(axes, chart.surfaces):
-        level = scale(np.array(surface.values, dtype=float)).T
-        a, b = np.meshgrid(surface.alphas, surface.betas)
-        if kind == "3d":
-            where.plot_surface(a, b, level, cmap=cmap, lw=0, antialiased=True, rcount=60, ccount=60)
-            where.set_zticks(values, texts, fontsize=7)
-        else:
-            shades = np.linspace(scale.levels()[0] - 1e-9, scale.levels()[-1], 24) if level.size else 8
-            drawn = where.contourf(a, b, np.ma.masked_invalid(level), levels=shades, cmap=cmap, extend="both")
-            where.contour(
-                a,
-                b,
-                np.ma.masked_invalid(level),
-                levels=scale.levels(),
-                colors="white",
-                linewidths=0.5,
-                alpha=0.7,
-            )
-            where.plot(0, 0, "+", color="white", ms=9, mew=1.6)
-            where.set_aspect("auto")
-        where.set_title(
-            _plain(surface.label) + (f"\n{_plain(surface.note)}" if surface.note else ""), fontsize=9
-        )
-        where.set_xlabel(_plain(chart.axes[0]), fontsize=8)
-        where.set_ylabel(_plain(chart.axes[1]), fontsize=8)
-    if drawn is not None:
-        bar = axes[0].figure.colorbar(drawn, ax=list(axes), label=_plain(chart.height), fraction=0.04)
-        bar.set_ticks(values, labels=texts)
-    return axes[0] if len(axes) == 1 else axes
-
-
-@draw.register
-def _(chart: Network, ax: Any = None) -> Any:
+def _(chart: Network, ax: Any = None, *, names: bool = True) -> Any:
     from matplotlib.patches import Arc as Curve
 
-    ax = new_axes(min(14.0, max(6.0, 0.3 * len(chart.layers))), 2.6) if ax is None else ax
-    ax.plot([-0.4, len(chart.layers) + 0.4], [0, 0], color="0.4", lw=1, zorder=1)
-    ax.plot(
-        np.arange(len(chart.layers)) + 0.5,
-        np.zeros(len(chart.layers)),
-        "s",
-        color="0.35",
-        ms=max(1.5, min(7, 200 / max(1, len(chart.layers)))),
-        zorder=2,
-    )
+    count = len(chart.layers)
+    rise = {arc: 0.9 * (arc.end + 1 - arc.start) ** 0.75 for arc in chart.arcs}
+    top = max(rise.values(), default=1.0)
+    width = min(14.0, max(6.0, 0.3 * count))
+    ax = new_axes(width, 1.3 + width * top / (count + 1)) if ax is None else ax
+    ax.plot([-0.4, count + 0.4], [0, 0], color="0.4", lw=1, zorder=1)
+    size = max(1.5, min(6.0, 160 / max(1, count)))
+    ax.plot(np.arange(count) + 0.5, np.zeros(count), "s", color="0.35", ms=size, zorder=2)
     for arc in chart.arcs:
         style = KINDS.index(arc.kind) if arc.kind in KINDS else 5
-        span = arc.end + 1 - arc.start
-        ax.add_patch(Curve(((arc.start + arc.end + 1) / 2, 0), span, 2 * span**0.6, theta1=0, theta2=180, color=LIGHT[style],
-                           lw=thickness(arc) * 0.7, ls=_dash(style), alpha=0.85))  # fmt: skip
-    top = max([(arc.end + 1 - arc.start) ** 0.6 for arc in chart.arcs] or [1.0])
-    ax.set_ylim(-0.5 * top, 1.15 * top)
-    ax.set_xlim(-0.6, len(chart.layers) + 0.6)
-    step = max(1, len(chart.layers) // 30)
+        middle, span = (arc.start + arc.end + 1) / 2, arc.end + 1 - arc.start
+        curve = Curve(
+            (middle, 0),
+            span,
+            2 * rise[arc],
+            theta1=0,
+            theta2=180,
+            color=LIGHT[style],
+            lw=thickness(arc) * 0.5,
+            ls=dash(style),
+        )
+        ax.add_patch(curve)
+    ax.set_ylim(-0.6, 1.08 * top)
+    ax.set_xlim(-0.6, count + 0.6)
+    step = max(1, count // 36)
+    labels = [plain(name) for name in chart.layers[::step]] if names else []
     ax.set_xticks(
-        np.arange(0, len(chart.layers), step) + 0.5,
-        [_plain(name) for name in chart.layers[::step]],
-        rotation=60,
+        (np.arange(0, count, step) + 0.5)[: len(labels)],
+        labels,
+        rotation=55,
         ha="right",
+        rotation_mode="anchor",
         fontsize=7,
     )
+    ax.tick_params(length=0)
     ax.set_yticks([])
-    for side in ("left", "right", "top", "bottom"):
-        ax.spines[side].set_visible(False)
+    ax.set_aspect("equal", adjustable="box")
+    ax.spines[:].set_visible(False)
     return ax
 
 
-def _calm(ax: Any, grid: str = "y") -> None:
+# --- the look ---------------------------------------------------------------------------------------------------------
+
+
+def calm(ax: Any, grid: str = "y") -> None:
+    """No box, and a grid that stays in the background."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis=grid, color="0.9", lw=0.8)
     ax.set_axisbelow(True)
 
 
-def _foot(ax: Any, sentence: str) -> None:
-    """A sentence under the picture; several results drawn into one picture each get theirs."""
-    wrapped = "\n".join(textwrap.wrap(_plain(sentence), 100))
+def remark(ax: Any, mark: Mark, drop: float = -4) -> None:
+    """A word beside a place on the x axis, at the top of the axes."""
+    ax.annotate(plain(mark.label), (mark.x, 1), (4, drop), xycoords=("data", "axes fraction"), textcoords="offset points",
+                va="top" if drop < 0 else "bottom", fontsize=8, color="0.35")  # fmt: skip
+
+
+def foot(ax: Any, sentence: str) -> None:
+    """A sentence under the picture; of several results drawn into one picture each keeps its own."""
+    wrapped = "\n".join(textwrap.wrap(plain(sentence), 100))
     label = ax.get_xlabel()
     ax.set_xlabel(f"{label}\n{wrapped}" if label else wrapped, fontsize=8)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib does not read as mathematics."""
     return str(text).replace("$", r"\$")

@@ -47,9 +47,13 @@ class Heights:
         with np.errstate(invalid="ignore"):
             return np.log10(np.clip(values, self.low, self.high))
 
+    def ends(self) -> tuple[float, float]:
+        """The lowest and the highest height."""
+        return (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
+
     def levels(self, count: int = 9) -> np.ndarray:
         """Heights of the contours, evenly spaced on the scale."""
-        low, high = (math.log10(self.low), math.log10(self.high)) if self.log else (self.low, self.high)
+        low, high = self.ends()
         return np.linspace(low, high, count + 2)[1:-1]
 
     def ticks(self) -> tuple[list[float], list[str]]:
@@ -187,7 +191,7 @@ def _png(level: np.ndarray, scale: Heights, signed: bool, pixels: int = 160) -> 
     import matplotlib.image
     from scipy.ndimage import map_coordinates
 
-    low, high = (math.log10(scale.low), math.log10(scale.high)) if scale.log else (scale.low, scale.high)
+    low, high = scale.ends()
     part = (level - low) / ((high - low) or 1.0)
     known = np.isfinite(part)
     grid = np.meshgrid(*(np.linspace(0, n - 1, pixels) for n in level.shape), indexing="ij")
@@ -208,7 +212,7 @@ def _key(scale: Heights, chart: Surfaces, x: float, y: float, width: float) -> M
                 height=9.0, preserveAspectRatio="none")  # fmt: skip
     above = "≥ " if scale.cut else ""
     below = "≤ " if scale.cut and signed else ""
-    low, high = (math.log10(scale.low), math.log10(scale.high)) if scale.log else (scale.low, scale.high)
+    low, high = scale.ends()
     between = [
         (x + (at - low) / (high - low) * width, text)
         for at, text in zip(*scale.ticks())
@@ -227,7 +231,7 @@ def payload(chart: Surfaces) -> dict[str, Any]:
     """What the page's script needs to draw the surfaces in 3-D: heights, scale and ticks; no markup."""
     scale = heights(chart)
     values, texts = scale.ticks()
-    low, high = (math.log10(scale.low), math.log10(scale.high)) if scale.log else (scale.low, scale.high)
+    low, high = scale.ends()
     ramp = [
         [i / 15, "rgb({},{},{})".format(*colours(any(s.signed for s in chart.surfaces))[i * 17])]
         for i in range(16)

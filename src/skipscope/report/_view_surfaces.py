@@ -50,8 +50,8 @@ def height_sentence(chart: Chart) -> str:
     scale = _terrain.heights(chart)
     if not scale.log:
         return f"Colours end at {short(scale.high)} on either side of zero." if scale.cut else ""
-    cut = f"; above {short(scale.high)} it is cut off" if scale.cut else ""
-    return f"Height is the loss on a log scale, from {short(scale.low)} to {short(scale.high)}{cut}. The cross is where the weights are."
+    cut = ", where it is cut off" if scale.cut else ""
+    return f"The heights run from {short(scale.low)} to {short(scale.high)}{cut}, on a log scale; the cross marks the weights as they are."
 
 
 def surface_answer(name: str, surface: LossSurface) -> str:

@@ -1,0 +1,79 @@
+"""The main job in one picture, for a README or a slide: the network, the flow, two surfaces."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import numpy as np
+
+from skipscope.comparison import Comparison
+from skipscope.report import _matplotlib as by
+from skipscope.report import _matplotlib_maps as maps
+from skipscope.report import _terrain, _view_comparison, _view_flow, _view_shortcuts
+from skipscope.report._charts import Surface, Surfaces
+from skipscope.report._palette import LIGHT
+
+
+def hero(result: Comparison) -> Any:
+    """A figure of a comparison; returns its axes: network, flow, and a surface each for two networks.
+
+    Args:
+        result: what ``compare`` returned.
+    """
+    figure = by.new_figure(11.0, 7.6)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.0, 3.3])
+    figure.suptitle(
+        textwrap.fill(result.summary[0], 84) if result.summary else result.subject,
+        fontsize=14,
+        x=0.02,
+        ha="left",
+        family="serif",
+    )
+    axes = [_network(result, top.subplots())]
+    left, right = bottom.subfigures(1, 2, width_ratios=[1.25, 1.0])
+    style = _view_comparison.styles(result)
+    flow = {twin.name: result.flow[twin.name] for twin in result.twins if twin.name in result.flow}
+    axes.append(by.draw(_view_flow.flow_lines(flow, style), left.subplots()))
+    axes.append(_surfaces(result, right))
+    return np.array([axes[0], axes[1], *np.ravel(axes[2])])
+
+
+def _network(result: Comparison, ax: Any) -> Any:
+    name = _view_comparison.main_twin(result)
+    if name is None or name not in result.found:
+        ax.set_axis_off()
+        return ax
+    split = result.split.get(name)
+    shares = {s.name: s.share for s in split} if split else None
+    return by.draw(_view_shortcuts.drawing(result.found[name], shares), ax, names=False)
+
+
+def _surfaces(result: Comparison, figure: Any) -> Any:
+    pair = result.surfaces.get("trained") or next(iter(result.surfaces.values()), None)
+    if pair is None or any(s.values.ndim < 2 for s in pair.surfaces.values()):
+        return np.array([])
+    style = _view_comparison.styles(result)
+    having = [name for name in pair.surfaces if len(result.found.get(name, ()))]
+    lacking = [name for name in pair.surfaces if name not in having]
+    # A network without that has learnt, where there is one: a flat sheet says nothing on smoothness
+    lacking.sort(key=lambda name: bool(pair.surfaces[name].label))
+    shown = [*lacking[:1], *having[:1]] or list(pair.surfaces)[:2]
+    chart = Surfaces(
+        [
+            Surface(s.values, s.alphas, s.betas, name, s.label)
+            for name, s in ((n, pair.surfaces[n]) for n in shown)
+        ]
+    )
+    axes = np.ravel(figure.subplots(len(shown), 1, subplot_kw={"projection": "3d"}))
+    scale = _terrain.heights(chart)
+    for ax, surface in zip(axes, chart.surfaces):
+        maps.terrain(ax, surface, scale)
+        note = f"\n{surface.note}" if surface.note else ""
+        ax.set_title(
+            f"loss surface, {surface.label}{note}",
+            fontsize=9,
+            y=0.96,
+            color=LIGHT[style.get(surface.label, 5) % len(LIGHT)],
+        )
+    return axes

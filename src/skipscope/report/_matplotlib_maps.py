@@ -1,0 +1,139 @@
+"""Heat maps and loss surfaces by matplotlib: contours on clipped log levels, and 3-D."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from skipscope.report import _terrain
+from skipscope.report._charts import Heat, Surface, Surfaces
+from skipscope.report._matplotlib import draw, foot, new_axes, plain, remark
+
+
+@draw.register
+def _(chart: Heat, ax: Any = None) -> Any:
+    from matplotlib.colors import LogNorm
+
+    rows = len(chart.rows)
+    ax = new_axes(7.2, min(9.0, 1.6 + 0.16 * rows)) if ax is None else ax
+    positive = chart.values[np.isfinite(chart.values) & (chart.values > 0)]
+    low, high = (float(positive.min()), float(positive.max())) if positive.size else (0.1, 1.0)
+    mesh = ax.pcolormesh(
+        _edges(chart.columns), np.arange(rows + 1), np.where(chart.values > 0, chart.values, np.nan), cmap="viridis",
+        norm=LogNorm(low, max(high, low * 1.01)), rasterized=True,
+    )  # fmt: skip
+    zero = np.ma.masked_where(
+        chart.values != 0, np.zeros_like(chart.values)
+    )  # exactly zero is grey, as on the page
+    ax.pcolormesh(
+        _edges(chart.columns), np.arange(rows + 1), zero, cmap="gray", vmin=-1, vmax=1, rasterized=True
+    )
+    step = max(1, rows // 36)
+    ax.set_yticks(np.arange(0, rows, step) + 0.5, [plain(name) for name in chart.rows[::step]], fontsize=7)
+    ax.invert_yaxis()
+    ax.set_xlabel(plain(chart.x_title))
+    ax.figure.colorbar(mesh, ax=ax, label=plain(chart.title), fraction=0.04, pad=0.02)
+    for mark in chart.events:
+        ax.axvline(mark.x, color="white", lw=1, ls=(0, (3, 3)))
+        remark(ax, mark, 3)
+    if chart.foot:
+        foot(ax, chart.foot)
+    return ax
+
+
+def _edges(columns: Any) -> np.ndarray:
+    at = np.array(columns, dtype=float)
+    if len(at) == 1:
+        return np.array([at[0] - 0.5, at[0] + 0.5])
+    middle = (at[1:] + at[:-1]) / 2
+    return np.concatenate([[2 * at[0] - middle[0]], middle, [2 * at[-1] - middle[-1]]])
+
+
+@draw.register
+def _(chart: Surfaces, ax: Any = None, *, kind: str = "contour") -> Any:
+    """Contours, or ``kind="3d"``: several surfaces get axes of their own unless ``ax`` is given for the first."""
+    solid = kind == "3d"
+    count = 1 if ax is not None else len(chart.surfaces)
+    options = {"subplot_kw": {"projection": "3d"}} if solid else {"sharey": True}
+    axes = (
+        [ax]
+        if ax is not None
+        else np.ravel(new_axes(3.3 * count + 0.7, 3.5, ncols=count, squeeze=False, **options))
+    )
+    scale = _terrain.heights(chart)
+    drawn = None
+    for where, surface in zip(axes, chart.surfaces):
+        drawn = terrain(where, surface, scale) if solid else contours(where, surface, scale)
+        where.set_title(
+            plain(surface.label) + (f"\n{plain(surface.note)}" if surface.note else ""), fontsize=9
+        )
+        if not solid:
+            where.set_xlabel(plain(chart.axes[0]), fontsize=8)
+    if not solid:
+        axes[0].set_ylabel(plain(chart.axes[1]), fontsize=8)
+        values, texts = scale.ticks()
+        bar = axes[0].figure.colorbar(drawn, ax=list(axes), label=plain(chart.height), fraction=0.04)
+        bar.set_ticks(values, labels=texts)
+    return axes[0] if len(axes) == 1 else axes
+
+
+def contours(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
+    """One surface as a contour map."""
+    level = np.ma.masked_invalid(scale(np.asarray(surface.values, dtype=float)).T)
+    a, b = np.meshgrid(surface.alphas, surface.betas)
+    low, high = scale.ends()
+    drawn = ax.contourf(
+        a, b, level, levels=np.linspace(low, high + 1e-9, 33), cmap=_colours(surface.signed), extend="both"
+    )
+    ax.contour(
+        a,
+        b,
+        level,
+        levels=scale.levels(),
+        colors="0.3" if surface.signed else "white",
+        linewidths=0.5,
+        alpha=0.6,
+    )
+    ax.plot(0, 0, "+", color="0.1" if surface.signed else "white", ms=9, mew=1.6)
+    ax.set_box_aspect(1)
+    ax.tick_params(labelsize=7)
+    return drawn
+
+
+def terrain(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
+    """One surface in 3-D, from the same side as on the page."""
+    level = scale(np.asarray(surface.values, dtype=float)).T
+    a, b = np.meshgrid(surface.alphas, surface.betas)
+    low, high = scale.ends()
+    drawn = ax.plot_surface(
+        a,
+        b,
+        level,
+        cmap=_colours(surface.signed),
+        vmin=low,
+        vmax=high,
+        lw=0.15,
+        edgecolor=(1, 1, 1, 0.25),
+        rcount=70,
+        ccount=70,
+    )
+    ax.set_zlim(low, high)
+    values, texts = scale.ticks()
+    ax.set_zticks(values, texts, fontsize=7)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for side in (ax.xaxis, ax.yaxis, ax.zaxis):
+        side.pane.set_visible(False)
+        side.line.set_color("0.8")
+    ax.zaxis.set_tick_params(pad=-1)
+    ax.grid(False)
+    ax.view_init(28, -48)
+    ax.set_box_aspect((1, 1, 0.75), zoom=1.15)
+    return drawn
+
+
+def _colours(signed: bool) -> Any:
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(_terrain.colours(signed) / 255)

@@ -1,0 +1,68 @@
+"""How the lecture's own experiment is told: what it shows, and over a thousand seeds what it does not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from skipscope._numbers import short, times
+from skipscope.book import BookExperiment
+from skipscope.report._charts import Lines, Panel, Series, Story
+from skipscope.report._story import story
+
+
+def seed_lines(result: BookExperiment) -> Lines:
+    """The lecture's five numbers, without and with shortcuts."""
+    at = list(range(1, len(result.layers) + 1))
+    without = [g.without for g in result.gradient_means]
+    having = [g.with_shortcuts for g in result.gradient_means]
+    return Lines(
+        [
+            Series("without", at, without, style=1, tips=[f"{n}: {short(v)} without" for n, v in zip(result.layers, without)]),
+            Series("with shortcuts", at, having, style=0, tips=[f"{n}: {short(v)} with" for n, v in zip(result.layers, having)]),
+        ],
+        "layer, from the first to the last", "mean |dL/dW|, the lecture's seed", log_y=True, ticks={float(i): f"{i}" for i in at}, back=True,
+    )  # fmt: skip
+
+
+def distribution(result: BookExperiment) -> Lines:
+    """First gradient over last, over all seeds: the share of seeds below each value."""
+    series = []
+    for name, means, style in (
+        ("without", result.means_without, 1),
+        ("with shortcuts", result.means_with, 0),
+    ):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            flow = np.sort(means[:, 0] / means[:, -1])
+        flow = flow[np.isfinite(flow) & (flow > 0)]
+        kept = np.unique(np.linspace(0, len(flow) - 1, min(200, len(flow))).round().astype(int))
+        series.append(Series(name, flow[kept].tolist(), (100 * (kept + 1) / len(flow)).tolist(), style=style))
+    return Lines(
+        series,
+        "gradient of the first layer over that of the last",
+        "% of seeds at or below",
+        log_x=True,
+        level=(50.0, "half of the seeds"),
+    )
+
+
+@story.register
+def _(result: BookExperiment) -> Story:
+    first, last, flow = result.gradient_means[0], result.gradient_means[-1], result.first_over_last
+    median = result.median_first_over_last
+    answer = [
+        f"In the lecture's seed the first layer's gradient grows {times(first.factor)} with shortcuts, but the last layer's, which has none, grows {times(last.factor)}.",
+        f"What the shortcuts did to the flow, first layer over last, is {short(flow.without)} to {short(flow.with_shortcuts)}: {times(flow.factor)}.",
+        f"Over {len(result.means_with):,} seeds the median goes from {short(median.without)} to {short(median.with_shortcuts)}, better in {100 * result.share_better:.1f} % of them.",
+    ]
+    table = result.table()
+    panels = [
+        Panel("The lecture's five numbers", seed_lines(result), "Both lines moved up: most of that is the loss, which is larger with shortcuts. The flow is how a line slopes.", [table]),
+        Panel("The same over many seeds", distribution(result), "The further right a line, the more gradient reaches the first layer. The lines do not cross: shortcuts help nearly always."),
+    ]  # fmt: skip
+    return Story(
+        "What the lecture's experiment shows, and what it does not",
+        f"{len(result.layers)} layers, {len(result.means_with):,} seeds",
+        answer,
+        panels,
+        table.notes,
+    )
