@@ -16,7 +16,7 @@ from torch import nn
 from skipscope._data import as_batches, batch_size, inputs_of, read, rows
 from skipscope._errors import SkipscopeError
 from skipscope._progress import say
-from skipscope._untouched import random_state_kept, require_module, untouched
+from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
 from skipscope._version import __version__
 from skipscope.comparison._measure import Clock, Probe, attempt
 from skipscope.comparison._results import Comparison, Rung, StrengthSweep, Training, Twin
@@ -212,7 +212,7 @@ def _ready(model: Any, seed: int) -> nn.Module:
     """A copy in training mode: the user's own is never run."""
     if isinstance(model, nn.Module):
         require_module(model, "compare")
-        return copy.deepcopy(model).train()
+        return private_copy(model, "compare").train()
     if not callable(model):
         require_module(model, "compare")
     with random_state_kept(seed):

@@ -22,12 +22,12 @@ from torch.func import functional_call, stack_module_state
 from skipscope._data import Objective, map_tensors, read, tensors_in
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
-from skipscope._untouched import random_state_kept, require_module, untouched
+from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
 from skipscope.comparison._results import Curves, Training, smoothed
 from skipscope.comparison._stream import Stream
 from skipscope.comparison._threads import fitting_threads
 
-RATES: dict[str, tuple[float, ...]] = {"SGD": (0.1, 0.03, 0.01), "Adam": (0.01, 0.003, 0.001)}
+RATES: dict[str, tuple[float, ...]] = {"SGD": (0.1, 0.03, 0.01, 0.003), "Adam": (0.01, 0.003, 0.001, 0.0003)}
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,29 @@ class Run:
 
     seed: int
     rate: float
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What every run goes through.
+
+    Attributes:
+        stream: where its batches come from.
+        objective: the loss.
+        steps: how many, at most.
+        stop_at: stop as soon as the smoothed loss of one of the networks trained together is here; None: go on.
+    """
+
+    stream: Stream
+    objective: Objective
+    steps: int
+    stop_at: float | None = None
+
+    def is_over(self, losses: np.ndarray) -> bool:
+        """Whether the losses so far, [networks, steps], are enough (looked at every tenth step)."""
+        if self.stop_at is None or losses.shape[1] % 10:
+            return False
+        return bool((smoothed(losses) <= self.stop_at).any())
 
 
 def train_twins(
@@ -96,8 +119,13 @@ def train_and_keep(
     optimizers: Mapping[str, Sequence[float]] | None = None,
     target: float | None = None,
     weight: Callable[[Any], float] | None = None,
+    stop_at_target: bool = False,
 ) -> tuple[Training, dict[str, dict[str, nn.Module]]]:
-    """As :func:`train_twins`, and the trained networks: twin -> optimizer -> the first seed's at its best rate."""
+    """As :func:`train_twins`, and the trained networks: twin -> optimizer -> the first seed's at its best rate.
+
+    With ``stop_at_target`` a sweep ends when its first rate has reached the target, which must then be given: enough
+    to tell in how many steps the best rate gets there.
+    """
     if not twins:
         raise SkipscopeError(
             "train_twins",
@@ -120,15 +148,14 @@ def train_and_keep(
         first = next(iter(makers.values()))(chosen[0])
         batches, objective = read(first, data, loss, "train_twins", weight=weight)
         stream = Stream(batches, batch_size)
+        course = _Course(stream, objective, steps, target if stop_at_target else None)
         for name, make in makers.items():
             starts = {seed: make(seed) for seed in chosen}
             engine[name] = "stacked" if _stackable(starts[chosen[0]], stream, objective) else "one by one"
             train = _train_stacked if engine[name] == "stacked" else _train_one_by_one
             with fitting_threads(copy.deepcopy(starts[chosen[0]]), objective, next(stream.batches(0))):
                 logs[name] = {
-                    optimizer: _sweep_then_seeds(
-                        train, starts, values, optimizer, stream, objective, steps, name
-                    )
+                    optimizer: _sweep_then_seeds(train, starts, values, optimizer, course, name)
                     for optimizer, values in rates.items()
                 }
     if target is None:
@@ -150,7 +177,7 @@ class _Log:
 
 def _maker(name: str, twin: nn.Module | Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
     if isinstance(twin, nn.Module):
-        return lambda seed: copy.deepcopy(twin).train()
+        return lambda seed: private_copy(twin, "train_twins").train()
 
     def make(seed: int) -> nn.Module:
         with random_state_kept(seed):
@@ -171,13 +198,13 @@ def _first_loss(by_optimizer: dict[str, dict[Run, _Log]]) -> float:
     return float(np.mean(first))
 
 
-def _sweep_then_seeds(train, starts, rates, optimizer, stream, objective, steps, name) -> dict[Run, _Log]:
+def _sweep_then_seeds(train, starts, rates, optimizer, course: _Course, name) -> dict[Run, _Log]:
     """Every rate on the first seed; the best one on the other seeds."""
     first, *others = starts
-    runs = train(starts, [Run(first, r) for r in rates], optimizer, stream, objective, steps, name)
+    runs = train(starts, [Run(first, r) for r in rates], optimizer, course, name)
     best = min(rates, key=lambda r: (_final(runs[Run(first, r)].losses), r))
     if others:
-        runs |= train(starts, [Run(s, best) for s in others], optimizer, stream, objective, steps, name)
+        runs |= train(starts, [Run(s, best) for s in others], optimizer, course, name)
     return runs
 
 
@@ -275,21 +302,19 @@ def _train_stacked(
     starts: dict[int, nn.Module],
     runs: list[Run],
     optimizer: str,
-    stream: Stream,
-    objective: Objective,
-    steps: int,
+    course: _Course,
     name: str,
 ) -> dict[Run, _Log]:
-    networks = _Stacked([starts[run.seed] for run in runs], objective)
+    networks = _Stacked([starts[run.seed] for run in runs], course.objective)
     weights = list(networks.parameters.values())
     # The optimizer acts on a displacement that starts at zero each step. SGD's and Adam's steps are proportional to
     # the rate, so one optimizer at rate 1 serves all rates, and the displacement is the update whose size we report.
     moves = [torch.zeros_like(w).requires_grad_() for w in weights]
     driver = _optimizer(optimizer, moves, 1.0)
     rates = torch.tensor([run.rate for run in runs], dtype=torch.float64)
-    sources = {run.seed: stream.batches(run.seed) for run in runs}
-    losses, ratios = np.full((len(runs), steps), np.nan), np.full((len(runs), steps), np.nan)
-    for step in track(range(steps), f"training {name} with {optimizer}"):
+    sources = {run.seed: course.stream.batches(run.seed) for run in runs}
+    losses, ratios = np.full((2, len(runs), course.steps), np.nan)
+    for step in track(range(course.steps), f"training {name} with {optimizer}"):
         fresh = {seed: next(source) for seed, source in sources.items()}
         value = networks.losses([fresh[run.seed] for run in runs])
         for w, grad in zip(moves, torch.autograd.grad(value.sum(), weights)):
@@ -297,6 +322,9 @@ def _train_stacked(
         driver.step()
         losses[:, step] = value.detach().double().cpu().numpy()
         ratios[:, step] = _apply(weights, moves, rates)
+        if course.is_over(losses[:, : step + 1]):
+            losses, ratios = losses[:, : step + 1], ratios[:, : step + 1]
+            break
     return {run: _Log(losses[i], ratios[i], partial(networks.network, i)) for i, run in enumerate(runs)}
 
 
@@ -321,27 +349,23 @@ def _train_one_by_one(
     starts: dict[int, nn.Module],
     runs: list[Run],
     optimizer: str,
-    stream: Stream,
-    objective: Objective,
-    steps: int,
+    course: _Course,
     name: str,
 ) -> dict[Run, _Log]:
     logs = {}
     for run in track(runs, f"training {name} with {optimizer}"):
         with random_state_kept(run.seed):
-            logs[run] = _train(copy.deepcopy(starts[run.seed]), run, optimizer, stream, objective, steps)
+            logs[run] = _train(copy.deepcopy(starts[run.seed]), run, optimizer, course)
     return logs
 
 
-def _train(
-    model: nn.Module, run: Run, optimizer: str, stream: Stream, objective: Objective, steps: int
-) -> _Log:
+def _train(model: nn.Module, run: Run, optimizer: str, course: _Course) -> _Log:
     weights = [p for p in model.parameters() if p.requires_grad]
     driver = _optimizer(optimizer, weights, run.rate)
-    losses, ratios = np.full(steps, np.nan), np.full(steps, np.nan)
-    for step, batch in zip(range(steps), stream.batches(run.seed)):
+    losses, ratios = np.full((2, course.steps), np.nan)
+    for step, batch in zip(range(course.steps), course.stream.batches(run.seed)):
         driver.zero_grad()
-        value = objective(model, batch)
+        value = course.objective(model, batch)
         value.backward()
         before = [w.detach().clone() for w in weights]
         driver.step()

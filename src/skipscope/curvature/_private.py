@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from skipscope._data import Batch, Objective, forward, map_tensors
 from skipscope._errors import SkipscopeError
-from skipscope._untouched import untouched
+from skipscope._untouched import private_copy, untouched
 from skipscope.curvature._results import Layout
 
 Selection = str | Iterable[str] | None
@@ -78,7 +77,7 @@ class PrivateModel:
     def doubled(self) -> PrivateModel:
         """A copy of the copy, in float64; made once for a point."""
         if self._twin is None:
-            module = _copied(self.module, self.operation).double()
+            module = private_copy(self.module, self.operation).double()
             found = dict(module.named_parameters())
             self._twin = replace(self, module=module, parameters=[found[name] for name in self.names])
         return self._twin
@@ -139,7 +138,7 @@ def private_model(
         SkipscopeError: the model cannot be copied, or no parameter was chosen.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper cannot be differentiated twice
-    own = _copied(model, operation)
+    own = private_copy(model, operation)
     chosen = _chosen(
         [n for n, p in model.named_parameters() if p.requires_grad], parameters, model, operation
     )
@@ -149,25 +148,6 @@ def private_model(
         parameter.grad = None
     names = [name for name in found if name in chosen]
     return PrivateModel(own, names, [found[n] for n in names], objective, training, seed, operation)
-
-
-def _copied(model: nn.Module, operation: str) -> nn.Module:
-    # Tensors with a history (an old weight norm's weight) are made anew by each forward pass and cannot be copied.
-    memo = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    try:
-        with torch.no_grad():
-            return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise SkipscopeError(
-            operation, f"the model cannot be copied ({type(error).__name__}: {str(error)[:200]})",
-            expected="a model that copy.deepcopy accepts, because curvature is measured on a copy",
-            cure="keep open files, locks and tensors with a graph out of the model's attributes",
-        ) from error  # fmt: skip
 
 
 def _chosen(available: list[str], wanted: Selection, model: nn.Module, operation: str) -> set[str]:

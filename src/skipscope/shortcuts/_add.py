@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from skipscope import _data
 from skipscope._errors import SkipscopeError
-from skipscope._untouched import untouched
+from skipscope._untouched import private_copy, untouched
 
 
 class Skip(nn.Module):
@@ -66,7 +65,7 @@ def add_shortcuts(
             "add_shortcuts", "unknown kind", expected="identity, or a module class", got=repr(kind)
         )
     shapes = _shapes(model, inputs)
-    twin = copy.deepcopy(model)
+    twin = private_copy(model, "add_shortcuts")
     done: list[str] = []
     for path, container in list(twin.named_modules()):
         inside = any(path == outer or path.startswith(outer + ".") for outer in done)
@@ -87,7 +86,7 @@ def _shapes(model: nn.Module, inputs: Any) -> dict[str, tuple[Any, Any]]:
 
             handles.append(module.register_forward_hook(hook))
         try:
-            _data.call_model(model, inputs)
+            _data.forward(model, (inputs, None), "add_shortcuts")
         finally:
             for handle in handles:
                 handle.remove()

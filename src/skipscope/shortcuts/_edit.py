@@ -6,14 +6,13 @@ The twin runs the model's own code otherwise; ``_twin`` says how.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
-from skipscope._untouched import require_module
+from skipscope._untouched import private_copy, require_module
 from skipscope.shortcuts import _twin
 from skipscope.shortcuts._find import find_shortcuts
 from skipscope.shortcuts._recalibrate import recalibrate as recalibrate_norms
@@ -71,7 +70,7 @@ def ablate(
         )
     chosen, points = _chosen(model, found, inputs)
     factor = strength if strength is not None else None if how == "detach" else 0.0
-    twin = _copy(model, share)
+    twin = private_copy(model, "ablate", share=share)
     group = _twin.Group(points, share or _twin.shares_parameters(model))
     _twin.follow(twin, group)
     modules = dict(twin.named_modules())
@@ -117,17 +116,6 @@ def _chosen(model: nn.Module, found: Any, inputs: Any) -> tuple[Sequence[Shortcu
     if known is None and inputs is not None:
         known = find_shortcuts(model, inputs).boundaries
     return chosen, known or ()
-
-
-def _copy(model: nn.Module, share: bool) -> nn.Module:
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share else {}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # whatever a model holds that cannot be copied ends here
-        raise SkipscopeError(
-            "ablate", f"the model cannot be copied: {type(error).__name__}: {str(error)[:200]}",
-            cure="drop what a forward pass left on the model, or edit a fresh instance",
-        ) from error  # fmt: skip
 
 
 def boundaries(model: nn.Module, inputs: Any, *, found: Shortcuts | None = None) -> tuple[Boundary, ...]:

@@ -146,7 +146,7 @@ def trace(model: nn.Module, inputs: Any) -> Trace:
     record.sources = {node_of(tensor): "input" for tensor in leaves}
     recorder = _Recorder(record)
     with _watched(record, recorder.sites), recorder:
-        record.output = _data.call_model(model, inputs)
+        record.output = _data.forward(model, (inputs, None), "find_shortcuts")
     for call in record.calls:
         call.key = recorder.sites.complete(call.key)
     return record

@@ -6,14 +6,13 @@ an axis, however many layers there are.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from skipscope._errors import SkipscopeError
+from skipscope._untouched import private_copy
 from skipscope.surfaces._directions import Direction
 
 _ALIGN = 64  # elements; matrix kernels want aligned weights, and a view in the middle of a buffer need not be
@@ -43,7 +42,7 @@ class MovingCopy:
     """
 
     def __init__(self, model: nn.Module, directions: Sequence[Direction], *, channels_last: bool = False):
-        self.model = own_copy(model).requires_grad_(False)
+        self.model = private_copy(model, "landscape").requires_grad_(False)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self._flats = self._flatten(directions)
@@ -120,14 +119,3 @@ def _view(flat: Tensor, start: int, like: Tensor) -> Tensor:
         o, i, h, w = like.shape
         return piece.view(o, h, w, i).permute(0, 3, 1, 2)
     return piece.view(like.shape)
-
-
-def own_copy(model: nn.Module) -> nn.Module:
-    """A deep copy, or a refusal that says why there can be none."""
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise SkipscopeError(
-            "landscape", f"the model cannot be copied, and its own weights are never moved ({str(error)[:200]})",
-            cure="drop tensors kept from a forward pass (self.cache = None), or make the model deep-copyable",
-        ) from error  # fmt: skip

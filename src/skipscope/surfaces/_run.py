@@ -14,14 +14,13 @@ from torch import nn
 
 from skipscope._data import Batches, Objective, mean_loss, read
 from skipscope._errors import SkipscopeError
-from skipscope._untouched import require_module, untouched
+from skipscope._untouched import private_copy, require_module, untouched
 from skipscope._version import __version__
 from skipscope.surfaces._adaptive import Adaptive
 from skipscope.surfaces._evaluate import prepare_batch_norm, recalibrate
 from skipscope.surfaces._finish import Facts, Run, finish
 from skipscope.surfaces._grid import Sheet, axes
 from skipscope.surfaces._learnt import has_learnt
-from skipscope.surfaces._moving import own_copy
 from skipscope.surfaces._points import data_hash, hash_of, resident, weights_hash
 from skipscope.surfaces._results import PairedSurfaces
 from skipscope.surfaces._runner import Runner, engine_for
@@ -206,7 +205,7 @@ def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings
     """What is measured apart from the evaluator: the model's own loss, and whether it has learnt."""
     model = twin.model
     if settings.batch_norm != "frozen":
-        model = own_copy(model)
+        model = private_copy(model, "landscape")
         if prepare_batch_norm(model, settings.batch_norm) != "none" and settings.batch_norm == "recalibrate":
             recalibrate(model, data)
     return Facts(mean_loss(model, data, loss), has_learnt(model, data, loss))
