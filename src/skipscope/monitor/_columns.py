@@ -102,6 +102,8 @@ def read_rows(path: Path) -> tuple[dict[str, Any], np.ndarray]:
     if not newline:
         raise ValueError(f"{path.name} has no first line yet")
     about = json.loads(first)
-    width = int(about["width"])
+    width = about.get("width") if isinstance(about, dict) else None
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"{path.name} does not say how wide its rows are")
     whole = len(rest) // (8 * width)
     return about, np.frombuffer(rest[: whole * 8 * width], dtype=np.float64).reshape(whole, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,18 +173,20 @@ def whole_sums(grads: Sequence[Tensor | None], size: int) -> Parts:
     """Sums of squares and of |g| over all ranks, each element counted once: one all-reduce (collective)."""
     grads = [None if grad is None else _ranks.whole(grad) for grad in grads]
     device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
-    weights = [0.0 if grad is None else _ranks.weight_of(grad, size) for grad in grads]
-    sums = torch.zeros(2, len(grads), dtype=torch.float64, device=device)
-    at = [i for i, grad in enumerate(grads) if grad is not None]
-    plain = [_norms.plain(grads[i]) for i in at]  # type: ignore[arg-type]
+    weights = tuple(0.0 if grad is None else _ranks.weight_of(grad, size) for grad in grads)
+    nothing = torch.zeros(0, device=device)
+    plain = [nothing if grad is None else _norms.plain(grad) for grad in grads]
     if device.type == "cpu":
-        sums[:, at] = torch.tensor([_norms.on_host(grad) for grad in plain], dtype=torch.float64).T
-    elif len(at) == len(grads):
-        sums = _norms.on_device(plain)
+        sums = torch.tensor([_norms.on_host(grad) for grad in plain], dtype=torch.float64).T.contiguous()
     else:
-        sums[:, torch.tensor(at, device=device)] = _norms.on_device(plain)
+        sums = _norms.on_device(plain)
     sums[0].square_()
-    sums *= torch.tensor(weights, dtype=torch.float64).to(device, non_blocking=True)
+    sums *= _on_device(weights, device)
     _ranks.all_reduced(sums)
     everywhere = list(range(len(grads)))
     return [(everywhere, sums.numpy() if device.type == "cpu" else _norms.Reading(sums))]
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(weights, dtype=torch.float64, device=device)

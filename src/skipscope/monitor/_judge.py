@@ -95,7 +95,7 @@ def _flow_state(value: float) -> tuple[str, float | None]:
 
 def _lasting(codes: np.ndarray) -> str:
     """A zero or a missing gradient counts when it was so at every step looked at; a non-finite one at the last."""
-    words = [STATES[int(code)] for code in codes if math.isfinite(code)]
+    words = [STATES[int(code)] for code in codes.tolist() if math.isfinite(code)]
     if not words:
         return "absent"
     if words[-1] == "nonfinite":
@@ -105,8 +105,8 @@ def _lasting(codes: np.ndarray) -> str:
 
 
 def _median(values: np.ndarray) -> float:
-    values = values[np.isfinite(values)]
-    return float(np.median(values)) if len(values) else math.nan
+    kept = sorted(v for v in values.tolist() if math.isfinite(v))
+    return (kept[(len(kept) - 1) // 2] + kept[len(kept) // 2]) / 2 if kept else math.nan
 
 
 def _comparable(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 # 256 kB of float32: fits the second-level cache, and BLAS still runs it in the calling thread.
 _PIECE = 65536
+_BLAS_HAS = (torch.float32, torch.float64)
 
 
 @functools.cache
@@ -27,19 +29,18 @@ def _blas(dtype: np.dtype):
 
 def plain(grad: Tensor) -> Tensor:
     """The numbers of a gradient that lie on this rank, without layout: sparse values, a DTensor's local shard."""
-    if hasattr(grad, "to_local"):
+    if type(grad) is not Tensor and hasattr(grad, "to_local"):
         grad = grad.to_local()  # type: ignore[operator]
-    grad = grad.detach()
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def on_host(grad: Tensor) -> tuple[float, float]:
     """(L2 norm, sum of |g|) of one plain gradient on the CPU, accumulated in at least its own precision."""
-    if grad.dtype not in (torch.float32, torch.float64):
+    if grad.dtype not in _BLAS_HAS:
         grad = grad.abs() if grad.is_complex() else grad.float()
-    if not grad.is_contiguous():
-        grad = grad.permute(0, 2, 3, 1) if grad.ndim == 4 else grad  # channels last is dense in this order
-    values = grad.reshape(-1).numpy()
+    if grad.ndim == 4 and not grad.is_contiguous():
+        grad = grad.permute(0, 2, 3, 1)  # channels last is dense in this order
+    values = (grad.detach() if grad.requires_grad else grad).numpy().reshape(-1)
     nrm2, asum = _blas(values.dtype)
     n = values.size
     if n <= _PIECE:
@@ -59,17 +60,28 @@ def nrm2_of(norms: Sequence[float] | np.ndarray) -> float:
 
 def on_device(grads: list[Tensor]) -> Tensor:
     """``[2, n]`` float64 on the gradients' device: L2 norms, sums of |g|. Nothing waits for the device."""
-    kinds = {g.dtype for g in grads}
-    if len(kinds) > 1:  # the fused kernels want one dtype
-        result = torch.empty(2, len(grads), dtype=torch.float64, device=grads[0].device)
-        for kind in kinds:
-            places = [i for i, g in enumerate(grads) if g.dtype == kind]
-            result[:, torch.tensor(places, device=result.device)] = on_device([grads[i] for i in places])
-        return result
+    if len({grad.dtype for grad in grads}) > 1:  # the fused kernels want one dtype
+        columns: list[Any] = [None] * len(grads)
+        for kind in {grad.dtype for grad in grads}:
+            places = [i for i, grad in enumerate(grads) if grad.dtype == kind]
+            for i, column in zip(places, on_device([grads[i] for i in places]).unbind(1)):
+                columns[i] = column
+        return torch.stack(columns, dim=1)
     # half-precision norms come back in half precision, and overflow: ask for single
     wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-    both = torch._foreach_norm(grads, 2, dtype=wide) + torch._foreach_norm(grads, 1, dtype=wide)
-    return torch.stack(list(both)).double().view(2, len(grads))
+    lines = [_side_by_side(torch._foreach_norm(grads, order, dtype=wide)) for order in (2, 1)]
+    return torch.stack(lines).double()
+
+
+def _side_by_side(scalars: Sequence[Tensor]) -> Tensor:
+    """``[n]`` from n scalars. The fused kernel hands back neighbours in one buffer: then without launching anything."""
+    first, last, n = scalars[0], scalars[-1], len(scalars)
+    buffer = first.untyped_storage()
+    neighbours = (
+        first.storage_offset() == 0 and last.storage_offset() == n - 1
+        and buffer.data_ptr() == last.untyped_storage().data_ptr()
+    )  # fmt: skip
+    return first.as_strided((n,), (1,)) if neighbours else torch.stack(list(scalars))
 
 
 class Reading:

@@ -191,6 +191,26 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def scalars(record: Record, *, parameters: bool) -> dict[str, float]:
+    """A record as loggers of scalars take it; what is not finite is left out, for most cannot draw it.
+
+    Args:
+        record: a step.
+        parameters: each parameter's RMS and mean |g| as well.
+    """
+    which = f"optimizer{record.optimizer}/" if record.optimizer else ""
+    values = {
+        f"gradients/{which}total_norm": record.total_norm,
+        f"gradients/{which}total_norm_before_clip": record.total_before_clip,
+        f"gradients/{which}loss_scale": record.loss_scale,
+        f"gradients/{which}skipped": float(record.skipped),
+    }
+    if parameters:
+        for name, rms, mean in zip(record.names, record.rms.tolist(), record.mean_abs.tolist()):
+            values[f"gradient_rms/{name}"], values[f"gradient_mean_abs/{name}"] = rms, mean
+    return {key: value for key, value in values.items() if math.isfinite(value)}
+
+
 def as_sink(sink: Sink | str) -> Sink:
     """A sink, or what its short name stands for.
 

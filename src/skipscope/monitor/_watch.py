@@ -24,8 +24,8 @@ from skipscope.monitor._stepper import Stepper
 from skipscope.monitor._store import Store
 
 _log = logging.getLogger("skipscope.monitor")
-# After the first few rows the verdict is judged anew at every so many.
-_JUDGE_EVERY = 16
+# The verdict is judged anew at rows 1, 2, 4, 8, ..., then at every so many; at once when a gradient is not finite.
+_JUDGE_EVERY = 32
 
 
 class Monitor:
@@ -144,7 +144,8 @@ class Monitor:
             record = Record.of(stepper.index, step.roster, row, self._verdict)
             for sink in list(self._sinks):
                 self._tell(sink, "step", record)
-        if self._rows < _JUDGE_EVERY or self._rows % _JUDGE_EVERY == 0 or record_is_bad(step, row):
+        n = self._rows
+        if n % _JUDGE_EVERY == 0 or (n < _JUDGE_EVERY and n & (n - 1) == 0) or _is_bad(step, row):
             self._judge()
 
     def _catch_up(self) -> None:
@@ -186,7 +187,7 @@ class Monitor:
             warnings.warn(f"skipscope: {type(sink).__name__} failed, and is dropped: {error!r}", stacklevel=3)
 
 
-def record_is_bad(step: Step, row: Any) -> bool:
+def _is_bad(step: Step, row: Any) -> bool:
     """Whether a gradient that should be there is not finite: judged at once."""
     P = len(step.roster.names)
     there = step.codes > 0

@@ -1,0 +1,92 @@
+"""Accelerate (extra ``accelerate``): a tracker that watches, and a sink that reports to the trackers you have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from skipscope._errors import MissingExtra
+from skipscope.monitor._results import History, VerdictEvent
+from skipscope.monitor._sinks import Record, scalars
+from skipscope.monitor._watch import Monitor, watch
+
+try:
+    from accelerate.tracking import GeneralTracker
+except ImportError as error:
+    raise MissingExtra("watch", "accelerate", "accelerate") from error
+
+
+class WatchTracker(GeneralTracker):
+    """A tracker whose ``end_training`` ends the watch: ``Accelerator(log_with=WatchTracker(folder="run"))``.
+
+    After ``prepare`` say ``accelerator.get_tracker("skipscope").watch(model, optimizer)``, on every process.
+
+    Args:
+        options: as for ``skipscope.watch``.
+
+    Attributes:
+        logged: what ``accelerator.log`` was given: ``(step, values)``.
+    """
+
+    name = "skipscope"
+    requires_logging_directory = False
+    main_process_only = False  # watching is collective
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        self.options, self.monitor = options, None
+        self.configuration: dict[str, Any] = {}
+        self.logged: list[tuple[int | None, dict[str, Any]]] = []
+
+    @property
+    def tracker(self) -> Monitor | None:
+        """The :class:`Monitor`; None before :meth:`watch`."""
+        return self.monitor
+
+    def watch(self, model: nn.Module, optimizer: Any) -> Monitor:
+        """Begin, with what ``accelerator.prepare`` returned (collective)."""
+        self.finish()
+        self.monitor = watch(model, optimizer, **self.options)
+        return self.monitor
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """The run's settings."""
+        self.configuration.update(values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Your own numbers, kept in ``logged``."""
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        """Stop watching."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+
+class AccelerateLog:
+    """A sink that hands the monitor's scalars to every tracker of an ``Accelerator``.
+
+    Args:
+        accelerator: after ``init_trackers``.
+        every: recorded steps from one set of parameters' numbers to the next.
+    """
+
+    def __init__(self, accelerator: Any, every: int = 10):
+        self.accelerator, self.every, self._count = accelerator, every, 0
+
+    def open(self, notes: list[str]) -> None:
+        """Nothing to say."""
+
+    def step(self, record: Record) -> None:
+        """Scalars."""
+        self.accelerator.log(scalars(record, parameters=self._count % self.every == 0), step=record.step)
+        self._count += 1
+
+    def event(self, event: VerdictEvent) -> None:
+        """The change."""
+        self.accelerator.log({"skipscope/verdict": str(event)}, step=event.step)
+
+    def close(self, history: History) -> None:
+        """The last verdict."""
+        self.accelerator.log({"skipscope/verdict": str(history.verdict)}, step=history.verdict.step)

@@ -1,0 +1,55 @@
+"""A sink for TensorBoard (extra ``tensorboard``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from skipscope._errors import MissingExtra
+from skipscope.monitor._results import History, VerdictEvent
+from skipscope.monitor._sinks import Record, scalars
+
+
+class TensorBoard:
+    """Total norms at every recorded step, each parameter's at some; changes of the verdict as text.
+
+    Args:
+        to: a folder, or a ``SummaryWriter`` of your own (left open).
+        every: recorded steps from one set of parameters' numbers to the next.
+
+    Raises:
+        MissingExtra: tensorboard is not installed.
+    """
+
+    def __init__(self, to: Any = "runs", every: int = 10):
+        self.every, self._count = every, 0
+        self._own = isinstance(to, str) or hasattr(to, "__fspath__")
+        if self._own:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise MissingExtra("watch", "tensorboard", "tensorboard") from error
+            to = SummaryWriter(str(to))
+        self.writer = to
+
+    def open(self, notes: list[str]) -> None:
+        """The notes."""
+        if notes:
+            self.writer.add_text("skipscope/notes", "\n\n".join(notes), 0)
+
+    def step(self, record: Record) -> None:
+        """Scalars."""
+        values = scalars(record, parameters=self._count % self.every == 0)
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, record.step)
+        self._count += 1
+
+    def event(self, event: VerdictEvent) -> None:
+        """The change, as text."""
+        self.writer.add_text("skipscope/verdict", str(event), event.step)
+
+    def close(self, history: History) -> None:
+        """The last verdict."""
+        self.writer.add_text("skipscope/verdict", str(history.verdict), history.verdict.step)
+        self.writer.flush()
+        if self._own:
+            self.writer.close()

@@ -1,0 +1,91 @@
+"""Norms and sums of |g|: both ways of computing them against element-by-element float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skipscope.monitor import _norms
+from skipscope.monitor._columns import Rows, read_rows
+
+
+def exact(tensor):
+    values = [abs(complex(v)) for v in tensor.detach().flatten().to(torch.complex128).tolist()]
+    return math.sqrt(math.fsum(v * v for v in values)), math.fsum(values)
+
+
+def gradients(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(), (1,), (7,), (0, 3), (5, 3), (2, 3, 4, 5), (300, 450)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_on_the_host(dtype):
+    for grad in gradients(dtype):
+        np.testing.assert_allclose(_norms.on_host(grad), exact(grad), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_accelerators_way(dtype):
+    grads = gradients(dtype)
+    found = _norms.on_device(grads)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found.numpy().T, [exact(g) for g in grads], rtol=2e-5)
+
+
+def test_the_accelerators_way_with_several_dtypes():
+    grads = [g for kinds in zip(gradients(torch.float32), gradients(torch.float64)) for g in kinds]
+    np.testing.assert_allclose(_norms.on_device(grads).numpy().T, [exact(g) for g in grads], rtol=2e-5)
+
+
+def test_half_precision_neither_overflows_nor_rounds():
+    grads = [torch.full((1000,), 200.0, dtype=torch.float16)]
+    np.testing.assert_allclose(_norms.on_device(grads)[:, 0], [200 * 1000**0.5, 200e3], rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40))
+def test_any_finite_float32(values):
+    grad = torch.tensor(values, dtype=torch.float32)
+    norm, total = exact(grad)
+    found = _norms.on_host(grad)
+    if total < 3e38:
+        np.testing.assert_allclose(found, (norm, total), rtol=3e-6)
+
+
+@pytest.mark.parametrize("keep", [2, 3, 8, 64])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 64, 65, 300])
+def test_rows_are_bounded_evenly_spaced_and_end_with_the_last(tmp_path, keep, count):
+    rows = Rows(2, keep, tmp_path / "x.rows", {"names": ["a"]})
+    for i in range(count):
+        rows.append(np.array([i, -i], dtype=float))
+    held = rows.array()[:, 0]
+    assert len(held) <= keep + 1
+    assert list(held[:1]) == [0.0][:count]
+    assert list(held[-1:]) == [count - 1.0][:count]
+    assert len(set(np.diff(held[:-1]))) <= 1
+    assert list(rows.last(1)[:, 0]) == list(held[-1:])
+    rows.close()
+    about, read = read_rows(tmp_path / "x.rows")
+    assert about["names"] == ["a"]
+    np.testing.assert_array_equal(read[:, 0], np.arange(count))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_rows_or_a_value_error(data):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.rows"
+        path.write_bytes(data)
+        try:
+            _, rows = read_rows(path)
+        except ValueError:
+            return
+        assert rows.ndim == 2
