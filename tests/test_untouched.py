@@ -65,10 +65,12 @@ def _one_product(operator: Any) -> Any:
 
 
 def _watched(model: nn.Module, data: Any, loss: Any) -> None:
+    if not list(model.parameters()):
+        return
+    batches, read_loss = ss._data.read(model, data, loss, "watch")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with ss.watch(model, optimizer), untouched(model):
-        output = model(**data) if isinstance(data, dict) else ss._data.call_model(model, inputs_of(data))
-        (loss(output, data[1]) if loss else output["loss"]).backward()
+        read_loss(model, batches.first()).backward()
 
 
 # --- the check --------------------------------------------------------------------------------------------------

@@ -327,11 +327,17 @@ def read(
     """What every public call does first: read data and loss, and make sure that batches may be averaged.
 
     Raises:
-        SkipscopeError: data or loss cannot be read, or one batch does not equal its two parts under any known weight.
+        SkipscopeError: data or loss cannot be read, the model has no numbers, or one batch does not equal its two
+            parts under any known weight.
     """
     read_loss = as_objective(loss, operation, weight=weight, sample_loss=sample_loss)
     read_data = as_batches(data, operation, any_shape=isinstance(loss, Objective))
     require_module(model, operation)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SkipscopeError(
+            operation, "the model is on the meta device: it has shapes, and no numbers to measure",
+            cure="give it weights: model.to_empty(device=...), then load them; find_shortcuts takes it with meta inputs",
+        )  # fmt: skip
     if not read_data.single and not read_loss.sums:
         read_loss = replace(read_loss, weight=_checked_weight(model, read_data, read_loss, operation))
     return read_data, read_loss
