@@ -14,7 +14,14 @@ from skipscope._data import read
 from skipscope._errors import SkipscopeError
 from skipscope.comparison._results import smoothed
 from skipscope.comparison._stream import Stream
-from skipscope.comparison._train import Run, _stackable, _train_one_by_one, _train_stacked
+from skipscope.comparison._train import (
+    Run,
+    _Course,
+    _stackable,
+    _train_one_by_one,
+    _train_stacked,
+    train_and_keep,
+)
 
 MAKE = partial(reference.deep_mlp, 3, width=16, inputs=64, shortcut="identity")
 
@@ -30,10 +37,10 @@ def test_the_stacked_engine_equals_torchs_own_training(optimizer):
     starts = {0: MAKE().double(), 1: MAKE().double()}
     digits, target = reference.digits(200)
     batches, loss = read(starts[0], (digits.double(), target), F.cross_entropy, "test")
-    stream = Stream(batches, 32)
+    course = _Course(Stream(batches, 32), loss, 15)
     runs = [Run(0, 0.1), Run(1, 0.01), Run(0, 0.003)]
-    together = _train_stacked(starts, runs, optimizer, stream, loss, 15, "t")
-    alone = _train_one_by_one(starts, runs, optimizer, stream, loss, 15, "t")
+    together = _train_stacked(starts, runs, optimizer, course, "t")
+    alone = _train_one_by_one(starts, runs, optimizer, course, "t")
     for run in runs:
         np.testing.assert_allclose(together[run].losses, alone[run].losses, rtol=1e-9)
         np.testing.assert_allclose(together[run].update_ratio, alone[run].update_ratio, rtol=1e-7)
@@ -136,3 +143,19 @@ def test_bad_calls_are_refused(name):
     call, words = REFUSED[name]
     with pytest.raises(SkipscopeError, match=words):
         call()
+
+
+def test_a_ladders_sweep_stops_when_one_rate_is_there():
+    options = {"seeds": 1, "steps": 200, "target": 1.0}
+    whole, _ = train_and_keep({"m": MAKE}, reference.digits(400), F.cross_entropy, **options)
+    short, _ = train_and_keep(
+        {"m": MAKE}, reference.digits(400), F.cross_entropy, **options, stop_at_target=True
+    )
+    first = min(
+        int(np.flatnonzero(row <= 1.0)[0]) + 1
+        for row in smoothed(np.stack([c.losses[0] for c in whole.curves["m"].values()]))
+        if (row <= 1.0).any()
+    )
+    counts = [c.steps_to_target[0] for c in short.curves["m"].values()]
+    assert min(counts) <= first
+    assert all(c.losses.shape[1] < 200 for c in short.curves["m"].values())

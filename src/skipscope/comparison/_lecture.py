@@ -131,10 +131,11 @@ def _estimate(depths: tuple[int, ...], settings: Settings) -> str:
     return f"about {seconds:.0f} s: {len(depths)} depths, 4 networks, 2 optimizers, {settings.seeds} seeds"
 
 
-def _train(depth: int, data, settings: Settings, seeds: int, steps: int | None = None):
+def _train(depth: int, data, settings: Settings, seeds: int, *, stop_at_target: bool = False):
     return train_and_keep(
         makers(depth), data, F.cross_entropy, seeds=range(settings.seed, settings.seed + seeds),
-        steps=steps or settings.steps, batch_size=settings.batch_size, optimizers=settings.optimizers, target=TARGET,
+        steps=settings.steps, batch_size=settings.batch_size, optimizers=settings.optimizers, target=TARGET,
+        stop_at_target=stop_at_target,
     )  # fmt: skip
 
 
@@ -145,9 +146,12 @@ def _rung(depth: int, probe: Probe, data, settings: Settings) -> Rung:
     state = {name: flow.verdict.state for name, flow in flows.items()}
     if not settings.train:
         return Rung(depth, fall, state)
-    training: Training = _train(depth, data, settings, 1)[0]
+    training: Training = _train(depth, data, settings, 1, stop_at_target=True)[0]
     steps = {name: {o: training.steps_text(name, o) for o in by} for name, by in training.curves.items()}
-    learns = {name: {o: c.learns for o, c in by.items()} for name, by in training.curves.items()}
+    learns = {
+        name: {o: c.steps_to_target[0] is not None for o, c in by.items()}
+        for name, by in training.curves.items()
+    }
     return Rung(depth, fall, state, steps, learns)
 
 

@@ -152,7 +152,7 @@ class Rung:
         fall: twin -> fall in decades.
         state: twin -> the verdict's state.
         steps: twin -> optimizer -> steps to the target as text ("> 400" when never).
-        learns: twin -> optimizer -> whether it learns.
+        learns: twin -> optimizer -> whether any rate tried reaches the target.
     """
 
     depth: int

@@ -273,8 +273,11 @@ def _landscape(evidence: Evidence) -> Claim:
         )
     paired = evidence.surfaces.get("paired")
     if paired is not None and paired.difference is not None:
-        middle = float(np.nanmedian(paired.difference))
-        finding += f" On the same plane, from the same weights, taking the shortcuts out raises the loss by {short(middle)} (median)."
+        before, after = (surface.scores.centre for surface in paired.surfaces.values())
+        finding += (
+            f" The trained weights with shortcuts have a loss of {short(before)}; take the shortcuts out of them and it is "
+            f"{short(after)} (over the plane the median change is {short(float(np.nanmedian(paired.difference)))})."
+        )
     return Claim(
         "surface",
         _SURFACE,
