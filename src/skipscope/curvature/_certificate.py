@@ -16,56 +16,58 @@ fair.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from scipy.linalg import null_space
 from scipy.special import betainc
 
 from skipscope.curvature._lanczos import Krylov, Restart, Step
 
 
-def chance_unseen(run: Krylov, mu: float, block: int) -> float:
-    """At most this is the chance, over the random start, that an eigenvalue at ``mu`` left no more trace than was seen.
+def chance_unseen(run: Krylov, places: Sequence[float], block: int) -> float:
+    """At most this is the chance, over the random start, that an eigenvalue at or beyond one of ``places`` is unseen.
 
     Args:
         run: a run begun from ``block`` random vectors.
-        mu: a place outside the run's Ritz values.
+        places: outside the run's Ritz values.
         block: how many start vectors there were.
     """
     if run.exhausted or block >= run.size:
         return 0.0  # the basis is the whole space
-    seen, log_scale, constraints = _coordinates(run.history, mu, block, floor=max(run.noise, 1e-300))
-    weakest = np.linalg.svd(seen, compute_uv=False)
+    seen, log_scale, constraints = _coordinates(
+        run.history, np.array(places), block, floor=max(run.noise, 1e-300)
+    )
+    sizes = np.linalg.svd(seen, compute_uv=False)
     # What an SVD cannot tell from zero must count as zero.
-    weakest = max(weakest[-1] - 8 * np.finfo(float).eps * weakest[0], 0.0)
-    if weakest == 0.0:
-        return 1.0
-    largest_share = (1 + constraints) * np.exp(min(-2 * (np.log(weakest) + log_scale), 0.0))
-    largest_share = min(largest_share, 1.0)
-    return float(betainc(block / 2, (run.size - block) / 2, largest_share))
+    weakest = np.maximum(sizes[:, -1] - 8 * np.finfo(float).eps * sizes[:, 0], 1e-300)
+    shares = (1 + constraints) * np.exp(np.minimum(-2 * (np.log(weakest) + log_scale), 0.0))
+    return float(betainc(block / 2, (run.size - block) / 2, np.minimum(shares, 1.0)).sum())
 
 
 def _coordinates(
-    history: list[Step | Restart], mu: float, block: int, floor: float
-) -> tuple[np.ndarray, float, int]:
-    """``P(mu)`` of the module's text, the logarithm of a factor taken out against overflow, and how many more columns.
+    history: list[Step | Restart], places: np.ndarray, block: int, floor: float
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """``P`` of the module's text at each place, the logarithm of a factor taken out, and how many columns were added.
 
     Where a direction of a block was dropped because its remainder was rounding, an eigenvector at ``mu`` must satisfy
     ``|c (mu P - P H)| <= that rounding``: a column more, whose product with c is at most 1 as well.
     """
-    known, log_scale = np.eye(block), 0.0
-    constraints = np.zeros((block, 0))
+    known = np.broadcast_to(np.eye(block), (len(places), block, block))
+    log_scale, constraints = np.zeros(len(places)), known[:, :, :0]
     for event in history:
         if isinstance(event, Restart):
             # The next block stands behind the basis and stays.
             split = event.kept.shape[0]
-            known = np.hstack([known[:, :split] @ event.kept, known[:, split:]])
+            known = np.concatenate([known[:, :, :split] @ event.kept, known[:, :, split:]], axis=2)
             continue
         width = event.measured.shape[1]
-        beyond = mu * known[:, -width:] - known @ event.measured
-        lost = null_space(event.onward) if event.onward.shape[0] else np.eye(width)
-        constraints = np.hstack([constraints, beyond @ lost / max(event.dropped, floor)])
-        known = np.hstack([known, beyond @ np.linalg.pinv(event.onward)])
-        size = np.abs(known).max()
-        if size > 1e100:
-            known, constraints, log_scale = known / size, constraints / size, log_scale + np.log(size)
-    return np.hstack([known, constraints]), log_scale, constraints.shape[1]
+        beyond = places[:, None, None] * known[:, :, -width:] - known @ event.measured
+        back, lost = event.backward
+        if lost.shape[1]:
+            constraints = np.concatenate([constraints, beyond @ lost / max(event.dropped, floor)], axis=2)
+        known = np.concatenate([known, beyond @ back], axis=2)
+        size = np.abs(known).max(axis=(1, 2))
+        if size.max() > 1e100:  # nearly the range of float64
+            known, constraints = known / size[:, None, None], constraints / size[:, None, None]
+            log_scale += np.log(size)
+    return np.concatenate([known, constraints], axis=2), log_scale, constraints.shape[2]

@@ -13,10 +13,12 @@ and what should vanish in a symmetric matrix but does not measures the rounding 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -40,6 +42,15 @@ class Step:
     measured: np.ndarray
     onward: np.ndarray
     dropped: float
+
+    @functools.cached_property
+    def backward(self) -> tuple[np.ndarray, np.ndarray]:
+        """The inverse of ``onward`` from the right ``[b, b']``, and the directions it loses ``[b, b - b']``."""
+        kept, width = self.onward.shape
+        if kept == width:
+            return np.linalg.inv(self.onward), np.zeros((width, 0))
+        lost = scipy.linalg.null_space(self.onward) if kept else np.eye(width)
+        return np.linalg.pinv(self.onward), lost
 
 
 @dataclass

@@ -99,13 +99,16 @@ class CurvatureOperator(LinearOperator):
             SkipscopeError: a product is not finite; the batch is named.
         """
         tangents = [self._cut(vector) for vector in vectors]
-        total = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+        total = None
         for index, batch, share in self._batches():
             found = self._on_batch(index, batch, tangents)
-            rows = torch.stack([torch.cat([part.reshape(-1).double() for part in parts]) for parts in found])
-            if not math.isfinite(float(rows.sum())):
+            rows = torch.stack([torch.cat([part.reshape(-1) for part in parts]) for parts in found])
+            if not math.isfinite(float(rows.sum())) and not rows.isfinite().all():  # a sum may overflow
                 self._refuse_nonfinite(index, batch, found)
-            total += share * rows.to(total.device)
+            rows = rows.to(vectors.device, torch.float64)
+            rows = rows if share == 1.0 else rows.mul_(share)
+            total = rows if total is None else total.add_(rows)
+        assert total is not None  # some batch counts, or the operator would not have been made
         self.products += vectors.shape[0]
         return total
 
@@ -173,11 +176,11 @@ class CurvatureOperator(LinearOperator):
             self.held_bytes += size
 
     def _cut(self, vector: Tensor) -> Tangent:
-        parts = torch.split(vector, [p.numel() for p in self.model.parameters])
-        return [
-            part.to(p.device, p.dtype).reshape(p.shape)
-            for part, p in zip(parts, self.model.parameters, strict=True)
-        ]
+        parameters = self.model.parameters
+        if len({(p.device, p.dtype) for p in parameters}) == 1:  # once for all
+            vector = vector.to(parameters[0].device, parameters[0].dtype)
+        parts = torch.split(vector, [p.numel() for p in parameters])
+        return [part.to(p.device, p.dtype).view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
     def _refuse_nonfinite(self, index: int, batch: Batch, found: list[Tangent]) -> None:
         if batch is None:

@@ -135,14 +135,23 @@ def private_model(
         seed: of the random numbers inside the model.
 
     Raises:
-        SkipscopeError: the model cannot be copied, or no parameter was chosen.
+        SkipscopeError: the model cannot be copied, no parameter was chosen, or one of them is complex.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper cannot be differentiated twice
     own = private_copy(model, operation)
     chosen = _chosen(
         [n for n, p in model.named_parameters() if p.requires_grad], parameters, model, operation
     )
+    for module in own.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # a sparse gradient cannot be differentiated again; a dense one is the same numbers
     found = dict(own.named_parameters())
+    for name in chosen:
+        if found[name].is_complex():
+            raise SkipscopeError(
+                operation, "the Hessian by complex parameters is not defined here", layer=name,
+                expected="real parameters", got=str(found[name].dtype), cure="choose the real ones: parameters=[...]",
+            )  # fmt: skip
     for name, parameter in found.items():
         parameter.requires_grad_(name in chosen)
         parameter.grad = None

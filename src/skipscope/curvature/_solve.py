@@ -163,7 +163,7 @@ class _Search:
             if self._count < wish.k or not within.all():
                 return None
             low, high = self._thresholds(values)
-            self.doubt = chance_unseen(run, low - limit, width) + chance_unseen(run, high + limit, width)
+            self.doubt = chance_unseen(run, [low - limit, high + limit], width)
             if limit and self.doubt > self.allowed:
                 return None
         if run.exhausted or not limit:  # what a random vector shows nothing of is the zero matrix
