@@ -24,6 +24,7 @@ from .shortcuts import add_shortcuts as add_shortcuts
 from .shortcuts import find_shortcuts as find_shortcuts
 from .shortcuts import recalibrate as recalibrate
 from .monitor import watch as watch
+from .flow import gradient_correlation as gradient_correlation
 from .flow import gradient_flow as gradient_flow
 from .flow import gradient_split as gradient_split
 from .flow import importance as importance

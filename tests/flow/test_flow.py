@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import skipscope as ss
-from skipscope.flow._verdict import FALL, Point, judge, least_squares
+from skipscope.flow._verdict import FALL, GROWTH, Point, judge, least_squares
 
 _spec = importlib.util.spec_from_file_location("flow_oracles", Path(__file__).with_name("oracles.py"))
 oracles = importlib.util.module_from_spec(_spec)
@@ -129,7 +129,7 @@ def test_a_factor_on_the_loss_cancels(factor):
 
 
 def expected_state(fall):
-    return "vanishing" if fall >= FALL else "exploding" if fall <= -FALL else "healthy"
+    return "vanishing" if fall >= FALL else "exploding" if fall <= -GROWTH else "healthy"
 
 
 GAINS = (0.05, 0.3, 0.5, 0.8, 0.9, 0.97, 1.0, 1.03, 1.1, 1.3, 2.0, 3.0)

@@ -1,5 +1,6 @@
 """The gradient on its way back: flow, verdict, split, paths, importance, remedies."""
 
+from skipscope.flow._correlation import gradient_correlation as gradient_correlation
 from skipscope.flow._flow import gradient_flow as gradient_flow
 from skipscope.flow._importance import importance as importance
 from skipscope.flow._paths import path_spectrum as path_spectrum
