@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from skipscope._data import Batch, Batches, Objective, forward
 from skipscope._errors import SkipscopeError
@@ -89,6 +89,7 @@ class Loop:
         name: for the result.
         channels_last: lay the copy's convolution weights out that way.
         run: the forward pass, ``run(model, batch) -> output``.
+        knob: the shortcut strength's tensor, where the first coefficient is the strength.
     """
 
     def __init__(
@@ -101,8 +102,9 @@ class Loop:
         name: str = "plain loop",
         channels_last: bool = False,
         run: Callable[[nn.Module, Batch], Any] | None = None,
+        knob: Tensor | None = None,
     ):
-        self.name, self.at_point = name, at_point
+        self.name, self.at_point, self.knob = name, at_point, knob
         self.moving = MovingCopy(model, directions, channels_last=channels_last)
         self.recalibrates = prepare_batch_norm(self.moving.model, batch_norm) == BATCH_NORM["recalibrate"]
         self.run = run or _run
@@ -112,6 +114,9 @@ class Loop:
         return [self._one(point) for point in points]
 
     def _one(self, point: Point) -> dict[str, Any]:
+        if self.knob is not None:
+            self.knob.fill_(point[0])
+            point = point[1:]
         copy = self.moving.move(point)
         if self.draws:
             torch.manual_seed(0)  # a forward pass that draws numbers draws the same ones at every point
@@ -146,11 +151,13 @@ class Evaluator:
         metrics: name -> ``f(output, target)``.
         batch_norm: "frozen", "recalibrate" or "batch".
         l2: adds l2/2 |w|^2 over all parameters to every value.
+        knob: the shortcut strength's tensor in ``model``, where the first axis is the strength.
 
     Attributes:
         plain: the reference.
         strategy: the way points are evaluated; the plain loop until another is chosen.
-        origin: the reading at the origin, by the plain loop.
+        origin_point: the coefficients of the model as it is.
+        origin: the reading there, by the plain loop.
         batch_norm: the mode in words.
     """
 
@@ -164,22 +171,25 @@ class Evaluator:
         metrics: dict[str, Metric],
         batch_norm: str,
         l2: float,
+        knob: Tensor | None = None,
     ):
         self.model, self.loss, self.directions = model, loss, directions
-        self.mode = batch_norm
-        self.plain = Loop(model, directions, PointLoss(data, loss, metrics), batch_norm)
+        self.mode, self.knob = batch_norm, knob
+        self.plain = Loop(model, directions, PointLoss(data, loss, metrics), batch_norm, knob=knob)
         self.batch_norm = BATCH_NORM[batch_norm] if batch_norms(model) else "none"
         self.strategy: Strategy = self.plain
         self._penalty = _Penalty(model, directions, l2) if l2 else None
-        origin = (0.0,) * len(directions)
-        self.plain.notice_draws(origin)
-        self.origin = self([origin])
+        # As built: no step along any direction, and a strength of one.
+        self.origin_point = (*([1.0] if knob is not None else []), *(0.0 for _ in directions))
+        self.plain.notice_draws(self.origin_point)
+        self.origin = self([self.origin_point])
 
     def __call__(self, points: Sequence[Point]) -> Reading:
         """The losses at ``points``."""
         reading = gather(self.strategy(points))
         if self._penalty is not None:
-            reading.values = reading.values + [self._penalty(point) for point in points]
+            steps = [point[1:] if self.knob is not None else point for point in points]
+            reading.values = reading.values + [self._penalty(step) for step in steps]
         return reading
 
     def penalty_at_origin(self) -> float:

@@ -12,8 +12,9 @@ from skipscope._data import Batches, Objective
 from skipscope._version import __version__
 from skipscope.surfaces import _directions as dirs
 from skipscope.surfaces._grid import Sheet
+from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import data_hash, weights_hash
-from skipscope.surfaces._results import Checks, Difference, PairedSurfaces, Provenance, Surface
+from skipscope.surfaces._results import Checks, Difference, KnownPoints, PairedSurfaces, Provenance, Surface
 from skipscope.surfaces._scores import label_of, level_for, scores_of
 from skipscope.surfaces._settings import Settings
 from skipscope.surfaces._strategies import Choice
@@ -29,10 +30,12 @@ class Facts:
     Attributes:
         loss: the model's own loss.
         learnt: whether the network knows anything of its targets; None when they cannot be exchanged.
+        known: the own losses of known weights on the plane, where there are some.
     """
 
     loss: float
     learnt: bool | None
+    known: list[float]
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,6 @@ def _surface(run: Run, sheet: Sheet, twin: TwinOnPlane, label: str, level: float
     values, name = sheet[f"{twin.name}/value"], twin.name
     alphas, *more = run.at
     betas = more[0] if more else np.zeros(0)
-    kind = "random direction" if run.settings.directions is None else "own direction"
     scores = scores_of(
         values,
         alphas,
@@ -87,6 +89,7 @@ def _surface(run: Run, sheet: Sheet, twin: TwinOnPlane, label: str, level: float
         level=level,
         label=label,
         without_fold=folds_of(sheet, twin),
+        origin=twin.evaluator.origin_point,
     )
     return Surface(
         name=name,
@@ -98,13 +101,30 @@ def _surface(run: Run, sheet: Sheet, twin: TwinOnPlane, label: str, level: float
         centre_stderr=sheet[f"{name}/centre_stderr"] if twin.has_samples else None,
         why_no_stderr="" if twin.has_samples else (run.loss.why_no_samples or "fewer than two samples"),
         label=label,
-        axis_names=tuple(f"{kind} {i + 1}" for i in range(len(run.at))),
+        axis_names=_axis_names(run),
         metrics={m: sheet[f"{name}/metric/{m}"] for m in twin.origin.metrics},
         interpolation_error=run.errors[name],
         scores=scores,
         checks=_checks(run, sheet, twin),
         provenance=_provenance(run, sheet, twin),
+        points=_known_points(run, twin),
     )
+
+
+def _axis_names(run: Run) -> tuple[str, ...]:
+    first = ["shortcut strength"] if run.settings.strength is not None else []
+    if isinstance(run.settings.directions, Plane):
+        return (*first, *run.settings.directions.axis_names)
+    kind = "random direction" if run.settings.directions is None else "own direction"
+    return (*first, *(f"{kind} {i + 1}" for i in range(len(run.at) - len(first))))
+
+
+def _known_points(run: Run, twin: TwinOnPlane) -> KnownPoints | None:
+    plane = run.settings.directions
+    if not isinstance(plane, Plane):
+        return None
+    losses = np.array(run.facts[twin.name].known)
+    return KnownPoints(plane.names, plane.coordinates, plane.distances, losses, plane.explained)
 
 
 def _difference(run: Run, sheet: Sheet, first: TwinOnPlane, twin: TwinOnPlane) -> Difference:
@@ -122,7 +142,7 @@ def _checks(run: Run, sheet: Sheet, twin: TwinOnPlane) -> Checks:
     moved = dirs.moved_parameters(twin.model, ())
     own = run.facts[twin.name].loss + twin.evaluator.penalty_at_origin()
     values = sheet[f"{twin.name}/value"]
-    ratios = [dirs.worst_filter_ratio(d, moved) for d in twin.directions]
+    ratios = [dirs.worst_filter_ratio(d, moved) for d in twin.directions] or [1.0]
     return Checks(
         axis_cosine=dirs.cosine(*twin.directions) if len(twin.directions) > 1 else 0.0,
         filter_norm_ratio=max(ratios, key=lambda ratio: abs(ratio - 1)),
@@ -141,12 +161,15 @@ def _provenance(run: Run, sheet: Sheet, twin: TwinOnPlane) -> Provenance:
     parameters = {n: p.detach() for n, p in twin.model.named_parameters()}
     some = next(iter(parameters.values()))
     own = settings.directions is not None
+    kind = ", ".join(_axis_names(run)) if isinstance(settings.directions, Plane) else "the user's own"
     return Provenance(
         seed=settings.seed,
-        directions="the user's own" if own else "Gaussian" + (", orthogonal" if settings.orthogonal else ""),
+        directions=kind if own else "Gaussian" + (", orthogonal" if settings.orthogonal else ""),
         normalize="none" if own else settings.normalize,
         zeroed=() if own else settings.zeroed,
-        span_in_weights=tuple(_in_weights(d, parameters, at) for d, at in zip(twin.directions, run.at)),
+        span_in_weights=tuple(
+            _in_weights(d, parameters, at) for d, at in zip(twin.directions, run.at[-len(twin.directions) :])
+        ),
         weights_hash=run.hashes[twin.name],
         data_hash=data_hash(run.data),
         loss=run.loss.name,

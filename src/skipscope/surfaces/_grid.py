@@ -11,13 +11,16 @@ from skipscope._errors import SkipscopeError
 Cell = tuple[int, ...]  # a point's place on the grid: (a, b), or (a,) on a line
 
 
-def axes(grid: int | Sequence[int], span: object, directions: int | None) -> tuple[np.ndarray, ...]:
+def axes(
+    grid: int | Sequence[int], span: object, directions: int | None, strength: bool = False
+) -> tuple[np.ndarray, ...]:
     """One array of coefficients an axis.
 
     Args:
         grid: points an axis; a sequence of one is a line.
         span: half width; or one an axis; or (low, high) an axis.
-        directions: how many directions there are, or None when the grid says it.
+        directions: how many axes there are, or None when the grid says it.
+        strength: the first axis is a shortcut strength, from 0 to 1 where the span is one number.
 
     Raises:
         SkipscopeError: sizes or ranges that make no grid.
@@ -29,6 +32,8 @@ def axes(grid: int | Sequence[int], span: object, directions: int | None) -> tup
             "landscape", "this is no grid", expected=f"points an axis, for {count} axes: 51 or (51, 31); (51,) is a line", got=repr(grid),
         )  # fmt: skip
     ranges = _ranges(span, count)
+    if strength and not isinstance(span, Sequence | np.ndarray):
+        ranges[0] = (0.0, 1.0)
     out = []
     for n, (low, high) in zip(sizes, ranges):
         steps = np.arange(int(n))

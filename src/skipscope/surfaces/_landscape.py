@@ -10,8 +10,9 @@ from torch import nn
 
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
+from skipscope.surfaces._bands import by_seed, paired_band, surface_band
+from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import Metric
-from skipscope.surfaces._results import PairedSurfaces, Surface
 from skipscope.surfaces._run import surfaces
 from skipscope.surfaces._settings import Settings
 
@@ -23,9 +24,10 @@ def landscape(
     *,
     grid: int | Sequence[int] = 51,
     span: Any = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     store: Any = None,
-    directions: Sequence[Any] | None = None,
+    directions: Sequence[Any] | Plane | None = None,
+    strength: Any = None,
     normalize: str = "filter",
     zero: Iterable[str] = ("biases", "norms"),
     orthogonal: bool = False,
@@ -39,7 +41,7 @@ def landscape(
     engine: str | None = None,
     weight: Callable[[Batch], float] | None = None,
     sample_loss: Callable[[Any, Any], torch.Tensor] | None = None,
-) -> Surface:
+) -> Any:
     """The loss on a plane w + a d1 + b d2 around the model's weights (Li et al., arXiv 1712.09913).
 
     Local: no other process is waited for. The model is only read: a copy moves.
@@ -50,10 +52,14 @@ def landscape(
         loss: ``loss(output, target)``; left out when the output carries ``.loss``; or ``@ss.objective``.
         grid: points an axis, or one number an axis; ``(51,)`` is a line.
         span: half width in units of the direction (|d_f| = |w_f| by default); or one an axis; or (low, high) an axis.
-        seed: of the directions, and of the subset when ``samples`` is given.
+        seed: of the directions, and of the subset when ``samples`` is given. Several seeds give a band: the surface
+            along each one's directions.
         store: a folder to keep finished points in. A second call with the same weights, data and settings resumes, also
             after ``kill -9``, and ends with the same bits; one with others is refused.
-        directions: your own instead: one or two dicts from parameter names to tensors, taken as they are.
+        directions: your own instead: one or two dicts from parameter names to tensors, taken as they are; or a plane
+            from :func:`solutions_plane` or :func:`trajectory_plane`, whose points and their own losses come along.
+        strength: the shortcuts (``ss.find_shortcuts(...)``) whose strength is the first axis, from 0 (removed) to 1 (as
+            built); the other axis, if any, is a direction.
         normalize: "filter", "layer", "tensor" or "none".
         zero: what does not move: any of "biases", "norms", "embeddings".
         orthogonal: make the second direction orthogonal to the first, filter by filter.
@@ -75,7 +81,8 @@ def landscape(
         sample_loss: ``f(output, target) -> [samples]``, for standard errors of a loss that torch does not know.
 
     Returns:
-        The surface; ``values[a, b]`` is the loss at ``alphas[a]``, ``betas[b]``.
+        The :class:`Surface`; ``values[a, b]`` is the loss at ``alphas[a]``, ``betas[b]``. For several seeds a
+        :class:`SurfaceBand`.
 
     Raises:
         SkipscopeError: model, data, loss or settings that cannot be used, each with its cure.
@@ -90,11 +97,13 @@ def landscape(
         ((5, 5), True)
     """
     settings = Settings(
-        grid=grid, span=span, seed=seed, store=store, directions=directions, normalize=normalize, zero=zero,
+        grid=grid, span=span, seed=seed, store=store, directions=directions, strength=strength, normalize=normalize, zero=zero,
         orthogonal=orthogonal, batch_norm=batch_norm, samples=samples, metrics=metrics or {}, l2=l2, tolerance=tolerance,
         strategy=strategy, precision=precision, engine=engine, weight=weight, sample_loss=sample_loss,
     )  # fmt: skip
     name = type(model).__name__
+    if isinstance(seed, Sequence):
+        return surface_band(by_seed({name: model}, data, loss, settings), name)
     return surfaces({name: model}, data, loss, settings).surfaces[name]
 
 
@@ -105,9 +114,9 @@ def paired_landscapes(
     *,
     grid: int | Sequence[int] = 51,
     span: Any = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     store: Any = None,
-    directions: Sequence[Any] | None = None,
+    directions: Sequence[Any] | Plane | None = None,
     normalize: str = "filter",
     zero: Iterable[str] = ("biases", "norms"),
     orthogonal: bool = False,
@@ -121,7 +130,7 @@ def paired_landscapes(
     engine: str | None = None,
     weight: Callable[[Batch], float] | None = None,
     sample_loss: Callable[[Any, Any], torch.Tensor] | None = None,
-) -> PairedSurfaces:
+) -> Any:
     """Surfaces of twins that can be compared: same data, same seed, same plane.
 
     Twins that share the first one's weights (removed, detached, another strength) get identical direction tensors,
@@ -152,6 +161,9 @@ def paired_landscapes(
         weight: as in :func:`landscape`.
         sample_loss: as in :func:`landscape`.
 
+    Returns:
+        :class:`PairedSurfaces`; for several seeds a :class:`PairedBand`, which says how far the seeds agree.
+
     Raises:
         SkipscopeError: as :func:`landscape`; or there is no model.
 
@@ -175,4 +187,6 @@ def paired_landscapes(
         orthogonal=orthogonal, batch_norm=batch_norm, samples=samples, metrics=metrics or {}, l2=l2, tolerance=tolerance,
         strategy=strategy, precision=precision, engine=engine, weight=weight, sample_loss=sample_loss,
     )  # fmt: skip
+    if isinstance(seed, Sequence):
+        return paired_band(by_seed(models, data, loss, settings))
     return surfaces(models, data, loss, settings)

@@ -175,6 +175,37 @@ def scores_table(title: str, scores: dict[str, Scores]) -> Table:
 
 
 @dataclass(frozen=True, eq=False)
+class KnownPoints(Result):
+    """Known weights on the plane: other solutions, or the checkpoints of a training trajectory.
+
+    Attributes:
+        names: of the points, in order.
+        coordinates: on the axes, [points, axes].
+        distances: from the plane, as a share of the distance from the origin, [points]: a point far from the plane has
+            another loss than the surface under it.
+        losses: each point's own loss, [points].
+        explained: each axis's share of the squared distances from the origin.
+    """
+
+    names: tuple[str, ...]
+    coordinates: np.ndarray
+    distances: np.ndarray
+    losses: np.ndarray
+    explained: tuple[float, ...]
+
+    def table(self) -> Table:
+        rows = [
+            [name, ", ".join(short(float(c)) for c in place), short(float(far)), short(float(loss))]
+            for name, place, far, loss in zip(self.names, self.coordinates, self.distances, self.losses)
+        ]
+        shares = ", ".join(f"{share:.1%}" for share in self.explained)
+        notes = [
+            f"The axes hold {shares} of the squared distances from the origin; 'distance': what lies off the plane."
+        ]
+        return Table("points on the plane", ["point", "coordinates", "distance", "own loss"], rows, notes)
+
+
+@dataclass(frozen=True, eq=False)
 class Surface(Result):
     """The loss on a plane (or a line) of weight space: w + a d1 + b d2.
 
@@ -197,6 +228,7 @@ class Surface(Result):
         scores: the surface in a few numbers.
         checks: measured on this run.
         provenance: how to make it again.
+        points: known weights on the plane (other solutions, checkpoints), or None.
     """
 
     name: str
@@ -214,6 +246,7 @@ class Surface(Result):
     scores: Scores
     checks: Checks
     provenance: Provenance
+    points: KnownPoints | None = None
 
     def __post_init__(self):
         # A file keeps numbers; the mask becomes a mask again.
@@ -237,7 +270,7 @@ class Surface(Result):
             ["roughness", self.scores.text("roughness")],
             ["barrier", self.scores.text("barrier")],
             [f"width at loss {short(self.scores.level)}", self.scores.text("width")],
-            ["points", " x ".join(str(n) for n in self.values.shape)],
+            ["grid", " x ".join(str(n) for n in self.values.shape)],
             ["median standard error", self.why_no_stderr or short(_median(self.stderr))],
             ["checks", "passed" if self.checks.passed else "FAILED: see .checks"],
         ]
@@ -339,6 +372,63 @@ class PairedSurfaces(Result):
         from skipscope.surfaces import _exports
 
         return _exports.save(self, Path(path)) or super().save(path, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class SurfaceBand(Result):
+    """The same surface along several seeds' directions: what of it is the network's, and what the direction's.
+
+    Attributes:
+        surfaces: seed -> surface.
+        alphas: the first axis.
+        betas: the second axis; empty for a line.
+        median: over seeds, at each point, [a, b].
+        low: lowest over seeds, [a, b].
+        high: highest over seeds, [a, b].
+        scores: name -> (mean over seeds, standard deviation over seeds).
+    """
+
+    surfaces: dict[str, Surface]
+    alphas: np.ndarray
+    betas: np.ndarray
+    median: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    scores: dict[str, tuple[float, float]]
+
+    def table(self) -> Table:
+        rows = [[name, short(mean), short(deviation)] for name, (mean, deviation) in self.scores.items()]
+        title = f"loss surface of {next(iter(self.surfaces.values())).name} over {len(self.surfaces)} seeds of directions"
+        return Table(title, ["score", "mean", "spread"], rows, ["Spread: standard deviation over the seeds."])
+
+
+@dataclass(frozen=True, eq=False)
+class PairedBand(Result):
+    """Paired surfaces along several seeds' directions, and how far the seeds agree.
+
+    Attributes:
+        pairs: seed -> the pair along that seed's directions.
+        scores: twin -> score -> (mean over seeds, standard deviation over seeds).
+        agreement: twin -> score -> share of seeds on which this twin's score is higher than the first twin's: near 0 or
+            1 the direction does not matter, near a half it decides.
+    """
+
+    pairs: dict[str, PairedSurfaces]
+    scores: dict[str, dict[str, tuple[float, float]]]
+    agreement: dict[str, dict[str, float]]
+
+    def table(self) -> Table:
+        rows = [
+            [twin, name, short(mean), short(deviation), short(self.agreement.get(twin, {}).get(name))]
+            for twin, scores in self.scores.items()
+            for name, (mean, deviation) in scores.items()
+        ]
+        first = next(iter(self.scores))
+        return Table(
+            f"paired loss surfaces over {len(self.pairs)} seeds of directions",
+            ["twin", "score", "mean", "spread", f"higher than {first}"], rows,
+            [f"The last column is the share of seeds on which the twin scores higher than {first}."],
+        )  # fmt: skip
 
 
 def _yes(value: bool) -> str:

@@ -21,6 +21,7 @@ from skipscope.surfaces._evaluate import prepare_batch_norm, recalibrate
 from skipscope.surfaces._finish import Facts, Run, finish
 from skipscope.surfaces._grid import Sheet, axes
 from skipscope.surfaces._learnt import has_learnt
+from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import data_hash, hash_of, resident, weights_hash
 from skipscope.surfaces._results import PairedSurfaces
 from skipscope.surfaces._runner import Runner, engine_for
@@ -44,8 +45,8 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
     for model in models.values():
         require_module(model, "landscape")
     engine = engine_for(settings.engine, settings.store is not None)
-    at = axes(settings.grid, settings.span, None if settings.directions is None else len(settings.directions))
-    held = resident(first, data, loss, settings.samples, settings.seed)
+    at = axes(settings.grid, settings.span, settings.axis_count, settings.strength is not None)
+    held = resident(first, data, loss, settings.samples, settings.drawn_by)
     held, objective = read(
         first, held, loss, "landscape", weight=settings.weight, sample_loss=settings.sample_loss
     )
@@ -149,7 +150,7 @@ def _identity(
         "grid": [at.tolist() for at in work.axes],
         "directions": {t.name: hash_of(x for d in t.directions for x in d.values()) for t in twins},
         "settings": {
-            "seed": settings.seed, "batch_norm": settings.batch_norm, "l2": settings.l2,
+            "seed": settings.seed, "strength": settings.strength is not None, "batch_norm": settings.batch_norm, "l2": settings.l2,
             "tolerance": settings.tolerance, "precision": settings.precision,
         },
         "versions": {"skipscope": __version__, "torch": torch.__version__},
@@ -166,7 +167,7 @@ def _choose(twins: list[TwinOnPlane], work: Work, count: int, wanted: str) -> di
     )
     choices = {}
     for twin in twins:
-        choices[twin.name] = choose(twin.evaluator, some, count, wanted)
+        choices[twin.name] = choose(twin.evaluator, some, count, wanted, asked=twin is twins[0])
         wanted = choices[twins[0].name].name
     return choices
 
@@ -195,9 +196,9 @@ def _fill(
 
 def _put_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ...]) -> None:
     """Where the origin is a point of the grid it carries the plain loop's value: the model's own loss, bit for bit."""
-    places = [np.flatnonzero(axis == 0.0) for axis in at]
-    if all(len(p) for p in places):
-        for twin in twins:
+    for twin in twins:
+        places = [np.flatnonzero(axis == c) for axis, c in zip(at, twin.evaluator.origin_point)]
+        if all(len(p) for p in places):
             sheet[f"{twin.name}/value"][tuple(int(p[0]) for p in places)] = twin.centre
 
 
@@ -208,4 +209,19 @@ def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings
         model = private_copy(model, "landscape")
         if prepare_batch_norm(model, settings.batch_norm) != "none" and settings.batch_norm == "recalibrate":
             recalibrate(model, data)
-    return Facts(mean_loss(model, data, loss), has_learnt(model, data, loss))
+    plane = settings.directions if isinstance(settings.directions, Plane) else None
+    known = _losses_at(model, plane.weights, data, loss) if plane is not None else []
+    return Facts(mean_loss(model, data, loss), has_learnt(model, data, loss), known)
+
+
+def _losses_at(
+    model: nn.Module, places: list[dict[str, torch.Tensor]], data: Batches, loss: Objective
+) -> list[float]:
+    copy, losses = private_copy(model, "landscape"), []
+    parameters = dict(copy.named_parameters())
+    for weights in places:
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                parameters[name].copy_(tensor)
+        losses.append(mean_loss(copy, data, loss))
+    return losses

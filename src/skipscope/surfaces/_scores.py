@@ -6,7 +6,7 @@ surface without each tenth of the samples in turn, sqrt((G-1)/G * sum (s_g - mea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -91,8 +91,10 @@ def barrier(values: np.ndarray) -> float:
     return highest
 
 
-def width(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray, level: float) -> tuple[float, bool]:
-    """Radius of the region around the origin below ``level``, and whether it reaches the edge.
+def width(
+    values: np.ndarray, alphas: np.ndarray, betas: np.ndarray, level: float, at: Sequence[float] = (0.0, 0.0)
+) -> tuple[float, bool]:
+    """Radius of the region around the origin (``at``) below ``level``, and whether it reaches the edge.
 
     For a plane, the radius of the disc with the region's area; for a line, half its length. NaN when the origin is
     not below the level or not on the grid.
@@ -100,12 +102,12 @@ def width(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray, level: floa
     from scipy.ndimage import label
 
     below = np.nan_to_num(values, nan=np.inf) <= level
-    origin = tuple(int(np.argmin(np.abs(at))) for at in (alphas, betas)[: values.ndim])
+    origin = tuple(int(np.argmin(np.abs(axis - c))) for axis, c in zip((alphas, betas)[: values.ndim], at))
     if not below[origin]:
         return float("nan"), False
     regions = np.asarray(label(below)[0])  # type: ignore[index]
     region = regions == regions[origin]
-    cells = [np.gradient(at) if at.size > 1 else np.ones(1) for at in (alphas, betas)[: values.ndim]]
+    cells = [np.gradient(axis) if axis.size > 1 else np.ones(1) for axis in (alphas, betas)[: values.ndim]]
     if values.ndim == 1:
         return float((region * cells[0]).sum() / 2), bool(region[0] or region[-1])
     area = float((region * np.outer(*cells)).sum())
@@ -151,6 +153,7 @@ def scores_of(
     level: float,
     label: str,
     without_fold: list[tuple[float, np.ndarray]] | None,
+    origin: Sequence[float] = (0.0, 0.0),
 ) -> Scores:
     """All scores of one surface.
 
@@ -162,6 +165,7 @@ def scores_of(
         level: where the width is read.
         label: see :func:`label_of`.
         without_fold: (centre, values) without each group of samples in turn, or None.
+        origin: the coefficients of the model as it is.
     """
 
     def numbers(centre: float, v: np.ndarray) -> dict[str, float]:
@@ -170,7 +174,7 @@ def scores_of(
             "convexity_share": convexity_share(v, alphas, betas),
             "roughness": roughness(v),
             "barrier": barrier(v),
-            "width": width(v, alphas, betas, level)[0],
+            "width": width(v, alphas, betas, level, origin)[0],
         }
 
     errors = _jackknife(numbers, without_fold) if without_fold else {}
@@ -178,7 +182,7 @@ def scores_of(
         label=label,
         **numbers(centre, values),
         level=level,
-        width_is_bound=width(values, alphas, betas, level)[1],
+        width_is_bound=width(values, alphas, betas, level, origin)[1],
         errors=errors,
     )
 

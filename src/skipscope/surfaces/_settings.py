@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from skipscope._data import Batch
+from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import Metric
 
 
@@ -18,9 +19,11 @@ class Settings:
 
     grid: int | Sequence[int] = 51
     span: Any = 1.0
-    seed: int = 0
+    seed: Any = 0
+    subset_seed: int | None = None
     store: Any = None
-    directions: Sequence[Any] | None = None
+    directions: Any = None
+    strength: Any = None
     normalize: str = "filter"
     zero: Iterable[str] = ("biases", "norms")
     orthogonal: bool = False
@@ -34,6 +37,22 @@ class Settings:
     engine: str | None = None
     weight: Callable[[Batch], float] | None = None
     sample_loss: Callable[[Any, Any], Tensor] | None = None
+
+    @property
+    def drawn_by(self) -> int:
+        """The seed that draws the subset of the data."""
+        return self.seed if self.subset_seed is None else self.subset_seed
+
+    @property
+    def own_directions(self) -> Sequence[Any] | None:
+        """The directions that were given, out of a plane or as they are."""
+        return self.directions.directions if isinstance(self.directions, Plane) else self.directions
+
+    @property
+    def axis_count(self) -> int | None:
+        """How many axes directions and strength make; None when the grid must say it."""
+        own = self.own_directions
+        return None if own is None else len(own) + (self.strength is not None)
 
     @property
     def zeroed(self) -> tuple[str, ...]:

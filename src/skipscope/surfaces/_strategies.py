@@ -107,7 +107,7 @@ def split_loop(evaluator: Evaluator, size: int | None, channels_last: bool, comp
     at_point = PointLoss(data, old.loss, old.metrics)
     loop = Loop(
         evaluator.model, evaluator.directions, at_point, evaluator.mode, name=name or "plain loop",
-        channels_last=channels_last, run=None,
+        channels_last=channels_last, knob=evaluator.knob,
     )  # fmt: skip
     if compiled:
         faster = torch.compile(loop.moving.model, dynamic=False)
@@ -147,7 +147,7 @@ class Replayed(Loop):
 
     def __init__(self, loop: Loop):
         self.name, self.at_point, self.moving = f"{loop.name}, CUDA graph", loop.at_point, loop.moving
-        self.recalibrates, self.draws, self.run = False, False, loop.run
+        self.recalibrates, self.draws, self.run, self.knob = False, False, loop.run, None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # The fastest kernels are looked for once; the recording then holds them to the end.
@@ -174,6 +174,7 @@ def _ways(evaluator: Evaluator) -> Iterator[tuple[str, Callable[[], Strategy], f
     plain = evaluator.plain
     if plain.draws or plain.recalibrates:
         return
+    knob = evaluator.knob is not None  # a strength is read from outside the weights: only loops see it move
     device = next((p.device.type for p in evaluator.model.parameters()), "cpu")
     convolutions = any(isinstance(m, nn.Conv2d) for m in evaluator.model.modules())
     sizes = [None] if evaluator.mode == "batch" else _sizes(plain.at_point.sizes, device)
@@ -182,16 +183,21 @@ def _ways(evaluator: Evaluator) -> Iterator[tuple[str, Callable[[], Strategy], f
             yield f"channels last {size}", lambda size=size: split_loop(evaluator, size, True), 0.0
         elif size is not None:
             yield f"split {size}", lambda size=size: split_loop(evaluator, size, False), 0.0
-    if evaluator.mode == "frozen" and not convolutions:
+    if evaluator.mode == "frozen" and not convolutions and not knob:
         for points in (8, 32):
             yield f"stacked {points}", lambda points=points: Stacked(evaluator, points), 0.0
+    if knob:
+        return
     if device == "cuda":
-        yield "replayed", lambda: Replayed(split_loop(evaluator, None, convolutions)), 1.0
-        yield (
-            "compiled, replayed",
-            lambda: Replayed(split_loop(evaluator, None, convolutions, True)),
-            _COMPILE_S,
-        )
+        for size in sizes:
+            yield (
+                f"replayed {size}",
+                lambda size=size: Replayed(split_loop(evaluator, size, convolutions)),
+                1.0,
+            )
+        for size in sizes:
+            make = lambda size=size: Replayed(split_loop(evaluator, size, convolutions, True))  # noqa: E731
+            yield f"compiled, replayed {size}", make, _COMPILE_S
     else:
         for size in sizes:
             make = lambda size=size: split_loop(evaluator, size, convolutions, True)  # noqa: E731
@@ -200,13 +206,14 @@ def _ways(evaluator: Evaluator) -> Iterator[tuple[str, Callable[[], Strategy], f
 
 def _sizes(batches: list[int], device: str) -> list[int | None]:
     # What a layer leaves should stay in the cache for the next one: tens of samples on a CPU, hundreds on a GPU.
-    smaller = [
-        size for size in ((64, 32, 128, 256) if device == "cpu" else (5000, 1000, 500)) if size < max(batches)
-    ]
+    usual = (64, 32, 128, 256) if device == "cpu" else (5000, 1000, 500)
+    smaller = [size for size in usual if size < max(batches)]
     return [*smaller] if device == "cpu" and smaller else [None, *smaller]
 
 
-def choose(evaluator: Evaluator, points: Sequence[Point], left: int, wanted: str = "auto") -> Choice:
+def choose(
+    evaluator: Evaluator, points: Sequence[Point], left: int, wanted: str = "auto", *, asked: bool = True
+) -> Choice:
     """Try the ways on the first points and leave ``evaluator`` with the one to use.
 
     Args:
@@ -214,6 +221,7 @@ def choose(evaluator: Evaluator, points: Sequence[Point], left: int, wanted: str
         points: points of the grid to try on, at least one.
         left: how many points there are to do.
         wanted: "auto"; "plain"; or a name of a way, from an earlier choice.
+        asked: the user wants this way; else it is another twin's, and the plain loop will do where there is no such way.
 
     Raises:
         SkipscopeError: the wanted way is unknown or does not give the plain loop's numbers.
@@ -227,9 +235,9 @@ def choose(evaluator: Evaluator, points: Sequence[Point], left: int, wanted: str
     key = _key(evaluator)
     name = wanted if wanted != "auto" else _chosen.get(key)
     if name is not None:
-        return (
-            _take(evaluator, points, name, plain) if name != "plain" else _reason(plain, "as measured before")
-        )
+        if name == "plain" or not (asked or name in {way for way, *_ in _ways(evaluator)}):
+            return _reason(plain, "as measured before")
+        return _take(evaluator, points, name, plain)
     choice = _measured(evaluator, points, left, plain)
     _chosen[key] = choice.name
     return choice
@@ -238,7 +246,8 @@ def choose(evaluator: Evaluator, points: Sequence[Point], left: int, wanted: str
 def _key(evaluator: Evaluator) -> tuple[Any, ...]:
     shapes = tuple((tuple(p.shape), str(p.dtype), str(p.device)) for p in evaluator.model.parameters())
     kinds = tuple(type(m).__name__ for m in evaluator.model.modules())
-    return kinds, shapes, tuple(evaluator.plain.at_point.sizes), evaluator.mode, torch.get_num_threads()
+    ways = tuple(way for way, *_ in _ways(evaluator))
+    return kinds, shapes, tuple(evaluator.plain.at_point.sizes), evaluator.mode, torch.get_num_threads(), ways
 
 
 def _reason(choice: Choice, why: str) -> Choice:
@@ -311,7 +320,7 @@ def _allowed(evaluator: Evaluator) -> float:
 
 def _disagreement(evaluator: Evaluator, strategy: Strategy, points: Sequence[Point]) -> float:
     """Largest relative difference to the plain loop, over values and samples' shares; also at the origin."""
-    at = [(0.0,) * len(evaluator.directions), *points]
+    at = [evaluator.origin_point, *points]
     ours, reference = gather(strategy(at)), gather(evaluator.plain(at))
     pairs = [(ours.values, reference.values)]
     if (ours.numerators is None) != (reference.numerators is None):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from skipscope._data import Batches, Objective
+from skipscope.shortcuts import ablate
 from skipscope.surfaces import _directions as dirs
 from skipscope.surfaces._evaluate import Evaluator, Point
 from skipscope.surfaces._grid import Sheet
@@ -63,14 +64,27 @@ def make_twins(
     twins: list[TwinOnPlane] = []
     for name, model in models.items():
         shared = first is None or _same_weights(first.model, model)
-        directions = first.directions if first is not None and shared else _directions(model, settings, axes)
+        moving = axes - (settings.strength is not None)
+        directions = (
+            first.directions if first is not None and shared else _directions(model, settings, moving)
+        )
+        edited, knob = _with_knob(model, settings)
         evaluator = Evaluator(
-            model, data, loss, directions,
-            metrics=dict(settings.metrics), batch_norm=settings.batch_norm, l2=settings.l2,
+            edited, data, loss, directions,
+            metrics=dict(settings.metrics), batch_norm=settings.batch_norm, l2=settings.l2, knob=knob,
         )  # fmt: skip
         twins.append(TwinOnPlane(name, model, directions, evaluator, shared))
         first = first or twins[0]
     return twins
+
+
+def _with_knob(model: nn.Module, settings: Settings) -> tuple[nn.Module, torch.Tensor | None]:
+    """The model, and a twin of it whose shortcuts' strength is a tensor of ours where that is an axis."""
+    if settings.strength is None:
+        return model, None
+    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    knob = torch.ones((), device=place)
+    return ablate(model, settings.strength, strength=knob).eval(), knob
 
 
 def _same_weights(first: nn.Module, other: nn.Module) -> bool:
@@ -81,8 +95,8 @@ def _same_weights(first: nn.Module, other: nn.Module) -> bool:
 
 
 def _directions(model: nn.Module, settings: Settings, count: int) -> list[dirs.Direction]:
-    if settings.directions is not None:
-        return [dirs.checked_direction(d, model) for d in settings.directions]
+    if settings.own_directions is not None:
+        return [dirs.checked_direction(d, model) for d in settings.own_directions]
     made: list[dirs.Direction] = []
     for axis in range(count):
         like = made[0] if axis and settings.orthogonal else None

@@ -1,0 +1,71 @@
+"""The same surfaces along several seeds' directions: what belongs to the network and what to the direction."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from skipscope.surfaces._results import PairedBand, PairedSurfaces, Scores, SurfaceBand
+from skipscope.surfaces._run import surfaces
+from skipscope.surfaces._settings import Settings
+
+_SCORES = ("convexity_share", "roughness", "barrier", "width")
+
+
+def by_seed(
+    models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings
+) -> dict[str, PairedSurfaces]:
+    """One run a seed, each with a folder of its own in the store; the data is drawn by the first seed for all."""
+    pairs = {}
+    for seed in settings.seed:
+        store = None if settings.store is None else Path(settings.store) / f"seed-{seed}"
+        own = dataclasses.replace(settings, seed=seed, store=store, subset_seed=settings.seed[0])
+        pairs[str(seed)] = surfaces(models, data, loss, own)
+    return pairs
+
+
+def surface_band(pairs: dict[str, PairedSurfaces], name: str) -> SurfaceBand:
+    """One network over its seeds."""
+    found = {seed: pair.surfaces[name] for seed, pair in pairs.items()}
+    stack = np.stack([surface.values for surface in found.values()])
+    some = next(iter(found.values()))
+    return SurfaceBand(
+        surfaces=found,
+        alphas=some.alphas,
+        betas=some.betas,
+        median=np.median(stack, axis=0),
+        low=stack.min(axis=0),
+        high=stack.max(axis=0),
+        scores=_spread([surface.scores for surface in found.values()]),
+    )
+
+
+def paired_band(pairs: dict[str, PairedSurfaces]) -> PairedBand:
+    """Twins over their seeds."""
+    first, *others = next(iter(pairs.values())).surfaces
+    by_twin = {name: [pair.scores[name] for pair in pairs.values()] for name in (first, *others)}
+    agreement = {
+        name: {
+            score: float(
+                np.mean(
+                    [getattr(b, score) > getattr(a, score) for a, b in zip(by_twin[first], by_twin[name])]
+                )
+            )
+            for score in _SCORES
+        }
+        for name in others
+    }
+    return PairedBand(pairs, {name: _spread(scores) for name, scores in by_twin.items()}, agreement)
+
+
+def _spread(scores: list[Scores]) -> dict[str, tuple[float, float]]:
+    found = {}
+    for name in _SCORES:
+        values = np.array([getattr(score, name) for score in scores])
+        found[name] = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+    return found
