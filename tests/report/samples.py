@@ -31,7 +31,7 @@ def flow(depth=20, slope=0.25, text=str, state="vanishing", zeros=0) -> Gradient
     rms[:zeros] = 0.0
     boundaries = tuple(
         BoundaryFlow(
-            text(f"layers.{i}.0"), i, "module", float(rms[i]), 1.0, float(rms[i] / rms[i + 1]) if i + 1 < depth else None,
+            text(f"layers.{i}.0"), i, "module", float(rms[i]), 1.0, float(rms[i] / rms[i + 1]) if i + 1 < depth and rms[i + 1] else None,
             None, 0.0, "ok" if rms[i] else "exact_zero",
         )
         for i in range(depth)

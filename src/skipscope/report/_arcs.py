@@ -10,43 +10,56 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
 from skipscope.report._charts import Arc, Network
 from skipscope.report._markup import ellipsis, join, tag
-from skipscope.report._palette import DASHES
 
 KINDS = ("identity", "scaled", "projection", "gated", "concat")
-_DASH = {
-    "identity": "",
-    "scaled": DASHES[1],
-    "projection": DASHES[4],
-    "gated": DASHES[3],
-    "concat": DASHES[2],
-}
+MOST = 170.0  # pixels an arc may rise
+_DASH = {"identity": "", "scaled": "6 3", "projection": "11 4", "gated": "8 2.5 2 2.5", "concat": "3 2.5"}
 
 
 @dataclass(frozen=True)
 class _Row:
-    """Layers ``first`` to ``last`` (exclusive), at this height, with this much room above for arcs."""
+    """Layers ``first`` to ``last`` (exclusive) on a wire at height ``y``, ``pitch`` apart; the longest arc has ``longest`` pixels."""
 
     first: int
     last: int
     y: float
-    room: float
+    pitch: float
+    longest: float
+
+    def at(self, place: int) -> float:
+        """Where a place lies."""
+        return 22 + (place - self.first) * self.pitch
+
+    def holds(self, arc: Arc) -> bool:
+        """Whether any of an arc lies over this row."""
+        return arc.start < max(self.last, self.first + 1) and arc.end + 1 > self.first
+
+    def rise(self, arc: Arc) -> float:
+        """How high an arc rises: half a circle, flattened where the longest would rise too high."""
+        span = (arc.end + 1 - arc.start) * self.pitch
+        top = min(0.5 * self.longest, MOST)
+        if (
+            arc.start < self.first or arc.end >= self.last
+        ):  # over a row's end: level, higher than what lies below
+            top = min(top, 90.0)
+        return max(9.0, top * (span / self.longest) ** (1.0 if self.longest <= 2 * MOST else 0.6))
 
 
 def network(chart: Network, width: int) -> Markup:
     """The network, ``width`` pixels wide."""
-    named = len(chart.layers) <= (40 if width > 500 else 0) or len(chart.layers) <= 8
-    per_row = len(chart.layers) if named else max(1, int((width - 40) / (9.5 if width > 500 else 8.5)))
-    rows = _rows(chart, per_row, named, width)
-    pitch = min(64.0, (width - 44) / max(1, max(r.last - r.first for r in rows)))
-    parts = [_row(chart, row, pitch, named, width, final=row is rows[-1]) for row in rows]
-    below = _label_room(chart, pitch) if named else 26
+    count = len(chart.layers)
+    named = count <= (40 if width > 500 else 8)
+    rows = _rows(chart, count if named else max(1, int((width - 40) / (9.5 if width > 500 else 8.5))), width)
+    parts = [_row(chart, row, named, width, final=row is rows[-1]) for row in rows]
+    below = _label_room(chart, rows[-1].pitch) if named else 26
     legend, height = _legend(chart, width, rows[-1].y + below + 20)
-    title = f"{len(chart.layers)} layers, {len(chart.arcs)} shortcuts"
+    title = f"{count} layers, {len(chart.arcs)} shortcuts"
     return tag(
         "svg",
         *parts,
@@ -58,108 +71,87 @@ def network(chart: Network, width: int) -> Markup:
     )
 
 
-def _rows(chart: Network, per_row: int, named: bool, width: int) -> list[_Row]:
-    count = max(1, math.ceil(len(chart.layers) / per_row))
-    size = math.ceil(len(chart.layers) / count)  # even rows look calmer than a short last one
-    pitch = min(64.0, (width - 44) / max(1, size))
+def _rows(chart: Network, per_row: int, width: int) -> list[_Row]:
+    cuts = _breaks(chart, per_row)
+    pitch = min(64.0, (width - 44) / max(1, max(b - a for a, b in pairwise(cuts))))
+    longest = max([arc.end + 1 - arc.start for arc in chart.arcs] or [1]) * pitch
     rows, y = [], 0.0
-    for first in range(0, max(1, len(chart.layers)), max(1, size)):
-        last = min(first + size, len(chart.layers))
-        room = max(
-            [
-                _height(arc, first, last, pitch)
-                for arc in chart.arcs
-                if arc.start <= last and arc.end + 1 >= first
-            ]
-            or [10.0]
-        )
-        y += room + 20
-        rows.append(_Row(first, last, y, room))
+    for first, last in pairwise(cuts):
+        here = _Row(first, last, 0.0, pitch, longest)
+        rise = max([here.rise(arc) for arc in chart.arcs if here.holds(arc)] or [0.0])
+        y += rise + 20
+        rows.append(_Row(first, last, y, pitch, longest))
         y += 30
     return rows
 
 
-def _height(arc: Arc, first: int, last: int, pitch: float) -> float:
-    """How high an arc rises: with its length, but ever more slowly."""
-    span = (arc.end + 1 - arc.start) * pitch
-    crossing = arc.start < first or arc.end >= last
-    return (
-        min(190.0, 9 + 0.5 * span if span < 90 else 54 + 8.2 * math.sqrt(span - 90))
-        if not crossing
-        else min(120.0, 26 + 5 * math.sqrt(arc.end + 1 - arc.start))
-    )
+def _breaks(chart: Network, per_row: int) -> list[int]:
+    """Where rows begin and end: about equal, and where no arc is cut if such a place is near."""
+    count = len(chart.layers)
+    covered = {place for arc in chart.arcs for place in range(arc.start + 1, arc.end + 1)}
+    cuts, at = [0], 0
+    while count - at > per_row:
+        size = math.ceil((count - at) / math.ceil((count - at) / per_row))
+        whole = [p for p in range(at + size, at + (2 * size) // 3, -1) if p not in covered]
+        at = whole[0] if whole else at + size
+        cuts.append(at)
+    return [*cuts, count] if count else [0, 1]
 
 
-def _row(chart: Network, row: _Row, pitch: float, named: bool, width: int, *, final: bool) -> Markup:
-    def at(place: int) -> float:
-        return 22 + (place - row.first) * pitch
-
-    end = at(row.last)
-    parts = [
-        tag(
-            "path",
-            d=f"M{8 if row.first == 0 else 2} {row.y:.1f}H{end + (14 if final else 20):.1f}",
-            class_="wire",
-        )
-    ]
+def _row(chart: Network, row: _Row, named: bool, width: int, *, final: bool) -> Markup:
+    end = row.at(row.last)
+    wire = f"M{8 if row.first == 0 else 2} {row.y:.1f}H{end + (14 if final else 20):.1f}"
+    parts = [tag("path", d=wire, class_="wire")]
     if final:
         parts.append(tag("path", d=f"M{end + 14:.1f} {row.y - 4:.1f}l6 4l-6 4z", class_="layer"))
     # Long arcs first, so that short ones lie on top and can be pointed at
-    for arc in sorted(chart.arcs, key=lambda a: a.start - a.end):
-        if (
-            arc.start < row.last + (arc.start == row.last and final)
-            and arc.end + 1 > row.first
-            and arc.start <= row.last
-        ):
-            parts.append(_arc(arc, row, pitch, at))
-    size = max(2.6, min(17.0, pitch * 0.5))
-    for i in range(row.first, row.last):
-        middle = at(i) + pitch / 2
-        parts.append(
-            tag("rect", tag("title", chart.layers[i]), x=middle - size / 2, y=row.y - min(6.0, size), width=size, height=2 * min(6.0, size),
-                rx=min(2.5, size / 4), class_="layer")
-        )  # fmt: skip
+    parts += [_arc(arc, row) for arc in sorted(chart.arcs, key=lambda a: a.start - a.end) if row.holds(arc)]
+    size = max(2.6, min(17.0, row.pitch * 0.5))
+    half = min(6.0, size)
+    for i in range(row.first, min(row.last, len(chart.layers))):
+        middle = row.at(i) + row.pitch / 2
+        box = {
+            "x": middle - size / 2,
+            "y": row.y - half,
+            "width": size,
+            "height": 2 * half,
+            "rx": min(2.5, size / 4),
+        }
+        parts.append(tag("rect", tag("title", chart.layers[i]), **box, class_="layer"))
         if named:
-            parts.append(_name(chart.layers[i], middle, row.y, pitch))
+            parts.append(_name(chart.layers[i], middle, row.y, row.pitch))
     if not named:
-        parts += [
-            tag(
-                "text", ellipsis(chart.layers[row.first], int(width / 16)), x=22, y=row.y + 20, class_="tick"
-            ),
-            tag(
-                "text",
-                ellipsis(chart.layers[row.last - 1], int(width / 16)),
-                x=end,
-                y=row.y + 20,
-                text_anchor="end",
-                class_="tick",
-            ),
-        ]
-    radius = max(2.0, min(4.5, pitch * 0.16))
+        most = int(width / 16)
+        first, last = chart.layers[row.first], chart.layers[row.last - 1]
+        parts.append(tag("text", ellipsis(first, most), x=22, y=row.y + 20, class_="tick"))
+        parts.append(tag("text", ellipsis(last, most), x=end, y=row.y + 20, text_anchor="end", class_="tick"))
+    radius = max(2.0, min(4.5, row.pitch * 0.16))
     merges = {arc.end + 1 for arc in chart.arcs}
     parts += [
-        tag("circle", cx=at(p), cy=row.y, r=radius, class_="merge")
+        tag("circle", cx=row.at(p), cy=row.y, r=radius, class_="merge")
         for p in sorted(merges)
         if row.first < p <= row.last
     ]
     return tag("g", *parts)
 
 
-def _arc(arc: Arc, row: _Row, pitch: float, at) -> Markup:
-    rise = min(_height(arc, row.first, row.last, pitch), row.room)
+def _arc(arc: Arc, row: _Row) -> Markup:
+    rise, y = row.rise(arc), row.y
     left, right = arc.start >= row.first, arc.end + 1 <= row.last
-    a, b, y = at(arc.start) if left else 4.0, at(arc.end + 1) if right else at(row.last) + 16, row.y
+    a = row.at(arc.start) if left else 4.0
+    b = row.at(arc.end + 1) if right else row.at(row.last) + 16
     if left and right:
         d = f"M{a:.1f} {y:.1f}A{(b - a) / 2:.1f} {rise:.1f} 0 0 1 {b:.1f} {y:.1f}"
     else:  # it goes on in another row: level at the open end
         turn = min(24.0, (b - a) / 2)
-        start = (
+        d = (
             f"M{a:.1f} {y:.1f}Q{a:.1f} {y - rise:.1f} {a + turn:.1f} {y - rise:.1f}"
             if left
             else f"M{a:.1f} {y - rise:.1f}"
         )
-        d = start + (f"H{b - turn:.1f}Q{b:.1f} {y - rise:.1f} {b:.1f} {y:.1f}" if right else f"H{b:.1f}")
+        d += f"H{b - turn:.1f}Q{b:.1f} {y - rise:.1f} {b:.1f} {y:.1f}" if right else f"H{b:.1f}"
     style = KINDS.index(arc.kind) if arc.kind in KINDS else 5
+    thick = thickness(arc, row.pitch)
     told = f"{arc.name}: {arc.kind}" + (
         f", carries {100 * arc.share:.0f} % of the gradient" if arc.share is not None else ""
     )
@@ -168,8 +160,18 @@ def _arc(arc: Arc, row: _Row, pitch: float, at) -> Markup:
         tag("title", told),
         d=d,
         class_=f"arc s{style}",
-        stroke_width=thickness(arc, pitch),
-        stroke_dasharray=_DASH.get(arc.kind) or None,
+        stroke_width=thick,
+        stroke_dasharray=_dash(arc.kind, thick),
+    )
+
+
+def _dash(kind: str, thick: float) -> str | None:
+    """A kind's dash, longer for thicker arcs, so that it stays a dash."""
+    scale = max(1.0, thick / 2.4)
+    return (
+        " ".join(f"{float(part) * scale:.1f}" for part in _DASH[kind].split()) or None
+        if kind in _DASH
+        else None
     )
 
 
@@ -211,7 +213,7 @@ def _legend(chart: Network, width: int, y: float) -> tuple[Markup, float]:
         if x > 4 and x + needed > width:
             x, y = 4.0, y + 19
         d = f"M{x:.1f} {y:.1f}a12 9 0 0 1 24 0"
-        parts += [tag("path", d=d, class_=f"arc s{style}", stroke_width=2, stroke_dasharray=_DASH[KINDS[style]] or None),
+        parts += [tag("path", d=d, class_=f"arc s{style}", stroke_width=2, stroke_dasharray=_dash(KINDS[style], 2)),
                   tag("text", text, x=x + 30, y=y, class_="label")]  # fmt: skip
         x += needed
     if any(arc.share is not None for arc in chart.arcs):

@@ -1,0 +1,286 @@
+"""Charts and networks as SVG and text: well-formed, inside their frame, legible from 5 layers to 500."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import samples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skipscope import SkipscopeError
+from skipscope.report import _arcs, _svg, _terrain, draw, story
+from skipscope.report._arcs_text import text
+from skipscope.report._charts import Arc, Bars, Heat, Lines, Network, Series, Surface, Surfaces
+from skipscope.report._scale import axis, power, whole_axis
+
+floats = st.floats(allow_nan=True, allow_infinity=True)
+
+
+def parse(markup) -> ElementTree.Element:
+    """As strict XML; a picture with NaN in it, or an unescaped sign, fails here."""
+    markup = re.sub(r'href="data:[^"]*"', "", str(markup))
+    assert "nan" not in re.sub(r"<(text|title)[^>]*>.*?</\1>|aria-label=\"[^\"]*\"", "", str(markup)).lower()
+    return ElementTree.fromstring(str(markup))
+
+
+def numbers(root: ElementTree.Element, name: str) -> list[float]:
+    return [float(e.get(name)) for e in root.iter() if e.get(name) is not None]
+
+
+# --- axes -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(floats, max_size=30), st.booleans(), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_every_number_lands_inside_the_axis(values, log, zero):
+    made = axis(values, 10.0, 110.0, log=log, zero=zero)
+    for value in values:
+        at = made(value)
+        assert (at is None) == np.isnan(value)
+        assert at is None or 10.0 <= at <= 110.0
+    assert 1 <= len(made.ticks) <= 16
+    places = [made.at(v) for v, _ in made.ticks]
+    assert places == sorted(places)
+
+
+@given(st.lists(st.floats(1e-30, 1e30), min_size=2, max_size=20))
+def test_a_log_axis_keeps_the_order_and_puts_zero_lowest(values):
+    made = axis([*values, 0.0, float("inf")], 0.0, 100.0, log=True)
+    ordered = [made.at(v) for v in sorted(values)]
+    assert ordered == sorted(ordered)
+    assert made.at(0.0) == 0.0 < min(ordered)
+    assert made.at(float("inf")) == 100.0
+    assert {"0", "inf"} <= {label for _, label in made.ticks}
+
+
+def test_boundaries_have_whole_numbers():
+    for most in range(1, 12):
+        for high in range(1, 40):
+            assert all(float(v).is_integer() for v, _ in whole_axis(0, high, 0, 1, most).ticks)
+
+
+def test_powers_are_written_as_people_do():
+    assert [power(e) for e in (-12, -1, 0, 1, 2, 3)] == ["10⁻¹²", "0.1", "1", "10", "100", "10³"]
+
+
+@given(st.lists(st.floats(0, 100), max_size=12).map(sorted))
+def test_labels_are_moved_apart_in_order(wanted):
+    places = _svg.spread(wanted, 5.0, 0.0, 100.0)
+    assert all(b - a >= 5.0 - 1e-9 for a, b in pairwise(places))
+    assert not places or places[-1] <= 100.0 + 1e-9
+
+
+# --- charts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [_svg.WIDE, _svg.NARROW])
+def test_every_chart_of_every_result_is_well_formed(width):
+    from skipscope.report._page import svg
+
+    for result in samples.everything():
+        for panel in story(result).panels:
+            for chart in panel.charts:
+                root = parse(f"<both>{svg(chart)}</both>")
+                assert len(list(root.iter("svg"))) == 2
+
+
+@given(st.lists(floats, min_size=1, max_size=8), st.booleans(), st.sampled_from([_svg.WIDE, _svg.NARROW]))
+@settings(max_examples=100, deadline=None)
+def test_lines_of_any_numbers_stay_inside_the_frame(values, log, width):
+    at = list(range(len(values)))
+    chart = Lines(
+        [Series("a", at, values), Series("b", at, values[::-1], low=values, high=values, style=1)], log_y=log
+    )
+    root = parse(_svg.lines(chart, width))
+    _, _, wide, high = map(float, root.get("viewBox").split())
+    for path in root.iter("path"):
+        for x, y in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", path.get("d")):
+            assert -10 <= float(x) <= wide + 10
+            assert -10 <= float(y) <= high + 10
+
+
+@given(st.lists(floats, min_size=1, max_size=60), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_bars_of_any_numbers_are_drawn(values, log):
+    labels = [f"layer.{i}" for i in range(len(values))]
+    root = parse(_svg.bars(Bars(labels, [values], ["cost"], log=log), _svg.WIDE))
+    if len(values) > 24:
+        assert f"and {len(values) - 24} more in the table" in "".join(root.itertext())
+
+
+@pytest.mark.parametrize("fill", [0.0, float("nan"), float("inf"), 1.0])
+def test_heat_and_surfaces_of_one_value_are_drawn(fill):
+    values = np.full((3, 4), fill)
+    parse(_svg.heat(Heat(values, list("abc"), [1, 2, 3, 4]), _svg.WIDE))
+    parse(
+        _terrain.contours(
+            Surfaces([Surface(values, np.linspace(-1, 1, 3), np.linspace(-1, 1, 4), "x")]), _svg.WIDE
+        )
+    )
+    parse(
+        _terrain.contours(
+            Surfaces([Surface(values, np.linspace(-1, 1, 3), np.linspace(-1, 1, 4), "x", signed=True)]),
+            _svg.WIDE,
+        )
+    )
+
+
+def test_one_step_of_a_history_is_drawn():
+    parse(_svg.heat(Heat(np.ones((2, 1)), ["a", "b"], [1]), _svg.WIDE))
+
+
+def test_thinning_keeps_every_spike():
+    y = np.zeros(10_000)
+    y[4321] = -7.0
+    kept = _svg._thin([(float(i), float(v)) for i, v in enumerate(y)])
+    assert len(kept) < 500
+    assert (4321.0, -7.0) in kept
+    assert kept[0][0] == 0.0
+    assert kept[-1][0] == 9999.0
+
+
+def test_a_dead_gradient_is_drawn_on_the_floor_and_not_left_out():
+    root = parse(_svg.lines(story(samples.flow(12, zeros=4)).panels[0].chart, _svg.WIDE))
+    assert "0" in [t.text for t in root.iter("text")]
+
+
+# --- surfaces ---------------------------------------------------------------------------------------------------------
+
+
+def test_heights_are_logs_clipped_four_decades_above_the_lowest():
+    chart = Surfaces([Surface(np.array([[0.01, 1.0], [1e9, np.inf]]), np.arange(2.0), np.arange(2.0))])
+    scale = _terrain.heights(chart)
+    np.testing.assert_allclose(scale(chart.surfaces[0].values), [[-2, 0], [2, 2]])
+    assert scale.cut
+
+
+def test_surfaces_side_by_side_share_one_scale():
+    low, high = np.full((3, 3), 0.1), np.full((3, 3), 10.0)
+    at = np.arange(3.0)
+    drawn = _terrain.payload(Surfaces([Surface(low, at, at), Surface(high, at, at)]))
+    assert drawn["low"] == pytest.approx(-1)
+    assert drawn["high"] == pytest.approx(1)
+    assert drawn["surfaces"][0]["z"][0][0] == -1
+    assert drawn["surfaces"][1]["z"][0][0] == 1
+
+
+def test_what_is_unknown_is_a_hole_and_never_a_height():
+    values = np.ones((3, 3))
+    values[1, 2] = np.nan
+    drawn = _terrain.payload(Surfaces([Surface(values, np.arange(3.0), np.arange(3.0))]))
+    assert drawn["surfaces"][0]["z"][2][1] is None  # rows are the second axis there
+    assert sum(v is None for row in drawn["surfaces"][0]["z"] for v in row) == 1
+
+
+def test_axes_are_not_exchanged():
+    a, b = np.linspace(-1, 1, 5), np.linspace(-2, 2, 7)
+    values = 1 + np.abs(a)[:, None] * 10 + np.abs(b)[None] * 100
+    drawn = _terrain.payload(Surfaces([Surface(values, a, b)]))["surfaces"][0]
+    assert drawn["x"] == pytest.approx(a, abs=1e-4)
+    assert drawn["y"] == pytest.approx(b, abs=1e-4)
+    assert np.array(drawn["z"]).shape == (7, 5)
+    assert drawn["z"][0][2] == pytest.approx(np.log10(values[2, 0]), abs=1e-3)
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+networks = st.integers(1, 120).flatmap(
+    lambda n: st.builds(
+        Network,
+        st.just([f"l{i}" for i in range(n)]),
+        st.lists(
+            st.tuples(
+                st.integers(0, n - 1),
+                st.integers(0, n - 1),
+                st.sampled_from(_arcs.KINDS),
+                st.none() | st.floats(0, 1),
+            ).map(lambda t: Arc(min(t[:2]), max(t[:2]), "s", t[2], t[3])),
+            max_size=20,
+        ),
+    )
+)
+
+
+@given(networks, st.sampled_from([320, 720]))
+@settings(max_examples=80, deadline=None)
+def test_any_network_is_drawn_whole(net, width):
+    root = parse(_arcs.network(net, width))
+    layers = [r for r in root.iter("rect") if r.get("class") == "layer"]
+    assert len(layers) == len(net.layers)
+    _, _, wide, high = map(float, root.get("viewBox").split())
+    assert all(0 <= x <= wide for x in numbers(root, "x") if x)
+    assert all(0 <= y <= high for y in numbers(root, "y") if y)
+    drawn = [
+        p
+        for p in root.iter("path")
+        if (p.get("class") or "").startswith("arc") and p.find("title") is not None
+    ]
+    assert len(drawn) >= len(net.arcs)
+
+
+@given(networks, st.sampled_from([40, 80, 120]))
+@settings(max_examples=80, deadline=None)
+def test_any_network_is_written_within_the_width(net, width):
+    lines = text(net, width).splitlines()
+    assert max(map(len, lines)) <= max(width, 60)
+    assert "input" in lines[0]
+
+
+def test_a_nested_pair_in_text():
+    net = Network(["a", "b", "c"], [Arc(0, 2, "outer", "concat"), Arc(1, 1, "inner", "identity", 0.25)])
+    assert text(net, 60) == "\n".join([
+        "╭─────● input",
+        "│     ■ a",
+        "│  ╭──○",
+        "│  │  ■ b",
+        "│  ╰──⊕ inner  identity, 25 % of the gradient",
+        "│     ■ c",
+        "╰─────⊕ outer  concat",
+        "      ▽ output",
+    ])  # fmt: skip
+
+
+def test_five_hundred_layers_fit_a_screen_of_text_and_rows_of_arcs():
+    found = samples.found(249, 2)
+    lines = draw(found, width=80).splitlines()
+    assert len(lines) < 40
+    assert any("more like this" in line for line in lines)
+    root = parse(draw(found, "svg").replace(' xmlns="http://www.w3.org/2000/svg"', ""))
+    assert float(root.get("viewBox").split()[3]) < 900
+    assert len({r.get("y") for r in root.iter("rect")}) >= 6
+
+
+def test_ascii_is_ascii():
+    assert draw(samples.found(9), ascii=True).isascii()
+
+
+def test_thickness_is_the_share():
+    thick = [_arcs.thickness(Arc(0, 1, "s", "identity", share)) for share in (0.25, 0.5, 1.0)]
+    assert thick == pytest.approx([thick[2] / 4, thick[2] / 2, thick[2]])
+
+
+def test_a_projection_is_no_layer_of_the_line():
+    drawn = draw(samples.found(3, kinds=("projection",)))
+    assert "down" not in drawn
+    assert drawn.count("⊕") == 3
+
+
+def test_a_drawing_is_text_at_a_prompt_and_a_picture_in_a_notebook():
+    drawing = draw(samples.found(3))
+    assert repr(drawing) == str(drawing)
+    assert "<svg" in drawing._repr_html_()
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(SkipscopeError, match="unknown form 'pdf'"):
+        draw(samples.found(3), "pdf")
+
+
+def test_shares_come_from_a_split():
+    found, split = samples.found(9), samples.split(9)
+    assert "% of the gradient" in draw(found, shares=split)

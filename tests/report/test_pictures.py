@@ -1,0 +1,99 @@
+"""Pictures by matplotlib: every chart of every result, into given axes, into files, without a trace."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pytest
+import samples
+
+from skipscope import SkipscopeError
+from skipscope.report import story
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = samples.everything()
+NAMES = [type(r).__name__ for r in RESULTS]
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=NAMES)
+def test_every_chart_is_drawn_into_given_axes(result):
+    for number in range(sum(len(p.charts) for p in story(result).panels)):
+        _, ax = plt.subplots()
+        assert result.plot(ax=ax, chart=number) is ax
+        assert ax.has_data()
+        plt.close("all")
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_files_are_pictures_leave_no_figure_and_are_the_same_again(ending, tmp_path):
+    starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
+    for result in (samples.flow(), samples.pair(points=7)):
+        first = result.save(tmp_path / f"a.{ending}").read_bytes()
+        assert first.startswith(starts[ending])
+        assert first == result.save(tmp_path / f"b.{ending}").read_bytes()
+    assert plt.get_fignums() == []
+
+
+def test_a_comparison_is_one_picture(tmp_path):
+    assert samples.comparison(points=7).save(tmp_path / "a.png", dpi=40).stat().st_size > 8_000
+    assert len(samples.comparison(points=7).plot()) == 4
+
+
+def test_several_results_share_axes_each_in_its_own_style_with_its_own_verdict():
+    ax = samples.flow().plot(label="plain")
+    samples.flow(slope=0.0, state="healthy").plot(ax=ax, label="with")
+    lines = [line for line in ax.get_lines() if line.get_gid() == "skipscope"]
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 2
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["plain", "with"]
+    assert "plain: vanishing" in ax.get_xlabel()
+    assert "with: healthy" in ax.get_xlabel()
+    assert ax.get_yscale() == "log"
+
+
+def test_the_numbers_drawn_are_the_result_s():
+    flow = samples.flow(9)
+    line = flow.plot().get_lines()[0]
+    np.testing.assert_array_equal(line.get_ydata(), [b.gradient_rms for b in flow.boundaries])
+    np.testing.assert_array_equal(line.get_xdata(), [b.depth for b in flow.boundaries])
+
+
+def test_surfaces_in_three_dimensions_share_their_heights():
+    axes = samples.pair(points=9).plot(kind="3d")
+    assert len(axes) == 2
+    assert axes[0].get_zlim() == axes[1].get_zlim()
+
+
+def test_names_are_not_read_as_mathematics(tmp_path):
+    samples.flow(text=lambda s: s + r"$\frac{").save(tmp_path / "x.png")
+    samples.importance(text=lambda s: s + "$x_").save(tmp_path / "y.png")
+
+
+def test_what_cannot_be_drawn_is_refused_with_the_cure():
+    with pytest.raises(SkipscopeError, match="no chart number 9"):
+        samples.flow().plot(chart=9)
+    with pytest.raises(SkipscopeError, match="a result with a chart"):
+        samples.surface().checks.plot()
+    with pytest.raises(SkipscopeError, match="not drawn with these options"):
+        samples.flow().plot(kind="3d")
+    with pytest.raises(SkipscopeError, match=r"not saved as \.gif"):
+        samples.flow().save("x.gif")
+
+
+@pytest.mark.slow
+def test_pages_need_no_pyplot(tmp_path):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.path.insert(0, {!r}); import samples; samples.flow().save({!r});"
+        "assert 'matplotlib.pyplot' not in sys.modules, 'pyplot'"
+    ).format(str(samples.__file__.rsplit("/", 1)[0]), str(tmp_path / "x.html"))
+    subprocess.run([sys.executable, "-c", code], check=True)
