@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     global GRID
-    layers, count, part = (20, 2000, 200) if options.quick else (56, 50_000, 5000)
+    layers, count, part = (20, 2000, 200) if options.quick else (56, 50_000, 2000)
     if options.device == "cpu":  # to see that the script itself is sound
         GRID, count, part = 7, 300, 64
     generator = torch.Generator().manual_seed(0)

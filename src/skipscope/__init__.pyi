@@ -12,6 +12,9 @@ from .comparison import compare as compare
 from .comparison import train_twins as train_twins
 from .surfaces import landscape as landscape
 from .surfaces import paired_landscapes as paired_landscapes
+from .surfaces import random_direction as random_direction
+from .surfaces import solutions_plane as solutions_plane
+from .surfaces import trajectory_plane as trajectory_plane
 from .curvature import curvature_operator as curvature_operator
 from .curvature import curvature_trace as curvature_trace
 from .curvature import extreme_eigenvalues as extreme_eigenvalues
@@ -29,3 +32,4 @@ from .flow import gradient_flow as gradient_flow
 from .flow import gradient_split as gradient_split
 from .flow import importance as importance
 from .flow import path_spectrum as path_spectrum
+from .flow import prescribe as prescribe

@@ -195,3 +195,37 @@ def test_settings_that_cannot_be_used_are_refused(options, words):
 def test_no_twins_is_refused():
     with pytest.raises(ss.SkipscopeError, match="no twins"):
         ss.paired_landscapes({}, _batch(), F.cross_entropy)
+
+
+def test_a_removed_twins_stale_batch_norm_statistics_are_measured_anew_and_said_so():
+    torch.manual_seed(0)
+    model, batch = reference.resnet20(), reference.digits(64)
+    with torch.no_grad():
+        model(batch[0])
+    found = ss.find_shortcuts(model, batch[0])
+    twins = {"with": model, "removed": ss.ablate(model, found), "detached": ss.ablate(model, found, "detach")}
+    pair = ss.paired_landscapes(twins, batch, F.cross_entropy, grid=3)
+    expected = ss.recalibrate(ss.ablate(model, found), batch).eval()
+    own = F.cross_entropy(expected(batch[0]), batch[1]).item()
+    removed = pair.surfaces["removed"]
+    assert removed.values[1, 1] == pytest.approx(own, rel=1e-6) and removed.checks.passed
+    assert "recalibration" in removed.provenance.batch_norm and "recalibration" in str(pair).replace(
+        "\n", " "
+    )
+    assert np.array_equal(pair.surfaces["detached"].values, pair.surfaces["with"].values)
+    assert pair.shared_weights and np.all(pair.differences["detached"].values == 0)
+    as_found = ss.paired_landscapes(twins, batch, F.cross_entropy, grid=3, batch_norm="as found")
+    stale = F.cross_entropy(twins["removed"].eval()(batch[0]), batch[1]).item()
+    assert as_found.surfaces["removed"].values[1, 1] == stale != own
+
+
+def test_twins_of_other_architectures_each_find_their_way():
+    model, other = (
+        Residual(),
+        nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 6, (2, 3)), nn.Flatten()),
+    )
+    pair = ss.paired_landscapes(
+        {"one": model, "other": other}, _batch(), F.cross_entropy, grid=3, strategy="stacked 8"
+    )
+    assert "points at once" in pair.surfaces["one"].provenance.strategy
+    assert pair.surfaces["other"].provenance.strategy == "plain loop" and not pair.shared_weights

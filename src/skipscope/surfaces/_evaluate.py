@@ -18,7 +18,10 @@ from skipscope.surfaces._directions import Direction, inner
 from skipscope.surfaces._moving import MovingCopy
 from skipscope.surfaces._points import Metric, PointLoss, Reading, gather
 
-BATCH_NORM = {"frozen": "frozen", "recalibrate": "recalibrated at each point", "batch": "batch statistics"}
+BATCH_NORM = {
+    "frozen": "frozen", "recalibrate": "recalibrated at each point", "batch": "batch statistics",
+    "as found": "frozen as found",
+}  # fmt: skip
 Point = tuple[float, ...]
 
 
@@ -85,7 +88,7 @@ class Loop:
         model: the user's model in evaluation mode; it is only read.
         directions: one direction an axis.
         at_point: the data and the loss.
-        batch_norm: "frozen", "recalibrate" or "batch".
+        batch_norm: a key of :data:`BATCH_NORM`.
         name: for the result.
         channels_last: lay the copy's convolution weights out that way.
         run: the forward pass, ``run(model, batch) -> output``.
@@ -149,7 +152,7 @@ class Evaluator:
         loss: the objective.
         directions: one direction an axis.
         metrics: name -> ``f(output, target)``.
-        batch_norm: "frozen", "recalibrate" or "batch".
+        batch_norm: a key of :data:`BATCH_NORM`.
         l2: adds l2/2 |w|^2 over all parameters to every value.
         knob: the shortcut strength's tensor in ``model``, where the first axis is the strength.
 
@@ -164,10 +167,10 @@ class Evaluator:
     def __init__(
         self,
         model: nn.Module,
+        *,
         data: Batches,
         loss: Objective,
         directions: Sequence[Direction],
-        *,
         metrics: dict[str, Metric],
         batch_norm: str,
         l2: float,

@@ -204,5 +204,6 @@ def _notes(twins: list[TwinOnPlane], labels: dict[str, str]) -> tuple[str, ...]:
             f"{', '.join(apart)}: other weights than {twins[0].name}; the same Gaussian draw, normalised to their own "
             "filters. Only the scores may be compared."
         )
+    notes += [f"{t.name}: batch norm {t.evaluator.batch_norm}." for t in twins if t.fresh is not None]
     notes += [f"{name}: {label}." for name, label in labels.items() if label]
     return tuple(notes)

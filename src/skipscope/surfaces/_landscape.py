@@ -150,7 +150,8 @@ def paired_landscapes(
         normalize: as in :func:`landscape`.
         zero: as in :func:`landscape`.
         orthogonal: as in :func:`landscape`.
-        batch_norm: as in :func:`landscape`.
+        batch_norm: as in :func:`landscape`. A twin that computes something else with the first one's running statistics
+            (a removed one) has them measured anew once, unless this is "as found".
         samples: as in :func:`landscape`.
         metrics: as in :func:`landscape`.
         l2: as in :func:`landscape`.

@@ -59,7 +59,8 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
         work = Work(twins, at)
         sheet = Sheet(work.names, work.shape)
         store, choices = _prepare(twins, work, settings, hashes, held, objective)
-        runner = Runner(sheet, work, store, engine, f"loss surface of {', '.join(models)}")
+        what = f"loss surface of {', '.join(models)}"
+        runner = Runner(sheet, work, store, engine, what, at_once=_at_once(twins))
         errors = _fill(sheet, runner, twins, at, settings.tolerance)
         _put_origin(sheet, twins, at)
         facts = {t.name: _facts(t, held, objective, settings) for t in twins}
@@ -128,11 +129,17 @@ def _prepare(
     return store, choices
 
 
+def _at_once(twins: list[TwinOnPlane]) -> int:
+    """Points whose per-sample losses are held together: up to 64, up to 64 MiB."""
+    samples = sum(twins[0].evaluator.plain.at_point.sizes)
+    return int(np.clip(2**23 // max(samples, 1), 1, 64))
+
+
 def _unit(work: Work, choices: dict[str, Choice], settings: Settings) -> int:
     if settings.tolerance is not None:
         return 1
     seconds = sum(choice.point_seconds for choice in choices.values())
-    return int(np.clip(_UNIT_S / max(seconds, 1e-9), 1, work.shape[-1]))
+    return int(np.clip(_UNIT_S / max(seconds, 1e-9), 1, min(work.shape[-1], _at_once(work.twins))))
 
 
 def _identity(
@@ -204,8 +211,8 @@ def _put_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ..
 
 def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings) -> Facts:
     """What is measured apart from the evaluator: the model's own loss, and whether it has learnt."""
-    model = twin.model
-    if settings.batch_norm != "frozen":
+    model = twin.fresh or twin.model
+    if settings.batch_norm in {"recalibrate", "batch"}:
         model = private_copy(model, "landscape")
         if prepare_batch_norm(model, settings.batch_norm) != "none" and settings.batch_norm == "recalibrate":
             recalibrate(model, data)

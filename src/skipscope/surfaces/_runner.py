@@ -51,6 +51,7 @@ class Runner:
         store: kept as it comes, or None.
         engine: "local", "torchrun" or "ray".
         what: for the progress display.
+        at_once: points computed together where no store says how many.
         remote: for Ray: computes units elsewhere and yields (unit, numbers) as they come.
     """
 
@@ -61,9 +62,11 @@ class Runner:
         store: Store | None,
         engine: str,
         what: str,
+        at_once: int = 64,
         remote: Callable[[Sequence[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]] | None = None,
     ):
-        self.sheet, self.work, self.store, self.what, self.remote = sheet, work, store, what, remote
+        self.sheet, self.work, self.store, self.what = sheet, work, store, what
+        self.at_once, self.remote = at_once, remote
         self.rank = int(os.environ.get("RANK", "0")) if engine == "torchrun" else 0
         self.world = int(os.environ.get("WORLD_SIZE", "1")) if engine == "torchrun" else 1
         # What an earlier run left is taken point by point, when it is asked for: a resumed adaptive run then decides as
@@ -76,7 +79,7 @@ class Runner:
         points = points[~self.sheet.done[points]]
         if self.store is not None and not self.kept.done[points].all():
             self.store.read_into(self.kept)
-        units = self.store.units(points) if self.store is not None else _chunks(points, 64)
+        units = self.store.units(points) if self.store is not None else _chunks(points, self.at_once)
         self._compute([unit for unit in units if not self.kept.done[unit].all()])
         self.sheet.put(points, self.kept.data[:, points])
 

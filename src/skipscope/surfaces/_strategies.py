@@ -151,7 +151,8 @@ class Replayed(Loop):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # The fastest kernels are looked for once; the recording then holds them to the end.
-        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+        searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
             with torch.cuda.stream(stream):  # libraries set themselves up outside the recording
                 for _ in range(2):
                     loop.at_point.read(loop.moving.model, loop.run)
@@ -159,6 +160,8 @@ class Replayed(Loop):
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.static = loop.at_point.read(loop.moving.model, loop.run)
+        finally:
+            torch.backends.cudnn.benchmark = searching
 
     def _one(self, point: Point) -> dict[str, Any]:
         self.moving.move(point)
@@ -183,7 +186,7 @@ def _ways(evaluator: Evaluator) -> Iterator[tuple[str, Callable[[], Strategy], f
             yield f"channels last {size}", lambda size=size: split_loop(evaluator, size, True), 0.0
         elif size is not None:
             yield f"split {size}", lambda size=size: split_loop(evaluator, size, False), 0.0
-    if evaluator.mode == "frozen" and not convolutions and not knob:
+    if evaluator.mode in {"frozen", "as found"} and not convolutions and not knob:
         for points in (8, 32):
             yield f"stacked {points}", lambda points=points: Stacked(evaluator, points), 0.0
     if knob:

@@ -6,17 +6,19 @@ the jackknife; each metric; and for a twin that shares the first one's weights `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from skipscope._data import Batches, Objective
+from skipscope._untouched import private_copy
 from skipscope.shortcuts import ablate
 from skipscope.surfaces import _directions as dirs
-from skipscope.surfaces._evaluate import Evaluator, Point
+from skipscope.surfaces._evaluate import Evaluator, Point, batch_norms, recalibrate
 from skipscope.surfaces._grid import Sheet
 from skipscope.surfaces._points import FOLDS, Reading, fold_sums, influence
 from skipscope.surfaces._settings import Settings
@@ -32,6 +34,7 @@ class TwinOnPlane:
         directions: one an axis.
         evaluator: goes to points.
         shared: its weights are the first twin's.
+        fresh: a copy of the model with batch-norm statistics of its own, where those it came with were another's.
     """
 
     name: str
@@ -39,6 +42,7 @@ class TwinOnPlane:
     directions: list[dirs.Direction]
     evaluator: Evaluator
     shared: bool
+    fresh: nn.Module | None = None
 
     @property
     def origin(self) -> Reading:
@@ -69,13 +73,30 @@ def make_twins(
             first.directions if first is not None and shared else _directions(model, settings, moving)
         )
         edited, knob = _with_knob(model, settings)
-        evaluator = Evaluator(
-            edited, data, loss, directions,
-            metrics=dict(settings.metrics), batch_norm=settings.batch_norm, l2=settings.l2, knob=knob,
+        make = partial(
+            Evaluator, data=data, loss=loss, directions=directions, metrics=dict(settings.metrics),
+            batch_norm=settings.batch_norm, l2=settings.l2, knob=knob,
         )  # fmt: skip
-        twins.append(TwinOnPlane(name, model, directions, evaluator, shared))
-        first = first or twins[0]
+        twin = TwinOnPlane(name, model, directions, make(edited), shared)
+        if first is not None and _has_stale_statistics(first, twin):
+            twin.fresh = private_copy(model, "landscape")
+            recalibrate(twin.fresh, data)
+            twin.evaluator = make(twin.fresh)
+            twin.evaluator.batch_norm = (
+                "frozen, after one recalibration (the statistics were those of the first twin)"
+            )
+        twins.append(twin)
+        first = first or twin
     return twins
+
+
+def _has_stale_statistics(first: TwinOnPlane, twin: TwinOnPlane) -> bool:
+    """The twin computes something else than the first with the first one's batch-norm statistics."""
+    if twin.evaluator.mode != "frozen" or not twin.shared or twin.centre == first.centre:
+        return False
+    ours, theirs = batch_norms(twin.model), batch_norms(first.model)
+    pairs = [(a.running_mean, b.running_mean) for a, b in zip(ours, theirs)]
+    return bool(pairs) and all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
 
 
 def _with_knob(model: nn.Module, settings: Settings) -> tuple[nn.Module, torch.Tensor | None]:
@@ -124,7 +145,7 @@ class Work:
         names: the numbers' names, in order.
     """
 
-    def __init__(self, twins: Sequence[TwinOnPlane], axes: tuple[np.ndarray, ...]):
+    def __init__(self, twins: list[TwinOnPlane], axes: tuple[np.ndarray, ...]):
         self.twins, self.axes = twins, axes
         self.shape: tuple[int, ...] = tuple(len(at) for at in axes)
         self.names = [name for twin in twins for name in self._names(twin)]

@@ -1,0 +1,266 @@
+"""Loss surfaces: points per second against loss-landscapes 3.0.6 and a plain functional_call loop, in one run.
+
+loss-landscapes is not a dependency: ``python -m pip install --no-deps loss-landscapes==3.0.6`` (or name the folder it
+is in: ``LOSS_LANDSCAPES=...``); without it its ratios are left out. All are timed in turn on the same network and
+samples; seconds a point are those of a larger grid less those of a smaller one, so that nobody's preparation counts,
+except in the figure that says "end to end".
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+import skipscope as ss
+from skipscope import reference
+from skipscope.surfaces import random_direction
+
+ROUNDS = 3
+FULL = 51 * 51
+
+
+def resnet() -> tuple[nn.Module, tuple, Callable, float]:
+    torch.manual_seed(0)
+    model = reference.resnet20(in_channels=3)
+    data = torch.randn(512, 3, 32, 32), torch.randint(10, (512,))
+    model.train()
+    with torch.no_grad():
+        model(data[0])
+    return model.eval(), data, F.cross_entropy, 512 * 2 * 40.8e6
+
+
+def mlp() -> tuple[nn.Module, tuple, Callable, float]:
+    torch.manual_seed(0)
+    sizes = [64, 256, 256, 256, 256, 256]
+    layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.GELU())]
+    inputs, target = reference.digits(1797)
+    work = 2 * 1797 * (64 * 256 + 4 * 256**2 + 2560)
+    return (
+        nn.Sequential(*layers, nn.Linear(256, 10)).eval(),
+        (inputs.flatten(1), target),
+        F.cross_entropy,
+        work,
+    )
+
+
+def gpt() -> tuple[nn.Module, tuple, Callable, float]:
+    torch.manual_seed(0)
+    model = reference.gpt().eval()
+    data = reference.english(16)
+    tokens = data[0].numel()
+    return model, data, F.cross_entropy, 2 * tokens * sum(p.numel() for p in model.parameters())
+
+
+# --- the three ways ------------------------------------------------------------------------------------------------
+
+
+def by_loss_landscapes(model: nn.Module, data: tuple, loss: Callable) -> Callable[[int], object] | None:
+    sys.path.append(os.environ.get("LOSS_LANDSCAPES", ""))
+    try:
+        import loss_landscapes
+        from loss_landscapes.metrics import Loss
+    except ImportError:
+        return None
+
+    def run(steps: int) -> object:
+        with torch.no_grad():
+            return loss_landscapes.random_plane(
+                model,
+                Loss(loss, *data),
+                distance=0.1,
+                steps=steps,
+                normalization="filter",
+                deepcopy_model=True,
+            )
+
+    with torch.no_grad():  # it divides by the norm of every filter, zero biases too
+        for p in model.parameters():
+            if p.ndim < 2 and not p.any():
+                p.normal_(std=1e-3)
+    return run
+
+
+def by_functional_call(model: nn.Module, data: tuple, loss: Callable) -> Callable[[int], object]:
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    one, two = (random_direction(model, axis=k) for k in (0, 1))
+
+    def run(steps: int) -> object:
+        out = np.empty((steps, steps))
+        with torch.no_grad():
+            for i, a in enumerate(np.linspace(-1, 1, steps)):
+                for j, b in enumerate(np.linspace(-1, 1, steps)):
+                    moved = {n: w + a * one[n] + b * two[n] if n in one else w for n, w in weights.items()}
+                    out[i, j] = float(loss(functional_call(model, moved, (data[0],)), data[1]))
+        return out
+
+    return run
+
+
+def by_skipscope(model: nn.Module, data: tuple, loss: Callable, strategy: str) -> Callable[[int], object]:
+    return lambda steps: ss.landscape(model, data, loss, grid=steps, strategy=strategy)
+
+
+def chosen(model: nn.Module, data: tuple, loss: Callable, grid: int) -> tuple[str, str]:
+    """The strategy that is taken for a large grid on this machine, and why."""
+    from skipscope.surfaces import _strategies
+
+    before, _strategies._SHARE = _strategies._SHARE, _strategies._SHARE * FULL / grid**2
+    try:
+        surface = ss.landscape(model, data, loss, grid=grid)
+    finally:
+        _strategies._SHARE = before
+    return next(reversed(_strategies._chosen.values())), surface.provenance.why
+
+
+def seconds_a_point(ways: dict[str, Callable[[int], object]], small: int, large: int) -> dict[str, float]:
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, run in ways.items():
+            times = []
+            for steps in (small, large):
+                began = time.perf_counter()
+                run(steps)
+                times.append(time.perf_counter() - began)
+            found[name].append((times[1] - times[0]) / (large**2 - small**2))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def sgemm_peak(n: int = 2048) -> float:
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / min(times)
+
+
+# --- the figures ---------------------------------------------------------------------------------------------------
+
+
+def figures() -> list[dict]:
+    warnings.filterwarnings("ignore")
+    out = []
+    cases = [
+        ("ResNet-20, 512 images 32 x 32", resnet, (1, 3), "4x"),
+        ("GELU MLP 64-256x5-10, 1,797 digits", mlp, (3, 9), "1.3x"),
+        ("small GPT, 16 x 64 tokens", gpt, (3, 7), "2x"),
+    ]
+    theirs_on_resnet = None
+    for name, make, (small, large), aim in cases:
+        model, data, loss, work = make()
+        theirs = by_loss_landscapes(model, data, loss)
+        strategy, why = chosen(model, data, loss, 5)
+        ways = {
+            "ours": by_skipscope(model, data, loss, strategy),
+            "functional": by_functional_call(model, data, loss),
+        }
+        ways |= {"theirs": theirs} if theirs else {}
+        peak = sgemm_peak()
+        times = seconds_a_point(ways, small, large)
+        peak = max(peak, sgemm_peak())
+        detail = f"{times['ours'] * 1e3:.3g} ms a point; {strategy}; {why}"
+        if "theirs" in times:
+            ratio = times["theirs"] / times["ours"]
+            out.append(
+                {
+                    "name": f"{name}: against loss-landscapes",
+                    "value": ratio,
+                    "unit": "ratio",
+                    "aim": aim,
+                    "detail": detail,
+                }
+            )
+        ratio = times["functional"] / times["ours"]
+        out.append(
+            {
+                "name": f"{name}: against functional_call",
+                "value": ratio,
+                "unit": "ratio",
+                "aim": "",
+                "detail": detail,
+            }
+        )
+        if make is resnet:
+            theirs_on_resnet = times.get("theirs")
+            share = work / times["ours"] / peak
+            out.append({
+                "name": f"{name}: share of the sgemm peak", "value": share, "unit": "ratio", "aim": "0.7",
+                "detail": f"peak {peak / 1e9:.0f} GFLOP/s at 2048, measured before and after",
+            })  # fmt: skip
+    out += adaptive(theirs_on_resnet)
+    out.append(scaling())
+    return out
+
+
+def adaptive(theirs: float | None) -> list[dict]:
+    """End to end: our whole call, preparation and trying included, against the full grid's points alone."""
+    model, data, loss, _ = resnet()
+    began = time.perf_counter()
+    surface = ss.landscape(model, data, loss, grid=51, tolerance=0.01)
+    seconds = time.perf_counter() - began
+    # The truth at random points that were interpolated: the whole grid would take as long as the others do.
+    left = np.argwhere(~surface.computed)
+    some = left[np.random.default_rng(1).permutation(len(left))[:30]]
+    worst = 0.0
+    for i, j in some:
+        point = ss.landscape(
+            model, data, loss, grid=(1, 1), strategy="plain",
+            span=((surface.alphas[i],) * 2, (surface.betas[j],) * 2),
+        )  # fmt: skip
+        worst = max(worst, abs(float(point.values[0, 0]) - surface.values[i, j]))
+    points, error = int(surface.computed.sum()), worst / float(np.ptp(surface.values))
+    detail = f"{points} points in {seconds:.1f} s; error said {surface.interpolation_error}"
+    out = [{"name": "adaptive ResNet: largest error over range, 30 fresh points", "value": error, "unit": "ratio",
+            "aim": "0.01", "detail": detail}]  # fmt: skip
+    if theirs:
+        out.append({"name": "adaptive ResNet, end to end: against their 51 x 51", "value": theirs * FULL / seconds,
+                    "unit": "ratio", "aim": "40x", "detail": f"theirs {theirs:.3g} s a point; {detail}"})  # fmt: skip
+    return out
+
+
+SCALING = """
+import sys, time, torch, torch.nn.functional as F, skipscope as ss
+from skipscope import reference
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model, data = reference.deep_mlp(depth=20, shortcut="identity"), reference.digits(1000)
+ss.landscape(model, data, F.cross_entropy, grid=3, strategy="plain", engine="local")
+began = time.perf_counter()
+ss.landscape(model, data, F.cross_entropy, grid=25, strategy="plain", store=sys.argv[1])
+print("SECONDS", time.perf_counter() - began)
+"""
+
+
+def scaling() -> dict:
+    """One process against two under torchrun, a thread each; the slower rank's time from its start to the whole sheet."""
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(ROUNDS):
+        for ranks in times:
+            with tempfile.TemporaryDirectory() as folder:
+                script = Path(folder) / "run.py"
+                script.write_text(SCALING)
+                command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0",
+                           str(script), str(Path(folder) / "store")]  # fmt: skip
+                found = subprocess.run(
+                    command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                )
+                lines = [line for line in found.stdout.splitlines() if "SECONDS" in line]
+                times[ranks].append(max(float(line.split()[-1]) for line in lines))
+    one, two = (statistics.median(times[k]) for k in (1, 2))
+    return {"name": "two processes on two cores, a thread each", "value": one / two, "unit": "ratio", "aim": "1.8x",
+            "detail": f"{one:.2f} s with one, {two:.2f} s with two"}  # fmt: skip
