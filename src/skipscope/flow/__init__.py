@@ -4,6 +4,7 @@ from skipscope.flow._correlation import gradient_correlation as gradient_correla
 from skipscope.flow._flow import gradient_flow as gradient_flow
 from skipscope.flow._importance import importance as importance
 from skipscope.flow._paths import path_spectrum as path_spectrum
+from skipscope.flow._prescribe import prescribe as prescribe
 from skipscope.flow._results import BoundaryFlow as BoundaryFlow
 from skipscope.flow._results import Cost as Cost
 from skipscope.flow._results import GradientCorrelation as GradientCorrelation

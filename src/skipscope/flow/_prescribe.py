@@ -1,0 +1,145 @@
+"""``prescribe``: advice that was tried. Each remedy is applied to a copy and measured on the user's data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipscope._data import Batch, Batches, Objective, inputs_of, read
+from skipscope._errors import SkipscopeError
+from skipscope._numbers import short
+from skipscope._progress import track
+from skipscope._untouched import private_copy, random_state_kept
+from skipscope.flow._flow import gradient_flow
+from skipscope.flow._remedies import Candidate, candidates
+from skipscope.flow._results import Prescription, Remedy
+from skipscope.flow._running import as_written, places
+
+# The rates under which each copy is trained for a few steps; its best one counts.
+RATES: tuple[tuple[str, type[torch.optim.Optimizer], float], ...] = (
+    ("SGD 0.01", torch.optim.SGD, 0.01), ("SGD 0.1", torch.optim.SGD, 0.1), ("Adam 0.001", torch.optim.Adam, 0.001),
+)  # fmt: skip
+
+
+def prescribe(
+    model: nn.Module,
+    data: Any,
+    loss: Any = None,
+    *,
+    steps: int = 20,
+    seed: int = 0,
+    weight: Callable[[Batch], float] | None = None,
+) -> Prescription:
+    """Try remedies for a network in trouble on copies of it, and list them by what they did.
+
+    Initialisations, norms, each kind of shortcut, scaled branches: the flow before and after, the loss before and
+    after, and the loss after the same few training steps under the best of three rates. Local.
+
+    Args:
+        model: any eager module; as found afterwards.
+        data: a batch ``(inputs, target)``, a Mapping, or a re-iterable of batches.
+        loss: ``loss(output, target)``; left out when the output carries ``.loss``.
+        steps: training steps given to each copy and rate; 0 for none.
+        seed: of initialisations and of the random numbers drawn inside.
+        weight: what a batch counts for in the mean over batches.
+
+    Raises:
+        SkipscopeError: data, loss or model cannot be read, the loss has no gradient, or the model cannot be copied.
+
+    Example:
+        >>> import skipscope as ss
+        >>> deep = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Sigmoid()) for _ in range(10)], nn.Linear(16, 4))
+        >>> batch = torch.randn(32, 16), torch.randint(0, 4, (32,))
+        >>> advice = ss.prescribe(deep, batch, nn.functional.cross_entropy, steps=5)
+        >>> advice.before.state, advice.remedies[0].state
+        ('vanishing', 'healthy')
+    """
+    batches, objective = read(model, data, loss, "prescribe", weight=weight)
+    found, _ = places(model, batches, "prescribe")
+    inputs = inputs_of(batches.first())
+    tools = _Tools(batches, objective, steps, seed, weight)
+    before = tools.measure("as it is", "", private_copy(model, "prescribe"))
+    tried, refused = [], []
+    for one in track(candidates(len(found)), "remedies"):
+        try:
+            tried.append(tools.attempt(one, model, inputs))
+        except (SkipscopeError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            problem = error.problem if isinstance(error, SkipscopeError) else str(error).splitlines()[0][:120]
+            refused.append(f"Not tried: {one.name}: {problem}.")
+    tried.sort(key=_rank)
+    return Prescription(before, tuple(tried), tuple(refused), _advice(before, tried))
+
+
+class _Tools:
+    """What every copy is measured with."""
+
+    def __init__(self, batches: Batches, objective: Objective, steps: int, seed: int, weight: Any):
+        self.batches, self.objective, self.steps, self.seed, self.weight = (
+            batches,
+            objective,
+            steps,
+            seed,
+            weight,
+        )
+
+    def attempt(self, one: Candidate, model: nn.Module, inputs: Any) -> Remedy:
+        with random_state_kept(self.seed), as_written():
+            changed = one.apply(private_copy(model, "prescribe"), inputs)
+        return self.measure(one.name, one.code, changed)
+
+    def measure(self, name: str, code: str, model: nn.Module) -> Remedy:
+        flow = gradient_flow(model, self.batches, self.objective, seed=self.seed, weight=self.weight)
+        reached, rate = self.train(model) if self.steps else (None, "")
+        verdict = flow.verdict
+        return Remedy(name, code, verdict.state, verdict.fall_decades, flow.loss, reached, rate)
+
+    def train(self, model: nn.Module) -> tuple[float, str]:
+        """The lowest loss after the steps, and the rate that reached it."""
+        best = math.inf, ""
+        for name, optimizer, rate in RATES:
+            with random_state_kept(self.seed), torch.enable_grad(), as_written():
+                value = self.steps_of(private_copy(model, "prescribe"), optimizer, rate)
+            best = min(best, (value, name))
+        return best
+
+    def steps_of(self, model: nn.Module, optimizer: type[torch.optim.Optimizer], rate: float) -> float:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        stepper = optimizer(parameters, lr=rate)  # type: ignore[call-arg]
+        done = 0
+        while done < self.steps:
+            for batch in self.batches:
+                stepper.zero_grad()
+                self.objective(model, batch).backward()
+                stepper.step()
+                done += 1
+                if done == self.steps:
+                    break
+        with torch.no_grad():
+            value = float(self.objective(model, self.batches.first()))
+        return value if math.isfinite(value) else math.inf
+
+
+def _rank(remedy: Remedy) -> tuple[bool, float, float]:
+    """A healthy flow first; then what was reached, then how little the gradient changes."""
+    fall = math.inf if remedy.fall_decades is None else abs(remedy.fall_decades)
+    reached = remedy.reached if remedy.reached is not None else fall
+    return remedy.state != "healthy", reached, fall
+
+
+def _advice(before: Remedy, tried: list[Remedy]) -> str:
+    if before.state == "healthy":
+        return "The flow is healthy as it is: unhindered; look at data, rate, initialisation"
+    best = tried[0] if tried else None
+    if best is None or best.state != "healthy":
+        return f"The flow is {before.state}, and nothing that was tried makes it healthy"
+    change = f"{short(before.fall_decades)} -> {short(best.fall_decades)} decades"
+    loss = (
+        ""
+        if best.reached is None
+        else f", loss after a few steps {short(before.reached)} -> {short(best.reached)}"
+    )
+    return f"The flow is {before.state}; best of what was tried: {best.name} (fall {change}{loss})"
