@@ -5,8 +5,12 @@ from skipscope.curvature._ends import ends_of as ends_of
 from skipscope.curvature._ends import extreme_eigenvalues as extreme_eigenvalues
 from skipscope.curvature._operator import CurvatureOperator as CurvatureOperator
 from skipscope.curvature._operator import curvature_operator as curvature_operator
+from skipscope.curvature._operator import open_operator as open_operator
 from skipscope.curvature._results import ExtremeEigenvalues as ExtremeEigenvalues
 from skipscope.curvature._results import Layout as Layout
 from skipscope.curvature._results import SpectralDensity as SpectralDensity
 from skipscope.curvature._results import TraceEstimate as TraceEstimate
+from skipscope.curvature._solve import Ends as Ends
+from skipscope.curvature._solve import Wish as Wish
+from skipscope.curvature._solve import find_ends as find_ends
 from skipscope.curvature._trace import curvature_trace as curvature_trace

@@ -24,13 +24,14 @@ from scipy.special import betainc
 from skipscope.curvature._lanczos import Krylov, Restart, Step
 
 
-def chance_unseen(run: Krylov, places: Sequence[float], block: int) -> float:
+def chance_unseen(run: Krylov, places: Sequence[float], block: int, diluted: float = 1.0) -> float:
     """At most this is the chance, over the random start, that an eigenvalue at or beyond one of ``places`` is unseen.
 
     Args:
         run: a run begun from ``block`` random vectors.
         places: outside the run's Ritz values.
         block: how many start vectors there were.
+        diluted: the start's length over that of its random part.
     """
     if run.exhausted or block >= run.size:
         return 0.0  # the basis is the whole space
@@ -40,7 +41,7 @@ def chance_unseen(run: Krylov, places: Sequence[float], block: int) -> float:
     sizes = np.linalg.svd(seen, compute_uv=False)
     # What an SVD cannot tell from zero must count as zero.
     weakest = np.maximum(sizes[:, -1] - 8 * np.finfo(float).eps * sizes[:, 0], 1e-300)
-    shares = (1 + constraints) * np.exp(np.minimum(-2 * (np.log(weakest) + log_scale), 0.0))
+    shares = diluted**2 * (1 + constraints) * np.exp(np.minimum(-2 * (np.log(weakest) + log_scale), 0.0))
     return float(betainc(block / 2, (run.size - block) / 2, np.minimum(shares, 1.0)).sum())
 
 

@@ -163,12 +163,12 @@ def difference(
         return [torch.zeros_like(t) for t in function()]
     step = (step or torch.finfo(point[0].dtype).eps ** (1 / 3)) * max(1.0, here) / there
     try:
-        model.move_to(p + step * t for p, t in zip(point, tangent, strict=True))
+        model.move((q, p + step * t) for q, p, t in zip(model.parameters, point, tangent, strict=True))
         ahead = [t.detach() for t in function()]
-        model.move_to(p - step * t for p, t in zip(point, tangent, strict=True))
+        model.move((q, p - step * t) for q, p, t in zip(model.parameters, point, tangent, strict=True))
         behind = [t.detach() for t in function()]
     finally:
-        model.move_to(point)
+        model.move(zip(model.parameters, point, strict=True))
     return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
 
 

@@ -7,7 +7,7 @@ first product on the first batch tries the rungs of the ladder from the cheapest
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 import numpy as np
@@ -122,9 +122,10 @@ class CurvatureOperator(LinearOperator):
     def _adjoint(self) -> CurvatureOperator:
         return self
 
-    def move_to(self, values: list[Tensor]) -> None:
-        """Measure at other values of the chosen parameters (a landscape's next point)."""
-        self.model.move_to(values)
+    def move_to(self, values: Mapping[str, Tensor]) -> None:
+        """Measure at other values of the model's parameters, by name (a landscape's next point)."""
+        parameters = dict(self.model.module.named_parameters())
+        self.model.move(((parameters[name], value) for name, value in values.items()))
         self._held.clear()
         self.held_bytes = 0
 

@@ -82,11 +82,11 @@ class PrivateModel:
             self._twin = replace(self, module=module, parameters=[found[name] for name in self.names])
         return self._twin
 
-    def move_to(self, values: Iterable[Tensor]) -> None:
-        """Give the chosen parameters other values."""
+    def move(self, moves: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        """Give parameters of the copy other values."""
         self._twin = None
         with torch.no_grad():
-            for parameter, value in zip(self.parameters, values, strict=True):
+            for parameter, value in moves:
                 parameter.copy_(value)
 
 
@@ -144,7 +144,9 @@ def private_model(
     )
     for module in own.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            module.sparse = False  # a sparse gradient cannot be differentiated again; a dense one is the same numbers
+            module.sparse = (
+                False  # a sparse gradient cannot be differentiated again; a dense one is the same numbers
+            )
     found = dict(own.named_parameters())
     for name in chosen:
         if found[name].is_complex():

@@ -19,6 +19,7 @@ from skipscope.curvature._certificate import chance_unseen
 from skipscope.curvature._lanczos import Draw, Krylov, Product, gaussian_blocks
 
 _BASIS_BYTES = 1 << 30
+_SHAKE = 0.3  # the random part of a start near known vectors
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,26 @@ class Ends:
         return np.array([ascending[:k], ascending[::-1][:k]])
 
 
-def find_ends(product: Product, size: int, wish: Wish, *, device: torch.device | str = "cpu") -> Ends:
+def find_ends(
+    product: Product,
+    size: int,
+    wish: Wish,
+    *,
+    device: torch.device | str = "cpu",
+    near: Tensor | None = None,
+) -> Ends:
     """Both ends of the spectrum; see the module's text.
+
+    A run may start near eigenvectors that were found close by (``near``): it then needs fewer products for the same
+    residuals. The doubt stays a bound, for the start has a random part and what is added to that cannot make a
+    direction less likely to be seen (Anderson 1955); but as the part is small the bound is weak.
 
     Args:
         product: the matrix times rows ``[b, size]``, float64.
         size: n.
         wish: what is asked for.
         device: where the vectors live.
+        near: guesses ``[p, size]``, unit rows, for k = 1.
     """
     found = Ends(np.zeros(0), np.zeros(0), torch.zeros(0, size, dtype=torch.float64, device=device))
     draw, allowed = gaussian_blocks(size, wish.seed, device), 1.0 - wish.confidence
@@ -94,7 +107,9 @@ def find_ends(product: Product, size: int, wish: Wish, *, device: torch.device |
         allowed = (
             allowed / 2 if wish.k > 1 else allowed
         )  # all runs together may doubt no more than was allowed
-        search = _Search(_deflated(product, size, found.vectors, draw, wish), found, wish, allowed)
+        search = _Search(
+            _deflated(product, size, found.vectors, draw, wish, near), found, wish, allowed, near
+        )
         complete = search.finish()
         found = search.harvest()
         if not complete or wish.k == 1 or search.run.exhausted or not len(search.wanted):
@@ -102,7 +117,9 @@ def find_ends(product: Product, size: int, wish: Wish, *, device: torch.device |
             return found
 
 
-def _deflated(product: Product, size: int, known: Tensor, draw: Draw, wish: Wish) -> Krylov:
+def _deflated(
+    product: Product, size: int, known: Tensor, draw: Draw, wish: Wish, near: Tensor | None
+) -> Krylov:
     """A run in the space orthogonal to the vectors ``known [p, n]``."""
     left = size - known.shape[0]
     block = min(wish.block, left)
@@ -110,7 +127,10 @@ def _deflated(product: Product, size: int, known: Tensor, draw: Draw, wish: Wish
     room = min(max(room, 2 * wish.k + 3 * block + 2), left)
     rows = torch.zeros(room + block, size, dtype=torch.float64, device=known.device)
     run = Krylov(product, left, room, draw, rows, known, wish.precision)
-    run.start(run.draw(block))
+    start = run.draw(block)
+    if near is not None:
+        start = near.sum(0, keepdim=True) + _SHAKE * start[:1] / start[:1].norm()
+    run.start(start)
     return run
 
 
@@ -122,6 +142,7 @@ class _Search:
     known: Ends
     wish: Wish
     allowed: float
+    near: Tensor | None = None
     wanted: np.ndarray = field(
         default_factory=lambda: np.zeros(0, int)
     )  # indices of this run's part of the answer
@@ -163,7 +184,9 @@ class _Search:
             if self._count < wish.k or not within.all():
                 return None
             low, high = self._thresholds(values)
-            self.doubt = chance_unseen(run, [low - limit, high + limit], width)
+            # A random part of this size in the start: the rest of it can only hide what it would have shown.
+            diluted = 1.0 if self.near is None else 1.0 + float(self.near.sum(0).norm()) / _SHAKE
+            self.doubt = min(chance_unseen(run, [low - limit, high + limit], width, diluted), 1.0)
             if limit and self.doubt > self.allowed:
                 return None
         if run.exhausted or not limit:  # what a random vector shows nothing of is the zero matrix
