@@ -13,8 +13,9 @@ from skipscope import reference
 def make_model():
     """GPT-2 made small: 4 layers of width 64, byte tokens, dropout off."""
     config = transformers.GPT2Config(
-        vocab_size=256, n_positions=64, n_embd=64, n_layer=4, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-    )
+        vocab_size=256, n_positions=64, n_embd=64, n_layer=4, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
 
