@@ -1,188 +1,37 @@
-"""What data and a loss are: one reading of both for every room.
+"""What a loss is, and how it is averaged over batches: one reading of data and loss for every room.
 
-A *batch* is ``(inputs, target)`` or a Mapping that goes to the model as keywords; *data* is one batch or any other
-re-iterable of batches; a *loss* is ``loss(output, target)``, or nothing when the output carries ``.loss``, or
-``@objective`` on ``f(model, batch)``. Several batches are averaged by the loss's own normaliser, and a check that a
-batch equals its two parts runs before anything is averaged.
+A *loss* is ``loss(output, target)``, or nothing when the output carries ``.loss``, or ``@objective`` on
+``f(model, batch)``. Several batches are averaged by the loss's own normaliser, and a check that a batch equals its two
+parts runs before anything is averaged. :func:`read` is what every public call does first.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skipscope._batches import Batch as Batch
+from skipscope._batches import Batches as Batches
+from skipscope._batches import as_batches as as_batches
+from skipscope._batches import batch_size as batch_size
+from skipscope._batches import batches as batches
+from skipscope._batches import call_model as call_model
+from skipscope._batches import forward as forward
+from skipscope._batches import inputs_of as inputs_of
+from skipscope._batches import map_tensors as map_tensors
+from skipscope._batches import rows as rows
+from skipscope._batches import target_of as target_of
+from skipscope._batches import tensors_in as tensors_in
 from skipscope._errors import SkipscopeError
+from skipscope._stock import Samples as Samples
+from skipscope._stock import stock_loss
 from skipscope._untouched import require_module, untouched
-
-Batch = Any
-Samples = tuple[Tensor, Tensor]  # per sample: its share of the numerator, and of the denominator, of the mean
-
-
-# --- data -----------------------------------------------------------------------------------------------------------
-
-
-class Batches:
-    """Re-iterable batches, and whether there is only one.
-
-    Attributes:
-        single: True for one batch, which then needs no averaging.
-    """
-
-    def __init__(self, items: Iterable[Batch], *, single: bool = False):
-        self.items, self.single = items, single
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.items)
-
-    def first(self) -> Batch:
-        """The first batch."""
-        return next(iter(self.items))
-
-
-def batches(items: Sequence[Batch]) -> Batches:
-    """Say that a list is a list of batches (a bare list or tuple is always one batch).
-
-    Args:
-        items: batches, each ``(inputs, target)`` or a Mapping.
-
-    Example:
-        >>> data = batches([(torch.ones(2, 3), torch.zeros(2)), (torch.ones(1, 3), torch.zeros(1))])
-        >>> len(list(data))
-        2
-    """
-    items = list(items)
-    if not items:
-        raise SkipscopeError("batches", "the data is empty", expected="at least one batch", got="[]")
-    return Batches(items, single=len(items) == 1)
-
-
-def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches:
-    """Read ``data`` as definitions.md says, or refuse with the cure.
-
-    Args:
-        data: one batch, or a re-iterable of batches.
-        operation: named in errors.
-        any_shape: the loss is an ``@objective``, which may take a batch of any form.
-    """
-    if isinstance(data, Batches):
-        return data
-    if isinstance(data, Tensor | Mapping):
-        if isinstance(data, Tensor) and not any_shape:
-            raise SkipscopeError(
-                operation, "the data is a bare tensor, and nothing says what the target is",
-                expected="(inputs, target), a Mapping, or a re-iterable of these",
-                got=f"a tensor of shape {tuple(data.shape)}",
-                cure="pass (inputs, target), or wrap the loss: @ss.objective on f(model, batch)",
-            )  # fmt: skip
-        return Batches([data], single=True)
-    if isinstance(data, list | tuple):
-        return Batches([_one_batch(data, operation, any_shape)], single=True)
-    if isinstance(data, Iterator) or not isinstance(data, Iterable):
-        raise SkipscopeError(
-            operation, "the data can be read only once" if isinstance(data, Iterator) else "this is not data",
-            expected="(inputs, target), a Mapping, or a re-iterable of these (a DataLoader, ss.batches([...]))",
-            got=type(data).__name__, cure="ss.batches(list(data))" if isinstance(data, Iterator) else None,
-        )  # fmt: skip
-    for _ in data:
-        return Batches(data)
-    raise SkipscopeError(
-        operation, "the data is empty", expected="at least one batch", got=f"an empty {type(data).__name__}"
-    )
-
-
-def _one_batch(data: Sequence[Any], operation: str, any_shape: bool) -> Batch:
-    if not data:
-        raise SkipscopeError(
-            operation, "the data is empty", expected="(inputs, target)", got="an empty " + type(data).__name__
-        )
-    looks_like_batches = all(
-        isinstance(item, Mapping) or (isinstance(item, list | tuple) and len(item) == 2) for item in data
-    )
-    if looks_like_batches:
-        raise SkipscopeError(
-            operation, "this could be one batch or a list of batches",
-            expected="a list or tuple is always one batch, (inputs, target)",
-            got=f"a {type(data).__name__} of {len(data)} things that look like batches",
-            cure="for several batches write ss.batches([...]); for one, pass inputs as a tuple of tensors and the "
-            "target as a tensor, or use @ss.objective",
-        )  # fmt: skip
-    if len(data) != 2 and not any_shape:
-        raise SkipscopeError(
-            operation, "a list or tuple is one batch, and a batch has two parts", expected="(inputs, target)",
-            got=f"a {type(data).__name__} of length {len(data)}",
-            cure="for several inputs pass ((x1, x2), target); for several batches ss.batches([...])",
-        )  # fmt: skip
-    return data
-
-
-def inputs_of(batch: Batch) -> Any:
-    """What the model is called with for this batch."""
-    return batch[0] if isinstance(batch, list | tuple) else batch
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model`` with a tensor, a tuple (positional) or a Mapping (keywords)."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists, Mappings and dataclasses, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [t for item in value.values() for t in tensors_in(item)]
-    if isinstance(value, list | tuple):
-        return [t for item in value for t in tensors_in(item)]
-    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-        return [t for name in value.__dataclass_fields__ for t in tensors_in(getattr(value, name))]
-    return []
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The same nest with ``function`` applied to every tensor."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(item, function) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [map_tensors(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
-def batch_size(batch: Batch) -> int:
-    """How many samples a batch has: the first dimension of its first tensor with one."""
-    for tensor in tensors_in(batch):
-        if tensor.ndim:
-            return tensor.shape[0]
-    return 1
-
-
-def rows(batch: Any, index: Tensor | slice) -> Any:
-    """Some samples of a batch: what has the batch's length is indexed, everything else is kept."""
-    n = batch_size(batch)
-
-    def some(tensor: Tensor) -> Tensor:
-        if not tensor.ndim or tensor.shape[0] != n:
-            return tensor
-        return tensor[index.to(tensor.device) if isinstance(index, Tensor) else index]
-
-    return map_tensors(batch, some)
-
-
-# --- loss -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -270,51 +119,6 @@ def as_objective(
     return replace(found, function=functools.partial(_checked_scalar, found.function, operation))
 
 
-def target_of(batch: Batch, operation: str = "loss") -> Any:
-    """The second half of a batch; for a Mapping its labels."""
-    if isinstance(batch, Mapping):
-        for key in ("labels", "label", "target", "targets"):
-            if key in batch:
-                return batch[key]
-        raise SkipscopeError(
-            operation, "the batch is a Mapping without labels", expected="a key 'labels'", got=f"keys {list(batch)}",
-            cure="leave the loss out if the output carries .loss, or use @ss.objective on f(model, batch)",
-        )  # fmt: skip
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
-        raise SkipscopeError(
-            operation, "a batch does not have two parts", expected="(inputs, target)",
-            got=f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__,
-            cure="yield (inputs, target) from the data, or use @ss.objective on f(model, batch)",
-        )  # fmt: skip
-    return batch[1]
-
-
-def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
-    """The model's output on a batch; a shape error is told with the shapes, and names the layer when it can."""
-    try:
-        return call_model(model, inputs_of(batch))
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
-        if isinstance(error, SkipscopeError | torch.OutOfMemoryError):
-            raise
-        shapes = [
-            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(inputs_of(batch))
-        ]
-        raise SkipscopeError(
-            operation, f"the model does not accept this input ({str(error).strip().splitlines()[0][:300]})",
-            layer=_failing_layer(model, error), got=f"inputs of shape {', '.join(shapes) or 'none'}",
-            cure="pass the inputs as the model's forward takes them: a tensor, a tuple, or a Mapping of keywords",
-        ) from error  # fmt: skip
-
-
-def _failing_layer(model: nn.Module, error: BaseException) -> str | None:
-    names, found, step = {id(m): n for n, m in model.named_modules()}, None, error.__traceback__
-    while step is not None:
-        owner = step.tb_frame.f_locals.get("self")
-        found = names.get(id(owner), found)
-        step = step.tb_next
-    return found or None
-
-
 def read(
     model: nn.Module,
     data: Any,
@@ -400,7 +204,7 @@ def _split(
     return value, averages
 
 
-# --- readings of a loss ---------------------------------------------------------------------------------------------
+# --- readings of a loss
 
 
 def _checked_scalar(function: Callable[..., Any], operation: str, model: nn.Module, batch: Batch) -> Tensor:
@@ -442,7 +246,7 @@ def _loss_of_the_output(operation: str) -> Objective:
     )  # fmt: skip
 
 
-def _loss_of_output_and_target(loss: Callable[[Any, Any], Tensor], operation: str) -> Objective:
+def _loss_of_output_and_target(loss: Callable[..., Any], operation: str) -> Objective:
     def from_output(output: Any, batch: Batch) -> Tensor:
         target = target_of(batch, operation)
         try:
@@ -461,7 +265,7 @@ def _loss_of_output_and_target(loss: Callable[[Any, Any], Tensor], operation: st
                 got=f"output {shapes}; target {goal}", cure="wrap the loss: lambda output, target: ..., or use @ss.objective",
             ) from error  # fmt: skip
 
-    known = _stock(loss)
+    known = stock_loss(loss)
     fields: dict[str, Any] = {"why_no_samples": "not a stock torch loss; pass sample_loss="}
     if known is not None:
         fields = {
@@ -491,70 +295,3 @@ def _as_samples(values: Any, operation: str) -> Samples:
         )  # fmt: skip
     values = values if values.ndim == 1 else values.flatten(1).mean(1)
     return values, torch.ones_like(values)
-
-
-# Stock losses: the function behind each, whose denominator for reduction="mean" is known exactly.
-_BY_ELEMENT = (
-    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy,
-    F.soft_margin_loss,
-)  # fmt: skip
-_BY_CLASS = (F.cross_entropy, F.nll_loss)
-_MODULES = {
-    nn.MSELoss: F.mse_loss, nn.L1Loss: F.l1_loss, nn.SmoothL1Loss: F.smooth_l1_loss, nn.HuberLoss: F.huber_loss,
-    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits, nn.BCELoss: F.binary_cross_entropy,
-    nn.SoftMarginLoss: F.soft_margin_loss, nn.CrossEntropyLoss: F.cross_entropy, nn.NLLLoss: F.nll_loss,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Stock:
-    function: Callable[..., Tensor]
-    options: dict[str, Any]
-    reduction: str
-
-    def _class_weights(self, target: Tensor) -> Tensor:
-        """The denominator's share of each target element (class indices, or probabilities in dimension 1)."""
-        if target.is_floating_point():
-            return torch.ones_like(target.select(1 if target.ndim > 1 else 0, 0))
-        counted = target.ne(self.options.get("ignore_index", -100))
-        weight = self.options.get("weight")
-        if weight is None:
-            return counted.to(torch.float64)
-        return weight.to(target.device)[target.where(counted, torch.zeros_like(target))] * counted
-
-    def normaliser(self, target: Any) -> float:
-        if not isinstance(target, Tensor):
-            return batch_size(target)
-        return (
-            float(self._class_weights(target).sum()) if self.function in _BY_CLASS else float(target.numel())
-        )
-
-    def samples(self, output: Tensor, target: Tensor) -> Samples:
-        losses = self.function(output, target, **self.options, reduction="none")
-        by_class = self.function in _BY_CLASS
-        shares = self._class_weights(target).to(losses.dtype) if by_class else torch.ones_like(losses)
-        return _per_sample(losses), _per_sample(shares)
-
-
-def _per_sample(values: Tensor) -> Tensor:
-    return values.flatten(1).sum(1) if values.ndim > 1 else values.reshape(-1)
-
-
-def _stock(loss: Any) -> _Stock | None:
-    if type(loss) in _MODULES:
-        function = _MODULES[type(loss)]
-        options = {k: getattr(loss, k) for k in inspect.signature(function).parameters if hasattr(loss, k)}
-    else:
-        options, function = {}, loss
-        while isinstance(function, functools.partial) and not function.args:
-            options, function = {**function.keywords, **options}, function.func
-        if function not in (*_BY_ELEMENT, *_BY_CLASS):
-            return None
-    reduction = options.pop("reduction", "mean")
-    if reduction not in {"mean", "sum"} or {"reduce", "size_average"} & {
-        k for k, v in options.items() if v is not None
-    }:
-        return None
-    return _Stock(
-        function, {k: v for k, v in options.items() if k not in {"reduce", "size_average"}}, reduction
-    )

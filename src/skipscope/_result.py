@@ -203,7 +203,7 @@ def load(path: str | os.PathLike[str]) -> Result:
 def _import_kind(name: Any) -> type[Result]:
     import skipscope
 
-    for public in skipscope.__all__:  # importing the rooms registers their results
+    for public in dir(skipscope):  # importing the rooms registers their results
         getattr(skipscope, public)
     if name not in _kinds:
         raise SkipscopeError(
@@ -213,12 +213,11 @@ def _import_kind(name: Any) -> type[Result]:
 
 
 def _plain(value: Any) -> Any:
+    # NumPy's arrays and scalars have tolist; NumPy itself is slow to import and not needed here.
+    if (tolist := getattr(value, "tolist", None)) is not None:
+        return tolist()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if hasattr(
-        value, "tolist"
-    ):  # NumPy's arrays and scalars; NumPy itself is slow to import and not needed here
-        return value.tolist()
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

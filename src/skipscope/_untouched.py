@@ -113,7 +113,7 @@ def _has_attributes(kind: type) -> bool:
 
 
 @functools.lru_cache(4096)
-def _way(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]] | None:
+def _way(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]] | None:
     """How this kind of thing is copied, and how it gets its contents back."""
     return next(
         ((duplicate, restore) for kinds, duplicate, restore in _WAYS if issubclass(kind, kinds)), None
@@ -165,7 +165,7 @@ def _restore_numpy_generator(generator: np.random.Generator, before: tuple[Any])
 _ATOMS = {int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype, torch.device}
 
 # What can change, how it is copied, and how it gets its contents back. A copy that is a dict or a list is searched further.
-_WAYS: list[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], None]]] = [
+_WAYS: list[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]]] = [
     (Tensor, lambda tensor: tensor.detach().clone(), _restore_tensor),
     (dict, dict, _restore_dict),
     (list | deque | set, list, _restore_items),
@@ -237,7 +237,7 @@ def require_module(model: Any, operation: str) -> None:
                 cure="pass the module from which it was scripted or traced",
             )
         for own, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if torch.nn.parameter.is_lazy(tensor):
                 raise SkipscopeError(
                     operation,
                     "a lazy module has no weights yet, and the first forward pass would change it",
