@@ -237,7 +237,7 @@ def require_module(model: Any, operation: str) -> None:
                 cure="pass the module from which it was scripted or traced",
             )
         for own, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if torch.nn.parameter.is_lazy(tensor):
+            if tensor is not None and torch.nn.parameter.is_lazy(tensor):
                 raise SkipscopeError(
                     operation,
                     "a lazy module has no weights yet, and the first forward pass would change it",
