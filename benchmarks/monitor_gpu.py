@@ -33,14 +33,25 @@ def sizes() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]]:
     return {
         "GPT 10 M, 4 x 64": (lambda: reference.gpt(12, 256, 8, vocab=1024, context=64), (4, 64), 1024),
         "GPT 10 M, 64 x 64": (lambda: reference.gpt(12, 256, 8, vocab=1024, context=64), (64, 64), 1024),
-        "GPT-2 124 M, 16 x 512": (lambda: reference.gpt(12, 768, 12, vocab=50257, context=512), (16, 512), 50257),
+        "GPT-2 124 M, 16 x 512": (
+            lambda: reference.gpt(12, 768, 12, vocab=50257, context=512),
+            (16, 512),
+            50257,
+        ),
     }
 
 
 class Training:
     """A model, an optimizer, one batch on the GPU, and one step."""
 
-    def __init__(self, make: Callable[[], nn.Module], shape: tuple[int, int], vocab: int, dtype=torch.float32, **options):
+    def __init__(
+        self,
+        make: Callable[[], nn.Module],
+        shape: tuple[int, int],
+        vocab: int,
+        dtype=torch.float32,
+        **options,
+    ):
         torch.manual_seed(0)
         self.model = make().cuda().to(dtype)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, **options)
@@ -88,7 +99,9 @@ def check_values() -> dict[str, float]:
             run.scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
         still = 1024.0 if scaled and "fused" in name else 1.0  # a fused optimizer unscales in its own kernel
         rows = []
-        hook = run.optimizer.register_step_pre_hook(lambda *_, run=run, still=still, rows=rows: rows.append(exact(run.model, still)))
+        hook = run.optimizer.register_step_pre_hook(
+            lambda *_, run=run, still=still, rows=rows: rows.append(exact(run.model, still))
+        )
         with ss.watch(run.model, run.optimizer) as monitor:
             for _ in range(4):
                 run.step()
@@ -272,7 +285,9 @@ def main() -> None:
         attempt(f"{name}: hook", lambda run=run: hook_time(run), result["overhead"])
         for every in (1, 10):
             attempt(
-                f"{name}: every={every}", lambda run=run, every=every, n=steps: overhead(run, every, n, 11), result["overhead"]
+                f"{name}: every={every}",
+                lambda run=run, every=every, n=steps: overhead(run, every, n, 11),
+                result["overhead"],
             )
         del run
         torch.cuda.empty_cache()

@@ -149,7 +149,12 @@ def test_lightning_finds_the_callback_by_its_entry_point_only_when_asked(tmp_pat
     pytest.importorskip("lightning")
     from lightning.pytorch import Trainer
 
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "accelerator": "cpu",
+    }
 
     def found():
         return [c for c in Trainer(**quiet).callbacks if type(c).__module__.startswith("skipscope")]
@@ -197,7 +202,9 @@ def test_accelerate(tmp_path):
 
     from skipscope.monitor.accelerate import AccelerateLog, WatchTracker
 
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, log_with=[WatchTracker(folder=tmp_path / "run")])
+    accelerator = Accelerator(
+        cpu=True, gradient_accumulation_steps=2, log_with=[WatchTracker(folder=tmp_path / "run")]
+    )
     model = network()
     optimizer = Spy(model.parameters())
     model, prepared, loader = accelerator.prepare(model, optimizer, DataLoader(Regression(), batch_size=4))

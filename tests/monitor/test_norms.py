@@ -23,7 +23,9 @@ def gradients(dtype):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
+)
 def test_on_the_host(dtype):
     for grad in gradients(dtype):
         np.testing.assert_allclose(_norms.on_host(grad), exact(grad), rtol=1e-6)

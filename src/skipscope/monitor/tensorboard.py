@@ -29,7 +29,7 @@ class TensorBoard:
             except ImportError as error:
                 raise MissingExtra("watch", "tensorboard", "tensorboard") from error
             to = SummaryWriter(str(to))
-        self.writer = to
+        self.writer: Any = to
 
     def open(self, notes: list[str]) -> None:
         """The notes."""

@@ -13,7 +13,7 @@ except ImportError as error:
     raise MissingExtra("watch", "transformers", "hf") from error
 
 
-class WatchCallback(TrainerCallback):
+class WatchCallback(TrainerCallback):  # type: ignore[misc]
     """Watches the model from the start of training to its end: ``Trainer(..., callbacks=[WatchCallback()])``.
 
     The numbers are what the optimizer receives: after the trainer's accumulation, unscaling and clipping, the norm
@@ -30,7 +30,9 @@ class WatchCallback(TrainerCallback):
         self.options = options
         self.monitor: Monitor | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model=None, optimizer=None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model=None, optimizer=None, **kwargs: Any
+    ) -> None:
         """The model is where it will train, and the optimizer exists."""
         self.close()
         self.monitor = watch(model, optimizer, **self.options)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from skipscope._errors import MissingExtra
@@ -25,7 +26,7 @@ class WandB:
 
     def __init__(self, run: Any = None, every: int = 10):
         try:
-            import wandb
+            wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise MissingExtra("watch", "wandb", "wandb") from error
         run = run or wandb.run
