@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,13 @@ from skipscope._errors import SkipscopeError
 from skipscope._untouched import private_copy, require_module, untouched
 from skipscope._version import __version__
 from skipscope.surfaces._adaptive import Adaptive
-from skipscope.surfaces._evaluate import prepare_batch_norm, recalibrate
+from skipscope.surfaces._evaluate import Point, prepare_batch_norm, recalibrate
 from skipscope.surfaces._finish import Facts, Run, finish
 from skipscope.surfaces._grid import Sheet, axes
 from skipscope.surfaces._learnt import has_learnt
 from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import data_hash, hash_of, resident, weights_hash
+from skipscope.surfaces._ray import Job, job, on_ray
 from skipscope.surfaces._results import PairedSurfaces
 from skipscope.surfaces._runner import Runner, engine_for
 from skipscope.surfaces._settings import Settings
@@ -60,7 +61,11 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
         sheet = Sheet(work.names, work.shape)
         store, choices = _prepare(twins, work, settings, hashes, held, objective)
         what = f"loss surface of {', '.join(models)}"
-        runner = Runner(sheet, work, store, engine, what, at_once=_at_once(twins))
+        remote, at_once = None, _at_once(twins)
+        if engine == "ray":
+            strategies = {name: choice.name for name, choice in choices.items()}
+            remote, at_once = on_ray(job(models, held, objective, settings, at, strategies)), min(at_once, 16)
+        runner = Runner(sheet, work, store, engine, what, at_once, remote)
         errors = _fill(sheet, runner, twins, at, settings.tolerance)
         _put_origin(sheet, twins, at)
         facts = {t.name: _facts(t, held, objective, settings) for t in twins}
@@ -69,6 +74,19 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
     if store is not None and runner.rank == 0:
         store.finish(result if len(twins) > 1 else result.surfaces[twins[0].name])
     return result
+
+
+def worker_work(job: Job, opened: ExitStack) -> Work:
+    """The same work in a worker process; what must be undone at its end is pushed on ``opened``."""
+    first = next(iter(job.models.values()))
+    opened.enter_context(untouched(*job.models.values(), training=False, seed=0, operation="landscape"))
+    opened.enter_context(_precision(job.settings.precision, first))
+    twins = make_twins(job.models, job.data, job.loss, job.settings, len(job.axes))
+    work = Work(twins, job.axes)
+    some = _some_points(work, int(np.prod(work.shape)))
+    for twin in twins:
+        choose(twin.evaluator, some, len(some), job.strategies[twin.name])
+    return work
 
 
 @contextmanager
@@ -166,17 +184,18 @@ def _identity(
 
 def _choose(twins: list[TwinOnPlane], work: Work, count: int, wanted: str) -> dict[str, Choice]:
     """One way for all twins: the first one's choice, where it holds."""
-    # The first points of the grid and of its middle row: what is cheap at the origin need not be at the edge.
-    some = work.points(
-        np.unique(
-            np.concatenate([np.arange(min(4, count)), np.arange(count // 2, min(count, count // 2 + 28))])
-        )
-    )
+    some = _some_points(work, count)
     choices = {}
     for twin in twins:
         choices[twin.name] = choose(twin.evaluator, some, count, wanted, asked=twin is twins[0])
         wanted = choices[twins[0].name].name
     return choices
+
+
+def _some_points(work: Work, count: int) -> list[Point]:
+    """Where ways are tried: the grid's first points and some of its middle (the edge need not be as the origin)."""
+    middle = np.arange(count // 2, min(count, count // 2 + 28))
+    return work.points(np.unique(np.concatenate([np.arange(min(4, count)), middle])))
 
 
 def _fill(
