@@ -87,6 +87,45 @@ class Residual(nn.Module):
         return (x if self.scale is None else self.scale * x) + branch
 
 
+class PostActivation(nn.Module):
+    """relu(x + F(x)), both in place, as ResNets are written."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.mark = inner, Branch()
+
+    def forward(self, x):
+        out = self.mark(self.inner(x)) * 1.0
+        out += x
+        return nn.functional.relu_(out)
+
+
+class Overwritten(nn.Module):
+    """x + F(x), after which x itself is written into."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.mark = inner, Branch()
+
+    def forward(self, x):
+        x = x * 1.5
+        y = x + self.mark(self.inner(x.clone()))
+        x.mul_(2.0)
+        return y
+
+
+class Gated(nn.Module):
+    """t H(x) + (1 - t) x."""
+
+    def __init__(self, inner, width):
+        super().__init__()
+        self.inner, self.mark, self.gate = inner, Branch(), nn.Linear(width, width)
+
+    def forward(self, x):
+        t = torch.sigmoid(self.gate(x))
+        return self.mark(t * self.inner(x)) + (1 - t) * x
+
+
 class Projected(nn.Module):
     """W x + F(x)."""
 

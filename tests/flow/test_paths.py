@@ -77,7 +77,12 @@ def test_a_linear_chain_is_binomial(a):
 parts = st.deferred(
     lambda: st.one_of(
         st.just("layer"),
-        st.tuples(st.sampled_from(["residual", "in_place", "scaled", "projected", "dense"]), parts),
+        st.tuples(
+            st.sampled_from(
+                ["residual", "in_place", "scaled", "projected", "dense", "post", "overwritten", "gated"]
+            ),
+            parts,
+        ),
         st.tuples(st.just("chain"), parts, parts),
         st.tuples(st.just("dense_block"), st.integers(1, 3)),
     )
@@ -95,12 +100,18 @@ def build(part, width=4):
     first = oracles.Chain(nn.Linear(width, width), build(inner[0], width))
     if kind == "projected":
         return oracles.Projected(width, oracles.Chain(first, nn.Tanh(), nn.Linear(width, width)))
+    if kind == "post":
+        return oracles.PostActivation(first)
+    if kind == "overwritten":
+        return oracles.Overwritten(first)
+    if kind == "gated":
+        return oracles.Gated(first, width)
     if kind == "dense":
         return oracles.Dense(width, first)
     return oracles.Residual(first, scale=0.5 if kind == "scaled" else None, in_place=kind == "in_place")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(parts, st.integers(0, 10**6), st.booleans())
 def test_random_nested_graphs_equal_the_enumeration(part, seed, batched):
     torch.manual_seed(seed)

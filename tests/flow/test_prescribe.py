@@ -24,7 +24,11 @@ def test_shortcuts_are_among_what_helps(vanishing):
     _, _, advice = vanishing
     assert advice.before.state == "vanishing" and advice.before.fall_decades > 5
     healthy = {r.name for r in advice.remedies if r.state == "healthy"}
-    assert {"identity shortcuts", "depth-scaled shortcuts", "each layer's output scaled to variance 1 (LSUV)"} <= healthy
+    assert {
+        "identity shortcuts",
+        "depth-scaled shortcuts",
+        "each layer's output scaled to variance 1 (LSUV)",
+    } <= healthy
     assert advice.remedies[0].state == "healthy" and advice.remedies[0].reached < advice.before.reached
     assert advice.remedies[0].name in advice.advice
     assert not advice.refused
@@ -48,7 +52,9 @@ def test_growing_branches_are_scaled():
     advice = ss.prescribe(model, ss.reference.digits(32), loss, steps=0)
     assert advice.before.state == "exploding" and advice.before.reached is None
     rows = {r.name: r for r in advice.remedies}
-    assert rows["branches scaled by 1/sqrt(L)"].state == rows["branches that start at zero"].state == "healthy"
+    assert (
+        rows["branches scaled by 1/sqrt(L)"].state == rows["branches that start at zero"].state == "healthy"
+    )
 
 
 def test_a_healthy_network_is_told_so():

@@ -61,6 +61,33 @@ class Stack:
         return Stack(low, total)
 
 
+@dataclass(frozen=True, eq=False)
+class End:
+    """Where a segment ends: a tensor as it was when the merge met it, whatever is written into it later.
+
+    Attributes:
+        root: its edge in autograd's graph; a leaf itself.
+        key: the same for the same value.
+        elements, bytes: its size.
+    """
+
+    root: Any
+    key: tuple[Any, int]
+    elements: int
+    bytes: int
+
+
+def end_of(tensor: Tensor) -> End | None:
+    """The end that a tensor is; None where no gradient goes."""
+    if not tensor.requires_grad:
+        return None
+    size = tensor.numel(), tensor.numel() * tensor.element_size()
+    if tensor.grad_fn is None:
+        return End(tensor, (id(tensor), 0), *size)
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    return End(edge, (edge.node, edge.output_nr), *size)
+
+
 @dataclass
 class Cut:
     """One merge's output, cut off from what made it.
@@ -74,7 +101,7 @@ class Cut:
     """
 
     leaf: Tensor
-    operands: tuple[Tensor, ...]
+    operands: tuple[End | None, ...]
     sides: tuple[str, ...]
     inner: tuple[tuple[Tensor, ...], Tensor] | None
 
@@ -87,13 +114,13 @@ class CutForward:
         loss: the scalar.
         cuts: in order of execution.
         targets: what the paths lead back to: a leaf, or a parameter.
-        handed: what the network was given for each leaf (its copy), by id, with the leaf.
+        handed: what the network was given for each leaf is its copy: the copy's node -> the leaf.
     """
 
     loss: Tensor
     cuts: list[Cut]
     targets: list[Tensor]
-    handed: dict[int, tuple[Tensor, Tensor]]
+    handed: dict[Any, Tensor]
 
 
 def cut_forward(
@@ -111,11 +138,11 @@ def cut_forward(
     """
     cuts: list[Cut] = []
     targets: list[Tensor] = [] if parameter is None else [parameter]
-    handed: dict[int, tuple[Tensor, Tensor]] = {}
+    handed: dict[Any, Tensor] = {}
 
     def hand(leaf: Tensor) -> Tensor:
         copy = leaf.clone()  # a leaf could not be changed in place by what follows
-        handed[id(copy)] = (copy, leaf)
+        handed[copy.grad_fn] = leaf
         return copy
 
     def merge(k: int, one: Any) -> Tensor:
@@ -128,7 +155,7 @@ def cut_forward(
         leaf = one.output.detach().requires_grad_()
         if parameter is None and target.kind == "merge" and target.name == one.name:
             targets.append(leaf)
-        cuts.append(Cut(leaf, operands, tuple(one.sides), inner))
+        cuts.append(Cut(leaf, tuple(end_of(o) for o in operands), tuple(one.sides), inner))
         return hand(leaf)
 
     def reach(_: int, activation: Tensor) -> Tensor:
@@ -175,16 +202,19 @@ class Walk:
         self.unit, self.ways = 1.0, set[str]()
         self.leaves = {id(cut.leaf) for cut in forward.cuts} | {id(target) for target in forward.targets}
         self.stacks: dict[int, Stack] = {}  # at leaves
-        self.pending: dict[int, tuple[Tensor, Stack]] = {}  # at operands, which several merges may share
-        self.first_use: dict[int, int] = {}
+        self.pending: dict[Any, tuple[End, Stack]] = {}  # at operands, which several merges may share
+        self.first_use: dict[Any, int] = {}
         for m, cut in enumerate(forward.cuts):
             for operand in cut.operands:
-                self.first_use.setdefault(id(operand), m)
+                if operand is not None:
+                    self.first_use.setdefault(operand.key, m)
 
     def run(self) -> list[Stack | None]:
         """The stacks of the targets, None for one that no path reaches."""
         loss, targets = self.forward.loss, {id(target) for target in self.forward.targets}
-        self.segment([loss], [Stack(0, torch.ones_like(loss)[None])])
+        end = end_of(loss)
+        assert end is not None, "the caller has made sure that the loss has a gradient"
+        self.segment([end], [Stack(0, torch.ones_like(loss)[None])])
         self.rescale()
         for m in range(len(self.forward.cuts) - 1, -1, -1):
             cut = self.forward.cuts.pop()
@@ -207,24 +237,24 @@ class Walk:
 
     def through(self, cut: Cut, stack: Stack) -> None:
         """From a merge's output to its operands; a branch operand adds one to the length."""
-        live = [i for i, operand in enumerate(cut.operands) if operand.requires_grad]
+        live = [(i, end) for i, end in enumerate(cut.operands) if end is not None]
         if cut.inner is None:
             arriving: list[Tensor | None] = [stack.rows] * len(live)
         else:
             copies, output = cut.inner
-            arriving = self.backward([output], [stack.rows], [copies[i] for i in live]) if live else []
-        for i, rows in zip(live, arriving):
+            sources = [copies[i] for i, _ in live]
+            end = end_of(output)
+            arriving = self.backward([end], [stack.rows], sources) if end is not None else []
+        for (i, operand), rows in zip(live, arriving):
             if rows is None:
                 continue
-            operand, new = cut.operands[i], Stack(stack.low + (cut.sides[i] == "branch"), rows)
-            _, leaf = self.forward.handed.get(id(operand), (None, None))
-            if leaf is not None and type(operand.grad_fn).__name__ == "CloneBackward0":
-                self.arrive(
-                    leaf, new
-                )  # nothing lies between; after a change in place grad_fn would be another
+            new = Stack(stack.low + (cut.sides[i] == "branch"), rows)
+            leaf = self.forward.handed.get(operand.key[0])
+            if leaf is not None:  # nothing lies between
+                self.arrive(leaf, new)
             else:
-                old = self.pending.get(id(operand))
-                self.pending[id(operand)] = (operand, new if old is None else old[1].plus(new))
+                old = self.pending.get(operand.key)
+                self.pending[operand.key] = (operand, new if old is None else old[1].plus(new))
 
     def arrive(self, leaf: Tensor, new: Stack) -> None:
         """Add to the stack of a leaf."""
@@ -238,7 +268,7 @@ class Walk:
         if ends:
             self.segment([end for end, _ in ends], [stack for _, stack in ends])
 
-    def segment(self, ends: list[Tensor], stacks: list[Stack]) -> None:
+    def segment(self, ends: list[End], stacks: list[Stack]) -> None:
         """Back from ``ends`` to whatever cuts and targets they were computed from."""
         low, high = min(s.low for s in stacks), max(s.high for s in stacks)
         sources = self.sources(ends)
@@ -249,10 +279,10 @@ class Walk:
             if rows is not None:
                 self.arrive(source, Stack(low, rows))
 
-    def sources(self, ends: list[Tensor]) -> list[Tensor]:
+    def sources(self, ends: list[End]) -> list[Tensor]:
         """The cuts and targets that the graph above ``ends`` starts from."""
-        found = {id(end): end for end in ends if id(end) in self.leaves}
-        stack = [end.grad_fn for end in ends if end.grad_fn is not None]
+        found = {end.key[0]: end.root for end in ends if end.key[0] in self.leaves}
+        stack = [end.root.node for end in ends if not isinstance(end.root, Tensor)]
         seen = set(stack)
         while stack:
             node = stack.pop()
@@ -266,10 +296,10 @@ class Walk:
         return list(found.values())
 
     def backward(
-        self, ends: Sequence[Tensor], rows: Sequence[Tensor], sources: Sequence[Tensor]
+        self, ends: Sequence[End], rows: Sequence[Tensor], sources: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """Vector-Jacobian products of every row: ``[n, *source.shape]`` for each source, None where unreached."""
-        one = sum(t.numel() * t.element_size() for t in (*ends, *sources))
+        one = sum(end.bytes for end in ends) + sum(t.numel() * t.element_size() for t in sources)
         most = max(1, self.max_bytes // max(1, one))
         parts = [
             self.some(ends, [r[i : i + most] for r in rows], sources)
@@ -279,11 +309,11 @@ class Walk:
         return [None if c[0] is None else c[0] if len(c) == 1 else torch.cat(c) for c in columns]
 
     def some(
-        self, ends: Sequence[Tensor], rows: Sequence[Tensor], sources: Sequence[Tensor]
+        self, ends: Sequence[End], rows: Sequence[Tensor], sources: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """The products of so few rows that they fit."""
         n = rows[0].shape[0]
-        if n > 1 and self.may_batch and ends[0].numel() <= self.small:
+        if n > 1 and self.may_batch and ends[0].elements <= self.small:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # an operation that vmap itself loops over
@@ -299,6 +329,7 @@ class Walk:
 
 
 def _grad(
-    ends: Sequence[Tensor], rows: Sequence[Tensor], sources: Sequence[Tensor], **how: bool
+    ends: Sequence[End], rows: Sequence[Tensor], sources: Sequence[Tensor], **how: bool
 ) -> list[Tensor | None]:
-    return list(torch.autograd.grad(ends, sources, rows, retain_graph=True, allow_unused=True, **how))
+    roots = [end.root for end in ends]
+    return list(torch.autograd.grad(roots, sources, rows, retain_graph=True, allow_unused=True, **how))
