@@ -4,38 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
+from skipscope.shortcuts._judge import Verdict
+from skipscope.shortcuts._names import is_inside
 from skipscope.shortcuts._results import Boundary, CallKey
-from skipscope.shortcuts._trace import Call, Graph
+from skipscope.shortcuts._trace import Graph
 
 
-def boundaries_of(graph: Graph, merges: Sequence[tuple[Call, str, int]]) -> tuple[Boundary, ...]:
+def boundaries_of(graph: Graph, found: Sequence[tuple[Verdict, str, str]]) -> tuple[Boundary, ...]:
     """The points of a model in order of execution.
 
     Args:
         graph: the dataflow.
-        merges: each shortcut's merge, its name, and the nodes of its two sides.
+        found: each shortcut, its name, and the module that is its branch.
     """
-    covered = 0
-    for _, _, region in merges:
-        covered |= region
-    points: list[tuple[float, Boundary]] = []
-    points += [(call.order + 0.5, Boundary(name, 0, "merge", call.key)) for call, name, _ in merges]
-    modules = dict(graph.record.model.named_modules())
     first = _first(graph)
     severed = not first  # nothing of the data reaches the output: then every module that ran is a point
-    for path, nth, calls_before, node in graph.record.runs:
-        at = graph.position.get(node)
-        module = modules[path]
-        matrix = any(p is not None and p.ndim >= 2 for p in module._parameters.values())
-        nested = any(p.ndim >= 2 for child in module.children() for p in child.parameters())
-        embeds = any(owner == path for _, _, owner in graph.record.embeddings)
-        outside = at is not None and graph.active >> at & 1 and not covered >> at & 1
-        if not matrix or nested or embeds or not (outside or severed):
+    points = [(item.call.order + 0.5, Boundary(name, 0, "merge", item.call.key)) for item, name, _ in found]
+    modules = dict(graph.record.model.named_modules())
+    embedding = {owner for _, _, owner in graph.record.embeddings}
+    for run in graph.record.runs:
+        if run.path in embedding or not _is_layer(modules[run.path]):
             continue
-        points.append((calls_before, Boundary(path, 0, "module", CallKey(path, "output", nth))))
+        if severed or (
+            graph.bit(run.node) & graph.active and not _is_covered(graph, run.path, run.node, found)
+        ):
+            points.append(
+                (run.calls_before, Boundary(run.path, 0, "module", CallKey(run.path, "output", run.nth)))
+            )
     points.sort(key=lambda point: point[0])
     ordered = [*(first or _first(graph, reached=False)), *(boundary for _, boundary in points)]
     return tuple(Boundary(b.name, depth, b.kind, b.key) for depth, b in enumerate(ordered))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it holds a matrix of its own, and nothing below it does."""
+    own = any(p is not None and p.ndim >= 2 for p in module._parameters.values())
+    return own and not any(p.ndim >= 2 for child in module.children() for p in child.parameters())
+
+
+def _is_covered(graph: Graph, path: str, node: object, found: Sequence[tuple[Verdict, str, str]]) -> bool:
+    """Whether a module's output lies inside some branch or shortcut, or feeds one from the side (cross-attention)."""
+    bit = graph.bit(node)
+    for item, _, home in found:
+        if (item.region | item.side_region) & bit:
+            return True
+        before = any(graph.ancestors[fork] & bit for fork in item.forks)
+        if home and is_inside(path, home) and not before:
+            return True
+    return False
 
 
 def _first(graph: Graph, reached: bool = True) -> list[Boundary]:

@@ -20,27 +20,28 @@ def _words(text: str) -> frozenset[str]:
 SHAPE = _words(
     """View UnsafeView ReshapeAlias Transpose T Permute Slice Select Index Expand Clone Alias Squeeze Unsqueeze ToCopy
     ConstantPadNd Roll Flip Unfold AsStrided Split SplitWithSizes Unbind Cat Stack Repeat Gather IndexSelect CopySlices
-    Copy CopyBackwards ReflectionPad1D ReflectionPad2D ReplicationPad2D AvgPool1D AvgPool2D AvgPool3D MeanBackward1 Mean
+    Copy CopyBackwards ReflectionPad1D ReflectionPad2D ReplicationPad2D AvgPool1D AvgPool2D AvgPool3D Mean
     AdaptiveAvgPool1D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices
     MaxPool3DWithIndices MkldnnMaxPool2D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleBilinear2D
-    UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D PixelShuffle PixelUnshuffle Add Sub Rsub Neg Sum Swapaxes Movedim
-    Contiguous Narrow NestedTensorFromPadded SliceScatter SelectScatter Detach LiftFresh
-    MaskedFill Tril Triu Where Moveaxis Col2Im Im2Col IndexPut SplitBackwardAutogradNested"""
+    UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D PixelShuffle PixelUnshuffle Add Sub Rsub Neg Sum Contiguous
+    Narrow SliceScatter SelectScatter LiftFresh MaskedFill Tril Triu Where Col2Im Im2Col IndexPut IndexAdd ScatterAdd"""
 )
 PRODUCT = _words("Mul Div Lerp Addcmul Addcdiv NativeDropout FusedDropout Bmm Mm Addmm Addbmm Baddbmm Mv Dot")
 NORM = _words(
     """NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeLayerNorm NativeGroupNorm FusedRmsNorm RmsNorm
-    InstanceNorm"""
+    InstanceNorm BatchNormBackward"""
 )
 LINEAR = _words(
     """Addmm Mm Linear Convolution MkldnnConvolution Bmm ThnnConv2D SlowConvDilated2D CudnnConvolution
     ConvolutionOverrideable Baddbmm MkldnnLinear Einsum"""
 )
+# What makes a branch of a single matrix more than another linear map beside the first.
 BENT = _words(
-    """Relu Gelu Silu LeakyRelu Elu Tanh Hardswish Mish PreluKernel Hardtanh Celu Threshold Relu6 Softmax Selu
-    HardtanhBackward Hardsigmoid Sigmoid Rrelu RreluWithNoise ScaledDotProductFlashAttentionForCpu
-    ScaledDotProductFlashAttention ScaledDotProductEfficientAttention"""
+    """Relu Gelu Silu LeakyRelu Elu Tanh Hardswish Mish PreluKernel Hardtanh Celu Threshold Selu RreluWithNoise Softmax
+    ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention ScaledDotProductEfficientAttention"""
 )
+MATRIX_SUMS = _words("addmm baddbmm addbmm addmv addr")
+_FACTORS = {**dict.fromkeys(MATRIX_SUMS, (1, 2)), "addcmul": (1, 2), "addcdiv": (1,)}
 
 
 @dataclass(frozen=True)
@@ -49,41 +50,60 @@ class Side:
 
     Attributes:
         fork: index of the fork's node, or None where no common ancestor is bypassed.
-        how: ``identity``, ``scaled``, ``projection``, ``gated`` or ``branch``.
+        how: ``identity``, ``scaled``, ``projection`` or ``gated``; ``branch``; or ``bent``: weightless, not linear.
         region: bit set of the operand's own nodes.
-        through: for scaled and gated, the product's node.
+        products: the products on the way, the nearest to the fork first.
     """
 
     fork: int | None
     how: str
     region: int
-    through: int | None = None
+    products: tuple[int, ...] = ()
 
 
 class Sides:
-    """Reads the operands of one merge in a graph."""
+    """Reads the operands of one merge in a graph.
+
+    Attributes:
+        active: which operands are activations.
+        factors: which operands are multiplied with each other inside the call, before they are added.
+    """
 
     def __init__(self, graph: Graph, call: Call):
         self.graph, self.call = graph, call
         self.at = [None if node is None else graph.position[node] for node in call.operands]
         self.active = [i for i, at in enumerate(self.at) if at is not None and graph.active >> at & 1]
+        self.factors = _FACTORS.get(call.name, ())
 
     def read(self) -> dict[int, Side]:
         """Each activation operand's side."""
-        return {i: self._side(i) for i in self.active}
-
-    def _common(self, i: int) -> int:
-        common = 0
-        for j in self.active:
-            if j != i:
-                common |= self.graph.ancestors[self.position(j)]
-        return common
+        return {i: self._multiplied(i, self._side(i)) for i in self.active}
 
     def position(self, i: int) -> int:
         """Index of an activation operand's node."""
         at = self.at[i]
         assert at is not None
         return at
+
+    def _multiplied(self, i: int, side: Side) -> Side:
+        """The side with what the call itself does to it: x in ``addcmul(y, x, t)`` is gated by t."""
+        if i not in self.factors or side.how in {"branch", "bent"}:
+            return side
+        if self.call.name in MATRIX_SUMS:
+            return Side(
+                side.fork, "projection" if side.how in {"identity", "scaled"} else "branch", side.region
+            )
+        partner_is_active = any(j != i and j in self.active for j in self.factors)
+        how = "gated" if partner_is_active or side.how == "gated" else "scaled"
+        return Side(side.fork, how, side.region, side.products)
+
+    def _common(self, i: int) -> int:
+        """What the other operands depend on (not those that x is multiplied with in the call)."""
+        common = 0
+        others = [j for j in self.active if j != i and not (i in self.factors and j in self.factors)]
+        for j in others:
+            common |= self.graph.ancestors[self.position(j)]
+        return common
 
     def _side(self, i: int) -> Side:
         graph, at = self.graph, self.position(i)
@@ -93,48 +113,39 @@ class Sides:
             return Side(None, "branch", own)
         if not own:
             return Side(at, "identity", own)
-        walk = _Walk(graph, own, common)
-        entered = walk.weightless(at)
-        fork = walk.nearest(entered)
+        walk = _Walk(graph, common)
+        fork = walk.nearest(walk.weightless(at))
         if fork is not None:
-            through = walk.product
-            if walk.bent or (through is None and graph.matrices_in(own)):
+            if walk.bent:
                 return Side(fork, "bent", own)
-            return Side(
-                fork,
-                "gated" if walk.gate else "scaled" if through is not None or walk.scaled else "identity",
-                own,
-                through,
-            )
+            how = "gated" if walk.gate else "scaled" if walk.products else "identity"
+            return Side(fork, how, own, tuple(walk.products))
         fork = walk.nearest({p for v in bits(own) for p in graph.parents[v] if common >> p & 1})
         if fork is not None and self._is_linear(own & graph.descendants[fork], own):
             return Side(fork, "projection" if graph.matrices_in(own) else "scaled", own)
         return Side(fork, "branch", own)
 
     def _is_linear(self, path: int, own: int) -> bool:
-        matrices = self.graph.matrices_in(own)
-        kinds = {self.graph.kind(v) for v in bits(path)}
-        return (
-            matrices.bit_count() <= 1
-            and kinds <= (SHAPE | PRODUCT | NORM | LINEAR)
-            and not (self._gated(path))
-        )
-
-    def _gated(self, path: int) -> bool:
+        """At most one matrix, no bent operation and no product of activations between fork and operand."""
         graph = self.graph
-        return any(
-            graph.kind(v) in PRODUCT | LINEAR and sum(graph.active >> p & 1 for p in graph.parents[v]) > 1
-            for v in bits(path)
-        )
+        if graph.matrices_in(own).bit_count() > 1:
+            return False
+        for v in bits(path):
+            kind = graph.kind(v)
+            if kind not in SHAPE | PRODUCT | NORM | LINEAR:
+                return False
+            if kind in PRODUCT | LINEAR and sum(graph.active >> p & 1 for p in graph.parents[v]) > 1:
+                return False
+        return True
 
 
 class _Walk:
     """Back from an operand to the common part, without passing a weight."""
 
-    def __init__(self, graph: Graph, own: int, common: int):
-        self.graph, self.own, self.common = graph, own, common
-        self.product: int | None = None
-        self.gate = self.scaled = self.bent = False
+    def __init__(self, graph: Graph, common: int):
+        self.graph, self.common = graph, common
+        self.products: list[int] = []
+        self.gate = self.bent = False
         self._seen: dict[int, frozenset[int]] = {}
 
     def weightless(self, v: int) -> frozenset[int]:
@@ -142,7 +153,6 @@ class _Walk:
         if self.common >> v & 1:
             return frozenset([v])
         if v not in self._seen:
-            self._seen[v] = frozenset()
             self._seen[v] = self._step(v)
         return self._seen[v]
 
@@ -151,40 +161,36 @@ class _Walk:
         kind = graph.kind(v)
         parents = [p for p in graph.parents[v] if graph.active >> p & 1]
         if kind in PRODUCT:
-            return self._through_product(v, parents)
+            return self._through_product(v, kind, parents)
         if graph.weights[v] or not parents:
             return frozenset()
-        reached = [self.weightless(p) for p in parents]
-        if not all(reached):
-            return frozenset()
-        if kind not in SHAPE:
-            self.bent = True
+        reached = []
+        for parent in parents:
+            reached.append(self.weightless(parent))
+            if not reached[-1]:
+                return frozenset()
+        self.bent = self.bent or kind not in SHAPE
         return frozenset().union(*reached)
 
-    def _through_product(self, v: int, parents: list[int]) -> frozenset[int]:
+    def _through_product(self, v: int, kind: str, parents: list[int]) -> frozenset[int]:
         graph = self.graph
-        if graph.matrices[v] and graph.kind(v) not in {"Mul", "Div"}:
+        if graph.matrices[v] and kind not in {"Mul", "Div"}:
             return frozenset()
         before = self.bent
         reached = {p: self.weightless(p) for p in parents}
         carrying = [p for p in parents if reached[p]]
         if not carrying:
             return frozenset()
-        if len(parents) == 1:
-            if self.product is None or not graph.weights[self.product]:
-                self.product = v
-            self.scaled = True
-            return reached[parents[0]]
-        # One factor carries, the other is a gate; where both reach the common part, the gate is the later one.
-        every = frozenset().union(*(reached[p] for p in carrying))
-        nearest = self.nearest(every)
-        self.gate, self.product = True, v
-        self.bent = before
+        if len(parents) > 1:
+            # One factor carries, the other is a gate, bent or not; where both lead to the common part, the gate
+            # is the one that depends on the other.
+            self.gate, self.bent = True, before
+        self.products.append(v)
+        nearest = self.nearest(frozenset().union(*(reached[p] for p in carrying)))
         return frozenset() if nearest is None else frozenset([nearest])
 
     def nearest(self, candidates: frozenset[int] | set[int]) -> int | None:
         """Of several common nodes the one that the others depend on; the last in order if they are unrelated."""
-        first = [
-            c for c in candidates if not any(d != c and self.graph.ancestors[c] >> d & 1 for d in candidates)
-        ]
+        ancestors = self.graph.ancestors
+        first = [c for c in candidates if not any(d != c and ancestors[c] >> d & 1 for d in candidates)]
         return max(first) if first else None

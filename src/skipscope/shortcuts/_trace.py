@@ -7,16 +7,18 @@ ancestors and descendants of every node cost one pass each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope import _data
+from skipscope._errors import SkipscopeError
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._results import CallKey
 
@@ -34,6 +36,7 @@ class Call:
         output: the result's autograd node.
         order: position among all calls.
         tensors: which operands are tensors.
+        dead: multiplied with zeros that are no weights: a state that has not begun.
         checkpointed: recomputed in backward outside of any module's forward.
     """
 
@@ -46,6 +49,7 @@ class Call:
     order: int
     tensors: tuple[bool, ...] = ()
     checkpointed: bool = False
+    dead: bool = False
 
 
 @dataclass(eq=False)
@@ -58,7 +62,8 @@ class Trace:
         calls: merge-like calls with an activation among their operands, in order.
         sources: where activations begin: autograd node and name (``"input"`` or the embedding's call key).
         producers: autograd node -> path of the innermost module that returned it.
-        runs: paths of modules with their own weights in the order they ran, each with the number of calls before.
+        embeddings: autograd node, call key and owner of each embedding of integers.
+        runs: modules with their own weights in the order they ran.
     """
 
     model: nn.Module
@@ -67,73 +72,161 @@ class Trace:
     sources: dict[Any, str] = field(default_factory=dict)
     embeddings: list[tuple[Any, CallKey, str]] = field(default_factory=list)
     producers: dict[Any, str] = field(default_factory=dict)
-    runs: list[tuple[str, int, int, Any]] = field(default_factory=list)
-    used_inputs: list[Any] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a module that has weights of its own.
+
+    Attributes:
+        path: of the module.
+        nth: how many times it had run before.
+        calls_before: how many merge-like calls had been made when it ended.
+        node: autograd node of its first output, or None.
+    """
+
+    path: str
+    nth: int
+    calls_before: int
+    node: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """One output of ``unbind``, as a node of its own: autograd has one node for all of them."""
+
+    node: Any
+    index: int
+
+    def name(self) -> str:
+        """As ``select`` is called, which does the same."""
+        return "SelectBackward0"
+
+    @property
+    def next_functions(self) -> tuple[tuple[Any, int], ...]:
+        """What it was computed from."""
+        return ((self.node, 0),)
 
 
 def node_of(value: Any) -> Any:
     """The autograd node that produced a tensor (for a leaf: the one that accumulates its gradient), or None."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return None
-    if value.grad_fn is not None:
-        return value.grad_fn
-    return torch.autograd.graph.get_gradient_edge(value).node
+    if value.grad_fn is None:
+        return torch.autograd.graph.get_gradient_edge(value).node
+    return _output_of(value.grad_fn, value.output_nr)
+
+
+def _output_of(node: Any, index: int) -> Any:
+    return Step(node, index) if node.name() == "UnbindBackward0" else node
+
+
+# Functions whose result has a tensor's shape but nothing of its values.
+_SHAPE_ONLY = frozenset(
+    {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_full", "size"}
+)
+
+
+# What cuts autograd's graph inside a model but not its dataflow: passed over while a trace follows the data.
+_CUTS: dict[str, Callable[..., Any]] = {
+    "detach": lambda func, args, kwargs: args[0].view_as(args[0]),
+    "_set_grad_enabled": lambda func, args, kwargs: None,
+    "numpy": lambda func, args, kwargs: func(args[0].detach(), *args[1:], **kwargs),
+    "__array__": lambda func, args, kwargs: func(args[0].detach(), *args[1:], **kwargs),
+}
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, trace: Trace):
+    """Notes merge-like calls and embeddings, and which integers come from the data."""
+
+    def __init__(self, record: Trace, inputs: Any, follow: bool):
         super().__init__()
-        self.trace, self.sites = trace, _calls.Sites(trace.model)
+        self.follow = follow
+        self.record, self.sites = record, _calls.Sites(record.model)
+        # Embeddings of these are activations; embeddings of positions are weights.
+        self.data = {id(t): t for t in _data.tensors_in(inputs) if not t.is_floating_point()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == "embedding":
-            output = func(*args, **kwargs)
-            key, owner, _ = self.sites.key(_calls.caller(), name)
-            if (node := node_of(output)) is not None:
-                self.trace.embeddings.append((node, key, owner))
-            return output
         operation = _calls.OPERATIONS.get(name)
         if operation is None:
-            return func(*args, **kwargs)
+            if self.follow and name in _CUTS:
+                return _CUTS[name](func, args, kwargs)
+            output = func(*args, **kwargs)
+            if name == "embedding":
+                self._embedded(args, kwargs, output)
+            elif name == "__setitem__" or (isinstance(output, Tensor | tuple) and name not in _SHAPE_ONLY):
+                self._integers(args, kwargs, args[0] if name == "__setitem__" else output)
+            return output
         values = _calls.operands(operation, args, kwargs)
-        if _calls.tensor_operands(values) < 2:
-            return func(*args, **kwargs)
+        # Without gradients it is the inside of an autograd.Function: opaque, its backward would not follow an edit.
+        if _calls.tensor_operands(values) < 2 or not torch.is_grad_enabled():
+            output = func(*args, **kwargs)
+            self._integers(args, kwargs, output)
+            return output
         nodes = tuple(node_of(value) for value in values)  # before the call: it may write into an operand
-        tensors = tuple(isinstance(value, Tensor) for value in values)
+        zero = operation.name in _calls.PRODUCTS and any(map(_is_zero, values))
         frame = _calls.caller()
         key, owner, again = self.sites.key(frame, operation.name)
         output = func(*args, **kwargs)
-        calls = self.trace.calls
-        calls.append(
-            Call(
-                operation.name,
-                key,
-                owner,
-                _calls.source_of(frame),
-                nodes,
-                node_of(output),
-                len(calls),
-                tensors,
-            )
-        )
+        calls = self.record.calls
+        call = Call(operation.name, key, owner, _calls.source_of(frame), nodes, node_of(output), len(calls))
+        call.tensors, call.checkpointed, call.dead = tuple(isinstance(v, Tensor) for v in values), again, zero
+        calls.append(call)
         return output
+
+    def _embedded(self, args: Any, kwargs: Any, output: Any) -> None:
+        key, owner, _ = self.sites.key(_calls.caller(), "embedding")
+        indices = args[0] if args else kwargs.get("input")
+        if id(indices) in self.data and (node := node_of(output)) is not None:
+            self.record.embeddings.append((node, key, owner))
+
+    def _integers(self, args: Any, kwargs: Any, output: Any) -> None:
+        """An integer tensor computed from the data's integers, or from activations, is data too."""
+        outputs = [output] if isinstance(output, Tensor) else output
+        if not isinstance(outputs, tuple | list):
+            return
+        whole = [t for t in outputs if isinstance(t, Tensor) and not t.is_floating_point()]
+        if whole and any(
+            id(t) in self.data or (t.requires_grad and t.grad_fn is not None)
+            for t in _data.tensors_in((args, kwargs))
+        ):
+            self.data.update((id(t), t) for t in whole)
+
+
+def _is_zero(value: Any) -> bool:
+    constant = (
+        isinstance(value, Tensor) and not value.requires_grad and not value.is_meta and value.numel() > 1
+    )
+    return constant and not bool(value.any())
 
 
 def trace(model: nn.Module, inputs: Any) -> Trace:
     """Run one forward pass with gradients and record it; the graph stays alive as long as the result does.
 
-    Call it inside ``untouched(model)``: parameters are made to require gradients and hooks are set.
+    Call it inside ``untouched(model)``: parameters are made to require gradients and hooks are set. ``detach`` and
+    ``no_grad`` inside the model are passed over, so that the graph is that of the data; where a model does not bear
+    that (it writes into its parameters) they are left as they are.
 
     Args:
         model: any eager module.
         inputs: what it is called with.
     """
-    record = Trace(model)
     for parameter in model.parameters():
         if parameter.is_floating_point() and not parameter.requires_grad:
             parameter.requires_grad_(True)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        inputs = _data.map_tensors(inputs, lambda tensor: tensor.to("meta"))
+    try:
+        return _traced(model, inputs, follow=True)
+    except SkipscopeError:
+        return _traced(model, inputs, follow=False)
+
+
+def _traced(model: nn.Module, inputs: Any, follow: bool) -> Trace:
+    record = Trace(model)
     leaves: list[Tensor] = []
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -144,12 +237,24 @@ def trace(model: nn.Module, inputs: Any) -> Trace:
 
     inputs = _data.map_tensors(inputs, leaf)
     record.sources = {node_of(tensor): "input" for tensor in leaves}
-    recorder = _Recorder(record)
-    with _watched(record, recorder.sites), recorder:
+    recorder = _Recorder(record, inputs, follow)
+    with _watched(record, recorder.sites), _unhidden(), recorder:
         record.output = _data.forward(model, (inputs, None), "find_shortcuts")
     for call in record.calls:
         call.key = recorder.sites.complete(call.key)
     return record
+
+
+@contextmanager
+def _unhidden() -> Iterator[None]:
+    """Run compiled code eagerly, and re-entrant checkpoints as plain calls: both would hide the graph."""
+    function = torch.utils.checkpoint.CheckpointFunction
+    with torch.compiler.set_stance("force_eager"):
+        function.apply = staticmethod(lambda run, keep, *args: run(*args))
+        try:
+            yield
+        finally:
+            del function.apply
 
 
 @contextmanager
@@ -166,7 +271,9 @@ def _watched(record: Trace, sites: _calls.Sites) -> Iterator[None]:
             for node in nodes:
                 record.producers.setdefault(node, path)
             if has_weights:
-                record.runs.append((path, times.get(path, 0), len(record.calls), nodes[0] if nodes else None))
+                record.runs.append(
+                    Run(path, times.get(path, 0), len(record.calls), nodes[0] if nodes else None)
+                )
                 times[path] = times.get(path, 0) + 1
 
         return hook
@@ -211,14 +318,18 @@ class Graph:
         self.modules = [path for path, _ in self.record.model.named_modules()]
         owners = {}
         self.weighted_modules: list[str] = []
+        self._shapes: dict[int, list[tuple[int, ...]]] = {}
         for i, module in enumerate(self.record.model.modules()):
             for parameter in module._parameters.values():
                 if parameter is not None:
                     owners.setdefault(id(parameter), (1 << i, parameter.ndim >= 2))
+                    if parameter.ndim >= 2:
+                        self._shapes.setdefault(i, []).append(tuple(parameter.shape))
             if any(p is not None for p in module._parameters.values()):
                 self.weighted_modules.append(self.modules[i])
         self.active, self.weights, self.matrices = 0, [], []
         embedded = {id(node) for node, _, _ in self.record.embeddings}
+        dead = {call.output for call in self.record.calls if call.dead}
         pure: list[
             tuple[int, int]
         ] = []  # for nodes computed from weights alone: the modules, and those with matrices
@@ -233,7 +344,7 @@ class Graph:
             if (variable := getattr(node, "variable", None)) is not None:
                 owner, is_matrix = owners.get(id(variable), (0, False))
                 all_weights, matrices = owner, owner if is_matrix else 0
-            if starts or any(self.active >> parent & 1 for parent in parents):
+            if starts or (any(self.active >> parent & 1 for parent in parents) and node not in dead):
                 self.active |= 1 << i
                 pure.append((0, 0))
                 self.weights.append(0 if starts else all_weights)
@@ -269,7 +380,7 @@ class Graph:
                 found[self.modules[m]] = None
         return list(found)
 
-    def region_has_weights(self, region: int) -> bool:
+    def has_weights(self, region: int) -> bool:
         """Whether a weight enters anywhere in a set of nodes."""
         return bool(region & self.weighted)
 
@@ -279,6 +390,45 @@ class Graph:
         for i in bits(region & self.weighted):
             mask |= self.matrices[i]
         return mask
+
+    def has_matrix(self, path: str) -> bool:
+        """Whether a module owns a weight of two or more dimensions."""
+        return self.modules.index(path) in self._shapes
+
+    def matrix_shapes(self, region: int) -> list[tuple[int, ...]]:
+        """Shapes of the matrices that enter in a set of nodes."""
+        return [shape for m in bits(self.matrices_in(region)) for shape in self._shapes.get(m, [])]
+
+    def bit(self, node: Any) -> int:
+        """The set of one node; empty where the graph has no such node."""
+        at = self.position.get(node)
+        return 0 if at is None else 1 << at
+
+    def step(self, i: int) -> tuple[int, int] | None:
+        """Dimension and index where node ``i`` takes one step out of a sequence, else None."""
+        node = self.nodes[i]
+        if isinstance(node, Step):
+            return (-1, node.index)
+        if self.kind(i) != "Select":
+            return None
+        dim, index = node._saved_dim, node._saved_index
+        size = node._saved_self_sym_sizes[dim if dim < 2**63 else dim - 2**64]
+        return (dim, index - 2**64 + size if index >= 2**63 else index + size if index < 0 else index)
+
+    def opaque(self) -> list[tuple[str, str, str]]:
+        """Name, reason and source of what joins activations where no one can look: foreign autograd functions."""
+        found = {}
+        for i, node in enumerate(self.nodes):
+            inputs = sum(self.active >> p & 1 for p in self.parents[i])
+            if inputs > 1 and isinstance(node, torch.autograd.function.BackwardCFunction):
+                name = node.name().removesuffix("Backward")
+                where = self.record.producers.get(node, "")
+                found[name, where] = (
+                    name,
+                    "an autograd.Function: what it joins cannot be seen",
+                    where or "forward",
+                )
+        return list(found.values())
 
     def kind(self, i: int) -> str:
         """The operation of node ``i``: autograd's name without ``Backward0``."""
@@ -305,7 +455,8 @@ def _ordered(starts: list[Any]) -> tuple[list[Any], dict[Any, int], list[tuple[i
             if node in position:
                 continue
             if before is None:
-                before = [n for n, _ in node.next_functions if n is not None]
+                edges = [edge for edge in node.next_functions if edge[0] is not None]
+                before = [node.node] if isinstance(node, Step) else [_output_of(*edge) for edge in edges]
                 waiting = [n for n in before if n not in position]
                 if waiting:
                     stack.append((node, before))

@@ -131,11 +131,8 @@ def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
         return _run(self, original.forward, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        parts = (
-            object.__reduce_ex__(self, protocol)
-            if original.__reduce_ex__ is object.__reduce_ex__
-            else (original.__reduce_ex__(self, protocol))
-        )
+        inherited: Any = original.__reduce_ex__
+        parts = inherited(self, protocol)
         assert isinstance(parts, tuple)
         arguments = tuple(original if argument is type(self) else argument for argument in parts[1])
         return (_rebuild, (parts[0], arguments, original), *parts[2:])

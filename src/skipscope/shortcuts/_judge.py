@@ -1,0 +1,278 @@
+"""The verdict on one merge: a shortcut of some kind, or the reason why it is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skipscope.shortcuts import _calls
+from skipscope.shortcuts._results import Place
+from skipscope.shortcuts._sides import BENT, LINEAR, MATRIX_SUMS, PRODUCT, SHAPE, Side, Sides
+from skipscope.shortcuts._trace import Call, Graph, bits
+
+PARALLEL = "parallel branches"
+FREE, SCALED, GATED, NORMED, PROJECTED = range(5)  # of several ways past a branch, the first is the shortcut
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A shortcut before it has a name.
+
+    Attributes:
+        call: the merge.
+        kind: of the shortcut.
+        forks: nodes where each bypassing operand parts from the branch.
+        bypassing: operands that carry the shortcut.
+        shortcut_operands: these, and what they are multiplied with inside the call.
+        region: bit set of the branch's nodes.
+        side_region: bit set of the shortcut's own nodes.
+        shortcut_at: where the shortcut is edited.
+        branch_at: where the branch is edited.
+        part: a call that belongs to this shortcut and is no merge of its own, or None.
+    """
+
+    call: Call
+    kind: str
+    forks: tuple[int, ...]
+    bypassing: tuple[int, ...]
+    shortcut_operands: tuple[int, ...]
+    region: int
+    side_region: int
+    shortcut_at: tuple[Place, ...]
+    branch_at: tuple[Place, ...]
+    part: Call | None
+
+
+class Judge:
+    """Judges the merges of one graph."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.made = {id(call.output): call for call in graph.record.calls if call.output is not None}
+
+    def verdict(self, call: Call) -> Verdict | str | None:
+        """A shortcut, a reason why not, or None for what is no merge of activations at all."""
+        reader = Sides(self.graph, call)
+        if len(reader.active) < 2:
+            is_addition = call.name == "add" and reader.active and None not in reader.at
+            return "an activation and a weight (position embedding or bias)" if is_addition else None
+        sides = reader.read()
+        if call.name in _calls.PRODUCTS:
+            return self._gate(sides)
+        if all(side.fork is None for side in sides.values()):
+            return "no common ancestor (position embedding, or separate inputs)"
+        if call.name == "stack":
+            return "stacked side by side"
+        bypassing = self._bypassing(call, sides)
+        if isinstance(bypassing, str):
+            return bypassing
+        region, branches = self._branch(reader, sides, bypassing)
+        if isinstance(branches, str):
+            return branches
+        return self._shortcut(reader, sides, bypassing, branches, region)
+
+    def _gate(self, sides: dict[int, Side]) -> str | None:
+        free = [s for s in sides.values() if s.how == "identity" and s.fork is not None]
+        held = [
+            s
+            for s in sides.values()
+            if s.how in {"branch", "projection"} and self.graph.has_weights(s.region)
+        ]
+        return "a gate: a product, not a sum" if free and held else None
+
+    # --- which operands bypass ---
+
+    def _bypassing(self, call: Call, sides: dict[int, Side]) -> tuple[int, ...] | str:
+        """The operands that skip: those without weights; else scaled; else gated; else normed; else projected."""
+        rank = {i: r for i, side in sides.items() if (r := self._rank(side)) is not None}
+        if call.name in _calls.LISTS:
+            return tuple(i for i, r in rank.items() if r <= GATED) or PARALLEL
+        if not rank:
+            bent = any(side.how == "bent" for side in sides.values())
+            return "a side without weights that is not linear" if bent else PARALLEL
+        best = min(rank.values())
+        chosen = tuple(i for i, r in rank.items() if r == best)
+        rest = [side for i, side in sides.items() if i not in chosen]
+        if best == NORMED and not any(self.graph.matrices_in(side.region) for side in rest):
+            return PARALLEL
+        if best == PROJECTED:
+            if not any(self._is_deeper(side) for side in rest):
+                return PARALLEL
+            if any(self._is_low_rank(side, sides[chosen[0]]) for side in rest):
+                return "a low-rank update of the same linear map"
+        return chosen
+
+    def _rank(self, side: Side) -> int | None:
+        if side.fork is None or side.how in {"branch", "bent"}:
+            return None
+        if side.how == "projection":
+            return PROJECTED
+        if not self.graph.has_weights(side.region):
+            return FREE
+        return NORMED if not side.products else GATED if side.how == "gated" else SCALED
+
+    def _is_deeper(self, side: Side) -> bool:
+        """Whether a side does more than one linear map."""
+        matrices = self.graph.matrices_in(side.region).bit_count()
+        return side.how == "branch" and (matrices > 1 or (matrices == 1 and self._bends(side.region)))
+
+    def _bends(self, region: int) -> bool:
+        return any(self.graph.kind(v) in BENT for v in bits(region))
+
+    def _is_low_rank(self, side: Side, projection: Side) -> bool:
+        """As in LoRA: a linear side whose inner width is less than what the map beside it could pass."""
+        kinds = {self.graph.kind(v) for v in bits(side.region)}
+        if not kinds <= SHAPE | PRODUCT | LINEAR:
+            return False
+        inner = min((min(shape) for shape in self.graph.matrix_shapes(side.region)), default=0)
+        outer = min((min(shape) for shape in self.graph.matrix_shapes(projection.region)), default=0)
+        return inner < outer
+
+    # --- what they bypass ---
+
+    def _branch(
+        self, reader: Sides, sides: dict[int, Side], bypassing: tuple[int, ...]
+    ) -> tuple[int, tuple[int, ...] | str]:
+        """The branch's nodes and the operands it comes in by, or why there is none."""
+        graph, call = self.graph, reader.call
+        is_list = call.name in _calls.LISTS
+        region, branches, reason = 0, [], "no weights on either side"
+        for j in reader.active:
+            if j in bypassing or any(i in reader.factors and j in reader.factors for i in bypassing):
+                continue
+            nodes = 0
+            for i in bypassing:
+                passed = self._passed(reader, sides, i, j)
+                if isinstance(passed, str):
+                    reason = passed
+                else:
+                    nodes |= passed & (sides[j].region if is_list else -1)
+            if graph.has_weights(nodes) or (j in reader.factors and call.name in MATRIX_SUMS):
+                region |= nodes
+                branches.append(j)
+        if is_list and branches and self._repeats(reader, region, bypassing):
+            return region, "steps of one recurrence, side by side"
+        return region, tuple(branches) or reason
+
+    def _passed(self, reader: Sides, sides: dict[int, Side], i: int, j: int) -> int | str:
+        """The nodes between the fork of operand i and operand j, or why they do not count."""
+        graph = self.graph
+        fork, end = sides[i].fork, reader.position(j)
+        assert fork is not None
+        starts = [fork]
+        own = [v for v in bits(sides[i].region) if fork in graph.parents[v]]
+        taken = {graph.step(v) for v in own}
+        if own and None not in taken:  # steps of a sequence: only the same steps are bypassed
+            leaving = [
+                v for v in bits(graph.descendants[fork] & graph.ancestors[end]) if fork in graph.parents[v]
+            ]
+            starts = [v for v in leaving if graph.step(v) is None or graph.step(v) in taken]
+            if not starts:
+                return "other steps of one sequence"
+        below = 0
+        for start in starts:
+            below |= graph.descendants[start]
+        nodes = below & graph.ancestors[end] & ~(1 << fork)
+        if reader.call.name in _calls.LISTS and nodes and not self._reaches_past_gates(starts, end, nodes):
+            return "only a gate depends on it"
+        return nodes
+
+    def _reaches_past_gates(self, starts: list[int], end: int, nodes: int) -> bool:
+        """Whether ``end`` depends on ``starts`` other than by a sigmoid that multiplies what does not."""
+        graph, reached = self.graph, set(starts)
+        for v in bits(nodes):
+            parents = [p for p in graph.parents[v] if p in reached]
+            free = [
+                p
+                for p in graph.parents[v]
+                if graph.active >> p & 1 and not nodes >> p & 1 and p not in starts
+            ]
+            gates = all(graph.kind(p) in {"Sigmoid", "Hardsigmoid"} for p in parents)
+            if parents and not (graph.kind(v) == "Mul" and free and gates):
+                reached.add(v)
+        return end in reached
+
+    def _repeats(self, reader: Sides, region: int, bypassing: tuple[int, ...]) -> bool:
+        """Whether the branch's matrices have all made a bypassing operand before: one module, step after step."""
+        matrices = self.graph.matrices_in(region)
+        before = 0
+        for i in bypassing:
+            before |= self.graph.matrices_in(self.graph.ancestors[reader.position(i)])
+        return bool(matrices) and not matrices & ~before
+
+    # --- the shortcut ---
+
+    def _shortcut(
+        self,
+        reader: Sides,
+        sides: dict[int, Side],
+        bypassing: tuple[int, ...],
+        branches: tuple[int, ...],
+        region: int,
+    ) -> Verdict:
+        call = reader.call
+        side_region = 0
+        for i in bypassing:
+            side_region |= sides[i].region
+        shortcut_at = tuple(self._place(call, i, sides[i]) for i in bypassing)
+        branch_at = tuple(Place(call.key, j) for j in self._lesioned(reader, branches))
+        kind = "concat" if call.name in _calls.LISTS else sides[bypassing[0]].how
+        part = None
+        if call.name == "lerp":
+            kind = "gated"
+        elif kind == "identity" and (difference := self._difference(reader, bypassing[0], branches)):
+            part, x = difference
+            kind = "gated"
+            shortcut_at += (Place(part.key, x),)
+            branch_at = (Place(part.key, 1 - x),)
+        multiplied = reader.factors if set(bypassing) & set(reader.factors) else ()
+        forks = tuple(f for i in bypassing if (f := sides[i].fork) is not None)
+        operands = tuple(sorted({*bypassing, *multiplied}))
+        return Verdict(
+            call, kind, forks, bypassing, operands, region, side_region, shortcut_at, branch_at, part
+        )
+
+    def _lesioned(self, reader: Sides, branches: tuple[int, ...]) -> tuple[int, ...]:
+        """Of operands that the call multiplies one is enough; a gate inside ``lerp`` stays."""
+        if reader.call.name == "lerp":
+            return tuple(j for j in branches if j < 2)
+        multiplied = [j for j in branches if j in reader.factors]
+        return tuple(j for j in branches if j not in multiplied[1:])
+
+    def _place(self, call: Call, i: int, side: Side) -> Place:
+        """Where x is met before its factor: the factor stays as built, and its gradient live."""
+        for product in side.products:
+            made = self.made.get(id(self.graph.nodes[product]))
+            if made is not None:
+                for k, node in enumerate(made.operands):
+                    if node is not None and self._comes_straight(node, side):
+                        return Place(made.key, k)
+        return Place(call.key, i)
+
+    def _comes_straight(self, node: object, side: Side) -> bool:
+        """Whether ``node`` comes from the fork without weights and gates."""
+        at, graph = self.graph.position[node], self.graph
+        while at != side.fork:
+            parents = [p for p in graph.parents[at] if graph.active >> p & 1]
+            if graph.weights[at] or len(parents) != 1 or not side.region >> at & 1:
+                return False
+            at = parents[0]
+        return True
+
+    def _difference(self, reader: Sides, i: int, branches: tuple[int, ...]) -> tuple[Call, int] | None:
+        """In x + t (H - x): the call of H - x, and which of its operands is x."""
+        graph, call, x = self.graph, reader.call, reader.position(i)
+        sign = -1 if call.name in {"sub", "rsub"} else 1
+        waiting = [reader.position(j) for j in branches]
+        for _ in range(12):
+            if not waiting:
+                return None
+            at = waiting.pop(0)
+            inner = self.made.get(id(graph.nodes[at]))
+            if inner is not None and inner.name in {"sub", "rsub"}:
+                for k, node in enumerate(inner.operands):
+                    negative = (k == 1) == (inner.name == "sub")
+                    if node is not None and graph.position[node] == x and negative == (sign > 0):
+                        return inner, k
+            if graph.kind(at) in PRODUCT or len(graph.parents[at]) == 1:
+                waiting += [p for p in graph.parents[at] if graph.active >> p & 1 and not graph.weights[at]]
+        return None

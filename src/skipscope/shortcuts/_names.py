@@ -1,0 +1,94 @@
+"""What shortcuts, merges and forks are called: by the modules they concern, the same from run to run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from skipscope.shortcuts._judge import Verdict
+from skipscope.shortcuts._trace import Call, Graph
+
+
+def home_of(graph: Graph, item: Verdict) -> str:
+    """The module that is the branch: the smallest that holds its matrices, lifted while nothing else comes in.
+
+    It is not lifted above the module that merges. A branch without matrices is named by its vectors; one without a
+    common module by its first.
+    """
+    every = set(graph.modules_in(item.region))
+    matrices = [m for m in graph.modules_in(item.region) if graph.has_matrix(m)] or list(every)
+    if not matrices:
+        return item.call.owner
+    elsewhere = set(
+        graph.modules_in(graph.active & ~item.region)
+    )  # one position bias for all layers names none
+    path = common_path([m for m in matrices if m not in elsewhere] or matrices)
+    if not path:
+        return matrices[0] if item.call.owner == "" else item.call.owner
+    while path and path != item.call.owner:
+        parent = path.rpartition(".")[0]
+        inside = {m for m in graph.weighted_modules if is_inside(m, parent)}
+        if not parent or not is_inside(parent, item.call.owner) or not inside <= every:
+            break
+        path = parent
+    return path
+
+
+def unique_names(graph: Graph, found: Sequence[Verdict], homes: Sequence[str]) -> list[str]:
+    """Names in order; where one is taken twice the merging module's path, or a running number."""
+    names = [home or item.call.name for item, home in zip(found, homes, strict=True)]
+    count, taken = Counter(names), set(names)
+    owners = Counter(item.call.owner for item in found)
+    for i, item in enumerate(found):
+        owner = item.call.owner
+        if count[names[i]] > 1 and owner and owners[owner] == 1 and owner not in taken:
+            names[i] = owner
+    seen: Counter[str] = Counter()
+    for i, name in enumerate(names):
+        seen[name] += 1
+        names[i] = name if seen[name] == 1 else f"{name}#{seen[name]}"
+    return names
+
+
+def merge_name(call: Call) -> str:
+    """The module that merges, and the operation."""
+    return f"{call.owner} {call.name}" if call.owner else call.name
+
+
+def fork_name(graph: Graph, fork: int, merges: dict[int, str]) -> str:
+    """The module that produced the fork, the shortcut that merged there, or ``"input"``.
+
+    Args:
+        graph: the dataflow.
+        fork: index of its node.
+        merges: names of shortcuts by the id of their merge's node.
+    """
+    record = graph.record
+    while True:
+        node = graph.nodes[fork]
+        if node in record.sources:
+            return record.sources[node]
+        if record.producers.get(node):
+            return record.producers[node]
+        if id(node) in merges:
+            return f"{merges[id(node)]} (merged)"
+        parents = [p for p in graph.parents[fork] if graph.active >> p & 1]
+        if not parents:
+            embedded = [owner for other, _, owner in record.embeddings if other is node]
+            return (embedded[0] if embedded else "") or "input"
+        fork = max(parents)
+
+
+def is_inside(path: str, parent: str) -> bool:
+    """Whether a module path is ``parent`` or below it."""
+    return not parent or path == parent or path.startswith(parent + ".")
+
+
+def common_path(paths: Sequence[str]) -> str:
+    """The smallest module that holds all of these."""
+    common = []
+    for level in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
