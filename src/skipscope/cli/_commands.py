@@ -35,10 +35,10 @@ def compare(
                 )
             result = ss.compare(quick=quick, train=train, budget=budget, seed=source.seed)
         else:
-            subject = _subject(model, source)
+            subject = _subject(model, source, samples=512)
             result = ss.compare(
                 subject.make or subject.model, subject.data, subject.loss,
-                quick=quick, train=train, budget=budget, seed=source.seed, name=model,
+                quick=quick, train=train, budget=budget, seed=source.seed, name=model, about=subject.said,
             )  # fmt: skip
     _deliver(result, "compare", output, folder)
 
@@ -121,10 +121,10 @@ def _required(model: str | None) -> str:
     return model
 
 
-def _subject(model: str, source: Source) -> Subject:
+def _subject(model: str, source: Source, samples: int = 128) -> Subject:
     from skipscope.cli._subject import load_subject
 
-    subject = load_subject(model, source)
+    subject = load_subject(model, source, samples)
     for sentence in subject.said:
         print(f"({sentence})", file=sys.stderr)
     return subject

@@ -52,8 +52,13 @@ class Subject:
         return inputs_of(as_batches(self.data, self.name, any_shape=True).first())
 
 
-def load_subject(name: str, source: Source) -> Subject:
+def load_subject(name: str, source: Source, samples: int = 128) -> Subject:
     """Build what the command line names.
+
+    Args:
+        name: the MODEL.
+        source: the options that go with it.
+        samples: how many of skipscope's own data, for its own networks.
 
     Raises:
         SkipscopeError: no such module, callable, network, file or loss; each with the cure.
@@ -67,7 +72,7 @@ def load_subject(name: str, source: Source) -> Subject:
     if source.weights:
         _load_weights(model, source.weights)
         make = None  # weights from a file are one model, not a family of initialisations
-    data, loss = _data(name, model, source, said)
+    data, loss = _data(name, model, source, samples, said)
     return Subject(name, make, model, data, loss, said)
 
 
@@ -201,8 +206,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state) if isinstance(state, dict) else state
-        model.load_state_dict(state)
+        wrapped: Any = state.get("state_dict", state) if isinstance(state, dict) else state
+        model.load_state_dict(wrapped)
     except (
         Exception
     ) as error:  # unpicklers and load_state_dict fail in many ways; none may run code or end in a traceback
@@ -215,7 +220,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 # --- data and loss --------------------------------------------------------------------------------------------------
 
 
-def _data(name: str, model: nn.Module, source: Source, said: list[str]) -> tuple[Any, Any]:
+def _data(name: str, model: nn.Module, source: Source, samples: int, said: list[str]) -> tuple[Any, Any]:
     if source.data:
         found = resolve(source.data, "data")
         data = found() if callable(found) and not isinstance(found, Tensor) else found
@@ -223,13 +228,19 @@ def _data(name: str, model: nn.Module, source: Source, said: list[str]) -> tuple
     if source.input:
         return _random_data(source.input, model, source, said)
     if name in reference.networks():
-        data = reference.data_for(name)
-        said.append(f"data: {reference.data_description(name)}")
+        data = reference.data_for(name, samples)
+        said.append(f"data: {samples} {_text_or_digits(data)}")
         return data, _loss(model, data, source.loss, said)
     raise SkipscopeError(
         "data", "nothing says what the model is to be called with", expected="--data module:callable, or --input SHAPE",
         cure="--data my_package.data:make_batch, or --input 8x3x224x224 for random data",
     )  # fmt: skip
+
+
+def _text_or_digits(data: tuple[Tensor, Tensor]) -> str:
+    if data[0].is_floating_point():
+        return "of the UCI optical digits (Alpaydin and Kaynak, CC BY 4.0)"
+    return f"passages of English from Python's pydoc_data.topics (SHA-256 {reference.english_text().sha256})"
 
 
 def _random_data(shape: str, model: nn.Module, source: Source, said: list[str]) -> tuple[Any, Any]:

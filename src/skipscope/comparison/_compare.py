@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +126,7 @@ def compare(
     quick: bool = False,
     seed: int = 0,
     name: str | None = None,
+    about: Sequence[str] = (),
     weight: Callable[[Any], float] | None = None,
 ) -> Comparison:
     """What do its shortcuts do for a network? Everything skipscope measures, with and without, as one result.
@@ -149,6 +150,7 @@ def compare(
         quick: a smaller version of everything.
         seed: for all that is drawn.
         name: what the page calls the model.
+        about: sentences on the data or the model for the paragraph of methods.
         weight: what a batch counts for, when the loss is not a mean over samples.
 
     Returns:
@@ -176,11 +178,19 @@ def compare(
         from skipscope.comparison._lecture import compare_lecture
 
         return compare_lecture(settings, Clock(budget), quick=quick)
-    return _compare_own(model, data, loss, variants or {}, settings, Clock(budget), name, weight)
+    return _compare_own(model, data, loss, variants or {}, settings, Clock(budget), name, about, weight)
 
 
 def _compare_own(
-    model, data, loss, variants, settings: Settings, clock: Clock, name: str | None, weight
+    model,
+    data,
+    loss,
+    variants,
+    settings: Settings,
+    clock: Clock,
+    name: str | None,
+    about: Sequence[str],
+    weight,
 ) -> Comparison:
     base = _ready(model, settings.seed)
     batches, objective = read(base, data, loss, "compare", weight=weight)
@@ -205,7 +215,10 @@ def _compare_own(
             )
         measure_surfaces(evidence, subjects, data, loss, settings, clock, weight)
         measure_importance(evidence, subjects, probe, clock)
-    return evidence.finish(f"{label}, measured on {batch_size(probe.batch)} samples", settings, clock)
+    details = "".join(f"{sentence[0].upper()}{sentence[1:]}. " for sentence in about)
+    return evidence.finish(
+        f"{label}, measured on {batch_size(probe.batch)} samples", settings, clock, details
+    )
 
 
 def _ready(model: Any, seed: int) -> nn.Module:
@@ -216,7 +229,7 @@ def _ready(model: Any, seed: int) -> nn.Module:
     if not callable(model):
         require_module(model, "compare")
     with random_state_kept(seed):
-        made = model()
+        made: Any = model()
     require_module(made, "compare")
     return made.train()
 

@@ -146,6 +146,11 @@ def train_and_keep(
     engine: dict[str, str] = {}
     with untouched(*models, operation="train_twins"):
         first = next(iter(makers.values()))(chosen[0])
+        if not any(p.requires_grad for p in first.parameters()):
+            raise SkipscopeError(
+                "train_twins", "no parameter requires a gradient: there is nothing to train",
+                got=type(first).__name__, cure="pass the model before it is frozen or quantised",
+            )  # fmt: skip
         batches, objective = read(first, data, loss, "train_twins", weight=weight)
         stream = Stream(batches, batch_size)
         course = _Course(stream, objective, steps, target if stop_at_target else None)
@@ -253,7 +258,10 @@ def _stackable(model: nn.Module, stream: Stream, objective: Objective) -> bool:
             losses = networks.losses([batch, batch])
         with random_state_kept(0):
             expected = objective(probe, batch)
-        return torch.allclose(losses, expected.expand(2), rtol=1e-3)
+        gradients = torch.autograd.grad(losses.sum(), list(networks.parameters.values()))
+        networks.network(0)  # what a forward pass left on the module may forbid a copy
+        dense = all(gradient.layout == torch.strided for gradient in gradients)
+        return dense and torch.allclose(losses, expected.expand(2), rtol=1e-3)
     except Exception:  # whatever vmap cannot do, the other engine can; a user's own error shows itself there
         return False
 
