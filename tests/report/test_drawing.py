@@ -152,10 +152,10 @@ def test_a_dead_gradient_is_drawn_on_the_floor_and_not_left_out():
 # --- surfaces ---------------------------------------------------------------------------------------------------------
 
 
-def test_heights_are_logs_clipped_four_decades_above_the_lowest():
+def test_heights_are_logs_clipped_five_decades_above_the_lowest():
     chart = Surfaces([Surface(np.array([[0.01, 1.0], [1e9, np.inf]]), np.arange(2.0), np.arange(2.0))])
     scale = _terrain.heights(chart)
-    np.testing.assert_allclose(scale(chart.surfaces[0].values), [[-2, 0], [2, 2]])
+    np.testing.assert_allclose(scale(chart.surfaces[0].values), [[-2, 0], [3, 3]])
     assert scale.cut
 
 

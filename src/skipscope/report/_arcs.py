@@ -48,7 +48,8 @@ class _Row:
             arc.start < self.first or arc.end >= self.last
         ):  # over a row's end: level, higher than what lies below
             top = min(top, 90.0)
-        return max(9.0, top * (span / self.longest) ** (1.0 if self.longest <= 2 * MOST else 0.6))
+        power = 1.0 if self.longest <= 2 * MOST else 0.6
+        return 8 + top * (span / self.longest) ** power
 
 
 def network(chart: Network, width: int) -> Markup:

@@ -21,22 +21,20 @@ def hero(result: Comparison) -> Any:
     Args:
         result: what ``compare`` returned.
     """
-    figure = by.new_figure(11.0, 7.6)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.0, 3.3])
-    figure.suptitle(
-        textwrap.fill(result.summary[0], 84) if result.summary else result.subject,
-        fontsize=14,
-        x=0.02,
-        ha="left",
-        family="serif",
-    )
-    axes = [_network(result, top.subplots())]
-    left, right = bottom.subfigures(1, 2, width_ratios=[1.25, 1.0])
-    style = _view_comparison.styles(result)
+    figure = by.new_figure(11.0, 7.4)
+    head, top, bottom = figure.subfigures(3, 1, height_ratios=[0.5, 0.75, 3.3])
+    words = textwrap.fill(result.summary[0] if result.summary else result.subject, 92)
+    head.text(0.02, 0.5, by.plain(words), fontsize=14, family="serif", va="center")
+    network = _network(result, top.subplots())
+    left, right = bottom.subfigures(1, 2, width_ratios=[1.3, 1.0])
     flow = {twin.name: result.flow[twin.name] for twin in result.twins if twin.name in result.flow}
-    axes.append(by.draw(_view_flow.flow_lines(flow, style), left.subplots()))
-    axes.append(_surfaces(result, right))
-    return np.array([axes[0], axes[1], *np.ravel(axes[2])])
+    lines = by.draw(_view_flow.flow_lines(flow, _view_comparison.styles(result)), left.subplots())
+    _caption(lines, "How much gradient arrives at each depth")
+    return np.array([network, lines, *np.ravel(_surfaces(result, right))])
+
+
+def _caption(ax: Any, words: str) -> None:
+    ax.set_title(words, fontsize=9, color="0.35", loc="left", pad=9)
 
 
 def _network(result: Comparison, ax: Any) -> Any:
@@ -46,7 +44,13 @@ def _network(result: Comparison, ax: Any) -> Any:
         return ax
     split = result.split.get(name)
     shares = {s.name: s.share for s in split} if split else None
-    return by.draw(_view_shortcuts.drawing(result.found[name], shares), ax, names=False)
+    chart = _view_shortcuts.drawing(result.found[name], shares)
+    _caption(
+        ax,
+        f"{len(chart.layers)} layers, {len(chart.arcs)} shortcuts"
+        + ("; thickness: the share of gradient that a shortcut carries" if shares else ""),
+    )
+    return by.draw(chart, ax, names=False)
 
 
 def _surfaces(result: Comparison, figure: Any) -> Any:
@@ -70,10 +74,13 @@ def _surfaces(result: Comparison, figure: Any) -> Any:
     for ax, surface in zip(axes, chart.surfaces):
         maps.terrain(ax, surface, scale)
         note = f"\n{surface.note}" if surface.note else ""
-        ax.set_title(
-            f"loss surface, {surface.label}{note}",
+        colour = LIGHT[style.get(surface.label, 5) % len(LIGHT)]
+        ax.text2D(
+            0.0,
+            0.9,
+            by.plain(f"loss surface\n{surface.label}{note}"),
             fontsize=9,
-            y=0.96,
-            color=LIGHT[style.get(surface.label, 5) % len(LIGHT)],
+            color=colour,
+            transform=ax.transAxes,
         )
     return axes

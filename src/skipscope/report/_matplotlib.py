@@ -17,6 +17,7 @@ import numpy as np
 from skipscope.report._arcs import KINDS, thickness
 from skipscope.report._charts import Bars, Chart, Lines, Mark, Network, Series
 from skipscope.report._palette import DASHES, LIGHT, PLOT_MARKERS
+from skipscope.report._svg import spread
 
 OURS = "skipscope"  # the gid of a strong line: how a later result drawn into the same axes knows how many are there
 
@@ -69,7 +70,10 @@ def _(chart: Lines, ax: Any = None, *, label: str | None = None, legend: bool = 
     for mark in chart.marks:
         ax.axvline(mark.x, color="0.5", lw=0.8, ls=(0, (3, 3)))
         remark(ax, mark)
-    if legend and len(ax.get_legend_handles_labels()[1]) > 1:
+    named = [s for s in chart.series if s.label and not s.faint]
+    if chart.back and len(named) > 1 and not before and legend:
+        _names(ax, chart, named)
+    elif legend and len(ax.get_legend_handles_labels()[1]) > 1:
         ax.legend(frameon=False, fontsize=8)
     if chart.foot:
         foot(ax, (f"{label}: " if label else "") + chart.foot)
@@ -106,6 +110,24 @@ def _series(ax: Any, chart: Lines, series: Series, before: int, label: str | Non
     )  # fmt: skip
     if series.low is not None and series.high is not None:
         ax.fill_between(series.x, series.low, series.high, color=LIGHT[style], alpha=0.16, lw=0)
+
+
+def _names(ax: Any, chart: Lines, named: list[Series]) -> None:
+    """Lines that fan out to the left are named there, and the numbers stand on the right, as on the page."""
+    ax.yaxis.tick_right()
+    ax.yaxis.set_label_position("right")
+    ax.spines["left"].set_visible(False)
+    ax.spines["right"].set_visible(True)
+    first = [
+        (s, next((y for y in s.y if np.isfinite(y) and (y > 0 or not chart.log_y)), None)) for s in named
+    ]
+    ends = sorted(((y, s) for s, y in first if y is not None), key=lambda end: end[0])
+    ax.get_figure(root=True).draw_without_rendering()  # the layout, so that names can be kept apart in points
+    points = [ax.transData.transform((0, y))[1] * 72 / ax.get_figure(root=True).dpi for y, _ in ends]
+    for place, point, (y, series) in zip(spread(points, 11.0, -1e9, 1e9), points, ends):
+        at = (min(series.x), y)
+        ax.annotate(plain(series.label), at, (-7, place - point), textcoords="offset points", ha="right", va="center",
+                    fontsize=8.5, color=LIGHT[series.style % len(LIGHT)])  # fmt: skip
 
 
 def _visible(values: Any, log: bool) -> np.ndarray:

@@ -103,8 +103,9 @@ def contours(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
 
 def terrain(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
     """One surface in 3-D, from the same side as on the page."""
-    level = scale(np.asarray(surface.values, dtype=float)).T
-    a, b = np.meshgrid(surface.alphas, surface.betas)
+    level = _terrain.fine(scale(np.asarray(surface.values, dtype=float))).T
+    sides = zip((surface.alphas, surface.betas), level.T.shape)
+    a, b = np.meshgrid(*(np.linspace(side[0], side[-1], count) for side, count in sides))
     low, high = scale.ends()
     drawn = ax.plot_surface(
         a,

@@ -204,7 +204,7 @@ def _path(points: Sequence[tuple]) -> str:
 def _hits(chart: Lines, x: Axis, y: Axis) -> Markup:
     """Invisible discs that tell a pointer the numbers; a title serves where scripts do not run."""
     total = sum(len(s.x) for s in chart.series if not s.faint)
-    step = max(1, math.ceil(total / 240))
+    step = max(1, math.ceil(total / (160 if x.end - x.start > 400 else 60)))  # a finger is no mouse
     parts = []
     for series in chart.series:
         if series.faint or (series.frame is not None and series.frame != chart.frame):

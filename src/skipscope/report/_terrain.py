@@ -1,6 +1,6 @@
 """Loss surfaces: heights on a clipped log scale, as contours (SVG, always there) and as data for the 3-D view.
 
-A loss surface spans many decades, and what matters lies at its bottom: heights are logarithms, cut off four decades
+A loss surface spans many decades, and what matters lies at its bottom: heights are logarithms, cut off five decades
 above the lowest point of all surfaces shown, with one scale for all of them.
 """
 
@@ -22,7 +22,7 @@ from skipscope.report._markup import clean, ellipsis, join, tag
 from skipscope.report._palette import viridis
 from skipscope.report._scale import power
 
-DECADES = 4.0
+DECADES = 5.0
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ def contours(chart: Surfaces, width: int) -> Markup:
 
 def _map(surface: Surface, scale: Heights, x: float, y: float, side: float, most: int) -> Markup:
     level = scale(np.asarray(surface.values, dtype=float))
-    fine = _fine(level)
+    smooth = fine(level)
     body = [
         tag("text", ellipsis(surface.label, most, keep="start"), x=x, y=y - 7, class_="label strong"),
         tag(
             "image",
-            href=_png(fine, scale, surface.signed),
+            href=_png(smooth, scale, surface.signed),
             x=x,
             y=y,
             width=side,
@@ -135,7 +135,9 @@ def _map(surface: Surface, scale: Heights, x: float, y: float, side: float, most
             preserveAspectRatio="none",
         ),
         tag(
-            "path", d=_lines(fine, scale, x, y, side), class_="contour dark" if surface.signed else "contour"
+            "path",
+            d=_lines(smooth, scale, x, y, side),
+            class_="contour dark" if surface.signed else "contour",
         ),
     ]
     a, b = _zero(surface.alphas), _zero(surface.betas)
@@ -165,7 +167,7 @@ def _lines(fine: np.ndarray, scale: Heights, x: float, y: float, side: float) ->
     )
 
 
-def _fine(level: np.ndarray, least: int = 61) -> np.ndarray:
+def fine(level: np.ndarray, least: int = 61) -> np.ndarray:
     """Heights on a finer grid, for smooth contours; cubic between the values where all are known, else linear."""
     from scipy.interpolate import RegularGridInterpolator
 
@@ -186,7 +188,7 @@ def _zero(axis: np.ndarray) -> float | None:
     return -low / (high - low) if low < 0 < high else None
 
 
-def _png(level: np.ndarray, scale: Heights, signed: bool, pixels: int = 160) -> str:
+def _png(level: np.ndarray, scale: Heights, signed: bool, pixels: int = 120) -> str:
     """A smooth picture of heights ``[a, b]``: a to the right, b upward; what is unknown is transparent."""
     import matplotlib.image
     from scipy.ndimage import map_coordinates
