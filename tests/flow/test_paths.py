@@ -206,3 +206,32 @@ def test_the_oracle_can_fail():
         model.parts[1].inner[0].weight.mul_(1.001)
     bad = oracles.by_enumeration(model, square, x)
     assert float((good[1] - bad[1]).norm()) > 1e-6 * float(good[1].norm())
+
+
+@pytest.mark.parametrize("a, length", [(0.02, 300), (1.0, 300), (0.5, 500)])
+def test_the_estimate_of_very_deep_networks_is_within_its_error(a, length):
+    """x -> x + a x: G_k = C(L, k) a^k of the gradient at the end, in a band around L a / (1 + a)."""
+    scale = nn.Linear(3, 3, bias=False).double()
+    with torch.no_grad():
+        scale.weight.copy_(a * torch.eye(3, dtype=torch.float64))
+    model = nn.Sequential(*[oracles.Residual(scale) for _ in range(length)])
+    x = torch.randn(2, 3, dtype=torch.float64)
+    paths = ss.path_spectrum(model, (x, x), lambda output, target: (output * target).sum())
+    k = np.arange(length + 1)
+    logs = [
+        math.lgamma(length + 1) - math.lgamma(i + 1) - math.lgamma(length - i + 1) + i * math.log(a)
+        for i in k
+    ]
+    expected = np.exp(logs) * float(x.norm())
+    assert paths.method.startswith("estimate") and paths.branches == length
+    assert (np.abs(paths.norms - expected) <= paths.errors + 1e-9 * expected.max()).all()
+    assert paths.errors.max() < 1e-6 * expected.max()
+    assert paths.mean_length == pytest.approx(length * a / (1 + a), rel=1e-6)
+    assert paths.residual < 1e-12
+
+
+def test_the_estimate_of_a_shallow_network_is_exact():
+    model, x = oracles.chain(6), torch.randn(4, 6, dtype=torch.float64)
+    exact = ss.path_spectrum(model, (x, x[:, :3]), mse)
+    estimate = ss.path_spectrum(model, (x, x[:, :3]), mse, exact=False)
+    np.testing.assert_allclose(estimate.norms, exact.norms, atol=1e-14)

@@ -214,7 +214,7 @@ class Walk:
         loss, targets = self.forward.loss, {id(target) for target in self.forward.targets}
         end = end_of(loss)
         assert end is not None, "the caller has made sure that the loss has a gradient"
-        self.segment([end], [Stack(0, torch.ones_like(loss)[None])])
+        self.segment([end], [self.start(torch.ones_like(loss))])
         self.rescale()
         for m in range(len(self.forward.cuts) - 1, -1, -1):
             cut = self.forward.cuts.pop()
@@ -224,6 +224,14 @@ class Walk:
                     self.through(cut, stack)
             self.flush(m)
         return [self.stacks.get(id(target)) for target in self.forward.targets]
+
+    def start(self, seed: Tensor) -> Stack:
+        """The stack at the loss: nothing crossed yet."""
+        return Stack(0, seed[None])
+
+    def cross(self, stack: Stack) -> Stack:
+        """What a branch operand does to a stack: every length is one more."""
+        return Stack(stack.low + 1, stack.rows)
 
     def rescale(self) -> None:
         """Set the greatest gradient near the loss to about 1, so that small losses do not underflow on the way."""
@@ -248,7 +256,8 @@ class Walk:
         for (i, operand), rows in zip(live, arriving):
             if rows is None:
                 continue
-            new = Stack(stack.low + (cut.sides[i] == "branch"), rows)
+            new = Stack(stack.low, rows)
+            new = self.cross(new) if cut.sides[i] == "branch" else new
             leaf = self.forward.handed.get(operand.key[0])
             if leaf is not None:  # nothing lies between
                 self.arrive(leaf, new)

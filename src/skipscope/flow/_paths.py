@@ -14,6 +14,7 @@ from skipscope._data import Batch, Objective, read
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
 from skipscope._untouched import random_state_kept
+from skipscope.flow._angles import MOST, AngleWalk
 from skipscope.flow._cuts import Stack, Walk, cut_forward
 from skipscope.flow._flow import meaning_of, mode_of
 from skipscope.flow._measure import no_gradient, norm_of, re_entrant, shares_of, wants_backward
@@ -31,6 +32,7 @@ def path_spectrum(
     found: Any = None,
     batched: bool | None = None,
     max_bytes: int = 2**28,
+    exact: bool | None = None,
     seed: int = 0,
     weight: Callable[[Batch], float] | None = None,
 ) -> PathSpectrum:
@@ -48,6 +50,8 @@ def path_spectrum(
         batched: carry all lengths through the backward pass at once (torch's vmap), or one after the other; by default
             whichever is faster.
         max_bytes: a bound on the gradients that go through a segment at once.
+        exact: False: an estimate that carries 256 gradients, however many lengths there are, and shows its error; None:
+            that beyond 256 branches.
         seed: of the random numbers drawn inside (dropout).
         weight: what a batch counts for in the mean over batches.
 
@@ -68,6 +72,8 @@ def path_spectrum(
     batches, objective = read(model, data, loss, "path_spectrum", weight=weight)
     found, points = places(model, batches, "path_spectrum", found)
     target, parameter = _target(model, points, wrt)
+    estimate = exact is False or (exact is None and len(found) > MOST)
+    kind = AngleWalk if estimate else Walk
     sums, value, ways = _Sums(), 0.0, set()
     with running(model, seed, "path_spectrum"):
         mode = mode_of(model)
@@ -77,7 +83,7 @@ def path_spectrum(
             if not forward.loss.requires_grad:
                 raise no_gradient("path_spectrum", model)
             value += share * float(forward.loss.detach())
-            walk = Walk(forward, batched=batched, max_bytes=max_bytes)
+            walk = kind(forward, batched=batched, max_bytes=max_bytes)
             try:
                 stacks = walk.run()
             except RuntimeError as error:
@@ -87,6 +93,9 @@ def path_spectrum(
             ways |= walk.ways
             with random_state_kept(seed + i):  # the same dropout again
                 plain = _plain_gradient(model, batch, objective, target, parameter)
+            if isinstance(walk, AngleWalk):
+                sums.window = sums.window or walk.window(stacks[0], len(found))
+                stacks = [walk.lengths(stacks[0], sums.window)]
             sums.add(stacks, plain, walk.unit, share, shared=parameter is not None)
     name = (
         target.name if parameter is None else next(n for n, p in model.named_parameters() if p is parameter)
@@ -99,9 +108,41 @@ def path_spectrum(
     norms, residual, total = sums.result()
     mean = float(norms @ np.arange(len(norms)) / norms.sum()) if norms.sum() else math.nan
     method = "mixed" if len(ways) == 2 else ways.pop() if ways else "batched"
+    errors, notes = None, ()
+    if sums.window is not None:
+        norms, errors, notes = _with_errors(norms, sums.window, len(found))
+        method = f"estimate, {method}"
     return PathSpectrum(
-        norms, mean, residual, total, len(norms) - 1, name, method, value, mode, meaning_of(model)
+        norms,
+        mean,
+        residual,
+        total,
+        len(norms) - 1,
+        name,
+        method,
+        value,
+        mode,
+        meaning_of(model),
+        errors,
+        notes,
     )
+
+
+def _with_errors(
+    norms: np.ndarray, window: tuple[int, int], branches: int
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """All lengths, what an estimate is off by as seen at the far ends of its window, and a note."""
+    low, count = window
+    inside = norms[low : low + count]
+    eighth = max(1, len(inside) // 8)
+    ends = ([] if low == 0 else [inside[:eighth]]) + ([] if low + count > branches else [inside[-eighth:]])
+    floor = max((float(end.max()) for end in ends), default=0.0)
+    norms = np.concatenate([norms, np.zeros(max(0, branches + 1 - len(norms)))])[: branches + 1]
+    note = (
+        f"Told apart: {count} of {branches + 1} lengths, {low} to {min(branches, low + count - 1)}. Error: the greatest "
+        f"norm at the far ends of these, {floor:.2g}."
+    )
+    return norms, np.full(len(norms), floor), (note,)
 
 
 def _target(model: nn.Module, points: Any, wrt: Any) -> tuple[Any, nn.Parameter | None]:
@@ -154,6 +195,7 @@ class _Sums:
         self.vectors: dict[int, Tensor] = {}
         self.plain: Tensor | None = None
         self.reached = False
+        self.window: tuple[int, int] | None = None  # of an estimate: its first length, and how many
 
     def add(
         self, stacks: list[Stack | None], plain: Tensor | None, unit: float, share: float, shared: bool
