@@ -1,7 +1,7 @@
 """Directions in weight space: Gaussian, normalised filter by filter to the weights, defined by their seed.
 
 Notation: w_f is filter f of the weights, d_f the same filter of a direction.
-A *direction* is ``dict[str, Tensor]`` over a model's parameter names; a name that is missing has zero direction.
+A *direction* is a mapping from names to tensors over a model's parameter names; a name that is missing has zero direction.
 
 Filter normalisation (arXiv 1712.09913, section 4): d_f <- d_f |w_f| / |d_f|. A filter is an output channel:
 
@@ -17,7 +17,7 @@ zero direction by default.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
 
-Direction = dict[str, Tensor]
+Direction = Mapping[str, Tensor]
 NORMALIZATIONS = ("filter", "layer", "tensor", "none")
 ZEROABLE = ("biases", "norms", "embeddings")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
@@ -40,6 +40,7 @@ def random_direction(
     normalize: str = "filter",
     zero: Iterable[str] = ("biases", "norms"),
     like: Direction | None = None,
+    keep: bool = True,
 ) -> Direction:
     """A Gaussian direction, normalised to the model's weights.
 
@@ -53,6 +54,7 @@ def random_direction(
         normalize: "filter"; "layer" (all of a module's moved parameters together); "tensor"; "none".
         zero: what has no direction: any of "biases", "norms", "embeddings".
         like: make the direction orthogonal to this one, filter by filter, before it is normalised.
+        keep: hold the tensors; False draws each anew whenever it is asked for, for models that fill the memory.
 
     Returns:
         Name -> tensor of the parameter's shape, dtype and device, for each parameter that moves.
@@ -69,14 +71,61 @@ def random_direction(
         raise SkipscopeError(
             "landscape", "unknown normalisation", expected=" or ".join(NORMALIZATIONS), got=repr(normalize)
         )
-    moved = moved_parameters(model, zero)
-    direction = {}
-    for name, (weight, _) in moved.items():
-        draw = _gaussian(f"{seed}/{axis}/{name}/{tuple(weight.shape)}", weight)
-        if like is not None and name in like:
-            draw = _without(draw, like[name].double(), moved[name][1] if normalize == "filter" else None)
-        direction[name] = draw
-    return _normalized(direction, moved, normalize)
+    seeded = SeededDirection(moved_parameters(model, zero), seed, axis, normalize, like)
+    return dict(seeded) if keep else seeded
+
+
+class SeededDirection(Mapping[str, Tensor]):
+    """A direction that holds nothing: every tensor is drawn and normalised anew when it is asked for.
+
+    For models whose directions do not fit beside them.
+
+    Args:
+        moved: what moves, with each parameter's filter dimension.
+        seed: of the draw.
+        axis: of the draw.
+        normalize: as in :func:`random_direction`.
+        like: as in :func:`random_direction`.
+    """
+
+    def __init__(
+        self,
+        moved: Mapping[str, tuple[Tensor, int]],
+        seed: int,
+        axis: int,
+        normalize: str,
+        like: Mapping[str, Tensor] | None,
+    ):
+        self.moved, self.seed, self.axis, self.normalize, self.like = moved, seed, axis, normalize, like
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.moved)
+
+    def __len__(self) -> int:
+        return len(self.moved)
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight, dimension = self.moved[name]
+        draw = self._draw(name)
+        if self.normalize == "filter":
+            draw *= _ratio(filter_norms(weight, dimension), filter_norms(draw, dimension))
+        elif self.normalize != "none":
+            layer = name.rpartition(".")[0]
+            group = (
+                [n for n in self.moved if n.rpartition(".")[0] == layer]
+                if self.normalize == "layer"
+                else [name]
+            )
+            wanted = torch.stack([self.moved[n][0].double().norm() for n in group]).norm()
+            draw *= _ratio(wanted, torch.stack([self._draw(n).norm() for n in group]).norm())
+        return draw.to(weight.dtype)
+
+    def _draw(self, name: str) -> Tensor:
+        weight, dimension = self.moved[name]
+        draw = _gaussian(f"{self.seed}/{self.axis}/{name}/{tuple(weight.shape)}", weight)
+        if self.like is not None and name in self.like:
+            draw = _without(draw, self.like[name].double(), dimension if self.normalize == "filter" else None)
+        return draw
 
 
 def moved_parameters(model: nn.Module, zero: Iterable[str]) -> dict[str, tuple[Tensor, int]]:
@@ -148,26 +197,6 @@ def _without(draw: Tensor, other: Tensor, dimension: int | None) -> Tensor:
     # A filter with one element has no orthogonal partner; it stays as drawn.
     single = draw.numel() == 1 or (dimension is not None and draw.numel() == draw.shape[dimension])
     return draw if single else rest
-
-
-def _normalized(direction: Direction, moved: Mapping[str, tuple[Tensor, int]], normalize: str) -> Direction:
-    scaled = {}
-    for name, draw in direction.items():
-        weight, dimension = moved[name]
-        if normalize == "filter":
-            factor = _ratio(filter_norms(weight, dimension), filter_norms(draw, dimension))
-        elif normalize == "none":
-            factor = 1.0
-        else:
-            layer = name.rpartition(".")[0]
-            group = [
-                n for n in direction if n == name or (normalize == "layer" and n.rpartition(".")[0] == layer)
-            ]
-            norm = [torch.stack([t[n].double().norm() for n in group]).norm()
-                    for t in ({n: moved[n][0] for n in group}, direction)]  # fmt: skip
-            factor = _ratio(*norm)
-        scaled[name] = (draw * factor).to(weight.dtype)
-    return scaled
 
 
 def _ratio(wanted: Tensor, has: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._untouched import private_copy
-from skipscope.surfaces._directions import Direction
+from skipscope.surfaces._directions import Direction, SeededDirection
 
 _ALIGN = 64  # elements; matrix kernels want aligned weights, and a view in the middle of a buffer need not be
 
@@ -45,7 +45,11 @@ class MovingCopy:
         self.model = private_copy(model, "landscape").requires_grad_(False)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self._flats = self._flatten(directions)
+        # Directions that are drawn anew at every point did not fit; then nothing else is held either.
+        self._lean = any(isinstance(direction, SeededDirection) for direction in directions)
+        self._origin = {name: p.detach() for name, p in model.named_parameters()} if self._lean else {}
+        self._directions = directions
+        self._flats = [] if self._lean else self._flatten(directions)
         self._at: tuple[float, ...] | None = None
 
     def _flatten(self, directions: Sequence[Direction]) -> list[_Flat]:
@@ -80,6 +84,8 @@ class MovingCopy:
         """Put the weights at ``point`` (one coefficient a direction), and return the copy."""
         point = tuple(float(c) for c in point)
         with torch.no_grad():
+            if self._lean:
+                self._redraw(point)
             for flat in self._flats:
                 # The sum is built axis by axis in a fixed order, so that a point has the same bits on every way to it.
                 if self._at is None or self._at[:-1] != point[:-1]:
@@ -94,8 +100,23 @@ class MovingCopy:
         self._at = point
         return self.model
 
+    def _redraw(self, point: tuple[float, ...]) -> None:
+        moved = dict.fromkeys(name for direction in self._directions for name in direction)
+        parameters = dict(self.model.named_parameters())
+        for name in moved:
+            parameters[name].copy_(self._origin[name])
+            for c, direction in zip(point, self._directions):
+                if c and name in direction:
+                    parameters[name].add_(direction[name], alpha=c)
+
     def stacked(self, points: Sequence[Sequence[float]]) -> dict[str, Tensor]:
-        """The moving parameters at several points, each ``[points, *shape]``."""
+        """The moving parameters at several points, each ``[points, *shape]``.
+
+        Raises:
+            MemoryError: not even the directions fit.
+        """
+        if self._lean:
+            raise MemoryError("directions are drawn anew at every point")
         parameters, out = dict(self.model.named_parameters()), {}
         for flat in self._flats:
             at = flat.origin.expand(len(points), -1)

@@ -21,6 +21,7 @@ from skipscope.surfaces._evaluate import Point, prepare_batch_norm, recalibrate
 from skipscope.surfaces._finish import Facts, Run, finish
 from skipscope.surfaces._grid import Sheet, axes
 from skipscope.surfaces._learnt import has_learnt
+from skipscope.surfaces._memory import check_grid
 from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import data_hash, hash_of, resident, weights_hash
 from skipscope.surfaces._ray import Job, job, on_ray
@@ -58,9 +59,10 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
         hashes = {name: weights_hash(model) for name, model in models.items()}
         twins = make_twins(models, held, objective, settings, len(at))
         work = Work(twins, at)
+        check_grid(int(np.prod(work.shape)), len(work.names))
         sheet = Sheet(work.names, work.shape)
         store, choices = _prepare(twins, work, settings, hashes, held, objective)
-        what = f"loss surface of {', '.join(models)}"
+        what = f"loss surface of {', '.join(models)} ({_expected(choices, sheet.done.size)})"
         remote, at_once = None, _at_once(twins)
         if engine == "ray":
             strategies = {name: choice.name for name, choice in choices.items()}
@@ -145,6 +147,11 @@ def _prepare(
     if store.plan.strategy != name:  # another process made the store first
         choices = _choose(twins, work, count, store.plan.strategy)
     return store, choices
+
+
+def _expected(choices: dict[str, Choice], points: int) -> str:
+    seconds = points * sum(choice.point_seconds for choice in choices.values())
+    return f"about {seconds:.0f} s" if seconds < 120 else f"about {seconds / 60:.0f} min"
 
 
 def _at_once(twins: list[TwinOnPlane]) -> int:

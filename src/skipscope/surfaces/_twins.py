@@ -20,6 +20,7 @@ from skipscope.shortcuts import ablate
 from skipscope.surfaces import _directions as dirs
 from skipscope.surfaces._evaluate import Evaluator, Point, batch_norms, recalibrate
 from skipscope.surfaces._grid import Sheet
+from skipscope.surfaces._memory import directions_fit
 from skipscope.surfaces._points import FOLDS, Reading, fold_sums, influence
 from skipscope.surfaces._settings import Settings
 
@@ -66,11 +67,14 @@ def make_twins(
     """Every twin with its directions: identical tensors for those that share the first one's weights."""
     first: TwinOnPlane | None = None
     twins: list[TwinOnPlane] = []
+    keep = directions_fit(models.values(), next(iter(models.values())).parameters(), axes)
     for name, model in models.items():
         shared = first is None or _same_weights(first.model, model)
         moving = axes - (settings.strength is not None)
         directions = (
-            first.directions if first is not None and shared else _directions(model, settings, moving)
+            first.directions
+            if first is not None and shared
+            else directions_for(model, settings, moving, keep)
         )
         edited, knob = _with_knob(model, settings)
         make = partial(
@@ -115,22 +119,24 @@ def _same_weights(first: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def _directions(model: nn.Module, settings: Settings, count: int) -> list[dirs.Direction]:
+def directions_for(
+    model: nn.Module, settings: Settings, count: int, keep: bool = True
+) -> list[dirs.Direction]:
     if settings.own_directions is not None:
         return [dirs.checked_direction(d, model) for d in settings.own_directions]
     made: list[dirs.Direction] = []
     for axis in range(count):
         like = made[0] if axis and settings.orthogonal else None
-        made.append(
-            dirs.random_direction(
-                model,
-                seed=settings.seed,
-                axis=axis,
-                normalize=settings.normalize,
-                zero=settings.zeroed,
-                like=like,
-            )
+        seeded = dirs.random_direction(
+            model,
+            seed=settings.seed,
+            axis=axis,
+            normalize=settings.normalize,
+            zero=settings.zeroed,
+            like=like,
+            keep=keep,
         )
+        made.append(seeded)
     return made
 
 

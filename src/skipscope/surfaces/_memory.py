@@ -1,0 +1,68 @@
+"""What a run will hold in memory, said before it starts: directions are drawn anew where they do not fit, and what does
+not fit at all is refused with what would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._errors import SkipscopeError
+
+_SHARE = 0.8  # of what is free may be used
+
+
+def free_bytes(device: torch.device) -> float:
+    """Free memory on a device; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def _bytes(tensors: Iterable[Tensor]) -> float:
+    return float(sum(t.numel() * t.element_size() for t in tensors))
+
+
+def directions_fit(models: Iterable[nn.Module], moved: Iterable[Tensor], axes: int) -> bool:
+    """Whether every twin's copy and its directions fit; False: the copy alone does, with directions drawn anew.
+
+    Held for each twin: a copy, and for what moves its origin, its present place, a row's start and the directions (twice
+    while they are made); the tried strategy has the same again.
+
+    Raises:
+        SkipscopeError: not even the copies fit.
+    """
+    models, steps = list(models), _bytes(moved) * len(list(models))
+    copies = sum(_bytes([*m.parameters(), *m.buffers()]) for m in models)
+    device = next((p.device for m in models for p in m.parameters()), torch.device("cpu"))
+    free = _SHARE * free_bytes(device)
+    if copies + 2 * max((_bytes(m.parameters()) for m in models), default=0) > free:
+        raise SkipscopeError(
+            "landscape", "the model does not fit into memory a second time, and its own weights are never moved",
+            expected=f"{copies / 2**30:.2f} GiB for the copies", got=f"{free / 2**30:.2f} GiB on {device}",
+            cure="a device with more memory, fewer twins at once, or a lower precision: model.bfloat16()",
+        )  # fmt: skip
+    return 2 * (copies + (3 + axes) * steps) + 2 * axes * steps <= free
+
+
+def check_grid(points: int, numbers: int) -> None:
+    """Refuse a grid whose numbers do not fit.
+
+    Raises:
+        SkipscopeError: with the largest square grid that fits.
+    """
+    free = _SHARE * free_bytes(torch.device("cpu"))
+    each = 4 * 8 * numbers  # the sheet, what is kept, and two copies on the way to results
+    if points * each > free:
+        raise SkipscopeError(
+            "landscape", "the grid's numbers do not fit into memory",
+            expected=f"at most {int((free / each) ** 0.5):,} points an axis of a plane",
+            got=f"{points:,} points of {numbers} numbers, {points * each / 2**30:.1f} GiB", cure="a smaller grid",
+        )  # fmt: skip
