@@ -1,0 +1,75 @@
+"""Importance against hand-made edits, one at a time."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import skipscope as ss
+
+_spec = importlib.util.spec_from_file_location("flow_oracles", Path(__file__).with_name("oracles.py"))
+oracles = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(oracles)
+
+mse = nn.functional.mse_loss
+
+
+class Only(nn.Module):
+    """One residual block without its shortcut, or without its branch."""
+
+    def __init__(self, block, keep):
+        super().__init__()
+        self.block, self.keep = block, keep
+
+    def forward(self, x):
+        return x if self.keep == "shortcut" else self.block.mark(self.block.inner(x))
+
+
+@pytest.fixture(scope="module")
+def case():
+    model, x = oracles.chain(4), torch.randn(8, 6, dtype=torch.float64)
+    return model, x, ss.importance(model, (x, x[:, :3]), mse)
+
+
+def test_each_edit_costs_what_it_costs_by_hand(case):
+    model, x, rank = case
+    assert len(rank) == 4 and rank.loss == pytest.approx(mse(model(x), x[:, :3]).item())
+    for i, row in enumerate(rank):
+        for keep, cost in (("branch", row.removed), ("shortcut", row.lesioned)):
+            parts = list(model.parts)
+            parts[i] = Only(parts[i], keep)
+            loss = mse(oracles.Chain(*parts)(x), x[:, :3]).item()
+            assert cost.loss == pytest.approx(loss, rel=1e-10)
+            assert cost.loss_cost == pytest.approx(loss - rank.loss, abs=1e-12)
+
+
+def test_the_cost_in_flow_is_the_change_of_the_fall(case):
+    model, x, rank = case
+    found = ss.find_shortcuts(model, x)
+    for i, row in enumerate(rank):
+        flow = ss.gradient_flow(ss.ablate(model, found[i]), (x, x[:, :3]), mse, found=found)
+        assert row.removed.fall_decades == pytest.approx(flow.verdict.fall_decades, abs=1e-10)
+        assert row.removed.flow_cost == pytest.approx(
+            flow.verdict.fall_decades - rank.fall_decades, abs=1e-10
+        )
+
+
+def test_the_ranking_is_by_cost(case):
+    costs = [row.removed.loss_cost for row in case[2].ranked]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_the_model_is_as_found_and_the_result_keeps(case, tmp_path):
+    model, _, rank = case
+    assert all(p.grad is None for p in model.parameters())
+    rank.save(tmp_path / "rank.json")
+    assert ss.load(tmp_path / "rank.json") == rank
+
+
+def test_one_shortcut_out_of_many_may_be_asked_for(case):
+    model, x, rank = case
+    found = ss.find_shortcuts(model, x)
+    one = ss.importance(model, (x, x[:, :3]), mse, found=found[1:2])
+    assert len(one) == 1 and one[0] == rank[1]

@@ -1,0 +1,107 @@
+"""The split at each fork against the chain rule by hand; the edges sum to the fork's gradient."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import skipscope as ss
+
+_spec = importlib.util.spec_from_file_location("flow_oracles", Path(__file__).with_name("oracles.py"))
+oracles = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(oracles)
+
+mse = nn.functional.mse_loss
+
+
+def rms(value):
+    return float(value.double().square().mean().sqrt())
+
+
+def test_a_chain_is_the_difference_of_neighbours():
+    """For y = x + f(x): the branch brings grad(x) - grad(y), the shortcut grad(y)."""
+    model, x = oracles.chain(5), torch.randn(4, 6, dtype=torch.float64)
+    split = ss.gradient_split(model, (x, x[:, :3]), mse)
+    kept = [x.clone().requires_grad_()]
+    for block in list(model.parts)[:-1]:
+        kept.append(block(kept[-1]))
+        kept[-1].retain_grad()
+    mse(model.parts[-1](kept[-1]), x[:, :3]).backward()
+    grads = [k.grad for k in kept]
+    assert len(split) == 5
+    for row, here, after in zip(split, grads, grads[1:]):
+        branch = here - after
+        assert row.branch_rms == pytest.approx(rms(branch), rel=1e-10)
+        assert row.shortcut_rms == pytest.approx(rms(after), rel=1e-10)
+        assert row.fork_rms == pytest.approx(rms(here), rel=1e-10)
+        cosine = float((branch * after).sum() / branch.norm() / after.norm())
+        assert row.cosine == pytest.approx(cosine, abs=1e-10)
+        assert row.share == pytest.approx(rms(after) / (rms(after) + rms(branch)))
+        assert row.other_rms is None and row.residual < 1e-15
+
+
+def test_a_scaled_shortcut_brings_its_scale():
+    model, x = oracles.chain(3, scale=0.25), torch.randn(4, 6, dtype=torch.float64)
+    split = ss.gradient_split(model, (x, x[:, :3]), mse)
+    for row, after in zip(split, list(split)[1:]):
+        assert row.shortcut_rms == pytest.approx(0.25 * after.fork_rms, rel=1e-10)
+
+
+def test_other_consumers_of_a_fork_are_told_apart():
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.late = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            hidden = self.a(x).tanh()
+            return torch.cat([hidden + self.b(hidden).tanh(), self.late(hidden)], 1)
+
+    model, x = Dense().double(), torch.randn(3, 4, dtype=torch.float64)
+    (row,) = [r for r in ss.gradient_split(model, (x, torch.zeros(3, 8).double()), mse) if r.name == "b"]
+    assert row.other_rms > 0 and row.residual < 1e-15
+
+
+@pytest.mark.parametrize("make", [oracles.PostActivation, oracles.Overwritten, lambda inner: oracles.Dense(4, inner),
+                                  lambda inner: oracles.Gated(inner, 4), lambda inner: oracles.Projected(4, inner)])  # fmt: skip
+def test_every_kind_sums_to_the_fork(make):
+    torch.manual_seed(0)
+    inner = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(4, 4), *[make(i) for i in inner]).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    split = ss.gradient_split(model, (x, x), mse)
+    assert len(split) == 3
+    assert all(row.residual < 1e-14 and row.branch_rms > 0 and row.shortcut_rms > 0 for row in split)
+
+
+def test_two_batches_are_one():
+    model, x = oracles.chain(3), torch.randn(9, 6, dtype=torch.float64)
+    whole = ss.gradient_split(model, (x, x[:, :3]), mse)
+    parts = ss.gradient_split(model, ss.batches([(x[:4], x[:4, :3]), (x[4:], x[4:, :3])]), mse)
+    for name in ("branch_rms", "shortcut_rms", "cosine", "fork_rms"):
+        np.testing.assert_allclose(
+            [getattr(r, name) for r in parts], [getattr(r, name) for r in whole], rtol=1e-10
+        )
+
+
+def test_under_autocast_and_frozen():
+    model = nn.Sequential(*[oracles.Residual(oracles.layer(8)) for _ in range(3)])
+    model.requires_grad_(False)
+    model[2].requires_grad_(True)
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        split = ss.gradient_split(model, (x, x), mse)
+        paths = ss.path_spectrum(model, (x, x), mse)
+    assert len(split) == 3 and all(row.residual < 0.02 for row in split)
+    assert paths.residual < 0.05
+    assert not any(p.requires_grad for p in model[0].parameters())
+
+
+def test_the_result_keeps(tmp_path):
+    model, x = oracles.chain(2), torch.randn(4, 6, dtype=torch.float64)
+    split = ss.gradient_split(model, (x, x[:, :3]), mse)
+    split.save(tmp_path / "split.json")
+    assert ss.load(tmp_path / "split.json") == split
