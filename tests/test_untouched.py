@@ -46,9 +46,13 @@ CALLS: dict[str, Callable[[nn.Module, Any, Any], Any]] = {
     "spectral_density": lambda model, data, loss: ss.spectral_density(model, data, loss, probes=2, steps=2),
     "curvature_trace": lambda model, data, loss: ss.curvature_trace(model, data, loss, products=3),
     "curvature_operator": lambda model, data, loss: _one_product(ss.curvature_operator(model, data, loss)),
+    "random_direction": lambda model, data, loss: ss.random_direction(model),
+    "solutions_plane": lambda model, data, loss: ss.solutions_plane(model, _moved(model, 1)),
+    "trajectory_plane": lambda model, data, loss: ss.trajectory_plane(model, [_moved(model, 1), _moved(model, 2)]),
     "train_twins": lambda model, data, loss: ss.train_twins({"a": model}, data, loss, seeds=1, steps=2, optimizers={"SGD": [0.1]}),
     "compare": lambda model, data, loss: ss.compare(model, data, loss, train=False, grid=3),
     "watch": lambda model, data, loss: _watched(model, data, loss),
+    "prescribe": lambda model, data, loss: ss.prescribe(model, data, loss, steps=2),
     "print_gradients": lambda model, data, loss: book.print_gradients(model, inputs_of(data)),
     "check_shortcut": lambda model, data, loss: check_shortcut(model, inputs_of(data), compile=False),
 }  # fmt: skip
@@ -70,6 +74,20 @@ def _add_what_is_new() -> None:
             CALLS[name] = lambda model, data, loss, function=getattr(ss, name): function(
                 model, inputs_of(data)
             )
+
+
+def _moved(model: nn.Module, by: float) -> dict[str, Any]:
+    def moved(value: Tensor) -> Tensor:
+        if isinstance(value, nn.parameter.UninitializedTensorMixin):
+            return value
+        wave = torch.linspace(0, 9, value.numel()).add(by).sin().reshape(value.shape)
+        return (
+            value.detach() + wave.to(value.dtype)
+            if value.is_floating_point() and not value.is_meta
+            else value
+        )
+
+    return {name: moved(v) if isinstance(v, Tensor) else v for name, v in model.state_dict().items()}
 
 
 def _one_product(operator: Any) -> Any:

@@ -31,7 +31,7 @@ from skipscope._batches import tensors_in as tensors_in
 from skipscope._errors import SkipscopeError
 from skipscope._stock import Samples as Samples
 from skipscope._stock import stock_loss
-from skipscope._untouched import require_module, untouched
+from skipscope._untouched import require_numbers, untouched
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,7 @@ def read(
     """
     read_loss = as_objective(loss, operation, weight=weight, sample_loss=sample_loss)
     read_data = as_batches(data, operation, any_shape=isinstance(loss, Objective))
-    require_module(model, operation)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise SkipscopeError(
-            operation, "the model is on the meta device: it has shapes, and no numbers to measure",
-            cure="give it weights: model.to_empty(device=...), then load them; find_shortcuts takes it with meta inputs",
-        )  # fmt: skip
+    require_numbers(model, operation)
     if not read_data.single and not read_loss.sums:
         read_loss = replace(read_loss, weight=_checked_weight(model, read_data, read_loss, operation))
     return read_data, read_loss

@@ -72,7 +72,7 @@ class _Snapshot:
         kind = type(thing)
         if isinstance(thing, Tensor):
             is_parameter = isinstance(thing, nn.Parameter)
-            if is_parameter or (thing.is_leaf and thing.requires_grad):
+            if is_parameter or thing.is_leaf:
                 self.gradients.append((thing, thing.grad, thing.requires_grad))
             if is_parameter:
                 return ()
@@ -96,6 +96,8 @@ class _Snapshot:
         for restore, thing, before in self.kept:
             restore(thing, before)
         for tensor, grad, requires_grad in self.gradients:
+            if tensor.grad_fn is not None:
+                tensor.detach_()  # written to by something that carries a gradient
             tensor.grad = None  # a gradient of another dtype can only be replaced through None
             tensor.requires_grad_(requires_grad)
             tensor.grad = grad
@@ -244,6 +246,18 @@ def require_module(model: Any, operation: str) -> None:
                     layer=f"{name}.{own}".lstrip("."),
                     cure="run model(inputs) once before measuring",
                 )
+
+
+def require_numbers(model: Any, operation: str) -> None:
+    """As :func:`require_module`; and refuse a model on the meta device, which has shapes only."""
+    require_module(model, operation)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise SkipscopeError(
+            operation,
+            "the model is on the meta device: it has shapes, and no numbers to measure",
+            cure="give it weights: model.to_empty(device=...), then load them; "
+            "find_shortcuts takes it with meta inputs",
+        )
 
 
 def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn.Module:

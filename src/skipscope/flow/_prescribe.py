@@ -59,6 +59,11 @@ def prescribe(
         ('vanishing', 'healthy')
     """
     batches, objective = read(model, data, loss, "prescribe", weight=weight)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise SkipscopeError(
+            "prescribe", "no parameter requires a gradient: there is nothing to train", got=type(model).__name__,
+            cure="pass the model before it is frozen or quantised",
+        )  # fmt: skip
     found, _ = places(model, batches, "prescribe")
     inputs = inputs_of(batches.first())
     tools = _Tools(batches, objective, steps, seed, weight)
@@ -108,6 +113,9 @@ class _Tools:
 
     def steps_of(self, model: nn.Module, optimizer: type[torch.optim.Optimizer], rate: float) -> float:
         parameters = [p for p in model.parameters() if p.requires_grad]
+        for module in model.modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                module.sparse = False  # Adam takes no sparse gradients; dense ones are the same numbers
         stepper = optimizer(parameters, lr=rate)  # type: ignore[call-arg]
         done = 0
         while done < self.steps:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._untouched import require_numbers
 from skipscope.surfaces._directions import Direction, inner
 
 
@@ -133,6 +134,7 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
 
 def _step(model: nn.Module, other: Any, operation: str) -> Direction:
     """Other weights less the model's, in float64."""
+    require_numbers(model, operation)
     here = {name: p.detach() for name, p in model.named_parameters()}
     there = dict(other.named_parameters()) if isinstance(other, nn.Module) else other
     if not isinstance(there, Mapping) or any(
