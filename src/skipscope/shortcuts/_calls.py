@@ -6,6 +6,7 @@ instruction (site), and how many times that host has been there (nth).
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections import Counter
@@ -122,9 +123,22 @@ def caller() -> FrameType:
     return frame
 
 
+_sites: dict[tuple[int, int, str], tuple[CodeType, str]] = {}
+
+
 def site_of(frame: FrameType, operation: str) -> str:
-    """Function, line, instruction and operation: two additions on one line are two sites."""
-    return f"{frame.f_code.co_qualname}:{frame.f_lineno}:{frame.f_lasti}:{operation}"
+    """Function, line, columns and operation: two additions on one line are two sites."""
+    code = frame.f_code
+    known = _sites.get((id(code), frame.f_lasti, operation))
+    if known is None:
+        # Not the instruction itself: Python's specialisation may give one call two instructions.
+        line, _, begin, end = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
+        where = f"{begin}-{end}" if begin is not None else str(frame.f_lasti)
+        known = _sites[id(code), frame.f_lasti, operation] = (
+            code,
+            f"{code.co_qualname}:{line}:{where}:{operation}",
+        )
+    return known[1]
 
 
 def source_of(frame: FrameType) -> str:
@@ -139,9 +153,11 @@ def first_argument(frame: FrameType) -> Any:
 
 
 def is_forward(frame: FrameType) -> bool:
-    """Whether a frame that belongs to a module is its forward: named so, or called by ``Module.__call__``."""
+    """Whether a frame that belongs to a module is its forward: a method named so, or called by ``Module.__call__``."""
     back = frame.f_back
-    return frame.f_code.co_name == "forward" or (back is not None and back.f_code.co_filename == _PLUMBING)
+    return frame.f_code.co_qualname.endswith(".forward") or (
+        back is not None and back.f_code.co_filename == _PLUMBING
+    )
 
 
 @dataclass(eq=False)
@@ -164,7 +180,6 @@ class Sites:
 
     def __init__(self, model: nn.Module):
         self.paths = {id(module): path for path, module in model.named_modules()}
-        self._names: dict[tuple[int, int, str], tuple[CodeType, str]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -174,14 +189,6 @@ class Sites:
         self.entered: dict[int, _Entered] = {}
         self._times: Counter[str] = Counter()
         self._latest: dict[str, _Entered] = {}
-
-    def site(self, frame: FrameType, operation: str) -> str:
-        """The site's name, remembered."""
-        code = frame.f_code
-        known = self._names.get((id(code), frame.f_lasti, operation))
-        if known is None:
-            known = self._names[id(code), frame.f_lasti, operation] = (code, site_of(frame, operation))
-        return known[1]
 
     def owner_and_host(self, frame: FrameType | None) -> tuple[str, str, FrameType | None, bool]:
         """Who makes a call.
@@ -206,7 +213,7 @@ class Sites:
     def occurrence(self, frame: FrameType, operation: str) -> tuple[str, str, int]:
         """Host, site and how many times this host was at this site before."""
         _, host, _, _ = self.owner_and_host(frame)
-        site = self.site(frame, operation)
+        site = site_of(frame, operation)
         nth = self.occurrences[host, site]
         self.occurrences[host, site] += 1
         return host, site, nth
@@ -214,7 +221,7 @@ class Sites:
     def key(self, frame: FrameType, operation: str) -> tuple[CallKey, str, bool]:
         """The call's whole key, its owner's path, and whether it is checkpointed outside any module."""
         owner, host, host_frame, checkpointed = self.owner_and_host(frame)
-        site = self.site(frame, operation)
+        site = site_of(frame, operation)
         nth = self.occurrences[host, site]
         self.occurrences[host, site] += 1
         entered = self._enter(host_frame, host)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._results import Place
-from skipscope.shortcuts._sides import BENT, LINEAR, MATRIX_SUMS, PRODUCT, SHAPE, Side, Sides
+from skipscope.shortcuts._sides import BENT, LINEAR, MATRIX_SUMS, PRODUCT, SHAPE, Side, Sides, factors_of
 from skipscope.shortcuts._trace import Call, Graph, bits
 
 PARALLEL = "parallel branches"
@@ -99,7 +99,20 @@ class Judge:
                 return PARALLEL
             if any(self._is_low_rank(side, sides[chosen[0]]) for side in rest):
                 return "a low-rank update of the same linear map"
-        return chosen
+        return self._one_factor(call, sides, chosen)
+
+    def _one_factor(self, call: Call, sides: dict[int, Side], chosen: tuple[int, ...]) -> tuple[int, ...]:
+        """Of operands that the call multiplies with each other, x; not the gate that depends on it."""
+        factors = [i for i in chosen if i in factors_of(call)]
+
+        def is_gate(i: int) -> bool:
+            ancestors = self.graph.ancestors[sides[i].fork or 0]
+            return any(
+                j != i and sides[j].fork != sides[i].fork and ancestors >> (sides[j].fork or 0) & 1
+                for j in factors
+            )
+
+        return tuple(i for i in chosen if i not in factors or not is_gate(i))
 
     def _rank(self, side: Side) -> int | None:
         if side.fork is None or side.how in {"branch", "bent"}:

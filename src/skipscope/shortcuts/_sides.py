@@ -44,6 +44,11 @@ MATRIX_SUMS = _words("addmm baddbmm addbmm addmv addr")
 _FACTORS = {**dict.fromkeys(MATRIX_SUMS, (1, 2)), "addcmul": (1, 2), "addcdiv": (1,)}
 
 
+def factors_of(call: Call) -> tuple[int, ...]:
+    """Which operands a call multiplies with each other before it adds."""
+    return _FACTORS.get(call.name, ())
+
+
 @dataclass(frozen=True)
 class Side:
     """One operand as seen from its merge.
@@ -73,7 +78,7 @@ class Sides:
         self.graph, self.call = graph, call
         self.at = [None if node is None else graph.position[node] for node in call.operands]
         self.active = [i for i, at in enumerate(self.at) if at is not None and graph.active >> at & 1]
-        self.factors = _FACTORS.get(call.name, ())
+        self.factors = factors_of(call)
 
     def read(self) -> dict[int, Side]:
         """Each activation operand's side."""

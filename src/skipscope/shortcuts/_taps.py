@@ -59,7 +59,7 @@ class _Tap(TorchFunctionMode):
         if operation is None and name != "embedding":
             return func(*args, **kwargs)
         frame, label = _calls.caller(), name if operation is None else operation.name
-        if self.sites.site(frame, label) not in self.wanted:
+        if _calls.site_of(frame, label) not in self.wanted:
             return func(*args, **kwargs)
         if operation is not None and _calls.tensor_operands(_calls.operands(operation, args, kwargs)) < 2:
             return func(*args, **kwargs)

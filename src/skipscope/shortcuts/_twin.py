@@ -78,6 +78,15 @@ class Plan:
     sites: frozenset[str] = frozenset()
     operations: frozenset[str] = frozenset()
 
+    @property
+    def every_call_alike(self) -> bool:
+        """Whether the host's forward is edited alike in each of its calls."""
+        return len(self.everywhere) == len(self.sites)
+
+    def edits_in(self, call: int) -> int:
+        """How many calls are edited in one run of the host."""
+        return len([key for key in self.counted if key[0] == call])
+
     def add(self, rule: Rule) -> None:
         """Add a rule; rules for one operand apply one after the other."""
         call = rule.place.call
@@ -265,6 +274,7 @@ class _CompiledEditing(TorchFunctionMode):
         self.counts: dict[str, int] = {}
         self.times: dict[int, int] = {}
         self.open: list[tuple[Plan, int, dict[str, int]]] = []
+        self.edited = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -280,14 +290,16 @@ class _CompiledEditing(TorchFunctionMode):
         for plan, call, before in self.open:
             rules = plan.counted.get((call, operation.name, count - before.get(operation.name, 0)))
             if rules is not None:
+                self.edited += 1
                 return _edited(rules, operation, func, args, kwargs, values)
         return func(*args, **kwargs)
 
     def run(self, module: nn.Module, plan: Plan, original: Any, args: Any, kwargs: Any) -> Any:
-        """Run a forward and refuse when it made another number of calls than the traced one."""
-        call = self.times.get(id(module), 0)
-        self.times[id(module)] = call + 1
-        before = dict(self.counts)
+        """Run a forward, and refuse when its calls were not those of the traced one."""
+        time = self.times.get(id(module), 0)
+        self.times[id(module)] = time + 1
+        call = 0 if plan.every_call_alike else time
+        before, edited = dict(self.counts), self.edited
         self.open.append((plan, call, before))
         output = original(module, *args, **kwargs)
         self.open.pop()
@@ -295,6 +307,8 @@ class _CompiledEditing(TorchFunctionMode):
             made = self.counts.get(operation, 0) - before.get(operation, 0)
             if among and made != among:
                 _refuse(plan, f"{made} calls of {operation} in compiled code, {among} when they were found")
+        if self.edited - edited < plan.edits_in(call):
+            _refuse(plan, "no such call in compiled code")
         return output
 
 
