@@ -73,3 +73,26 @@ def test_one_shortcut_out_of_many_may_be_asked_for(case):
     found = ss.find_shortcuts(model, x)
     one = ss.importance(model, (x, x[:, :3]), mse, found=found[1:2])
     assert len(one) == 1 and one[0] == rank[1]
+
+
+def test_stale_batch_norms_are_recalibrated_and_it_is_said():
+    torch.manual_seed(0)
+    model, batch = ss.reference.resnet20().eval(), ss.reference.digits(32)
+    found = ss.find_shortcuts(model, batch[0])[:1]
+    rank = ss.importance(model, batch, nn.functional.cross_entropy, found=found)
+    twin = ss.ablate(model, found, recalibrate=batch)
+    with torch.no_grad():
+        assert rank[0].removed.loss == pytest.approx(
+            nn.functional.cross_entropy(twin(batch[0]), batch[1]).item(), rel=1e-4
+        )
+    assert any("recalibrated" in note for note in rank.notes)
+
+
+def test_results_say_what_was_done_to_a_twin(case):
+    model, x, _ = case
+    found = ss.find_shortcuts(model, x)
+    for twin, words in (
+        (model, "as built"), (ss.ablate(model, found), "removed"), (ss.ablate(model, found, "detach"), "detached"),
+        (ss.ablate(model, found[:1]), "removed (1 of 4)"), (ss.ablate(model, found, strength=0.5), "strength 0.5"),
+    ):  # fmt: skip
+        assert ss.gradient_flow(twin, (x, x[:, :3]), mse).meaning == words

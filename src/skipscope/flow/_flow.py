@@ -17,7 +17,7 @@ from skipscope.flow._measure import Readings, Tap, WeightReading, measure, norm_
 from skipscope.flow._results import BoundaryFlow, GradientFlow, LayerGradient
 from skipscope.flow._running import places, running
 from skipscope.flow._verdict import Clue, Point, judge
-from skipscope.shortcuts import tap_boundaries
+from skipscope.shortcuts import meaning, tap_boundaries
 
 
 def gradient_flow(
@@ -89,11 +89,6 @@ def mode_of(model: nn.Module) -> str:
     """``"train"``, ``"eval"`` or ``"mixed"``."""
     modes = {module.training for module in model.modules()}
     return "mixed" if len(modes) > 1 else "train" if modes.pop() else "eval"
-
-
-def meaning_of(model: nn.Module) -> str:
-    """What was done to a twin (``"removed"``, ``"detached"``, ...), or ``"as built"``."""
-    return getattr(model, "skipscope_meaning", "as built")
 
 
 def _clues(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap) -> tuple[Clue, ...]:
@@ -221,7 +216,7 @@ def _assemble(
     return GradientFlow(
         tuple(rows), layers, verdict, chi, depth_scale,
         None if verdict.fall_decades is None else 10.0**-verdict.fall_decades, readings.loss, readings.output_gradient,
-        mode, meaning_of(model), _dtype_name(readings), readings.batches, readings.samples,
+        mode, meaning(model), _dtype_name(readings), readings.batches, readings.samples,
         _notes(readings, layers, scale) + _not_met([p.name for p, (state, _) in zip(points, flow) if state == "not_met"]),
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from skipscope._data import Batch, read
 from skipscope._errors import SkipscopeError
@@ -52,12 +53,17 @@ def importance(
     chosen = every if found is None else found
     options = {"found": every, "seed": seed, "weight": weight}
     before = gradient_flow(model, batches, objective, **options)
+    stale = any(
+        isinstance(m, _BatchNorm) and m.track_running_stats and not m.training for m in model.modules()
+    )
     rows = []
     for i in track(range(len(chosen)), "importance"):
         costs, reasons = {}, []
         for how in ("remove", "lesion"):
             try:
-                twin = ablate(model, chosen[i : i + 1], how=how, share=True)
+                twin = ablate(
+                    model, chosen[i : i + 1], how=how, share=True, recalibrate=batches if stale else None
+                )
                 costs[how] = cost(before, gradient_flow(twin, batches, objective, **options))
             except SkipscopeError as error:
                 reasons.append(f"{how}: {error.problem}")
@@ -67,8 +73,12 @@ def importance(
                 one.name, one.kind, costs.get("remove"), costs.get("lesion"), "; ".join(reasons) or None
             )
         )
-    refused = [f"{row.name}: {row.why}" for row in rows if row.why]
-    return Importance(tuple(rows), before.loss, before.verdict.fall_decades, before.mode, tuple(refused))
+    notes = [f"{row.name}: {row.why}" for row in rows if row.why]
+    if stale:
+        notes.append(
+            "Batch-norm statistics of every twin were recalibrated on the data before it was measured."
+        )
+    return Importance(tuple(rows), before.loss, before.verdict.fall_decades, before.mode, tuple(notes))
 
 
 def cost(before: GradientFlow, after: GradientFlow) -> Cost:

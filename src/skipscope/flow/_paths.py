@@ -16,11 +16,11 @@ from skipscope._progress import track
 from skipscope._untouched import random_state_kept
 from skipscope.flow._angles import MOST, AngleWalk
 from skipscope.flow._cuts import Stack, Walk, cut_forward
-from skipscope.flow._flow import meaning_of, mode_of
+from skipscope.flow._flow import mode_of
 from skipscope.flow._measure import no_gradient, norm_of, re_entrant, shares_of, wants_backward
 from skipscope.flow._results import PathSpectrum
 from skipscope.flow._running import places, running
-from skipscope.shortcuts import tap_boundaries
+from skipscope.shortcuts import meaning, tap_boundaries
 
 
 def path_spectrum(
@@ -122,7 +122,7 @@ def path_spectrum(
         method,
         value,
         mode,
-        meaning_of(model),
+        meaning(model),
         errors,
         notes,
     )

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._data import Batch, Objective, map_tensors, read
-from skipscope.flow._flow import meaning_of, mode_of
+from skipscope.flow._flow import mode_of
 from skipscope.flow._measure import no_gradient, norm_of, re_entrant, shares_of, wants_backward
 from skipscope.flow._results import GradientSplit, SplitAt
 from skipscope.flow._running import places, running
-from skipscope.shortcuts import tap_merges
+from skipscope.shortcuts import meaning, tap_merges
 
 SIDES = ("branch", "shortcut", "other")
 
@@ -66,7 +66,7 @@ def gradient_split(
     rows = tuple(fork.row(one) for one, fork in zip(found, forks))
     lost = [row.name for row, fork in zip(rows, forks) if not fork.elements]
     notes = (f"No gradient was seen at the fork of: {', '.join(lost)}.",) if lost else ()
-    return GradientSplit(rows, value, mode, meaning_of(model), notes)
+    return GradientSplit(rows, value, mode, meaning(model), notes)
 
 
 @dataclass
