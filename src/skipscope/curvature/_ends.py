@@ -113,7 +113,7 @@ def ends_of(
     ):
         if not good:
             raise SkipscopeError(operation, f"{name} is out of range", expected=expected, got=value)
-    wish = Wish(k, tol, confidence, block, basis, max_products, seed, operator.precision)
+    wish = Wish(k, tol, confidence, block, basis, max_products, seed, precision=operator.precision)
     found = find_ends(operator.apply, size, wish, device=operator.basis_device)
     low, high = found.order(k)
     return ExtremeEigenvalues(

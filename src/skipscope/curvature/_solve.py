@@ -19,7 +19,7 @@ from skipscope.curvature._certificate import chance_unseen
 from skipscope.curvature._lanczos import Draw, Krylov, Product, gaussian_blocks
 
 _BASIS_BYTES = 1 << 30
-_SHAKE = 0.3  # the random part of a start near known vectors
+_SHAKE = 1.0  # the random part of a start near known vectors, against unit vectors
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Wish:
         basis: vectors kept before a thick restart; None: as many as 1 GiB holds, at most 300.
         max_products: after these it stops, converged or not.
         seed: of the start vectors.
+        margin: how much farther out is meant by that, relative to max |lambda|; None: the tolerance.
         precision: relative rounding error of the products, where it is known beforehand (float32: 1.2e-7).
     """
 
@@ -44,6 +45,7 @@ class Wish:
     basis: int | None = None
     max_products: int = 1000
     seed: int = 0
+    margin: float | None = None
     precision: float = 0.0
 
 
@@ -92,7 +94,7 @@ def find_ends(
 
     A run may start near eigenvectors that were found close by (``near``): it then needs fewer products for the same
     residuals. The doubt stays a bound, for the start has a random part and what is added to that cannot make a
-    direction less likely to be seen (Anderson 1955); but as the part is small the bound is weak.
+    direction less likely to be seen (Anderson 1955); but as it is a part only, the bound is weaker.
 
     Args:
         product: the matrix times rows ``[b, size]``, float64.
@@ -184,9 +186,10 @@ class _Search:
             if self._count < wish.k or not within.all():
                 return None
             low, high = self._thresholds(values)
+            margin = limit if wish.margin is None else limit * wish.margin / wish.tol
             # A random part of this size in the start: the rest of it can only hide what it would have shown.
             diluted = 1.0 if self.near is None else 1.0 + float(self.near.sum(0).norm()) / _SHAKE
-            self.doubt = min(chance_unseen(run, [low - limit, high + limit], width, diluted), 1.0)
+            self.doubt = min(chance_unseen(run, [low - margin, high + margin], width, diluted), 1.0)
             if limit and self.doubt > self.allowed:
                 return None
         if run.exhausted or not limit:  # what a random vector shows nothing of is the zero matrix
