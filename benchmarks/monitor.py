@@ -136,6 +136,8 @@ def _of(name: str, make: Any, batch: Any, rounds: int, stack: contextlib.ExitSta
          "unit": "ratio", "aim": "<= 0.04", "detail": detail},
         {"name": f"monitor every=10 over the bare step: {name}", "value": over(times10, "every=10") + every_32 / 10,
          "unit": "ratio", "aim": "<= 0.005", "detail": f"by CPU time {over(times10, 'every=10', 1):.2%}"},
+        {"name": f"the hook's own time over the bare step: {name}", "value": (hook + judge / 32) * 1e3 / step_ms,
+         "unit": "ratio", "aim": "<= 0.04", "detail": "timed alone, after a step: steadier on a busy machine"},
         {"name": f"the hook over one read of the gradients: {name}", "value": hook / read, "unit": "ratio",
          "aim": "the floor is 1", "detail": "the sum of every gradient, by torch"},
     ]  # fmt: skip

@@ -28,7 +28,9 @@ def gradients(dtype):
 )
 def test_on_the_host(dtype):
     for grad in gradients(dtype):
-        np.testing.assert_allclose(_norms.on_host(grad), exact(grad), rtol=1e-6)
+        np.testing.assert_allclose(
+            _norms.on_host(grad), exact(grad), rtol=3e-6 if dtype == torch.bfloat16 else 1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -56,7 +58,7 @@ def test_any_finite_float32(values):
     norm, total = exact(grad)
     found = _norms.on_host(grad)
     if total < 3e38:
-        np.testing.assert_allclose(found, (norm, total), rtol=3e-6)
+        np.testing.assert_allclose(found, (norm, total), rtol=3e-6, atol=2e-45)  # float32's least
 
 
 @pytest.mark.parametrize("keep", [2, 3, 8, 64])

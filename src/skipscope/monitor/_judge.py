@@ -15,12 +15,12 @@ from dataclasses import replace
 import numpy as np
 
 from skipscope._numbers import short
-from skipscope.flow._verdict import FALL, Point, judge
+from skipscope.flow._verdict import FALL, GROWTH, Point, judge
 from skipscope.monitor._results import FLOW, GRADIENTS, STATES, LiveVerdict
 
 # dL/dW was seen to fall 1.4 decades where dL/dx grew: ask for more than of a flow, and for more still where no weights
 # of equal shape can be compared.
-_FALL_OF_WEIGHTS, _FALL_OF_UNEQUAL = FALL + 0.5, FALL + 1.5
+_MORE_OF_WEIGHTS, _MORE_OF_UNEQUAL = 0.5, 1.5
 # A state that is reached is left only when the fall is so much smaller: no flicker at the threshold.
 _STICKY = 0.3
 _WORDS = {"underflow": "ok"}
@@ -31,7 +31,7 @@ UNKNOWN = LiveVerdict("unknown", GRADIENTS, 0, "no step has been recorded yet")
 def judge_flow(names: Sequence[str], rms: np.ndarray, step: int, was: str) -> LiveVerdict:
     """The verdict on the flow at boundaries, nearest the input first; NaN where none arrived."""
     points = [Point(name, *_flow_state(value)) for name, value in zip(names, rms)]
-    return _live(points, FLOW, step, was, FALL)
+    return _live(points, FLOW, step, was, 0.0)
 
 
 def judge_gradients(
@@ -65,23 +65,25 @@ def judge_gradients(
     if not points:
         return LiveVerdict("unknown", GRADIENTS, step, "no weight has a gradient that can be compared", None)
     equal = Counter(shape for shape, use in zip(shapes, compared) if use)
-    least = _FALL_OF_WEIGHTS if max(equal.values(), default=0) >= 3 else _FALL_OF_UNEQUAL
-    return _live(points, GRADIENTS, step, was, least)
+    more = _MORE_OF_WEIGHTS if max(equal.values(), default=0) >= 3 else _MORE_OF_UNEQUAL
+    return _live(points, GRADIENTS, step, was, more)
 
 
-def _live(points: list[Point], basis: str, step: int, was: str, least: float) -> LiveVerdict:
+def _live(points: list[Point], basis: str, step: int, was: str, more: float) -> LiveVerdict:
+    """The flow room's verdict; between trouble and health by its limits plus ``more``, and not leaving at a hair."""
     found = judge(points)
-    state, reason, where = found.state, found.reason, found.where
-    fall = found.fall_decades
-    if basis == GRADIENTS:
-        reason = reason.replace("boundaries", "weights")
+    state, reason, where, fall = found.state, found.reason, found.where, found.fall_decades
+    of = "boundaries" if basis == FLOW else "weights"
+    reason = reason.replace("boundaries", of)
     if fall is not None:
-        least -= _STICKY if was in {"vanishing", "exploding"} else 0.0
-        if abs(fall) < least:
-            state, where = "healthy", None
-            reason = f"{short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {len(points)} " + (
-                "boundaries" if basis == FLOW else "weights; set flow_every= to read the flow itself"
-            )
+        trouble, limit = ("vanishing", FALL + more) if fall >= 0 else ("exploding", GROWTH + more)
+        limit -= _STICKY if was == trouble else 0.0
+        change = f"{short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {len(points)} {of}"
+        if abs(fall) < limit:
+            hint = "" if basis == FLOW else "; set flow_every= to read the flow itself"
+            state, where, reason = "healthy", None, change + hint
+        elif state == "healthy":
+            state, where, reason = trouble, points[0].name, f"{change}, hardly less than before"
     return LiveVerdict(state, basis, step, reason, where, fall, found.slope, found.slope_interval)
 
 

@@ -1,0 +1,204 @@
+"""The live verdict on networks whose gradients are known to be well or ill, from parameter gradients alone."""
+
+import logging
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import skipscope as ss
+from skipscope import reference
+from skipscope.flow._verdict import FALL, GROWTH
+from skipscope.monitor import STATES, watch
+from skipscope.monitor._judge import judge_flow, judge_gradients
+
+from ._loops import loss_of, network
+
+
+def deep(width=16, depth=20, gain=1.0, activation=nn.Tanh, seed=0):
+    torch.manual_seed(seed)
+    layers = []
+    for _ in range(depth):
+        linear = nn.Linear(width, width)
+        nn.init.orthogonal_(linear.weight, gain)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, activation()]
+    return nn.Sequential(*layers, nn.Linear(width, 1))
+
+
+def verdict_of(model, batch, loss, steps=3):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer) as monitor:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+    assert monitor.verdict.basis == "parameter gradients"
+    return monitor.verdict
+
+
+def regression(width=16):
+    torch.manual_seed(1)
+    return 0.1 * torch.randn(16, width), torch.randn(16, 1)
+
+
+class Backward(torch.autograd.Function):
+    """Identity going forward, a factor going back."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+@pytest.mark.parametrize(
+    ("factor", "state"),
+    [(0.5, "vanishing"), (0.7, "vanishing"), (1.0, "healthy"), (1.02, "healthy"), (2.0, "exploding")],
+)
+def test_a_known_factor_at_each_layer(factor, state):
+    """Orthogonal layers keep activations as they are, so RMS dL/dW changes by the factor at each of 20 layers."""
+
+    class Known(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = deep(activation=nn.Identity)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(Backward.apply(x, factor))
+            return x
+
+    verdict = verdict_of(Known(), regression(), F.mse_loss)
+    assert verdict.state == state
+    assert verdict.slope == pytest.approx(
+        -2 * np.log10(factor), abs=0.01
+    )  # two modules, so two factors, a layer
+
+
+def test_saturated_tanh_vanishes_and_shortcuts_do_not():
+    batch = reference.digits(32)
+    torch.manual_seed(0)
+    assert verdict_of(reference.deep_mlp(depth=20), batch, F.cross_entropy).state == "vanishing"
+    torch.manual_seed(0)
+    healthy = reference.resnet20()
+    assert verdict_of(healthy, batch, F.cross_entropy).state == "healthy"
+
+
+def test_a_gpt_with_its_embedding_and_head_is_healthy():
+    torch.manual_seed(0)
+    model = reference.gpt(6, 32, 4, context=32)
+    assert verdict_of(model, reference.english(8, context=32), F.cross_entropy).state == "healthy"
+
+
+def test_dead_relu_is_dead():
+    model = deep(activation=nn.ReLU, depth=6)
+    with torch.no_grad():
+        model[6].bias.fill_(-100.0)
+    verdict = verdict_of(model, regression(), F.mse_loss)
+    assert verdict.state == "dead"
+
+
+def test_nonfinite_is_said_at_once_and_names_the_place():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    heard = []
+    with watch(model, optimizer, on_verdict=heard.append):
+        for i in range(40):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            if i == 36:
+                model[2].weight.grad[0, 0] = float("nan")
+            optimizer.step()
+    bad = next(event for event in heard if event.verdict.state == "nonfinite")
+    assert bad.step == 37
+    assert bad.verdict.where == "2.weight"
+
+
+def test_a_change_is_one_line_in_the_log(caplog):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with caplog.at_level(logging.INFO, "skipscope.monitor"), watch(model, optimizer) as monitor:
+        for bad in (False, False, True, True):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            if bad:
+                model[0].weight.grad.fill_(float("inf"))
+            optimizer.step()
+    lines = [record.getMessage() for record in caplog.records if record.name == "skipscope.monitor"]
+    assert len(lines) == len(monitor.history.events) == 2
+    assert "healthy -> nonfinite" in lines[1]
+    assert caplog.records[-1].levelno == logging.WARNING
+
+
+def test_the_state_does_not_flicker_at_the_threshold():
+    names = [f"b{i}" for i in range(11)]
+
+    def flow(decades):
+        return 10.0 ** (np.linspace(-decades, 0.0, 11))
+
+    assert judge_flow(names, flow(FALL + 0.1), 1, "healthy").state == "vanishing"
+    assert judge_flow(names, flow(FALL - 0.1), 1, "vanishing").state == "vanishing"
+    assert judge_flow(names, flow(FALL - 0.1), 1, "healthy").state == "healthy"
+    assert judge_flow(names, flow(FALL - 0.4), 1, "vanishing").state == "healthy"
+    assert judge_flow(names, flow(-GROWTH - 0.1), 1, "healthy").state == "exploding"
+
+
+def test_each_shape_has_its_own_level():
+    """Embedding, head and two kinds of block weights at very different levels, none of which changes with depth."""
+    shapes = [(100, 4), *[(4, 4), (16, 4)] * 8, (7, 4)]
+    rms = np.array([[1e-6, *[1e-2, 1e-5] * 8, 3.0]] * 8)
+    fine = np.full(rms.shape, float(STATES.index("ok")))
+    names = [f"w{i}" for i in range(len(shapes))]
+    assert judge_gradients(names, shapes, rms, fine, 8, "unknown").state == "healthy"
+    sloped = rms * 10.0 ** np.linspace(-4, 0, len(shapes))
+    found = judge_gradients(names, shapes, sloped, fine, 8, "unknown")
+    assert found.state == "vanishing"
+    np.testing.assert_allclose(found.slope, 4 / (len(shapes) - 1), rtol=1e-6)
+
+
+KILLED = """
+import sys, torch
+import skipscope as ss
+model = torch.nn.Linear(30, 30)
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+with ss.watch(model, optimizer, folder=sys.argv[1], flow_every=7):
+    print("begun", flush=True)
+    while True:
+        optimizer.zero_grad()
+        model(torch.randn(2, 30)).square().mean().backward()
+        optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.4])
+def test_a_history_is_read_while_the_run_goes_on_and_after_kill_9(tmp_path, seconds):
+    run = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert run.stdout.readline() == "begun\n"
+        time.sleep(seconds)
+        ss.load(tmp_path / "run")
+        while not (seen := len(ss.load(tmp_path / "run"))):
+            time.sleep(0.05)
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        run.stdout.close()
+    history = ss.load(tmp_path / "run")
+    assert len(history) >= seen
+    np.testing.assert_array_equal(history.steps, np.arange(1, len(history) + 1))
+    assert np.isfinite(history.norm).all()
+    assert not history.complete
+    assert any("cut short" in note for note in history.notes)
+    assert history.verdict.state == "healthy"
