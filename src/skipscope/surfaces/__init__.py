@@ -6,19 +6,21 @@ zero (Li, Xu, Taylor, Studer, Goldstein: Visualizing the Loss Landscape of Neura
 1712.09913).
 """
 
+from skipscope.surfaces._band_results import PairedBand as PairedBand
+from skipscope.surfaces._band_results import SurfaceBand as SurfaceBand
+from skipscope.surfaces._curvature_map import curvature_map as curvature_map
 from skipscope.surfaces._directions import random_direction as random_direction
 from skipscope.surfaces._landscape import landscape as landscape
 from skipscope.surfaces._landscape import paired_landscapes as paired_landscapes
+from skipscope.surfaces._map_result import CurvatureMap as CurvatureMap
 from skipscope.surfaces._planes import Plane as Plane
 from skipscope.surfaces._planes import solutions_plane as solutions_plane
 from skipscope.surfaces._planes import trajectory_plane as trajectory_plane
 from skipscope.surfaces._results import Checks as Checks
 from skipscope.surfaces._results import Difference as Difference
 from skipscope.surfaces._results import KnownPoints as KnownPoints
-from skipscope.surfaces._results import PairedBand as PairedBand
 from skipscope.surfaces._results import PairedSurfaces as PairedSurfaces
 from skipscope.surfaces._results import Provenance as Provenance
 from skipscope.surfaces._results import Scores as Scores
 from skipscope.surfaces._results import Surface as Surface
-from skipscope.surfaces._results import SurfaceBand as SurfaceBand
 from skipscope.surfaces._store import read_store as read_store

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from skipscope.surfaces._results import PairedBand, PairedSurfaces, Scores, SurfaceBand
+from skipscope.surfaces._band_results import PairedBand, SurfaceBand
+from skipscope.surfaces._results import PairedSurfaces, Scores
 from skipscope.surfaces._run import surfaces
 from skipscope.surfaces._settings import Settings
 

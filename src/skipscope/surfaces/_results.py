@@ -374,63 +374,6 @@ class PairedSurfaces(Result):
         return _exports.save(self, Path(path)) or super().save(path, **options)
 
 
-@dataclass(frozen=True, eq=False)
-class SurfaceBand(Result):
-    """The same surface along several seeds' directions: what of it is the network's, and what the direction's.
-
-    Attributes:
-        surfaces: seed -> surface.
-        alphas: the first axis.
-        betas: the second axis; empty for a line.
-        median: over seeds, at each point, [a, b].
-        low: lowest over seeds, [a, b].
-        high: highest over seeds, [a, b].
-        scores: name -> (mean over seeds, standard deviation over seeds).
-    """
-
-    surfaces: dict[str, Surface]
-    alphas: np.ndarray
-    betas: np.ndarray
-    median: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    scores: dict[str, tuple[float, float]]
-
-    def table(self) -> Table:
-        rows = [[name, short(mean), short(deviation)] for name, (mean, deviation) in self.scores.items()]
-        title = f"loss surface of {next(iter(self.surfaces.values())).name} over {len(self.surfaces)} seeds of directions"
-        return Table(title, ["score", "mean", "spread"], rows, ["Spread: standard deviation over the seeds."])
-
-
-@dataclass(frozen=True, eq=False)
-class PairedBand(Result):
-    """Paired surfaces along several seeds' directions, and how far the seeds agree.
-
-    Attributes:
-        pairs: seed -> the pair along that seed's directions.
-        scores: twin -> score -> (mean over seeds, standard deviation over seeds).
-        agreement: twin -> score -> share of seeds on which this twin's score is higher than the first twin's: near 0 or
-            1 the direction does not matter, near a half it decides.
-    """
-
-    pairs: dict[str, PairedSurfaces]
-    scores: dict[str, dict[str, tuple[float, float]]]
-    agreement: dict[str, dict[str, float]]
-
-    def table(self) -> Table:
-        rows = [
-            [twin, name, short(mean), short(deviation), short(self.agreement.get(twin, {}).get(name))]
-            for twin, scores in self.scores.items()
-            for name, (mean, deviation) in scores.items()
-        ]
-        first = next(iter(self.scores))
-        return Table(
-            f"paired loss surfaces over {len(self.pairs)} seeds of directions",
-            ["twin", "score", "mean", "spread", f"higher than {first}"], rows,
-            [f"The last column is the share of seeds on which the twin scores higher than {first}."],
-        )  # fmt: skip
-
-
 def _yes(value: bool) -> str:
     return "yes" if value else "NO"
 
