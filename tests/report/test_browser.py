@@ -161,7 +161,9 @@ def test_payloads_do_run_where_nothing_is_escaped(browser, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "policy", [pytest.param(True, marks=pytest.mark.slow), False], ids=["with its policy", "without its policy"]
+    "policy",
+    [pytest.param(True, marks=pytest.mark.slow), False],
+    ids=["with its policy", "without its policy"],
 )
 def test_no_hostile_text_runs_in_the_page(browser, tmp_path, policy):
     path = samples.comparison(hostile, depth=6, points=5).save(tmp_path / "x.html")

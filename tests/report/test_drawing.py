@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipscope import SkipscopeError
-from skipscope.report import _arcs, _svg, _terrain, draw, story
+from skipscope.report import _arcs, _svg, _svg_bars, _svg_heat, _svg_lines, _terrain, draw, story
 from skipscope.report._arcs_text import text
 from skipscope.report._charts import Arc, Bars, Heat, Lines, Network, Series, Surface, Surfaces
 from skipscope.report._scale import axis, power, whole_axis
@@ -96,7 +96,7 @@ def test_lines_of_any_numbers_stay_inside_the_frame(values, log, width):
     chart = Lines(
         [Series("a", at, values), Series("b", at, values[::-1], low=values, high=values, style=1)], log_y=log
     )
-    root = parse(_svg.lines(chart, width))
+    root = parse(_svg_lines.lines(chart, width))
     _, _, wide, high = map(float, root.get("viewBox").split())
     for path in root.iter("path"):
         for x, y in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", path.get("d")):
@@ -108,7 +108,7 @@ def test_lines_of_any_numbers_stay_inside_the_frame(values, log, width):
 @settings(max_examples=60, deadline=None)
 def test_bars_of_any_numbers_are_drawn(values, log):
     labels = [f"layer.{i}" for i in range(len(values))]
-    root = parse(_svg.bars(Bars(labels, [values], ["cost"], log=log), _svg.WIDE))
+    root = parse(_svg_bars.bars(Bars(labels, [values], ["cost"], log=log), _svg.WIDE))
     if len(values) > 24:
         assert f"and {len(values) - 24} more in the table" in "".join(root.itertext())
 
@@ -116,7 +116,7 @@ def test_bars_of_any_numbers_are_drawn(values, log):
 @pytest.mark.parametrize("fill", [0.0, float("nan"), float("inf"), 1.0])
 def test_heat_and_surfaces_of_one_value_are_drawn(fill):
     values = np.full((3, 4), fill)
-    parse(_svg.heat(Heat(values, list("abc"), [1, 2, 3, 4]), _svg.WIDE))
+    parse(_svg_heat.heat(Heat(values, list("abc"), [1, 2, 3, 4]), _svg.WIDE))
     parse(
         _terrain.contours(
             Surfaces([Surface(values, np.linspace(-1, 1, 3), np.linspace(-1, 1, 4), "x")]), _svg.WIDE
@@ -131,13 +131,13 @@ def test_heat_and_surfaces_of_one_value_are_drawn(fill):
 
 
 def test_one_step_of_a_history_is_drawn():
-    parse(_svg.heat(Heat(np.ones((2, 1)), ["a", "b"], [1]), _svg.WIDE))
+    parse(_svg_heat.heat(Heat(np.ones((2, 1)), ["a", "b"], [1]), _svg.WIDE))
 
 
 def test_thinning_keeps_every_spike():
     y = np.zeros(10_000)
     y[4321] = -7.0
-    kept = _svg._thin([(float(i), float(v)) for i, v in enumerate(y)])
+    kept = _svg_lines._thin([(float(i), float(v)) for i, v in enumerate(y)])
     assert len(kept) < 500
     assert (4321.0, -7.0) in kept
     assert kept[0][0] == 0.0
@@ -145,7 +145,7 @@ def test_thinning_keeps_every_spike():
 
 
 def test_a_dead_gradient_is_drawn_on_the_floor_and_not_left_out():
-    root = parse(_svg.lines(story(samples.flow(12, zeros=4)).panels[0].chart, _svg.WIDE))
+    root = parse(_svg_lines.lines(story(samples.flow(12, zeros=4)).panels[0].chart, _svg.WIDE))
     assert "0" in [t.text for t in root.iter("text")]
 
 

@@ -25,8 +25,10 @@ from skipscope.report import _view_comparison as _view_comparison
 from skipscope.report import _view_curvature as _view_curvature
 from skipscope.report import _view_flow as _view_flow
 from skipscope.report import _view_monitor as _view_monitor
+from skipscope.report import _view_paths as _view_paths
 from skipscope.report import _view_shortcuts as _view_shortcuts
 from skipscope.report import _view_surfaces as _view_surfaces
+from skipscope.report import _view_training as _view_training
 from skipscope.report._charts import Lines
 from skipscope.report._story import story as story
 from skipscope.shortcuts import Shortcuts

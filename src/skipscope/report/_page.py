@@ -22,9 +22,10 @@ from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope._result import Result, Table, dumps
 from skipscope._version import __version__
-from skipscope.report import _arcs, _svg, _terrain
+from skipscope.report import _arcs, _svg_bars, _svg_heat, _svg_lines, _terrain
 from skipscope.report._charts import Bars, Chart, Heat, Lines, Network, Panel, Story, Surfaces
 from skipscope.report._markup import clean
+from skipscope.report._svg import both
 
 MOST = 8_000_000  # bytes: what a browser on a phone still opens, and a mail still carries
 ROWS = 400  # of a table; the rest is in the data
@@ -36,11 +37,11 @@ def svg(chart: Chart) -> Markup:
     raise TypeError(type(chart).__name__)
 
 
-svg.register(Lines, functools.partial(_svg.both, _svg.lines))
-svg.register(Bars, functools.partial(_svg.both, _svg.bars))
-svg.register(Heat, functools.partial(_svg.both, _svg.heat))
-svg.register(Surfaces, functools.partial(_svg.both, _terrain.contours))
-svg.register(Network, functools.partial(_svg.both, _arcs.network))
+svg.register(Lines, functools.partial(both, _svg_lines.lines))
+svg.register(Bars, functools.partial(both, _svg_bars.bars))
+svg.register(Heat, functools.partial(both, _svg_heat.heat))
+svg.register(Surfaces, functools.partial(both, _terrain.contours))
+svg.register(Network, functools.partial(both, _arcs.network))
 
 
 def page(result: Result, story: Story, file: str = "report.html") -> str:

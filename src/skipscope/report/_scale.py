@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+FAR = 1e300  # beyond it numbers lie on the edge: the arithmetic of ticks would overflow
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -58,13 +59,13 @@ def axis(
     """
     # copied to a contiguous float array: values of any origin
     array = np.array([v for v in values if v is not None], dtype=float)
-    finite = array[np.isfinite(array)]
+    finite = np.clip(array[np.isfinite(array)], -FAR, FAR)
     if log:
-        return _log_axis(array, finite[finite > 0], start, end, most)
+        return _log_axis(array, np.maximum(finite[finite > 0], 1 / FAR), start, end, most)
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if zero:
         low, high = min(0.0, low), max(0.0, high)
-    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
+    if high - low <= 1e-12 * max(abs(low), abs(high), 1e-280):
         pad = abs(high) * 0.5 or 0.5
         low, high = low - pad, high + pad
     step = _nice((high - low) / max(1, most - 1))

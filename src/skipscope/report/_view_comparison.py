@@ -6,16 +6,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-import numpy as np
-
-from skipscope._numbers import short
 from skipscope._result import Table
-from skipscope.comparison import Claim, Comparison, StrengthSweep, Training
+from skipscope.comparison import Claim, Comparison
 from skipscope.report import _view_flow as flows
+from skipscope.report import _view_paths as paths
 from skipscope.report import _view_shortcuts as shortcuts
 from skipscope.report import _view_surfaces as surfaces
+from skipscope.report import _view_training as trainings
 from skipscope.report._charts import Lines, Panel, Series, Story
-from skipscope.report._scale import plain
 from skipscope.report._story import story
 
 Thing = TypeVar("Thing")
@@ -50,132 +48,6 @@ def main_twin(result: Comparison) -> str | None:
     """The first network that has shortcuts and was taken apart."""
     having = [twin.name for twin in result.twins if len(result.found.get(twin.name, ()))]
     return next((name for name in having if name in result.split), having[0] if having else None)
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def training_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
-    """Loss against step: the mean over seeds on the log scale, and a band over all of them."""
-    from skipscope.comparison import smoothed
-
-    series = []
-    for i, (name, by) in enumerate(training.curves.items()):
-        if optimizer not in by:
-            continue
-        losses = smoothed(by[optimizer].losses)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            middle = np.exp(np.log(losses).mean(0))
-        steps = list(range(1, losses.shape[1] + 1))
-        series.append(
-            Series(name, steps, middle.tolist(), losses.min(0).tolist(), losses.max(0).tolist(), style=(style or {}).get(name, i),
-                   tips=[f"{name}  step {s}: {short(float(m))}" for s, m in zip(steps, middle)])
-        )  # fmt: skip
-    return Lines(
-        series,
-        f"step, {optimizer}",
-        f"training loss, {optimizer}, each at its best rate",
-        log_y=True,
-        level=(training.target, f"target {plain(training.target)}"),
-    )
-
-
-def _sweep_table(training: Training) -> Table:
-    rates = list(
-        dict.fromkeys(rate for by in training.curves.values() for c in by.values() for rate in c.sweep)
-    )
-    rows = [
-        [twin, optimizer, *(c.sweep.get(rate) for rate in rates)]
-        for twin, by in training.curves.items()
-        for optimizer, c in by.items()
-    ]
-    return Table(
-        "The sweep: final loss by learning rate",
-        ["network", "optimizer", *rates],
-        rows,
-        ["Mean over seeds of the smoothed loss at the end; inf: it diverged."],
-    )
-
-
-@story.register
-def _(result: Training) -> Story:
-    optimizers = list(dict.fromkeys(o for by in result.curves.values() for o in by))
-    panels = [
-        Panel(
-            f"Training with {optimizer}",
-            training_lines(result, optimizer),
-            "Bands are the range over seeds.",
-            [result.table(), _sweep_table(result)] if i == 0 else [],
-        )
-        for i, optimizer in enumerate(optimizers)
-    ]
-    return Story(
-        "Twins, trained side by side",
-        f"{len(result.seeds)} seeds, {result.steps} steps",
-        _training_answer(result, optimizers),
-        panels,
-        result.table().notes,
-    )
-
-
-def _training_answer(training: Training, optimizers: list[str]) -> list[str]:
-    sentences = []
-    for optimizer in optimizers:
-        counts = [
-            f"{name} {training.steps_text(name, optimizer)}"
-            for name, by in training.curves.items()
-            if optimizer in by
-        ]
-        sentences.append(
-            f"Steps to a loss of {short(training.target)} with {optimizer}: {', '.join(counts)}."
-        )
-    return sentences
-
-
-# --- strength ---------------------------------------------------------------------------------------------------------
-
-
-def strength_lines(sweep: StrengthSweep) -> Lines:
-    """The flow at every strength; a slider makes one of them strong."""
-    at = list(range(sweep.gradient_rms.shape[1]))
-    series = [
-        Series(
-            "", at, flow.tolist(), frame=i, style=0,
-            tips=[f"strength {short(float(s))}, {name}: {short(float(v))}" for name, v in zip(sweep.names, flow)],
-        )
-        for i, (s, flow) in enumerate(zip(sweep.strengths, sweep.gradient_rms))
-    ]  # fmt: skip
-    labels = [
-        f"{short(float(s), 2)}: {state}"
-        + (f", {abs(fall):.1f} decades {'lost' if fall >= 0 else 'gained'}" if math.isfinite(fall) else "")
-        for s, fall, state in zip(sweep.strengths, sweep.fall_decades, sweep.states)
-    ]
-    return Lines(
-        series,
-        flows.DEPTH,
-        "gradient RMS, |dL/d(output)| = 1",
-        log_y=True,
-        frames=labels,
-        frame=len(labels) - 1,
-        slider="strength of every shortcut",
-    )
-
-
-@story.register
-def _(result: StrengthSweep) -> Story:
-    caption = "Move the slider: at 0 every shortcut is removed, at 1 the network is as built. The thin lines are the other strengths."
-    first, last = result.fall_decades[0], result.fall_decades[-1]
-    answer = f"At strength {short(float(result.strengths[0]))} the gradient loses {short(float(first))} decades, at {short(float(result.strengths[-1]))} {short(float(last))}."
-    return Story(
-        "The flow as shortcuts are turned up",
-        "",
-        [answer],
-        [Panel("Flow by strength", strength_lines(result), caption, [result.table()])],
-        result.table().notes,
-    )
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
 
 
 def _smaller(result: Comparison, style: dict[str, int]) -> list[Panel]:
@@ -258,10 +130,10 @@ def _stagnate(result: Comparison, style: dict[str, int]) -> list[Panel]:
         return []
     optimizers = list(dict.fromkeys(o for by in training.curves.values() for o in by))
     first, *others = [
-        Panel(f"With {o}", training_lines(training, o, style), f"The same networks under {o}.")
+        Panel(f"With {o}", trainings.training_lines(training, o, style), f"The same networks under {o}.")
         for o in optimizers
     ]
-    return [Panel("", first.chart, "", [training.table(), _sweep_table(training)]), *others]
+    return [Panel("", first.chart, "", [training.table(), trainings.sweep_table(training)]), *others]
 
 
 def _path(result: Comparison, style: dict[str, int]) -> list[Panel]:
@@ -269,7 +141,7 @@ def _path(result: Comparison, style: dict[str, int]) -> list[Panel]:
     if result.paths:
         shown = _twins(result, result.paths) or result.paths
         panels.append(
-            Panel("", flows.path_lines(shown, style), "", [t.table() for t in result.paths.values()])
+            Panel("", paths.path_lines(shown, style), "", [t.table() for t in result.paths.values()])
         )
     name = main_twin(result)
     if name in result.split:
@@ -277,8 +149,8 @@ def _path(result: Comparison, style: dict[str, int]) -> list[Panel]:
         panels.append(
             Panel(
                 "At each fork, two ways back",
-                flows.split_lines(split),
-                flows.split_answer(split),
+                paths.split_lines(split),
+                paths.split_answer(split),
                 [s.table() for s in result.split.values()],
             )
         )
@@ -300,14 +172,14 @@ def _surface(result: Comparison, style: dict[str, int]) -> list[Panel]:
 
 def _which(result: Comparison, style: dict[str, int]) -> list[Panel]:
     ranked = next((i for i in result.importance.values() if len(i)), None)
-    return flows.importance_panels(ranked) if ranked is not None else []
+    return paths.importance_panels(ranked) if ranked is not None else []
 
 
 def _strength(result: Comparison, style: dict[str, int]) -> list[Panel]:
     return [
         Panel(
             name,
-            strength_lines(sweep),
+            trainings.strength_lines(sweep),
             f"Shown: {name}, from the same weights; the thin lines are the other strengths.",
             [sweep.table()],
         )

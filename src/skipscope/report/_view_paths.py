@@ -1,0 +1,160 @@
+"""How the ways of the gradient are told: at each fork, by path length, and what each shortcut is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from skipscope._numbers import short
+from skipscope.flow import Cost, GradientSplit, Importance, PathSpectrum
+from skipscope.report._charts import Bars, Lines, Mark, Panel, Series, Story
+from skipscope.report._story import story
+from skipscope.report._view_flow import number
+
+
+def split_lines(split: GradientSplit) -> Lines:
+    """What each shortcut and each branch carries, fork by fork."""
+    at = list(range(1, len(split) + 1))
+    tips = [
+        f"{s.name}: shortcut {short(s.shortcut_rms)}, branch {short(s.branch_rms)}, cosine {short(s.cosine)}"
+        for s in split
+    ]
+    return Lines(
+        [
+            Series("by the shortcut", at, [s.shortcut_rms for s in split], style=0, tips=tips),
+            Series("by the branch", at, [s.branch_rms for s in split], style=1, tips=tips),
+        ],
+        "shortcut, from the input (left) to the loss (right)", "gradient RMS arriving at the fork", log_y=True,
+    )  # fmt: skip
+
+
+def split_answer(split: GradientSplit) -> str:
+    """How much the shortcuts carry, in a sentence."""
+    shares = sorted(s.share for s in split if s.share is not None)
+    if not shares:
+        return "There is no gradient to split."
+    middle = shares[len(shares) // 2]
+    return f"At the middle one of {len(shares)} forks the shortcut carries {100 * middle:.0f} % of the gradient (from {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %)."
+
+
+@story.register
+def _(result: GradientSplit) -> Story:
+    panel = Panel(
+        "Two ways back, at each fork", split_lines(result),
+        "At each fork the gradient arrives by two ways. Where the upper line is the shortcut's, it is the shortcut that keeps the gradient alive.",
+        [result.table()],
+    )  # fmt: skip
+    return Story(
+        "Shortcut against branch",
+        f"{result.meaning}, {result.mode} mode",
+        [split_answer(result)],
+        [panel],
+        result.notes,
+    )
+
+
+def path_lines(paths: Mapping[str, PathSpectrum], styles: Mapping[str, int] | None = None) -> Lines:
+    """The gradient by path length; lengths that carry less than 1e-12 of the greatest are left to the table."""
+    series, marks = [], []
+    for i, (name, spectrum) in enumerate(paths.items()):
+        top = float(spectrum.norms.max()) if len(spectrum.norms) else 0.0
+        kept = [k for k, n in enumerate(spectrum.norms) if n > top * 1e-12] or list(
+            range(len(spectrum.norms))
+        )
+        errors = spectrum.errors
+        series.append(
+            Series(
+                name, kept, [float(spectrum.norms[k]) for k in kept], style=(styles or {}).get(name, i),
+                low=None if errors is None else [float(spectrum.norms[k] - 1.96 * errors[k]) for k in kept],
+                high=None if errors is None else [float(spectrum.norms[k] + 1.96 * errors[k]) for k in kept],
+                tips=[f"{name}  {k} branches: {short(float(spectrum.norms[k]))}, {100 * spectrum.shares[k]:.2g} %" for k in kept],
+            )
+        )  # fmt: skip
+        if len(paths) == 1:
+            marks = [Mark(spectrum.mean_length, f"mean length {short(spectrum.mean_length)}")]
+    return Lines(
+        series,
+        "branches crossed on the way back",
+        "norm of the gradient by paths of this length",
+        log_y=True,
+        marks=marks,
+    )
+
+
+def path_answer(spectrum: PathSpectrum) -> str:
+    """Where most of the gradient travels, in a sentence."""
+    shares, total, inside = spectrum.shares, 0.0, []
+    for k in sorted(range(len(shares)), key=lambda k: -shares[k]):
+        inside.append(k)
+        total += float(shares[k])
+        if total >= 0.9:
+            break
+    return (
+        f"Of up to {spectrum.branches} branches, the gradient crosses {spectrum.mean_length:.2g} on average; paths of "
+        f"{min(inside)} to {max(inside)} branches carry {100 * total:.0f} % of it."
+    )
+
+
+@story.register
+def _(result: PathSpectrum) -> Story:
+    panel = Panel(
+        "The gradient by the length of its path", path_lines({result.meaning: result}),
+        "Each point adds up all paths that cross so many branches; at 0 is the way by shortcuts alone. The axis is "
+        "logarithmic: a step down is a factor.",
+        [result.table()],
+    )  # fmt: skip
+    return Story(
+        "Which paths the gradient takes",
+        f"back to {result.wrt}, {result.meaning}",
+        [path_answer(result)],
+        [panel],
+        result.table().notes,
+    )
+
+
+def importance_bars(result: Importance, what: str = "loss_cost") -> Bars:
+    """What each edit costs, the shortcut that costs most to remove first."""
+
+    def cost(edit: Cost | None) -> float:
+        return math.nan if edit is None else number(getattr(edit, what))
+
+    rows = sorted(
+        result.shortcuts,
+        key=lambda s: -math.inf if math.isnan(cost(s.removed)) else cost(s.removed),
+        reverse=True,
+    )
+    title = "change of the loss" if what == "loss_cost" else "decades of gradient lost"
+    values = [[cost(s.removed) for s in rows], [cost(s.lesioned) for s in rows]]
+    return Bars([s.name for s in rows], values, ["shortcut removed", "branch lesioned"], title)
+
+
+def importance_answer(result: Importance) -> str:
+    """Which one matters most, in a sentence."""
+    ranked = [
+        (s.name, s.removed.loss_cost)
+        for s in result.ranked
+        if s.removed is not None and not math.isnan(s.removed.loss_cost)
+    ]
+    if not ranked:
+        return "No shortcut could be removed alone."
+    (first, most), (last, least) = ranked[0], ranked[-1]
+    text = f"Removing {first} alone changes the loss by {short(most)} (from {short(result.loss)})"
+    return text + (f", removing {last} by {short(least)}." if len(ranked) > 1 else ".")
+
+
+def importance_panels(result: Importance) -> list[Panel]:
+    """What each shortcut and each branch is worth: in loss, and in flow."""
+    return [
+        Panel(
+            "What each one costs in loss", importance_bars(result),
+            "One edit at a time, from these weights, without training again: a shortcut taken out, or its branch.", [result.table()],
+        ),
+        Panel("What each one costs in flow", importance_bars(result, "flow_cost"),
+              "Decades of gradient that are lost on the way to the first boundary; to the left of zero, gained."),
+    ]  # fmt: skip
+
+
+@story.register
+def _(result: Importance) -> Story:
+    return Story("Which shortcuts matter", f"loss as built {short(result.loss)}, {result.mode} mode", [importance_answer(result)],
+                 importance_panels(result), result.notes)  # fmt: skip
