@@ -7,6 +7,7 @@ the side that skips it, and they part at the *fork*.
 from skipscope.shortcuts._add import add_shortcuts as add_shortcuts
 from skipscope.shortcuts._edit import ablate as ablate
 from skipscope.shortcuts._edit import boundaries as boundaries
+from skipscope.shortcuts._edit import meaning as meaning
 from skipscope.shortcuts._find import find_shortcuts as find_shortcuts
 from skipscope.shortcuts._recalibrate import recalibrate as recalibrate
 from skipscope.shortcuts._results import Boundary as Boundary

@@ -72,6 +72,7 @@ def ablate(
     factor = strength if strength is not None else None if how == "detach" else 0.0
     twin = private_copy(model, "ablate", share=share)
     group = _twin.Group(points, share or _twin.shares_parameters(model))
+    group.edits = (*_twin.edits_of(model), _in_words(how, strength, len(chosen), points))
     _twin.follow(twin, group)
     modules = dict(twin.named_modules())
     for shortcut in chosen:
@@ -86,6 +87,22 @@ def ablate(
                 raise _of_another_architecture(shortcut, place.call.host)
             _twin.follow(host, group).add(_twin.Rule(place, factor, shortcut.name))
     return twin if recalibrate is None else recalibrate_norms(twin, recalibrate)
+
+
+def _in_words(how: str, strength: float | Tensor | None, count: int, points: tuple[Boundary, ...]) -> str:
+    if isinstance(strength, Tensor):
+        words = "strength learned" if getattr(strength, "requires_grad", False) else "strength set"
+    elif strength is not None:
+        words = f"strength {strength:g}"
+    else:
+        words = {"remove": "removed", "detach": "detached", "lesion": "lesioned"}[how]
+    total = sum(point.kind == "merge" for point in points)
+    return words if count >= total else f"{words} ({count} of {total})"
+
+
+def meaning(model: nn.Module) -> str:
+    """What a result on this model is about: ``"as built"``, or what :func:`ablate` did to it, e.g. ``"removed"``."""
+    return ", ".join(_twin.edits_of(model)) or "as built"
 
 
 def _of_another_architecture(shortcut: Shortcut, host: str) -> SkipscopeError:

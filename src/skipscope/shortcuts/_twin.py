@@ -50,12 +50,14 @@ class Group:
     Attributes:
         boundaries: of the original.
         shares: whether the parameters are the original's own.
+        edits: what was done, in words, one edit after the other.
         compiled: the mode that is active while compiled code is traced.
     """
 
     def __init__(self, boundaries: tuple[Boundary, ...], shares: bool):
         self.boundaries, self.shares = boundaries, shares
         self.compiled: _CompiledEditing | None = None
+        self.edits: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -117,6 +119,12 @@ def follow(module: nn.Module, group: Group) -> Plan:
             if (old := other.__dict__.get(_PLAN)) is not None:
                 old.group = group
     return plan
+
+
+def edits_of(model: nn.Module) -> tuple[str, ...]:
+    """What was done to an edited twin, in words; nothing for any other model."""
+    plan = model.__dict__.get(_PLAN)
+    return () if plan is None else plan.group.edits
 
 
 def remembered_boundaries(model: nn.Module) -> tuple[Boundary, ...] | None:
