@@ -1,0 +1,164 @@
+"""Curvature maps: a closed form over a whole plane, walks against fresh solves, resuming, twins."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import skipscope as ss
+from skipscope.curvature import _solve
+from skipscope.surfaces import _curvature_map
+
+DOUBLE = torch.float64
+
+
+def half_squares(output, target):
+    return (output - target).square().sum() / 2
+
+
+def two_weights(a=0.7):
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).to(DOUBLE)
+    nn.init.zeros_(model[0].weight), nn.init.zeros_(model[1].weight)
+    one = torch.ones(1, 1, dtype=DOUBLE)
+    return model, (one, a * one), [{"0.weight": one}, {"1.weight": one}]
+
+
+def small_net(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).to(DOUBLE)
+    return model, (torch.randn(30, 4, dtype=DOUBLE), torch.randint(0, 3, (30,)))
+
+
+def same(a, b):
+    arrays = ("smallest", "largest", "residuals", "probability", "converged", "checked")
+    return all(np.array_equal(getattr(a, n), getattr(b, n), equal_nan=True) for n in arrays)
+
+
+def test_two_scalar_weights_over_a_whole_plane():
+    """(w2 w1 - a)^2 / 2: lambda = (s +- sqrt((w1^2 - w2^2)^2 + 4 (2 w1 w2 - a)^2)) / 2, s = w1^2 + w2^2."""
+    model, data, plane = two_weights()
+    found = ss.curvature_map(model, data, half_squares, grid=11, span=1.5, directions=plane)
+    w1, w2 = np.meshgrid(found.alphas, found.betas, indexing="ij")
+    root = np.sqrt((w1**2 - w2**2) ** 2 + 4 * (2 * w1 * w2 - 0.7) ** 2)
+    low, high = (w1**2 + w2**2 - root) / 2, (w1**2 + w2**2 + root) / 2
+    assert found.converged.all()
+    assert np.abs(found.smallest - low).max() < 1e-10 and np.abs(found.largest - high).max() < 1e-10
+    assert np.abs(found.ratio - np.abs(low / high)).max() < 1e-9
+
+
+def test_the_walk_finds_what_fresh_solves_find_for_less():
+    model, data = small_net()
+    found = ss.curvature_map(model, data, F.cross_entropy, grid=(1, 33), span=((0.2, 0.2), (-1.0, 1.0)), seed=3)
+    plane = [ss.random_direction(model, seed=3, axis=axis) for axis in (0, 1)]
+    products = 0
+    for a, alpha in enumerate(found.alphas):
+        for b, beta in enumerate(found.betas):
+            moved, _ = small_net()
+            with torch.no_grad():
+                for name, p in moved.named_parameters():
+                    p.add_(sum(c * d[name] for c, d in zip((alpha, beta), plane) if name in d))
+            ends = ss.extreme_eigenvalues(moved, data, F.cross_entropy, tol=1e-2)
+            products += ends.products - 1  # less the trial, which a map makes once
+            assert found.smallest[a, b] == pytest.approx(ends.smallest[0], abs=2e-2 * ends.scale)
+            assert found.largest[a, b] == pytest.approx(ends.largest[0], abs=2e-2 * ends.scale)
+    assert found.converged.all() and found.differed == 0
+    assert found.checked.sum() == 5
+    assert found.products <= 0.6 * products
+
+
+def test_an_end_that_the_walk_cannot_see_is_found_by_the_checks(monkeypatch):
+    """Two losses side by side: the second one's curvature overtakes, in a direction the walk does not know."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.v, self.w, self.move = (nn.Parameter(torch.zeros(1, dtype=DOUBLE)) for _ in range(3))
+
+        def forward(self, x):
+            return (1 - self.move) * self.v**2 + (1 + self.move) * self.w**2 + 0 * x.sum()
+
+    monkeypatch.setattr(_solve, "_SHAKE", 1e-14)
+    model, x = Two(), torch.ones(1, dtype=DOUBLE)
+    line = [{"move": torch.ones(1, dtype=DOUBLE)}]
+    found = ss.curvature_map(
+        model, (x, x), lambda output, target: output.sum(), grid=(17,), directions=line, span=((-0.4, 0.6),)
+    )
+    assert found.differed >= 1
+    assert found.largest == pytest.approx(2 * (1 + np.abs(found.alphas)), rel=1e-9)
+
+
+def test_a_store_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    model, data = small_net()
+    options = {"grid": 5, "seed": 1, "span": 0.5}
+    whole = ss.curvature_map(model, data, F.cross_entropy, **options)
+    rows, call = [], _curvature_map.Walk.__call__
+
+    def dies(self, flat):
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        rows.append(flat)
+        return call(self, flat)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(_curvature_map.Walk, "__call__", dies)
+        ss.curvature_map(model, data, F.cross_entropy, store=tmp_path / "map", **options)
+    rows.clear()
+    monkeypatch.setattr(
+        _curvature_map.Walk, "__call__", lambda self, flat: rows.append(flat) or call(self, flat)
+    )
+    resumed = ss.curvature_map(model, data, F.cross_entropy, store=tmp_path / "map", **options)
+    assert len(rows) == 3 and same(resumed, whole)
+    assert same(ss.load(tmp_path / "map"), whole)
+    with pytest.raises(ss.SkipscopeError, match="other settings"):
+        ss.curvature_map(model, data, F.cross_entropy, store=tmp_path / "map", **options, tol=1e-3)
+
+
+def test_it_lives_inside_a_landscapes_store(tmp_path):
+    model, data = small_net()
+    surface = ss.landscape(model, data, F.cross_entropy, grid=3, store=tmp_path / "s")
+    found = ss.curvature_map(model, data, F.cross_entropy, grid=3, store=tmp_path / "s")
+    assert (tmp_path / "s" / "curvature").is_dir()
+    assert same(ss.curvature_map(model, data, F.cross_entropy, grid=3, store=tmp_path / "s"), found)
+    assert np.array_equal(ss.load(tmp_path / "s").values, surface.values)
+    assert np.array_equal(found.alphas, surface.alphas)
+
+
+def test_with_and_without_shortcuts_on_the_same_plane():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 5), *(ss.nn.IdentityShortcut(nn.Linear(5, 5)) for _ in range(2)), nn.Linear(5, 3)
+    ).to(DOUBLE)
+    _, data = small_net()
+    plain = ss.ablate(model, inputs=data[0])
+    maps = [ss.curvature_map(m, data, F.cross_entropy, grid=3) for m in (model, plain)]
+    assert all(m.converged.all() for m in maps)
+    assert np.abs(maps[0].largest - maps[1].largest).min() > 0
+
+
+def test_points_that_are_not_finite_or_not_converged_are_marked():
+    model, data, plane = two_weights()
+
+    def walled(output, target):
+        return half_squares(output, target) + (0.5 - output.sum()).sqrt()
+
+    found = ss.curvature_map(model, data, walled, grid=5, span=1.0, directions=plane)
+    outside = np.multiply.outer(found.alphas, found.betas) >= 0.5
+    assert np.array_equal(np.isnan(found.smallest), outside) and not found.converged[outside].any()
+    assert "not converged" in str(found)
+    net, batch = small_net()
+    short = ss.curvature_map(net, batch, F.cross_entropy, grid=3, max_products=3)
+    assert not short.converged.any() and np.isfinite(short.largest).all()
+    assert math.isfinite(short.probability.max())
+
+
+def test_the_model_is_left_as_found_and_the_result_prints():
+    model, data = small_net()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    found = ss.curvature_map(model, data, F.cross_entropy, grid=(4,))
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items()) and model.training
+    assert found.smallest.shape == (4,) and "convex" in str(found)
+    with pytest.raises(ss.SkipscopeError, match="Ray"):
+        ss.curvature_map(model, data, F.cross_entropy, grid=3, engine="ray")
