@@ -10,6 +10,7 @@ from ._progress import progress as progress
 from ._result import load as load
 from .comparison import compare as compare
 from .comparison import train_twins as train_twins
+from .surfaces import curvature_map as curvature_map
 from .surfaces import landscape as landscape
 from .surfaces import paired_landscapes as paired_landscapes
 from .surfaces import random_direction as random_direction
