@@ -77,7 +77,7 @@ def gradient_flow(
     ]
     residual = sum(p.kind == "merge" for p in points) > len(points) / 2
     verdict = judge(seen, residual=residual, dtype=_dtype_name(readings))
-    if verdict.state in {"vanishing", "exploding", "dead"}:
+    if verdict.state == "dead" or (verdict.state in {"vanishing", "exploding"} and not residual):
         with running(model, seed, "gradient_flow"):
             every = _clues(model, batches.first(), objective, len(points), tap)
         why = [clue for clue, (state, _) in zip(every, flow) if state != "not_met"]

@@ -34,7 +34,6 @@ class Reading:
     elements: int = 0
     zeros: int = 0
     lost: int = 0  # elements that training, with its own scale of the loss, would flush to zero
-    largest: float = 0.0
     finite: bool = True
     seen: bool = False
     dtype: torch.dtype | None = None
@@ -52,14 +51,13 @@ class Reading:
         self.elements += value.numel()
         if not value.numel():
             return
-        norm, size = norm_of(value), value.abs()
+        norm = norm_of(value)
         self.finite = self.finite and math.isfinite(norm)
         self.norm = math.hypot(self.norm, norm * unit)
-        self.zeros += int((value == 0).sum())
-        self.largest = max(self.largest, float(size.max()) * unit)
+        self.zeros += value.numel() - int(torch.count_nonzero(value))
         floor = _smallest(value.dtype) / training_unit if training_unit else 0.0
         if floor > float(torch.finfo(value.dtype).tiny):
-            self.lost += int(((size < floor) & (value != 0)).sum())
+            self.lost += int(((value.abs() < floor) & (value != 0)).sum())
 
     @property
     def rms(self) -> float:
@@ -239,7 +237,6 @@ def _merge(total: Reading, one: Reading) -> None:
     total.elements += one.elements
     total.zeros += one.zeros
     total.lost += one.lost
-    total.largest = max(total.largest, one.largest)
     total.finite = total.finite and one.finite
     total.seen = total.seen or one.seen
     total.dtype = one.dtype or total.dtype
