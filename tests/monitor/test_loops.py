@@ -526,6 +526,31 @@ def test_compile_adds_no_graph_break(order):
     assert monitor.history.parameters[0] == "layers.0.weight"
 
 
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_a_compiled_optimizer_step(compiled_first):
+    torch._dynamo.reset()
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    received = []
+
+    def run(step, n):
+        for _ in range(n):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            received.append(oracle(model.parameters()))
+            step()
+
+    if compiled_first:
+        step = torch.compile(optimizer.step, backend="eager")
+        run(step, 1)
+        received.clear()
+    with watch(model, optimizer) as monitor:
+        if not compiled_first:
+            step = torch.compile(optimizer.step, backend="eager")
+        run(step, 3)
+    agrees(monitor.history, received)
+
+
 # --- lifetime ---
 
 

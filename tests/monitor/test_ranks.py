@@ -55,9 +55,8 @@ def compare(kind, processes, folder):
         assert history.shapes == expected.shapes
         for column in COLUMNS:
             right = getattr(expected, column)
-            values = getattr(history, column).reshape(
-                right.shape
-            )  # JSON does not keep the shape of what is empty
+            # JSON does not keep the shape of what is empty
+            values = getattr(history, column).reshape(right.shape)
             np.testing.assert_allclose(values, right, rtol=1e-6, atol=1e-15, err_msg=column)
         assert history.verdict == histories[0].verdict
         assert history.verdict.state == expected.verdict.state
@@ -77,6 +76,19 @@ def test_two_processes_ddp(tmp_path):
 )
 def test_processes(kind, processes, tmp_path):
     compare(kind, processes, tmp_path)
+
+
+@pytest.mark.slow
+def test_flow_under_fsdp(tmp_path):
+    """FSDP2 hides the weights of the branches: boundaries are modules then, where they meet the single run's equal."""
+    torchrun("fsdp-flow", 2, tmp_path)
+    expected = single("fsdp-flow")
+    history = ss.load(tmp_path / "rank1.json")
+    shared = [name for name in history.boundaries if name in expected.boundaries]
+    assert {"input", "first", "head"} <= set(shared)
+    for name in shared:
+        found, right = (h.flow[:, h.boundaries.index(name)] for h in (history, expected))
+        np.testing.assert_allclose(found, right, rtol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow

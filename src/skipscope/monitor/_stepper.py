@@ -55,9 +55,10 @@ class Stepper:
         self._begun = time.perf_counter()
         self._take_roster()
         self._checked = self.ranks == 1 or self.sharded
+        # Of a compiled optimizer.step the hooks are not compiled.
         self._hooks = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
         )
 
     def _take_roster(self) -> None:
@@ -207,10 +208,10 @@ class Stepper:
 
 def _nested(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the hook is called from inside another hooked ``step`` of this optimizer."""
-    caller = sys._getframe(2)
-    frame = caller.f_back
+    hooked = type(optimizer).step.__code__  # torch's wrapper: one code for every class's step
+    under_way = 0
+    frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is caller.f_code and frame.f_locals.get("self") is optimizer:
-            return True
+        under_way += frame.f_code is hooked and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
-    return False
+    return under_way > 1
