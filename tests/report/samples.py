@@ -23,7 +23,18 @@ from skipscope.flow import (
 )
 from skipscope.monitor import History, LiveVerdict, VerdictEvent
 from skipscope.shortcuts._results import Boundary, CallKey, Layer, Place, Rejected, Shortcut, Shortcuts
-from skipscope.surfaces import Checks, Difference, PairedSurfaces, Provenance, Scores, Surface
+from skipscope.surfaces import (
+    Checks,
+    CurvatureMap,
+    Difference,
+    KnownPoints,
+    PairedBand,
+    PairedSurfaces,
+    Provenance,
+    Scores,
+    Surface,
+    SurfaceBand,
+)
 
 
 def flow(depth=20, slope=0.25, text=str, state="vanishing", zeros=0) -> GradientFlow:
@@ -190,6 +201,69 @@ def pair(text=str, points=21) -> PairedSurfaces:
     )
 
 
+def trajectory(text=str, points=15) -> Surface:
+    """An adaptive surface, a quarter of it computed, with five checkpoints on its plane."""
+    from dataclasses import replace
+
+    plain = surface(points, 0.2, text, name="trained")
+    at = np.linspace(0.9, 0.0, 5)
+    known = KnownPoints(
+        tuple(text(f"epoch {i}") for i in range(5)),
+        np.stack([at, at**2 - 0.3 * at], 1),
+        at / 10,
+        at + 0.1,
+        (0.8, 0.15),
+    )
+    some = np.zeros((points, points), dtype=bool)
+    some[::2, ::2] = True
+    return replace(plain, computed=some, interpolation_error=0.01, points=known)
+
+
+def line(text=str, name="with") -> Surface:
+    """A surface along one direction."""
+    from dataclasses import replace
+
+    plain = surface(9, 0.1, text, name=name)
+    return replace(
+        plain,
+        values=plain.values[4],
+        betas=np.array([]),
+        computed=np.ones(9, dtype=bool),
+        stderr=plain.values[4] * 0.1,
+        centre_stderr=None,
+        metrics={},
+    )
+
+
+def band(text=str) -> SurfaceBand:
+    parts = {str(seed): surface(9, 0.1 * seed, text) for seed in range(3)}
+    values = np.stack([p.values for p in parts.values()])
+    first = parts["0"]
+    return SurfaceBand(
+        parts,
+        first.alphas,
+        first.betas,
+        np.median(values, 0),
+        values.min(0),
+        values.max(0),
+        {"roughness": (0.2, 0.05), text("convexity"): (0.8, 0.1)},
+    )
+
+
+def paired_band(text=str) -> PairedBand:
+    scores = {text("with"): {"roughness": (0.1, 0.02)}, text("without"): {"roughness": (0.4, 0.05)}}
+    return PairedBand({"0": pair(text, 9), "1": pair(text, 9)}, scores, {text("without"): {"roughness": 1.0}})
+
+
+def curvature_map(text=str) -> CurvatureMap:
+    a = np.linspace(-1, 1, 9)
+    x, y = np.meshgrid(a, a, indexing="ij")
+    good = np.ones((9, 9), dtype=bool)
+    good[0, :3] = False
+    return CurvatureMap(text("with"), -0.1 - x**2, 5 + 3 * y**2, 0.01 * np.ones((9, 9)), 0.99 * np.ones((9, 9)), good, good, a, a, 1e-3, 0.999, 800, 1,
+                        text("cached graph"), "hessian", 964, text("mse"), 0, "ab" * 20, "cd" * 20)  # fmt: skip
+
+
 def eigenvalues(text=str) -> ExtremeEigenvalues:
     return ExtremeEigenvalues(np.array([-0.4, -0.2]), np.array([12.0, 7.0]), np.array([0.01, 0.02]), np.array([0.02, 0.03]), True, 0.99999, 0.999, 1e-3, 44,
                               text("cached graph, Lanczos"), "hessian", 964, 1, 1e-7, 1e-8, Layout((text("w"),), ((2,),)), None, None, text("mse"))  # fmt: skip
@@ -327,5 +401,5 @@ def everything(text=str) -> list:
     """One of each result."""
     return [
         flow(text=text), split(text=text), paths(text=text), importance(text=text), prescription(text=text), correlation(text=text), found(text=text),
-        surface(text=text), pair(text=text), eigenvalues(text), density(text), history(text=text), strength(text=text), training(text), comparison(text),
+        surface(text=text), pair(text=text), trajectory(text), line(text), band(text), paired_band(text), curvature_map(text), eigenvalues(text), density(text), history(text=text), strength(text=text), training(text), comparison(text),
     ]  # fmt: skip

@@ -71,6 +71,15 @@ def test_surfaces_in_three_dimensions_share_their_heights():
     assert axes[0].get_zlim() == axes[1].get_zlim()
 
 
+def test_a_trajectory_becomes_an_animation(tmp_path):
+    from PIL import Image
+
+    with Image.open(samples.trajectory().save(tmp_path / "walk.gif", dpi=40)) as picture:
+        assert picture.n_frames == 5
+    with pytest.raises(SkipscopeError, match="known weights"):
+        samples.surface().save(tmp_path / "none.gif")
+
+
 def test_names_are_not_read_as_mathematics(tmp_path):
     samples.flow(text=lambda s: s + r"$\frac{").save(tmp_path / "x.png")
     samples.importance(text=lambda s: s + "$x_").save(tmp_path / "y.png")

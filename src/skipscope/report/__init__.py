@@ -20,6 +20,7 @@ from skipscope._result import Result
 from skipscope.comparison import Comparison
 from skipscope.flow import GradientSplit
 from skipscope.report import _arcs, _arcs_text, _page
+from skipscope.report import _view_bands as _view_bands
 from skipscope.report import _view_book as _view_book
 from skipscope.report import _view_comparison as _view_comparison
 from skipscope.report import _view_curvature as _view_curvature
@@ -32,6 +33,7 @@ from skipscope.report import _view_training as _view_training
 from skipscope.report._charts import Lines
 from skipscope.report._story import story as story
 from skipscope.shortcuts import Shortcuts
+from skipscope.surfaces import Surface
 
 
 def plot(result: Result, ax: Any = None, *, chart: int | None = None, **options: Any) -> Any:
@@ -79,6 +81,8 @@ def plot(result: Result, ax: Any = None, *, chart: int | None = None, **options:
 def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
     """Write a result as a page (``.html``) or as a picture (``.png``, ``.svg``, ``.pdf``), whole or not at all.
 
+    A surface with a trajectory on its plane also becomes an animation (``.gif``).
+
     Args:
         result: any result.
         path: where to; the ending says how.
@@ -91,6 +95,10 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
     ending = path.suffix.lower().removeprefix(".")
     if ending == "html":
         return write_whole(path, _page.page(result, story(result), path.name))
+    if ending == "gif" and isinstance(result, Surface):
+        from skipscope.report._animation import gif
+
+        return write_whole(path, gif(result, **options))
     if ending not in {"png", "svg", "pdf"}:
         raise SkipscopeError(
             "save", f"a {type(result).__name__} is not saved as .{ending}", got=path.name,

@@ -124,6 +124,8 @@ class Surface:
         label: its name.
         note: said under the name ("it has not learnt: a flat sheet").
         signed: a difference, coloured on both sides of zero; otherwise heights above zero, coloured by their log.
+        path: known weights on the plane, in order: (a, b, name).
+        dots: places ``[a, b]`` worth a dot, and ``dots_mean`` says what a dot means; None for none.
     """
 
     values: np.ndarray
@@ -132,6 +134,9 @@ class Surface:
     label: str = ""
     note: str = ""
     signed: bool = False
+    path: Sequence[tuple[float, float, str]] = ()
+    dots: np.ndarray | None = None
+    dots_mean: str = ""
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,16 @@ def contours(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
         alpha=0.6,
     )
     ax.plot(0, 0, "+", color="0.1" if surface.signed else "white", ms=9, mew=1.6)
+    if surface.dots is not None:
+        places = np.argwhere(surface.dots)
+        ax.plot(
+            surface.alphas[places[:, 0]], surface.betas[places[:, 1]], ".", color="white", ms=1.5, alpha=0.8
+        )
+    if len(surface.path):
+        walk = np.array([place[:2] for place in surface.path])
+        ax.plot(walk[:, 0], walk[:, 1], "-o", color="white", mec="0.1", ms=4, lw=1.2)
+        ax.set_xlim(surface.alphas[0], surface.alphas[-1])
+        ax.set_ylim(surface.betas[0], surface.betas[-1])
     ax.set_box_aspect(1)
     ax.tick_params(labelsize=7)
     return drawn

@@ -148,8 +148,37 @@ def _map(surface: Surface, scale: Heights, x: float, y: float, side: float, most
             tag("path", d=d, class_="centre under"),
             tag("path", tag("title", "the weights as they are"), d=d, class_="centre"),
         ]
+    body += [*_dots(surface, x, y, side), *_path(surface, x, y, side)]
     body.append(tag("rect", x=x, y=y, width=side, height=side, class_="frame"))
     return tag("g", *body)
+
+
+def _dots(surface: Surface, x: float, y: float, side: float) -> list[Markup]:
+    if surface.dots is None or not surface.dots.any():
+        return []
+    rows, columns = (n - 1 or 1 for n in surface.dots.shape)
+    places = "".join(
+        f"M{x + a / rows * side:.1f} {y + side - b / columns * side:.1f}h0"
+        for a, b in np.argwhere(surface.dots)
+    )
+    return [tag("path", tag("title", surface.dots_mean), d=places, class_="dots")]
+
+
+def _path(surface: Surface, x: float, y: float, side: float) -> list[Markup]:
+    """Known weights on the plane, joined in their order; what lies beyond the edge is drawn on it."""
+    if not len(surface.path):
+        return []
+
+    def along(axis: np.ndarray, value: float) -> float:
+        return float(np.clip((value - axis[0]) / (axis[-1] - axis[0]), 0, 1))
+
+    places = [
+        (x + along(surface.alphas, a) * side, y + side - along(surface.betas, b) * side, name)
+        for a, b, name in surface.path
+    ]
+    d = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py, _ in places)
+    dots = [tag("circle", tag("title", name), cx=px, cy=py, r=3, class_="stop") for px, py, name in places]
+    return [tag("path", d=d, class_="walk under"), tag("path", d=d, class_="walk"), *dots]
 
 
 def _lines(fine: np.ndarray, scale: Heights, x: float, y: float, side: float) -> str:
@@ -215,17 +244,21 @@ def _key(scale: Heights, chart: Surfaces, x: float, y: float, width: float) -> M
     above = "≥ " if scale.cut else ""
     below = "≤ " if scale.cut and signed else ""
     low, high = scale.ends()
-    between = [
-        (x + (at - low) / (high - low) * width, text)
-        for at, text in zip(*scale.ticks())
-        if 0.2 < (at - low) / ((high - low) or 1.0) < 0.76
-    ]
+    between: list[tuple[float, str]] = []
+    free = x + 58.0  # labels of the ends and of each other need room
+    for value, text in zip(*scale.ticks()):
+        at = x + (value - low) / ((high - low) or 1.0) * width
+        if free < at < x + width - 58:
+            between.append((at, text))
+            free = at + 44
+    dots = next((s.dots_mean for s in chart.surfaces if s.dots is not None and s.dots.any()), "")
     return join(
         image,
         tag("text", below + short(scale.low, 2), x=x, y=y + 23, class_="tick"),
         *(tag("text", text, x=at, y=y + 23, text_anchor="middle", class_="tick") for at, text in between),
         tag("text", above + short(scale.high, 2), x=x + width, y=y + 23, text_anchor="end", class_="tick"),
         tag("text", chart.height, x=x + width + 12, y=y + 9, class_="title"),
+        tag("text", f"dots: {dots}", x=x + width + 12, y=y + 24, class_="note") if dots else join(),
     )
 
 
@@ -249,4 +282,12 @@ def payload(chart: Surfaces) -> dict[str, Any]:
         }
         for s in chart.surfaces
     ]
-    return {"surfaces": surfaces, "low": low, "high": high, "ticks": values, "texts": texts, "scale": ramp}
+    room = 0.01 * (high - low)  # rounded heights must not fall through the floor
+    return {
+        "surfaces": surfaces,
+        "low": low - room,
+        "high": high + room,
+        "ticks": values,
+        "texts": texts,
+        "scale": ramp,
+    }

@@ -31,11 +31,28 @@ def surface_chart(surfaces: dict[str, LossSurface]) -> Chart:
             for i, (name, s) in enumerate(surfaces.items())
         ]  # fmt: skip
         return Lines(series, axes_of(first)[0], "loss", log_y=_wide(surfaces))
-    return Surfaces(
-        [Surface(s.values, s.alphas, s.betas, name, s.label) for name, s in surfaces.items()],
-        "loss",
-        axes_of(first),
-    )
+    return Surfaces([drawn(s, name) for name, s in surfaces.items()], "loss", axes_of(first))
+
+
+def drawn(surface: LossSurface, name: str) -> Surface:
+    """A surface as a chart has it: with the known weights on its plane, and dots where not every value was computed."""
+    path, points = [], surface.points
+    if points is not None and points.coordinates.ndim == 2 and points.coordinates.shape[1] == 2:
+        path = [
+            (
+                float(a),
+                float(b),
+                f"{label}: own loss {short(float(loss))}, {100 * float(far):.0f} % off the plane",
+            )
+            for label, (a, b), far, loss in zip(
+                points.names, points.coordinates, points.distances, points.losses
+            )
+        ]
+    dots = None if surface.computed.all() else surface.computed
+    return Surface(
+        surface.values, surface.alphas, surface.betas, name, surface.label, path=path, dots=dots,
+        dots_mean="computed, the rest interpolated",
+    )  # fmt: skip
 
 
 def _wide(surfaces: dict[str, LossSurface]) -> bool:
@@ -69,7 +86,12 @@ def surface_answer(name: str, surface: LossSurface) -> str:
 def _(result: LossSurface) -> Story:
     chart = surface_chart({result.name: result})
     table = result.table()
-    tables = [table, result.checks.table(), result.provenance.table()]
+    tables = [
+        table,
+        *([result.points.table()] if result.points else []),
+        result.checks.table(),
+        result.provenance.table(),
+    ]
     panel = Panel("The loss around the weights", chart, height_sentence(chart), tables)
     panels = [panel]
     if result.stderr is not None and result.betas.size:

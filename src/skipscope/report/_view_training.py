@@ -12,7 +12,6 @@ from skipscope._result import Table
 from skipscope.comparison import StrengthSweep, Training, smoothed
 from skipscope.report import _view_flow as flows
 from skipscope.report._charts import Lines, Panel, Series, Story
-from skipscope.report._scale import plain
 from skipscope.report._story import story
 
 
@@ -35,7 +34,7 @@ def training_lines(training: Training, optimizer: str, style: Mapping[str, int] 
         f"step, {optimizer}",
         f"training loss, {optimizer}, each at its best rate",
         log_y=True,
-        level=(training.target, f"target {plain(training.target)}"),
+        level=(training.target, f"target {training.target:.3g}"),
     )
 
 

@@ -73,7 +73,7 @@
           aspectmode: "manual", aspectratio: { x: 1, y: 1, z: 0.8 },
           xaxis: side, yaxis: side,
           zaxis: { ...side, range: [data.low, data.high], showticklabels: true, tickvals: data.ticks, ticktext: data.texts },
-          camera: { eye: { x: 1.2, y: -1.3, z: 0.88 }, center: { x: 0, y: 0, z: -0.16 } },
+          camera: { eye: { x: 1.27, y: -1.37, z: 0.92 }, center: { x: 0, y: 0, z: -0.16 } },
           dragmode: "turntable",
         },
       };
