@@ -58,7 +58,9 @@ class Monitor:
             )
             for i, optimizer in enumerate(optimizers)
         ]
-        self._store = Store(keep, folder if self._first else None, _notes(models, self._steppers))
+        self._store = Store(
+            keep, folder if self._first else None, _notes(models, self._steppers, flow_every is not None)
+        )
         _patches.listen(self)
         for sink in list(self._sinks):
             self._tell(sink, "open", self._store.notes)
@@ -194,7 +196,7 @@ def _is_bad(step: Step, row: Any) -> bool:
     return bool(there.any()) and not float(row[-3 * P : -2 * P][there].sum()) < float("inf")
 
 
-def _notes(models: Mapping[str, nn.Module], steppers: Sequence[Stepper]) -> list[str]:
+def _notes(models: Mapping[str, nn.Module], steppers: Sequence[Stepper], flow: bool) -> list[str]:
     notes = []
     size = _ranks.world()[1]
     held = {id(p) for s in steppers for p in s.roster.parameters}
@@ -214,6 +216,10 @@ def _notes(models: Mapping[str, nn.Module], steppers: Sequence[Stepper]) -> list
             else "reduced by the training itself"
         )
         notes.append(f"{size} ranks; the gradients are {how}.")
+    if flow and any(s.sharded for s in steppers):
+        notes.append(
+            "FSDP2 hides which weights a branch holds: the boundaries of the flow are modules, not shortcuts."
+        )
     return notes
 
 
