@@ -425,3 +425,29 @@ def test_judge_needs_no_clues():
     points = [Point(str(i), "ok", -3.0 * (3 - i)) for i in range(4)]
     verdict = judge(points)
     assert (verdict.state, verdict.fall_decades, verdict.cause) == ("vanishing", 9.0, "unexplained")
+
+
+def test_the_reason_names_rank_collapse():
+    """ReLU layers with a common bias: all samples end up alike while the size of the gradient is kept."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(60)])
+    with torch.no_grad():
+        for layer in model:
+            nn.init.kaiming_normal_(layer[0].weight)
+            layer[0].bias.zero_()
+    flow = ss.gradient_flow(model, data(64, n=16), lambda output, target: (output * target).sum())
+    assert (
+        flow.verdict.state == "healthy" and flow.verdict.cause == "collapse" and flow.verdict.evidence > 0.995
+    )
+    assert "rank collapse" in flow.verdict.reason
+    one, other = (flow.boundaries[i].similarity for i in (1, -1))
+    assert one < 0.5 < other
+    with torch.no_grad():
+        hidden = data(64, n=16)[0]
+        for layer in model[:-1]:
+            hidden = layer(hidden)
+        last = model[-1][0](hidden).double()
+        unit = last / last.norm(dim=1, keepdim=True)
+        cosines = unit @ unit.T
+        expected = float((cosines.sum() - cosines.diagonal().sum()) / (16 * 15))
+    assert other == pytest.approx(expected, abs=1e-5)

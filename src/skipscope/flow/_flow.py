@@ -73,7 +73,9 @@ def gradient_flow(
         readings.output_gradient = exact.output_gradient
     flow = [_boundary_state(readings, exact, i) for i in range(len(points))]
     seen = [
-        Point(p.name, state, _log(value)) for p, (state, value) in zip(points, flow) if state != "not_met"
+        Point(p.name, state, _log(value), readings.similarities[i])
+        for i, (p, (state, value)) in enumerate(zip(points, flow))
+        if state != "not_met"
     ]
     residual = sum(p.kind == "merge" for p in points) > len(points) / 2
     verdict = judge(seen, residual=residual, dtype=_dtype_name(readings))

@@ -18,17 +18,27 @@ from skipscope.flow._results import Verdict
 # So many decades lost, or gained, going back are trouble. Chosen on 200 networks labelled by whether they learn, and
 # held against 100 others (benchmarks/verdict.py): plain SGD bears less growth than fall.
 FALL, GROWTH = 2.0, 1.2
+# Activations of different samples whose mean cosine is this near 1 are one and the same for the layers after them.
+COLLAPSED = 0.995
 # One step is called the place where it breaks when it makes up so much of the fall.
 SHARE_OF_ONE = 0.5
 
 
 @dataclass(frozen=True)
 class Point:
-    """One boundary as the verdict sees it: its name, its state, and log10 of its flow (None where there is none)."""
+    """One boundary as the verdict sees it.
+
+    Attributes:
+        name: of the boundary.
+        state: as in :class:`BoundaryFlow`, or ``"nonfinite_activation"``.
+        log_flow: log10 of its flow, None where there is none.
+        similarity: mean cosine between the activations of different samples there.
+    """
 
     name: str
     state: str
     log_flow: float | None
+    similarity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ def judge(
     slope, interval = fitted if fitted else (None, None)
     numbers = {"fall_decades": fall, "slope": slope, "slope_interval": interval}
     if -GROWTH < fall < FALL:
-        return Verdict("healthy", **numbers, where=None, reason=_unhindered(fall, len(logs)))
+        return _healthy(points, fall, numbers)
     state = "vanishing" if fall > 0 else "exploding"
     at = _where(logs)
     first, last = connected[at][0], connected[at + 1][0]
@@ -103,6 +113,10 @@ def judge(
     cause, reason, evidence = _why(
         state, logs, at, alone, clues[first:last] if alone else clues[: len(points) - 1], residual
     )
+    collapsed = _collapse(points)
+    if cause == "unexplained" and collapsed is not None:
+        cause, evidence = "collapse", collapsed.similarity
+        reason = f"{reason}; {_in_words(collapsed)}"
     if any(p.state == "underflow" for p in points):
         zero = next(p for p in reversed(points) if p.state == "underflow")
         cause, evidence = "underflow", 10.0 ** (zero.log_flow or 0.0)
@@ -112,12 +126,37 @@ def judge(
     )
 
 
-def _unhindered(fall: float, n: int) -> str:
+def _healthy(points: Sequence[Point], fall: float, numbers: dict) -> Verdict:
+    n = sum(p.log_flow is not None for p in points)
     if n < 2:
-        return "a single boundary: the gradient has no way to go"
+        return Verdict(
+            "healthy", **numbers, where=None, reason="a single boundary: the gradient has no way to go"
+        )
+    size = f"unhindered: {short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {n} boundaries"
+    collapsed = _collapse(points)
+    if collapsed is None:
+        reason = f"{size}; if it does not learn, look at data, rate, initialisation"
+        return Verdict("healthy", **numbers, where=None, reason=reason)
+    return Verdict(
+        "healthy", **numbers, where=None, reason=f"{size}; but {_in_words(collapsed)}: look at the initialisation",
+        cause="collapse", evidence=collapsed.similarity,
+    )  # fmt: skip
+
+
+def _collapse(points: Sequence[Point]) -> Point | None:
+    """The first boundary from which on, to the last that says so, different samples look the same."""
+    found = None
+    for p in reversed(points):
+        if p.similarity is not None and p.similarity < COLLAPSED:
+            break
+        found = p if p.similarity is not None else found
+    return found
+
+
+def _in_words(p: Point) -> str:
     return (
-        f"unhindered: {short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {n} boundaries; if it does not "
-        "learn, look at data, rate, initialisation"
+        f"from {p.name} on the activations of different samples are nearly one (mean cosine {p.similarity:.4f}): rank "
+        "collapse"
     )
 
 
