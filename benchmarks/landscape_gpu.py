@@ -3,6 +3,7 @@
 A stand-alone script (it needs an accelerator, so it is no part of ``python -m benchmarks``)::
 
     PYTHONPATH=src python benchmarks/landscape_gpu.py [--quick] [--limit SECONDS]
+    PYTHONPATH=src python benchmarks/landscape_gpu.py --only full --strategy "compiled, replayed None" --store FOLDER
 
 It prints JSON, and writes it to ``$OUT/landscape_gpu.json`` (or here) after each step. Random images: the time does
 not depend on what they show. Correctness: nine points against the CPU in float64, for each precision.
@@ -102,17 +103,20 @@ def adaptive(model, images, labels) -> dict:
     }
 
 
-def full(model, images, labels, left: float) -> dict:
+def full(model, images, labels, left: float, strategy: str | None, store: str | None) -> dict:
     """The whole grid on all images; a smaller one, and said so, when the whole is not expected to fit the time."""
-    _, short = timed(ss.landscape, model, (images, labels), grid=5, precision="bf16")
-    _, longer = timed(ss.landscape, model, (images, labels), grid=9, precision="bf16")
-    expected = max(longer - short, 1e-6) / (81 - 25) * GRID**2
-    grid = GRID if 1.1 * expected < left - short - longer else 15
-    surface, seconds = timed(ss.landscape, model, (images, labels), grid=grid, precision="bf16")
-    return {
+    data, found, grid = (images, labels), {}, GRID
+    options: dict = {"precision": "bf16", "strategy": strategy or "auto", "store": store}
+    if strategy is None:  # another step has chosen it: what will the whole take?
+        _, short = timed(ss.landscape, model, data, grid=5, precision="bf16")
+        _, longer = timed(ss.landscape, model, data, grid=9, precision="bf16")
+        expected = max(longer - short, 1e-6) / (81 - 25) * GRID**2
+        found["expected_seconds_of_51x51"] = expected
+        grid = GRID if 1.1 * expected < left - short - longer else 15
+    surface, seconds = timed(ss.landscape, model, data, grid=grid, **options)
+    return found | {
         "grid": grid,
         "seconds": seconds,
-        "expected_seconds_of_51x51": expected,
         "images_per_second": len(images) * grid**2 / seconds,
         "strategy": surface.provenance.strategy,
         "strategy_error": surface.checks.strategy_error,
@@ -128,9 +132,16 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=float, default=560.0, help="seconds the whole script may take")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--only", nargs="*", default=None, help="steps: correctness, paired_subset, adaptive, full"
+    )
+    parser.add_argument("--strategy", default=None, help='of the full grid, e.g. "compiled, replayed None"')
+    parser.add_argument(
+        "--store", default=None, help="a folder the full grid is kept in, to go on in a second run"
+    )
     options = parser.parse_args()
     global GRID
-    layers, count, part = (20, 2000, 200) if options.quick else (56, 50_000, 2000)
+    layers, count, part = (20, 2000, 200) if options.quick else (56, 50_000, 1000)
     if options.device == "cpu":  # to see that the script itself is sound
         GRID, count, part = 7, 300, 64
     generator = torch.Generator().manual_seed(0)
@@ -147,8 +158,17 @@ def main() -> None:
         "correctness": lambda: correctness(model, images, labels),
         "paired_subset": lambda: paired(model, images, labels, part),
         "adaptive": lambda: adaptive(model, images, labels),
-        "full": lambda: full(model, images, labels, options.limit - (time.perf_counter() - BEGAN)),
+        "full": lambda: full(
+            model,
+            images,
+            labels,
+            options.limit - (time.perf_counter() - BEGAN),
+            options.strategy,
+            options.store,
+        ),
     }
+    if options.only:
+        steps = {name: step for name, step in steps.items() if name in options.only}
     for name, step in steps.items():
         try:
             out[name] = step()
