@@ -142,13 +142,14 @@ def test_a_small_residual_is_not_taken_for_the_end():
     assert outcomes == [(False, False)] * 3
 
 
-def test_the_probability_is_what_it_says():
+@pytest.mark.parametrize("wish", [{}, {"basis": 14}, {"block": 2}], ids=str)
+def test_the_probability_is_what_it_says(wish):
     """A far eigenvalue that is hard to see: among runs that claim 70 %, at most 30 % (and a margin) are wrong."""
     n, wrong, claims = 400, 0, 0
     values = np.r_[np.linspace(-1, 1, n - 1), 1.05]
     spectrum = torch.tensor(values)
     for seed in range(200):
-        found = find_ends(lambda rows: rows * spectrum, n, Wish(seed=seed, tol=2e-2, confidence=0.7))
+        found = find_ends(lambda rows: rows * spectrum, n, Wish(seed=seed, tol=2e-2, confidence=0.7, **wish))
         claims += found.converged
         wrong += found.converged and found.values.max() < 1.05 - 2 * 2e-2 * 1.05
     assert claims > 150

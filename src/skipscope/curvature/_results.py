@@ -150,7 +150,7 @@ class ExtremeEigenvalues(Result):
                 "loss draws random numbers of its own or has a backward pass that cannot be differentiated."
             )
         return Table(
-            f"Ends of the spectrum of the {_MATRICES[self.matrix]}",
+            f"Both ends of the {_MATRICES[self.matrix]}",
             ["end", "lambda", "bound"],
             rows,
             notes,

@@ -106,15 +106,13 @@ def find_ends(
     found = Ends(np.zeros(0), np.zeros(0), torch.zeros(0, size, dtype=torch.float64, device=device))
     draw, allowed = gaussian_blocks(size, wish.seed, device), 1.0 - wish.confidence
     while True:
-        allowed = (
-            allowed / 2 if wish.k > 1 else allowed
-        )  # all runs together may doubt no more than was allowed
-        search = _Search(
-            _deflated(product, size, found.vectors, draw, wish, near), found, wish, allowed, near
-        )
+        if wish.k > 1:  # all runs together may doubt no more than was allowed
+            allowed /= 2
+        run = _deflated(product, size, found.vectors, draw, wish, near)
+        search = _Search(run, found, wish, allowed, near)
         complete = search.finish()
         found = search.harvest()
-        if not complete or wish.k == 1 or search.run.exhausted or not len(search.wanted):
+        if not complete or wish.k == 1 or run.exhausted or not len(search.wanted):
             found.converged = complete
             return found
 
@@ -138,16 +136,24 @@ def _deflated(
 
 @dataclass
 class _Search:
-    """One run, until it has found what there is beyond what is known, or shown that there is nothing."""
+    """One run, until it has found what there is beyond what is known, or shown that there is nothing.
+
+    Attributes:
+        run: the run.
+        known: what earlier runs found.
+        wish: what is asked for.
+        allowed: the largest doubt.
+        near: what the run started near, if anything.
+        wanted: indices of this run's part of the answer.
+        doubt: at most this is the chance that something farther out was not seen.
+    """
 
     run: Krylov
     known: Ends
     wish: Wish
     allowed: float
     near: Tensor | None = None
-    wanted: np.ndarray = field(
-        default_factory=lambda: np.zeros(0, int)
-    )  # indices of this run's part of the answer
+    wanted: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     doubt: float = 1.0
 
     def finish(self) -> bool:
@@ -164,9 +170,8 @@ class _Search:
 
     def _steps(self) -> Iterator[int]:
         spent, step = self.known.products, 0
-        while (
-            spent + self.run.products + self.run.width <= self.wish.max_products or self._count < self.wish.k
-        ):
+        most, k = self.wish.max_products, self.wish.k
+        while spent + self.run.products + self.run.width <= most or self._count < k:
             yield (step := step + 1)
 
     @property
@@ -200,22 +205,20 @@ class _Search:
         """Beyond these nothing may be: the k-th known at each end, or this run's own ends if farther out."""
         if not len(self.known.values):
             return values[0], values[-1]
-        order = self.known.order(self.wish.k)
-        return min(values[0], self.known.values[order[0, -1]]), max(
-            values[-1], self.known.values[order[1, -1]]
-        )
+        low, high = self.known.values[self.known.order(self.wish.k)[:, -1]]
+        return min(values[0], low), max(values[-1], high)
 
     def _wanted(self, values: np.ndarray) -> np.ndarray:
         """Indices of the Ritz values that belong to the k outermost at an end, those known counted."""
         k, count = self.wish.k, len(values)
         if not len(self.known.values):
-            return np.unique(np.r_[: min(k, count), max(count - k, 0) : count])
+            return np.r_[:k, count - k : count] if count > 2 * k else np.arange(count)
         order = self.known.order(k)
         if order.shape[1] < k:
             return np.arange(count)
         margin = self.wish.tol * self.known.scale
-        low, high = self.known.values[order[0, -1]] - margin, self.known.values[order[1, -1]] + margin
-        return np.flatnonzero((values < low) | (values > high))
+        low, high = self.known.values[order[:, -1]]
+        return np.flatnonzero((values < low - margin) | (values > high + margin))
 
     def harvest(self) -> Ends:
         """Everything known after this run."""
