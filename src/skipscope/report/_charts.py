@@ -141,11 +141,18 @@ class Surface:
 
 @dataclass(frozen=True)
 class Surfaces:
-    """Surfaces side by side on one scale, turned together."""
+    """Surfaces side by side on one scale, turned together.
+
+    Attributes:
+        height: what the heights are.
+        axes: what the axes are.
+        flat: shown as a map only; a difference or an error says nothing more when turned.
+    """
 
     surfaces: Sequence[Surface]
     height: str = "loss"
     axes: tuple[str, str] = ("direction 1", "direction 2")
+    flat: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ def tag(name: str, *children: Any, **attributes: Any) -> Markup:
 
 
 def join(*parts: Any) -> Markup:
-    """Pieces of markup one after the other."""
-    return Markup("").join(parts)
+    """Pieces of markup one after the other; what is not markup is escaped."""
+    return Markup("").join(part if isinstance(part, Markup) else clean(part) for part in parts)
 
 
 def _value(value: Any) -> str:

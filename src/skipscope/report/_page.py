@@ -135,7 +135,7 @@ def _figure(chart: Chart, name: str) -> dict[str, Any]:
 
 def _turns(chart: Chart) -> TypeGuard[Surfaces]:
     """Heights are worth turning; a difference reads better flat."""
-    return isinstance(chart, Surfaces) and not any(s.signed for s in chart.surfaces)
+    return isinstance(chart, Surfaces) and not chart.flat
 
 
 def _table(table: Table) -> dict[str, Any]:
@@ -182,8 +182,8 @@ def stress(sentence: str) -> Markup:
     """A sentence with its numbers in bold.
 
     Example:
-        >>> stress("It falls 8.3 decades < 9x")
-        Markup('It falls <b>8.3 decades</b> &lt; <b>9x</b>')
+        >>> stress("<It> falls 8.3 decades at layers.4")
+        Markup('&lt;It&gt; falls <b>8.3 decades</b> at layers.4')
     """
     parts, at = [], 0
     for found in _NUMBER.finditer(sentence):

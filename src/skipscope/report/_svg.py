@@ -17,6 +17,18 @@ WIDE, NARROW = 720, 344
 LETTER = 6.6  # the mean width of a letter at 13 px; generous, so that nothing is cut off
 
 
+def words(text: object, x: float, y: float, kind: str = "tick", anchor: str | None = None) -> Markup:
+    """A piece of text; ``kind`` is its class in the style sheet."""
+    return tag("text", text, x=x, y=y, text_anchor=anchor, class_=kind)
+
+
+def sheet(parts: Sequence[Markup], width: int, height: float, title: str) -> Markup:
+    """A whole chart, with the title that a screen reader says."""
+    return tag(
+        "svg", *parts, viewBox=f"0 0 {width} {height:.0f}", class_="chart", role="img", aria_label=title
+    )
+
+
 def both(draw: Callable[..., Markup], *arguments) -> Markup:
     """A chart at both widths; the style sheet shows the one that fits."""
     return join(

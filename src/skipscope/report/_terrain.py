@@ -101,7 +101,7 @@ def contours(chart: Surfaces, width: int) -> Markup:
     scale = heights(chart)
     across = min(len(chart.surfaces), (4 if len(chart.surfaces) == 4 else 3) if width > 500 else 2)
     gap = 18
-    side = min(300.0, (width - 4 - gap * (across - 1)) / across)
+    side = min(420.0 if across == 1 else 300.0, (width - 4 - gap * (across - 1)) / across)
     notes = [textwrap.wrap(clean(s.note), int(side / 5.8)) for s in chart.surfaces]
     block = side + 32 + 15 * max(map(len, notes))
     parts = []

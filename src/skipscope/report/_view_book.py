@@ -56,8 +56,8 @@ def _(result: BookExperiment) -> Story:
     ]
     table = result.table()
     panels = [
-        Panel("The lecture's five numbers", seed_lines(result), "Both lines moved up: most of that is the loss, which is larger with shortcuts. The flow is how a line slopes.", [table]),
-        Panel("The same over many seeds", distribution(result), "The further right a line, the more gradient reaches the first layer. The lines do not cross: shortcuts help nearly always."),
+        Panel("The lecture's five numbers", seed_lines(result), f"With shortcuts every number is larger, also the last, {times(last.factor)}, whose layer has none: that is the loss. What the shortcuts did is in how the lines slope.", [table]),
+        Panel("The same over many seeds", distribution(result), "Each seed is a network of its own. The further to the right a line, the more of the gradient reaches the first layer."),
     ]  # fmt: skip
     return Story(
         "What the lecture's experiment shows, and what it does not",

@@ -100,6 +100,7 @@ def _(result: LossSurface) -> Story:
             [Surface(known, result.alphas, result.betas, "standard error")],
             "standard error of the loss",
             axes_of(result),
+            flat=True,
         )
         panels.append(
             Panel("How sure each height is", error, "Standard error over the samples, point by point.")
@@ -127,7 +128,7 @@ def difference_chart(result: Difference, like: LossSurface | None = None) -> Cha
             level=(0.0, "no difference"),
         )
     return Surfaces(
-        [Surface(result.values, alphas, betas, result.name, signed=True)], "difference of the loss"
+        [Surface(result.values, alphas, betas, result.name, signed=True)], "difference of the loss", flat=True
     )
 
 
