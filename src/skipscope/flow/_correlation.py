@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from skipscope._data import Batch, batch_size, read, tensors_in
 from skipscope._errors import SkipscopeError
-from skipscope.flow._measure import no_gradient, re_entrant, wants_backward
 from skipscope.flow._results import GradientCorrelation
 from skipscope.flow._running import places, running
+from skipscope.flow._seed import no_gradient, re_entrant, wants_backward
 from skipscope.shortcuts import tap_boundaries
 
 

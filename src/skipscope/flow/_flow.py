@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from skipscope._data import Batch, Batches, Objective, map_tensors, read
 from skipscope._numbers import short
 from skipscope.flow._clues import clues
-from skipscope.flow._measure import Readings, Tap, WeightReading, measure, norm_of
-from skipscope.flow._results import BoundaryFlow, GradientFlow, LayerGradient
+from skipscope.flow._flow_results import BoundaryFlow, GradientFlow, LayerGradient
+from skipscope.flow._measure import Tap, measure
+from skipscope.flow._readings import Readings, WeightReading, norm_of
 from skipscope.flow._running import places, running
 from skipscope.flow._verdict import Clue, Point, judge
 from skipscope.shortcuts import meaning, tap_boundaries

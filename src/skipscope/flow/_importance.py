@@ -12,7 +12,8 @@ from skipscope._data import Batch, read
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
 from skipscope.flow._flow import gradient_flow
-from skipscope.flow._results import Cost, GradientFlow, Importance, ImportanceOf
+from skipscope.flow._flow_results import GradientFlow
+from skipscope.flow._results import Cost, Importance, ImportanceOf
 from skipscope.flow._running import places
 from skipscope.shortcuts import ablate
 

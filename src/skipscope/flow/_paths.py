@@ -17,9 +17,11 @@ from skipscope._untouched import random_state_kept
 from skipscope.flow._angles import MOST, AngleWalk
 from skipscope.flow._cuts import Stack, Walk, cut_forward
 from skipscope.flow._flow import mode_of
-from skipscope.flow._measure import no_gradient, norm_of, re_entrant, shares_of, wants_backward
+from skipscope.flow._measure import shares_of
+from skipscope.flow._readings import norm_of
 from skipscope.flow._results import PathSpectrum
 from skipscope.flow._running import places, running
+from skipscope.flow._seed import no_gradient, re_entrant, wants_backward
 from skipscope.shortcuts import meaning, tap_boundaries
 
 
@@ -73,8 +75,7 @@ def path_spectrum(
     found, points = places(model, batches, "path_spectrum", found)
     target, parameter = _target(model, points, wrt)
     estimate = exact is False or (exact is None and len(found) > MOST)
-    kind = AngleWalk if estimate else Walk
-    sums, value, ways = _Sums(), 0.0, set()
+    sums = _Sums(parameter is not None, len(found))
     with running(model, seed, "path_spectrum"):
         mode = mode_of(model)
         for i, (batch, share) in enumerate(track(shares_of(batches, objective, "path_spectrum"), "paths")):
@@ -82,50 +83,28 @@ def path_spectrum(
                 forward = cut_forward(model, batch, objective, found, target, parameter)
             if not forward.loss.requires_grad:
                 raise no_gradient("path_spectrum", model)
-            value += share * float(forward.loss.detach())
-            walk = kind(forward, batched=batched, max_bytes=max_bytes)
-            try:
-                stacks = walk.run()
-            except RuntimeError as error:
-                if wants_backward(error):
-                    raise re_entrant("path_spectrum") from error
-                raise
-            ways |= walk.ways
+            sums.loss += share * float(forward.loss.detach())
+            walk = (AngleWalk if estimate else Walk)(forward, batched=batched, max_bytes=max_bytes)
+            stack = _walked(walk)
             with random_state_kept(seed + i):  # the same dropout again
                 plain = _plain_gradient(model, batch, objective, target, parameter)
-            if isinstance(walk, AngleWalk):
-                sums.window = sums.window or walk.window(stacks[0], len(found))
-                stacks = [walk.lengths(stacks[0], sums.window)]
-            sums.add(stacks, plain, walk.unit, share, shared=parameter is not None)
+            sums.add(walk, stack, plain, share)
     name = (
         target.name if parameter is None else next(n for n, p in model.named_parameters() if p is parameter)
     )
-    if not sums.reached:
-        raise SkipscopeError(
-            "path_spectrum", f"no path leads from the loss to {name}", layer=name,
-            cure="choose another wrt; ss.gradient_flow says where the network comes apart",
-        )  # fmt: skip
-    norms, residual, total = sums.result()
-    mean = float(norms @ np.arange(len(norms)) / norms.sum()) if norms.sum() else math.nan
-    method = "mixed" if len(ways) == 2 else ways.pop() if ways else "batched"
-    errors, notes = None, ()
-    if sums.window is not None:
-        norms, errors, notes = _with_errors(norms, sums.window, len(found))
-        method = f"estimate, {method}"
-    return PathSpectrum(
-        norms,
-        mean,
-        residual,
-        total,
-        len(norms) - 1,
-        name,
-        method,
-        value,
-        mode,
-        meaning(model),
-        errors,
-        notes,
-    )
+    return sums.result(name, mode, meaning(model))
+
+
+def _walked(walk: Walk) -> Stack | None:
+    """The stack of the one target."""
+    try:
+        return walk.run()[0]
+    except IndexError:  # the target was not met in this pass
+        return None
+    except RuntimeError as error:
+        if wants_backward(error):
+            raise re_entrant("path_spectrum") from error
+        raise
 
 
 def _with_errors(
@@ -187,43 +166,71 @@ def _plain_gradient(
 
 
 class _Sums:
-    """What several batches come to: activations lie side by side, gradients of a parameter add up."""
+    """What several batches come to: activations lie side by side, gradients of a parameter add up.
 
-    def __init__(self):
+    Args:
+        shared: the target is one and the same in every batch.
+        branches: how many shortcuts count.
+    """
+
+    def __init__(self, shared: bool, branches: int):
+        self.shared, self.branches, self.loss = shared, branches, 0.0
         self.squares: dict[int, float] = {}
         self.off = self.all = 0.0
         self.vectors: dict[int, Tensor] = {}
         self.plain: Tensor | None = None
         self.reached = False
+        self.ways: set[str] = set()
         self.window: tuple[int, int] | None = None  # of an estimate: its first length, and how many
 
-    def add(
-        self, stacks: list[Stack | None], plain: Tensor | None, unit: float, share: float, shared: bool
-    ) -> None:
-        """Take in one batch; ``shared``: the target is one and the same in every batch."""
-        if not stacks or stacks[0] is None or plain is None:
+    def add(self, walk: Walk, stack: Stack | None, plain: Tensor | None, share: float) -> None:
+        """Take in one batch."""
+        self.ways |= walk.ways
+        if isinstance(walk, AngleWalk):
+            self.window = self.window or walk.window(stack, self.branches)
+            stack = walk.lengths(stack, self.window)
+        if stack is None or plain is None:
             return
         self.reached = True
-        stack = stacks[0]
-        rows = {stack.low + i: row.detach().double() * (unit * share) for i, row in enumerate(stack.rows)}
-        plain = plain.detach().double() * share
-        if shared:
-            for k, row in rows.items():
+        whole = plain.detach().double() * share
+        rest = whole.neg()
+        for i, row in enumerate(stack.rows):
+            k, row = stack.low + i, row.detach().double() * (walk.unit * share)
+            rest += row
+            if self.shared:
                 self.vectors[k] = self.vectors[k] + row if k in self.vectors else row
-            self.plain = plain if self.plain is None else self.plain + plain
-            return
-        for k, row in rows.items():
-            self.squares[k] = math.hypot(self.squares.get(k, 0.0), norm_of(row))
-        self.off = math.hypot(self.off, norm_of(torch.stack(list(rows.values())).sum(0) - plain))
-        self.all = math.hypot(self.all, norm_of(plain))
+            else:
+                self.squares[k] = math.hypot(self.squares.get(k, 0.0), norm_of(row))
+        if self.shared:
+            self.plain = whole if self.plain is None else self.plain + whole
+        else:
+            self.off, self.all = math.hypot(self.off, norm_of(rest)), math.hypot(self.all, norm_of(whole))
 
-    def result(self) -> tuple[np.ndarray, float, float]:
-        """Norms, residual, and the norm of the whole gradient."""
+    def norms(self) -> np.ndarray:
+        """The norm at every length; the residual is left in ``off`` and ``all``."""
         if self.plain is not None:
             self.squares = {k: norm_of(row) for k, row in self.vectors.items()}
-            self.off, self.all = (
-                norm_of(torch.stack(list(self.vectors.values())).sum(0) - self.plain),
-                norm_of(self.plain),
-            )
-        norms = np.array([self.squares.get(k, 0.0) for k in range(max(self.squares) + 1)])
-        return norms, self.off / self.all if self.all else self.off, self.all
+            rest = self.plain.neg()
+            for row in self.vectors.values():
+                rest += row
+            self.off, self.all = norm_of(rest), norm_of(self.plain)
+        return np.array([self.squares.get(k, 0.0) for k in range(max(self.squares) + 1)])
+
+    def result(self, name: str, mode: str, meaning: str) -> PathSpectrum:
+        """As a result."""
+        if not self.reached:
+            raise SkipscopeError(
+                "path_spectrum", f"no path leads from the loss to {name}", layer=name,
+                cure="choose another wrt; ss.gradient_flow says where the network comes apart",
+            )  # fmt: skip
+        norms = self.norms()
+        mean = float(norms @ np.arange(len(norms)) / norms.sum()) if norms.sum() else math.nan
+        method = "mixed" if len(self.ways) == 2 else next(iter(self.ways), "batched")
+        errors, notes = None, ()
+        if self.window is not None:
+            norms, errors, notes = _with_errors(norms, self.window, self.branches)
+            method = f"estimate, {method}"
+        return PathSpectrum(
+            norms, mean, self.off / self.all if self.all else self.off, self.all, len(norms) - 1, name, method,
+            self.loss, mode, meaning, errors, notes,
+        )  # fmt: skip

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from skipscope._data import Batch, Objective, map_tensors, read
 from skipscope.flow._flow import mode_of
-from skipscope.flow._measure import no_gradient, norm_of, re_entrant, shares_of, wants_backward
+from skipscope.flow._measure import shares_of
+from skipscope.flow._readings import norm_of
 from skipscope.flow._results import GradientSplit, SplitAt
 from skipscope.flow._running import places, running
+from skipscope.flow._seed import no_gradient, re_entrant, wants_backward
 from skipscope.shortcuts import meaning, tap_merges
 
 SIDES = ("branch", "shortcut", "other")

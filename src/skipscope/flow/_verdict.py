@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from skipscope._numbers import short
-from skipscope.flow._results import Verdict
+from skipscope.flow._flow_results import Verdict
 
 # So many decades lost, or gained, going back are trouble. Chosen on 200 networks labelled by whether they learn, and
 # held against 100 others (benchmarks/verdict.py): plain SGD bears less growth than fall.

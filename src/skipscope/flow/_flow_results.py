@@ -1,0 +1,175 @@
+"""What ``gradient_flow`` hands back: boundaries, weights, the verdict, and the table that says what they mean.
+
+Signs and units are those of the definitions: a *fall* and a *slope* are positive when the gradient shrinks on its way
+back from the loss; both are in decades (powers of ten).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skipscope._numbers import short
+from skipscope._result import Result, Table
+
+
+@dataclass(frozen=True)
+class BoundaryFlow:
+    """The gradient where it crosses one boundary.
+
+    Attributes:
+        name: the boundary, in the words of the model.
+        depth: 0 at the first boundary, one more at each next.
+        kind: ``"input"``, ``"merge"`` or ``"module"``.
+        gradient_rms: RMS over all elements of dL/d(activation), with |dL/d(output)| set to 1; None where no gradient
+            arrives (not connected).
+        activation_rms: RMS over all elements of the activation.
+        factor: the flow here over the flow at the next boundary; None at the last.
+        chi: ``factor`` squared, Schoenholz's chi: below 1 the gradient shrinks here on its way back.
+        zero_fraction: the share of the gradient's elements that are exactly 0.
+        state: ``"ok"``, ``"exact_zero"``, ``"underflow"``, ``"not_connected"`` or ``"nonfinite"``.
+        similarity: mean cosine between the activations of different samples (tokens where there are any): near 1 the
+            network has stopped telling them apart. None where it cannot be had.
+    """
+
+    name: str
+    depth: int
+    kind: str
+    gradient_rms: float | None
+    activation_rms: float
+    factor: float | None
+    chi: float | None
+    zero_fraction: float | None
+    state: str
+    similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerGradient:
+    """The gradient of one weight (a parameter with two dimensions or more), unnormalised: dL/dW as training has it.
+
+    Attributes:
+        name: the parameter, e.g. ``"layers.0.0.weight"``.
+        weight_grad_mean_abs: mean |dL/dW|, what the lecture prints.
+        weight_grad_rms: RMS of dL/dW.
+        zero_fraction: the share of elements that are exactly 0.
+        state: ``"ok"``, ``"exact_zero"``, ``"underflow"``, ``"not_connected"`` or ``"nonfinite"``.
+        spread: standard deviation over batches of the RMS, over its mean; None for a single batch.
+        trainable: False for a frozen weight, which is never given a gradient.
+    """
+
+    name: str
+    weight_grad_mean_abs: float | None
+    weight_grad_rms: float | None
+    zero_fraction: float | None
+    state: str
+    spread: float | None = None
+    trainable: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the flow is like, where it breaks, and why.
+
+    Attributes:
+        state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"`` or ``"unconnected"``.
+        fall_decades: log10(flow at the last boundary / flow at the first); positive: shrinks going back.
+        slope: decades per boundary by least squares, same sign.
+        slope_interval: its 95 % interval.
+        where: the boundary where it breaks, None for a healthy flow.
+        reason: a sentence with the number that says so.
+        cause: the reason in a word: ``"none"``, ``"saturation"``, ``"gain"``, ``"inactive"``, ``"collapse"``,
+            ``"missing path"``, ``"underflow"``, ``"overflow"``, ``"loss"`` or ``"unexplained"``.
+        evidence: that number.
+    """
+
+    state: str
+    fall_decades: float | None
+    slope: float | None
+    slope_interval: tuple[float, float] | None
+    where: str | None
+    reason: str
+    cause: str = "none"
+    evidence: float | None = None
+
+    def __str__(self) -> str:
+        fall = (
+            ""
+            if self.fall_decades is None
+            else f", {short(abs(self.fall_decades))} decades "
+            + ("lost on the way back" if self.fall_decades >= 0 else "gained on the way back")
+        )
+        where = f" at {self.where}" if self.where else ""
+        return f"{self.state}{fall}{where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class GradientFlow(Result):
+    """The gradient on its way back: at each boundary, at each weight, and the verdict.
+
+    Attributes:
+        boundaries: in order of execution, the one nearest the input first.
+        layers: the weights, in the model's order.
+        verdict: what it comes to.
+        chi: the mean change of the squared flow from a boundary to the one before it (geometric; 10 ** (-2 slope)).
+        depth_scale: 1/|ln chi|: over so many boundaries the squared flow changes e-fold.
+        product: the product of the factors, which is the flow at the first boundary over that at the last.
+        loss: the loss on the data.
+        output_gradient_norm: |dL/d(output)|, by which the flow is normalised: multiply ``gradient_rms`` with it to get
+            the RMS of dL/d(activation) itself.
+        mode: ``"train"``, ``"eval"`` or ``"mixed"``: the modes the modules were in.
+        meaning: ``"as built"``, or what was done to this twin: ``"removed"``, ``"detached"``, ...
+        dtype: the precision the backward pass ran in.
+        batches, samples: how much data it rests on.
+        notes: what else a reader should know.
+    """
+
+    boundaries: tuple[BoundaryFlow, ...]
+    layers: tuple[LayerGradient, ...]
+    verdict: Verdict
+    chi: float | None
+    depth_scale: float | None
+    product: float | None
+    loss: float
+    output_gradient_norm: float
+    mode: str
+    meaning: str
+    dtype: str
+    batches: int
+    samples: int
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> Table:
+        """One row a boundary; the verdict above."""
+        rows = [
+            [b.depth, b.name, b.gradient_rms, b.factor, b.activation_rms, b.state] for b in self.boundaries
+        ]
+        interval = self.verdict.slope_interval
+        notes = [
+            f"{self.verdict}.",
+            "gradient: RMS of dL/d(activation), with |dL/d(output)| = 1; factor: over the gradient one boundary nearer "
+            "the loss, so their product is what reaches the first boundary.",
+        ]
+        if interval is not None and self.verdict.slope is not None:
+            notes.append(
+                f"slope {short(self.verdict.slope)} decades a boundary (95 %: {short(interval[0])} to "
+                f"{short(interval[1])}); chi {short(self.chi)}, depth scale {short(self.depth_scale)} boundaries."
+            )
+        notes.append(
+            f"{self.meaning}, {self.mode} mode, {self.samples:,} samples in {self.batches} "
+            f"batch{'es' if self.batches != 1 else ''}, loss {short(self.loss)}."
+        )
+        return Table(
+            f"Gradient flow: {self.verdict.state}",
+            ["depth", "boundary", "gradient", "factor", "activation", "state"], rows, [*notes, *self.notes],
+        )  # fmt: skip
+
+    def layer_table(self) -> Table:
+        """One row a weight: what the lecture prints, and more."""
+        rows = [
+            [w.name, w.weight_grad_mean_abs, w.weight_grad_rms, w.zero_fraction, w.spread, w.state]
+            for w in self.layers
+        ]
+        return Table(
+            "Gradients of the weights", ["weight", "mean |dL/dW|", "RMS", "zeros", "spread", "state"], rows,
+            ["Not the flow: dL/dW moves with the scale of loss and activations, and can go the opposite way."],
+        )  # fmt: skip

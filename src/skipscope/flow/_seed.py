@@ -1,0 +1,105 @@
+"""How a backward pass is seeded: with 1 / |dL/d(output)|; and how a loss is refused that has no gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._data import tensors_in
+from skipscope._errors import SkipscopeError
+from skipscope.flow._readings import dense, norm_of
+
+# How torch says that re-entrant checkpointing wants .backward(), in older and newer versions.
+RE_ENTRANT = ("Checkpointing is not compatible with .grad()", "checkpoint is incompatible with .grad()")
+
+
+def output_gradient(loss: Tensor, output: Any, accumulate: bool = False) -> float:
+    """|dL/d(output)| over the tensors of ``output`` that the loss is made of; 1 where it cannot be had."""
+    tensors = [
+        t for t in _direct_outputs(output) if t.requires_grad and t is not loss and t.is_floating_point()
+    ]
+    tensors = _without_ancestors(tensors)
+    if not tensors or (accumulate and len(tensors) == 1 and tensors[0].grad_fn is None):
+        return 1.0
+    narrow = any(torch.finfo(t.dtype).bits < 32 for t in tensors)
+    near = 2.0**6 if narrow else 1e25  # in half precision the seed must be about right before the norm can be
+    seed, found = 1.0, 0.0
+    for _ in range(4):
+        gradients = torch.autograd.grad(
+            loss, tensors, loss.new_tensor(seed), retain_graph=True, allow_unused=True
+        )
+        if all(g is None for g in gradients):
+            return 1.0
+        norm = math.hypot(*(norm_of(dense(g)) for g in gradients if g is not None))
+        found = norm / seed
+        step = 2.0**24 if norm == 0 else seed_for(norm, loss.dtype) if math.isfinite(norm) else 2.0**-24
+        if 1 / near < norm < near or not 0 < seed * step < torch.finfo(loss.dtype).max:
+            break
+        seed *= step
+    return found
+
+
+def _direct_outputs(output: Any) -> list[Tensor]:
+    """What the loss is computed from: of an output with a name for it (Hugging Face), the logits."""
+    for name in ("logits", "prediction_logits", "last_hidden_state"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return [found]
+    return tensors_in(output)
+
+
+def _without_ancestors(tensors: list[Tensor]) -> list[Tensor]:
+    """Leave out tensors that others are computed from (hidden states handed out beside the logits)."""
+    nodes = {t.grad_fn: t for t in tensors if t.grad_fn is not None}
+    if len(tensors) < 2:
+        return tensors
+    ancestors: set[Any] = set()
+    for node in nodes:
+        ancestors |= _above(node)
+    return [t for t in tensors if t.grad_fn not in ancestors] or tensors
+
+
+def _above(node: Any) -> set[Any]:
+    seen: set[Any] = set()
+    stack = [parent for parent, _ in node.next_functions if parent is not None]
+    while stack:
+        one = stack.pop()
+        if one not in seen:
+            seen.add(one)
+            stack += [parent for parent, _ in one.next_functions if parent is not None]
+    return seen
+
+
+def seed_for(norm: float, dtype: torch.dtype) -> float:
+    """1 / norm as a power of two (no rounding), as far as ``dtype`` can hold it."""
+    if not (math.isfinite(norm) and norm > 0):
+        return 1.0
+    most = math.floor(math.log2(torch.finfo(dtype).max)) - 1
+    return 2.0 ** max(-most + 2, min(most, -math.frexp(norm)[1]))
+
+
+def no_gradient(operation: str, model: nn.Module) -> SkipscopeError:
+    """The error for a loss that depends on nothing that has a gradient."""
+    frozen = all(not p.requires_grad for p in model.parameters())
+    return SkipscopeError(
+        operation, "the loss has no gradient", expected="a loss that depends on the model's output differentiably",
+        got="a loss without grad_fn" + (" (every parameter is frozen)" if frozen else ""),
+        cure="compute the output without torch.no_grad, .detach(), .item() or argmax, and the loss from it",
+    )  # fmt: skip
+
+
+def wants_backward(error: RuntimeError) -> bool:
+    """Whether torch refuses ``torch.autograd.grad`` because of re-entrant checkpointing."""
+    return any(text in str(error) for text in RE_ENTRANT)
+
+
+def re_entrant(operation: str) -> SkipscopeError:
+    """The error where the graph between a fork and its merge is needed and hidden."""
+    return SkipscopeError(
+        operation, "re-entrant checkpointing hides the graph between a fork and its merge",
+        cure="torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off for this call",
+    )  # fmt: skip
