@@ -57,7 +57,7 @@ def curvature_map(
     confidence: float = 0.99,
     max_products: int = 300,
     matrix: Matrix = "hessian",
-    engine: str | None = None,
+    engine: str = "auto",
     weight: Callable[[Batch], float] | None = None,
 ) -> CurvatureMap:
     """Both ends of the Hessian's spectrum at every point of a landscape's grid.
@@ -84,7 +84,7 @@ def curvature_map(
         confidence: the probability asked for where a point is solved afresh.
         max_products: at one point; after these it is marked as not converged.
         matrix: "hessian" or "gauss_newton".
-        engine: "local" or "torchrun".
+        engine: "local", "torchrun", or "auto": the ranks when there are some and a store, else local.
         weight: what a batch counts for in the mean over batches.
 
     Raises:
