@@ -1,0 +1,106 @@
+"""Where a well-kept library has the same module: the same numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+import skipscope.nn as sn
+from skipscope import reference
+
+
+def branch():
+    return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_pre_and_post_norm_are_torchs_encoder_layer(norm_first):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first).train()
+
+    class SelfAttention(nn.Module):
+        def forward(self, x):
+            return layer.self_attn(x, x, x, need_weights=False)[0]
+
+    class FeedForward(nn.Module):
+        def forward(self, x):
+            return layer.linear2(torch.relu(layer.linear1(x)))
+
+    wrap = sn.PreNorm if norm_first else sn.PostNorm
+    ours = nn.Sequential(wrap(SelfAttention(), 8, norm=layer.norm1), wrap(FeedForward(), 8, norm=layer.norm2))
+    x = torch.randn(3, 5, 8)
+    torch.testing.assert_close(ours(x), layer(x))
+
+
+def test_gpt_is_huggingfaces_gpt2():
+    transformers = pytest.importorskip("transformers")
+    ours = reference.gpt(2, 16, 2, vocab=50, context=12).eval()
+    config = transformers.GPT2Config(
+        vocab_size=50,
+        n_positions=12,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    state = ours.state_dict()
+    # Hugging Face keeps GPT-2's linear weights transposed.
+    renamed = {
+        "transformer." + k: v.T if any(part in k for part in ("c_attn.weight", "c_proj.weight", "c_fc.weight")) else v
+        for k, v in state.items() if k != "lm_head.weight"
+    }  # fmt: skip
+    left = theirs.load_state_dict(renamed, strict=False)
+    assert not left.unexpected_keys and all("lm_head" in k or "attn" in k for k in left.missing_keys)
+    ids = torch.randint(50, (3, 12))
+    torch.testing.assert_close(ours(ids), theirs(ids).logits.transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_stochastic_depth_is_torchvisions(mode):
+    ops = pytest.importorskip("torchvision.ops")
+    f = torch.randn(64, 3, 4)
+    torch.manual_seed(0)
+    expected = ops.stochastic_depth(f, 0.4, mode, training=True)
+    torch.manual_seed(0)
+    torch.testing.assert_close(sn.stochastic_depth(f, 0.4, True, mode), expected)
+
+
+@pytest.mark.heavy
+def test_stochastic_depth_and_layer_scale_are_timms():
+    layers = pytest.importorskip("timm.layers")
+    f = torch.randn(64, 8)
+    torch.manual_seed(0)
+    expected = layers.drop_path(f, 0.3, training=True)
+    torch.manual_seed(0)
+    torch.testing.assert_close(sn.stochastic_depth(f, 0.3, True), expected)
+    theirs, x = layers.LayerScale(8, init_values=0.1), torch.randn(2, 8)
+    torch.testing.assert_close(sn.layer_scale(x, f[:2], theirs.gamma), x + theirs(f[:2]))
+
+
+@pytest.mark.heavy
+def test_transformer_block_is_timms():
+    vision = pytest.importorskip("timm.models.vision_transformer")
+    theirs = vision.Block(8, 2, init_values=0.1).eval()
+    ours = nn.Sequential(
+        sn.PreNorm(nn.Sequential(theirs.attn, theirs.ls1), 8, norm=theirs.norm1),
+        sn.PreNorm(nn.Sequential(theirs.mlp, theirs.ls2), 8, norm=theirs.norm2),
+    )
+    x = torch.randn(3, 5, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("large", [False, True])
+def test_resnet18_is_torchvisions(large):
+    models = pytest.importorskip("torchvision.models")
+    theirs = models.resnet18(num_classes=10).eval()
+    if not large:
+        theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    ours = reference.resnet18(10, 3, large_images=large).eval()
+    names = [name for name, _ in ours.named_parameters()] + [name for name, _ in ours.named_buffers()]
+    values = [p for _, p in theirs.named_parameters()] + [b for _, b in theirs.named_buffers()]
+    ours.load_state_dict(dict(zip(names, values)))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
