@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._results import Place
-from skipscope.shortcuts._sides import BENT, LINEAR, MATRIX_SUMS, PRODUCT, SHAPE, Side, Sides, factors_of
+from skipscope.shortcuts._sides import (
+    BENT,
+    LINEAR,
+    MATRIX_SUMS,
+    PRODUCT,
+    SHAPE,
+    WHOLE,
+    Side,
+    Sides,
+    factors_of,
+)
 from skipscope.shortcuts._trace import Call, Graph, bits
 
 PARALLEL = "parallel branches"
@@ -154,7 +164,7 @@ class Judge:
                 continue
             nodes = 0
             for i in bypassing:
-                passed = self._passed(reader, sides, i, j)
+                passed = self._passed(reader, sides[i], j)
                 if isinstance(passed, str):
                     reason = passed
                 else:
@@ -166,13 +176,21 @@ class Judge:
             return region, "steps of one recurrence, side by side"
         return region, tuple(branches) or reason
 
-    def _passed(self, reader: Sides, sides: dict[int, Side], i: int, j: int) -> int | str:
-        """The nodes between the fork of operand i and operand j, or why they do not count."""
-        graph = self.graph
-        fork, end = sides[i].fork, reader.position(j)
+    def _passed(self, reader: Sides, side: Side, j: int) -> int | str:
+        """The nodes between the fork of a bypassing operand and operand j, or why they do not count."""
+        graph, fork = self.graph, side.fork
         assert fork is not None
+        nodes = self._between(reader, side, fork, j)
+        while not isinstance(nodes, str) and not graph.has_weights(nodes) and graph.kind(fork) in WHOLE:
+            # A mere view is no place to part: the branch may have left before it.
+            (fork,) = graph.parents[fork]
+            nodes = self._between(reader, side, fork, j)
+        return nodes
+
+    def _between(self, reader: Sides, side: Side, fork: int, j: int) -> int | str:
+        graph, end = self.graph, reader.position(j)
         starts = [fork]
-        own = [v for v in bits(sides[i].region) if fork in graph.parents[v]]
+        own = [v for v in bits(side.region) if fork in graph.parents[v]]
         taken = {graph.step(v) for v in own}
         if own and None not in taken:  # steps of a sequence: only the same steps are bypassed
             leaving = [

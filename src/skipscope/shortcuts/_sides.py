@@ -27,6 +27,9 @@ SHAPE = _words(
     Narrow SliceScatter SelectScatter LiftFresh MaskedFill Tril Triu Where Col2Im Im2Col IndexPut IndexAdd ScatterAdd"""
 )
 PRODUCT = _words("Mul Div Lerp Addcmul Addcdiv NativeDropout FusedDropout Bmm Mm Addmm Addbmm Baddbmm Mv Dot")
+# Of these, what keeps every value, once, under another shape.
+WHOLE = _words("View UnsafeView ReshapeAlias Transpose T Permute Clone Alias Squeeze Unsqueeze ToCopy")
+ELEMENTWISE = _words("Mul Div Addcmul Lerp")
 NORM = _words(
     """NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeLayerNorm NativeGroupNorm FusedRmsNorm RmsNorm
     InstanceNorm BatchNormBackward"""
@@ -183,19 +186,26 @@ class _Walk:
             return frozenset()
         before = self.bent
         reached = {p: self.weightless(p) for p in parents}
-        carrying = [p for p in parents if reached[p]]
-        if not carrying:
+        entered = frozenset().union(*reached.values())
+        if not entered:
             return frozenset()
         if len(parents) > 1:
-            # One factor carries, the other is a gate, bent or not; where both lead to the common part, the gate
-            # is the one that depends on the other.
+            # One factor carries, the other is a gate, bent or not. Where both lead to the common part the gate is the
+            # one that depends on the other; where neither does, as in attention's scores, it is no gate.
             self.gate, self.bent = True, before
+            first = self.first(entered)
+            if kind not in ELEMENTWISE or len(first) > 1:
+                return frozenset()
+            entered = frozenset(first)
         self.products.append(v)
-        nearest = self.nearest(frozenset().union(*(reached[p] for p in carrying)))
-        return frozenset() if nearest is None else frozenset([nearest])
+        return entered
+
+    def first(self, candidates: frozenset[int] | set[int]) -> list[int]:
+        """Those that depend on none of the others."""
+        ancestors = self.graph.ancestors
+        return [c for c in candidates if not any(d != c and ancestors[c] >> d & 1 for d in candidates)]
 
     def nearest(self, candidates: frozenset[int] | set[int]) -> int | None:
         """Of several common nodes the one that the others depend on; the last in order if they are unrelated."""
-        ancestors = self.graph.ancestors
-        first = [c for c in candidates if not any(d != c and ancestors[c] >> d & 1 for d in candidates)]
+        first = self.first(candidates)
         return max(first) if first else None
