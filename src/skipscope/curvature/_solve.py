@@ -146,6 +146,7 @@ class _Search:
         near: what the run started near, if anything.
         wanted: indices of this run's part of the answer.
         doubt: at most this is the chance that something farther out was not seen.
+        patience: steps until the next look at what there is.
     """
 
     run: Krylov
@@ -155,18 +156,21 @@ class _Search:
     near: Tensor | None = None
     wanted: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     doubt: float = 1.0
+    patience: int = 0
 
     def finish(self) -> bool:
         """Step until done (True) or until the products are spent or cannot do better (False)."""
         run, width = self.run, self.run.width
         for _ in track(self._steps(), "ends of the spectrum"):
             run.step()
-            done = self._judge(width)
-            if done is not None:
-                return done
+            self.patience -= 1
+            if self.patience < 0 or run.exhausted or run.invariant:
+                done = self._judge(width)
+                if done is not None:
+                    return done
             if run.filled + run.width > run.room:
                 run.restart(_worth_keeping(run.filled, self.wish.k, width))
-        return False
+        return bool(self._judge(width))
 
     def _steps(self) -> Iterator[int]:
         spent, step = self.known.products, 0
@@ -189,6 +193,9 @@ class _Search:
         within = residuals[self.wanted] - run.noise <= limit / share
         if not run.exhausted:
             if self._count < wish.k or not within.all():
+                # A residual that is far off takes more than a few products: no need to look after each.
+                far = float(residuals[self.wanted].max()) / limit if limit else 0.0
+                self.patience = 4 if far > 100 else 2 if far > 10 else 0
                 return None
             low, high = self._thresholds(values)
             margin = limit if wish.margin is None else limit * wish.margin / wish.tol
