@@ -74,9 +74,13 @@ def test_rows_are_bounded_evenly_spaced_and_end_with_the_last(tmp_path, keep, co
     assert len(set(np.diff(held[:-1]))) <= 1
     assert list(rows.last(1)[:, 0]) == list(held[-1:])
     rows.close()
-    about, read = read_rows(tmp_path / "x.rows")
+    about, read, whole = read_rows(tmp_path / "x.rows")
     assert about["names"] == ["a"]
+    assert whole == count
     np.testing.assert_array_equal(read[:, 0], np.arange(count))
+    few = read_rows(tmp_path / "x.rows", keep)[1][:, 0]
+    assert len(few) <= keep + 1
+    assert list(few[-1:]) == [count - 1.0][:count]
 
 
 @settings(max_examples=200, deadline=None)
@@ -89,7 +93,7 @@ def test_any_bytes_are_rows_or_a_value_error(data):
         path = Path(folder) / "x.rows"
         path.write_bytes(data)
         try:
-            _, rows = read_rows(path)
+            rows = read_rows(path)[1]
         except ValueError:
             return
         assert rows.ndim == 2

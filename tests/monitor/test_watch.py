@@ -156,6 +156,25 @@ def test_memory_is_bounded_and_the_folder_keeps_all(tmp_path):
     agrees(ss.load(tmp_path / "run"), optimizer.received)
 
 
+def test_a_long_run_is_read_in_part_and_says_so(tmp_path, monkeypatch):
+    from skipscope.monitor import _columns, read_history
+
+    monkeypatch.setattr(_columns, "_ROOM", 0)
+    model = network(depth=1)
+    optimizer = Spy(model.parameters())
+    with watch(model, optimizer, folder=tmp_path / "run") as monitor:
+        for _ in range(150):
+            optimizer.zero_grad()
+            model(data()).square().mean().backward()
+            optimizer.step()
+    assert len(monitor.history) <= 65
+    part = ss.load(tmp_path / "run")
+    assert len(part) <= 65
+    assert part.steps[-1] == 150
+    assert any("of 150 rows" in note for note in part.notes)
+    agrees(read_history(tmp_path / "run", all_rows=True), optimizer.received)
+
+
 def test_the_three_kinds_of_zero_stay_apart():
     model = nn.ModuleDict(
         {name: nn.Linear(2, 2, bias=False) for name in ("fine", "dead", "tiny", "loose", "broken", "frozen")}

@@ -16,6 +16,19 @@ from typing import Any
 
 import numpy as np
 
+# Gradients (rows x parameters) that a history holds: about 2 MB of memory, and a page small enough to mail.
+_ROOM = 60_000
+
+
+def most_rows(parameters: int) -> int:
+    """How many rows of so many parameters a history holds unless told otherwise: 64 to 1,000.
+
+    Example:
+        >>> most_rows(8), most_rows(148), most_rows(10_000)
+        (1000, 405, 64)
+    """
+    return max(64, min(1000, _ROOM // max(1, parameters)))
+
 
 class Rows:
     """Rows of one width. Memory holds at most ``keep``: when they are full every second is dropped, again and again.
@@ -91,19 +104,30 @@ class Rows:
             self._file = None
 
 
-def read_rows(path: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """(what the columns are, ``[rows, width]``) of a file, without a torn row at its end.
+def read_rows(path: Path, keep: int | None = None) -> tuple[dict[str, Any], np.ndarray, int]:
+    """(what the columns are, ``[rows, width]``, how many rows the file has), without a torn row at its end.
+
+    Args:
+        path: the file; only the rows asked for are read.
+        keep: of more rows than this every second, or fourth, ... is read, and the last; None reads all.
 
     Raises:
         ValueError: not such a file.
     """
-    data = path.read_bytes()
-    first, newline, rest = data.partition(b"\n")
-    if not newline:
+    with open(path, "rb") as file:
+        first = file.readline()
+    if not first.endswith(b"\n"):
         raise ValueError(f"{path.name} has no first line yet")
     about = json.loads(first)
     width = about.get("width") if isinstance(about, dict) else None
     if not isinstance(width, int) or width < 1:
         raise ValueError(f"{path.name} does not say how wide its rows are")
-    whole = len(rest) // (8 * width)
-    return about, np.frombuffer(rest[: whole * 8 * width], dtype=np.float64).reshape(whole, width)
+    whole = (path.stat().st_size - len(first)) // (8 * width)
+    if whole == 0:
+        return about, np.empty((0, width)), 0
+    every = np.memmap(path, dtype="<f8", mode="r", offset=len(first), shape=(whole, width))
+    stride = 1
+    while keep is not None and whole > keep * stride:
+        stride *= 2
+    at = list(range(0, whole, stride))
+    return about, np.array(every[[*at, *([whole - 1] if at[-1] != whole - 1 else [])]]), whole

@@ -76,7 +76,9 @@ def _live(points: list[Point], basis: str, step: int, was: str, more: float) -> 
     of = "boundaries" if basis == FLOW else "weights"
     reason = reason.replace("boundaries", of)
     if fall is not None:
-        trouble, limit = ("vanishing", FALL + more) if fall >= 0 else ("exploding", GROWTH + more)
+        trouble, limit = ("vanishing", FALL) if fall >= 0 else ("exploding", GROWTH)
+        if basis == GRADIENTS:
+            limit = max(FALL, GROWTH) + more
         limit -= _STICKY if was == trouble else 0.0
         change = f"{short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {len(points)} {of}"
         if abs(fall) < limit:

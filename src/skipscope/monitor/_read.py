@@ -12,7 +12,7 @@ import numpy as np
 
 from skipscope._errors import SkipscopeError
 from skipscope.monitor import _judge
-from skipscope.monitor._columns import read_rows
+from skipscope.monitor._columns import most_rows, read_rows
 from skipscope.monitor._gradients import SCALARS
 from skipscope.monitor._results import STATES, History, LiveVerdict, VerdictEvent
 
@@ -145,8 +145,14 @@ def _verdict_of_weights(history: History, was: str) -> LiveVerdict:
     )  # fmt: skip
 
 
-def read_history(path: Path) -> History | None:
+def read_history(path: Path, *, all_rows: bool = False) -> History | None:
     """The history that a monitor writes to a folder, also while it runs or after it was killed; None if it is not one.
+
+    Of a long run every second, or fourth, ... row is read, as many as a live history would hold; a note says so.
+
+    Args:
+        path: the folder.
+        all_rows: read every row.
 
     Raises:
         SkipscopeError: it is one, but damaged.
@@ -155,26 +161,35 @@ def read_history(path: Path) -> History | None:
     if not (path / ABOUT).is_file():
         return None
     try:
-        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-        gradients = [_rows(file) for file in sorted(path.glob("gradients-*.rows"))]
-        flow = [_rows(file) for file in sorted(path.glob("flow-*.rows"))]
+        notes = list(json.loads((path / ABOUT).read_text(encoding="utf-8"))["notes"])
+        gradients = _files(path, "gradients", all_rows, notes)
+        flow = _files(path, "flow", all_rows, [])
         events, closed = _events(path / EVENTS)
-        notes = [
-            *about["notes"],
-            *([] if closed else ["The run that writes this is not over, or was cut short."]),
-        ]
-        kept = [part for part in gradients if part is not None]
-        return assemble(kept, [part for part in flow if part is not None], events, notes, complete=closed)
+        notes += [] if closed else ["The run that writes this is not over, or was cut short."]
+        return assemble(gradients, flow, events, notes, complete=closed)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise SkipscopeError(
             "load", f"{path} is a monitor's folder, but damaged ({type(error).__name__}: {error})"
         ) from error
 
 
-def _rows(file: Path) -> tuple[dict[str, Any], np.ndarray] | None:
-    if b"\n" not in file.read_bytes()[: 1 << 26]:
-        return None  # just begun
-    return read_rows(file)
+def _files(
+    folder: Path, kind: str, all_rows: bool, notes: list[str]
+) -> list[tuple[dict[str, Any], np.ndarray]]:
+    found = []
+    for file in sorted(folder.glob(f"{kind}-*.rows")):
+        with open(file, "rb") as begun:
+            first = begun.readline()
+        if not first.endswith(b"\n"):
+            continue  # just begun
+        about, rows, whole = read_rows(file, None if all_rows else most_rows(len(json.loads(first)["names"])))
+        found.append((about, rows))
+        if len(rows) < whole:
+            notes.append(
+                f"{len(rows):,} of {whole:,} rows of {file.name} are here; "
+                "skipscope.monitor.read_history(folder, all_rows=True) gives all."
+            )
+    return found
 
 
 def _events(file: Path) -> tuple[list[VerdictEvent], bool]:

@@ -14,7 +14,7 @@ import numpy as np
 from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
 from skipscope._version import __version__
-from skipscope.monitor._columns import Rows
+from skipscope.monitor._columns import Rows, most_rows
 from skipscope.monitor._gradients import SCALARS
 from skipscope.monitor._read import ABOUT, EVENTS, WINDOW, assemble, verdict_of
 from skipscope.monitor._results import History, LiveVerdict, VerdictEvent
@@ -25,12 +25,12 @@ class Store:
     """Rows by optimizer and set of parameters, flow by set of boundaries, and events.
 
     Args:
-        keep: most rows in memory of each kind.
+        keep: most rows in memory of each kind; None for what a history should hold.
         folder: where to write them as they come; None for nowhere. It must not hold a history already.
         notes: what a reader should know.
     """
 
-    def __init__(self, keep: int, folder: Path | None, notes: list[str]):
+    def __init__(self, keep: int | None, folder: Path | None, notes: list[str]):
         self.keep, self.folder, self.notes = keep, folder, notes
         self.events: list[VerdictEvent] = []
         self._gradients: dict[int, list[tuple[Roster, Rows]]] = {}
@@ -43,15 +43,15 @@ class Store:
         sets = self._gradients.setdefault(index, [])
         if not sets or sets[-1][0] is not roster:
             width = len(SCALARS) + 3 * len(roster.names)
-            sets.append(
-                (roster, self._rows(f"gradients-{index}-{len(sets):03d}", width, about(roster, index)))
-            )
+            name, keep = f"gradients-{index}-{len(sets):03d}", most_rows(len(roster.names))
+            sets.append((roster, self._rows(name, width, keep, about(roster, index))))
         sets[-1][1].append(row)
 
     def add_flow(self, names: tuple[str, ...], step: int, rms: np.ndarray) -> None:
         """The flow at the boundaries ``names``."""
         if not self._flow or self._flow[-1][0] != names:
-            rows = self._rows(f"flow-{len(self._flow):03d}", 1 + len(names), {"names": list(names)})
+            name, keep = f"flow-{len(self._flow):03d}", most_rows(len(names))
+            rows = self._rows(name, 1 + len(names), keep, {"names": list(names)})
             self._flow.append((names, rows))
         self._flow[-1][1].append(np.array([step, *rms], dtype=float))
 
@@ -87,8 +87,9 @@ class Store:
         flow = [(rows.about, held(rows)) for _, rows in self._flow]
         return assemble(sets, flow, self.events, self.notes, verdict=verdict, complete=complete)
 
-    def _rows(self, name: str, width: int, what: dict[str, Any]) -> Rows:
-        return Rows(width, self.keep, None if self.folder is None else self.folder / f"{name}.rows", what)
+    def _rows(self, name: str, width: int, keep: int, what: dict[str, Any]) -> Rows:
+        path = None if self.folder is None else self.folder / f"{name}.rows"
+        return Rows(width, self.keep or keep, path, what)
 
     def _line(self, entry: dict[str, Any]) -> None:
         if self.folder is None:

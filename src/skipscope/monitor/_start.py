@@ -1,0 +1,78 @@
+"""What is known before the first step: what a reader should know, and what could only give wrong numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipscope._errors import SkipscopeError
+from skipscope._untouched import require_module
+from skipscope.monitor import _ranks
+from skipscope.monitor._roster import names_of
+from skipscope.monitor._stepper import Stepper
+
+
+def notes_on(models: Mapping[str, nn.Module], steppers: Sequence[Stepper], flow: bool) -> list[str]:
+    notes = []
+    size = _ranks.world()[1]
+    held = {id(p) for s in steppers for p in s.roster.parameters}
+    names = names_of(models)
+    left_out = [name for key, (_, name) in names.items() if key not in held]
+    foreign = sum(len(s.roster.parameters) for s in steppers) - sum(
+        id(p) in names for s in steppers for p in s.roster.parameters
+    )
+    if left_out:
+        notes.append(f"{len(left_out)} parameters are in none of the watched optimizers: {_few(left_out)}.")
+    if foreign:
+        notes.append(f"{foreign} parameters of the optimizers belong to none of the watched models.")
+    if size > 1:
+        how = (
+            "summed over their shards"
+            if any(s.sharded for s in steppers)
+            else "reduced by the training itself"
+        )
+        notes.append(f"{size} ranks; the gradients are {how}.")
+    if flow and any(s.sharded for s in steppers):
+        notes.append(
+            "FSDP2 hides which weights a branch holds: the boundaries of the flow are modules, not shortcuts."
+        )
+    return notes
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def check(
+    models: Mapping[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer], every: Any, flow_every: Any
+) -> None:
+    """What is known at the start: refuse what could only give wrong numbers."""
+    for name, value in {"every": every, "flow_every": flow_every}.items():
+        if not (isinstance(value, int) and value >= 1) and (name, value) != ("flow_every", None):
+            raise SkipscopeError(
+                "watch",
+                f"{name} is the number of steps from one reading to the next",
+                expected="1 or more",
+                got=value,
+            )
+    for model in models.values():
+        require_module(model, "watch")
+        for name, module in model.named_modules():
+            if type(module).__name__ == "FullyShardedDataParallel":
+                raise SkipscopeError(
+                    "watch", "FSDP1 flattens parameters, and a layer's gradient cannot be made whole",
+                    layer=name or None, expected="DDP, FSDP2 (fully_shard), or no sharding",
+                    got="FullyShardedDataParallel",
+                    cure="shard with torch.distributed.fsdp.fully_shard",
+                )  # fmt: skip
+    known = names_of(models)
+    if not any(id(p) in known for o in optimizers for group in o.param_groups for p in group["params"]):
+        raise SkipscopeError(
+            "watch", "the optimizer updates none of the model's parameters",
+            expected="an optimizer made from model.parameters()",
+            got="an optimizer of other tensors (made before the parameters were replaced?)",
+            cure="make the optimizer after the model is in its final form",
+        )  # fmt: skip
