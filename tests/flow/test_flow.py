@@ -451,3 +451,16 @@ def test_the_reason_names_rank_collapse():
         cosines = unit @ unit.T
         expected = float((cosines.sum() - cosines.diagonal().sum()) / (16 * 15))
     assert other == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_compiled_or_wrapped_model_is_measured_as_itself():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[oracles.Residual(oracles.layer(6)) for _ in range(3)])
+    plain = ss.gradient_flow(model, data(6), mse)
+    compiled = torch.compile(model, backend="eager")
+    compiled(data(6)[0])
+    for wrapped in (compiled, nn.DataParallel(model)):
+        flow = ss.gradient_flow(wrapped, data(6), mse)
+        assert flow.boundaries == plain.boundaries and flow.layers == plain.layers
+        assert len(ss.importance(wrapped, data(6), mse).notes) == 0
+        assert ss.path_spectrum(wrapped, data(6), mse).residual < 1e-5

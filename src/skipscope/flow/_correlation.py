@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, batch_size, read, tensors_in
+from skipscope._data import Batch, batch_size, tensors_in
 from skipscope._errors import SkipscopeError
 from skipscope.flow._results import GradientCorrelation
-from skipscope.flow._running import places, running
+from skipscope.flow._running import asked, places, running
 from skipscope.flow._seed import no_gradient, re_entrant, wants_backward
 from skipscope.shortcuts import tap_boundaries
 
@@ -60,7 +60,7 @@ def gradient_correlation(
         raise SkipscopeError(
             "gradient_correlation", "unknown quantity", expected='of="output" or "loss"', got=repr(of)
         )
-    batches, objective = read(model, data, loss, "gradient_correlation", weight=weight)
+    model, batches, objective = asked(model, data, loss, "gradient_correlation", weight)
     _, points = places(model, batches, "gradient_correlation")
     batch = batches.first()
     with running(model, seed, "gradient_correlation"):

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, Batches, Objective, map_tensors, read
+from skipscope._data import Batch, Batches, Objective, map_tensors
 from skipscope._numbers import short
 from skipscope.flow._clues import clues
 from skipscope.flow._flow_results import BoundaryFlow, GradientFlow, LayerGradient
 from skipscope.flow._measure import Tap, measure
 from skipscope.flow._readings import Readings, WeightReading, norm_of
-from skipscope.flow._running import places, running
+from skipscope.flow._running import asked, places, running
 from skipscope.flow._verdict import Clue, Point, judge
 from skipscope.shortcuts import meaning, tap_boundaries
 
@@ -59,7 +59,7 @@ def gradient_flow(
         >>> flow.verdict.state, flow.verdict.cause
         ('vanishing', 'gain')
     """
-    batches, objective = read(model, data, loss, "gradient_flow", weight=weight)
+    model, batches, objective = asked(model, data, loss, "gradient_flow", weight)
     _, points = places(model, batches, "gradient_flow", found)
     scale = float(scaler.get_scale()) if scaler is not None else 1.0
 

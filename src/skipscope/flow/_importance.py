@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from skipscope._data import Batch, read
+from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
 from skipscope.flow._flow import gradient_flow
 from skipscope.flow._flow_results import GradientFlow
 from skipscope.flow._results import Cost, Importance, ImportanceOf
-from skipscope.flow._running import places
+from skipscope.flow._running import asked, places
 from skipscope.shortcuts import ablate
 
 
@@ -49,7 +49,7 @@ def importance(
         >>> len(rank), rank.ranked[0].removed.loss_cost is not None
         (4, True)
     """
-    batches, objective = read(model, data, loss, "importance", weight=weight)
+    model, batches, objective = asked(model, data, loss, "importance", weight)
     every, _ = places(model, batches, "importance")
     chosen = every if found is None else found
     options = {"found": every, "seed": seed, "weight": weight}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, Objective, read
+from skipscope._data import Batch, Objective
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
 from skipscope._untouched import random_state_kept
@@ -20,7 +20,7 @@ from skipscope.flow._flow import mode_of
 from skipscope.flow._measure import shares_of
 from skipscope.flow._readings import norm_of
 from skipscope.flow._results import PathSpectrum
-from skipscope.flow._running import places, running
+from skipscope.flow._running import asked, places, running
 from skipscope.flow._seed import no_gradient, re_entrant, wants_backward
 from skipscope.shortcuts import meaning, tap_boundaries
 
@@ -51,7 +51,8 @@ def path_spectrum(
         found: the shortcuts that count; all that are found by default.
         batched: carry all lengths through the backward pass at once (torch's vmap), or one after the other; by default
             whichever is faster.
-        max_bytes: a bound on the gradients that go through a segment at once.
+        max_bytes: a bound on the gradients that go through a segment at once. On top come those that wait at cuts: one
+            for each length that exists there, at one or two cuts at a time in a chain.
         exact: False: an estimate that carries 256 gradients, however many lengths there are, and shows its error; None:
             that beyond 256 branches.
         seed: of the random numbers drawn inside (dropout).
@@ -71,7 +72,7 @@ def path_spectrum(
         >>> len(paths.norms), paths.residual < 1e-5
         (5, True)
     """
-    batches, objective = read(model, data, loss, "path_spectrum", weight=weight)
+    model, batches, objective = asked(model, data, loss, "path_spectrum", weight)
     found, points = places(model, batches, "path_spectrum", found)
     target, parameter = _target(model, points, wrt)
     estimate = exact is False or (exact is None and len(found) > MOST)

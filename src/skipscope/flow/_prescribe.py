@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipscope._data import Batch, Batches, Objective, inputs_of, read
+from skipscope._data import Batch, Batches, Objective, inputs_of
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope._progress import track
@@ -17,7 +17,7 @@ from skipscope._untouched import private_copy, random_state_kept
 from skipscope.flow._flow import gradient_flow
 from skipscope.flow._remedies import Candidate, candidates
 from skipscope.flow._results import Prescription, Remedy
-from skipscope.flow._running import as_written, places
+from skipscope.flow._running import as_written, asked, places
 
 # The rates under which each copy is trained for a few steps; its best one counts.
 RATES: tuple[tuple[str, type[torch.optim.Optimizer], float], ...] = (
@@ -58,7 +58,7 @@ def prescribe(
         >>> advice.before.state, advice.remedies[0].state
         ('vanishing', 'healthy')
     """
-    batches, objective = read(model, data, loss, "prescribe", weight=weight)
+    model, batches, objective = asked(model, data, loss, "prescribe", weight)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SkipscopeError(
             "prescribe", "no parameter requires a gradient: there is nothing to train", got=type(model).__name__,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from skipscope._data import Batches, inputs_of
+from skipscope._data import Batch, Batches, Objective, inputs_of, read
 from skipscope._errors import SkipscopeError
-from skipscope._untouched import untouched
+from skipscope._untouched import require_module, untouched
 from skipscope.shortcuts import Boundary, Shortcuts, boundaries, find_shortcuts
+from skipscope.shortcuts._unwrap import unwrapped
 
 
 def as_written() -> AbstractContextManager[Any]:
@@ -22,6 +23,15 @@ def as_written() -> AbstractContextManager[Any]:
     # Whoever has compiled something has this module loaded; loading it otherwise takes seconds.
     loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
+
+
+def asked(
+    model: nn.Module, data: Any, loss: Any, operation: str, weight: Callable[[Batch], float] | None
+) -> tuple[nn.Module, Batches, Objective]:
+    """What every public call of this room starts with: the model out of its wrappers, data and loss as they are read."""
+    require_module(model, operation)
+    model = unwrapped(model)
+    return model, *read(model, data, loss, operation, weight=weight)
 
 
 @contextmanager

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, Objective, map_tensors, read
+from skipscope._data import Batch, Objective, map_tensors
 from skipscope.flow._flow import mode_of
 from skipscope.flow._measure import shares_of
 from skipscope.flow._readings import norm_of
 from skipscope.flow._results import GradientSplit, SplitAt
-from skipscope.flow._running import places, running
+from skipscope.flow._running import asked, places, running
 from skipscope.flow._seed import no_gradient, re_entrant, wants_backward
 from skipscope.shortcuts import meaning, tap_merges
 
@@ -57,7 +57,7 @@ def gradient_split(
         >>> len(split), split[0].shortcut_rms > 0
         (4, True)
     """
-    batches, objective = read(model, data, loss, "gradient_split", weight=weight)
+    model, batches, objective = asked(model, data, loss, "gradient_split", weight)
     found, _ = places(model, batches, "gradient_split", found)
     forks = [_Fork() for _ in found]
     value = 0.0
