@@ -135,3 +135,21 @@ def test_a_lower_precision_is_an_explicit_choice_and_is_told(precision):
     assert np.array_equal(own.values, other.values) == (precision == "fp32")
     with pytest.raises(ss.SkipscopeError, match="unknown precision"):
         ss.landscape(model, data, F.cross_entropy, grid=5, precision="int3")
+
+
+def test_a_later_choice_replaces_an_earlier_one():
+    """A rank that loses the race for the store takes the store's way, whatever it had chosen itself."""
+    from skipscope._data import read
+    from skipscope.surfaces._settings import Settings
+    from skipscope.surfaces._twins import make_twins
+
+    model = nn.Sequential(nn.Linear(6, 4)).eval()
+    data, loss = read(model, (torch.randn(100, 6), torch.randint(4, (100,))), F.cross_entropy, "test")
+    (twin,) = make_twins({"net": model}, data, loss, Settings(), 2)
+    for wanted, name in (
+        ("split 32", "batches of 32"),
+        ("plain", "plain loop"),
+        ("stacked 8", "8 points at once (vmap)"),
+    ):
+        _strategies.choose(twin.evaluator, [(0.1, 0.2)], 9, wanted)
+        assert twin.evaluator.strategy.name == name

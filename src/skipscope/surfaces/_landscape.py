@@ -38,7 +38,7 @@ def landscape(
     tolerance: float | None = None,
     strategy: str = "auto",
     precision: str | None = None,
-    engine: str | None = None,
+    engine: str = "auto",
     weight: Callable[[Batch], float] | None = None,
     sample_loss: Callable[[Any, Any], torch.Tensor] | None = None,
 ) -> Any:
@@ -76,7 +76,7 @@ def landscape(
         precision: None is the model's own; "bf16" or "fp16" run it under autocast; "tf32" or "fp32" choose a GPU's
             arithmetic for float32.
         engine: "local"; "torchrun": each rank takes its share of the units of work and they meet in the store; "ray":
-            a Ray cluster does. Default: torchrun's ranks when there are some and a store, else local.
+            a Ray cluster does; "auto": torchrun's ranks when there are some and a store, else local.
         weight: what a batch counts for in the mean over batches.
         sample_loss: ``f(output, target) -> [samples]``, for standard errors of a loss that torch does not know.
 
@@ -127,7 +127,7 @@ def paired_landscapes(
     tolerance: float | None = None,
     strategy: str = "auto",
     precision: str | None = None,
-    engine: str | None = None,
+    engine: str = "auto",
     weight: Callable[[Batch], float] | None = None,
     sample_loss: Callable[[Any, Any], torch.Tensor] | None = None,
 ) -> Any:

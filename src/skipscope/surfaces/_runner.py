@@ -18,18 +18,18 @@ from skipscope._progress import track
 from skipscope.surfaces._grid import Sheet
 from skipscope.surfaces._store import Store
 
-ENGINES = ("local", "torchrun", "ray")
+ENGINES = ("auto", "local", "torchrun", "ray")
 _POLL_S = 0.2
 _PATIENCE_S = 10.0  # without a new unit before a rank is taken for lost; at least five units' time
 
 
-def engine_for(engine: str | None, stored: bool) -> str:
-    """The engine to use; by default torchrun's ranks when there are some and a store to meet in.
+def engine_for(engine: str, stored: bool) -> str:
+    """The engine to use; "auto" is torchrun's ranks when there are some and a store to meet in, else this process.
 
     Raises:
         SkipscopeError: an unknown engine, or ranks without a store.
     """
-    if engine is None:
+    if engine == "auto":
         return "torchrun" if stored and int(os.environ.get("WORLD_SIZE", "1")) > 1 else "local"
     if engine not in ENGINES:
         raise SkipscopeError("landscape", "unknown engine", expected=" or ".join(ENGINES), got=repr(engine))

@@ -34,7 +34,7 @@ class Settings:
     tolerance: float | None = None
     strategy: str = "auto"
     precision: str | None = None
-    engine: str | None = None
+    engine: str = "auto"
     weight: Callable[[Batch], float] | None = None
     sample_loss: Callable[[Any, Any], Tensor] | None = None
 

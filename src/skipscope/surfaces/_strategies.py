@@ -229,6 +229,7 @@ def choose(
     Raises:
         SkipscopeError: the wanted way is unknown or does not give the plain loop's numbers.
     """
+    evaluator.strategy = evaluator.plain  # an earlier choice may stand: another process's store has another
     seconds = _time(evaluator.plain, points[:1])
     if seconds < 1:
         seconds = min(seconds, _time(evaluator.plain, points[:2]))
