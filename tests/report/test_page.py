@@ -158,6 +158,12 @@ def test_a_page_too_large_leaves_its_data_out_or_refuses(monkeypatch, tmp_path):
     assert not (tmp_path / "c.html").exists()
 
 
+def test_a_comparison_on_the_paper_s_grid_fits_with_its_data(tmp_path):
+    path = samples.comparison(points=51).save(tmp_path / "x.html")
+    assert path.stat().st_size < 8_000_000
+    assert ss.load(path).surfaces["trained"].surfaces["shortcuts"].values.shape == (51, 51)
+
+
 def test_every_chart_has_a_table_on_the_page():
     for result in RESULTS:
         panels = story(result).panels
