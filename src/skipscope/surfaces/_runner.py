@@ -19,7 +19,7 @@ from skipscope.surfaces._grid import Sheet
 from skipscope.surfaces._store import Store
 
 ENGINES = ("auto", "local", "torchrun", "ray")
-_POLL_S = 0.2
+_POLL_S = 0.02
 _PATIENCE_S = 10.0  # without a new unit before a rank is taken for lost; at least five units' time
 
 
@@ -106,6 +106,7 @@ class Runner:
         assert self.store is not None
         done, since = -1, time.monotonic()
         while True:
+            began = time.monotonic()
             self.store.read_into(self.kept)
             missing = [unit for unit in units if not self.kept.done[unit].all()]
             if not missing:
@@ -117,7 +118,9 @@ class Runner:
                 self._keep(unit, self.work(unit))
                 done += len(unit)  # our own unit is no sign of life
             else:
-                time.sleep(_POLL_S)
+                time.sleep(
+                    min(1.0, max(_POLL_S, 4 * (time.monotonic() - began)))
+                )  # reading must not slow the others
 
 
 def _chunks(points: np.ndarray, size: int) -> list[np.ndarray]:
