@@ -221,6 +221,14 @@ def test_numbers_are_stressed_and_names_are_not(sentence, stressed):
     assert html.unescape(re.sub(r"</?b>", "", made)) == sentence or "<b>" in sentence
 
 
+@pytest.mark.parametrize(
+    ("slope", "said"),
+    [(4.75 / 9, "56,000 times smaller"), (0.5 / 9, "3.2 times smaller"), (-2 / 9, "100 times larger"), (12 / 9, "10¹² times smaller"), (0, "as large as it left")],
+)  # fmt: skip
+def test_the_fall_is_told_as_a_number_people_can_picture(slope, said):
+    assert said in story(samples.flow(10, slope)).answer[0]
+
+
 def test_fragments_are_small_and_tell_the_answer():
     for result in RESULTS:
         fragment = result._repr_html_()

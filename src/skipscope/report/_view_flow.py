@@ -89,11 +89,9 @@ def fall_sentence(flow: GradientFlow) -> str:
         return f"The gradient's flow is {flow.verdict.state}: {flow.verdict.reason}."
     if abs(fall) < 0.05:
         return f"The flow is {flow.verdict.state}: the gradient arrives at the first boundary as large as it left the last."
-    size = (
-        f"{float(f'{10 ** abs(fall):.2g}'):,.3g}"
-        if abs(fall) < 5
-        else "10" + f"{abs(fall):.0f}".translate(SUPERSCRIPTS)
-    )
+    times = float(f"{10 ** min(abs(fall), 5):.2g}")
+    power = "10" + f"{abs(fall):.0f}".translate(SUPERSCRIPTS)
+    size = power if abs(fall) >= 5 else f"{times:,.0f}" if times >= 10 else f"{times:g}"
     return (
         f"The flow is {flow.verdict.state}: at the first boundary the gradient is {size} times {'smaller' if fall > 0 else 'larger'} than "
         f"at the last ({abs(fall):.2g} decades {'lost' if fall > 0 else 'gained'})."
