@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ class Planted(nn.Module):
         self.kind, self.activation, self.writing, self.inner = kind, activation, writing, inner
         out = width + 1 if kind == "projection" else width
         sizes = [width] * depth + [out]
-        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)])
+        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in pairwise(sizes)])
         self.norm = nn.LayerNorm(width)
         if kind == "projection":
             self.side = nn.Linear(width, out)
