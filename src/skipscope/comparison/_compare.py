@@ -262,9 +262,9 @@ def _twins(model, base, found, inputs, variants, settings: Settings, clock: Cloc
         makers["without"] = (lambda: ablate(again(), found, how="remove")) if again else networks["without"]
         roles, meanings = Roles("with", "without"), {"with": "as built", "without": "removed"}
     else:
-        added = add_shortcuts(base, inputs)
+        added = add_shortcuts(base, inputs, report=None)
         networks, makers = {"without": base, "with": added}, {"without": again or base}
-        makers["with"] = (lambda: add_shortcuts(again(), inputs)) if again else added
+        makers["with"] = (lambda: add_shortcuts(again(), inputs, report=None)) if again else added
         roles, meanings = Roles("with", "without"), {"without": "as built", "with": "shortcuts added"}
         clock.notes.append(
             "the model has no shortcuts of its own: its twin has the lecture's, added where shapes agree"

@@ -137,7 +137,7 @@ def _norm_for(module: nn.Module) -> nn.Module:
 
 
 def _with_shortcuts(kind: str, model: nn.Module, inputs: Any) -> nn.Module:
-    plain = add_shortcuts(model, inputs)
+    plain = add_shortcuts(model, inputs, report=None)
     depth = len(find_shortcuts(plain, inputs))
     if not depth:
         raise SkipscopeError("prescribe", "no layers of equal shape stand in a Sequential or ModuleList")
@@ -150,7 +150,7 @@ def _with_shortcuts(kind: str, model: nn.Module, inputs: Any) -> nn.Module:
         made = registry()[kind](branch, last.weight.shape[0], dim=dim, depth=depth)  # type: ignore[union-attr]
         return made.to(last.weight.device, last.weight.dtype)  # type: ignore[union-attr]
 
-    return add_shortcuts(model, inputs, kind=wrap)
+    return add_shortcuts(model, inputs, kind=wrap, report=None)
 
 
 @torch.no_grad()
