@@ -14,6 +14,7 @@ and what should vanish in a symmetric matrix but does not measures the rounding 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from torch import Tensor
 Product = Callable[[Tensor], Tensor]  # [b, n] float64 -> [b, n] float64
 Draw = Callable[[int], Tensor]  # b -> a random block [b, n]
 _BREAKDOWN = 1e-12  # a remainder this small against the matrix is rounding: the space is invariant
+_SURE = 0.1  # a remainder this large against the matrix has lost nothing of its orthogonality
 _EPS = float(np.finfo(float).eps)
 _SAFETY = 4.0  # on the estimate of the products' rounding error
 
@@ -98,7 +100,7 @@ class Krylov:
 
     def start(self, block: Tensor) -> None:
         """Begin (again) with ``block [b, n]``, made orthogonal to the basis and to itself."""
-        kept, _, _ = self._orthonormal(block.clone(), floor=0.0)
+        kept, _, _ = self._orthonormal(block.clone(), floor=0.0, sure=math.inf)
         self.width = kept.shape[0]
         self.rows[self.filled : self.filled + self.width] = kept
         self.coupling = np.zeros((self.filled, self.width))
@@ -133,7 +135,7 @@ class Krylov:
 
     def _next_block(self, image: Tensor, measured: np.ndarray) -> None:
         m, b = self.filled, image.shape[0]
-        kept, onward, dropped = self._orthonormal(image, floor=_BREAKDOWN * self.scale)
+        kept, onward, dropped = self._orthonormal(image, _BREAKDOWN * self.scale, _SURE * self.scale)
         self._dropped = max(self._dropped, dropped)
         if not self.invariant:
             self.history.append(Step(measured, onward, dropped))
@@ -146,8 +148,12 @@ class Krylov:
             self.invariant = True
             self.start(self.draw(min(b, self.size - m)))
 
-    def _orthonormal(self, block: Tensor, floor: float) -> tuple[Tensor, np.ndarray, float]:
-        """Orthonormal rows for ``block`` (already projected once), its coordinates in them, and what was cut off."""
+    def _orthonormal(self, block: Tensor, floor: float, sure: float) -> tuple[Tensor, np.ndarray, float]:
+        """Orthonormal rows for ``block``, its coordinates in them, and what was cut off: what is below ``floor``.
+
+        A row longer than ``sure`` is orthogonal to the basis already; a shorter one is what is left of a large image,
+        and relatively less orthogonal than the image was.
+        """
         space, found = self.rows[: self.filled], []
         room = self.size - self.filled
         onward, dropped = np.zeros((min(block.shape[0], room), block.shape[0])), 0.0
@@ -161,10 +167,9 @@ class Krylov:
                 dropped = max(dropped, norm)
                 continue
             row = row / norm
-            for _ in range(
-                2
-            ):  # what is left of a large image is relatively less orthogonal than the image was
-                for others in (self.outside, space, *(found and [torch.stack(found)])):
+            near = [self.outside, space] if norm < sure else []
+            for _ in range(2):
+                for others in (*near, *(found and [torch.stack(found)])):
                     row = row - (others @ row) @ others
             row = row / torch.linalg.vector_norm(row)
             onward[len(found), i] = norm

@@ -125,7 +125,7 @@ def _deflated(
     block = min(wish.block, left)
     room = wish.basis or int(np.clip(_BASIS_BYTES / (8 * size), 4 * wish.k + 4 * block + 20, 300))
     room = min(max(room, 2 * wish.k + 3 * block + 2), left)
-    rows = torch.zeros(room + block, size, dtype=torch.float64, device=known.device)
+    rows = torch.empty(room + block, size, dtype=torch.float64, device=known.device)
     run = Krylov(product, left, room, draw, rows, known, wish.precision)
     start = run.draw(block)
     if near is not None:
