@@ -464,3 +464,19 @@ def test_a_compiled_or_wrapped_model_is_measured_as_itself():
         assert flow.boundaries == plain.boundaries and flow.layers == plain.layers
         assert len(ss.importance(wrapped, data(6), mse).notes) == 0
         assert ss.path_spectrum(wrapped, data(6), mse).residual < 1e-5
+
+
+def test_sparse_gradients_are_read_as_dense_ones():
+    def make(sparse):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 2))
+
+    batches = ss.batches(
+        [(torch.arange(6).view(2, 3), torch.zeros(2, 2)), (torch.ones(3, 3).long(), torch.ones(3, 2))]
+    )
+    sparse, dense = (ss.gradient_flow(make(s), batches, mse) for s in (True, False))
+    for one, other in zip(sparse.layers, dense.layers):
+        assert one.weight_grad_rms == pytest.approx(other.weight_grad_rms, rel=1e-6)
+        assert one.zero_fraction == other.zero_fraction and one.spread == pytest.approx(
+            other.spread, rel=1e-6
+        )

@@ -65,7 +65,7 @@ class WeightReading:
     def add(self, gradient: Tensor, unit: float, share: float) -> None:
         """Take in one batch's gradient; ``unit``: what one unit of it is worth; ``share``: the batch's in the mean."""
         gradient = gradient.detach()
-        gradient = dense(gradient.todense() if gradient.is_sparse else gradient)
+        gradient = dense(gradient.to_dense() if gradient.is_sparse else gradient)
         self.rms.append(norm_of(gradient) * unit / math.sqrt(max(1, gradient.numel())))
         if self.total is None:
             self.total, self.unit = gradient, unit * share
