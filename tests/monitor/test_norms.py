@@ -33,7 +33,9 @@ def test_on_the_host(dtype):
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
+)
 def test_the_accelerators_way(dtype):
     grads = gradients(dtype)
     found = _norms.on_device(grads)
@@ -97,3 +99,25 @@ def test_any_bytes_are_rows_or_a_value_error(data):
         except ValueError:
             return
         assert rows.ndim == 2
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_what_float32_cannot_square_is_unknown_once_and_then_right(monkeypatch, size):
+    """The accelerator's way, on the CPU: never a zero or an infinity that is none."""
+    from skipscope.monitor import STATES, _stepper, watch
+
+    def sums(roster, grads, wide):
+        return [(list(range(len(grads))), _norms.on_device(grads, wide).numpy())]
+
+    monkeypatch.setattr(_stepper, "local_sums", sums)
+    model = torch.nn.Linear(4, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model.weight.grad = torch.full((4, 4), size)
+    with watch(model, optimizer) as monitor:
+        for _ in range(3):
+            optimizer.step()
+    history = monitor.history
+    assert math.isnan(history.norm[0, 0])
+    np.testing.assert_allclose(history.norm[1:, 0], 4 * float(torch.tensor(size)), rtol=1e-6)
+    np.testing.assert_allclose(history.mean_abs[:, 0], size, rtol=1e-6)
+    assert {STATES[int(code)] for code in history.states.flat} == {"ok"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class Step:
         clips: the clipping calls that these gradients went through.
         evaluations: how often the closure was evaluated.
         open: the closure may be evaluated again.
+        too_narrow: an accelerator's float32 could not hold a sum of squares (known once the row is made).
     """
 
     roster: Roster
@@ -88,6 +90,7 @@ class Step:
     clips: list[Clip]
     evaluations: int = 0
     open: bool = False
+    too_narrow: bool = False
 
     def ready(self) -> bool:
         """Whether every number has arrived."""
@@ -106,7 +109,9 @@ class Step:
             mean[places] = values[1] / self.roster.sizes[places]
         extras = {key: float(_arrived(value)) for key, value in self.extras.items()}
         there = self.codes > 0
-        norm[~there] = np.nan
+        lost = there & (mean > 0) & (mean < np.inf) & ((norm == 0) | (norm == np.inf))
+        self.too_narrow = bool(lost.any())
+        norm[~there | lost] = np.nan
         mean[~there] = self.codes[~there]
         norm /= extras.get("still_scaled", 1.0)
         mean[there] /= extras.get("still_scaled", 1.0)
@@ -153,8 +158,21 @@ def codes_of(roster: Roster, grads: Sequence[Tensor | None]) -> np.ndarray:
     return np.array(codes, dtype=float)
 
 
-def local_sums(grads: Sequence[Tensor | None]) -> Parts:
-    """L2 norms and sums of |g| of what lies on this rank, a part for each device."""
+def local_sums(roster: Roster, grads: Sequence[Tensor | None], wide: bool) -> Parts:
+    """L2 norms and sums of |g| of what lies on this rank, a part for each device.
+
+    Args:
+        roster: whose gradients.
+        grads: ``[P]``.
+        wide: sum squares in float64 on accelerators too, where float32 has been too small for them.
+    """
+    if (
+        roster.device is not None
+        and roster.device.type != "cpu"
+        and all(type(grad) is Tensor for grad in grads)
+    ):
+        with contextlib.suppress(RuntimeError):  # sparse gradients cannot go this short way
+            return [(list(range(len(grads))), _norms.Reading(_norms.on_device(grads, wide)))]  # type: ignore[arg-type]
     places: dict[torch.device, list[int]] = {}
     for i, grad in enumerate(grads):
         if grad is not None:
@@ -165,11 +183,11 @@ def local_sums(grads: Sequence[Tensor | None]) -> Parts:
         if device.type == "cpu":
             parts.append((at, np.array([_norms.on_host(grad) for grad in plain]).T))
         else:
-            parts.append((at, _norms.Reading(_norms.on_device(plain))))
+            parts.append((at, _norms.Reading(_norms.on_device(plain, wide))))
     return parts
 
 
-def whole_sums(grads: Sequence[Tensor | None], size: int) -> Parts:
+def whole_sums(grads: Sequence[Tensor | None], size: int, wide: bool) -> Parts:
     """Sums of squares and of |g| over all ranks, each element counted once: one all-reduce (collective)."""
     grads = [None if grad is None else _ranks.whole(grad) for grad in grads]
     device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
@@ -179,7 +197,7 @@ def whole_sums(grads: Sequence[Tensor | None], size: int) -> Parts:
     if device.type == "cpu":
         sums = torch.tensor([_norms.on_host(grad) for grad in plain], dtype=torch.float64).T.contiguous()
     else:
-        sums = _norms.on_device(plain)
+        sums = _norms.on_device(plain, wide)
     sums[0].square_()
     sums *= _on_device(weights, device)
     _ranks.all_reduced(sums)

@@ -65,19 +65,29 @@ def nrm2_of(norms: Sequence[float] | np.ndarray) -> float:
     return _blas(np.dtype(float))[1](np.asarray(norms, dtype=float))
 
 
-def on_device(grads: list[Tensor]) -> Tensor:
-    """``[2, n]`` float64 on the gradients' device: L2 norms, sums of |g|. Nothing waits for the device."""
+def on_device(grads: Sequence[Tensor], wide: bool = False) -> Tensor:
+    """``[2, n]`` float64 on the gradients' device: L2 norms, sums of |g|. Nothing waits for the device.
+
+    Args:
+        grads: plain gradients of one device.
+        wide: sum squares in float64: slower, for gradients whose squares float32 cannot hold.
+    """
     if len({grad.dtype for grad in grads}) > 1:  # the fused kernels want one dtype
         columns: list[Any] = [None] * len(grads)
         for kind in {grad.dtype for grad in grads}:
             places = [i for i, grad in enumerate(grads) if grad.dtype == kind]
-            for i, column in zip(places, on_device([grads[i] for i in places]).unbind(1)):
+            for i, column in zip(places, on_device([grads[i] for i in places], wide).unbind(1)):
                 columns[i] = column
         return torch.stack(columns, dim=1)
+    if grads[0].is_complex():
+        grads = [grad.abs() for grad in grads]
     # half-precision norms come back in half precision, and overflow: ask for single
-    wide = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-    lines = [_side_by_side(torch._foreach_norm(grads, order, dtype=wide)) for order in (2, 1)]
-    return torch.stack(lines).double()
+    kind = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
+    sums = _side_by_side(torch._foreach_norm(grads, 1, dtype=kind))
+    if wide:
+        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads])
+        return torch.stack([norms, sums.double()])
+    return torch.stack([_side_by_side(torch._foreach_norm(grads, 2, dtype=kind)), sums]).double()
 
 
 def _side_by_side(scalars: Sequence[Tensor]) -> Tensor:

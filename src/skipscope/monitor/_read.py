@@ -75,7 +75,7 @@ def _block(about: dict[str, Any], rows: np.ndarray, column: dict[tuple[int, str]
     out = np.full((len(rows), S + 1 + 4 * P), np.nan)
     out[:, :S], out[:, S] = rows[:, :S], about["optimizer"]
     norm, mean, before = (rows[:, S + k * p : S + (k + 1) * p] for k in range(3))
-    states = states_of(norm, mean, np.array(about["tiny"]))
+    states = states_of(mean, np.array(about["tiny"]))
     at = [column[about["optimizer"], name] for name in about["names"]]
     out[:, S + 1 + 3 * P :] = STATES.index("absent")
     for k, block in enumerate((norm, np.where(states_without_gradient(mean), np.nan, mean), before, states)):
@@ -88,12 +88,12 @@ def states_without_gradient(mean: np.ndarray) -> np.ndarray:
     return mean < 0
 
 
-def states_of(norm: np.ndarray, mean: np.ndarray, tiny: np.ndarray) -> np.ndarray:
-    """Index into STATES of each gradient, from its norm, its mean |g| and its dtype's smallest normal number."""
+def states_of(mean: np.ndarray, tiny: np.ndarray) -> np.ndarray:
+    """Index into STATES of each gradient, from its mean |g| and its dtype's smallest normal number."""
     states = np.full(mean.shape, float(STATES.index("ok")))
-    states[(mean < tiny) | (norm == 0)] = STATES.index("underflow")
+    states[mean < tiny] = STATES.index("underflow")
     states[mean == 0] = STATES.index("exact_zero")
-    states[~np.isfinite(norm) | ~np.isfinite(mean)] = STATES.index("nonfinite")
+    states[~np.isfinite(mean)] = STATES.index("nonfinite")
     none = states_without_gradient(mean)
     states[none] = -mean[none]
     return states

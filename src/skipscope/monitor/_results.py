@@ -82,7 +82,8 @@ class History(Result):
         steps: the optimizer's step, counted from 1 since the watch began; ``[rows]``.
         seconds: since the watch began; ``[rows]``.
         optimizers: the optimizer that stepped; ``[rows]``.
-        norm: L2 norm of dL/dw; ``[rows, P]``, NaN where there is none.
+        norm: L2 norm of dL/dw; ``[rows, P]``; NaN where there is none, and at the first step at which an
+            accelerator's float32 could not hold its square.
         mean_abs: mean |dL/dw|, the lecture's; ``[rows, P]``.
         norm_before_clip: L2 norm before clipping; NaN where unknown; ``[rows, P]``.
         states: index into ``monitor.STATES``; ``[rows, P]``.

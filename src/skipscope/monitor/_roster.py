@@ -26,6 +26,8 @@ class Roster:
         sizes: elements; 1 for an empty parameter.
         tiny: the smallest normal number of its dtype.
         order: its place among the model's parameters.
+        members: ids, in the optimizer's own order.
+        device: where all of them lie, if they share device and dtype; else None.
     """
 
     parameters: tuple[Tensor, ...]
@@ -35,6 +37,8 @@ class Roster:
     groups: tuple[int, ...]
     tiny: tuple[float, ...]
     order: tuple[int, ...]
+    members: list[int]
+    device: torch.device | None
 
 
 def named_models(models: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -66,7 +70,9 @@ def take_roster(optimizer: torch.optim.Optimizer, index: int, models: Mapping[st
         for i, p in enumerate(group["params"]):
             place, name = names.get(id(p), (len(names), f"optimizer{index}.group{g}.{i}"))
             entries.append((place, len(entries), name, g, p))
+    members = [id(entry[4]) for entry in entries]
     entries.sort(key=lambda entry: entry[:2])
+    kinds = {(entry[4].device, entry[4].dtype) for entry in entries}
     return Roster(
         parameters=tuple(e[4] for e in entries),
         names=tuple(e[2] for e in entries),
@@ -75,6 +81,8 @@ def take_roster(optimizer: torch.optim.Optimizer, index: int, models: Mapping[st
         groups=tuple(e[3] for e in entries),
         tiny=tuple(float(torch.finfo(e[4].dtype).tiny) for e in entries),
         order=tuple(e[0] for e in entries),
+        members=members,
+        device=next(iter(kinds))[0] if len(kinds) == 1 else None,
     )
 
 
@@ -87,10 +95,9 @@ def about(roster: Roster, index: int) -> dict[str, Any]:
 
 
 def same_members(roster: Roster, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer still updates exactly these parameters."""
-    members = {id(p) for p in roster.parameters}
+    """Whether the optimizer still updates exactly these parameters, and they still lie where they lay."""
     now = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    return len(now) == len(members) and members.issuperset(now)
+    return now == roster.members and (roster.device is None or roster.parameters[0].device == roster.device)
 
 
 def unwrapped(optimizer: object) -> torch.optim.Optimizer:

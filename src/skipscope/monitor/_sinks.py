@@ -56,7 +56,7 @@ class Record:
         P, S = len(roster.names), len(SCALARS)
         norm, mean, before = (row[S + k * P : S + (k + 1) * P] for k in range(3))
         scalars = dict(zip(SCALARS, row.tolist()))
-        states = states_of(norm, mean, np.array(roster.tiny))
+        states = states_of(mean, np.array(roster.tiny))
         return cls(
             optimizer, int(scalars["step"]), scalars["seconds"], roster.names,
             norm / np.sqrt(roster.sizes), np.where(mean < 0, np.nan, mean), before,

@@ -49,6 +49,7 @@ class Stepper:
         self.ranks = _ranks.world()[1]
         self.step = self._depth = 0
         self.refusal: str | None = None
+        self._wide = False
         self.scale: Tensor | None = None
         self._clips: list[Clip] = []
         self._steps: deque[Step] = deque()
@@ -149,7 +150,8 @@ class Stepper:
         clips = [clip for clip in self._clips if clip.still_true()]
         step = Step(
             self.roster, self.step, time.perf_counter() - self._begun, codes_of(self.roster, grads),
-            whole_sums(grads, self.ranks) if self.sharded else local_sums(grads), self.sharded,
+            whole_sums(grads, self.ranks, self._wide) if self.sharded
+            else local_sums(self.roster, grads, self._wide), self.sharded,
             self._extras(clips, skipped), clips, open=open,
         )  # fmt: skip
         if not self._checked:
@@ -195,7 +197,9 @@ class Stepper:
         while self._steps and not self._steps[0].open:
             if not (wait or len(self._steps) > _IN_FLIGHT or self._steps[0].ready()):
                 break
-            self.deliver(self, self._steps.popleft())
+            step = self._steps.popleft()
+            self.deliver(self, step)
+            self._wide |= step.too_narrow
 
     def close(self) -> None:
         """Deliver what is left, and leave the optimizer as it was."""

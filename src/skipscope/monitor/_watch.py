@@ -193,7 +193,7 @@ def _is_bad(step: Step, row: Any) -> bool:
     """Whether a gradient that should be there is not finite: judged at once."""
     P = len(step.roster.names)
     there = step.codes > 0
-    return bool(there.any()) and not float(row[-3 * P : -2 * P][there].sum()) < float("inf")
+    return bool(there.any()) and not float(row[-2 * P : -P][there].sum()) < float("inf")
 
 
 def watch(
