@@ -13,6 +13,7 @@ import numpy as np
 from skipscope._numbers import short
 from skipscope.comparison._results import Claim, Curves, Training
 from skipscope.flow import GradientFlow
+from skipscope.surfaces import Scores
 
 if TYPE_CHECKING:
     from skipscope.comparison._compare import Evidence, Settings
@@ -60,9 +61,7 @@ def _training_sentence(evidence: Evidence) -> str:
     for optimizer in next(iter(training.curves.values())):
         counts = [training.steps_text(name, optimizer) for name in (roles.having, roles.lacking)]
         parts.append(f"{counts[0]} steps with shortcuts and {counts[1]} without under {optimizer}")
-    return (
-        f"To reach a loss of {short(training.target)} it takes {', and '.join(parts)}, each at its best rate."
-    )
+    return f"To reach a loss of {training.target:.3g} it takes {', and '.join(parts)}, each at its best rate."
 
 
 def _path_sentence(evidence: Evidence) -> str:
@@ -168,7 +167,7 @@ def _stagnate(evidence: Evidence) -> Claim:
             f"{training.steps_text(roles.lacking, optimizer)} without (updates of {short(_update(with_))} and "
             f"{short(_update(without))} of the weights' size)"
         )
-    finding = f"Steps to a loss of {short(training.target)}, best rate each. " + "; ".join(texts) + "."
+    finding = f"Steps to a loss of {training.target:.3g}, best rate each. " + "; ".join(texts) + "."
     rescued = [
         f"{name} under {optimizer}"
         for name in roles.controls
@@ -255,11 +254,11 @@ def _landscape(evidence: Evidence) -> Claim:
     if trained is None or not {roles.having, roles.lacking} <= trained.surfaces.keys():
         return Claim("surface", _SURFACE, "not measured", "The surfaces could not be had.", "")
     having, lacking = (trained.surfaces[name] for name in (roles.having, roles.lacking))
-    texts = [
-        f"{name}: {s.label or 'roughness ' + s.scores.text('roughness') + ', convex share ' + s.scores.text('convexity_share')}"
-        for name, s in trained.surfaces.items()
-    ]
-    finding = "; ".join(texts) + "."
+    parts = [f"{name} {s.label or _shape(s.scores)}" for name, s in trained.surfaces.items()]
+    finding = (
+        "Share of the surface that curves up in both directions, and of its ups and downs that one valley would not need: "
+        + "; ".join(parts) + "."
+    )  # fmt: skip
     if having.label or lacking.label:
         answer = "not measured"
         finding += (
@@ -283,8 +282,19 @@ def _landscape(evidence: Evidence) -> Claim:
         _SURFACE,
         answer,
         finding,
-        "Turn the surfaces. Height is the loss on a clipped log scale, the same for all.",
+        "A bowl is easy to walk down; look for ridges, and for ground so flat that no step leads anywhere.",
     )
+
+
+def _shape(scores: Scores) -> str:
+    """Convexity and roughness, each with its standard error."""
+    words = []
+    for name in ("convexity_share", "roughness"):
+        error = scores.errors.get(name)
+        words.append(
+            f"{100 * getattr(scores, name):.1f} %" + (f" ± {100 * error:.1f}" if error is not None else "")
+        )
+    return " and ".join(words)
 
 
 _WHICH = "They play a crucial role in preserving the flow of gradients."
@@ -326,11 +336,12 @@ def _strength(evidence: Evidence) -> Claim:
     start, end = (float(sweep.fall_decades[i]) for i in (0, -1))
     healthy = [float(s) for s, state in zip(sweep.strengths, sweep.states) if state == "healthy"]
     finding = f"The fall goes from {short(start)} decades at strength 0 to {short(end)} at strength 1"
-    finding += (
-        f"; the verdict is healthy from {healthy[0]:.1f} to {healthy[-1]:.1f}."
-        if healthy
-        else "; it is healthy at none of the strengths tried."
-    )
+    if not healthy:
+        finding += "; it is healthy at none of the strengths tried."
+    elif len(healthy) == 1:
+        finding += f"; of the strengths tried only {healthy[0]:.1f} is healthy."
+    else:
+        finding += f"; the verdict is healthy from {healthy[0]:.1f} to {healthy[-1]:.1f}."
     answer = (
         "holds"
         if start - end > 0.3 and sweep.states[-1] == "healthy"

@@ -133,7 +133,16 @@ def _stagnate(result: Comparison, style: dict[str, int]) -> list[Panel]:
         Panel(f"With {o}", trainings.training_lines(training, o, style), f"The same networks under {o}.")
         for o in optimizers
     ]
-    return [Panel("", first.chart, "", [training.table(), trainings.sweep_table(training)]), *others]
+    updates = [
+        Panel(
+            f"How far a step moves the weights, {o}",
+            trainings.update_lines(training, o, style),
+            "Stagnation is a line near the bottom: 10⁻³ is usual, and far below it nothing is learnt. At its own best rate.",
+        )
+        for o in optimizers
+    ]
+    first = Panel("", first.chart, "", [training.table(), trainings.sweep_table(training)])
+    return [first, *others, *updates]
 
 
 def _path(result: Comparison, style: dict[str, int]) -> list[Panel]:

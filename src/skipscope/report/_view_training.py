@@ -38,6 +38,25 @@ def training_lines(training: Training, optimizer: str, style: Mapping[str, int] 
     )
 
 
+def update_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
+    """|update| / |weights| against step: the geometric mean over seeds, and a band over all of them."""
+    series = []
+    for i, (name, by) in enumerate(training.curves.items()):
+        if optimizer not in by:
+            continue
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = smoothed(np.log(by[optimizer].update_ratio))
+        low, middle, high = (np.exp(part).tolist() for part in (logs.min(0), logs.mean(0), logs.max(0)))
+        steps = list(range(1, logs.shape[1] + 1))
+        series.append(
+            Series(name, steps, middle, low, high, style=(style or {}).get(name, i),
+                   tips=[f"{name}  step {s}: {short(m)}" for s, m in zip(steps, middle)])
+        )  # fmt: skip
+    return Lines(
+        series, f"step, {optimizer}", f"size of an update over size of the weights, {optimizer}", log_y=True
+    )
+
+
 def sweep_table(training: Training) -> Table:
     rates = list(
         dict.fromkeys(rate for by in training.curves.values() for c in by.values() for rate in c.sweep)
@@ -51,7 +70,7 @@ def sweep_table(training: Training) -> Table:
         "The sweep: final loss by learning rate",
         ["network", "optimizer", *rates],
         rows,
-        ["Mean over seeds of the smoothed loss at the end; inf: it diverged."],
+        ["The smoothed loss at the end, on the first seed; inf: it diverged."],
     )
 
 
@@ -84,9 +103,7 @@ def _training_answer(training: Training, optimizers: list[str]) -> list[str]:
             for name, by in training.curves.items()
             if optimizer in by
         ]
-        sentences.append(
-            f"Steps to a loss of {short(training.target)} with {optimizer}: {', '.join(counts)}."
-        )
+        sentences.append(f"Steps to a loss of {training.target:.3g} with {optimizer}: {', '.join(counts)}.")
     return sentences
 
 
