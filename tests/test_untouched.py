@@ -183,6 +183,8 @@ def _walk(thing: Any, path: str, seen: dict[str, Any], visited: set[int]) -> Non
         seen[f"{path} length"] = len(thing)
         for i, item in enumerate(thing):
             _walk(item, f"{path}[{i}]", seen, visited)
+    elif type(thing).__module__.startswith("torch.") and not isinstance(thing, nn.Module):
+        pass  # torch's own machinery (a compiler's caches) may learn from a call
     elif hasattr(thing, "__dict__") and not isinstance(thing, types.FunctionType | types.ModuleType):
         _walk(vars(thing), f"{path}.", seen, visited)
 

@@ -106,6 +106,7 @@ def curvature_map(
         raise SkipscopeError(
             operation, "a map is not computed on Ray", expected="local or torchrun", got=engine
         )
+    model = getattr(model, "_orig_mod", model)  # curvature is measured on the uncompiled module, by its names
     at = axes(grid, span, settings.axis_count)
     held = resident(model, data, loss, samples, seed)
     batches, objective = read(model, held, loss, operation, weight=weight)
