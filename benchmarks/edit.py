@@ -18,9 +18,12 @@ def figures() -> list[dict]:
         found = find_shortcuts(model, x)
         twins = {"as built": model} | {name: ablate(model, found, **edit) for name, edit in EDITS.items()}
         for way in ("eager", "compiled"):
-            ready = {name: torch.compile(twin, fullgraph=True) if way == "compiled" else twin for name, twin in twins.items()}
+            ready = {
+                name: torch.compile(twin, fullgraph=True) if way == "compiled" else twin
+                for name, twin in twins.items()
+            }
 
-            def runner(twin):
+            def runner(twin, x=x):
                 def run():
                     twin.zero_grad()
                     twin(x).float().square().mean().backward()

@@ -15,7 +15,10 @@ from skipscope.shortcuts import find_shortcuts
 def models() -> dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]]:
     return {
         "ResNet-18-like, 8 x 3 x 64 x 64": (_ResNet18, lambda: torch.randn(8, 3, 64, 64)),
-        "GPT-2-like (12 layers of width 256), 4 x 128 tokens": (_gpt2, lambda: torch.randint(0, 512, (4, 128))),
+        "GPT-2-like (12 layers of width 256), 4 x 128 tokens": (
+            _gpt2,
+            lambda: torch.randint(0, 512, (4, 128)),
+        ),
     }
 
 
@@ -26,7 +29,11 @@ class _Block(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o)
         self.relu = nn.ReLU(inplace=True)
         changes = stride != 1 or i != o
-        self.down = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)) if changes else nn.Identity()
+        self.down = (
+            nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o))
+            if changes
+            else nn.Identity()
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -36,7 +43,11 @@ class _Block(nn.Module):
 
 class _ResNet18(nn.Sequential):
     def __init__(self, widths: tuple[int, ...] = (64, 128, 256, 512)):
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 7, 2, 3, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(True)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, widths[0], 7, 2, 3, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(True),
+        ]
         layers.append(nn.MaxPool2d(3, 2, 1))
         before = widths[0]
         for k, width in enumerate(widths):
@@ -78,7 +89,7 @@ def _gpt2() -> nn.Module:
 def interleaved(runs: dict[str, Callable[[], object]], repeats: int = 9) -> dict[str, float]:
     """Median seconds of each, taken in turn so that a busy machine slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in runs.items():
+    for run in runs.values():
         run()
     for _ in range(repeats):
         for name, run in runs.items():

@@ -26,6 +26,7 @@ from .shortcuts import Shortcuts as Shortcuts
 from .shortcuts import ablate as ablate
 from .shortcuts import add_shortcuts as add_shortcuts
 from .shortcuts import find_shortcuts as find_shortcuts
+from .shortcuts import mark_shortcut as mark_shortcut
 from .shortcuts import recalibrate as recalibrate
 from .monitor import watch as watch
 from .flow import gradient_correlation as gradient_correlation

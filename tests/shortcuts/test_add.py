@@ -38,7 +38,9 @@ def test_spans_and_reasons():
     y = x + model[1](model[0](x))
     y = y + model[3](model[2](y))
     torch.testing.assert_close(twin(x), model[5](model[4](y)))
-    assert len(find_shortcuts(add_shortcuts(model, x, where="0", report=None), x)) == 1  # inside the first layer
+    assert (
+        len(find_shortcuts(add_shortcuts(model, x, where="0", report=None), x)) == 1
+    )  # inside the first layer
 
 
 def test_it_prints_by_default(capsys):

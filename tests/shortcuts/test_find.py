@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import skipscope as ss
-from skipscope.shortcuts import Shortcuts, boundaries, find_shortcuts
+from skipscope.shortcuts import Shortcuts, ablate, boundaries, find_shortcuts, mark_shortcut
 from skipscope.shortcuts._trace import trace
 
 sys.path.insert(0, str(Path(__file__).parent))  # the compact families lie beside their tests
@@ -212,6 +212,17 @@ class Fused(nn.Module):
 def test_what_cannot_be_seen_is_listed():
     found = find_shortcuts(Fused(), features())
     assert len(found) == 0 and [o.name for o in found.opaque] == ["Opaque"]
+
+
+def test_what_cannot_be_seen_can_be_declared():
+    model = Fused(mark_shortcut(Opaque.apply, shortcut=0, branch=1))
+    found, x = find_shortcuts(model, features()), features()
+    assert [(s.name, s.kind) for s in found] == [("lin", "identity")] and not found.opaque
+    assert torch.equal(ablate(model, found)(x), model.lin(x))
+    assert torch.equal(ablate(model, found, "lesion")(x), x)
+    assert torch.equal(ablate(model, found, "detach")(x), model(x))
+    with pytest.raises(ss.SkipscopeError, match="no such argument"):
+        mark_shortcut(lambda a, b: a + b, shortcut="x", branch="b")
 
 
 def test_the_model_is_left_as_found():

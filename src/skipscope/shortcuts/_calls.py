@@ -70,7 +70,10 @@ OPERATIONS = _operations()
 TORCH = os.path.dirname(str(torch.__file__)) + os.sep
 _MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
 _PLUMBING = os.path.join(_MODULES, "module.py")
-_OURS = tuple(os.path.join(os.path.dirname(__file__), name) for name in ("_twin.py", "_taps.py", "_trace.py"))
+_OURS = tuple(
+    os.path.join(os.path.dirname(__file__), name)
+    for name in ("_twin.py", "_taps.py", "_trace.py", "_mark.py")
+)
 _CHECKPOINT = os.path.join(TORCH, "utils", "checkpoint.py")
 _is_plumbing: dict[str, bool] = {}
 

@@ -72,7 +72,7 @@ class Judge:
             return "no common ancestor (position embedding, or separate inputs)"
         if call.name == "stack":
             return "stacked side by side"
-        bypassing = self._bypassing(call, sides)
+        bypassing = (0,) if call.name.startswith("marked ") else self._bypassing(call, sides)
         if isinstance(bypassing, str):
             return bypassing
         region, branches = self._branch(reader, sides, bypassing)
@@ -179,7 +179,8 @@ class Judge:
     def _passed(self, reader: Sides, side: Side, j: int) -> int | str:
         """The nodes between the fork of a bypassing operand and operand j, or why they do not count."""
         graph, fork = self.graph, side.fork
-        assert fork is not None
+        if fork is None:
+            return "no common ancestor (position embedding, or separate inputs)"
         nodes = self._between(reader, side, fork, j)
         while not isinstance(nodes, str) and not graph.has_weights(nodes) and graph.kind(fork) in WHOLE:
             # A mere view is no place to part: the branch may have left before it.
@@ -250,6 +251,8 @@ class Judge:
         part = None
         if call.name == "lerp":
             kind = "gated"
+        elif kind in {"branch", "bent"}:  # declared by its author, whatever leads to it
+            kind = "identity"
         elif kind == "identity" and (difference := self._difference(reader, bypassing[0], branches)):
             part, x = difference
             kind = "gated"

@@ -52,7 +52,8 @@ def unique_names(graph: Graph, found: Sequence[Verdict], homes: Sequence[str]) -
 
 def merge_name(call: Call) -> str:
     """The module that merges, and the operation."""
-    return f"{call.owner} {call.name}" if call.owner else call.name
+    name = call.name.split()[1].rpartition(".")[2] if call.name.startswith("marked ") else call.name
+    return f"{call.owner} {name}" if call.owner else name
 
 
 def fork_name(graph: Graph, fork: int, merges: dict[int, str]) -> str:

@@ -417,8 +417,10 @@ class Graph:
 
     def opaque(self) -> list[tuple[str, str, str]]:
         """Name, reason and source of what joins activations where no one can look: foreign autograd functions."""
-        found = {}
+        found, declared = {}, {call.output for call in self.record.calls}
         for i, node in enumerate(self.nodes):
+            if node in declared:
+                continue
             inputs = sum(self.active >> p & 1 for p in self.parents[i])
             if inputs > 1 and isinstance(node, torch.autograd.function.BackwardCFunction):
                 name = node.name().removesuffix("Backward")

@@ -1,0 +1,68 @@
+"""Declare a merge that cannot be seen into: a fused kernel, a foreign autograd function."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import handle_torch_function
+
+from skipscope._errors import SkipscopeError
+from skipscope.shortcuts import _calls
+
+
+def mark_shortcut(
+    function: Callable[..., Any], *, shortcut: str | int, branch: str | int
+) -> Callable[..., Any]:
+    """Say of a function that it joins a shortcut and a branch, so that it is found, edited and tapped like an addition.
+
+    Put the result where the model finds the function (``block.join = mark_shortcut(kernel, ...)``, or as a decorator
+    by ``functools.partial``). It does what the function does. Eager code only.
+
+    Args:
+        function: returns one tensor, and is linear in each of the two operands while the other is zero.
+        shortcut: name or position of the argument that carries the shortcut.
+        branch: name or position of the argument that carries the branch.
+
+    Raises:
+        SkipscopeError: the function has no such argument.
+
+    Example:
+        >>> class Net(torch.nn.Module):
+        ...     join = staticmethod(mark_shortcut(lambda x, f: torch.stack([x, f]).sum(0), shortcut="x", branch="f"))
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.lin = torch.nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         return self.join(x, self.lin(x))
+        >>> from skipscope.shortcuts import find_shortcuts
+        >>> [(s.name, s.kind) for s in find_shortcuts(Net(), torch.ones(1, 2))]
+        [('lin', 'identity')]
+    """
+    slots = tuple(_slot(function, argument) for argument in (shortcut, branch))
+    name = f"marked {getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))} {slots}"
+
+    @functools.wraps(function)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        if torch._C._is_torch_function_mode_enabled():
+            return handle_torch_function(marked, (), *args, **kwargs)
+        return function(*args, **kwargs)
+
+    marked.__name__ = name
+    _calls.OPERATIONS[name] = _calls.Operation(name, slots)
+    return marked
+
+
+def _slot(function: Callable[..., Any], argument: str | int) -> tuple[int, str]:
+    if isinstance(argument, int):
+        return (argument, "")
+    names = list(inspect.signature(function).parameters)
+    if argument not in names:
+        raise SkipscopeError(
+            "mark_shortcut", "the function has no such argument", expected=", ".join(names), got=argument,
+            cure="give the name of an argument, or its position",
+        )  # fmt: skip
+    return (names.index(argument), argument)
