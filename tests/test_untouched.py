@@ -68,7 +68,7 @@ COSTLY = {
 # Public names that touch no model of the user's.
 HARMLESS = {
     "book", "nn", "reference", "testing", "batches", "objective", "SkipscopeError", "progress", "load",
-    "Boundary", "Shortcut", "Shortcuts",
+    "Boundary", "Shortcut", "Shortcuts", "mark_shortcut",
 }  # fmt: skip
 
 
