@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from skipscope.shortcuts._graph import Graph
 from skipscope.shortcuts._judge import Verdict
 from skipscope.shortcuts._names import is_inside
 from skipscope.shortcuts._results import Boundary, CallKey
-from skipscope.shortcuts._trace import Graph
 
 
 def boundaries_of(graph: Graph, found: Sequence[tuple[Verdict, str, str]]) -> tuple[Boundary, ...]:

@@ -8,10 +8,11 @@ from torch import nn
 
 from skipscope._untouched import untouched
 from skipscope.shortcuts._boundaries import boundaries_of
+from skipscope.shortcuts._graph import Graph
 from skipscope.shortcuts._judge import Judge, Verdict
 from skipscope.shortcuts._names import fork_name, home_of, merge_name, unique_names
 from skipscope.shortcuts._results import Layer, Rejected, Shortcut, Shortcuts
-from skipscope.shortcuts._trace import Graph, Trace, trace
+from skipscope.shortcuts._trace import Trace, trace
 from skipscope.shortcuts._unwrap import unwrapped
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skipscope.shortcuts import _calls
+from skipscope.shortcuts._graph import Graph, bits
 from skipscope.shortcuts._results import Place
 from skipscope.shortcuts._sides import (
     BENT,
@@ -17,7 +18,7 @@ from skipscope.shortcuts._sides import (
     Sides,
     factors_of,
 )
-from skipscope.shortcuts._trace import Call, Graph, bits
+from skipscope.shortcuts._trace import Call
 
 PARALLEL = "parallel branches"
 FREE, SCALED, GATED, NORMED, PROJECTED = range(5)  # of several ways past a branch, the first is the shortcut

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from skipscope.shortcuts._graph import Graph
 from skipscope.shortcuts._judge import Verdict
-from skipscope.shortcuts._trace import Call, Graph
+from skipscope.shortcuts._trace import Call
 
 
 def home_of(graph: Graph, item: Verdict) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skipscope.shortcuts._trace import Call, Graph, bits
+from skipscope.shortcuts._graph import Graph, bits
+from skipscope.shortcuts._trace import Call
 
 
 def _words(text: str) -> frozenset[str]:
