@@ -31,7 +31,11 @@ def figures() -> list[dict]:
 
 def _cases():
     torch.manual_seed(0)
-    yield "MLP of 30 layers, width 64, batch 256", ss.reference.deep_mlp(30, shortcut="identity"), ss.reference.digits(256)
+    yield (
+        "MLP of 30 layers, width 64, batch 256",
+        ss.reference.deep_mlp(30, shortcut="identity"),
+        ss.reference.digits(256),
+    )
     yield "ResNet-20, batch 32", ss.reference.resnet20(), ss.reference.digits(32)
     yield "GPT, batch 16", ss.reference.gpt(), ss.reference.english(16)
 

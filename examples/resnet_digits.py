@@ -1,6 +1,6 @@
 """A ResNet-20 on the digits, as anyone would hand their own model over.
 
-    skipscope compare examples.resnet_digits:make_model --data examples.resnet_digits:make_data
+skipscope compare examples.resnet_digits:make_model --data examples.resnet_digits:make_data
 """
 
 from skipscope import reference

@@ -198,7 +198,7 @@ def _state_dict(case: _Case) -> None:
 
 def _compile(case: _Case) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(case.fresh().eval(), fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(case.fresh().eval(), fullgraph=True, backend="aot_eager")
     if not _close(case.output(compiled), case.output()):
         raise _broken(case, "compile: the compiled module gives another output")
 

@@ -51,7 +51,9 @@ def test_two_scalar_weights_over_a_whole_plane():
 
 def test_the_walk_finds_what_fresh_solves_find_for_less():
     model, data = small_net()
-    found = ss.curvature_map(model, data, F.cross_entropy, grid=(1, 33), span=((0.2, 0.2), (-1.0, 1.0)), seed=3)
+    found = ss.curvature_map(
+        model, data, F.cross_entropy, grid=(1, 33), span=((0.2, 0.2), (-1.0, 1.0)), seed=3
+    )
     plane = [ss.random_direction(model, seed=3, axis=axis) for axis in (0, 1)]
     products = 0
     for a, alpha in enumerate(found.alphas):

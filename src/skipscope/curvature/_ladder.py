@@ -143,7 +143,7 @@ def graph_bytes(prepared: Any) -> int:
         if node is None or node in seen:
             continue
         seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
+        waiting.extend(following for following, _ in node.next_functions if following is not None)
         for name in dir(node):
             if name.startswith("_saved_") or name == "saved_tensors":
                 with contextlib.suppress(RuntimeError, AttributeError):

@@ -161,15 +161,15 @@ def difference(
     here, there = _norm(point), _norm(tangent)
     if there == 0.0:
         return [torch.zeros_like(t) for t in function()]
-    step = (step or torch.finfo(point[0].dtype).eps ** (1 / 3)) * max(1.0, here) / there
+    size = (step or torch.finfo(point[0].dtype).eps ** (1 / 3)) * max(1.0, here) / there
     try:
-        model.move((q, p + step * t) for q, p, t in zip(model.parameters, point, tangent, strict=True))
+        model.move((q, p + size * t) for q, p, t in zip(model.parameters, point, tangent, strict=True))
         ahead = [t.detach() for t in function()]
-        model.move((q, p - step * t) for q, p, t in zip(model.parameters, point, tangent, strict=True))
+        model.move((q, p - size * t) for q, p, t in zip(model.parameters, point, tangent, strict=True))
         behind = [t.detach() for t in function()]
     finally:
         model.move(zip(model.parameters, point, strict=True))
-    return [(a - b) / (2 * step) for a, b in zip(ahead, behind, strict=True)]
+    return [(a - b) / (2 * size) for a, b in zip(ahead, behind, strict=True)]
 
 
 def _norm(parts: list[Tensor]) -> float:

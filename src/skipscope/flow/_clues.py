@@ -19,9 +19,10 @@ from skipscope._data import Batch, Objective
 from skipscope.flow._measure import Tap
 from skipscope.flow._verdict import Clue
 
+_NN = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
 _ACTIVATIONS = {
     getattr(owner, name)
-    for owner in (torch, F, Tensor, torch._C._nn)
+    for owner in (torch, F, Tensor, _NN)
     for name in (
         "relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "gelu", "silu", "mish", "elu", "elu_", "selu", "selu_",
         "celu", "leaky_relu", "leaky_relu_", "softplus", "hardtanh", "hardsigmoid", "hardswish", "relu6", "softsign",
@@ -29,7 +30,7 @@ _ACTIVATIONS = {
     )
     if hasattr(owner, name)
 }  # fmt: skip
-_LINEAR = {F.linear, torch._C._nn.linear}
+_LINEAR = {F.linear, _NN.linear}
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 SATURATED = 0.05  # of the greatest slope
 

@@ -157,7 +157,7 @@ def _post_accumulate_hooks_off(parameters: list[nn.Parameter]):
     kept = [p._post_accumulate_grad_hooks for p in parameters]
     try:
         for p in parameters:
-            p._post_accumulate_grad_hooks = None
+            p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         yield
     finally:
         for p, hooks in zip(parameters, kept):

@@ -72,7 +72,7 @@ def candidates(shortcuts: int) -> list[Candidate]:
 
 
 def _maps(model: nn.Module) -> list[nn.Module]:
-    found = [m for m in model.modules() if isinstance(m, _MAPS)]
+    found: list[nn.Module] = [m for m in model.modules() if isinstance(m, _MAPS)]
     if not found:
         raise SkipscopeError("prescribe", "the model has no linear map or convolution of torch's own")
     return found

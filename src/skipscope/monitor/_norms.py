@@ -83,11 +83,11 @@ def on_device(grads: Sequence[Tensor], wide: bool = False) -> Tensor:
         grads = [grad.abs() for grad in grads]
     # half-precision norms come back in half precision, and overflow: ask for single
     kind = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-    sums = _side_by_side(torch._foreach_norm(grads, 1, dtype=kind))
+    sums = _side_by_side(torch._foreach_norm(list(grads), 1, dtype=kind))
     if wide:
         norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads])
         return torch.stack([norms, sums.double()])
-    return torch.stack([_side_by_side(torch._foreach_norm(grads, 2, dtype=kind)), sums]).double()
+    return torch.stack([_side_by_side(torch._foreach_norm(list(grads), 2, dtype=kind)), sums]).double()
 
 
 def _side_by_side(scalars: Sequence[Tensor]) -> Tensor:

@@ -57,10 +57,9 @@ class Stepper:
         self._take_roster()
         self._checked = self.ranks == 1 or self.sharded
         # Of a compiled optimizer.step the hooks are not compiled.
-        self._hooks = (
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
-        )
+        before: Any = torch.compiler.disable(self._before)
+        after: Any = torch.compiler.disable(self._after)
+        self._hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
 
     def _take_roster(self) -> None:
         self.roster = take_roster(self.optimizer, self.index, self.models)

@@ -92,12 +92,14 @@ def deep_mlp(
                 "deep_mlp", f"unknown {name}", expected=", ".join(map(repr, known)), got=repr(value)
             )
     sizes = [inputs] + [width] * depth
-    layers = [nn.Sequential(nn.Linear(a, b), _ACTIVATIONS[activation]()) for a, b in pairwise(sizes)]
+    layers: list[nn.Module] = [
+        nn.Sequential(nn.Linear(a, b), _ACTIVATIONS[activation]()) for a, b in pairwise(sizes)
+    ]
     head = nn.Linear(sizes[-1], classes)
     if init == "he":
-        for layer in layers:
-            nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
-            nn.init.zeros_(layer[0].bias)
+        for linear in (m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)):
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            nn.init.zeros_(linear.bias)
     if shortcut is not None and shortcut != "identity":
         agree = [a == b for a, b in pairwise(sizes)]
         wrap = partial(registry()[shortcut], width=width, depth=sum(agree))

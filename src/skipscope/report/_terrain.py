@@ -190,9 +190,12 @@ def _lines(fine: np.ndarray, scale: Heights, x: float, y: float, side: float) ->
     made = contour_generator(
         np.linspace(0, side, rows), np.linspace(side, 0, columns), np.ma.masked_invalid(fine.T)
     )
-    found = [line for at in scale.levels() for line in made.lines(at) if len(line) > 2]
+    lines: Any = [line for at in scale.levels() for line in made.lines(at)]
     return (
-        "".join("M" + "L".join(f"{x + px:.1f} {y + py:.1f}" for px, py in line) for line in found) or "M0 0"
+        "".join(
+            "M" + "L".join(f"{x + px:.1f} {y + py:.1f}" for px, py in line) for line in lines if len(line) > 2
+        )
+        or "M0 0"
     )
 
 

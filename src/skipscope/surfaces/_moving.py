@@ -44,7 +44,7 @@ class MovingCopy:
     def __init__(self, model: nn.Module, directions: Sequence[Direction], *, channels_last: bool = False):
         self.model = private_copy(model, "landscape").requires_grad_(False)
         if channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Directions that are drawn anew at every point did not fit; then nothing else is held either.
         self._lean = any(isinstance(direction, SeededDirection) for direction in directions)
         self._origin = {name: p.detach() for name, p in model.named_parameters()} if self._lean else {}

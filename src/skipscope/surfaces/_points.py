@@ -63,7 +63,7 @@ def hash_of(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for t in tensors:
         digest.update(f"{tuple(t.shape)}{t.dtype}".encode())
-        digest.update(memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -114,7 +114,7 @@ class PointLoss:
         """One point as tensors on the model's device; ``run(model, batch)`` is the forward pass."""
         total: Any = 0.0
         numerators, denominators = [], []
-        metrics = dict.fromkeys(self.metrics, 0.0)
+        metrics: dict[str, Any] = dict.fromkeys(self.metrics, 0.0)
         for batch, share, size in zip(self.data, self.shares, self.sizes):
             if self.loss.from_output is None:
                 value, output = self.loss.function(model, batch), None
