@@ -354,21 +354,21 @@ def seconds_a_step(makers, data, loss, settings: Settings, weight) -> float:
     """What one step of the first twin takes, under each optimizer's first rate, timed over a few steps."""
     name, maker = next(iter(makers.items()))
     few = {optimizer: rates[:1] for optimizer, rates in settings.optimizers.items()}
-    seconds = float("inf")
-    for _ in range(2):  # the first pays for what happens only once
+    seconds = {}
+    for steps in (1, 2, 12):  # the first pays for what happens only once
         start = time.perf_counter()
         train_and_keep(
             {name: maker},
             data,
             loss,
             seeds=1,
-            steps=3,
+            steps=steps,
             batch_size=settings.batch_size,
             optimizers=few,
             weight=weight,
         )
-        seconds = min(seconds, time.perf_counter() - start)
-    return seconds / (3 * len(few))
+        seconds[steps] = time.perf_counter() - start
+    return max((seconds[12] - seconds[2]) / 10, seconds[12] / 48) / len(few)
 
 
 def measure_surfaces(

@@ -71,7 +71,7 @@ def build(depth: int, seed: int) -> dict[str, nn.Module]:
 def compare_lecture(settings: Settings, clock: Clock, *, quick: bool) -> Comparison:
     """The main job on the lecture's network."""
     depths = (8, 30) if quick else DEPTHS
-    steps = 150 if quick else 400
+    steps = 120 if quick else 400
     settings = Settings(
         seeds=2 if quick else 3, steps=steps, batch_size=64, grid=15 if quick else 31, samples=256,
         train=settings.train, target=TARGET, seed=settings.seed,
@@ -125,8 +125,10 @@ def _estimate(depths: tuple[int, ...], settings: Settings) -> str:
         seconds_a_step(makers(depths[-1]), reference.digits(256), F.cross_entropy, settings, None)
         / depths[-1]
     )
-    sweeps = sum(map(len, settings.optimizers.values())) / 3  # three rates at once cost little more than one
-    layers = sum(depths) + 2 * depths[-2]  # the ladder, and then the sweep and the other seeds of one rung
+    sweeps = 2 * len(settings.optimizers)  # four rates at once cost about twice as much as one
+    layers = (
+        0.5 * sum(depths) + 2 * depths[len(depths) // 3]
+    )  # the ladder, which stops early; a sweep and the seeds of one rung
     seconds = 20 + each * settings.steps * 4 * sweeps * layers
     return f"about {seconds:.0f} s: {len(depths)} depths, 4 networks, 2 optimizers, {settings.seeds} seeds"
 

@@ -76,11 +76,12 @@ class Training(Result):
         return [name for name, by in self.curves.items() if optimizer in by and by[optimizer].learns]
 
     def steps_text(self, twin: str, optimizer: str) -> str:
-        """Median steps to the target, or "> N" when most seeds never reach it: never a made-up ratio."""
-        reached = self.curves[twin][optimizer].steps_to_target
+        """Median steps to the target, or "> N" after N steps in which most seeds never reach it: never a made-up ratio."""
+        curves = self.curves[twin][optimizer]
+        reached = curves.steps_to_target
         steps = sorted(np.inf if s is None else s for s in reached)
         middle = steps[len(steps) // 2]
-        return f"> {self.steps}" if np.isinf(middle) else f"{middle:.0f}"
+        return f"> {curves.losses.shape[1]}" if np.isinf(middle) else f"{middle:.0f}"
 
     def table(self) -> Table:
         rows = [

@@ -46,7 +46,8 @@ class _Course:
         stream: where its batches come from.
         objective: the loss.
         steps: how many, at most.
-        stop_at: stop as soon as the smoothed loss of one of the networks trained together is here; None: go on.
+        stop_at: stop as soon as the smoothed loss of one of the networks trained together is here, and half way if
+            none of them has come down by a hundredth; None: go on.
     """
 
     stream: Stream
@@ -58,7 +59,10 @@ class _Course:
         """Whether the losses so far, [networks, steps], are enough (looked at every tenth step)."""
         if self.stop_at is None or losses.shape[1] % 10:
             return False
-        return bool((smoothed(losses) <= self.stop_at).any())
+        curve = smoothed(losses)
+        is_there = bool((curve <= self.stop_at).any())
+        is_stuck = losses.shape[1] >= self.steps // 2 and not (curve[:, -1] < 0.99 * curve[:, 0]).any()
+        return is_there or is_stuck
 
 
 def train_twins(
@@ -267,12 +271,35 @@ def _stackable(model: nn.Module, stream: Stream, objective: Objective) -> bool:
 
 
 class _Stacked:
-    """Networks of one architecture as one: every parameter is [networks, ...]."""
+    """Networks of one architecture as one: every parameter is [networks, ...].
+
+    Attributes:
+        parameters: name -> ``[networks, ...]``, leaves of the graph.
+        table: ``[networks, weights]``, all of them side by side: an optimizer has one tensor to move.
+        views: the table's part for each parameter.
+    """
 
     def __init__(self, models: list[nn.Module], objective: Objective):
         self.model, self.objective = copy.deepcopy(models[0]), objective
         stacked, _ = stack_module_state(models)  # type: ignore[arg-type]
+        self.table = torch.cat([p.detach().flatten(1) for p in stacked.values()], dim=1)
+        parts = self.table.split([p[0].numel() for p in stacked.values()], dim=1)
+        self.views = [part.view(p.shape) for part, p in zip(parts, stacked.values())]
         self.parameters = {name: p.detach().clone().requires_grad_() for name, p in stacked.items()}
+
+    def gradient(self, losses: Tensor) -> Tensor:
+        """The gradient of each network's loss, laid out like the table."""
+        leaves = list(self.parameters.values())
+        found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
+        return torch.cat([grad.flatten(1) for grad in found], dim=1)
+
+    @torch.no_grad()
+    def move(self, update: Tensor) -> np.ndarray:
+        """Add an update; returns |update| / |weights| of each network."""
+        size = self.table.double().norm(dim=1)
+        self.table += update
+        torch._foreach_copy_(list(self.parameters.values()), self.views)
+        return (update.double().norm(dim=1) / size).cpu().numpy()
 
     def losses(self, batches: list[Any]) -> Tensor:
         """The loss of each network on its own batch, [networks]."""
@@ -314,40 +341,25 @@ def _train_stacked(
     name: str,
 ) -> dict[Run, _Log]:
     networks = _Stacked([starts[run.seed] for run in runs], course.objective)
-    weights = list(networks.parameters.values())
     # The optimizer acts on a displacement that starts at zero each step. SGD's and Adam's steps are proportional to
     # the rate, so one optimizer at rate 1 serves all rates, and the displacement is the update whose size we report.
-    moves = [torch.zeros_like(w).requires_grad_() for w in weights]
-    driver = _optimizer(optimizer, moves, 1.0)
-    rates = torch.tensor([run.rate for run in runs], dtype=torch.float64)
+    displacement = torch.zeros_like(networks.table).requires_grad_()
+    driver = _optimizer(optimizer, [displacement], 1.0)
+    rates = torch.tensor([[run.rate] for run in runs], dtype=torch.float64).to(networks.table)
     sources = {run.seed: course.stream.batches(run.seed) for run in runs}
     losses, ratios = np.full((2, len(runs), course.steps), np.nan)
     for step in track(range(course.steps), f"training {name} with {optimizer}"):
         fresh = {seed: next(source) for seed, source in sources.items()}
         value = networks.losses([fresh[run.seed] for run in runs])
-        for w, grad in zip(moves, torch.autograd.grad(value.sum(), weights)):
-            w.grad = grad
+        displacement.grad = networks.gradient(value)
         driver.step()
         losses[:, step] = value.detach().double().cpu().numpy()
-        ratios[:, step] = _apply(weights, moves, rates)
+        ratios[:, step] = networks.move(displacement.detach() * rates)
+        displacement.detach().zero_()
         if course.is_over(losses[:, : step + 1]):
             losses, ratios = losses[:, : step + 1], ratios[:, : step + 1]
             break
     return {run: _Log(losses[i], ratios[i], partial(networks.network, i)) for i, run in enumerate(runs)}
-
-
-@torch.no_grad()
-def _apply(weights: list[Tensor], moves: list[Tensor], rates: Tensor) -> np.ndarray:
-    """Move each network by its own rate; returns |update| / |weights| of each."""
-    moved = torch.zeros(len(rates), dtype=torch.float64, device=weights[0].device)
-    size = torch.zeros_like(moved)
-    for w, move in zip(weights, moves):
-        update = move * rates.to(move).view(-1, *[1] * (w.ndim - 1))
-        size += w.flatten(1).square().sum(1).double()
-        moved += update.flatten(1).square().sum(1).double()
-        w += update
-        move.zero_()
-    return (moved / size).sqrt().cpu().numpy()
 
 
 # --- one network after the other
