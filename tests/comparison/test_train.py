@@ -61,6 +61,12 @@ def test_what_vmap_cannot_do_is_trained_one_by_one():
     assert not _stackable(OnData(64, 10), stream, loss)
 
 
+def test_what_vmap_only_loops_over_is_not_stacked():
+    model = reference.gpt(1, width=16, heads=2)
+    batches, loss = read(model, reference.english(4), F.cross_entropy, "test")
+    assert [_stackable(model, Stream(batches), loss) for _ in range(2)] == [False, False]
+
+
 def test_same_seed_same_numbers_and_the_models_given_are_not_trained():
     model = MAKE()
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -258,7 +260,7 @@ def _stackable(model: nn.Module, stream: Stream, objective: Objective) -> bool:
     try:
         networks = _Stacked([probe, probe], objective)
         batch = next(stream.batches(0))
-        with random_state_kept(0):
+        with random_state_kept(0), _loops_are_errors():
             losses = networks.losses([batch, batch])
         with random_state_kept(0):
             expected = objective(probe, batch)
@@ -268,6 +270,19 @@ def _stackable(model: nn.Module, stream: Stream, objective: Objective) -> bool:
         return dense and torch.allclose(losses, expected.expand(2), rtol=1e-3)
     except Exception:  # whatever vmap cannot do, the other engine can; a user's own error shows itself there
         return False
+
+
+@contextmanager
+def _loops_are_errors() -> Iterator[None]:
+    """Where vmap only loops over the networks, and says so, nothing is gained by stacking them."""
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*performance drop.*")
+            yield
+    finally:
+        torch.set_warn_always(always)
 
 
 class _Stacked:
