@@ -149,7 +149,7 @@ class Graph:
                 continue
             inputs = sum(self.active >> p & 1 for p in self.parents[i])
             if inputs > 1 and isinstance(node, torch.autograd.function.BackwardCFunction):
-                name = node.name().removesuffix("Backward")
+                name = str(node.name()).removesuffix("Backward")  # pyright: ignore[reportAttributeAccessIssue]
                 where = self.record.producers.get(node, "")
                 found[name, where] = (
                     name,
