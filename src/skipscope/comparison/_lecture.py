@@ -87,7 +87,8 @@ def compare_lecture(settings: Settings, clock: Clock, *, quick: bool) -> Compari
     details = DETAILS + (
         f"Flow, paths and strength are those of {depths[-1]} hidden layers at initialisation; curves, surfaces and "
         f"importance those of {rung} hidden layers, the deepest of {', '.join(map(str, depths))} where both the plain "
-        "network and the one with shortcuts learn. "
+        "network and the one with shortcuts learn. At the other depths a sweep of one seed ends when its first rate is at the "
+        "target, or half way when no rate has brought the loss down by 1 %: there '> N' counts the steps that were run. "
     )
     return evidence.finish(subject, settings, clock, details if settings.train else DETAILS)
 
