@@ -126,6 +126,11 @@ def test_a_budget_is_kept_by_leaving_out_and_saying_so():
     assert result.flow, "what is cheap is always measured"
 
 
+def test_few_steps_that_were_asked_for_are_run():
+    result = ss.compare(WITH, DATA, F.cross_entropy, grid=3, steps=5, seeds=1)
+    assert result.training.steps == 5
+
+
 def test_batch_norm_of_the_removed_twin_is_recalibrated():
     norm = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), ss.nn.IdentityShortcut(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))),

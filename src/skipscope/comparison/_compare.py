@@ -323,8 +323,10 @@ def measure_training(
     if clock.budget is not None:
         steps = int(min(steps, max(0.0, (clock.budget - clock.spent) * 0.6) / (runs * per_step)))
     say(f"training: {runs} runs of {steps} steps, about {runs * steps * per_step:.0f} s")
-    if steps < 20:
-        clock.fits("training", runs * 20 * per_step)
+    if steps < min(20, settings.steps):
+        clock.notes.append(
+            f"training was left out: the budget of {clock.budget:.0f} s has room for {steps} steps only"
+        )
         return {}
     if steps < settings.steps:
         clock.notes.append(f"training was cut to {steps} steps to stay within the budget")
