@@ -15,6 +15,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope.surfaces import _runner
+from skipscope.surfaces._grid import Sheet
 
 HERE = Path(__file__).parent
 
@@ -215,6 +216,38 @@ def test_a_lost_rank_costs_its_units_and_no_more(tmp_path, monkeypatch):
     assert alone.computed.all() and time.monotonic() - began >= 0.5
     monkeypatch.delenv("WORLD_SIZE")
     assert np.array_equal(alone.values, _surface().values)
+
+
+@pytest.mark.parametrize("there", [[], [1], [1, 3], [0, 1, 2], [5]])
+def test_a_rank_that_begins_late_takes_its_own_share(monkeypatch, there):
+    """Whatever others have finished when a rank looks, every unit is some rank's: nobody waits for one in vain."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared = {}  # stands for the folder: point -> number, seen by whoever reads
+
+    class Folder:
+        def units(self, points):
+            return [points[k : k + 2] for k in range(0, len(points), 2)]
+
+        def read_into(self, sheet):
+            for k, value in shared.items():
+                sheet.data[0, k], sheet.done[k] = value, True
+
+        def write(self, unit, numbers):
+            shared.update(zip(unit.tolist(), numbers[0].tolist(), strict=True))
+
+    computed = {}
+    for rank in (1, 0):  # rank 1 is ahead; rank 0 finds some units done
+        monkeypatch.setenv("RANK", str(rank))
+        runner = _runner.Runner(
+            Sheet(["v"], (12,)), lambda unit: unit[None] * 1.0, Folder(), "torchrun", "test"
+        )
+        monkeypatch.setattr(runner, "_wait", lambda units, patience: None)
+        if rank == 0:
+            shared = {k: float(k) for k in range(12) if k // 2 in there}
+        before = dict(shared)
+        runner.compute(np.arange(12))
+        computed[rank] = {k // 2 for k in shared if k not in before}
+    assert computed[1] == {1, 3, 5} and computed[0] == {0, 2, 4} - set(there)
 
 
 def test_ranks_without_a_store_are_refused():

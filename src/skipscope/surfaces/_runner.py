@@ -80,21 +80,27 @@ class Runner:
         if self.store is not None and not self.kept.done[points].all():
             self.store.read_into(self.kept)
         units = self.store.units(points) if self.store is not None else _chunks(points, self.at_once)
-        self._compute([unit for unit in units if not self.kept.done[unit].all()])
+        self._compute(units)
         self.sheet.put(points, self.kept.data[:, points])
 
     def _compute(self, units: list[np.ndarray]) -> None:
+        # Shared out before what is done is left out: ranks that begin at different times see different units done, and
+        # must still agree on whose each one is.
+        mine = self._missing(units[self.rank :: self.world])
         if self.remote is not None:
-            for unit, numbers in track(self.remote(units), self.what, len(units)):
+            for unit, numbers in track(self.remote(mine), self.what, len(mine)):
                 self._keep(unit, numbers)
             return
         longest = 0.0
-        for unit in track(units[self.rank :: self.world], self.what):
+        for unit in track(mine, self.what):
             began = time.perf_counter()
             self._keep(unit, self.work(unit))
             longest = max(longest, time.perf_counter() - began)
         if self.world > 1:
             self._wait(units, max(_PATIENCE_S, 5 * longest))
+
+    def _missing(self, units: list[np.ndarray]) -> list[np.ndarray]:
+        return [unit for unit in units if not self.kept.done[unit].all()]
 
     def _keep(self, unit: np.ndarray, numbers: np.ndarray) -> None:
         self.kept.put(unit, numbers)
@@ -108,7 +114,7 @@ class Runner:
         while True:
             began = time.monotonic()
             self.store.read_into(self.kept)
-            missing = [unit for unit in units if not self.kept.done[unit].all()]
+            missing = self._missing(units)
             if not missing:
                 return
             if int(self.kept.done.sum()) != done:
