@@ -47,6 +47,7 @@ class Objective:
         samples: ``f(output, batch) -> (numerators, denominators)``, each ``[samples]``; their sums' ratio (their sum,
             when ``sums``) is the loss. None when per-sample losses cannot be had.
         why_no_samples: the reason, for people.
+        is_its_samples: ``samples`` are the loss's own terms, not another function's: it need not be computed beside them.
         candidates: other weights that the loss may mean; the split-batch check chooses.
     """
 
@@ -57,6 +58,7 @@ class Objective:
     from_output: Callable[[Any, Batch], Tensor] | None = None
     samples: Callable[[Any, Batch], Samples] | None = None
     why_no_samples: str | None = None
+    is_its_samples: bool = False
     candidates: tuple[Callable[[Batch], float], ...] = ()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -115,6 +117,7 @@ def as_objective(
                 sample_loss(output, target_of(batch, operation)), operation
             ),
             why_no_samples=None,
+            is_its_samples=False,
         )
     return replace(found, function=functools.partial(_checked_scalar, found.function, operation))
 
@@ -267,6 +270,7 @@ def _loss_of_output_and_target(loss: Callable[..., Any], operation: str) -> Obje
             "sums": known.reduction == "sum",
             "samples": (lambda output, batch: known.samples(output, target_of(batch, operation))),
             "why_no_samples": None,
+            "is_its_samples": True,
         }
     weight = (lambda batch: known.normaliser(target_of(batch, operation))) if known else batch_size
     return Objective(

@@ -34,6 +34,43 @@ def test_each_way_equals_the_plain_loop(strategy, case):
     assert other.checks.passed and 0 <= other.checks.strategy_error < 1e-9
 
 
+LOSSES = {
+    "mean": F.cross_entropy,
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "weighted": nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 3.0, 0.0]), label_smoothing=0.1),
+    "ignore": nn.CrossEntropyLoss(ignore_index=2),
+}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("case", ["mlp", "attention"])
+def test_one_dnn_runs_the_linear_layers_in_the_same_precision(case, loss):
+    torch.manual_seed(0)
+    if case == "mlp":
+        model = nn.Sequential(
+            nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 32, bias=False), nn.Tanh(), nn.Linear(32, 4)
+        )
+        x = torch.randn(100, 6)
+    else:
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        model = nn.Sequential(layer, nn.Flatten(), nn.Linear(40, 4))
+        x = torch.randn(100, 5, 8)
+    data = ss.batches([(x[:60], torch.randint(4, (60,))), (x[60:], torch.randint(4, (40,)))])
+    plain, other = (ss.landscape(model, data, LOSSES[loss], grid=5, strategy=s) for s in ("plain", "oneDNN"))
+    assert other.provenance.strategy == "oneDNN" and "forward" not in model[-1].__dict__
+    assert np.allclose(other.values, plain.values, rtol=2e-6)
+    assert np.allclose(other.stderr, plain.stderr, rtol=1e-4)
+    assert other.checks.passed and other.checks.centre_loss == plain.checks.centre_loss
+
+
+def test_one_dnn_is_no_way_in_another_precision():
+    for model, options in ((nn.Linear(6, 4).double(), {}), (nn.Linear(6, 4), {"precision": "bf16"})):
+        data = torch.randn(50, 6, dtype=model.weight.dtype), torch.randint(4, (50,))
+        with pytest.raises(ss.SkipscopeError, match="unknown strategy"):
+            ss.landscape(model, data, F.cross_entropy, grid=3, strategy="oneDNN", **options)
+
+
 @pytest.mark.parametrize("strategy", ["channels last 32", "channels last 64"])
 def test_channels_last_on_a_convolutional_network(strategy):
     torch.manual_seed(0)
@@ -143,8 +180,10 @@ def test_a_later_choice_replaces_an_earlier_one():
     from skipscope.surfaces._settings import Settings
     from skipscope.surfaces._twins import make_twins
 
-    model = nn.Sequential(nn.Linear(6, 4)).eval()
-    data, loss = read(model, (torch.randn(100, 6), torch.randint(4, (100,))), F.cross_entropy, "test")
+    model = nn.Sequential(nn.Linear(6, 4)).double().eval()
+    data, loss = read(
+        model, (torch.randn(100, 6).double(), torch.randint(4, (100,))), F.cross_entropy, "test"
+    )
     (twin,) = make_twins({"net": model}, data, loss, Settings(), 2)
     for wanted, name in (
         ("split 32", "batches of 32"),

@@ -101,10 +101,13 @@ class PointLoss:
         data: as :func:`resident` gave them.
         loss: the objective.
         metrics: name -> ``f(output, target)``; averaged over batches by samples.
+        once: where the samples' shares are the loss's own terms, add these up instead of computing the loss as well:
+            its value to rounding, in less time.
     """
 
-    def __init__(self, data: Batches, loss: Objective, metrics: dict[str, Metric]):
+    def __init__(self, data: Batches, loss: Objective, metrics: dict[str, Metric], *, once: bool = False):
         self.data, self.loss, self.metrics = data, loss, metrics
+        self.once = once and loss.is_its_samples
         self.samples = loss.samples if loss.from_output is not None else None
         self.shares = [1.0 if loss.sums or data.single else float(loss.weight(batch)) for batch in data]
         self.sizes = [batch_size(batch) for batch in data]
@@ -120,13 +123,15 @@ class PointLoss:
                 value, output = self.loss.function(model, batch), None
             else:
                 output = run(model, batch)
-                value = self.loss.from_output(output, batch)
-            if share:  # a batch with nothing to count has an undefined mean, and counts for nothing
-                total = total + share * value.double()
+                value = None if self.once else self.loss.from_output(output, batch)
             if self.samples is not None:
                 n, d = self.samples(output, batch)
                 numerators.append(n.double())
                 denominators.append(d.double())
+            if value is None:
+                value = numerators[-1].sum() / (1.0 if self.loss.sums else denominators[-1].sum())
+            if share:  # a batch with nothing to count has an undefined mean, and counts for nothing
+                total = total + share * value.double()
             for name, metric in self.metrics.items():
                 target = batch[1] if isinstance(batch, tuple | list) else batch
                 metrics[name] = metrics[name] + size * torch.as_tensor(metric(output, target)).double()
