@@ -119,11 +119,12 @@ class PointLoss:
         numerators, denominators = [], []
         metrics: dict[str, Any] = dict.fromkeys(self.metrics, 0.0)
         for batch, share, size in zip(self.data, self.shares, self.sizes):
-            if self.loss.from_output is None:
-                value, output = self.loss.function(model, batch), None
+            output, of_output = None, self.loss.from_output
+            if of_output is None:
+                value = self.loss.function(model, batch)
             else:
                 output = run(model, batch)
-                value = None if self.once else self.loss.from_output(output, batch)
+                value = None if self.once else of_output(output, batch)
             if self.samples is not None:
                 n, d = self.samples(output, batch)
                 numerators.append(n.double())
