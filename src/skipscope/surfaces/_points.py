@@ -116,17 +116,17 @@ class PointLoss:
     def read(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> dict[str, Any]:
         """One point as tensors on the model's device; ``run(model, batch)`` is the forward pass."""
         total: Any = 0.0
+        of_output, samples = self.loss.from_output, self.samples
         numerators, denominators = [], []
         metrics: dict[str, Any] = dict.fromkeys(self.metrics, 0.0)
         for batch, share, size in zip(self.data, self.shares, self.sizes):
-            output, of_output = None, self.loss.from_output
             if of_output is None:
-                value = self.loss.function(model, batch)
+                value, output = self.loss.function(model, batch), None
             else:
                 output = run(model, batch)
                 value = None if self.once else of_output(output, batch)
-            if self.samples is not None:
-                n, d = self.samples(output, batch)
+            if samples is not None:
+                n, d = samples(output, batch)
                 numerators.append(n.double())
                 denominators.append(d.double())
             if value is None:
