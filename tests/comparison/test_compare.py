@@ -11,6 +11,7 @@ from torch import nn
 import skipscope as ss
 from skipscope import reference
 from skipscope._errors import SkipscopeError
+from skipscope._numbers import short
 from skipscope.comparison._compare import Evidence, Roles
 from skipscope.comparison._lecture import build, deepest_where_both_learn
 from skipscope.comparison._results import Rung
@@ -126,9 +127,17 @@ def test_a_budget_is_kept_by_leaving_out_and_saying_so():
     assert result.flow, "what is cheap is always measured"
 
 
-def test_few_steps_that_were_asked_for_are_run():
-    result = ss.compare(WITH, DATA, F.cross_entropy, grid=3, steps=5, seeds=1)
+@pytest.mark.parametrize("quick", [False, True])
+def test_few_steps_that_were_asked_for_are_run_and_decide_nothing(quick):
+    """Nobody learns in five steps: the page says where each ends, and makes no claim of who is slower."""
+    result = ss.compare(WITH, DATA, F.cross_entropy, grid=3, steps=5, seeds=1, quick=quick)
     assert result.training.steps == 5
+    (claim,) = (c for c in result.claims if c.key == "stagnate")
+    assert claim.answer == "not measured" and "neither in 5 steps" in claim.finding
+    ends = [short(c.final_loss) for c in (result.training.curves[n]["SGD"] for n in ("with", "without"))]
+    assert f"{ends[0]} with shortcuts and {ends[1]} without" in claim.finding
+    assert result.summary[1].startswith("No network reaches a loss of")
+    assert [row[-1] for row in result.table().rows] == ["none in 5 steps"] * 2
 
 
 def test_batch_norm_of_the_removed_twin_is_recalibrated():
@@ -146,6 +155,7 @@ REFUSED = {
     "not a model": (lambda: ss.compare(3, DATA, F.cross_entropy), "not a torch.nn.Module"),
     "nan": (lambda: ss.compare(WITH, (DATA[0] * torch.nan, DATA[1]), F.cross_entropy), "not finite"),
     "detached": (lambda: ss.compare(WITH, DATA, lambda o, t: F.cross_entropy(o.detach(), t)), "no gradient"),
+    "no steps": (lambda: ss.compare(WITH, DATA, F.cross_entropy, steps=0), "no steps to train"),
     "ambiguous": (lambda: ss.compare(WITH, [DATA, DATA], F.cross_entropy), "ss.batches"),
 }
 

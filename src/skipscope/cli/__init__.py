@@ -73,6 +73,7 @@ def compare(
     *,
     quick: bool = False,
     train: bool = True,
+    steps: int | None = None,
     budget: float | None = None,
     source: Source = Source(),
     output: Output = Output(),
@@ -83,11 +84,12 @@ def compare(
         model: without one: the lecture's network, made deep, on embedded digits.
         quick: a smaller version, in at most half a minute.
         train: also train the twins side by side; --no-train leaves it out.
+        steps: optimizer steps a run; more where neither twin has learnt in the default.
         budget: seconds to stay within; parts that do not fit are left out and named.
     """
     from skipscope.cli import _commands
 
-    _commands.compare(model, source, output, quick=quick, train=train, budget=budget)
+    _commands.compare(model, source, output, quick=quick, train=train, steps=steps, budget=budget)
 
 
 @app.command

@@ -23,8 +23,9 @@ DEFAULT_FOLDER = Path("skipscope-out")
 
 
 def compare(
-    model: str | None, source: Source, output: Output, *, quick: bool, train: bool, budget: float | None
-) -> None:
+    model: str | None, source: Source, output: Output, *, quick: bool, train: bool, budget: float | None,
+    steps: int | None,
+) -> None:  # fmt: skip
     """The main job, with its page."""
     folder = _folder(output)
     with progress(not output.json):
@@ -33,12 +34,12 @@ def compare(
                 raise SkipscopeError(
                     "compare", "data without a model", cure="skipscope compare MODULE:CALLABLE --data ..."
                 )
-            result = ss.compare(quick=quick, train=train, budget=budget, seed=source.seed)
+            result = ss.compare(quick=quick, train=train, steps=steps, budget=budget, seed=source.seed)
         else:
             subject = _subject(model, source, samples=512)
             result = ss.compare(
                 subject.make or subject.model, subject.data, subject.loss,
-                quick=quick, train=train, budget=budget, seed=source.seed, name=model, about=subject.said,
+                quick=quick, train=train, steps=steps, budget=budget, seed=source.seed, name=model, about=subject.said,
             )  # fmt: skip
     _deliver(result, "compare", output, folder)
 

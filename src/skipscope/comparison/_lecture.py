@@ -68,10 +68,10 @@ def build(depth: int, seed: int) -> dict[str, nn.Module]:
     return networks
 
 
-def compare_lecture(settings: Settings, clock: Clock, *, quick: bool) -> Comparison:
+def compare_lecture(settings: Settings, clock: Clock, *, quick: bool, steps: int | None = None) -> Comparison:
     """The main job on the lecture's network."""
     depths = (8, 30) if quick else DEPTHS
-    steps = 120 if quick else 400
+    steps = steps or (120 if quick else 400)
     settings = Settings(
         seeds=2 if quick else 3, steps=steps, batch_size=64, grid=15 if quick else 31, samples=256,
         train=settings.train, target=TARGET, seed=settings.seed,

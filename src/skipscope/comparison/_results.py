@@ -229,9 +229,9 @@ class Comparison(Result):
         for twin in self.twins:
             flow = self.flow.get(twin.name)
             curves = self.training.curves.get(twin.name, {}) if self.training else {}
-            learns = ", ".join(optimizer for optimizer, c in curves.items() if c.learns) or (
-                "no" if curves else "-"
-            )
+            learns = ", ".join(optimizer for optimizer, c in curves.items() if c.learns)
+            if not learns:
+                learns = f"none in {self.training.steps} steps" if self.training and curves else "-"
             rows.append([
                 twin.name, len(self.found[twin.name]) if twin.name in self.found else 0,
                 flow.verdict.fall_decades if flow else None, flow.verdict.state if flow else "-",

@@ -16,7 +16,7 @@ from skipscope.flow import GradientFlow
 from skipscope.surfaces import Scores
 
 if TYPE_CHECKING:
-    from skipscope.comparison._compare import Evidence, Settings
+    from skipscope.comparison._compare import Evidence, Roles, Settings
 
 
 # --- the answer
@@ -57,11 +57,32 @@ def _training_sentence(evidence: Evidence) -> str:
     training, roles = evidence.training, evidence.roles
     if training is None:
         return ""
-    parts = []
-    for optimizer in next(iter(training.curves.values())):
+    optimizers, parts, ends = list(training.curves[roles.having]), [], []
+    for optimizer in optimizers:
         counts = [training.steps_text(name, optimizer) for name in (roles.having, roles.lacking)]
         parts.append(f"{counts[0]} steps with shortcuts and {counts[1]} without under {optimizer}")
+        ends.append(f"{_ends(training, roles)[optimizer]} under {optimizer}")
+    if not any(_tells(training, roles, optimizer) for optimizer in optimizers):
+        return (
+            f"No network reaches a loss of {training.target:.3g} in {training.steps} steps, each at its best rate: it ends at "
+            f"{', and '.join(ends)}."
+        )
     return f"To reach a loss of {training.target:.3g} it takes {', and '.join(parts)}, each at its best rate."
+
+
+def _ends(training: Training, roles: Roles) -> dict[str, str]:
+    """Optimizer -> where the smoothed loss ends, with shortcuts and without, in words."""
+    having, lacking = training.curves[roles.having], training.curves[roles.lacking]
+    return {
+        optimizer: f"{short(having[optimizer].final_loss)} with shortcuts and {short(lacking[optimizer].final_loss)} without"
+        for optimizer in having
+    }
+
+
+def _tells(training: Training, roles: Roles, optimizer: str) -> bool:
+    """Whether the steps were enough to say who is slower: most seeds of one of the two reach the target."""
+    both = (training.curves[name][optimizer] for name in (roles.having, roles.lacking))
+    return any(math.isfinite(_middle(curves)) for curves in both)
 
 
 def _path_sentence(evidence: Evidence) -> str:
@@ -161,12 +182,16 @@ def _stagnate(evidence: Evidence) -> Claim:
     verdicts, texts = [], []
     for optimizer in training.curves[roles.having]:
         with_, without = (training.curves[name][optimizer] for name in (roles.having, roles.lacking))
-        verdicts.append(_slower(with_, without))
-        texts.append(
-            f"{optimizer}: {training.steps_text(roles.having, optimizer)} steps with shortcuts, "
-            f"{training.steps_text(roles.lacking, optimizer)} without (updates of {short(_update(with_))} and "
-            f"{short(_update(without))} of the weights' size)"
-        )
+        updates = f"updates of {short(_update(with_))} and {short(_update(without))} of the weights' size"
+        if _tells(training, roles, optimizer):
+            verdicts.append(_middle(without) > _middle(with_))
+            texts.append(
+                f"{optimizer}: {training.steps_text(roles.having, optimizer)} steps with shortcuts, "
+                f"{training.steps_text(roles.lacking, optimizer)} without ({updates})"
+            )
+        else:
+            ends = _ends(training, roles)[optimizer]
+            texts.append(f"{optimizer}: neither in {training.steps} steps, which end at {ends} ({updates})")
     finding = f"Steps to a loss of {training.target:.3g}, best rate each. " + "; ".join(texts) + "."
     rescued = [
         f"{name} under {optimizer}"
@@ -177,8 +202,12 @@ def _stagnate(evidence: Evidence) -> Claim:
     ]
     if rescued:
         finding += f" It can also be cured without a shortcut: {' and '.join(rescued)} learns."
+    if not verdicts:
+        finding += " More steps would tell who is slower (steps=, --steps)."
     answer = (
-        "does not hold here"
+        "not measured"
+        if not verdicts
+        else "does not hold here"
         if not any(verdicts)
         else "half true"
         if rescued or not all(verdicts)
@@ -194,11 +223,9 @@ def _stagnate(evidence: Evidence) -> Claim:
     )
 
 
-def _slower(having: Curves, lacking: Curves) -> bool:
-    def middle(curves: Curves) -> float:
-        return float(np.median([np.inf if s is None else s for s in curves.steps_to_target]))
-
-    return middle(lacking) > middle(having)
+def _middle(curves: Curves) -> float:
+    """Median steps to the target; inf where most seeds never reach it."""
+    return float(np.median([np.inf if s is None else s for s in curves.steps_to_target]))
 
 
 def _update(curves: Curves) -> float:
