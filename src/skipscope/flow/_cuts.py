@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from skipscope._data import Batch, Objective
 from skipscope.shortcuts import tap_boundaries, tap_merges
@@ -150,7 +151,8 @@ def cut_forward(
         inner = None
         if not _is_plain_sum(one.output, operands):
             copies = tuple(o.detach().requires_grad_(o.requires_grad) for o in operands)
-            with torch.enable_grad():
+            # A checkpoint around it counts what is saved: what is saved here is none of its own.
+            with torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
                 inner = (copies, one.recompute(copies))
         leaf = one.output.detach().requires_grad_()
         if parameter is None and target.kind == "merge" and target.name == one.name:

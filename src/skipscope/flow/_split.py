@@ -2,6 +2,9 @@
 
 Autograd's nodes are hooked: the gradient of each edge into a fork is seen as it arrives, the edges are sorted by the
 side they lead to, and they sum to the fork's gradient. One backward pass for all, and no gradient of a weight.
+
+A gate t stands on both sides, in t H and in (1 - t) x. What arrives at t by the shortcut is noted, and sent on to the
+fork once more by itself: a way back through the gate's own layer, and only there.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from skipscope.flow._readings import norm_of
 from skipscope.flow._results import GradientSplit, SplitAt
 from skipscope.flow._running import asked, places, running
 from skipscope.flow._seed import no_gradient, re_entrant, wants_backward
+from skipscope.flow._ways import Edge, Ways, edge_of
 from skipscope.shortcuts import meaning, tap_merges
 
 SIDES = ("branch", "shortcut", "other")
@@ -73,18 +77,21 @@ def gradient_split(
 
 @dataclass
 class _Fork:
-    """What one fork has seen over all batches."""
+    """What one fork has seen over all batches.
+
+    Attributes:
+        norms: of each side, of the whole, and of what the sides differ from it by.
+        product: between branch and shortcut.
+    """
 
     norms: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*SIDES, "total", "off"), 0.0))
     product: float = 0.0
     elements: int = 0
-    others: bool = False
 
     def add(self, parts: dict[str, Tensor], total: Tensor, share: float) -> None:
         """Take in what arrived in one batch."""
         for side, part in parts.items():
             self.norms[side] = math.hypot(self.norms[side], share * norm_of(part))
-        self.others = self.others or "other" in parts
         if "branch" in parts and "shortcut" in parts:
             self.product += share**2 * float((parts["branch"].double() * parts["shortcut"].double()).sum())
         self.norms["total"] = math.hypot(self.norms["total"], share * norm_of(total))
@@ -102,7 +109,7 @@ class _Fork:
         return SplitAt(
             one.name, one.kind, one.fork, rms["branch"], rms["shortcut"],
             self.product / (branch * shortcut) if branch * shortcut else None, rms["total"],
-            rms["other"] if self.others else None, shortcut / (shortcut + branch) if shortcut + branch else None,
+            rms["other"] or None, shortcut / (shortcut + branch) if shortcut + branch else None,
             self.norms["off"] / self.norms["total"] if self.norms["total"] else None,
         )  # fmt: skip
 
@@ -125,15 +132,15 @@ def _one_batch(
         value = loss(model, _with_leaves(batch, leaves))
         if not value.requires_grad:
             raise no_gradient("gradient_split", model)
-        graph = _Graph(value, leaves)
+        ways = Ways(value, leaves)
+        arrivals = {k: ways.arrivals(ends, joined) for k, (ends, joined) in merges.items()}
         handles = []
         try:
-            for k, (ends, joined) in merges.items():
-                handles += graph.watch(
-                    ends, joined, lambda parts, total, k=k: forks[k].add(parts, total, share)
-                )
-            if graph.starts:
-                torch.autograd.grad(value, graph.starts, allow_unused=True)
+            for k, arriving in arrivals.items():
+                handles += arriving.watch(lambda parts, total, k=k: forks[k].add(parts, total, share))
+            if ways.starts:
+                gates = any(arriving.gates for arriving in arrivals.values())
+                torch.autograd.grad(value, ways.starts, allow_unused=True, retain_graph=gates)
         except RuntimeError as error:
             if wants_backward(error):
                 raise re_entrant("gradient_split") from error
@@ -141,6 +148,8 @@ def _one_batch(
         finally:
             for handle in handles:
                 handle.remove()
+        for arriving in arrivals.values():
+            arriving.part_gates()
     return float(value.detach())
 
 
@@ -156,122 +165,3 @@ def _with_leaves(batch: Batch, leaves: list[Tensor]) -> Batch:
     if isinstance(batch, list | tuple) and len(batch) == 2:
         return (map_tensors(batch[0], leaf), batch[1])
     return map_tensors(batch, leaf)
-
-
-# --- the graph ------------------------------------------------------------------------------------------------
-
-Edge = tuple[Any, int]  # a node, and which of its outputs
-
-
-def edge_of(value: Tensor) -> Edge:
-    """The node and output that a tensor is."""
-    edge = torch.autograd.graph.get_gradient_edge(value)
-    return edge.node, edge.output_nr
-
-
-class _Graph:
-    """Autograd's graph under a loss: what was computed from the data, and who depends on whom.
-
-    Attributes:
-        starts: the tensors that activations begin with: inputs, and the tables of embeddings.
-    """
-
-    def __init__(self, loss: Tensor, leaves: list[Tensor]):
-        self.nodes = _ordered(loss.grad_fn)
-        self.position = {node: i for i, node in enumerate(self.nodes)}
-        self.consumers: dict[Edge, list[tuple[Any, int]]] = {}
-        self.ancestors: list[
-            int
-        ] = []  # of each node, as a set of bits: only activations, the node itself included
-        begins = {edge_of(leaf)[0] for leaf in leaves}
-        self.starts = [leaf for leaf in leaves if edge_of(leaf)[0] in self.position]
-        for i, node in enumerate(self.nodes):
-            mask = 0
-            for e, (parent, nr) in enumerate(node.next_functions):
-                if parent is not None:
-                    mask |= self.ancestors[self.position[parent]]
-                    self.consumers.setdefault((parent, nr), []).append((node, e))
-            embeds = node.name().startswith("Embedding")
-            if embeds:
-                table = getattr(node.next_functions[0][0], "variable", None)
-                self.starts += (
-                    [table] if table is not None and all(table is not s for s in self.starts) else []
-                )
-            self.ancestors.append(mask | 1 << i if mask or embeds or node in begins else 0)
-
-    def above(self, edges: list[Edge]) -> int:
-        """The activations that any of ``edges`` depends on."""
-        mask = 0
-        for node, _ in edges:
-            mask |= self.ancestors[self.position[node]] if node in self.position else 0
-        return mask
-
-    def fork(self, shortcut: list[Edge], branch: int) -> Edge | None:
-        """The nearest activation above the shortcut operands on which the branch depends."""
-        entered: list[Edge] = []
-        stack, seen = list(shortcut), set[Edge]()
-        while stack:
-            edge = stack.pop()
-            at = self.position.get(edge[0])
-            if at is None or edge in seen or not self.ancestors[at]:
-                continue
-            seen.add(edge)
-            if branch >> at & 1:
-                entered.append(edge)
-            else:
-                stack += [parent for parent in edge[0].next_functions if parent[0] is not None]
-        return max(entered, key=lambda edge: self.position[edge[0]], default=None)
-
-    def watch(
-        self, ends: list[tuple[str, Edge]], joined: Any, done: Callable[[dict[str, Tensor], Tensor], None]
-    ) -> list[Any]:
-        """Hook the edges into the fork of the merge of ``ends``; ``done`` is called when all have passed."""
-        branch = self.above([edge for side, edge in ends if side == "branch"])
-        shortcuts = [edge for side, edge in ends if side == "shortcut"]
-        fork = self.fork(shortcuts, branch)
-        if fork is None:
-            return []
-        parts: dict[str, Tensor] = {}
-        bypass = self.above(shortcuts)
-        merged = {edge for _, edge in ends}
-
-        def on_edge(side: str, e: int):
-            def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any) -> None:
-                part = grad_inputs[e]
-                if part is not None:
-                    parts[side] = parts[side] + part if side in parts else part
-
-            return hook
-
-        def on_fork(grad_outputs: tuple[Tensor | None, ...]) -> None:
-            total = grad_outputs[fork[1]]
-            if total is not None:
-                done(parts, total)
-            parts.clear()
-
-        handles = [fork[0].register_prehook(on_fork)]
-        for node, e in self.consumers.get(fork, []):
-            at = self.position[node]
-            side = "branch" if branch >> at & 1 else "shortcut" if bypass >> at & 1 else "other"
-            if side == "other" and fork in merged and (node is joined or merged <= set(node.next_functions)):
-                side = "shortcut"  # the shortcut operand is the fork itself
-            handles.append(node.register_hook(on_edge(side, e)))
-        return handles
-
-
-def _ordered(root: Any) -> list[Any]:
-    """Every node above ``root``, what a node was computed from before the node."""
-    done: dict[Any, None] = {}
-    stack: list[tuple[Any, bool]] = [(root, False)]
-    while stack:
-        node, ready = stack.pop()
-        if node in done:
-            continue
-        if ready:
-            done[node] = None
-            continue
-        stack.append((node, True))
-        stack += [
-            (parent, False) for parent, _ in node.next_functions if parent is not None and parent not in done
-        ]
-    return list(done)

@@ -91,7 +91,7 @@ class Shortcut:
         shortcut: modules with weights on the shortcut side.
         source: ``file.py:line`` of the merge.
         span: positions in ``Shortcuts.layers`` of the first and last layer of the branch.
-        sides: ``"branch"`` or ``"shortcut"`` for each operand of the merge.
+        sides: ``"branch"`` or ``"shortcut"`` for each operand of the merge, or ``"both"``: t (H - x) in x + t (H - x).
         key: the merge's call, for skipscope's own use.
         shortcut_at: operands that carry the shortcut, for editing.
         branch_at: operands that carry the branch, for editing.

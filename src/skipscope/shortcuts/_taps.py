@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from skipscope import _data
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._calls import Operation
-from skipscope.shortcuts._results import Boundary, CallKey, Shortcuts
+from skipscope.shortcuts._results import Boundary, CallKey, Shortcut, Shortcuts
+from skipscope.shortcuts._tape import Tape
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +28,11 @@ class Merge:
     Attributes:
         name: of its shortcut.
         operands: the tensors that go in, connected to autograd's graph; for a call that writes into its first
-            operand these are the values before.
+            operand these are the values before. For a gate where one operand carries both sides, as in x + t (H - x),
+            they are those of t H + (1 - t) x.
         sides: ``"branch"`` or ``"shortcut"`` for each operand.
         output: what comes out, computed from the operands.
-        recompute: the same call with other operands, never in place.
+        recompute: the same from other operands, never in place.
     """
 
     name: str
@@ -44,11 +46,11 @@ Handler = Callable[[Operation | None, Any, tuple[Any, ...], dict[str, Any]], Any
 
 
 class _Tap(TorchFunctionMode):
-    """Calls a handler at each call whose key is wanted."""
+    """Calls a handler at each call whose key is wanted; between the calls of a gate its tape runs."""
 
-    def __init__(self, model: nn.Module, handlers: dict[CallKey, Handler]):
+    def __init__(self, model: nn.Module, handlers: dict[CallKey, Handler], tapes: dict[int, Tape]):
         super().__init__()
-        self.sites = _calls.Sites(model)
+        self.sites, self.tapes = _calls.Sites(model), tapes
         self.handlers = {(key.host, key.site, key.nth): handler for key, handler in handlers.items()}
         self.wanted = {key.site for key in handlers}
 
@@ -56,15 +58,31 @@ class _Tap(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         operation = _calls.OPERATIONS.get(name)
+        handler = self._handler(name, operation, args, kwargs)
+        if handler is not None:
+            return handler(operation, func, args, kwargs)
+        touched = [tape for tape in self.tapes.values() if tape.touches(args, kwargs)]
+        return _taped(touched, func, args, kwargs) if touched else func(*args, **kwargs)
+
+    def _handler(self, name: str, operation: Operation | None, args: Any, kwargs: Any) -> Handler | None:
         if operation is None and name != "embedding":
-            return func(*args, **kwargs)
+            return None
         frame, label = _calls.caller(), name if operation is None else operation.name
         if _calls.site_of(frame, label) not in self.wanted:
-            return func(*args, **kwargs)
+            return None
         if operation is not None and _calls.tensor_operands(_calls.operands(operation, args, kwargs)) < 2:
-            return func(*args, **kwargs)
-        handler = self.handlers.get(self.sites.occurrence(frame, label))
-        return func(*args, **kwargs) if handler is None else handler(operation, func, args, kwargs)
+            return None
+        return self.handlers.get(self.sites.occurrence(frame, label))
+
+
+def _taped(tapes: Sequence[Tape], func: Any, args: Any, kwargs: Any, key: CallKey | None = None) -> Any:
+    """Make a call, and note it."""
+    for tape in tapes:
+        tape.note(func, args, kwargs, key)
+    output = func(*args, **kwargs)
+    for tape in tapes:
+        tape.made(output)
+    return output
 
 
 @contextmanager
@@ -91,18 +109,35 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
         ...     model(x)
         tensor([[1., 1., 1.]])
     """
+    tapes: dict[int, Tape] = {}
 
-    def handler(k: int) -> Handler:
+    def at_merge(k: int) -> Handler:
         shortcut = found[k]
 
         def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
             assert operation is not None
-            merge = _merge(shortcut.name, shortcut.sides, operation, func, args, kwargs)
+            if "both" in shortcut.sides:
+                merge = _gate(shortcut, tapes.pop(k, Tape()), operation, func, args, kwargs)
+            else:
+                merge = _merge(shortcut.name, shortcut.sides, operation, func, args, kwargs)
             return _replace(operation, args, kwargs, touch(k, merge))
 
         return handle
 
-    with _running(model, {found[k].key: handler(k) for k in range(len(found))}):
+    def at_difference(ks: Sequence[int], key: CallKey) -> Handler:
+        def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
+            tapes.update((k, Tape()) for k in ks)
+            return _taped([tapes[k] for k in ks], func, args, kwargs, key)
+
+        return handle
+
+    inside: dict[CallKey, list[int]] = {}
+    for k in range(len(found)):
+        if "both" in found[k].sides:
+            for key in {place.call for place in found[k].branch_at} - {found[k].key}:
+                inside.setdefault(key, []).append(k)
+    handlers = {key: at_difference(ks, key) for key, ks in inside.items()}
+    with _running(model, handlers | {found[k].key: at_merge(k) for k in range(len(found))}, tapes):
         yield
 
 
@@ -126,6 +161,20 @@ def _merge(
     return Merge(label, operands, sides, recompute(operands), recompute)
 
 
+def _gate(shortcut: Shortcut, tape: Tape, operation: Operation, func: Any, args: Any, kwargs: Any) -> Merge:
+    """A gate by its sides: the tape up to its merge, played without x and without H."""
+    tape.note(func, args, kwargs, shortcut.key)
+    tape.steps[-1].again(args, kwargs)  # a checkpoint around it counts what the call saves
+    branch, bypass = tape.play(shortcut.shortcut_at), tape.play(shortcut.branch_at)
+    return Merge(
+        shortcut.name,
+        (branch, bypass),
+        ("branch", "shortcut"),
+        branch + bypass,
+        lambda sides: sides[0] + sides[1],
+    )
+
+
 def _replace(operation: Operation, args: Any, kwargs: Any, output: Tensor) -> Tensor:
     if not operation.in_place:
         return output
@@ -134,9 +183,16 @@ def _replace(operation: Operation, args: Any, kwargs: Any, output: Tensor) -> Te
 
 
 @contextmanager
-def _running(model: nn.Module, handlers: dict[CallKey, Handler]) -> Iterator[None]:
-    tap = _Tap(model, handlers)
-    begin = model.register_forward_pre_hook(lambda module, args: tap.sites.reset())
+def _running(
+    model: nn.Module, handlers: dict[CallKey, Handler], tapes: dict[int, Tape] | None = None
+) -> Iterator[None]:
+    tap = _Tap(model, handlers, {} if tapes is None else tapes)
+
+    def begin_anew(*_: Any) -> None:
+        tap.sites.reset()
+        tap.tapes.clear()
+
+    begin = model.register_forward_pre_hook(begin_anew)
     try:
         with tap:
             yield
@@ -164,7 +220,10 @@ def tap_boundaries(
     def output_handler(i: int) -> Handler:
         def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
             if operation is not None and operation.in_place:
-                new = _calls.out_of_place(operation, func)(*args, **kwargs)
+                values = _calls.operands(operation, args, kwargs)
+                values[0] = values[0].clone()  # may be saved for the way back, and is about to be overwritten
+                new_args, new_kwargs = _calls.with_operands(operation, args, kwargs, values)
+                new = _calls.out_of_place(operation, func)(*new_args, **new_kwargs)
                 return _replace(operation, args, kwargs, touch(i, new))
             return touch(i, func(*args, **kwargs))
 
