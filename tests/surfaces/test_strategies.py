@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import skipscope as ss
-from skipscope.surfaces import _strategies
+from skipscope.surfaces import _one_dnn, _strategies
 
 
 def _close(one, other, tolerance=1e-9):
@@ -62,6 +62,73 @@ def test_one_dnn_runs_the_linear_layers_in_the_same_precision(case, loss):
     assert np.allclose(other.values, plain.values, rtol=2e-6)
     assert np.allclose(other.stderr, plain.stderr, rtol=1e-4)
     assert other.checks.passed and other.checks.centre_loss == plain.checks.centre_loss
+
+
+class _OneForAll(nn.Module):
+    """One activation module after two layers, as Hugging Face's and timm's blocks have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.act = nn.GELU(approximate="tanh")
+
+    def forward(self, x):
+        return self.out(self.act(self.two(self.act(self.one(x)))))
+
+
+class _NotAlone(_OneForAll):
+    """The activation is given something else as well."""
+
+    def forward(self, x):
+        return self.out(self.act(self.two(self.act(self.one(x)))) + self.act(self.two(self.one(x)) * 2))
+
+
+class _ReadTwice(_OneForAll):
+    """What the layer gives is read beside its activation."""
+
+    def forward(self, x):
+        h = self.one(x)
+        return self.out(self.act(h) + h)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU])
+def test_activations_are_computed_on_the_way(activation):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), activation(), nn.Linear(32, 4))
+    data = torch.randn(100, 6) * 3, torch.randint(4, (100,))
+    plain, other = (
+        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s) for s in ("plain", "oneDNN")
+    )
+    assert other.provenance.strategy == "oneDNN"
+    assert np.allclose(other.values, plain.values, rtol=3e-6)
+    run = nn.Sequential(nn.Linear(6, 32), activation(), nn.Linear(32, 4))
+    with torch.no_grad():
+        expected = run(data[0])
+        _one_dnn.through_one_dnn(run, lambda: run(data[0]))
+        assert run[1](data[0]) is data[0], "the layer before it has done it"
+        assert torch.allclose(run(data[0]), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind, fused", [(_OneForAll, True), (_NotAlone, False)])
+def test_an_activation_is_left_to_itself_unless_it_follows_layers_only(kind, fused):
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(20, 6)
+    with torch.no_grad():
+        expected = model(x)
+        _one_dnn.through_one_dnn(model, lambda: model(x))
+        assert ("forward" in model.act.__dict__) == fused
+        assert torch.allclose(model(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_is_read_twice_is_found_out_by_its_numbers():
+    torch.manual_seed(0)
+    model, data = _ReadTwice(), (torch.randn(100, 6), torch.randint(4, (100,)))
+    plain, other = (
+        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s) for s in ("plain", "oneDNN")
+    )
+    assert (
+        np.array_equal(plain.values, other.values) and "differs from the plain loop" in other.provenance.why
+    )
 
 
 def test_one_dnn_is_no_way_in_another_precision():

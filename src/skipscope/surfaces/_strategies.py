@@ -9,7 +9,6 @@ does not change the choice; and the choice is remembered, so that a second call 
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn import functional
 
 from skipscope._data import Batch, Batches, batch_size, map_tensors
 from skipscope._errors import SkipscopeError
 from skipscope.surfaces._evaluate import Evaluator, Loop, Point, Strategy
 from skipscope.surfaces._moving import MovingCopy
+from skipscope.surfaces._one_dnn import linears, through_one_dnn
 from skipscope.surfaces._points import PointLoss, gather, take
 
 _CLEARLY = 1.15  # how many times faster than the way before it a way must be to be taken
@@ -111,34 +110,12 @@ def split_loop(evaluator: Evaluator, size: int | None, channels_last: bool, comp
     if compiled:
         faster = torch.compile(loop.moving.model, dynamic=False)
         loop.run = lambda model, batch: _call(faster, batch)
-    elif _through_one_dnn(loop.moving.model):
+    elif linears(evaluator.model):
+        through_one_dnn(loop.moving.model, lambda: at_point.read(loop.moving.model, loop.run))
         words += ["oneDNN"]
     words += ["channels last"] if channels_last else []
     loop.name = ", ".join([*words, *([f"batches of {size}"] if size else [])]) or "plain loop"
     return loop
-
-
-def _through_one_dnn(copy: nn.Module) -> int:
-    """Let the linear layers of our own copy run oneDNN's kernel, in the same precision; how many do."""
-    layers = _linears(copy)
-    for layer in layers:
-        layer.forward = functools.partial(_one_dnn, layer)
-    return len(layers)
-
-
-def _linears(model: nn.Module) -> list[nn.Linear]:
-    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
-        return []
-    return [
-        m for m in model.modules()
-        if type(m) is nn.Linear and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
-    ]  # fmt: skip
-
-
-def _one_dnn(layer: nn.Linear, input: Tensor) -> Tensor:
-    if input.dtype != torch.float32 or input.ndim < 2:  # what it does not take, torch's own way does, or refuses
-        return functional.linear(input, layer.weight, layer.bias)
-    return torch.ops.mkldnn._linear_pointwise(input, layer.weight, layer.bias, "none", [], "")
 
 
 def _call(model: Callable[..., Any], batch: Batch) -> Any:
@@ -207,7 +184,7 @@ def _ways(evaluator: Evaluator) -> Iterator[tuple[str, Callable[[], Strategy], f
     device = next((p.device.type for p in evaluator.model.parameters()), "cpu")
     convolutions = any(isinstance(m, nn.Conv2d) for m in evaluator.model.modules())
     sizes = [None] if evaluator.mode == "batch" else _sizes(plain.at_point.sizes, device)
-    if not convolutions and _linears(evaluator.model):
+    if not convolutions and linears(evaluator.model):
         yield "oneDNN", lambda: split_loop(evaluator, None, False), 0.0
     for size in sizes:
         if convolutions:
