@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import skipscope as ss
-from skipscope.curvature import ends_of
+from skipscope.curvature import Wish, ends_of
 
 from .oracle import dense_gauss_newton, dense_hessian
 
@@ -101,6 +101,6 @@ def test_a_loss_that_draws_its_own_numbers_is_not_called_converged():
         return F.cross_entropy(output * keep, target)
 
     operator = ss.curvature_operator(model, batch, noisy, memory=0)
-    ends = ends_of(operator, max_products=100)
+    ends = ends_of(operator, Wish(max_products=100))
     assert not ends.converged and ends.asymmetry > 0.01
     assert "own error" in str(ends)

@@ -5,6 +5,7 @@ from skipscope.curvature._ends import ends_of as ends_of
 from skipscope.curvature._ends import extreme_eigenvalues as extreme_eigenvalues
 from skipscope.curvature._ladder import Matrix as Matrix
 from skipscope.curvature._operator import CurvatureOperator as CurvatureOperator
+from skipscope.curvature._operator import How as How
 from skipscope.curvature._operator import curvature_operator as curvature_operator
 from skipscope.curvature._operator import open_operator as open_operator
 from skipscope.curvature._results import ExtremeEigenvalues as ExtremeEigenvalues

@@ -19,7 +19,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._progress import track
 from skipscope.curvature._ladder import Matrix
 from skipscope.curvature._lanczos import Draw, Krylov, Product, gaussian_blocks
-from skipscope.curvature._operator import open_operator
+from skipscope.curvature._operator import How, open_operator
 from skipscope.curvature._private import Selection
 from skipscope.curvature._results import SpectralDensity, stderr_of
 
@@ -88,18 +88,8 @@ def spectral_density(
     for name, value, least in (("probes", probes, 2), ("steps", steps, 1), ("points", points, 2)):
         if value < least:
             raise SkipscopeError(operation, f"{name} is too small", expected=f"at least {least}", got=value)
-    operator = open_operator(
-        operation,
-        model,
-        data,
-        loss,
-        matrix=matrix,
-        parameters=parameters,
-        weight=weight,
-        training=training,
-        seed=seed,
-        mode=mode,
-    )
+    how = How(matrix, parameters, weight, training, seed, mode)
+    operator = open_operator(operation, model, data, loss, how)
     size, device = operator.shape[0], operator.basis_device
     draw, steps = gaussian_blocks(size, seed, device), min(steps, operator.shape[0])
     found = [quadrature(operator.apply, size, steps, draw) for _ in track(range(probes), "spectral density")]

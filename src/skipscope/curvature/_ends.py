@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope.curvature._ladder import Matrix
-from skipscope.curvature._operator import CurvatureOperator, open_operator
+from skipscope.curvature._operator import CurvatureOperator, How, open_operator
 from skipscope.curvature._private import Selection
 from skipscope.curvature._results import ExtremeEigenvalues
 from skipscope.curvature._solve import Wish, find_ends
@@ -72,48 +73,33 @@ def extreme_eigenvalues(
         (True, array([6.]), array([0.666667]))
     """
     operation = "extreme_eigenvalues"
-    operator = open_operator(
-        operation,
-        model,
-        data,
-        loss,
-        matrix=matrix,
-        parameters=parameters,
-        weight=weight,
-        training=training,
-        seed=seed,
-        mode=mode,
-    )
-    return ends_of(
-        operator, k=k, tol=tol, vectors=vectors, block=block, confidence=confidence, max_products=max_products, basis=basis,
-        seed=seed, operation=operation,
-    )  # fmt: skip
+    how = How(matrix, parameters, weight, training, seed, mode)
+    operator = open_operator(operation, model, data, loss, how)
+    wish = Wish(k, tol, confidence, block, basis, max_products, seed)
+    return ends_of(operator, wish, vectors=vectors, operation=operation)
 
 
 def ends_of(
     operator: CurvatureOperator,
+    wish: Wish,
     *,
-    k: int = 1,
-    tol: float = 1e-3,
     vectors: bool = False,
-    block: int = 1,
-    confidence: float = 0.99,
-    max_products: int = 1000,
-    basis: int | None = None,
-    seed: int = 0,
     operation: str = "extreme_eigenvalues",
 ) -> ExtremeEigenvalues:
     """:func:`extreme_eigenvalues` of an operator that is at hand."""
-    size = operator.shape[0]
-    for name, value, good, expected in (
-        ("k", k, 1 <= k <= size, f"1 to {size}, the number of parameters"),
-        ("tol", tol, 0 < tol < 1, "between 0 and 1, relative to max |lambda|"),
-        ("block", block, block >= 1, "at least 1"),
-        ("confidence", confidence, 0 <= confidence < 1, "at least 0 and below 1"),
+    size, k = operator.shape[0], wish.k
+    for name, good, expected in (
+        ("k", 1 <= k <= size, f"1 to {size}, the number of parameters"),
+        ("tol", 0 < wish.tol < 1, "between 0 and 1, relative to max |lambda|"),
+        ("block", wish.block >= 1, "at least 1"),
+        ("confidence", 0 <= wish.confidence < 1, "at least 0 and below 1"),
+        ("max_products", wish.max_products >= 1, "at least 1"),
     ):
         if not good:
-            raise SkipscopeError(operation, f"{name} is out of range", expected=expected, got=value)
-    wish = Wish(k, tol, confidence, block, basis, max_products, seed, precision=operator.precision)
+            raise SkipscopeError(
+                operation, f"{name} is out of range", expected=expected, got=getattr(wish, name)
+            )
+    wish = replace(wish, precision=operator.precision)
     found = find_ends(operator.apply, size, wish, device=operator.basis_device)
     low, high = found.order(k)
     return ExtremeEigenvalues(
@@ -123,13 +109,13 @@ def ends_of(
         largest_residuals=found.residuals[high],
         converged=found.converged,
         probability=max(0.0, 1.0 - found.doubt),
-        confidence=confidence,
-        tol=tol,
+        confidence=wish.confidence,
+        tol=wish.tol,
         products=operator.products,
         method=operator.method,
         matrix=operator.matrix,
         parameters=size,
-        block=block,
+        block=wish.block,
         noise=found.noise,
         asymmetry=found.asymmetry / found.scale if found.scale else 0.0,
         layout=operator.layout,

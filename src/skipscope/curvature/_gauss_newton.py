@@ -16,8 +16,8 @@ from torch import Tensor
 
 from skipscope._data import Batch, inputs_of, tensors_in
 from skipscope._errors import SkipscopeError
-from skipscope.curvature._modes import Tangent, backward, difference, each
-from skipscope.curvature._private import PrivateModel, in_double
+from skipscope.curvature._modes import Differences, Tangent, backward, difference, each
+from skipscope.curvature._private import PrivateModel
 
 
 @dataclass(frozen=True)
@@ -130,20 +130,8 @@ class GaussNewtonForward:
         return [prepared.pull_back(change) for change in changes]
 
 
-@dataclass(frozen=True)
-class GaussNewtonDifferences:
-    """``J v`` as the difference of two outputs.
-
-    Attributes:
-        step: as a part of |p|; default: the best for the precision.
-    """
-
-    step: float | None = None
-    name = "finite differences"
-
-    def prepare(self, model: PrivateModel, batch: Batch, index: int) -> tuple[PrivateModel, Batch, int]:
-        """The model and batch in float64 where they can be run in it; no graph, which moving parameters spoils."""
-        return *(in_double(model, batch, index) or (model, batch)), index
+class GaussNewtonDifferences(Differences):
+    """``J v`` as the difference of two outputs."""
 
     def product(self, prepared: tuple[PrivateModel, Batch, int], tangents: list[Tangent]) -> list[Tangent]:
         """Two forward passes a tangent, and a linearisation for the way back."""

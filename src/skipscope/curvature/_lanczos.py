@@ -14,7 +14,6 @@ and what should vanish in a symmetric matrix but does not measures the rounding 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,7 +25,7 @@ from torch import Tensor
 Product = Callable[[Tensor], Tensor]  # [b, n] float64 -> [b, n] float64
 Draw = Callable[[int], Tensor]  # b -> a random block [b, n]
 _BREAKDOWN = 1e-12  # a remainder this small against the matrix is rounding: the space is invariant
-_SURE = 0.1  # a remainder this large against the matrix has lost nothing of its orthogonality
+_KEPT = 0.5  # what is left of an image, against all of it, where one orthogonalisation has lost nothing
 _EPS = float(np.finfo(float).eps)
 _SAFETY = 4.0  # on the estimate of the products' rounding error
 
@@ -97,10 +96,11 @@ class Krylov:
         self.coupling = np.zeros((0, 0))  # V A Q', as expected by symmetry, [m, b]
         self.leak = np.zeros((self.outside.shape[0], 0))  # what A V' has outside, cut off: [p, m]
         self._lost, self._lost_count, self._dropped = 0.0, 0, 0.0
+        self._ritz: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def start(self, block: Tensor) -> None:
         """Begin (again) with ``block [b, n]``, made orthogonal to the basis and to itself."""
-        kept, _, _ = self._orthonormal(block.clone(), floor=0.0, sure=math.inf)
+        kept, _, _ = self._orthonormal(block, floor=0.0, sure=False)
         self.width = kept.shape[0]
         self.rows[self.filled : self.filled + self.width] = kept
         self.coupling = np.zeros((self.filled, self.width))
@@ -113,18 +113,10 @@ class Krylov:
     def step(self) -> None:
         """Take the next block into the basis: as many products as it has rows."""
         m, b = self.filled, self.width
-        space = self.rows[: m + b]
-        image = self.product(space[m:])
-        self.products += b
+        image = self.product(self.rows[m : m + b])
+        self.products, self._ritz = self.products + b, None
         self.scale = max(self.scale, float(torch.linalg.vector_norm(image, dim=1).max()))
-        measured = torch.zeros(m + b, b, dtype=torch.float64, device=space.device)
-        self.leak = np.hstack([self.leak, (self.outside @ image.T).cpu().numpy()])
-        for _ in range(2):  # once is not enough: Giraud, Langou & Rozloznik 2005
-            image -= (image @ self.outside.T) @ self.outside
-            part = space @ image.T
-            image -= part.T @ space
-            measured += part
-        columns = measured.cpu().numpy()
+        columns = self._take_out(image)
         self._note_rounding(columns[:m] - self.coupling)
         grown = np.zeros((m + b, m + b))
         grown[:m, :m] = self.projected
@@ -133,9 +125,30 @@ class Krylov:
         self.projected, self.filled = grown, m + b
         self._next_block(image, columns)
 
+    def _take_out(self, image: Tensor) -> np.ndarray:
+        """Take what lies in the basis (next block included) and outside the run's space out of ``image [b, n]``.
+
+        Returns its coordinates in the basis ``[m + b, b]``. Twice is enough (Giraud, Langou & Rozloznik 2005), and once
+        where most of the image is left (Daniel, Gragg, Kaufman & Stewart 1976).
+        """
+        space, outside = self.rows[: self.filled + self.width], self.outside
+        self.leak = np.hstack([self.leak, (outside @ image.T).cpu().numpy()])
+        coordinates = None
+        for _ in range(2):
+            before = torch.linalg.vector_norm(image, dim=1)
+            if outside.shape[0]:
+                image.addmm_(image @ outside.T, outside, alpha=-1)
+            part = space @ image.T
+            image.addmm_(part.T, space, alpha=-1)
+            coordinates = part if coordinates is None else coordinates + part
+            if bool((torch.linalg.vector_norm(image, dim=1) >= _KEPT * before).all()):
+                break
+        assert coordinates is not None
+        return coordinates.cpu().numpy()
+
     def _next_block(self, image: Tensor, measured: np.ndarray) -> None:
         m, b = self.filled, image.shape[0]
-        kept, onward, dropped = self._orthonormal(image, _BREAKDOWN * self.scale, _SURE * self.scale)
+        kept, onward, dropped = self._orthonormal(image, _BREAKDOWN * self.scale, sure=True)
         self._dropped = max(self._dropped, dropped)
         if not self.invariant:
             self.history.append(Step(measured, onward, dropped))
@@ -148,34 +161,39 @@ class Krylov:
             self.invariant = True
             self.start(self.draw(min(b, self.size - m)))
 
-    def _orthonormal(self, block: Tensor, floor: float, sure: float) -> tuple[Tensor, np.ndarray, float]:
+    def _orthonormal(self, block: Tensor, floor: float, *, sure: bool) -> tuple[Tensor, np.ndarray, float]:
         """Orthonormal rows for ``block``, its coordinates in them, and what was cut off: what is below ``floor``.
 
-        A row longer than ``sure`` is orthogonal to the basis already; a shorter one is what is left of a large image,
-        and relatively less orthogonal than the image was.
+        Where the block is ``sure`` to be orthogonal to the basis, only a row of which its own block takes much away is
+        not any more.
         """
         space, found = self.rows[: self.filled], []
         room = self.size - self.filled
         onward, dropped = np.zeros((min(block.shape[0], room), block.shape[0])), 0.0
         for i, row in enumerate(block):
+            whole = float(torch.linalg.vector_norm(row))
             for j, other in enumerate(found):
                 inner = float(other @ row)
                 onward[j, i] += inner
                 row = row - inner * other
-            norm = float(torch.linalg.vector_norm(row))
+            norm = float(torch.linalg.vector_norm(row)) if found else whole
             if norm <= floor or norm == 0.0 or len(found) == room:
                 dropped = max(dropped, norm)
                 continue
             row = row / norm
-            near = [self.outside, space] if norm < sure else []
-            for _ in range(2):
-                for others in (*near, *(found and [torch.stack(found)])):
-                    row = row - (others @ row) @ others
-            row = row / torch.linalg.vector_norm(row)
+            if not sure or norm < _KEPT * whole:
+                row = self._again(row, found, space)
             onward[len(found), i] = norm
             found.append(row)
         kept = torch.stack(found) if found else block[:0]
         return kept, onward[: len(found)], dropped
+
+    def _again(self, row: Tensor, found: list[Tensor], space: Tensor) -> Tensor:
+        """``row`` made orthogonal to everything, twice."""
+        for _ in range(2):
+            for others in (self.outside, space, *([torch.stack(found)] if found else [])):
+                row = row - (others @ row) @ others
+        return row / torch.linalg.vector_norm(row)
 
     def _note_rounding(self, difference: np.ndarray) -> None:
         if difference.size:
@@ -191,10 +209,11 @@ class Krylov:
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ritz values ascending ``[m]``, their coordinates ``[m, m]``, and the bounds of their residuals ``[m]``."""
-        values, coordinates = np.linalg.eigh(self.projected)
-        remainder = np.vstack([self.leak @ coordinates, self.coupling.T @ coordinates])
-        residuals = np.linalg.norm(remainder, axis=0)
-        return values, coordinates, residuals + self.noise
+        if self._ritz is None:
+            values, coordinates = np.linalg.eigh(self.projected)
+            remainder = np.vstack([self.leak @ coordinates, self.coupling.T @ coordinates])
+            self._ritz = values, coordinates, np.linalg.norm(remainder, axis=0) + self.noise
+        return self._ritz
 
     def vectors(self, coordinates: np.ndarray) -> Tensor:
         """Ritz vectors ``[p, n]`` from their coordinates ``[m, p]``."""
@@ -209,7 +228,7 @@ class Krylov:
         self.filled = len(chosen)
         self.rows[self.filled : self.filled + self.width] = ahead
         self.projected = np.diag(values[chosen])
-        self.coupling, self.leak = kept.T @ self.coupling, self.leak @ kept
+        self.coupling, self.leak, self._ritz = kept.T @ self.coupling, self.leak @ kept, None
         if not self.invariant:
             self.history.append(Restart(kept))
 

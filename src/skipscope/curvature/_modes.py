@@ -11,6 +11,7 @@ With p the parameters, L the loss of a batch and g = dL/dp:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from skipscope._data import Batch
 from skipscope.curvature._private import PrivateModel, gradients_of, in_double
+from skipscope.curvature._smooth import SharedDerivatives
 
 Tangent = list[Tensor]  # one tensor a parameter
 
@@ -54,7 +56,8 @@ class ReverseOverReverse:
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> _Graph:
         """The gradient and its graph."""
-        _, loss = model.output_and_loss(batch, index)
+        with SharedDerivatives():
+            _, loss = model.output_and_loss(batch, index)
         return _Graph(model.parameters, gradients_of(loss, model.parameters, create_graph=True))
 
     def product(self, prepared: _Graph, tangents: list[Tangent]) -> list[Tangent]:
@@ -91,8 +94,8 @@ class ForwardOverReverse:
 
 
 @dataclass(frozen=True)
-class FiniteDifferences:
-    """The difference of two gradients: for what cannot be differentiated twice.
+class Differences(ABC):
+    """A derivative as the difference of two values: for what cannot be differentiated twice.
 
     Attributes:
         step: as a part of |p|; default: the best for the precision.
@@ -102,8 +105,16 @@ class FiniteDifferences:
     name = "finite differences"
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> tuple[PrivateModel, Batch, int]:
-        """The model and batch in float64, where they can be run in it."""
+        """The model and batch in float64 where they can be run in it; no graph, which moving parameters spoils."""
         return *(in_double(model, batch, index) or (model, batch)), index
+
+    @abstractmethod
+    def product(self, prepared: tuple[PrivateModel, Batch, int], tangents: list[Tangent]) -> list[Tangent]:
+        """Two values a tangent."""
+
+
+class FiniteDifferences(Differences):
+    """The difference of two gradients."""
 
     def product(self, prepared: tuple[PrivateModel, Batch, int], tangents: list[Tangent]) -> list[Tangent]:
         """Two gradients a tangent."""

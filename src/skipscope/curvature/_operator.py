@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -25,6 +26,19 @@ from skipscope.curvature._private import PrivateModel, Selection, private_model
 from skipscope.curvature._results import Layout
 
 _MEMORY = 1 << 30
+
+
+@dataclass(frozen=True)
+class How:
+    """Which matrix, and how it is multiplied with; each as in :func:`curvature_operator`."""
+
+    matrix: Matrix = "hessian"
+    parameters: Selection = None
+    weight: Callable[[Batch], float] | None = None
+    training: bool | None = False
+    seed: int = 0
+    mode: str | None = None
+    memory: int = _MEMORY
 
 
 class CurvatureOperator(LinearOperator):
@@ -102,7 +116,7 @@ class CurvatureOperator(LinearOperator):
         total = None
         for index, batch, share in self._batches():
             found = self._on_batch(index, batch, tangents)
-            rows = torch.stack([torch.cat([part.reshape(-1) for part in parts]) for parts in found])
+            rows = torch.cat([part.reshape(-1) for parts in found for part in parts]).view(len(found), -1)
             if not math.isfinite(float(rows.sum())) and not rows.isfinite().all():  # a sum may overflow
                 self._refuse_nonfinite(index, batch, found)
             rows = rows.to(vectors.device, torch.float64)
@@ -257,31 +271,18 @@ def curvature_operator(
         >>> operator.matvec([1.0])  # 2/N x'x
         array([5.])
     """
-    return open_operator(
-        "curvature_operator", model, data, loss, matrix=matrix, parameters=parameters, weight=weight, training=training,
-        seed=seed, mode=mode, memory=memory,
-    )  # fmt: skip
+    how = How(matrix, parameters, weight, training, seed, mode, memory)
+    return open_operator("curvature_operator", model, data, loss, how)
 
 
-def open_operator(
-    operation: str,
-    model: nn.Module,
-    data: Any,
-    loss: Any,
-    *,
-    matrix: Matrix = "hessian",
-    parameters: Selection = None,
-    weight: Callable[[Batch], float] | None = None,
-    training: bool | None = False,
-    seed: int = 0,
-    mode: str | None = None,
-    memory: int = _MEMORY,
-) -> CurvatureOperator:
+def open_operator(operation: str, model: nn.Module, data: Any, loss: Any, how: How) -> CurvatureOperator:
     """:func:`curvature_operator` in the name of another public call."""
-    if matrix not in get_args(Matrix):
+    if how.matrix not in get_args(Matrix):
         raise SkipscopeError(
-            operation, f"unknown matrix {matrix!r}", expected=" or ".join(map(repr, get_args(Matrix)))
+            operation, f"unknown matrix {how.matrix!r}", expected=" or ".join(map(repr, get_args(Matrix)))
         )
-    batches, objective = read(model, data, loss, operation, weight=weight)
-    own = private_model(model, objective, operation, parameters=parameters, training=training, seed=seed)
-    return CurvatureOperator(own, batches, matrix, mode=mode, memory=memory)
+    batches, objective = read(model, data, loss, operation, weight=how.weight)
+    own = private_model(
+        model, objective, operation, parameters=how.parameters, training=how.training, seed=how.seed
+    )
+    return CurvatureOperator(own, batches, how.matrix, mode=how.mode, memory=how.memory)

@@ -147,6 +147,7 @@ class _Search:
         wanted: indices of this run's part of the answer.
         doubt: at most this is the chance that something farther out was not seen.
         patience: steps until the next look at what there is.
+        last: what was looked at last (how far off in decades, at how many products); falling in a straight line.
     """
 
     run: Krylov
@@ -157,6 +158,7 @@ class _Search:
     wanted: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     doubt: float = 1.0
     patience: int = 0
+    last: tuple[float, int] = (np.inf, 0)
 
     def finish(self) -> bool:
         """Step until done (True) or until the products are spent or cannot do better (False)."""
@@ -193,9 +195,7 @@ class _Search:
         within = residuals[self.wanted] - run.noise <= limit / share
         if not run.exhausted:
             if self._count < wish.k or not within.all():
-                # A residual that is far off takes more than a few products: no need to look after each.
-                far = float(residuals[self.wanted].max()) / limit if limit else 0.0
-                self.patience = 4 if far > 100 else 2 if far > 10 else 0
+                self._wait(float(residuals[self.wanted].max()), limit)
                 return None
             low, high = self._thresholds(values)
             margin = limit if wish.margin is None else limit * wish.margin / wish.tol
@@ -203,10 +203,23 @@ class _Search:
             diluted = 1.0 if self.near is None else 1.0 + float(self.near.sum(0).norm()) / _SHAKE
             self.doubt = min(chance_unseen(run, [low - margin, high + margin], width, diluted), 1.0)
             if limit and self.doubt > self.allowed:
+                self._wait(self.doubt, self.allowed)
                 return None
         if run.exhausted or not limit:  # what a random vector shows nothing of is the zero matrix
             self.doubt = 0.0
         return bool((residuals[self.wanted] <= limit).all())
+
+    def _wait(self, size: float, limit: float) -> None:
+        """Before the next look take half the steps that are missing, if the size goes on falling as it has since the last.
+
+        A look costs as much as many products of a small network; half, for it may fall faster.
+        """
+        far = float(np.log10(size / limit)) if limit and size > 0 else 0.0
+        before, at = self.last
+        self.last = far, self.run.products
+        steps = (self.run.products - at) / max(self.run.width, 1)
+        missing = far * steps / (before - far) if far < before < np.inf else 10.0 if far > 2 else 4 * far
+        self.patience = int(np.clip(missing / 2, 1, 10)) - 1
 
     def _thresholds(self, values: np.ndarray) -> tuple[float, float]:
         """Beyond these nothing may be: the k-th known at each end, or this run's own ends if farther out."""

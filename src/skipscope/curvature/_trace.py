@@ -14,7 +14,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._progress import track
 from skipscope.curvature._ladder import Matrix
 from skipscope.curvature._lanczos import Product, own_generator
-from skipscope.curvature._operator import open_operator
+from skipscope.curvature._operator import How, open_operator
 from skipscope.curvature._private import Selection
 from skipscope.curvature._results import TraceEstimate, stderr_of
 
@@ -105,18 +105,8 @@ def curvature_trace(
         )
     if products < 2:
         raise SkipscopeError(operation, "too few products", expected="at least 2", got=products)
-    operator = open_operator(
-        operation,
-        model,
-        data,
-        loss,
-        matrix=matrix,
-        parameters=parameters,
-        weight=weight,
-        training=training,
-        seed=seed,
-        mode=mode,
-    )
+    how = How(matrix, parameters, weight, training, seed, mode)
+    operator = open_operator(operation, model, data, loss, how)
     value, stderr, probes = trace_of(
         operator.apply, operator.shape[0], products, method, seed, operator.basis_device
     )

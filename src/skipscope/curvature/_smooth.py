@@ -1,0 +1,70 @@
+"""Activations whose second derivative is worked out once for all products on a kept graph.
+
+A product runs backward through a gradient's graph, and there torch works out an activation's derivatives anew, from
+exponentials and error functions, in every product. They do not depend on the vector. With y = f(x), backward
+``g -> g f'(x)``, and that one's own backward ``s -> (s f'(x), s g f''(x))``: three factors that are known after the
+gradient, and a product only multiplies with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+# Element by element, smooth, and dear to differentiate twice (tanh and sigmoid are not: their outputs are all it takes).
+_SMOOTH = {F.gelu, F.silu, F.mish, F.softplus, F.logsigmoid}
+
+
+class SharedDerivatives(TorchFunctionMode):
+    """While it is on, activations keep their derivatives; the numbers are the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        plain = func in _SMOOTH and args and type(args[0]) is Tensor and not kwargs.get("inplace")
+        if plain and args[0].requires_grad and torch.is_grad_enabled() and True not in args[1:]:
+            return _Smooth.apply(args[0], lambda x: func(x, *args[1:], **kwargs))
+        return func(*args, **kwargs)
+
+
+class _Smooth(torch.autograd.Function):
+    """``f(x)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            value = function(point)
+            (slope,) = torch.autograd.grad(value.sum(), point, create_graph=True)
+            (bend,) = torch.autograd.grad(slope.sum(), point)
+        ctx.save_for_backward(x, slope.detach(), bend)
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        x, slope, bend = ctx.saved_tensors
+        (grad,) = grads
+        if not torch.is_grad_enabled():
+            return grad * slope, None
+        return _Pull.apply(grad, x, slope, bend), None  # type: ignore[return-value]
+
+
+class _Pull(torch.autograd.Function):
+    """``grad f'(x)``."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, x: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+        ctx.save_for_backward(slope, grad * bend)
+        return grad * slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *seeds: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        slope, bent = ctx.saved_tensors
+        (seed,) = seeds
+        return seed * slope, seed * bent, None, None
