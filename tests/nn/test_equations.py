@@ -1,6 +1,7 @@
 """Every shortcut module against its paper's equation, written out in float64."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -56,7 +57,23 @@ EQUATIONS = {
     "sandwich-norm": lambda m, f, x: x + norm(f(norm(x))),
     "deep-norm": lambda m, f, x: norm(8**0.25 * x + f(x)),
     "hyper": lambda m, f, x: x + f(x),
+    "dynamic-hyper": lambda m, f, x: x + f(x),
+    "manifold-hyper": lambda m, f, x: x + f(x),
+    "shake-shake": lambda m, f, x: x + (f(x) + m.other(x)) / 2,
+    "depth-averaged": lambda m, f, x: m.weights[0][1] * (x + f(x)) + m.weights[0][0] * x,
+    "laurel-weights": lambda m, f, x: m.weights[0] * f(x) + m.weights[1] * x,
+    "laurel-low-rank": lambda m, f, x: f(x) + x + x @ (m.up @ m.down).T,
 }
+STREAMS = {"hyper", "dynamic-hyper", "manifold-hyper"}
+
+
+def inside(module, name):
+    """The branch of a registered module."""
+    return (
+        module.layers[0].branch
+        if name in STREAMS
+        else (module.blocks[0] if name == "depth-averaged" else module).branch
+    )
 
 
 def test_every_registered_module_has_its_equation():
@@ -67,7 +84,7 @@ def scrambled(module):
     """The module with its own scalars away from their start, so that each factor shows (norms and streams stay)."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if parameter.ndim == 0 or name in {"gamma", "gate.bias"}:
+            if parameter.ndim == 0 or name in {"gamma", "gate.bias", "weights", "weights.0", "up"}:
                 parameter.add_(torch.randn_like(parameter))
     return module
 
@@ -75,7 +92,7 @@ def scrambled(module):
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_equation(name):
     module = scrambled(sn.registry()[name](branch(), WIDTH, depth=9)).eval()
-    inner = module.layers[0].branch if name == "hyper" else module.branch
+    inner = inside(module, name)
     if name == "fixup":
         nn.init.normal_(inner[2].weight)
     x = torch.randn(N, WIDTH)
@@ -182,6 +199,34 @@ def test_stochastic_depth_edges():
     assert not sn.stochastic_depth(f, 1.0, True).any()
 
 
+def test_shake_shake_mixes_forward_by_one_draw_and_backward_by_another():
+    f1, f2 = torch.randn(3, 2).requires_grad_(), torch.randn(3, 2).requires_grad_()
+    a, b, seed = torch.rand(3, 1), torch.rand(3, 1), torch.randn(3, 2)
+    y = sn.shake_shake(f1, f2, a, b)
+    torch.testing.assert_close(y, a * f1 + (1 - a) * f2)
+    g1, g2 = torch.autograd.grad(y, (f1, f2), seed)
+    torch.testing.assert_close(g1, b * seed)
+    torch.testing.assert_close(g2, (1 - b) * seed)
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_shake_shake_draws_rows_or_batches_anew(mode):
+    one, zero = nn.Linear(2, 1), nn.Linear(2, 1)
+    for layer, value in ((one, 1.0), (zero, 0.0)):
+        nn.init.zeros_(layer.weight), nn.init.constant_(layer.bias, value)
+    module, x = sn.ShakeShake(one, zero, mode).train(), torch.zeros(4000, 1).expand(-1, 2)
+    y = module(x[:, :2])[:, :1]
+    assert (
+        y.min() >= 0 and y.max() <= 1 and (len(y.unique()) > 3900 if mode == "row" else len(y.unique()) == 1)
+    )
+    assert not torch.equal(module(x)[:, :1], y)
+    if mode == "row":
+        assert y.mean().item() == pytest.approx(0.5, abs=0.02) and y.var().item() == pytest.approx(
+            1 / 12, abs=0.005
+        )
+    torch.testing.assert_close(module.eval()(x)[:, :1], torch.full((4000, 1), 0.5))
+
+
 def test_dropout_shortcut_drops_the_shortcut_and_not_the_branch():
     x, f = torch.ones(1000, 3), torch.full((1000, 3), 5.0)
     y = sn.dropout_shortcut(x, f, 0.5, True)
@@ -260,3 +305,93 @@ def test_hyper_connection_is_its_matrix_form():
         sum(module.residual[i, j] * x[j] for j in range(3)) + module.post[i] * f for i in range(3)
     ])  # fmt: skip
     torch.testing.assert_close(module(x), expected)
+
+
+# --- hyper-connections whose weights depend on the data -----------------------------------------------------------
+
+
+def shaken(module):
+    """The module with all of its parameters away from their start, as far as they stay reasonable."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p) * 0.5)
+    return module
+
+
+def test_dynamic_hyper_connection_is_the_papers_equation():
+    """Zhu et al. 2024, equations 2, 5 and 10 to 13, token by token; A_r is our matrix, transposed."""
+    n, module = 3, shaken(sn.DynamicHyperConnection(branch(), 3, width=WIDTH, layer=1))
+    X = torch.randn(n, N, WIDTH)
+    got = module(X)
+    for token in range(N):
+        H = X[:, token]
+        normed = nn.functional.layer_norm(H, (WIDTH,), module.norm.weight, module.norm.bias)
+        B = module.scale_post * torch.tanh(normed @ module.to_post) + module.post
+        A_m = module.scale * torch.tanh(normed @ module.to_pre) + module.pre
+        A_r = module.scale * torch.tanh(normed @ module.to_residual.T) + module.residual.T
+        expected = torch.outer(B, module.branch(A_m @ H)) + A_r.T @ H
+        torch.testing.assert_close(got[:, token], expected)
+
+
+def test_manifold_hyper_connection_is_the_papers_equation():
+    """Xie et al. 2025, equations 3, 7 and 8, token by token."""
+    n, module = 3, shaken(sn.ManifoldHyperConnection(branch(), 3, width=WIDTH))
+    X = torch.randn(n, N, WIDTH)
+    got, (w, b), a = module(X), module.to_weights.parameters(), module.scales
+    for token in range(N):
+        x = X[:, token].reshape(-1)
+        x = x / (x.square().mean() + 1e-6).sqrt()
+        pre = 1 / (1 + torch.exp(-(a[0] * (w[:n] @ x) + b[:n])))
+        post = 2 / (1 + torch.exp(-(a[1] * (w[n : 2 * n] @ x) + b[n : 2 * n])))
+        M = torch.exp(a[2] * (w[2 * n :] @ x) + b[2 * n :]).reshape(n, n)
+        for _ in range(20):
+            M = M / M.sum(0)
+            M = M / M.sum(1, keepdim=True)
+        expected = M @ X[:, token] + torch.outer(post, module.branch(pre @ X[:, token]))
+        torch.testing.assert_close(got[:, token], expected)
+
+
+def test_sinkhorn_is_doubly_stochastic_also_of_great_numbers():
+    for scale in (1.0, 3.0):
+        matrix = sn.sinkhorn(torch.randn(50, 4, 4) * scale, iterations=400)
+        torch.testing.assert_close(matrix.sum(-1), torch.ones(50, 4), atol=1e-6, rtol=0)
+        torch.testing.assert_close(matrix.sum(-2), torch.ones(50, 4), atol=1e-6, rtol=0)
+    assert sn.sinkhorn(torch.tensor([[900.0, 0.0], [0.0, 900.0]])).isfinite().all()
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+@pytest.mark.parametrize("kind", [sn.DynamicHyperConnection, sn.ManifoldHyperConnection])
+def test_fresh_dynamic_hyper_connections_are_a_residual_network(kind, streams):
+    branches, x = [branch() for _ in range(3)], torch.randn(N, WIDTH)
+    y = x
+    for f in branches:
+        y = y + f(y)
+    module = sn.HyperConnected(*branches, streams=streams, connect=partial(kind, width=WIDTH))
+    exact = (
+        kind is sn.DynamicHyperConnection or streams > 1
+    )  # one stream is read by a sigmoid, which is never 1
+    torch.testing.assert_close(module(x), y, rtol=1e-6 if exact else 0.2, atol=1e-6 if exact else 0.2)
+
+
+# --- reads over depth, learned shortcuts --------------------------------------------------------------------------
+
+
+def test_depth_averaged_blocks_are_the_papers_recursion():
+    blocks = [branch() for _ in range(4)]
+    module, x = shaken(sn.DepthAveraged(*blocks)), torch.randn(N, WIDTH)
+    X, Y = [x], x
+    for i, block in enumerate(blocks):
+        X.append(block(Y))
+        Y = sum(module.weights[i][j] * X[j] for j in range(i + 2))
+    torch.testing.assert_close(module(x), Y)
+
+
+def test_fresh_depth_averaged_blocks_are_the_network_that_they_were():
+    blocks, x = [sn.IdentityShortcut(branch()) for _ in range(4)], torch.randn(N, WIDTH)
+    torch.testing.assert_close(sn.DepthAveraged(*blocks)(x), nn.Sequential(*blocks)(x))
+
+
+def test_a_fresh_low_rank_shortcut_is_the_identity_shortcut():
+    f, x = branch(), torch.randn(N, WIDTH)
+    torch.testing.assert_close(sn.LaurelLowRank(f, WIDTH)(x), x + f(x))
+    assert sn.LaurelLowRank(f, WIDTH, rank=2).down.shape == (2, WIDTH)

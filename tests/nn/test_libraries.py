@@ -104,3 +104,40 @@ def test_resnet18_is_torchvisions(large):
     ours.load_state_dict(dict(zip(names, values)))
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def test_manifold_hyper_connection_is_huggingfaces():
+    """DeepSeek-V4's: streams beside the features, its mixing matrix transposed, and 1e-6 added here and there."""
+    transformers = pytest.importorskip("transformers")
+    modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    n, width = 4, 8
+    config = transformers.DeepseekV4Config(hidden_size=width, hc_mult=n, hc_sinkhorn_iters=20)
+    theirs, ours = (
+        modeling.DeepseekV4HyperConnection(config),
+        sn.ManifoldHyperConnection(branch(), n, width=width),
+    )
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p))
+        # Theirs mixes by the transpose: the residual part of the weights is transposed here.
+        order = torch.arange(n * (n + 2))
+        order[2 * n :] = order[2 * n :].view(n, n).T.flatten()
+        # Streams lie beside the features in both.
+        ours.to_weights.weight.copy_(theirs.fn[order])
+        ours.to_weights.bias.copy_(theirs.base[order])
+        ours.scales.copy_(theirs.scale)
+    x = torch.randn(2, 5, n, width)
+    post, comb, collapsed = theirs(x)
+    expected = post.unsqueeze(-1) * ours.branch(collapsed).unsqueeze(-2) + comb.transpose(-1, -2) @ x
+    torch.testing.assert_close(ours(x.movedim(2, 0)).movedim(0, 2), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_low_rank_shortcut_is_gemma_3ns():
+    """Without the norm that Gemma 3n adds to the paper's equation."""
+    transformers = pytest.importorskip("transformers")
+    modeling = pytest.importorskip("transformers.models.gemma3n.modeling_gemma3n")
+    theirs = modeling.Gemma3nTextLaurelBlock(transformers.Gemma3nTextConfig(hidden_size=8, laurel_rank=3))
+    theirs.post_laurel_norm = nn.Identity()
+    x = torch.randn(2, 5, 8)
+    got = sn.laurel_low_rank(x, torch.zeros(()), theirs.linear_left.weight, theirs.linear_right.weight)
+    torch.testing.assert_close(got, theirs(x))

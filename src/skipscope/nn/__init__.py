@@ -15,6 +15,14 @@ from skipscope.nn._connection import Pointwise as Pointwise
 from skipscope.nn._connection import WidthNorm as WidthNorm
 from skipscope.nn._dense import DenseShortcut as DenseShortcut
 from skipscope.nn._dense import dense_shortcut as dense_shortcut
+from skipscope.nn._depth import DepthAveraged as DepthAveraged
+from skipscope.nn._depth import depth_average as depth_average
+from skipscope.nn._dynamic_hyper import DynamicHyperConnection as DynamicHyperConnection
+from skipscope.nn._dynamic_hyper import ManifoldHyperConnection as ManifoldHyperConnection
+from skipscope.nn._dynamic_hyper import mix_streams as mix_streams
+from skipscope.nn._dynamic_hyper import sinkhorn as sinkhorn
+from skipscope.nn._dynamic_hyper import spread_branch as spread_branch
+from skipscope.nn._dynamic_hyper import weigh_streams as weigh_streams
 from skipscope.nn._fixup import Fixup as Fixup
 from skipscope.nn._fixup import fixup_ as fixup_
 from skipscope.nn._gates import ExclusiveGate as ExclusiveGate
@@ -33,6 +41,10 @@ from skipscope.nn._identity import IdentityShortcut as IdentityShortcut
 from skipscope.nn._identity import PostActivation as PostActivation
 from skipscope.nn._identity import PreActivation as PreActivation
 from skipscope.nn._identity import identity_shortcut as identity_shortcut
+from skipscope.nn._laurel import LaurelLowRank as LaurelLowRank
+from skipscope.nn._laurel import LaurelWeights as LaurelWeights
+from skipscope.nn._laurel import laurel_low_rank as laurel_low_rank
+from skipscope.nn._laurel import laurel_weights as laurel_weights
 from skipscope.nn._learned_scale import LayerScale as LayerScale
 from skipscope.nn._learned_scale import ReZero as ReZero
 from skipscope.nn._learned_scale import SkipInit as SkipInit
@@ -56,3 +68,5 @@ from skipscope.nn._registry import registry as registry
 from skipscope.nn._scaled import DepthScaled as DepthScaled
 from skipscope.nn._scaled import ScaledShortcut as ScaledShortcut
 from skipscope.nn._scaled import scaled_shortcut as scaled_shortcut
+from skipscope.nn._shake import ShakeShake as ShakeShake
+from skipscope.nn._shake import shake_shake as shake_shake

@@ -8,6 +8,8 @@ layer: then every stream is what a residual network's one stream would be.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -68,17 +70,19 @@ class HyperConnected(nn.Module):
     Args:
         branches: the F of each layer.
         streams: n.
+        connect: makes a layer's connection from ``branch, streams, layer=``: the static one, or for instance
+            ``partial(ManifoldHyperConnection, width=64)``.
     """
 
-    kind = "projection"
     identity_at_start = False
 
-    def __init__(self, *branches: nn.Module, streams: int = 4):
+    def __init__(
+        self, *branches: nn.Module, streams: int = 4, connect: Callable[..., Connection] = HyperConnection
+    ):
         super().__init__()
         self.streams = streams
-        self.layers = nn.ModuleList(
-            HyperConnection(branch, streams, layer=i) for i, branch in enumerate(branches)
-        )
+        self.layers = nn.ModuleList(connect(branch, streams, layer=i) for i, branch in enumerate(branches))
+        self.kind = next((layer.kind for layer in self.layers), HyperConnection.kind)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[...]`` -> ``[...]``."""

@@ -9,15 +9,19 @@ from typing import Protocol
 from torch import nn
 
 from skipscope.nn._dense import DenseShortcut
+from skipscope.nn._depth import DepthAveraged
+from skipscope.nn._dynamic_hyper import DynamicHyperConnection, ManifoldHyperConnection
 from skipscope.nn._fixup import Fixup
 from skipscope.nn._gates import ExclusiveGate, Highway, ShortcutOnlyGate
 from skipscope.nn._hyper import HyperConnected
 from skipscope.nn._identity import IdentityShortcut, PostActivation, PreActivation
+from skipscope.nn._laurel import LaurelLowRank, LaurelWeights
 from skipscope.nn._learned_scale import LayerScale, ReZero, SkipInit
 from skipscope.nn._norms import DeepNorm, PostNorm, PreNorm, SandwichNorm
 from skipscope.nn._options import PadShortcut, ProjectionShortcut
 from skipscope.nn._random import DropoutShortcut, StochasticDepth
 from skipscope.nn._scaled import DepthScaled, ScaledShortcut
+from skipscope.nn._shake import ShakeShake
 
 
 class Factory(Protocol):
@@ -52,6 +56,16 @@ _MAKE: dict[str, Callable[[nn.Module, int, int, int], nn.Module]] = {
     "sandwich-norm": lambda branch, width, dim, depth: SandwichNorm(branch, width, dim=dim),
     "deep-norm": lambda branch, width, dim, depth: DeepNorm(branch, width, max(1, depth // 2), dim=dim),
     "hyper": lambda branch, width, dim, depth: HyperConnected(branch),
+    "dynamic-hyper": lambda branch, width, dim, depth: HyperConnected(
+        branch, connect=partial(DynamicHyperConnection, width=width, dim=dim)
+    ),
+    "manifold-hyper": lambda branch, width, dim, depth: HyperConnected(
+        branch, connect=partial(ManifoldHyperConnection, width=width, dim=dim)
+    ),
+    "shake-shake": lambda branch, width, dim, depth: ShakeShake(branch),
+    "depth-averaged": lambda branch, width, dim, depth: DepthAveraged(IdentityShortcut(branch)),
+    "laurel-weights": lambda branch, width, dim, depth: LaurelWeights(branch),
+    "laurel-low-rank": lambda branch, width, dim, depth: LaurelLowRank(branch, width, dim=dim),
 }
 
 

@@ -1,0 +1,56 @@
+"""Two branches mixed at random: Gastaldi 2017 (shake-shake, arXiv 1705.07485).
+
+y = x + a F1(x) + (1 - a) F2(x), a uniform in [0, 1] and drawn anew in each forward pass; the backward pass sees another
+draw in its place. When not training, a = 1/2.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from skipscope.nn._identity import IdentityShortcut
+
+
+def shake_shake(f1: Tensor, f2: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
+    """``forward * f1 + (1 - forward) * f2``, whose gradient is that of ``backward * f1 + (1 - backward) * f2``."""
+    seen = backward * f1 + (1 - backward) * f2
+    return seen + ((forward - backward) * (f1 - f2)).detach()
+
+
+class ShakeShake(IdentityShortcut):
+    """``x + a F1(x) + (1 - a) F2(x)``.
+
+    Args:
+        branch: F1.
+        other: F2; by default a copy of F1, whose layers start anew where they know how to.
+        mode: draw for each ``"row"`` (the paper's best) or once for the ``"batch"``.
+    """
+
+    def __init__(
+        self, branch: nn.Module, other: nn.Module | None = None, mode: Literal["row", "batch"] = "row"
+    ):
+        super().__init__(branch)
+        self.other = _anew(branch) if other is None else other
+        self.mode: Literal["row", "batch"] = mode
+
+    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        """What follows ``x`` goes to both branches."""
+        f1, f2 = (f(self.read(x), *args, **keywords) for f in (self.branch, self.other))
+        if not self.training:
+            return self.write(x, (f1 + f2) / 2)
+        shape = [f1.shape[0] if self.mode == "row" else 1] + [1] * (f1.ndim - 1)
+        forward, backward = torch.rand(2, *shape, dtype=f1.dtype, device=f1.device)
+        return self.write(x, shake_shake(f1, f2, forward, backward))
+
+
+def _anew(branch: nn.Module) -> nn.Module:
+    other = copy.deepcopy(branch)
+    for module in other.modules():
+        reset: Any = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return other
