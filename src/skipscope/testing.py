@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipscope._batches import call_model, map_tensors, tensors_in
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import private_copy, random_state_kept, require_module
 from skipscope.shortcuts import ablate, find_shortcuts
@@ -21,19 +22,31 @@ class BrokenContract(SkipscopeError, AssertionError):
 
 @dataclass(frozen=True)
 class _Case:
+    """A block and what it is called with; ``stream`` is the first float tensor of that: what the shortcut carries."""
+
     module: nn.Module
-    inputs: Tensor
+    inputs: Any
     kind: str | None
     identity_at_start: bool
     same_shape: bool
 
+    @property
+    def stream(self) -> Tensor:
+        return next(t for t in tensors_in(self.inputs) if t.is_floating_point())
+
     def fresh(self) -> nn.Module:
         return private_copy(self.module, "check_shortcut")
+
+    def call(self, module: nn.Module, stream: Tensor) -> Any:
+        """The block on inputs of its own, ``stream`` in place of the first float tensor."""
+        return call_model(
+            module, map_tensors(self.inputs, lambda t: stream if t is self.stream else t.clone())
+        )
 
     def output(self, module: nn.Module | None = None) -> Tensor:
         """The output in evaluation mode, from the same random numbers each time."""
         with torch.no_grad(), random_state_kept(0):
-            return (self.fresh() if module is None else module).eval()(self.inputs)
+            return self.call((self.fresh() if module is None else module).eval(), self.stream.clone())
 
 
 def check_shortcut(
@@ -47,14 +60,16 @@ def check_shortcut(
 ) -> tuple[str, ...]:
     """Check that a module is a shortcut that works everywhere a module should.
 
-    In this order: the output's shape; the identity at the start, where claimed; a gradient reaches the input; it is
+    In this order: the output's shape, and that the input is left as it was; the identity at the start, where claimed; a
+    gradient reaches the input; it is
     found by ``find_shortcuts``, with the right kind; it can be ablated, and says the same when it should; its
     ``state_dict`` holds all its state; it compiles to one graph; it runs under autocast. The module itself stays as
     it was.
 
     Args:
-        module: a fresh block, one tensor in, one tensor out.
-        inputs: what to call it with; None draws a batch that fits its first linear layer or convolution.
+        module: a fresh block, one tensor out.
+        inputs: what to call it with: a float tensor, or a tuple or Mapping of which the first float tensor is what the
+            shortcut carries. None draws a batch that fits its first linear layer or convolution.
         kind: the kind it should be found as; None takes ``module.kind``, or accepts any.
         identity_at_start: whether it claims to return its input at first; None takes ``module.identity_at_start``, or
             no.
@@ -66,7 +81,7 @@ def check_shortcut(
 
     Raises:
         BrokenContract: a clause does not hold; it is an AssertionError too.
-        SkipscopeError: the inputs are not one float tensor, or none were given and none can be guessed.
+        SkipscopeError: there is no float tensor in the inputs, or none were given and none can be guessed.
 
     Example:
         >>> from skipscope.nn import Highway
@@ -111,15 +126,23 @@ def check_shortcut(
 
 
 def _shape(case: _Case) -> None:
-    output = case.output()
+    with torch.no_grad(), random_state_kept(0):
+        given = case.stream.clone()
+        output = case.call(case.fresh().eval(), given)
     if not isinstance(output, Tensor):
         raise _broken(
-            case, "shape: the output is not one tensor", expected="a tensor", got=type(output).__name__
-        )
-    if case.same_shape and output.shape != case.inputs.shape:
+            case, "shape: the output is not one tensor", expected="a tensor", got=type(output).__name__,
+            cure="wrap the block in a module that returns the tensor alone",
+        )  # fmt: skip
+    if case.same_shape and output.shape != given.shape:
         raise _broken(
-            case, "shape: the output has another shape than the input", expected=tuple(case.inputs.shape),
+            case, "shape: the output has another shape than the input", expected=tuple(given.shape),
             got=tuple(output.shape), cure="pass same_shape=False if it is meant to",
+        )  # fmt: skip
+    if not torch.equal(given, case.stream):
+        raise _broken(
+            case, "shape: the block changes its input in place, which others may hold too", expected="an input left as it was",
+            cure="x = x + f(x) in place of x += f(x); no inplace=True on what came in",
         )  # fmt: skip
     if not output.isfinite().all():
         raise _broken(case, "shape: the output is not finite")
@@ -127,8 +150,8 @@ def _shape(case: _Case) -> None:
 
 def _identity_at_start(case: _Case) -> None:
     output = case.output()
-    if not _close(output, case.inputs):
-        off = float((output - case.inputs).abs().max()) if output.shape == case.inputs.shape else float("inf")
+    if not _close(output, case.stream):
+        off = float((output - case.stream).abs().max()) if output.shape == case.stream.shape else float("inf")
         raise _broken(
             case, "identity_at_start: a fresh module does not return its input", expected="output = input",
             got=f"a difference of {off:.3g}", cure="start the branch's last factor at zero",
@@ -137,15 +160,20 @@ def _identity_at_start(case: _Case) -> None:
 
 def _gradient(case: _Case) -> None:
     for training in (False, True):
-        x = case.inputs.clone().requires_grad_()
+        x = case.stream.clone().requires_grad_()
         with torch.enable_grad(), random_state_kept(0):
-            (gradient,) = torch.autograd.grad(case.fresh().train(training)(x).sum(), x, allow_unused=True)
+            output = case.call(case.fresh().train(training), x.clone())
+            seed = torch.randn_like(output)  # of a plain sum a normalised output has no gradient
+            gradient = (
+                None if output.grad_fn is None else torch.autograd.grad(output, x, seed, allow_unused=True)[0]
+            )
         mode = "training" if training else "evaluation"
         if gradient is None or not gradient.isfinite().all() or not gradient.any():
             got = "no gradient" if gradient is None else "zero" if not gradient.any() else "not finite"
             raise _broken(
-                case, f"gradient: none reaches the input in {mode} mode", expected="not zero", got=got
-            )
+                case, f"gradient: none reaches the input in {mode} mode", expected="not zero", got=got,
+                cure="look for .detach(), .data, torch.no_grad() or a factor of 0 on the way from the input",
+            )  # fmt: skip
 
 
 def _found(case: _Case) -> None:
@@ -204,7 +232,7 @@ def _compile(case: _Case) -> None:
 
 
 def _autocast(case: _Case) -> None:
-    with torch.autocast(case.inputs.device.type, torch.bfloat16):
+    with torch.autocast(case.stream.device.type, torch.bfloat16):
         output = case.output()
     plain = case.output()
     off = (output.float() - plain.float()).norm() / plain.float().norm().clamp_min(1e-12)
@@ -232,16 +260,16 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def _read_inputs(module: nn.Module, inputs: Any) -> Tensor:
+def _read_inputs(module: nn.Module, inputs: Any) -> Any:
     if inputs is None:
         return _guess_inputs(module)
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+    if not any(t.is_floating_point() for t in tensors_in(inputs)):
         raise SkipscopeError(
-            "check_shortcut", "the contract is for modules that take one float tensor", expected="a float tensor",
+            "check_shortcut", "nothing that a shortcut could carry is among the inputs", expected="a float tensor, or a tuple or Mapping with one",
             got=str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__,
-            cure="wrap the block in a module that takes one tensor",
+            cure="pass what comes out of the embedding, not the integers",
         )  # fmt: skip
-    return inputs.detach()
+    return map_tensors(inputs, Tensor.detach)
 
 
 def _guess_inputs(module: nn.Module) -> Tensor:
