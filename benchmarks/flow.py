@@ -18,8 +18,11 @@ def figures() -> list[dict]:
         rows += [
             {
                 "name": f"gradient_flow, {name}", "value": flow / plain, "unit": "ratio", "aim": "",
-                "detail": f"{flow * 1e3:.0f} ms with the shortcuts known; {taken * 1e3:.0f} ms finding them too; one forward + "
-                f"backward {plain * 1e3:.0f} ms",
+                "detail": f"{flow * 1e3:.0f} ms with the shortcuts known; one forward + backward {plain * 1e3:.0f} ms",
+            },
+            {
+                "name": f"gradient_flow that finds the shortcuts too, {name}", "value": taken / plain, "unit": "ratio",
+                "aim": "", "detail": f"{taken * 1e3:.0f} ms",
             },
             {
                 "name": f"gradient_split, {name}", "value": split / plain, "unit": "ratio", "aim": "",

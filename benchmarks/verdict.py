@@ -168,39 +168,62 @@ def label(path: str) -> None:
 
 
 def figures() -> list[dict]:
-    import skipscope as ss
-    from skipscope.flow._verdict import FALL, GROWTH
-
-    content = json.loads(LABELS.read_text())
-    x, y = digits()
-    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:256]
-    flows, others = [], []
-    for row in content["networks"]:
-        model = network(row)
-        flow = ss.gradient_flow(model, (x[chosen], y[chosen]), nn.functional.cross_entropy)
-        flows.append(flow)
-        others.append({name: rule(flow, model) for name, rule in OTHERS.items()})
-    falls = [f.verdict.fall_decades if f.verdict.fall_decades is not None else math.inf for f in flows]
-    trouble = np.array([max(fall / FALL, -fall / GROWTH) for fall in falls])
-    healthy = np.array([f.verdict.state == "healthy" for f in flows])
+    """The verdict, the monitor's (from parameter gradients alone), and other tools' rules, against the labels."""
+    content = json.loads(LABELS.read_text())["networks"]
+    seen = [_measured(row) for row in content]
+    healthy = np.array([one["flow"].verdict.state == "healthy" for one in seen])
+    live = np.array([one["live"].state == "healthy" for one in seen])
+    trouble = np.array([_trouble(one["flow"].verdict) for one in seen])
+    live_trouble = np.array([_trouble(one["live"]) for one in seen])
+    parts = {"200 seen": slice(0, -HELD_OUT), "100 held out": slice(-HELD_OUT, None)}
     rows = []
     for optimizer in ("sgd", "adam"):
-        learns = np.array([min(row[optimizer]) < LEARNT for row in content["networks"]])
-        for name, part in (("200 seen", slice(0, -HELD_OUT)), ("100 held out", slice(-HELD_OUT, None))):
-            rows.append({
-                "name": f"verdict foretells learning under {optimizer.upper()}, {name}: AUC",
-                "value": _auc(-trouble[part], learns[part]), "unit": "", "aim": ">= 0.95" if optimizer == "sgd" else "",
-                "detail": _confusion(healthy[part], learns[part]),
-            })  # fmt: skip
+        learns = np.array([min(row[optimizer]) < LEARNT for row in content])
+        aim = ">= 0.95" if optimizer == "sgd" else ""
+        for name, part in parts.items():
+            for what, score, fine in (
+                ("verdict", trouble, healthy),
+                ("monitor's verdict from parameter gradients", live_trouble, live),
+            ):
+                rows.append({
+                    "name": f"{what} foretells learning under {optimizer.upper()}, {name}: AUC",
+                    "value": _auc(-score[part], learns[part]), "unit": "", "aim": aim if what == "verdict" else "",
+                    "detail": _confusion(fine[part], learns[part]),
+                })  # fmt: skip
+        held = parts["100 held out"]
         for other in OTHERS:
-            fine = np.array([o[other] for o in others])[-HELD_OUT:]
+            fine = np.array([one[other] for one in seen])[held]
             rows.append({
                 "name": f"{other}, {optimizer.upper()}, 100 held out: accuracy",
-                "value": float((fine == learns[-HELD_OUT:]).mean()), "unit": "",
-                "aim": f"verdict: {float((healthy == learns)[-HELD_OUT:].mean()):.2f}",
-                "detail": _confusion(fine, learns[-HELD_OUT:]),
+                "value": float((fine == learns[held]).mean()), "unit": "",
+                "aim": f"verdict: {float((healthy == learns)[held].mean()):.2f}",
+                "detail": _confusion(fine, learns[held]),
             })  # fmt: skip
     return rows
+
+
+def _measured(row: dict) -> dict:
+    """What is known of a network before it is trained: its flow, the monitor's verdict, and the other tools' rules."""
+    import skipscope as ss
+
+    x, y = digits()
+    chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:256]
+    model, batch = network(row), (x[chosen], y[chosen])
+    flow = ss.gradient_flow(model, batch, nn.functional.cross_entropy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with ss.watch(model, optimizer) as monitor:
+        nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+    others = {name: rule(flow, model) for name, rule in OTHERS.items()}
+    return {"flow": flow, "live": monitor.verdict, **others}
+
+
+def _trouble(verdict) -> float:
+    """The fall as a share of the limit; infinite where there is none to speak of."""
+    from skipscope.flow._verdict import FALL, GROWTH
+
+    fall = verdict.fall_decades
+    return math.inf if fall is None else max(fall / FALL, -fall / GROWTH)
 
 
 def _means(flow) -> list[float]:

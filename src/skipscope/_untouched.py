@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipscope import _sharding
 from skipscope._errors import SkipscopeError
+from skipscope._ranks import meet, ranks_of
 
 # Two threads of functional_call on one module corrupt its weights for good (seen), and the random state is one for
 # all threads: measurements take turns.
@@ -200,7 +202,8 @@ def untouched(
         operation: named in errors.
 
     Raises:
-        SkipscopeError: a model has parameters that do not exist yet (lazy modules), or is no ``nn.Module``.
+        SkipscopeError: a model has parameters that do not exist yet (lazy modules), or is no ``nn.Module``; or its
+            weights are spread over ranks, and one of them has not made the same call within a minute.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -211,15 +214,17 @@ def untouched(
     """
     for model in models:
         require_module(model, operation)
+        meet(operation, ranks_of(model))
     with _turn, random_state_kept(seed), torch.inference_mode(False), torch.enable_grad():
         snapshot = _Snapshot(models)
         try:
-            for parameter, _, _ in snapshot.gradients:
-                parameter.grad = None
-            if training is not None:
-                for model in models:
-                    model.train(training)
-            yield
+            with _sharding.as_found(models):  # before the modules get the parameters back that they held
+                for parameter, _, _ in snapshot.gradients:
+                    parameter.grad = None
+                if training is not None:
+                    for model in models:
+                        model.train(training)
+                yield
         finally:
             snapshot.restore()
 
@@ -276,6 +281,12 @@ def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn
     Raises:
         SkipscopeError: the model holds something that cannot be copied.
     """
+    if _sharding.units(model):
+        raise SkipscopeError(
+            operation, "FSDP2 cannot copy a sharded model", got="fully_shard was called on it",
+            cure=f"{operation} first, on the model as it was built (on the meta device if it is too big), then "
+            "fully_shard the twin and give it the same weights: torch.distributed.checkpoint.state_dict",
+        )  # fmt: skip
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if share else {}
     # Tensors with a history (the weight under an old weight norm or pruning, a kept activation) are made anew by each
     # forward pass, and torch refuses to copy them.

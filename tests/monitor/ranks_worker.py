@@ -63,38 +63,100 @@ def train(model, optimizer, rank=0, size=1, accumulate=1, clip=None):
         optimizer.step()
 
 
+def wrap(kind: str, model: nn.Module) -> nn.Module:
+    """The model as this kind of training has it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    size = dist.get_world_size()
+    if kind.startswith("ddp"):
+        return nn.parallel.DistributedDataParallel(model)
+    if kind.startswith("old-fsdp"):
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    if kind.startswith("tensor"):
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "tensor"))
+        maps = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        planned = maps[-1:] if "part" in kind else maps  # a layer left out lies on the data ranks only
+        parallelize_module(
+            model, mesh["tensor"], {n: RowwiseParallel(input_layouts=Replicate()) for n in planned}
+        )
+        return fully_shard(model, mesh=mesh["data"])
+    if kind.startswith("fsdp"):
+        shape = (2, size // 2) if "hybrid" in kind else (size,)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    return model
+
+
+def alone(ss, model, optimizer) -> None:
+    """Rank 0 calls what is collective, and nobody else does; afterwards everyone does."""
+    from skipscope import _ranks
+
+    _ranks.TIMEOUT_S = 2.0
+    x, y = batches()[0]
+    calls = {
+        "watch": lambda: ss.watch(model, optimizer, timeout=2.0),
+        "find_shortcuts": lambda: ss.find_shortcuts(model, x),
+        "gradient_flow": lambda: ss.gradient_flow(model, (x, y), F.mse_loss),
+        "gradient_split": lambda: ss.gradient_split(model, (x, y), F.mse_loss),
+        "path_spectrum": lambda: ss.path_spectrum(model, (x, y), F.mse_loss),
+        "importance": lambda: ss.importance(model, (x, y), F.mse_loss),
+        "gradient_correlation": lambda: ss.gradient_correlation(model, (x, y), F.mse_loss),
+        "prescribe": lambda: ss.prescribe(model, (x, y), F.mse_loss, steps=1),
+        "ablate": lambda: ss.ablate(model, inputs=x),
+        "add_shortcuts": lambda: ss.add_shortcuts(model, x),
+        "recalibrate": lambda: ss.recalibrate(model, x),
+        "landscape": lambda: ss.landscape(model, (x, y), F.mse_loss, grid=3),
+        "paired_landscapes": lambda: ss.paired_landscapes(
+            {"a": model, "b": model}, (x, y), F.mse_loss, grid=3
+        ),
+        "extreme_eigenvalues": lambda: ss.extreme_eigenvalues(model, (x, y), F.mse_loss),
+        "spectral_density": lambda: ss.spectral_density(model, (x, y), F.mse_loss),
+        "curvature_trace": lambda: ss.curvature_trace(model, (x, y), F.mse_loss),
+        "curvature_map": lambda: ss.curvature_map(model, (x, y), F.mse_loss, grid=3),
+        "train_twins": lambda: ss.train_twins({"a": model}, (x, y), F.mse_loss, seeds=1),
+        "compare": lambda: ss.compare(model, (x, y), F.mse_loss),
+    }
+    if dist.get_rank() == 0:
+        for name, call in calls.items():
+            try:
+                call()
+                print(f"WENT {name}")
+            except ss.SkipscopeError as error:
+                print(f"REFUSED {name}: {error}".replace("\n", " | "), flush=True)
+    dist.barrier()
+    flow = ss.gradient_flow(model, (x, y), F.mse_loss)
+    print(f"TOGETHER {flow.verdict.state}", flush=True)
+
+
 def main(kind: str, folder: str) -> None:
     import skipscope as ss
 
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    model = make()
-    wrapped: nn.Module = model
-    if kind.startswith("ddp"):
-        wrapped = nn.parallel.DistributedDataParallel(model)
-    elif kind.startswith("fsdp"):
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        shape = (2, size // 2) if "hybrid" in kind else (size,)
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+    wrapped = wrap(kind, make())
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-    if kind == "one-rank":
-        if rank == 0:
-            try:
-                ss.watch(wrapped, optimizer, timeout=2.0)
-            except ss.SkipscopeError as error:
-                print("REFUSED", error)
+    if "refused" in kind:
+        try:
+            ss.watch(wrapped, optimizer)
+        except ss.SkipscopeError as error:
+            print(f"REFUSED rank {rank}: {error}".replace("\n", " | "), flush=True)
+    if "alone" in kind:
+        alone(ss, wrapped, optimizer)
+    if "refused" in kind or "alone" in kind:
         dist.barrier()
         dist.destroy_process_group()
         return
     options = {"accumulate": 2 if "accumulate" in kind else 1, "clip": 0.1 if "clip" in kind else None}
     flow = {"flow_every": 2} if "flow" in kind else {}
     with ss.watch(wrapped, optimizer, sinks=["terminal"], folder=f"{folder}/run", **flow) as monitor:
-        train(wrapped, optimizer, rank, size, **options)
+        pairs = 2 if "tensor" in kind else 1  # ranks that share a weight's columns see the same data
+        train(wrapped, optimizer, rank // pairs, size // pairs, **options)
     monitor.history.save(f"{folder}/rank{rank}.json")
     dist.destroy_process_group()
 

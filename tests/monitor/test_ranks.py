@@ -1,6 +1,8 @@
 """DDP and FSDP2 in real processes (torchrun, gloo): every rank's numbers equal a single process's on the same data."""
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ import pytest
 import torch
 
 import skipscope as ss
-from skipscope.monitor import watch
+from skipscope.monitor import read_history, watch
+from skipscope.testing import check_shortcut
 
 from . import ranks_worker as worker
 
@@ -105,8 +108,50 @@ def test_gradients_that_are_not_reduced_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_call_on_one_rank_alone_fails_with_the_cure(tmp_path):
-    done = torchrun("one-rank", 2, tmp_path)
-    assert "REFUSED watch: not every rank called it within 2 s" in done.stdout
-    assert "none on rank 1" in done.stdout
-    assert "call ss.watch on every rank" in done.stdout
+def test_tensor_parallel_and_sharded_on_one_mesh(tmp_path):
+    compare("tensor-clip", 4, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, processes, problem",
+    [
+        ("old-fsdp-refused", 2, "FSDP1 flattens parameters"),
+        ("tensor-part-refused", 4, "spread over only some of the ranks"),
+    ],
+)
+def test_what_cannot_be_made_whole_is_refused_on_every_rank(kind, processes, problem, tmp_path):
+    done = torchrun(kind, processes, tmp_path)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
+    assert len(lines) == processes
+    assert all(problem in line and "cure:" in line for line in lines)
+
+
+def test_what_is_collective_fails_in_time_on_a_rank_alone_and_works_again_together(tmp_path):
+    """FSDP2: every forward pass needs every rank. Nothing hangs, nothing of one call is taken for another."""
+    done = torchrun("fsdp-alone", 2, tmp_path)
+    refused = {
+        line.split()[1].rstrip(":"): line for line in done.stdout.splitlines() if line.startswith("REFUSED")
+    }
+    assert "WENT" not in done.stdout
+    for name in ("watch", "find_shortcuts", "gradient_flow"):
+        assert "not every rank called it within 2 s" in refused[name]
+        assert "none on rank 1" in refused[name] and "on every rank" in refused[name]
+    assert done.stdout.count("TOGETHER healthy") == 2
+
+
+def test_watch_is_collective_under_ddp_and_without_a_wrapper(tmp_path):
+    done = torchrun("ddp-alone", 2, tmp_path)
+    assert "REFUSED watch: watch: not every rank called it within 2 s" in done.stdout
+    assert "WENT gradient_flow" in done.stdout  # local: a model in DDP is measured as itself
+    assert done.stdout.count("TOGETHER healthy") == 2
+
+
+def test_every_public_function_says_whether_it_is_local_or_collective():
+    functions = {name: getattr(ss, name) for name in dir(ss) if inspect.isfunction(getattr(ss, name))}
+    functions |= {"read_history": read_history, "check_shortcut": check_shortcut}
+    assert {"watch", "gradient_flow", "landscape", "load"} <= set(functions)
+    silent = [
+        n for n, f in functions.items() if not re.search(r"\b([Ll]ocal|[Cc]ollective)\b", f.__doc__ or "")
+    ]
+    assert not silent

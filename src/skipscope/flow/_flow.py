@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, Batches, Objective, map_tensors
+from skipscope._data import Batch, Batches, Objective, map_tensors, tensors_in
 from skipscope._numbers import short
 from skipscope.flow._clues import clues
-from skipscope.flow._flow_results import BoundaryFlow, GradientFlow, LayerGradient
+from skipscope.flow._flow_results import BoundaryFlow, GradientFlow, LayerGradient, Verdict
 from skipscope.flow._measure import Tap, measure
 from skipscope.flow._readings import Readings, WeightReading, norm_of
 from skipscope.flow._running import asked, places, running
@@ -80,7 +80,8 @@ def gradient_flow(
         if state != "not_met"
     ]
     residual = sum(p.kind == "merge" for p in points) > len(points) / 2
-    verdict = judge(seen, residual=residual, dtype=_dtype_name(readings))
+    culprit = _culprit(model, batches, readings) if any("nonfinite" in p.state for p in seen) else None
+    verdict = judge(seen, residual=residual, dtype=_dtype_name(readings), culprit=culprit)
     if verdict.state == "dead" or (verdict.state in {"vanishing", "exploding"} and not residual):
         with running(model, seed, "gradient_flow"):
             every = _clues(model, batches.first(), objective, len(points), tap)
@@ -93,6 +94,20 @@ def mode_of(model: nn.Module) -> str:
     """``"train"``, ``"eval"`` or ``"mixed"``."""
     modes = {module.training for module in model.modules()}
     return "mixed" if len(modes) > 1 else "train" if modes.pop() else "eval"
+
+
+def _culprit(model: nn.Module, batches: Batches, readings: Readings) -> tuple[str, str] | None:
+    """What is not a number before anything is computed; or the loss, where all activations are finite."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if bool(tensor.detach().isnan().any()):
+            return "weights", f"{name} holds NaN"
+    # Infinities are no mistake in a mask; at the first boundary they are one.
+    given = [tensor for batch in batches for tensor in tensors_in(batch)]
+    if any(bool(tensor.isnan().any()) for tensor in given) or not readings.activations[0].finite:
+        return "data", "the data hold values that are not finite"
+    if all(a.finite for a in readings.activations) and not math.isfinite(readings.loss):
+        return "loss", f"the loss is {short(readings.loss)}"
+    return None
 
 
 def _clues(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap) -> tuple[Clue, ...]:
@@ -193,7 +208,7 @@ def _spread(values: list[float]) -> float | None:
 
 def _assemble(
     model: nn.Module, points: Any, flow: list[tuple[str, float | None]], readings: Readings, exact: Readings | None,
-    verdict: Any, mode: str, scale: float,
+    verdict: Verdict, mode: str, scale: float,
 ) -> GradientFlow:  # fmt: skip
     unit = readings.output_gradient or 1.0
     values = [None if value is None else value / unit for _, value in flow]
@@ -221,8 +236,16 @@ def _assemble(
         tuple(rows), layers, verdict, chi, depth_scale,
         None if verdict.fall_decades is None else 10.0**-verdict.fall_decades, readings.loss, readings.output_gradient,
         mode, meaning(model), _dtype_name(readings), readings.batches, readings.samples,
-        _notes(readings, layers, scale) + _not_met([p.name for p, (state, _) in zip(points, flow) if state == "not_met"]),
+        _hindered(verdict) + _notes(readings, layers, scale) + _not_met([p.name for p, (state, _) in zip(points, flow) if state == "not_met"]),
     )  # fmt: skip
+
+
+def _hindered(verdict: Verdict) -> tuple[str, ...]:
+    if verdict.hinders != ("SGD",):
+        return ()
+    return (
+        "This hinders SGD; Adam, whose steps do not depend on the gradient's size, mostly learns all the same.",
+    )
 
 
 def _notes(readings: Readings, layers: tuple[LayerGradient, ...], scale: float) -> tuple[str, ...]:

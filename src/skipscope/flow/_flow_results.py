@@ -78,8 +78,11 @@ class Verdict:
         where: the boundary where it breaks, None for a healthy flow.
         reason: a sentence with the number that says so.
         cause: the reason in a word: ``"none"``, ``"saturation"``, ``"gain"``, ``"inactive"``, ``"collapse"``,
-            ``"missing path"``, ``"underflow"``, ``"overflow"``, ``"loss"`` or ``"unexplained"``.
+            ``"missing path"``, ``"underflow"``, ``"overflow"``, ``"weights"`` or ``"data"`` (not finite to begin with),
+            ``"loss"`` or ``"unexplained"``.
         evidence: that number.
+        hinders: the optimizers that such a flow mostly keeps from learning, of ``"SGD"`` and ``"Adam"`` (whose steps do
+            not depend on the gradient's size): what was seen on 200 networks. Empty for a healthy flow.
     """
 
     state: str
@@ -90,6 +93,7 @@ class Verdict:
     reason: str
     cause: str = "none"
     evidence: float | None = None
+    hinders: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         fall = (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipscope._data import Batch, Batches, Objective, inputs_of, read
+from skipscope._data import Batch, Batches, Objective, batch_size, inputs_of, read, tensors_in
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import require_module, untouched
 from skipscope.shortcuts import Boundary, Shortcuts, boundaries, find_shortcuts
@@ -31,7 +31,16 @@ def asked(
     """What every public call of this room starts with: the model out of its wrappers, data and loss as they are read."""
     require_module(model, operation)
     model = unwrapped(model)
-    return model, *read(model, data, loss, operation, weight=weight)
+    batches, objective = read(model, data, loss, operation, weight=weight)
+    first = batches.first()
+    if batches.single and tensors_in(first) and not batch_size(first):
+        raise SkipscopeError(
+            operation,
+            "the batch is empty: it has no samples",
+            got="a first dimension of 0",
+            cure="check the DataLoader",
+        )
+    return model, batches, objective
 
 
 @contextmanager

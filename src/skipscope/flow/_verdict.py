@@ -16,10 +16,15 @@ from skipscope._numbers import short
 from skipscope.flow._flow_results import Verdict
 
 # So many decades lost, or gained, going back are trouble. Chosen on 200 networks labelled by whether they learn, and
-# held against 100 others (benchmarks/verdict.py): plain SGD bears less growth than fall.
-FALL, GROWTH = 2.0, 1.2
+# held against 100 others (benchmarks/verdict.py): plain SGD bears less growth than fall. Adam, whose steps do not
+# depend on the gradient's size, bears far more of both.
+FALL, GROWTH = 2.5, 1.2
+ADAM_FALL, ADAM_GROWTH = 9.0, 2.4
+ALL = ("SGD", "Adam")
 # Activations of different samples whose mean cosine is this near 1 are one and the same for the layers after them.
 COLLAPSED = 0.995
+# A second cause is named beside the first when it makes up so much of the change.
+SHARE_OF_SECOND = 0.25
 # One step is called the place where it breaks when it makes up so much of the fall.
 SHARE_OF_ONE = 0.5
 
@@ -85,8 +90,9 @@ def least_squares(y: Sequence[float]) -> tuple[float, tuple[float, float]] | Non
 
 
 def judge(
-    points: Sequence[Point], clues: Sequence[Clue] = (), *, residual: bool = False, dtype: str = ""
-) -> Verdict:
+    points: Sequence[Point], clues: Sequence[Clue] = (), *, residual: bool = False, dtype: str = "",
+    culprit: tuple[str, str] | None = None,
+) -> Verdict:  # fmt: skip
     """The verdict on a flow.
 
     Args:
@@ -94,8 +100,9 @@ def judge(
         clues: for each boundary, what lies between it and the next (or the output); may be empty.
         residual: shortcuts run along the boundaries, so that clues about branches do not multiply up.
         dtype: for the reason, when it underflows.
+        culprit: (cause, words): what is not finite to begin with, where something is.
     """
-    broken = _broken(points, clues)
+    broken = _broken(points, clues, culprit)
     if broken is not None:
         return broken
     connected = [(i, p) for i, p in enumerate(points) if p.log_flow is not None]
@@ -114,16 +121,18 @@ def judge(
         state, logs, at, alone, clues[first:last] if alone else clues[: len(points) - 1], residual
     )
     collapsed = _collapse(points)
-    if cause == "unexplained" and collapsed is not None:
-        cause, evidence = "collapse", collapsed.similarity
+    if collapsed is not None:
+        if cause == "unexplained":
+            cause, evidence = "collapse", collapsed.similarity
         reason = f"{reason}; {_in_words(collapsed)}"
     if any(p.state == "underflow" for p in points):
         zero = next(p for p in reversed(points) if p.state == "underflow")
         cause, evidence = "underflow", 10.0 ** (zero.log_flow or 0.0)
         reason = f"the gradient underflows {dtype or 'its dtype'} at {zero.name}, where it is {short(evidence)} in float64; {reason}"
     return Verdict(
-        state, **numbers, where=connected[at][1].name, reason=reason, cause=cause, evidence=evidence
-    )
+        state, **numbers, where=connected[at][1].name, reason=reason, cause=cause, evidence=evidence,
+        hinders=("SGD",) if -ADAM_GROWTH < fall < ADAM_FALL else ALL,
+    )  # fmt: skip
 
 
 def _healthy(points: Sequence[Point], fall: float, numbers: dict) -> Verdict:
@@ -160,24 +169,18 @@ def _in_words(p: Point) -> str:
     )
 
 
-def _broken(points: Sequence[Point], clues: Sequence[Clue]) -> Verdict | None:
+def _broken(
+    points: Sequence[Point], clues: Sequence[Clue], culprit: tuple[str, str] | None
+) -> Verdict | None:
     """The states in which there is no fall to speak of: non-finite, unconnected, dead."""
     nothing = {"fall_decades": None, "slope": None, "slope_interval": None}
-    for p in points:
-        if p.state == "nonfinite_activation":
-            return Verdict(
-                "nonfinite", **nothing, where=p.name, reason=f"the activation at {p.name} overflows going forward",
-                cause="overflow",
-            )  # fmt: skip
-    for p in reversed(points):
-        if p.state == "nonfinite":
-            return Verdict(
-                "nonfinite",
-                **nothing,
-                where=p.name,
-                reason=f"the gradient at {p.name} is not finite",
-                cause="overflow",
-            )
+    forward = next((p for p in points if p.state == "nonfinite_activation"), None)
+    back = next((p for p in reversed(points) if p.state == "nonfinite"), None)
+    if p := forward or back:
+        what = f"the activation at {p.name}" if forward else f"the gradient at {p.name}"
+        cause, words = culprit or ("overflow", "overflows going forward" if forward else "is not finite")
+        reason = f"{words}, and so is not {what}" if culprit else f"{what} {words}"
+        return Verdict("nonfinite", **nothing, where=p.name, reason=reason, cause=cause, hinders=ALL)
     first = next((p for p in points), None)
     if first is None or first.state == "not_connected":
         until = _until(points, "not_connected")
@@ -185,6 +188,7 @@ def _broken(points: Sequence[Point], clues: Sequence[Clue]) -> Verdict | None:
         rest = len(points) - until - 1
         return Verdict(
             "unconnected", **nothing, where=name, cause="missing path", evidence=float(until + 1),
+            hinders=ALL,
             reason=f"no path leads from the loss to {name}: {until + 1} of {until + 1 + rest} boundaries get no gradient",
         )  # fmt: skip
     if first.state == "exact_zero":
@@ -208,7 +212,7 @@ def _dead(points: Sequence[Point], clues: Sequence[Clue], nothing: dict) -> Verd
     else:
         cause, evidence = "unexplained", 0.0
         reason = f"the gradient is exactly 0 at {name} and all before it"
-    return Verdict("dead", **nothing, where=name, reason=reason, cause=cause, evidence=evidence)
+    return Verdict("dead", **nothing, where=name, reason=reason, cause=cause, evidence=evidence, hinders=ALL)
 
 
 def _until(points: Sequence[Point], state: str) -> int:
@@ -254,36 +258,41 @@ def _why(
     observed = -(logs[at + 1] - logs[at]) if alone else -fall
     if not clues or expected * observed <= 0 or abs(expected) < 0.5 * abs(observed):
         return "unexplained", what, None
-    if observed < 0 and slopes <= gains:
-        return _activation_cause(what, clues)
+    causes = [(gains, _of_weights(clues, gains, observed))]
+    if observed < 0:
+        causes.append((slopes, _of_activations(clues)))
+    causes.sort(key=lambda entry: entry[0] / observed, reverse=True)
+    _, (cause, words, evidence) = causes[0]
+    besides = [w for size, (_, w, _) in causes[1:] if size / observed >= SHARE_OF_SECOND]
+    return cause, "; besides, ".join([f"{what}: {words}", *besides]), evidence
+
+
+def _of_weights(clues: Sequence[Clue], gains: float, observed: float) -> tuple[str, str, float]:
     worst = (min if observed < 0 else max)(clues, key=lambda c: c.gain)
     gain = 10.0 ** (gains / max(1, sum(c.layer is not None for c in clues)))
     return (
         "gain",
-        f"{what}: the weights' gain (RMS weight x sqrt(fan-out)) is {short(gain)} a layer, {short(worst.gain)} at {worst.layer}",
+        f"the weights' gain (RMS weight x sqrt(fan-out)) is {short(gain)} a layer, {short(worst.gain)} at {worst.layer}",
         gain,
     )
 
 
-def _activation_cause(what: str, clues: Sequence[Clue]) -> tuple[str, str, float | None]:
+def _of_activations(clues: Sequence[Clue]) -> tuple[str, str, float]:
     worst = min(clues, key=lambda c: c.slope)
     if worst.inactive >= 0.9:
-        return (
-            "inactive",
-            f"{what}: {100 * worst.inactive:.0f} % of the units of a {worst.activation} are inactive",
-            worst.inactive,
-        )
+        words = f"{100 * worst.inactive:.0f} % of the units of a {worst.activation} are inactive"
+        return "inactive", words, worst.inactive
     saturated = [c.saturated for c in clues if c.activation is not None]
-    share = sum(saturated) / len(saturated)
+    share = sum(saturated) / max(1, len(saturated))
     if share >= 0.25:
         return (
             "saturation",
-            f"{what}: {100 * share:.0f} % of the units of its {worst.activation} are saturated",
+            f"{100 * share:.0f} % of the units of its {worst.activation} are saturated",
             share,
         )
     return (
         "gain",
-        f"{what}: the slope of its {worst.activation} is {short(worst.slope)} (RMS over units)",
+        f"the slope of its {worst.activation} is {short(worst.slope)} (RMS over units)",
         worst.slope,
     )
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from skipscope import _data
 from skipscope._errors import SkipscopeError
+from skipscope._ranks import world
 from skipscope.monitor import _norms, _ranks
 from skipscope.monitor._gradients import on_its_way
 from skipscope.shortcuts import Boundary, boundaries, tap_boundaries
@@ -49,7 +50,7 @@ class FlowReader:
         self._hook: Any = None
         self._stance: Any = None
         self._busy = False
-        self._ranks = _ranks.world()[1]
+        self._ranks, self._agreed = world()[1], False
         self._seen: set[int] = set()
         self._norms: dict[int, list[Any]] = {}
         self._counts: dict[int, int] = {}
@@ -84,6 +85,8 @@ class FlowReader:
 
     def _end_on_all_ranks(self, points: tuple[Boundary, ...], step: int, scale: Tensor | None) -> None:
         """Sum squares and counts over ranks (collective); the loss is the mean of theirs, so each holds 1/ranks of it."""
+        if not (self._agreed or self._all_agree(points)):
+            return
         device = next(
             (v.device for norms in self._norms.values() for v in norms if isinstance(v, Tensor)), "cpu"
         )
@@ -100,6 +103,17 @@ class FlowReader:
             norms = [float(v) for v in np.sqrt(squares[at]) / self._ranks]
             self._wait_for(tuple(points[i].name for i in at), step, counts[at], norms, scale)
 
+    def _all_agree(self, points: tuple[Boundary, ...]) -> bool:
+        """Whether all ranks have the same boundaries (collective): else they would wait for each other, or add apples
+        to pears. A rank that has not run the model yet is waited for until the next reading.
+        """
+        every = _ranks.gathered((tuple(point.name for point in points), self.problem))
+        self.problem = next((problem for _, problem in every if problem), None)
+        if self.problem is None and len({names for names, _ in every if names}) > 1:
+            self.problem = "the flow at boundaries cannot be read: not every rank has the same boundaries"
+        self._agreed = self.problem is None and all(names for names, _ in every)
+        return self._agreed
+
     def hand_over(self, *, wait: bool = False) -> None:
         """Deliver the readings that have arrived."""
         while self._waiting:
@@ -114,8 +128,8 @@ class FlowReader:
                 self.deliver(names, step, np.where(counts > 0, values / factor / np.sqrt(counts), np.nan))
 
     def forget_points(self) -> None:
-        """The model may have changed: find its boundaries anew."""
-        self._points = None
+        """The model has changed: find its boundaries anew."""
+        self._points, self._agreed = None, False
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -162,7 +176,7 @@ class FlowReader:
     def _arrive(self, i: int, gradient: Tensor) -> None:
         grad = _norms.plain(gradient)
         if grad.device.type == "cpu":
-            norm: Any = _norms.on_host(grad)[0]
+            norm: Any = _norms.one_on_host(grad)[0]
         else:
             norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
         self._norms.setdefault(i, []).append(norm)

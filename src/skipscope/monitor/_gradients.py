@@ -21,9 +21,8 @@ SCALARS = ("step", "seconds", "evaluations", "skipped", "loss_scale", "total_bef
 # Where there is no gradient, mean |g| holds minus the state's number.
 _NOT_CONNECTED, _FROZEN = -STATES.index("not_connected"), -STATES.index("frozen")
 
-Parts = list[
-    tuple[list[int], Any]
-]  # (places among the parameters, [2, n]: an array, or a Reading on its way)
+# (places among the parameters, [2, n]: an array, or a Reading on its way)
+Parts = list[tuple[list[int] | slice, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,12 +111,14 @@ class Step:
         lost = there & (mean > 0) & (mean < np.inf) & ((norm == 0) | (norm == np.inf))
         self.too_narrow = bool(lost.any())
         norm[~there | lost] = np.nan
-        mean[~there] = self.codes[~there]
         norm /= extras.get("still_scaled", 1.0)
-        mean[there] /= extras.get("still_scaled", 1.0)
-        factors, total = self._clipping(extras)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            before[:] = norm / factors
+        mean /= extras.get("still_scaled", 1.0)
+        mean[~there] = self.codes[~there]
+        total = np.nan
+        if self.clips:
+            factors, total = self._clipping(extras)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                before[:] = norm / factors
         row[:S] = (
             self.step, self.seconds, self.evaluations, extras.get("skipped", 0.0) > 0,
             extras.get("loss_scale", np.nan), total,
@@ -127,7 +128,7 @@ class Step:
     def _clipping(self, extras: dict[str, float]) -> tuple[np.ndarray, float]:
         """(what each gradient was multiplied by, NaN where unknown; the total norm before)."""
         factors = np.full(len(self.roster.parameters), np.nan)
-        squares = 0.0 if self.clips else np.nan
+        squares = 0.0
         for k, clip in enumerate(self.clips):
             covered = np.array([id(p) in clip.members for p in self.roster.parameters])
             so_far = np.where(np.isnan(factors), 1.0, factors)
@@ -151,11 +152,11 @@ def on_its_way(number: Any) -> Any:
 
 def codes_of(roster: Roster, grads: Sequence[Tensor | None]) -> np.ndarray:
     """1 where there is a gradient; else minus the state: frozen, or not connected. ``[P]``."""
-    codes = [
-        1 if grad is not None else _NOT_CONNECTED if p.requires_grad else _FROZEN
-        for p, grad in zip(roster.parameters, grads)
-    ]
-    return np.array(codes, dtype=float)
+    codes = np.ones(len(grads))
+    for i, grad in enumerate(grads):
+        if grad is None:
+            codes[i] = _NOT_CONNECTED if roster.parameters[i].requires_grad else _FROZEN
+    return codes
 
 
 def local_sums(roster: Roster, grads: Sequence[Tensor | None], wide: bool) -> Parts:
@@ -172,18 +173,19 @@ def local_sums(roster: Roster, grads: Sequence[Tensor | None], wide: bool) -> Pa
         and all(type(grad) is Tensor for grad in grads)
     ):
         with contextlib.suppress(RuntimeError):  # sparse gradients cannot go this short way
-            return [(list(range(len(grads))), _norms.Reading(_norms.on_device(grads, wide)))]  # type: ignore[arg-type]
+            return [(slice(None), _norms.Reading(_norms.on_device(grads, wide)))]  # type: ignore[arg-type]
     places: dict[torch.device, list[int]] = {}
     for i, grad in enumerate(grads):
         if grad is not None:
-            places.setdefault(grad.device, []).append(i)
+            places.setdefault(roster.device or grad.device, []).append(i)
     parts: Parts = []
     for device, at in places.items():
         plain = [_norms.plain(grads[i]) for i in at]  # type: ignore[arg-type]
+        where = slice(None) if len(at) == len(grads) else at
         if device.type == "cpu":
-            parts.append((at, np.array([_norms.on_host(grad) for grad in plain]).T))
+            parts.append((where, _norms.on_host(plain)))
         else:
-            parts.append((at, _norms.Reading(_norms.on_device(plain, wide))))
+            parts.append((where, _norms.Reading(_norms.on_device(plain, wide))))
     return parts
 
 
@@ -194,15 +196,12 @@ def whole_sums(grads: Sequence[Tensor | None], size: int, wide: bool) -> Parts:
     weights = tuple(0.0 if grad is None else _ranks.weight_of(grad, size) for grad in grads)
     nothing = torch.zeros(0, device=device)
     plain = [nothing if grad is None else _norms.plain(grad) for grad in grads]
-    if device.type == "cpu":
-        sums = torch.tensor([_norms.on_host(grad) for grad in plain], dtype=torch.float64).T.contiguous()
-    else:
-        sums = _norms.on_device(plain, wide)
+    on_host = device.type == "cpu"
+    sums = torch.from_numpy(_norms.on_host(plain)) if on_host else _norms.on_device(plain, wide)
     sums[0].square_()
     sums *= _on_device(weights, device)
     _ranks.all_reduced(sums)
-    everywhere = list(range(len(grads)))
-    return [(everywhere, sums.numpy() if device.type == "cpu" else _norms.Reading(sums))]
+    return [(slice(None), sums.numpy() if on_host else _norms.Reading(sums))]
 
 
 @functools.lru_cache(maxsize=16)

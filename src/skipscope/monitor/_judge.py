@@ -20,7 +20,7 @@ from skipscope.monitor._results import FLOW, GRADIENTS, STATES, LiveVerdict
 
 # dL/dW was seen to fall 1.4 decades where dL/dx grew: ask for more than of a flow, and for more still where no weights
 # of equal shape can be compared.
-_MORE_OF_WEIGHTS, _MORE_OF_UNEQUAL = 0.5, 1.5
+_OF_WEIGHTS, _OF_UNEQUAL = 2.5, 3.5
 # A state that is reached is left only when the fall is so much smaller: no flicker at the threshold.
 _STICKY = 0.3
 _WORDS = {"underflow": "ok"}
@@ -31,7 +31,7 @@ UNKNOWN = LiveVerdict("unknown", GRADIENTS, 0, "no step has been recorded yet")
 def judge_flow(names: Sequence[str], rms: np.ndarray, step: int, was: str) -> LiveVerdict:
     """The verdict on the flow at boundaries, nearest the input first; NaN where none arrived."""
     points = [Point(name, *_flow_state(value)) for name, value in zip(names, rms)]
-    return _live(points, FLOW, step, was, 0.0)
+    return _live(points, FLOW, step, was, None)
 
 
 def judge_gradients(
@@ -65,20 +65,19 @@ def judge_gradients(
     if not points:
         return LiveVerdict("unknown", GRADIENTS, step, "no weight has a gradient that can be compared", None)
     equal = Counter(shape for shape, use in zip(shapes, compared) if use)
-    more = _MORE_OF_WEIGHTS if max(equal.values(), default=0) >= 3 else _MORE_OF_UNEQUAL
-    return _live(points, GRADIENTS, step, was, more)
+    limit = _OF_WEIGHTS if max(equal.values(), default=0) >= 3 else _OF_UNEQUAL
+    return _live(points, GRADIENTS, step, was, limit)
 
 
-def _live(points: list[Point], basis: str, step: int, was: str, more: float) -> LiveVerdict:
-    """The flow room's verdict; between trouble and health by its limits plus ``more``, and not leaving at a hair."""
+def _live(points: list[Point], basis: str, step: int, was: str, of_weights: float | None) -> LiveVerdict:
+    """The flow room's verdict; between trouble and health by its limits, or those of weights, and not leaving at a hair."""
     found = judge(points)
     state, reason, where, fall = found.state, found.reason, found.where, found.fall_decades
     of = "boundaries" if basis == FLOW else "weights"
     reason = reason.replace("boundaries", of)
     if fall is not None:
         trouble, limit = ("vanishing", FALL) if fall >= 0 else ("exploding", GROWTH)
-        if basis == GRADIENTS:
-            limit = max(FALL, GROWTH) + more
+        limit = of_weights or limit
         limit -= _STICKY if was == trouble else 0.0
         change = f"{short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {len(points)} {of}"
         if abs(fall) < limit:

@@ -37,8 +37,13 @@ def plain(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
-def on_host(grad: Tensor) -> tuple[float, float]:
-    """(L2 norm, sum of |g|) of one plain gradient on the CPU, accumulated in at least its own precision."""
+def on_host(grads: Sequence[Tensor]) -> np.ndarray:
+    """``[2, n]``: L2 norm and sum of |g| of each plain gradient on the CPU, to at least float32's precision."""
+    return np.array([one_on_host(grad) for grad in grads]).T.reshape(2, len(grads))
+
+
+def one_on_host(grad: Tensor) -> tuple[float, float]:
+    """(L2 norm, sum of |g|) of one plain gradient on the CPU."""
     if grad.dtype not in _BLAS_HAS:
         grad = grad.abs() if grad.is_complex() else grad.float()
     if grad.ndim == 4 and not grad.is_contiguous():
@@ -57,12 +62,12 @@ def on_host(grad: Tensor) -> tuple[float, float]:
         square = dot(values, values, m, start, 1, start)
         norms.append(math.sqrt(square) if _SAFE < square < 1 / _SAFE else nrm2(values, m, start))
         total += asum(values, m, start)
-    return float(nrm2_of(norms)), total
+    return nrm2_of(norms), total
 
 
 def nrm2_of(norms: Sequence[float] | np.ndarray) -> float:
     """The norm of the whole from the norms of its parts, without overflow."""
-    return _blas(np.dtype(float))[1](np.asarray(norms, dtype=float))
+    return math.hypot(*norms)
 
 
 def on_device(grads: Sequence[Tensor], wide: bool = False) -> Tensor:

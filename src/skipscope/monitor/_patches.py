@@ -21,6 +21,10 @@ from torch.nn.utils import clip_grad
 class Listener(Protocol):
     """Who wants to hear."""
 
+    def wants_clips(self) -> bool:
+        """Whether the coming step is recorded."""
+        ...
+
     def clipped(self, parameters: list[Tensor], factor: Tensor, total: Tensor) -> None:
         """Gradients were multiplied by ``factor`` because their total norm was ``total``."""
         ...
@@ -80,12 +84,15 @@ def _clip_by_norm(original: Any) -> Any:
     def clip(parameters, max_norm, total_norm, foreach=None):
         parameters = _parameters(parameters)
         result = original(parameters, max_norm, total_norm, foreach)
-        if _listeners and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return result
+        listeners = [listener for listener in _listeners if listener.wants_clips()]
+        if listeners:
             total = total_norm.detach() if isinstance(total_norm, Tensor) else torch.tensor(float(total_norm))
             if hasattr(total, "full_tensor"):
                 total = total.full_tensor()  # type: ignore[operator]
             factor = torch.clamp(float(max_norm) / (total + 1e-6), max=1.0)  # torch's own formula
-            for listener in list(_listeners):
+            for listener in listeners:
                 listener.clipped(parameters, factor, total)
         return result
 
@@ -96,6 +103,8 @@ def _clip_by_value(original: Any) -> Any:
     def clip(parameters, *args, **kwargs):
         parameters = _parameters(parameters)
         result = original(parameters, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return result
         for listener in list(_listeners):
             listener.clipped_by_value(parameters)
         return result

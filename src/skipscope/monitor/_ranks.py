@@ -1,4 +1,4 @@
-"""Several processes: who is there, do all take part, and are the gradients the same on each.
+"""Several processes: are the gradients the same on each, and how they are made whole.
 
 Under DDP every rank holds the whole reduced gradient, and nothing needs to be sent. Under FSDP2 (and wherever
 parameters are DTensors) each holds a shard: one all-reduce of all tensors' sums makes them whole.
@@ -6,46 +6,13 @@ parameters are DTensors) each holds a shard: one all-reduce of all tensors' sums
 
 from __future__ import annotations
 
-from datetime import timedelta
-from itertools import count
+from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from skipscope._errors import SkipscopeError
-
-_calls = count()
-
-
-def world() -> tuple[int, int]:
-    """(this rank, how many)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def meet(timeout: float) -> None:
-    """Wait until every rank has called ``watch``; needs no device and no collective that could hang.
-
-    Raises:
-        SkipscopeError: another rank did not call it within ``timeout`` seconds.
-    """
-    rank, size = world()
-    call = next(_calls)
-    store = dist.distributed_c10d._get_default_store()
-    store.set(f"skipscope/watch/{call}/{rank}", "here")
-    keys = [f"skipscope/watch/{call}/{other}" for other in range(size)]
-    try:
-        store.wait(keys, timedelta(seconds=timeout))
-    except Exception as error:  # the stores raise different kinds
-        missing = [other for other, key in enumerate(keys) if not store.check([key])]
-        raise SkipscopeError(
-            "watch", f"not every rank called it within {timeout:g} s: it is collective",
-            expected=f"a call on each of {size} ranks", got=f"none on rank {', '.join(map(str, missing))}",
-            cure="call ss.watch on every rank, not only on rank 0; only rank 0 prints and writes",
-        ) from error  # fmt: skip
 
 
 def weight_of(grad: Tensor, size: int) -> float:
@@ -74,15 +41,16 @@ def check_mesh(name: str, parameter: Tensor, size: int) -> None:
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is not None and mesh.size() != size:
         raise SkipscopeError(
-            "watch", "a parameter is spread over only some of the ranks (pipeline parallel?), and its norm cannot be "
-            "made whole", layer=name, expected=f"a mesh of all {size} ranks", got=f"a mesh of {mesh.size()}",
+            "watch", "a parameter is spread over only some of the ranks, and its norm cannot be made whole",
+            layer=name, expected=f"a mesh of all {size} ranks", got=f"a mesh of {mesh.size()}",
+            cure="shard over one mesh of all ranks (hybrid sharding is such a mesh); pipeline stages, and layers that "
+            "a tensor-parallel plan leaves out, are not supported",
         )  # fmt: skip
 
 
 def disagreement(names: tuple[str, ...], norms: np.ndarray) -> str | None:
     """Why the ranks' gradients are not one and the same, or None (collective; called once, at the first step)."""
-    every: list = [None] * dist.get_world_size()
-    dist.all_gather_object(every, (names, norms.tolist()))
+    every = gathered((names, norms.tolist()))
     for rank, (other_names, other) in enumerate(every):
         if other_names != every[0][0]:
             return f"rank {rank} trains other parameters than rank 0"
@@ -97,12 +65,14 @@ def disagreement(names: tuple[str, ...], norms: np.ndarray) -> str | None:
     return None
 
 
+def gathered(mine: Any) -> list[Any]:
+    """Each rank's own, by rank (collective)."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return every
+
+
 def all_reduced(sums: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
     dist.all_reduce(sums)
     return sums
-
-
-def device_for_sums(grads: list[Tensor | None]) -> torch.device:
-    """Where the sums live."""
-    return next((g.device for g in grads if g is not None), torch.device("cpu"))

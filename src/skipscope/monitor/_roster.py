@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ class Roster:
         sizes: elements; 1 for an empty parameter.
         tiny: the smallest normal number of its dtype.
         order: its place among the model's parameters.
-        members: ids, in the optimizer's own order.
+        members: the parameters in the optimizer's own order.
         device: where all of them lie, if they share device and dtype; else None.
     """
 
@@ -37,7 +38,7 @@ class Roster:
     groups: tuple[int, ...]
     tiny: tuple[float, ...]
     order: tuple[int, ...]
-    members: list[int]
+    members: list[Tensor]
     device: torch.device | None
 
 
@@ -70,7 +71,7 @@ def take_roster(optimizer: torch.optim.Optimizer, index: int, models: Mapping[st
         for i, p in enumerate(group["params"]):
             place, name = names.get(id(p), (len(names), f"optimizer{index}.group{g}.{i}"))
             entries.append((place, len(entries), name, g, p))
-    members = [id(entry[4]) for entry in entries]
+    members = [entry[4] for entry in entries]
     entries.sort(key=lambda entry: entry[:2])
     kinds = {(entry[4].device, entry[4].dtype) for entry in entries}
     return Roster(
@@ -96,8 +97,9 @@ def about(roster: Roster, index: int) -> dict[str, Any]:
 
 def same_members(roster: Roster, optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer still updates exactly these parameters, and they still lie where they lay."""
-    now = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    return now == roster.members and (roster.device is None or roster.parameters[0].device == roster.device)
+    now = [p for group in optimizer.param_groups for p in group["params"]]
+    same = len(now) == len(roster.members) and all(map(operator.is_, now, roster.members))
+    return same and (roster.device is None or roster.parameters[0].device == roster.device)
 
 
 def unwrapped(optimizer: object) -> torch.optim.Optimizer:

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._ranks import world
 from skipscope._untouched import require_module
-from skipscope.monitor import _ranks
 from skipscope.monitor._roster import names_of
 from skipscope.monitor._stepper import Stepper
 
 
 def notes_on(models: Mapping[str, nn.Module], steppers: Sequence[Stepper], flow: bool) -> list[str]:
     notes = []
-    size = _ranks.world()[1]
+    size = world()[1]
     held = {id(p) for s in steppers for p in s.roster.parameters}
     names = names_of(models)
     left_out = [name for key, (_, name) in names.items() if key not in held]

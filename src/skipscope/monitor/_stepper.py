@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipscope._ranks import world
 from skipscope.monitor import _ranks
 from skipscope.monitor._gradients import Clip, Step, clip_of, codes_of, local_sums, on_its_way, whole_sums
 from skipscope.monitor._roster import same_members, take_roster
@@ -46,7 +47,7 @@ class Stepper:
     ):  # fmt: skip
         self.optimizer, self.index, self.models, self.every = optimizer, index, models, every
         self.deliver, self.stepped = deliver, stepped
-        self.ranks = _ranks.world()[1]
+        self.ranks = world()[1]
         self.step = self._depth = 0
         self.refusal: str | None = None
         self._wide = False
@@ -70,6 +71,10 @@ class Stepper:
     def due(self, step: int) -> bool:
         """Whether this step is recorded."""
         return (step - 1) % self.every == 0 and self.refusal is None
+
+    def due_next(self) -> bool:
+        """Whether the coming step is recorded, or, inside a closure, the one under way."""
+        return self.due(self.step + 1) or self.due(self.step)
 
     # --- what torch calls ---
 
@@ -120,7 +125,7 @@ class Stepper:
 
     def clipped(self, parameters: Sequence[Tensor], factor: Tensor | None, total: Tensor | None) -> None:
         """Some gradients have just been clipped."""
-        if self.due(self.step + 1) or self.due(self.step):
+        if self.due_next():
             clip = clip_of(parameters, self.roster, factor, total)
             if clip is not None:
                 self._clips.append(clip)

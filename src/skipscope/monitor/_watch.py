@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
-from skipscope.monitor import _judge, _patches, _ranks
+from skipscope._ranks import meet, world
+from skipscope.monitor import _judge, _patches
 from skipscope.monitor._flow import FlowReader
 from skipscope.monitor._gradients import Step
 from skipscope.monitor._results import History, LiveVerdict, VerdictEvent
@@ -41,7 +42,7 @@ class Monitor:
         sinks: Sequence[Sink], folder: Path | None, on_verdict: Sequence[Callable[[VerdictEvent], Any]],
         flow_every: int | None,
     ):  # fmt: skip
-        rank = _ranks.world()[0]
+        rank = world()[0]
         self._first = rank == 0
         self._sinks, self._on_verdict = list(sinks) if self._first else [], tuple(on_verdict)
         self._verdict = _judge.UNKNOWN
@@ -58,6 +59,7 @@ class Monitor:
             )
             for i, optimizer in enumerate(optimizers)
         ]
+        self._roster = self._steppers[0].roster
         self._store = Store(
             keep, folder if self._first else None, notes_on(models, self._steppers, flow_every is not None)
         )
@@ -105,6 +107,10 @@ class Monitor:
 
     # --- what torch tells ---
 
+    def wants_clips(self) -> bool:
+        """Whether the coming step of an optimizer is recorded."""
+        return any(stepper.due_next() for stepper in self._steppers)
+
     def clipped(self, parameters: list[Tensor], factor: Tensor, total: Tensor) -> None:
         """``clip_grad_norm_`` was called."""
         for stepper in self._steppers:
@@ -126,6 +132,9 @@ class Monitor:
         assert self._flow is not None
         if self._steppers[0].refusal is None:
             self._flow.end(step, scale)
+            if self._steppers[0].roster is not self._roster:
+                self._roster = self._steppers[0].roster
+                self._flow.forget_points()
             if self._flow.problem is not None and self._flow.problem not in self._store.notes:
                 self._store.notes.append(self._flow.problem)
                 warnings.warn(f"skipscope: {self._flow.problem}", stacklevel=2)
@@ -255,10 +264,9 @@ def watch(
     models = named_models(model)
     optimizers = [unwrapped(o) for o in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])]
     check(models, optimizers, every, flow_every)
-    if _ranks.world()[1] > 1:
-        _ranks.meet(timeout)
+    meet("watch", tuple(range(world()[1])), timeout)
     callbacks = on_verdict if isinstance(on_verdict, Sequence) else [on_verdict]
-    first = _ranks.world()[0] == 0
+    first = world()[0] == 0
     return Monitor(
         models, optimizers, every=every, keep=keep and max(2, keep), sinks=[as_sink(s) for s in sinks] if first else [],
         folder=None if folder is None else Path(folder), on_verdict=callbacks, flow_every=flow_every,
