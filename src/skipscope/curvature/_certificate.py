@@ -53,22 +53,31 @@ def _coordinates(
     Where a direction of a block was dropped because its remainder was rounding, an eigenvector at ``mu`` must satisfy
     ``|c (mu P - P H)| <= that rounding``: a column more, whose product with c is at most 1 as well.
     """
-    known = np.broadcast_to(np.eye(block), (len(places), block, block))
-    log_scale, constraints = np.zeros(len(places)), known[:, :, :0]
+    known = np.empty(
+        (len(places), block, sum(e.onward.shape[0] for e in history if isinstance(e, Step)) + block)
+    )
+    known[:, :, :block], filled = np.eye(block), block
+    log_scale, constraints = np.zeros(len(places)), np.empty((len(places), block, 0))
     for event in history:
         if isinstance(event, Restart):
             # The next block stands behind the basis and stays.
-            split = event.kept.shape[0]
-            known = np.concatenate([known[:, :, :split] @ event.kept, known[:, :, split:]], axis=2)
+            split, kept = event.kept.shape
+            ahead = known[:, :, split:filled].copy()
+            known[:, :, :kept] = known[:, :, :split] @ event.kept
+            filled = kept + ahead.shape[2]
+            known[:, :, kept:filled] = ahead
             continue
         width = event.measured.shape[1]
-        beyond = places[:, None, None] * known[:, :, -width:] - known @ event.measured
+        beyond = places[:, None, None] * known[:, :, filled - width : filled]
+        beyond -= known[:, :, :filled] @ event.measured
         back, lost = event.backward
         if lost.shape[1]:
             constraints = np.concatenate([constraints, beyond @ lost / max(event.dropped, floor)], axis=2)
-        known = np.concatenate([known, beyond @ back], axis=2)
-        size = np.abs(known).max(axis=(1, 2))
+        found = beyond @ back
+        known[:, :, filled : filled + back.shape[1]] = found
+        filled += back.shape[1]
+        size = np.abs(found).max(axis=(1, 2), initial=1.0)
         if size.max() > 1e100:  # nearly the range of float64
             known, constraints = known / size[:, None, None], constraints / size[:, None, None]
             log_scale += np.log(size)
-    return np.concatenate([known, constraints], axis=2), log_scale, constraints.shape[2]
+    return np.concatenate([known[:, :, :filled], constraints], axis=2), log_scale, constraints.shape[2]
