@@ -1,10 +1,21 @@
-"""What finding shortcuts costs, against one forward and backward pass of the same model."""
+"""What finding shortcuts costs, against one forward and backward pass of the same model, and against TorchLens's trace.
+
+TorchLens is not a dependency: ``python -m pip install --no-deps torchlens`` (or name the folder it is in:
+``TORCHLENS=...``); without it its rows are left out. It wraps torch's functions for good, so it runs in a process of
+its own: this file, called with the model's place in the list. What is timed there is ``trace(model, x, save="none")``,
+which keeps no activations; what it gives is the graph, in which shortcuts are still to be looked for.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -99,9 +110,37 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int = 9) -> dict
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def _has_torchlens() -> bool:
+    folder = os.environ.get("TORCHLENS", "")
+    return importlib.util.find_spec("torchlens") is not None or (Path(folder) / "torchlens").is_dir()
+
+
+def trace_seconds(k: int) -> float:
+    """Median seconds of TorchLens's trace of the k-th model, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(k)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+def _trace_here(k: int, repeats: int = 5) -> float:
+    sys.path.append(os.environ.get("TORCHLENS", ""))
+    import torchlens  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(0)
+    make, data = list(models().values())[k]
+    model, x = make(), data()
+    runs = {"trace": lambda: torchlens.trace(model, x, save="none")}
+    return interleaved(runs, repeats)["trace"]
+
+
 def figures() -> list[dict]:
     rows = []
-    for label, (make, data) in models().items():
+    for k, (label, (make, data)) in enumerate(models().items()):
         torch.manual_seed(0)
         model, x = make(), data()
 
@@ -115,4 +154,14 @@ def figures() -> list[dict]:
             "name": f"find: {label}", "value": times["find"] / times["step"], "unit": "of one forward + backward",
             "aim": "<= 1.5", "detail": {**times, "shortcuts": found},
         })  # fmt: skip
+        if _has_torchlens():
+            trace = trace_seconds(k)
+            rows.append({
+                "name": f"TorchLens's trace: {label}", "value": trace / times["find"], "unit": "times as long as find",
+                "aim": ">= 40", "detail": {"trace": trace, "find": times["find"]},
+            })  # fmt: skip
     return rows
+
+
+if __name__ == "__main__":
+    print(_trace_here(int(sys.argv[1])))

@@ -101,16 +101,6 @@ def test_every_way_of_writing_it_equals_the_hand_written_twin(writing, how):
     hand = HandResidual(write).double()
     hand.load_state_dict(model.state_dict())
     hand.how = how
-    if writing == "in_slice" and how != "lesion":  # they join in the slice only, and there they are cut
-        hand.write = lambda s, y, h: torch.cat([x_[:, :2], (y + s.b(h))[:, 2:6], x_[:, 6:]], 1)
-        x_ = x
-
-        def forward(self, x, edited=HandResidual.forward):
-            nonlocal x_
-            x_ = x
-            return edited(self, x)
-
-        hand.__class__ = type("HandSlice", (HandResidual,), {"forward": forward})
     agree(ablate(model, inputs=x, **EDITS[how]), hand, x)
 
 
@@ -260,6 +250,8 @@ def test_taps_see_each_merge_and_boundary_once(name):
     found = find_shortcuts(model, inputs)
     for one in (model, ablate(model, found)):
         expected, merges, points = call(one, inputs), [], []
+        # A gate is handed over as t H + (1 - t) x, however it is written: the same but for rounding.
+        near = dict.fromkeys(("rtol", "atol"), 1e-6 if any("both" in s.sides for s in found) else 0)
 
         def at_merge(k, merge, merges=merges):
             merges.append(k)
@@ -272,7 +264,7 @@ def test_taps_see_each_merge_and_boundary_once(name):
             return activation
 
         with tap_merges(one, found, at_merge):
-            torch.testing.assert_close(call(one, inputs), expected, rtol=0, atol=0)
+            torch.testing.assert_close(call(one, inputs), expected, **near)
         with tap_boundaries(one, found.boundaries, at_point):
             torch.testing.assert_close(call(one, inputs), expected, rtol=0, atol=0)
         assert sorted(merges) == list(range(len(found)))

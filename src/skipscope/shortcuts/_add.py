@@ -33,7 +33,7 @@ def add_shortcuts(
 
     The children of each ``Sequential`` and ``ModuleList`` are gone through in order; containers inside something that
     was wrapped are left alone. A stretch is wrapped when it holds weights, when each of its children took one tensor
-    and gave one, and when what came out has the shape of what went in.
+    and gave one, and when what came out has the shape of what went in. Local; shard a twin after it was made.
 
     Args:
         model: any eager module; it is left as found.

@@ -8,7 +8,6 @@ from torch import nn
 
 from skipscope.shortcuts._graph import Graph
 from skipscope.shortcuts._judge import Verdict
-from skipscope.shortcuts._names import is_inside
 from skipscope.shortcuts._results import Boundary, CallKey
 
 
@@ -24,12 +23,11 @@ def boundaries_of(graph: Graph, found: Sequence[tuple[Verdict, str, str]]) -> tu
     points = [(item.call.order + 0.5, Boundary(name, 0, "merge", item.call.key)) for item, name, _ in found]
     modules = dict(graph.record.model.named_modules())
     embedding = {owner for _, _, owner in graph.record.embeddings}
+    cover = _Cover(graph, found)
     for run in graph.record.runs:
         if run.path in embedding or not _is_layer(modules[run.path]):
             continue
-        if severed or (
-            graph.bit(run.node) & graph.active and not _is_covered(graph, run.path, run.node, found)
-        ):
+        if severed or (graph.bit(run.node) and not cover.holds(run.path, run.node)):
             points.append(
                 (run.calls_before, Boundary(run.path, 0, "module", CallKey(run.path, "output", run.nth)))
             )
@@ -44,16 +42,27 @@ def _is_layer(module: nn.Module) -> bool:
     return own and not any(p.ndim >= 2 for child in module.children() for p in child.parameters())
 
 
-def _is_covered(graph: Graph, path: str, node: object, found: Sequence[tuple[Verdict, str, str]]) -> bool:
-    """Whether a module's output lies inside some branch or shortcut, or feeds one from the side (cross-attention)."""
-    bit = graph.bit(node)
-    for item, _, home in found:
-        if (item.region | item.side_region) & bit:
+class _Cover:
+    """What lies inside some branch or shortcut, or feeds one from the side (cross-attention)."""
+
+    def __init__(self, graph: Graph, found: Sequence[tuple[Verdict, str, str]]):
+        self.graph, self.region = graph, 0
+        self.homes: dict[str, list[Verdict]] = {}
+        for item, _, home in found:
+            self.region |= item.region | item.side_region
+            self.homes.setdefault(home, []).append(item)
+
+    def holds(self, path: str, node: object) -> bool:
+        """Whether a module's output, an activation, is there."""
+        if self.region & self.graph.bit(node):
             return True
-        before = any(graph.ancestors[fork] & bit for fork in item.forks)
-        if home and is_inside(path, home) and not before:
-            return True
-    return False
+        at, reaches = self.graph.position[node], self.graph.ancestors.reaches
+        while path:
+            for item in self.homes.get(path, ()):
+                if not any(reaches(at, fork) for fork in item.forks):
+                    return True
+            path = path.rpartition(".")[0]
+        return False
 
 
 def _first(graph: Graph, reached: bool = True) -> list[Boundary]:

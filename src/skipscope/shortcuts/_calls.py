@@ -50,6 +50,8 @@ _SUMS: dict[str, tuple[Slot, ...]] = {
     **dict.fromkeys(("index_add", "scatter_add"), ((0, "input"), (3, "source"))),
 }
 PRODUCTS = frozenset({"mul"})
+# In place of an operand's number: all of the tensor of which the first operand, written into, is a slice.
+WHOLE = -1
 LISTS = frozenset({"cat", "hstack", "vstack", "dstack", "column_stack", "stack"})
 
 
@@ -190,6 +192,7 @@ class Sites:
         self.occurrences: Counter[tuple[str, str]] = Counter()
         self.operations: Counter[str] = Counter()
         self.entered: dict[int, _Entered] = {}
+        self._calls: dict[tuple[str, int], _Entered] = {}
         self._times: Counter[str] = Counter()
         self._latest: dict[str, _Entered] = {}
 
@@ -242,6 +245,7 @@ class Sites:
             if outer_frame is not None:
                 self._enter(outer_frame, outer)
         entered = self.entered[id(frame)] = _Entered(frame, path, self._times[path], dict(self.operations))
+        self._calls[path, self._times[path]] = entered
         self._times[path] += 1
         self._latest[path] = entered
         return entered
@@ -255,10 +259,8 @@ class Sites:
     def complete(self, key: CallKey) -> CallKey:
         """The key with what is known only when the forward pass is over."""
         operation = key.site.rpartition(":")[2]
-        among = 0
-        for entered in self.entered.values():
-            if entered.path == key.host and entered.call == key.call and entered.after is not None:
-                among = entered.after[operation] - entered.before.get(operation, 0)
+        entered = self._calls[key.host, key.call]
+        among = 0 if entered.after is None else entered.after[operation] - entered.before.get(operation, 0)
         return replace(key, total=self.occurrences[key.host, key.site], among=among)
 
 

@@ -33,7 +33,8 @@ def ablate(
     """A twin of ``model`` in which shortcuts are edited, exactly as the table in definitions.md has it.
 
     The twin is a module of the same class name with the same ``state_dict`` keys. It can be trained, copied, pickled,
-    compiled and edited again. Edits multiply: strength 0.5 twice is 0.25.
+    compiled and edited again. Edits multiply: strength 0.5 twice is 0.25. Local. A twin is sharded like any model,
+    after it was made: FSDP2 cannot copy what is sharded.
 
     Args:
         model: any eager module (of a compiled or DDP-wrapped one, what is inside is copied); it is left as found.
@@ -43,11 +44,11 @@ def ablate(
             (1 is as built, 0 is removed).
         inputs: with ``found=None``: what to find all shortcuts with.
         share: share the Parameter objects with ``model`` instead of copying them, for measuring without memory. Such
-            a twin refuses ``.to()``, ``.half()`` and the like.
+            a twin refuses ``.to()``, ``.half()``, ``load_state_dict`` and to be trained.
         recalibrate: data to recalibrate batch-norm statistics with (see :func:`recalibrate`).
 
     Raises:
-        SkipscopeError: nothing says which shortcuts, or one cannot be edited; also when the twin runs and meets code
+        SkipscopeError: nothing says which shortcuts, or one cannot be edited; the model is sharded; also when the twin runs and meets code
             that is not the code its shortcuts were found in.
 
     Example:
@@ -71,7 +72,7 @@ def ablate(
     chosen, points = _chosen(model, found, inputs)
     factor = strength if strength is not None else None if how == "detach" else 0.0
     twin = private_copy(model, "ablate", share=share)
-    group = _twin.Group(points, share or _twin.shares_parameters(model))
+    group = _twin.Group(points, share)
     group.edits = (*_twin.edits_of(model), _in_words(how, strength, len(chosen), points))
     _twin.follow(twin, group)
     modules = dict(twin.named_modules())
@@ -101,7 +102,7 @@ def _in_words(how: str, strength: float | Tensor | None, count: int, points: tup
 
 
 def meaning(model: nn.Module) -> str:
-    """What a result on this model is about: ``"as built"``, or what :func:`ablate` did to it, e.g. ``"removed"``."""
+    """What a result on this model is about (local): ``"as built"``, or what :func:`ablate` did to it, e.g. ``"removed"``."""
     return ", ".join(_twin.edits_of(model)) or "as built"
 
 
@@ -138,7 +139,8 @@ def _chosen(model: nn.Module, found: Any, inputs: Any) -> tuple[Sequence[Shortcu
 def boundaries(model: nn.Module, inputs: Any, *, found: Shortcuts | None = None) -> tuple[Boundary, ...]:
     """Where the flow is read: the first float activation, each merge, and modules outside every branch, in order.
 
-    An edited twin gives its original's boundaries, so that the two can be compared point by point.
+    An edited twin gives its original's boundaries, so that the two can be compared point by point. Local, or
+    collective, as :func:`find_shortcuts`.
 
     Args:
         model: any eager module.

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from skipscope._sharding import class_name, refuse_flattened
 from skipscope._untouched import untouched
 from skipscope.shortcuts._boundaries import boundaries_of
-from skipscope.shortcuts._graph import Graph
+from skipscope.shortcuts._graph import Graph, bits
 from skipscope.shortcuts._judge import Judge, Verdict
 from skipscope.shortcuts._names import fork_name, home_of, merge_name, unique_names
 from skipscope.shortcuts._results import Layer, Rejected, Shortcut, Shortcuts
@@ -19,12 +20,19 @@ from skipscope.shortcuts._unwrap import unwrapped
 def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
     """Find and name every shortcut in one forward pass.
 
+    Local, under DDP too. Collective where the forward pass is (FSDP2, tensor parallel): every rank calls it, and each
+    finds what the unsharded model has.
+
     Args:
         model: any eager module (a compiled or DDP-wrapped one is run as the eager module inside); left as found.
         inputs: what it is called with: a tensor, a tuple (positional) or a Mapping (keywords).
 
     Returns:
         The shortcuts in order of execution; ``.rejected`` has every other merge with its reason.
+
+    Raises:
+        SkipscopeError: the model or its inputs cannot be run; its parameters are flattened (FSDP1); or it is sharded,
+            and a rank has not called within a minute.
 
     Example:
         >>> import torch
@@ -38,6 +46,7 @@ def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
         >>> [(s.name, s.kind, s.fork) for s in found]
         [('0', 'identity', 'input'), ('1', 'identity', '0')]
     """
+    refuse_flattened(model, "find_shortcuts")
     with untouched(model, seed=0, operation="find_shortcuts"):
         return read(trace(unwrapped(model), inputs))
 
@@ -54,16 +63,21 @@ def read(record: Trace) -> Shortcuts:
         for call, v in verdicts
         if v is not None and (isinstance(v, str) or id(call) in parts)
     ]
+    runs_at: dict[Any, list[int]] = {}
+    for i, run in enumerate(record.runs):
+        runs_at.setdefault(graph.position.get(run.node), []).append(i)
     homes = [home_of(graph, item) for item in found]
     names = unique_names(graph, found, homes)
     merges = {id(item.call.output): name for item, name in zip(found, names, strict=True)}
     return Shortcuts(
-        entries=tuple(_entry(graph, item, name, merges) for item, name in zip(found, names, strict=True)),
+        entries=tuple(
+            _entry(graph, item, name, merges, runs_at) for item, name in zip(found, names, strict=True)
+        ),
         rejected=tuple(rejected),
         boundaries=boundaries_of(graph, list(zip(found, names, homes, strict=True))),
         layers=_layers(record),
         opaque=tuple(Rejected(*item) for item in graph.opaque()),
-        model=type(record.model).__name__,
+        model=class_name(record.model),
     )
 
 
@@ -73,12 +87,14 @@ def _layers(record: Trace) -> tuple[Layer, ...]:
     def size(path: str) -> int:
         return sum(p.numel() for p in modules[path]._parameters.values() if p is not None)
 
-    return tuple(Layer(run.path, type(modules[run.path]).__name__, size(run.path)) for run in record.runs)
+    return tuple(Layer(run.path, class_name(modules[run.path]), size(run.path)) for run in record.runs)
 
 
-def _entry(graph: Graph, item: Verdict, name: str, merges: dict[int, str]) -> Shortcut:
+def _entry(
+    graph: Graph, item: Verdict, name: str, merges: dict[int, str], runs_at: dict[Any, list[int]]
+) -> Shortcut:
     branch = graph.modules_in(item.region)
-    runs = [i for i, run in enumerate(graph.record.runs) if graph.bit(run.node) & item.region]
+    runs = sorted(i for v in bits(item.region) for i in runs_at.get(v, ()))
     runs = runs or [i for i, run in enumerate(graph.record.runs) if run.path in branch] or [0]
     tensors = [i for i, is_tensor in enumerate(item.call.tensors) if is_tensor]
     return Shortcut(
@@ -90,7 +106,7 @@ def _entry(graph: Graph, item: Verdict, name: str, merges: dict[int, str]) -> Sh
         shortcut=tuple(graph.modules_in(item.side_region)),
         source=item.call.source,
         span=(runs[0], runs[-1]),
-        sides=tuple("shortcut" if i in item.shortcut_operands else "branch" for i in tensors),
+        sides=tuple(_side(item, i) for i in tensors),
         key=item.call.key,
         shortcut_at=item.shortcut_at,
         branch_at=item.branch_at,
@@ -98,7 +114,13 @@ def _entry(graph: Graph, item: Verdict, name: str, merges: dict[int, str]) -> Sh
     )
 
 
+def _side(item: Verdict, i: int) -> str:
+    return "both" if i in item.both else "shortcut" if i in item.shortcut_operands else "branch"
+
+
 def _blocked(item: Verdict) -> str | None:
     if item.call.checkpointed:
         return "checkpointing runs its code again outside of any module's forward: checkpoint whole modules instead"
+    if item.call.written_back:
+        return "it is assigned to a slice of what it skips, the rest of which is not seen here: write x[a:b] += F"
     return None

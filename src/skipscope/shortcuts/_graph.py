@@ -1,12 +1,13 @@
-"""The dataflow of a trace: autograd's graph, seen as sets of ancestors and descendants.
+"""The dataflow of a trace: autograd's graph, and which of its nodes depend on which.
 
 The graph has a node for every ``grad_fn``. An *activation* is what is reachable from a float input or from an
-embedding of the data's integers; what is not is computed from weights alone. Sets of nodes are Python integers used
-as bit sets, so that ancestors and descendants of every node cost one pass each.
+embedding of the data's integers; what is not is computed from weights alone. Activations come first in the numbering,
+so that a set of them is a Python integer without gaps, used as a bit set.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,16 +18,17 @@ from skipscope.shortcuts._trace import Step, Trace, node_of, output_of
 
 
 class Graph:
-    """Autograd's graph of a trace, with bit sets of ancestors and descendants.
+    """Autograd's graph of a trace.
 
     Attributes:
-        nodes: autograd nodes in an order where parents (what a node was computed from) come first.
-        position: node -> its index in ``nodes``, the bit that stands for it.
+        nodes: autograd nodes: activations first; among them, what a node was computed from comes before it.
+        position: node -> its index in ``nodes``; of an activation, the bit that stands for it.
         parents: for each node the indices of the nodes it was computed from.
-        active: bit set of activations.
+        activations: how many activations there are: index i is one where ``i < activations``.
         modules: module paths that own weights; bit i of a weight set stands for ``modules[i]``.
         weights: for each activation the set of modules whose weights enter there.
         matrices: the same, only where a weight of two or more dimensions enters.
+        ancestors: for each activation the bit set of those it was computed from, itself among them.
     """
 
     def __init__(self, record: Trace):
@@ -34,77 +36,95 @@ class Graph:
         starts = [node_of(t) for t in _data.tensors_in(record.output)]
         for call in record.calls:
             starts += [*call.operands, call.output]
-        self.nodes, self.position, self.parents = _ordered([s for s in starts if s is not None])
-        self._mark_weights()
-        self.ancestors = self._closure()
-        self.descendants = self._closure_back()
-        self.weighted = sum(1 << i for i, w in enumerate(self.weights) if w)
+        nodes, parents = _ordered([s for s in starts if s is not None])
+        self._name_modules()
+        is_active, weights, matrices = self._weigh(nodes, parents)
+        order = sorted(range(len(nodes)), key=lambda i: not is_active[i])  # stable
+        place = [0] * len(nodes)
+        for new, old in enumerate(order):
+            place[old] = new
+        self.activations = sum(is_active)
+        self.nodes = [nodes[i] for i in order]
+        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.parents = [tuple(place[p] for p in parents[i]) for i in order]
+        self.weights, self.matrices = [weights[i] for i in order], [matrices[i] for i in order]
+        self.ancestors = Ancestors(self.parents[: self.activations])
+        self.weighted = _as_bits(self.weights[: self.activations])
+        self._count_uses()
 
-    def _mark_weights(self) -> None:
-        self.modules = [path for path, _ in self.record.model.named_modules()]
-        owners = {}
-        self.weighted_modules: list[str] = []
+    # --- which weights enter where ---
+
+    def _name_modules(self) -> None:
+        model = self.record.model
+        self.modules = [path for path, _ in model.named_modules()]
+        self._index = {path: i for i, path in enumerate(self.modules)}
         self._shapes: dict[int, list[tuple[int, ...]]] = {}
-        for i, module in enumerate(self.record.model.modules()):
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    owners.setdefault(id(parameter), (1 << i, parameter.ndim >= 2))
-                    if parameter.ndim >= 2:
-                        self._shapes.setdefault(i, []).append(tuple(parameter.shape))
-            if any(p is not None for p in module._parameters.values()):
-                self.weighted_modules.append(self.modules[i])
-        self.active, self.weights, self.matrices = 0, [], []
-        embedded = {id(node) for node, _, _ in self.record.embeddings}
-        dead = {call.output for call in self.record.calls if call.dead}
-        pure: list[
-            tuple[int, int]
-        ] = []  # for nodes computed from weights alone: the modules, and those with matrices
-        for i, node in enumerate(self.nodes):
-            parents = self.parents[i]
-            starts = node in self.record.sources or id(node) in embedded
-            all_weights = matrices = 0
-            for parent in parents:
-                if not self.active >> parent & 1:
-                    all_weights |= pure[parent][0]
-                    matrices |= pure[parent][1]
+        self._below: dict[str, set[str]] = {}
+        for i, (path, module) in enumerate(model.named_modules()):
+            own = [p for p in module._parameters.values() if p is not None]
+            if any(p.ndim >= 2 for p in own):
+                self._shapes[i] = [tuple(p.shape) for p in own if p.ndim >= 2]
+            parent = path
+            while own:
+                self._below.setdefault(parent, set()).add(path)
+                if not parent:
+                    break
+                parent = parent.rpartition(".")[0]
+
+    def _weigh(
+        self, nodes: list[Any], parents: list[tuple[int, ...]]
+    ) -> tuple[list[bool], list[int], list[int]]:
+        """Which nodes are activations, and the modules whose weights, and matrices, enter at each of them."""
+        record = self.record
+        owners = {key: (1 << i, weight.ndim >= 2) for key, (i, weight) in record.weights.items()}
+        embedded = {id(node) for node, _, _ in record.embeddings}
+        dead = {call.output for call in record.calls if call.dead}
+        is_active: list[bool] = []
+        every: list[
+            int
+        ] = []  # of an activation what enters there; of any other node what it is computed from
+        matrices: list[int] = []
+        for node, above in zip(nodes, parents, strict=True):
+            starts = node in record.sources or id(node) in embedded
+            all_weights = only_matrices = 0
+            for parent in above:
+                if not is_active[parent]:
+                    all_weights |= every[parent]
+                    only_matrices |= matrices[parent]
             if (variable := getattr(node, "variable", None)) is not None:
-                owner, is_matrix = owners.get(id(variable), (0, False))
-                all_weights, matrices = owner, owner if is_matrix else 0
-            if starts or (any(self.active >> parent & 1 for parent in parents) and node not in dead):
-                self.active |= 1 << i
-                pure.append((0, 0))
-                self.weights.append(0 if starts else all_weights)
-                self.matrices.append(0 if starts else matrices)
-            else:
-                pure.append((all_weights, matrices))
-                self.weights.append(0)
-                self.matrices.append(0)
+                all_weights, is_matrix = owners.get(id(variable), (0, False))
+                only_matrices = all_weights if is_matrix else 0
+            is_active.append(starts or (node not in dead and any(is_active[parent] for parent in above)))
+            every.append(0 if starts else all_weights)
+            matrices.append(0 if starts else only_matrices)
+        return is_active, every, matrices
 
-    def _closure(self) -> list[int]:
-        ancestors: list[int] = []
-        for i, parents in enumerate(self.parents):
-            mask = 1 << i if self.active >> i & 1 else 0
-            if mask:
-                for parent in parents:
-                    mask |= ancestors[parent]
-            ancestors.append(mask)
-        return ancestors
-
-    def _closure_back(self) -> list[int]:
-        descendants = [1 << i for i in range(len(self.nodes))]
-        for i in range(len(self.nodes) - 1, -1, -1):
-            if self.active >> i & 1:
-                for parent in self.parents[i]:
-                    descendants[parent] |= descendants[i]
-        return descendants
+    def _count_uses(self) -> None:
+        self._uses: Counter[int] = Counter()
+        self._where: dict[int, list[int]] = {}
+        for i in bits(self.weighted):
+            self._uses.update(bits(self.weights[i]))
+            for m in bits(self.matrices[i]):
+                self._where.setdefault(m, []).append(i)
 
     def modules_in(self, region: int) -> list[str]:
         """Paths of the modules whose weights enter in a set of nodes, in order of execution."""
-        found: dict[str, None] = {}
+        return [self.modules[m] for m in self._used_in(region)]
+
+    def modules_only_in(self, region: int) -> set[str]:
+        """Of these, the modules whose weights enter nowhere else."""
+        return {self.modules[m] for m, times in self._used_in(region).items() if times == self._uses[m]}
+
+    def _used_in(self, region: int) -> dict[int, int]:
+        found: dict[int, int] = {}
         for i in bits(region & self.weighted):
             for m in bits(self.weights[i]):
-                found[self.modules[m]] = None
-        return list(found)
+                found[m] = found.get(m, 0) + 1
+        return found
+
+    def modules_below(self, path: str) -> set[str]:
+        """Paths of the modules with weights of their own that are ``path`` or inside it."""
+        return self._below.get(path, set())
 
     def has_weights(self, region: int) -> bool:
         """Whether a weight enters anywhere in a set of nodes."""
@@ -119,16 +139,35 @@ class Graph:
 
     def has_matrix(self, path: str) -> bool:
         """Whether a module owns a weight of two or more dimensions."""
-        return self.modules.index(path) in self._shapes
+        return self._index[path] in self._shapes
 
     def matrix_shapes(self, region: int) -> list[tuple[int, ...]]:
         """Shapes of the matrices that enter in a set of nodes."""
         return [shape for m in bits(self.matrices_in(region)) for shape in self._shapes.get(m, [])]
 
+    def nodes_of_matrix(self, m: int) -> list[int]:
+        """Activations where a matrix of module ``m`` enters."""
+        return self._where.get(m, [])
+
+    # --- what depends on what ---
+
+    def active_parents(self, i: int) -> list[int]:
+        """The activations that node ``i`` was computed from."""
+        return [p for p in self.parents[i] if p < self.activations]
+
+    def between(self, starts: list[int], end: int) -> int:
+        """The set of nodes on the ways from any of ``starts`` to ``end``, these among them."""
+        first, reaches = min(starts), self.ancestors.reaches
+        window = self.ancestors[end] >> first
+        inside = [any(reaches(s, first + v) for s in starts) for v in bits(window)]
+        return _chosen(window, inside) << first
+
     def bit(self, node: Any) -> int:
-        """The set of one node; empty where the graph has no such node."""
+        """The set of one activation; empty where the graph has no such node."""
         at = self.position.get(node)
-        return 0 if at is None else 1 << at
+        return 0 if at is None or at >= self.activations else 1 << at
+
+    # --- what a node does ---
 
     def step(self, i: int) -> tuple[int, int] | None:
         """Dimension and index where node ``i`` takes one step out of a sequence, else None."""
@@ -144,18 +183,15 @@ class Graph:
     def opaque(self) -> list[tuple[str, str, str]]:
         """Name, reason and source of what joins activations where no one can look: foreign autograd functions."""
         found, declared = {}, {call.output for call in self.record.calls}
-        for i, node in enumerate(self.nodes):
-            if node in declared:
-                continue
-            inputs = sum(self.active >> p & 1 for p in self.parents[i])
-            if inputs > 1 and isinstance(node, torch.autograd.function.BackwardCFunction):
-                name = str(node.name()).removesuffix("Backward")  # pyright: ignore[reportAttributeAccessIssue]
-                where = self.record.producers.get(node, "")
-                found[name, where] = (
-                    name,
-                    "an autograd.Function: what it joins cannot be seen",
-                    where or "forward",
-                )
+        for i, node in enumerate(self.nodes[: self.activations]):
+            joins = (
+                isinstance(node, torch.autograd.function.BackwardCFunction)
+                and len(self.active_parents(i)) > 1
+            )
+            if joins and node not in declared:
+                name, where = self.kind(i), self.record.producers.get(node, "")
+                reason = "an autograd.Function: what it joins cannot be seen"
+                found[name, where] = (name, reason, where or "forward")
         return list(found.values())
 
     def kind(self, i: int) -> str:
@@ -163,16 +199,83 @@ class Graph:
         return self.nodes[i].name().partition("Backward")[0]
 
 
+class Ancestors:
+    """For each node the bit set of those it was computed from, itself among them.
+
+    Kept is what is missing: nearly every earlier activation of a network is an ancestor of a later one, and what is
+    not lies near it (the other branch). So memory grows with the number of nodes in a network that is narrow, however
+    deep; only where many nodes never meet again (n of N) does it grow like n N / 8 bytes.
+
+    Args:
+        parents: for each node the indices of what it was computed from; those beyond the list do not count.
+    """
+
+    def __init__(self, parents: list[tuple[int, ...]]):
+        self._missing: list[
+            tuple[int, int]
+        ] = []  # offset and bits: absent is each offset + i where bit i is set
+        for v, above in enumerate(parents):
+            known = sorted((p for p in above if p < len(parents)), reverse=True)
+            base, mask = (0, (1 << v) - 1) if not known else self._as_seen_from(v, known[0])
+            for parent in known[1:]:
+                if not mask:
+                    break
+                other, more = self._as_seen_from(v, parent)
+                start = max(base, other)
+                base, mask = start, (mask >> start - base) & (more >> start - other)
+            if mask and not mask & 1:
+                zeros = (mask & -mask).bit_length() - 1
+                base, mask = base + zeros, mask >> zeros
+            self._missing.append((base, mask))
+
+    def _as_seen_from(self, v: int, parent: int) -> tuple[int, int]:
+        """What ``v`` misses if ``parent`` is all it was computed from."""
+        base, mask = self._missing[parent]
+        base = base if mask else parent + 1
+        gap = v - parent - 1
+        return (base, mask | ((1 << gap) - 1) << parent + 1 - base) if gap else (base, mask)
+
+    def __getitem__(self, v: int) -> int:
+        if v >= len(self._missing):
+            return 0
+        base, mask = self._missing[v]
+        return ((2 << v) - 1) ^ (mask << base)
+
+    def reaches(self, u: int, v: int) -> bool:
+        """Whether ``v`` is ``u`` or was computed from it."""
+        if u > v or v >= len(self._missing):
+            return False
+        base, mask = self._missing[v]
+        return u < base or not mask >> u - base & 1
+
+
 def bits(mask: int) -> Iterator[int]:
     """The positions of the ones, lowest first."""
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
+    if not mask:
+        return
+    base = (mask & -mask).bit_length() - 1
+    digits = bin(mask >> base)[:1:-1]
+    at = 0
+    while at >= 0:
+        yield base + at
+        at = digits.find("1", at + 1)
 
 
-def _ordered(starts: list[Any]) -> tuple[list[Any], dict[Any, int], list[tuple[int, ...]]]:
-    """Every node reachable from ``starts``, parents first."""
+def _as_bits(flags: list[Any]) -> int:
+    """The set of positions where a flag is true."""
+    return int("".join("1" if flag else "0" for flag in reversed(flags)) or "0", 2)
+
+
+def _chosen(mask: int, keep: list[bool]) -> int:
+    """The set without those ones for which ``keep``, one for each from the lowest, is false."""
+    flags = [False] * mask.bit_length()
+    for i, kept in zip(bits(mask), keep, strict=True):
+        flags[i] = kept
+    return _as_bits(flags)
+
+
+def _ordered(starts: list[Any]) -> tuple[list[Any], list[tuple[int, ...]]]:
+    """Every node reachable from ``starts`` and what each was computed from, parents first."""
     nodes: list[Any] = []
     position: dict[Any, int] = {}
     parents: list[tuple[int, ...]] = []
@@ -193,4 +296,4 @@ def _ordered(starts: list[Any]) -> tuple[list[Any], dict[Any, int], list[tuple[i
             position[node] = len(nodes)
             nodes.append(node)
             parents.append(tuple(position[n] for n in before))
-    return nodes, position, parents
+    return nodes, parents

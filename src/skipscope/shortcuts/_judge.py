@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import permutations
 
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._graph import Graph, bits
@@ -16,7 +17,6 @@ from skipscope.shortcuts._sides import (
     WHOLE,
     Side,
     Sides,
-    factors_of,
 )
 from skipscope.shortcuts._trace import Call
 
@@ -39,6 +39,7 @@ class Verdict:
         shortcut_at: where the shortcut is edited.
         branch_at: where the branch is edited.
         part: a call that belongs to this shortcut and is no merge of its own, or None.
+        both: operands that carry the branch and the shortcut, as t (H - x) in x + t (H - x), or multiply both.
     """
 
     call: Call
@@ -51,6 +52,7 @@ class Verdict:
     shortcut_at: tuple[Place, ...]
     branch_at: tuple[Place, ...]
     part: Call | None
+    both: tuple[int, ...]
 
 
 class Judge:
@@ -73,6 +75,8 @@ class Judge:
             return "no common ancestor (position embedding, or separate inputs)"
         if call.name == "stack":
             return "stacked side by side"
+        if call.name not in _calls.LISTS and (crossed := self._crossed(reader)) is not None:
+            return crossed
         bypassing = (0,) if call.name.startswith("marked ") else self._bypassing(call, sides)
         if isinstance(bypassing, str):
             return bypassing
@@ -110,20 +114,17 @@ class Judge:
                 return PARALLEL
             if any(self._is_low_rank(side, sides[chosen[0]]) for side in rest):
                 return "a low-rank update of the same linear map"
-        return self._one_factor(call, sides, chosen)
+        return self._the_first(sides, chosen)
 
-    def _one_factor(self, call: Call, sides: dict[int, Side], chosen: tuple[int, ...]) -> tuple[int, ...]:
-        """Of operands that the call multiplies with each other, x; not the gate that depends on it."""
-        factors = [i for i in chosen if i in factors_of(call)]
+    def _the_first(self, sides: dict[int, Side], chosen: tuple[int, ...]) -> tuple[int, ...]:
+        """Of operands that could all bypass those that come from none of the others: x, not its gate, nor F(x)."""
 
-        def is_gate(i: int) -> bool:
-            ancestors = self.graph.ancestors[sides[i].fork or 0]
-            return any(
-                j != i and sides[j].fork != sides[i].fork and ancestors >> (sides[j].fork or 0) & 1
-                for j in factors
-            )
+        def is_later(i: int) -> bool:
+            at = sides[i].fork or 0
+            others = {sides[j].fork or 0 for j in chosen} - {at}
+            return any(self.graph.ancestors.reaches(other, at) for other in others)
 
-        return tuple(i for i in chosen if i not in factors or not is_gate(i))
+        return tuple(i for i in chosen if not is_later(i))
 
     def _rank(self, side: Side) -> int | None:
         if side.fork is None or side.how in {"branch", "bent"}:
@@ -185,7 +186,7 @@ class Judge:
         nodes = self._between(reader, side, fork, j)
         while not isinstance(nodes, str) and not graph.has_weights(nodes) and graph.kind(fork) in WHOLE:
             # A mere view is no place to part: the branch may have left before it.
-            (fork,) = graph.parents[fork]
+            (fork,) = graph.active_parents(fork)
             nodes = self._between(reader, side, fork, j)
         return nodes
 
@@ -195,16 +196,11 @@ class Judge:
         own = [v for v in bits(side.region) if fork in graph.parents[v]]
         taken = {graph.step(v) for v in own}
         if own and None not in taken:  # steps of a sequence: only the same steps are bypassed
-            leaving = [
-                v for v in bits(graph.descendants[fork] & graph.ancestors[end]) if fork in graph.parents[v]
-            ]
+            leaving = [v for v in bits(graph.between([fork], end)) if fork in graph.parents[v]]
             starts = [v for v in leaving if graph.step(v) is None or graph.step(v) in taken]
             if not starts:
                 return "other steps of one sequence"
-        below = 0
-        for start in starts:
-            below |= graph.descendants[start]
-        nodes = below & graph.ancestors[end] & ~(1 << fork)
+        nodes = graph.between(starts, end) & ~(1 << fork)
         if reader.call.name in _calls.LISTS and nodes and not self._reaches_past_gates(starts, end, nodes):
             return "only a gate depends on it"
         return nodes
@@ -214,11 +210,7 @@ class Judge:
         graph, reached = self.graph, set(starts)
         for v in bits(nodes):
             parents = [p for p in graph.parents[v] if p in reached]
-            free = [
-                p
-                for p in graph.parents[v]
-                if graph.active >> p & 1 and not nodes >> p & 1 and p not in starts
-            ]
+            free = [p for p in graph.active_parents(v) if not nodes >> p & 1 and p not in starts]
             gates = all(graph.kind(p) in {"Sigmoid", "Hardsigmoid"} for p in parents)
             if parents and not (graph.kind(v) == "Mul" and free and gates):
                 reached.add(v)
@@ -226,11 +218,12 @@ class Judge:
 
     def _repeats(self, reader: Sides, region: int, bypassing: tuple[int, ...]) -> bool:
         """Whether the branch's matrices have all made a bypassing operand before: one module, step after step."""
-        matrices = self.graph.matrices_in(region)
-        before = 0
-        for i in bypassing:
-            before |= self.graph.matrices_in(self.graph.ancestors[reader.position(i)])
-        return bool(matrices) and not matrices & ~before
+        graph, ends = self.graph, [reader.position(i) for i in bypassing]
+        matrices = list(bits(graph.matrices_in(region)))
+        return bool(matrices) and all(
+            any(graph.ancestors.reaches(v, end) for v in graph.nodes_of_matrix(m) for end in ends)
+            for m in matrices
+        )
 
     # --- the shortcut ---
 
@@ -248,22 +241,27 @@ class Judge:
             side_region |= sides[i].region
         shortcut_at = tuple(self._place(call, i, sides[i]) for i in bypassing)
         branch_at = tuple(Place(call.key, j) for j in self._lesioned(reader, branches))
+        if call.whole is not None:
+            shortcut_at = self._widened(reader, shortcut_at, sides[bypassing[0]].fork)
+            branch_at = self._widened(reader, branch_at, None)
         kind = "concat" if call.name in _calls.LISTS else sides[bypassing[0]].how
-        part = None
+        part, both = None, ()
         if call.name == "lerp":
-            kind = "gated"
+            kind, both = "gated", (2,) if call.tensors[2] else ()
         elif kind in {"branch", "bent"}:  # declared by its author, whatever leads to it
             kind = "identity"
         elif kind == "identity" and (difference := self._difference(reader, bypassing[0], branches)):
-            part, x = difference
+            part, x, both = difference
             kind = "gated"
             shortcut_at += (Place(part.key, x),)
             branch_at = (Place(part.key, 1 - x),)
+        elif kind == "gated" and set(bypassing) & set(reader.factors):
+            both = reader.factors
         multiplied = reader.factors if set(bypassing) & set(reader.factors) else ()
         forks = tuple(f for i in bypassing if (f := sides[i].fork) is not None)
         operands = tuple(sorted({*bypassing, *multiplied}))
         return Verdict(
-            call, kind, forks, bypassing, operands, region, side_region, shortcut_at, branch_at, part
+            call, kind, forks, bypassing, operands, region, side_region, shortcut_at, branch_at, part, both
         )
 
     def _lesioned(self, reader: Sides, branches: tuple[int, ...]) -> tuple[int, ...]:
@@ -283,31 +281,84 @@ class Judge:
                         return Place(made.key, k)
         return Place(call.key, i)
 
+    def _widened(self, reader: Sides, places: tuple[Place, ...], fork: int | None) -> tuple[Place, ...]:
+        """An addition into a slice of x is x + F, where F is zero outside the slice: all of x is the operand."""
+        first = Place(reader.call.key, 0)
+        if first not in places or not reader.carries_whole(fork):
+            return places
+        return tuple(Place(reader.call.key, _calls.WHOLE) if p == first else p for p in places)
+
     def _comes_straight(self, node: object, side: Side) -> bool:
         """Whether ``node`` comes from the fork without weights and gates."""
         at, graph = self.graph.position[node], self.graph
         while at != side.fork:
-            parents = [p for p in graph.parents[at] if graph.active >> p & 1]
+            parents = graph.active_parents(at)
             if graph.weights[at] or len(parents) != 1 or not side.region >> at & 1:
                 return False
             at = parents[0]
         return True
 
-    def _difference(self, reader: Sides, i: int, branches: tuple[int, ...]) -> tuple[Call, int] | None:
-        """In x + t (H - x): the call of H - x, and which of its operands is x."""
-        graph, call, x = self.graph, reader.call, reader.position(i)
-        sign = -1 if call.name in {"sub", "rsub"} else 1
-        waiting = [reader.position(j) for j in branches]
+    # --- gates with a difference inside ---
+
+    def _difference(
+        self, reader: Sides, i: int, branches: tuple[int, ...]
+    ) -> tuple[Call, int, tuple[int, ...]] | None:
+        """In x + t (H - x): the call of H - x, which of its operands is x, and the operands that carry both sides."""
+        x, signs = reader.position(i), _signs(reader)
+        for j in branches:
+            inner = self._inner(reader.position(j), x)
+            if inner is not None and inner[2] * signs[j] == -signs[i]:
+                return *inner[:2], tuple(reader.factors) if j in reader.factors else (j,)
+        return None
+
+    def _crossed(self, reader: Sides) -> Verdict | None:
+        """H + c (x - H), as recurrent cells have it: here the operand that stands alone is the branch."""
+        graph, call, signs = self.graph, reader.call, _signs(reader)
+        for i, j in permutations(reader.active, 2):
+            end = reader.position(i)
+            inner = self._inner(reader.position(j), end)
+            if inner is None or inner[2] * signs[j] != -signs[i]:
+                continue
+            part, h, _ = inner
+            x = graph.position[part.operands[1 - h]]
+            region = graph.between([x], end) & ~(1 << x) if graph.ancestors.reaches(x, end) else 0
+            if not graph.has_weights(region):
+                continue
+            region |= graph.between([x], reader.position(j)) & ~(1 << x)
+            both = reader.factors if j in reader.factors else (j,)
+            at = Place(part.key, 1 - h), Place(call.key, i), Place(part.key, h)
+            return Verdict(call, "gated", (x,), (j,), both, region, 0, at[:1], at[1:], part, both)
+        return None
+
+    def _inner(self, at: int, x: int) -> tuple[Call, int, int] | None:
+        """Back through gates and views to a difference with node ``x``: its call, which operand is x, and x's sign."""
+        graph, waiting = self.graph, [(at, 1)]
         for _ in range(12):
             if not waiting:
                 return None
-            at = waiting.pop(0)
-            inner = self.made.get(id(graph.nodes[at]))
-            if inner is not None and inner.name in {"sub", "rsub"}:
-                for k, node in enumerate(inner.operands):
-                    negative = (k == 1) == (inner.name == "sub")
-                    if node is not None and graph.position[node] == x and negative == (sign > 0):
-                        return inner, k
-            if graph.kind(at) in PRODUCT or len(graph.parents[at]) == 1:
-                waiting += [p for p in graph.parents[at] if graph.active >> p & 1 and not graph.weights[at]]
+            at, sign = waiting.pop(0)
+            call = self.made.get(id(graph.nodes[at]))
+            if call is not None and call.name in {"sub", "rsub"} and None not in call.operands:
+                for k, node in enumerate(call.operands):
+                    if graph.position[node] == x:
+                        return call, k, sign if (k == 0) == (call.name == "sub") else -sign
+            kind = graph.kind(at)
+            if kind in PRODUCT | SHAPE - _SUMS and not graph.weights[at]:
+                sign = -sign if kind == "Neg" else sign
+                waiting += [(p, sign) for p in graph.active_parents(at)]
         return None
+
+
+_SUMS = frozenset({"Add", "Sub", "Rsub"})
+
+
+def _signs(reader: Sides) -> tuple[int, ...]:
+    """The sign that each operand of a merge comes out with."""
+    node, name = reader.call.output, reader.call.name
+    scale = next(
+        (v for a in ("_saved_alpha", "_saved_value") if (v := getattr(node, a, None)) is not None), 1
+    )
+    sign = 1 if not isinstance(scale, int | float) or scale >= 0 else -1
+    if name == "rsub":
+        return -sign, 1
+    return 1, *[-sign if name == "sub" else sign] * 2

@@ -20,7 +20,7 @@ def mark_shortcut(
     """Say of a function that it joins a shortcut and a branch, so that it is found, edited and tapped like an addition.
 
     Put the result where the model finds the function (``block.join = mark_shortcut(kernel, ...)``, or as a decorator
-    by ``functools.partial``). It does what the function does. Eager code only.
+    by ``functools.partial``). It does what the function does. Eager code only. Local.
 
     Args:
         function: returns one tensor, and is linear in each of the two operands while the other is zero.

@@ -20,16 +20,13 @@ def home_of(graph: Graph, item: Verdict) -> str:
     matrices = [m for m in graph.modules_in(item.region) if graph.has_matrix(m)] or list(every)
     if not matrices:
         return item.call.owner
-    elsewhere = set(
-        graph.modules_in(graph.active & ~item.region)
-    )  # one position bias for all layers names none
-    path = common_path([m for m in matrices if m not in elsewhere] or matrices)
+    only_here = graph.modules_only_in(item.region)  # one position bias for all layers names none
+    path = common_path([m for m in matrices if m in only_here] or matrices)
     if not path:
         return matrices[0] if item.call.owner == "" else item.call.owner
     while path and path != item.call.owner:
         parent = path.rpartition(".")[0]
-        inside = {m for m in graph.weighted_modules if is_inside(m, parent)}
-        if not parent or not is_inside(parent, item.call.owner) or not inside <= every:
+        if not parent or not is_inside(parent, item.call.owner) or not graph.modules_below(parent) <= every:
             break
         path = parent
     return path
@@ -74,7 +71,7 @@ def fork_name(graph: Graph, fork: int, merges: dict[int, str]) -> str:
             return record.producers[node]
         if id(node) in merges:
             return f"{merges[id(node)]} (merged)"
-        parents = [p for p in graph.parents[fork] if graph.active >> p & 1]
+        parents = graph.active_parents(fork)
         if not parents:
             embedded = [owner for other, _, owner in record.embeddings if other is node]
             return (embedded[0] if embedded else "") or "input"

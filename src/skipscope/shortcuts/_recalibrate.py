@@ -14,6 +14,8 @@ from skipscope._untouched import random_state_kept
 def recalibrate(twin: nn.Module, data: Any) -> nn.Module:
     """Set every batch norm's running statistics to the average over ``data``, in place, and return the twin.
 
+    Local: under DDP each rank's statistics are those of the data it gives. Collective where the twin is sharded.
+
     Args:
         twin: usually what ``ablate`` returned; without batch norms nothing happens.
         data: batches (definitions.md), or bare inputs of the model.

@@ -7,7 +7,12 @@ fork is where its path enters the common part: the nearest ancestor on which the
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
+from functools import reduce
+from itertools import accumulate
+from operator import or_
+from typing import Any
 
 from skipscope.shortcuts._graph import Graph, bits
 from skipscope.shortcuts._trace import Call
@@ -45,6 +50,7 @@ BENT = _words(
     ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention ScaledDotProductEfficientAttention"""
 )
 MATRIX_SUMS = _words("addmm baddbmm addbmm addmv addr")
+_STRAIGHT, _PAIRING = SHAPE | PRODUCT | NORM | LINEAR, PRODUCT | LINEAR
 _FACTORS = {**dict.fromkeys(MATRIX_SUMS, (1, 2)), "addcmul": (1, 2), "addcdiv": (1,)}
 
 
@@ -81,12 +87,28 @@ class Sides:
     def __init__(self, graph: Graph, call: Call):
         self.graph, self.call = graph, call
         self.at = [None if node is None else graph.position[node] for node in call.operands]
-        self.active = [i for i, at in enumerate(self.at) if at is not None and graph.active >> at & 1]
+        self.active = [i for i, at in enumerate(self.at) if at is not None and at < graph.activations]
         self.factors = factors_of(call)
 
     def read(self) -> dict[int, Side]:
         """Each activation operand's side."""
-        return {i: self._multiplied(i, self._side(i)) for i in self.active}
+        return {
+            i: self._multiplied(i, self._side(i, common))
+            for i, common in zip(self.active, self._common(), strict=True)
+        }
+
+    def carries_whole(self, fork: int | None) -> bool:
+        """Whether all of the tensor whose slice the call writes into leads to ``fork``, without weights.
+
+        With None: whether it was made by one operation, and not put together slice by slice.
+        """
+        graph, at = self.graph, self.graph.position.get(self.call.whole)
+        if at is None or at >= graph.activations:
+            return False
+        if fork is None:
+            return graph.kind(at) != "CopySlices"
+        common = reduce(or_, (graph.ancestors[self.position(j)] for j in self.active if j != 0), 0)
+        return _Walk(graph, common).weightless(at) == {fork}
 
     def position(self, i: int) -> int:
         """Index of an activation operand's node."""
@@ -106,17 +128,23 @@ class Sides:
         how = "gated" if partner_is_active or side.how == "gated" else "scaled"
         return Side(side.fork, how, side.region, side.products)
 
-    def _common(self, i: int) -> int:
-        """What the other operands depend on (not those that x is multiplied with in the call)."""
-        common = 0
-        others = [j for j in self.active if j != i and not (i in self.factors and j in self.factors)]
-        for j in others:
-            common |= self.graph.ancestors[self.position(j)]
-        return common
+    def _common(self) -> list[int]:
+        """For each operand what the others depend on (not those that it is multiplied with in the call)."""
+        every = [self.graph.ancestors[self.position(i)] for i in self.active]
+        if self.factors:
+            return [
+                reduce(or_, (a for j, a in zip(self.active, every, strict=True) if self._are_added(i, j)), 0)
+                for i in self.active
+            ]
+        before = list(accumulate(every, or_, initial=0))
+        after = list(accumulate(reversed(every), or_, initial=0))[::-1]
+        return [a | b for a, b in zip(before[:-1], after[1:], strict=True)]
 
-    def _side(self, i: int) -> Side:
+    def _are_added(self, i: int, j: int) -> bool:
+        return i != j and not (i in self.factors and j in self.factors)
+
+    def _side(self, i: int, common: int) -> Side:
         graph, at = self.graph, self.position(i)
-        common = self._common(i)
         own = graph.ancestors[at] & ~common
         if own == graph.ancestors[at]:
             return Side(None, "branch", own)
@@ -130,22 +158,28 @@ class Sides:
             how = "gated" if walk.gate else "scaled" if walk.products else "identity"
             return Side(fork, how, own, tuple(walk.products))
         fork = walk.nearest({p for v in bits(own) for p in graph.parents[v] if common >> p & 1})
-        if fork is not None and self._is_linear(own & graph.descendants[fork], own):
+        if fork is not None and self._is_linear(fork, own):
             return Side(fork, "projection" if graph.matrices_in(own) else "scaled", own)
         return Side(fork, "branch", own)
 
-    def _is_linear(self, path: int, own: int) -> bool:
+    def _is_linear(self, fork: int, own: int) -> bool:
         """At most one matrix, no bent operation and no product of activations between fork and operand."""
         graph = self.graph
         if graph.matrices_in(own).bit_count() > 1:
             return False
-        for v in bits(path):
+        for v in bits(own):
+            if not graph.ancestors.reaches(fork, v):
+                continue
             kind = graph.kind(v)
-            if kind not in SHAPE | PRODUCT | NORM | LINEAR:
+            if kind not in _STRAIGHT:
                 return False
-            if kind in PRODUCT | LINEAR and sum(graph.active >> p & 1 for p in graph.parents[v]) > 1:
+            if kind in _PAIRING and len(graph.active_parents(v)) > 1:
                 return False
         return True
+
+
+# A step of a walk asks for what earlier nodes reach, and ends with what its own node does.
+_Steps = Generator[int, Any, frozenset[int]]
 
 
 class _Walk:
@@ -159,34 +193,46 @@ class _Walk:
 
     def weightless(self, v: int) -> frozenset[int]:
         """The common nodes that ``v`` reaches without weights; empty where a weight or a weighted addend is met."""
-        if self.common >> v & 1:
-            return frozenset([v])
-        if v not in self._seen:
-            self._seen[v] = self._step(v)
+        waiting = [(v, self._step(v))]  # in place of recursion: a way back may have thousands of steps
+        answer: frozenset[int] | None = None
+        while waiting:
+            at, step = waiting[-1]
+            try:
+                asked = step.send(answer)
+            except StopIteration as done:
+                answer = self._seen[at] = done.value
+                waiting.pop()
+            else:
+                answer = self._seen.get(asked)
+                if answer is None:
+                    waiting.append((asked, self._step(asked)))
         return self._seen[v]
 
-    def _step(self, v: int) -> frozenset[int]:
+    def _step(self, v: int) -> _Steps:
         graph = self.graph
-        kind = graph.kind(v)
-        parents = [p for p in graph.parents[v] if graph.active >> p & 1]
+        if self.common >> v & 1:
+            return frozenset([v])
+        kind, parents = graph.kind(v), graph.active_parents(v)
         if kind in PRODUCT:
-            return self._through_product(v, kind, parents)
+            return (yield from self._through_product(v, kind, parents))
         if graph.weights[v] or not parents:
             return frozenset()
         reached = []
         for parent in parents:
-            reached.append(self.weightless(parent))
+            reached.append((yield parent))
             if not reached[-1]:
                 return frozenset()
         self.bent = self.bent or kind not in SHAPE
         return frozenset().union(*reached)
 
-    def _through_product(self, v: int, kind: str, parents: list[int]) -> frozenset[int]:
+    def _through_product(self, v: int, kind: str, parents: list[int]) -> _Steps:
         graph = self.graph
         if graph.matrices[v] and kind not in {"Mul", "Div"}:
             return frozenset()
         before = self.bent
-        reached = {p: self.weightless(p) for p in parents}
+        reached = {}
+        for parent in parents:
+            reached[parent] = yield parent
         entered = frozenset().union(*reached.values())
         if not entered:
             return frozenset()
@@ -203,8 +249,8 @@ class _Walk:
 
     def first(self, candidates: frozenset[int] | set[int]) -> list[int]:
         """Those that depend on none of the others."""
-        ancestors = self.graph.ancestors
-        return [c for c in candidates if not any(d != c and ancestors[c] >> d & 1 for d in candidates)]
+        reaches = self.graph.ancestors.reaches
+        return [c for c in candidates if not any(d != c and reaches(d, c) for d in candidates)]
 
     def nearest(self, candidates: frozenset[int] | set[int]) -> int | None:
         """Of several common nodes the one that the others depend on; the last in order if they are unrelated."""

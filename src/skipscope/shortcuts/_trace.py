@@ -5,6 +5,7 @@ The graph between them is autograd's; ``_graph`` reads it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from skipscope import _data
+from skipscope import _data, _sharding
 from skipscope._errors import SkipscopeError
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._results import CallKey
@@ -36,6 +37,8 @@ class Call:
         tensors: which operands are tensors.
         dead: multiplied with zeros that are no weights: a state that has not begun.
         checkpointed: recomputed in backward outside of any module's forward.
+        whole: for a call that writes into a slice, the node before it of the whole tensor; else None.
+        written_back: its result is assigned to the slice that one of its operands is.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Call:
     tensors: tuple[bool, ...] = ()
     checkpointed: bool = False
     dead: bool = False
+    whole: Any = None
+    written_back: bool = False
 
 
 @dataclass(eq=False)
@@ -62,6 +67,7 @@ class Trace:
         producers: autograd node -> path of the innermost module that returned it.
         embeddings: autograd node, call key and owner of each embedding of integers.
         runs: modules with their own weights in the order they ran.
+        weights: each weight that a module held, by identity: position of the first such module, and the weight.
     """
 
     model: nn.Module
@@ -71,6 +77,7 @@ class Trace:
     embeddings: list[tuple[Any, CallKey, str]] = field(default_factory=list)
     producers: dict[Any, str] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
+    weights: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,9 +123,15 @@ def node_of(value: Any) -> Any:
     return output_of(value.grad_fn, value.output_nr)
 
 
+# FSDP2 hands a unit's inputs through one function, to learn when its backward ends: input i is output i.
+_HANDS_THROUGH = "RegisterPostBackwardFunctionBackward"
+
+
 def output_of(node: Any, index: int) -> Any:
     """The node of one output of an autograd node."""
-    return Step(node, index) if node.name() == "UnbindBackward0" else node
+    while node is not None and node.name() == _HANDS_THROUGH:
+        node, index = node.next_functions[index]
+    return Step(node, index) if node is not None and node.name() == "UnbindBackward0" else node
 
 
 # Functions whose result has a tensor's shape but nothing of its values.
@@ -142,6 +155,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, record: Trace, inputs: Any, follow: bool):
         super().__init__()
         self.follow = follow
+        self.slices: dict[Any, tuple[Call, list[Any]]] = {}
         self.record, self.sites = record, _calls.Sites(record.model)
         # Embeddings of these are activations; embeddings of positions are weights.
         self.data = {id(t): t for t in _data.tensors_in(inputs) if not t.is_floating_point()}
@@ -153,6 +167,8 @@ class _Recorder(TorchFunctionMode):
         if operation is None:
             if self.follow and name in _CUTS:
                 return _CUTS[name](func, args, kwargs)
+            if name == "__setitem__":
+                self._assigned(args[0], args[2])
             output = func(*args, **kwargs)
             if name == "embedding":
                 self._embedded(args, kwargs, output)
@@ -169,12 +185,24 @@ class _Recorder(TorchFunctionMode):
         zero = operation.name in _calls.PRODUCTS and any(map(_is_zero, values))
         frame = _calls.caller()
         key, owner, again = self.sites.key(frame, operation.name)
+        wholes = [_whole_of(value) for value in values]
+        whole = node_of(wholes[0]) if operation.in_place else None
         output = func(*args, **kwargs)
         calls = self.record.calls
         call = Call(operation.name, key, owner, _calls.source_of(frame), nodes, node_of(output), len(calls))
         call.tensors, call.checkpointed, call.dead = tuple(isinstance(v, Tensor) for v in values), again, zero
+        call.whole = whole
+        if call.output is not None and any(whole is not None for whole in wholes):
+            self.slices[call.output] = call, [None if w is None else weakref.ref(w) for w in wholes]
         calls.append(call)
         return output
+
+    def _assigned(self, target: Any, value: Any) -> None:
+        """Whether what is assigned to a part of a tensor was computed from a part of the same."""
+        call, wholes = self.slices.get(node_of(value), (None, ()))
+        if call is not None and call.whole is None:
+            base = target if target._base is None else target._base
+            call.written_back |= any(whole is not None and whole() is base for whole in wholes)
 
     def _embedded(self, args: Any, kwargs: Any, output: Any) -> None:
         key, owner, _ = self.sites.key(_calls.caller(), "embedding")
@@ -193,6 +221,12 @@ class _Recorder(TorchFunctionMode):
             for t in _data.tensors_in((args, kwargs))
         ):
             self.data.update((id(t), t) for t in whole)
+
+
+def _whole_of(value: Any) -> Tensor | None:
+    """The tensor of which ``value`` is a slice, or None where it is none."""
+    base = value._base if isinstance(value, Tensor) else None
+    return base if base is not None and base.numel() != value.numel() else None
 
 
 def _is_zero(value: Any) -> bool:
@@ -277,7 +311,20 @@ def _watched(record: Trace, sites: _calls.Sites) -> Iterator[None]:
 
         return hook
 
+    places = {id(module): i for i, module in enumerate(record.model.modules())}
+
+    def hold(unit: nn.Module, *_: Any) -> None:
+        for module in unit.modules():
+            for weight in module._parameters.values():
+                if weight is not None:
+                    record.weights.setdefault(id(weight), (places[id(module)], weight))
+
     try:
+        hold(record.model)
+        for unit in _sharding.units(
+            record.model
+        ):  # whole weights take the place of shards as its forward begins
+            handles.append(unit.register_forward_pre_hook(hold))
         for path, module in record.model.named_modules():
             handles.append(module.register_forward_hook(note(path, bool(module._parameters))))
         yield

@@ -59,6 +59,11 @@ class Group:
         self.compiled: _CompiledEditing | None = None
         self.edits: tuple[str, ...] = ()
 
+    def __deepcopy__(self, memo: Any) -> Group:
+        copied = memo[id(self)] = Group(self.boundaries, shares=False)  # a copy has parameters of its own
+        copied.edits = self.edits
+        return copied
+
 
 @dataclass(eq=False)
 class Plan:
@@ -155,23 +160,38 @@ def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
         return (_rebuild, (parts[0], arguments, original), *parts[2:])
 
     def apply(self: nn.Module, function: Any, *args: Any, **kwargs: Any) -> nn.Module:
-        if shares_parameters(self):
-            raise SkipscopeError(
-                "ablate", "this twin shares its parameters with the original, which would be changed too",
-                cure="move or convert the original first, or make the twin with share=False",
-            )  # fmt: skip
+        _refuse_if_shared(self, "move or convert the original first, or make the twin with share=False")
         return original._apply(self, function, *args, **kwargs)
+
+    def load(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _refuse_if_shared(self, "load the original first, or make the twin with share=False")
+        return original.load_state_dict(self, *args, **kwargs)
+
+    def require(self: nn.Module, requires_grad: bool = True) -> nn.Module:
+        _refuse_if_shared(self, "freeze the original first, or make the twin with share=False")
+        return original.requires_grad_(self, requires_grad)
 
     namespace = {
         "forward": functools.wraps(original.forward)(forward),
         "__reduce_ex__": reduce,
         "_apply": apply,
+        "load_state_dict": load,
+        "requires_grad_": require,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
     make: Any = type(original)
     return make(original.__name__, (original,), namespace)
+
+
+def _refuse_if_shared(module: nn.Module, cure: str) -> None:
+    if shares_parameters(module):
+        raise SkipscopeError(
+            "ablate",
+            "this twin shares its parameters with the original, which would be changed too",
+            cure=cure,
+        )
 
 
 def _rebuild(make: Any, arguments: tuple[Any, ...], original: type[nn.Module]) -> nn.Module:
@@ -212,7 +232,8 @@ class _Editing(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         operation = _calls.OPERATIONS.get(name)
-        if operation is None:
+        # A compiled block inside eager code is traced under this mode, and edits itself.
+        if operation is None or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         values = _calls.operands(operation, args, kwargs)
         if _calls.tensor_operands(values) < 2:
@@ -302,11 +323,16 @@ class _CompiledEditing(TorchFunctionMode):
                 return _edited(rules, operation, func, args, kwargs, values)
         return func(*args, **kwargs)
 
-    def run(self, module: nn.Module, plan: Plan, original: Any, args: Any, kwargs: Any) -> Any:
-        """Run a forward, and refuse when its calls were not those of the traced one."""
+    def _count(self, module: nn.Module) -> int:
+        """How many times a module's forward had run before."""
         time = self.times.get(id(module), 0)
         self.times[id(module)] = time + 1
-        call = 0 if plan.every_call_alike else time
+        return time
+
+    def run(self, module: nn.Module, plan: Plan, original: Any, args: Any, kwargs: Any) -> Any:
+        """Run a forward, and refuse when its calls were not those of the traced one."""
+        # Looked at only where it is needed: code that depends on which module it is would be compiled for each block.
+        call = 0 if plan.every_call_alike else self._count(module)
         before, edited = dict(self.counts), self.edited
         self.open.append((plan, call, before))
         output = original(module, *args, **kwargs)
@@ -325,9 +351,18 @@ def _edited(
 ) -> Any:
     target = values[0]
     for rule in rules:
-        values[rule.place.operand] = _apply(rule.factor, values[rule.place.operand])
+        if rule.place.operand == _calls.WHOLE:
+            whole = target._base
+            whole.copy_(_apply(rule.factor, whole))  # the slice, a view of it, sees that
+        else:
+            values[rule.place.operand] = _apply(rule.factor, values[rule.place.operand])
+    overwrites = operation.in_place and values[0] is not target
+    if overwrites and any(rule.factor is None for rule in rules):
+        values[0] = values[
+            0
+        ].clone()  # a detached view may be saved for the way back, and target is overwritten
     new_args, new_kwargs = _calls.with_operands(operation, args, kwargs, values)
-    if not operation.in_place or values[0] is target:
+    if not overwrites:
         return func(*new_args, **new_kwargs)
     return target.copy_(_calls.out_of_place(operation, func)(*new_args, **new_kwargs))
 

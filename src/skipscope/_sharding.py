@@ -1,0 +1,87 @@
+"""FSDP2: which modules are sharded units, and leaving them sharded, or whole, as they were found.
+
+After a forward pass without a backward the root's weights stay whole, and the modules hold other Parameter objects
+than before: putting those back alone would leave FSDP believing that they are whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from skipscope._errors import SkipscopeError
+
+
+def units(model: nn.Module) -> list[Any]:
+    """The modules that ``fully_shard`` was called on, outermost first.
+
+    Example:
+        >>> units(nn.Linear(2, 2))
+        []
+    """
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(loaded, "FSDPModule", None)
+    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+
+
+@contextmanager
+def as_found(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Run models inside; outside each unit is sharded, or whole, as it was. Collective where one must be made whole."""
+    held = [(unit, _identities(unit)) for model in models for unit in reversed(units(model))]
+    try:
+        yield
+    finally:
+        for unit, before in held:  # inner units first: then what still differs is the outer one's own
+            if _identities(unit) != before:
+                unit.reshard()
+            if _identities(unit) != before:
+                unit.unshard()
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds all weights: for a backward pass that begins in the middle of a unit, of which FSDP
+    would not know. Collective; call it inside :func:`as_found`, which shards them again.
+    """
+    every = units(model)
+    states = [unit._get_fsdp_state() for unit in every]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    before = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
+    try:
+        for unit in every:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.set_reshard_after_backward(False, recurse=False)
+            unit.unshard()
+        yield
+    finally:
+        for group, after_forward, after_backward in before:
+            group.post_forward_mesh_info, group.reshard_after_backward = after_forward, after_backward
+
+
+def _identities(unit: nn.Module) -> list[int]:
+    return [id(parameter) for parameter in unit.parameters()]
+
+
+def refuse_flattened(model: nn.Module, operation: str) -> None:
+    """Refuse FSDP1, whose flat parameters do not tell which module holds which weight.
+
+    Raises:
+        SkipscopeError: as said.
+    """
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise SkipscopeError(
+                operation, "FSDP1 flattens parameters: which module holds which weight cannot be seen",
+                layer=name or None, expected="DDP, FSDP2 (fully_shard), or no sharding",
+                got="FullyShardedDataParallel", cure="shard with torch.distributed.fsdp.fully_shard",
+            )  # fmt: skip
+
+
+def class_name(module: nn.Module) -> str:
+    """Of the class that its author wrote: ``fully_shard`` puts one of its own before it."""
+    names = [kind.__name__ for kind in type(module).__mro__]
+    return names[2] if names[1] == "FSDPModule" else names[0]

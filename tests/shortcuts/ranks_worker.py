@@ -1,0 +1,213 @@
+"""What each rank checks in test_ranks.py; a failed check ends the process, and with it the test.
+
+torchrun --standalone --nproc-per-node 2 ranks_worker.py KIND
+"""
+
+import contextlib
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from architectures import CASES, Basic, Layer, ResNet, images, seq
+
+import skipscope as ss
+from skipscope.shortcuts import boundaries, tap_boundaries
+
+BATCH, RATE = 8, 0.1
+
+
+def stack():
+    torch.manual_seed(0)
+    return seq(nn.Linear(8, 8), Layer(), Layer(form="post"), nn.Linear(8, 3)).double()
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(BATCH, 6, 8, dtype=torch.float64, generator=generator),
+        torch.randn(BATCH, 6, 3, dtype=torch.float64, generator=generator),
+    )
+
+
+def same(one, other, what):
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, msg=lambda text: f"{what}: {text}")
+
+
+# --- FSDP2 ------------------------------------------------------------------------------------------------------------
+
+
+def shard(model, inner, **options):
+    """Units inside the model (attention and mlp apart, layers, or none), and the model itself."""
+    from torch.distributed.fsdp import fully_shard
+
+    names = {"parts": ("attn", "mlp"), "layers": (), "root": ()}[inner]
+    for name, module in list(model.named_modules()):
+        last = name.rpartition(".")[2]
+        is_layer = isinstance(module, Layer | Basic | nn.ModuleList) and last.isdigit()
+        if last in names or (inner == "layers" and is_layer and not isinstance(module, nn.ModuleList)):
+            fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def plain_form(found):
+    return {key: value for key, value in found.to_dict().items() if key != "version"}
+
+
+def fsdp_find():
+    for name in ("gpt2", "t5", "resnet18", "densenet", "lecture_projected", "highway_lerp", "swin", "vit"):
+        make, inputs, _ = CASES[name]
+        torch.manual_seed(0)
+        model = make()
+        expected = ss.find_shortcuts(model, inputs)
+        for inner in ("parts", "layers", "root"):
+            torch.manual_seed(0)
+            sharded = make()
+            if name == "gpt2":
+                sharded.head.weight = nn.Parameter(
+                    sharded.head.weight.detach().clone()
+                )  # units tie no weights
+            shard(sharded, inner)
+            before = [id(p) for p in sharded.parameters()]
+            found = ss.find_shortcuts(sharded, inputs)
+            assert plain_form(found) == plain_form(expected), f"{name}, {inner}: {found}"
+            assert boundaries(sharded, inputs) == boundaries(model, inputs)
+            assert before == [id(p) for p in sharded.parameters()], f"{name}, {inner}: not sharded as before"
+            assert plain_form(ss.find_shortcuts(sharded, inputs)) == plain_form(expected)
+
+
+def gradients_at(model, points, x, y):
+    seen = {}
+
+    def touch(i, activation):
+        activation = activation if activation.requires_grad else activation.detach().requires_grad_()
+        activation.register_hook(lambda g: seen.__setitem__(i, g.clone()))
+        return activation
+
+    with tap_boundaries(model, points, touch):
+        F.mse_loss(model(x), y).backward()
+    return [seen.get(i) for i in range(len(points))]
+
+
+def fsdp_measure():
+    model, (x, y) = stack(), data()
+    points = boundaries(model, x)
+    assert [p.kind for p in points].count("merge") == 4
+    expected = gradients_at(model, points, x, y)
+    flow, paths = ss.gradient_flow(model, (x, y), F.mse_loss), ss.path_spectrum(model, (x, y), F.mse_loss)
+    split = ss.gradient_split(model, (x, y), F.mse_loss)
+    for inner in ("parts", "layers", "root"):
+        sharded = shard(stack(), inner)
+        for a, b in zip(gradients_at(sharded, boundaries(sharded, x), x, y), expected, strict=True):
+            same(a, b, f"gradients at boundaries, {inner}")
+        sharded.zero_grad()
+        ours = ss.gradient_flow(sharded, (x, y), F.mse_loss)
+        assert [b.name for b in ours.boundaries] == [b.name for b in flow.boundaries]
+        for a, b in zip(ours.boundaries, flow.boundaries, strict=True):
+            assert abs(a.gradient_rms / b.gradient_rms - 1) < 1e-9, (inner, a, b)
+        theirs = ss.path_spectrum(sharded, (x, y), F.mse_loss)
+        same(torch.tensor(theirs.norms), torch.tensor(paths.norms), f"path lengths, {inner}")
+        parts = ss.gradient_split(sharded, (x, y), F.mse_loss)
+        for a, b in zip(parts, split, strict=True):
+            assert a.name == b.name and abs(a.branch_rms / b.branch_rms - 1) < 1e-9, (inner, a, b)
+        assert len(ss.find_shortcuts(sharded, x)) == 4
+
+
+def fsdp_edit():
+    model, (x, y) = stack(), data()
+    found = ss.find_shortcuts(model, x)
+    sharded = shard(stack(), "layers")
+    for refused in (lambda: ss.ablate(sharded, found), lambda: ss.ablate(sharded, found, share=True)):
+        try:
+            refused()
+        except ss.SkipscopeError as error:
+            assert "fully_shard the twin" in str(error), error
+        else:
+            raise AssertionError("a sharded model was copied")
+    for edit in ({}, {"how": "detach"}, {"how": "lesion"}, {"strength": 0.5}):
+        alone, twin = ss.ablate(model, found, **edit), shard(ss.ablate(model, found, **edit), "layers")
+        train(alone, x, y)
+        train(twin, x[mine()], y[mine()])
+        for (name, a), b in zip(twin.named_parameters(), alone.parameters(), strict=True):
+            same(a.full_tensor(), b, f"{edit}, {name}")
+
+
+def fsdp_alone():
+    sharded, (x, _) = shard(stack(), "layers"), data()
+    if dist.get_rank() == 0:
+        import skipscope._ranks as ranks
+
+        ranks.TIMEOUT_S = 1.0
+        try:
+            ss.find_shortcuts(sharded, x)
+        except ss.SkipscopeError as error:
+            print("REFUSED", error)
+    dist.barrier()
+
+
+# --- DDP --------------------------------------------------------------------------------------------------------------
+
+
+def mine():
+    return torch.arange(dist.get_rank(), BATCH, dist.get_world_size())
+
+
+def train(model, x, y, accumulate=1, steps=3):
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for k, (a, b) in enumerate(zip(x.chunk(accumulate), y.chunk(accumulate), strict=True)):
+            waits = k < accumulate - 1 and hasattr(model, "no_sync")
+            with model.no_sync() if waits else contextlib.nullcontext():
+                (F.mse_loss(model(a), b) / accumulate).backward()
+        optimizer.step()
+
+
+def ddp():
+    model, (x, y) = stack(), data()
+    wrapped = nn.parallel.DistributedDataParallel(stack())
+    found = ss.find_shortcuts(model, x)
+    assert ss.find_shortcuts(wrapped, x) == found
+    assert boundaries(wrapped, x) == boundaries(model, x)
+    if dist.get_rank() == 0:
+        ss.find_shortcuts(wrapped, x)  # local: a rank may call it alone
+    strength = torch.tensor(0.5, dtype=torch.float64)
+    for edit in ({}, {"how": "detach"}, {"how": "lesion"}, {"strength": 0.3}, {"strength": strength}):
+        for accumulate in (1, 2):
+            alone = ss.ablate(model, found[::2], **edit)
+            twin = nn.parallel.DistributedDataParallel(
+                ss.ablate(wrapped, found[::2], **edit), find_unused_parameters=True
+            )
+            train(alone, x, y)
+            train(twin, x[mine()], y[mine()], accumulate)
+            for (name, a), b in zip(twin.named_parameters(), alone.parameters(), strict=True):
+                same(a, b, f"{edit}, {accumulate}, {name}")
+
+
+def ddp_batch_norm():
+    torch.manual_seed(0)
+    model, x = ResNet(Basic, [4, 8], [2, 2]).double(), images(4).double()
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    assert ss.find_shortcuts(wrapped, x) == ss.find_shortcuts(model, x)
+    share, plain = x[dist.get_rank() :: dist.get_world_size()], copy.deepcopy(model)
+    twin = nn.parallel.DistributedDataParallel(ss.ablate(wrapped, inputs=x).eval())
+    alone = ss.ablate(plain, inputs=x).eval()
+    twin(share).square().mean().backward()
+    alone(x).square().mean().backward()
+    for (name, a), b in zip(twin.named_parameters(), alone.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]]()
+    dist.barrier()
+    dist.destroy_process_group()
