@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipscope import _sharding
 from skipscope._data import Batch, Objective
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
@@ -41,7 +42,8 @@ def path_spectrum(
     """Sort the gradient by the number of branches it crossed: exactly, over all 2^L paths, in one walk.
 
     Any graph of shortcuts: chains, nested, dense, two merges a block. The forward pass is cut at each merge; going
-    back, each cut holds one gradient for each length that can exist there. Local.
+    back, each cut holds one gradient for each length that can exist there. Local; where the model is sharded (FSDP2)
+    collective, with all weights on every rank, and the spectrum is that of the calling rank's data.
 
     Args:
         model: any eager module; as found afterwards. It runs in the modes its modules are in.
@@ -77,7 +79,7 @@ def path_spectrum(
     target, parameter = _target(model, points, wrt)
     estimate = exact is False or (exact is None and len(found) > MOST)
     sums = _Sums(parameter is not None, len(found))
-    with running(model, seed, "path_spectrum"):
+    with running(model, seed, "path_spectrum"), _sharding.whole(model):
         mode = mode_of(model)
         for i, (batch, share) in enumerate(track(shares_of(batches, objective, "path_spectrum"), "paths")):
             with random_state_kept(seed + i):
