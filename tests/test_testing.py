@@ -81,6 +81,17 @@ class NoGradientInTraining(Block):
         return super().forward(x.detach() if self.training else x)
 
 
+class ChangesItsInput(Block):
+    def forward(self, x):
+        x += self.branch(x)
+        return x
+
+
+class OnlyTheBranchHasAGradient(Block):
+    def write(self, x, f):
+        return x.detach() + f
+
+
 class NoShortcut(Block):
     def write(self, x, f):
         return f
@@ -142,6 +153,8 @@ BROKEN = {
     NotTheIdentity: "identity_at_start: a fresh module does not return its input",
     NoGradient: "gradient: none reaches the input in evaluation mode",
     NoGradientInTraining: "gradient: none reaches the input in training mode",
+    ChangesItsInput: "shape: the block changes its input in place",
+    OnlyTheBranchHasAGradient: "ablatable: detaching the shortcut changes no gradient",
     NoShortcut: "found: find_shortcuts does not find it",
     TwoBranches: "found: find_shortcuts does not find it",
     OtherKind: "found: as another kind",
@@ -219,6 +232,51 @@ def test_the_module_and_the_generators_stay_as_they_were():
     after = torch.get_rng_state()
     check_shortcut(module, torch.ones(5, WIDTH), compile=False)
     assert torch.equal(after, torch.get_rng_state())
+
+
+class Masked(Block):
+    def forward(self, x, mask, *, scale=1.0):
+        return x + scale * mask * self.branch(x)
+
+
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_blocks_with_several_inputs(form):
+    x, mask = torch.randn(3, WIDTH), torch.ones(3, WIDTH, dtype=torch.long)
+    inputs = (x, mask) if form is tuple else {"mask": mask, "x": x, "scale": 0.5}
+    assert check_shortcut(Masked(), inputs) == ALL
+    with pytest.raises(BrokenContract, match="shape: it raises TypeError"):
+        check_shortcut(Masked(), x)
+    with pytest.raises(SkipscopeError, match="nothing that a shortcut could carry"):
+        check_shortcut(Masked(), (mask, mask))
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_torchs_own_layers_keep_the_contract(norm_first):
+    x = torch.randn(2, 5, WIDTH)
+    encoder = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True, norm_first=norm_first)
+    decoder = nn.TransformerDecoderLayer(WIDTH, 2, 16, batch_first=True, norm_first=norm_first)
+    check_shortcut(encoder, x, kind="identity", compile=False)
+    check_shortcut(decoder, (x, torch.randn(2, 3, WIDTH)), kind="identity", compile=False)
+
+
+def test_layers_of_transformers_keep_the_contract():
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+    from transformers.models.llama import modeling_llama as llama
+
+    x = torch.randn(2, 5, 16)
+    config = transformers.GPT2Config(n_embd=16, n_head=2, attn_implementation="eager")
+    check_shortcut(GPT2Block(config, layer_idx=0), x, kind="identity", compile=False)
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        attn_implementation="eager",
+    )
+    rotary = llama.LlamaRotaryEmbedding(config)(x, torch.arange(5)[None])
+    inputs = {"hidden_states": x, "position_embeddings": rotary}
+    check_shortcut(llama.LlamaDecoderLayer(config, 0), inputs, kind="identity", compile=False)
 
 
 def test_inputs_that_cannot_be_guessed():

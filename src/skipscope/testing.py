@@ -45,8 +45,20 @@ class _Case:
 
     def output(self, module: nn.Module | None = None) -> Tensor:
         """The output in evaluation mode, from the same random numbers each time."""
-        with torch.no_grad(), random_state_kept(0):
-            return self.call((self.fresh() if module is None else module).eval(), self.stream.clone())
+        module = (self.fresh() if module is None else module).eval()
+        # With gradients: without, torch's encoder layers run other kernels, and round otherwise.
+        with torch.enable_grad(), random_state_kept(0):
+            return self.call(module, self.stream.clone().requires_grad_().clone()).detach()
+
+    def gradient(self, module: nn.Module) -> Tensor | None:
+        """Of a random sum of the output, with respect to the stream (of a plain sum a norm has none)."""
+        x = self.stream.clone().requires_grad_()
+        with torch.enable_grad(), random_state_kept(0):
+            output = self.call(module, x.clone())
+            seed = torch.randn_like(output)
+            return (
+                None if output.grad_fn is None else torch.autograd.grad(output, x, seed, allow_unused=True)[0]
+            )
 
 
 def check_shortcut(
@@ -116,9 +128,11 @@ def check_shortcut(
             except BrokenContract:
                 raise
             except Exception as error:
+                cure = "if it wants more: inputs=(x, ...) or inputs={...}, as its forward takes them"
                 raise _broken(
-                    case, f"{name}: it raises {type(error).__name__}: {_first_line(error)}"
-                ) from error
+                    case, f"{name}: it raises {type(error).__name__}: {_first_line(error)}",
+                    cure=cure if name == "shape" else None,
+                ) from error  # fmt: skip
     return tuple(clauses)
 
 
@@ -137,7 +151,7 @@ def _shape(case: _Case) -> None:
     if case.same_shape and output.shape != given.shape:
         raise _broken(
             case, "shape: the output has another shape than the input", expected=tuple(given.shape),
-            got=tuple(output.shape), cure="pass same_shape=False if it is meant to",
+            got=tuple(output.shape), cure='if it is meant to: kind="projection", kind="concat" or same_shape=False',
         )  # fmt: skip
     if not torch.equal(given, case.stream):
         raise _broken(
@@ -160,13 +174,7 @@ def _identity_at_start(case: _Case) -> None:
 
 def _gradient(case: _Case) -> None:
     for training in (False, True):
-        x = case.stream.clone().requires_grad_()
-        with torch.enable_grad(), random_state_kept(0):
-            output = case.call(case.fresh().train(training), x.clone())
-            seed = torch.randn_like(output)  # of a plain sum a normalised output has no gradient
-            gradient = (
-                None if output.grad_fn is None else torch.autograd.grad(output, x, seed, allow_unused=True)[0]
-            )
+        gradient = case.gradient(case.fresh().train(training))
         mode = "training" if training else "evaluation"
         if gradient is None or not gradient.isfinite().all() or not gradient.any():
             got = "no gradient" if gradient is None else "zero" if not gradient.any() else "not finite"
@@ -204,6 +212,12 @@ def _ablatable(case: _Case) -> None:
         raise _broken(case, "ablatable: strength 1 is not as built, or strength 0 is not remove")
     if _close(output["remove"], built):
         raise _broken(case, "ablatable: removing the shortcut changes nothing")
+    whole, rest = case.gradient(module), case.gradient(twins["detach"].eval())
+    if whole is not None and rest is not None and torch.equal(whole, rest):
+        raise _broken(
+            case, "ablatable: detaching the shortcut changes no gradient", expected="a gradient that comes by the shortcut",
+            got="all of it by the branch", cure="look for .detach(), .data or torch.no_grad() on the shortcut",
+        )  # fmt: skip
 
 
 def _state_dict(case: _Case) -> None:
