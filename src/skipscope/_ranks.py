@@ -11,8 +11,9 @@ import zlib
 from collections import Counter
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
 
@@ -45,6 +46,22 @@ def ranks_of(model: nn.Module) -> tuple[int, ...]:
         if type(module).__name__ == "FullyShardedDataParallel":
             found.update(dist.get_process_group_ranks(module.process_group))  # type: ignore[arg-type]
     return tuple(sorted(found)) if len(found) > 1 else ()
+
+
+def greatest(model: nn.Module, value: float) -> float:
+    """The greatest of the values of the ranks that ``model`` is spread over (collective)."""
+    meshes = {id(m): m for p in model.parameters() if (m := getattr(p, "device_mesh", None)) is not None}
+    for mesh in meshes.values():
+        number = torch.tensor(value, dtype=torch.float64, device=mesh.device_type)
+        for dimension in range(mesh.ndim):
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
+        value = float(number)
+    return value
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; put together from its shards where it is spread over ranks (collective)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
 
 
 def meet(operation: str, ranks: tuple[int, ...], timeout: float | None = None) -> None:

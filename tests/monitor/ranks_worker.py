@@ -93,6 +93,12 @@ def wrap(kind: str, model: nn.Module) -> nn.Module:
     return model
 
 
+def say(text: str) -> None:
+    """One line, in one write: the ranks share standard output."""
+    sys.stdout.write(text.replace("\n", " | ") + "\n")
+    sys.stdout.flush()
+
+
 def alone(ss, model, optimizer) -> None:
     """Rank 0 calls what is collective, and nobody else does; afterwards everyone does."""
     from skipscope import _ranks
@@ -110,7 +116,6 @@ def alone(ss, model, optimizer) -> None:
         "prescribe": lambda: ss.prescribe(model, (x, y), F.mse_loss, steps=1),
         "ablate": lambda: ss.ablate(model, inputs=x),
         "add_shortcuts": lambda: ss.add_shortcuts(model, x),
-        "recalibrate": lambda: ss.recalibrate(model, x),
         "landscape": lambda: ss.landscape(model, (x, y), F.mse_loss, grid=3),
         "paired_landscapes": lambda: ss.paired_landscapes(
             {"a": model, "b": model}, (x, y), F.mse_loss, grid=3
@@ -126,12 +131,31 @@ def alone(ss, model, optimizer) -> None:
         for name, call in calls.items():
             try:
                 call()
-                print(f"WENT {name}")
+                say(f"WENT {name}")
             except ss.SkipscopeError as error:
-                print(f"REFUSED {name}: {error}".replace("\n", " | "), flush=True)
+                say(f"REFUSED {name}: {error}")
     dist.barrier()
-    flow = ss.gradient_flow(model, (x, y), F.mse_loss)
-    print(f"TOGETHER {flow.verdict.state}", flush=True)
+    flow_of_each_ranks_data(ss, model, x, y)
+
+
+def flow_of_each_ranks_data(ss, model, x, y) -> None:
+    """Under FSDP2 boundaries are of this rank's data, weights of all ranks'; under DDP both are of this rank's."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mine = x[rank::size], y[rank::size]
+    flow, plain, alone = (
+        ss.gradient_flow(model, mine, F.mse_loss),
+        make(),
+        ss.gradient_flow(make(), mine, F.mse_loss),
+    )
+    assert [b.name for b in flow.boundaries] == [b.name for b in alone.boundaries]
+    for found, right in zip(flow.boundaries, alone.boundaries):
+        assert abs(found.gradient_rms - right.gradient_rms) < 1e-12
+    whole = any(hasattr(p, "placements") for p in model.parameters())
+    F.mse_loss(plain(x if whole else mine[0]), y if whole else mine[1]).backward()
+    expected = {name: float(p.grad.square().mean().sqrt()) for name, p in plain.named_parameters()}
+    for layer in flow.layers:
+        assert abs(layer.weight_grad_rms / expected[layer.name] - 1) < 1e-9, layer
+    say(f"TOGETHER {flow.verdict.state}")
 
 
 def main(kind: str, folder: str) -> None:
@@ -145,7 +169,7 @@ def main(kind: str, folder: str) -> None:
         try:
             ss.watch(wrapped, optimizer)
         except ss.SkipscopeError as error:
-            print(f"REFUSED rank {rank}: {error}".replace("\n", " | "), flush=True)
+            say(f"REFUSED rank {rank}: {error}")
     if "alone" in kind:
         alone(ss, wrapped, optimizer)
     if "refused" in kind or "alone" in kind:

@@ -38,9 +38,10 @@ SATURATED = 0.05  # of the greatest slope
 class _Recorder(TorchFunctionMode):
     """Notes weights and activation functions as they are called, under the number of the last boundary passed."""
 
-    def __init__(self, names: dict[int, str]):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.names, self.at, self.busy = names, -1, False
+        self.model, self.at, self.busy = model, -1, False
+        self.names: dict[int, str] = {}
         self.gains: dict[int, list[tuple[str, float]]] = {}
         self.slopes: dict[int, list[tuple[str, float, float, float]]] = {}
 
@@ -54,9 +55,15 @@ class _Recorder(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             stride = (args[3] if len(args) > 3 else kwargs.get("stride", 1)) if func in _CONVOLUTIONS else 1
             self.gains.setdefault(self.at, []).append(
-                (self.names.get(id(weight), "weight"), gain(weight, stride))
+                (self.name_of(weight), gain(weight, stride))
             )
         return func(*args, **kwargs)
+
+    def name_of(self, weight: Tensor) -> str:
+        """FSDP2 puts the whole weight into a module only while it runs: then its name is looked up."""
+        if id(weight) not in self.names:
+            self.names = {id(p): name for name, p in self.model.named_parameters()}
+        return self.names.get(id(weight), "weight")
 
     def slope(self, func: Any, args: tuple, kwargs: dict) -> tuple[str, float, float, float]:
         self.busy = True
@@ -90,7 +97,7 @@ def gain(weight: Tensor, stride: Any = 1) -> float:
 
 def clues(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap) -> tuple[Clue, ...]:
     """A clue for what follows each boundary: ``[count]``, from a forward pass over one batch."""
-    recorder = _Recorder({id(p): name for name, p in model.named_parameters()})
+    recorder = _Recorder(model)
 
     def touch(i: int, activation: Tensor) -> Tensor:
         recorder.at = i

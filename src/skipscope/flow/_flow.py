@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from skipscope._data import Batch, Batches, Objective, map_tensors, tensors_in
 from skipscope._numbers import short
+from skipscope._ranks import greatest, ranks_of, whole
 from skipscope.flow._clues import clues
 from skipscope.flow._flow_results import BoundaryFlow, GradientFlow, LayerGradient, Verdict
 from skipscope.flow._measure import Tap, measure
@@ -70,7 +71,8 @@ def gradient_flow(
     with running(model, seed, "gradient_flow"):
         mode = mode_of(model)
         readings = measure(model, batches, objective, len(points), tap, scale=scale)
-    exact = _in_float64(model, batches, objective, points, seed) if _doubtful(readings) else None
+    spread, doubtful = bool(ranks_of(model)), _doubtful(readings)
+    exact = None if spread or not doubtful else _in_float64(model, batches, objective, points, seed)
     if exact is not None and readings.output_gradient == 0:
         readings.output_gradient = exact.output_gradient
     flow = [_boundary_state(readings, exact, i) for i in range(len(points))]
@@ -82,12 +84,17 @@ def gradient_flow(
     residual = sum(p.kind == "merge" for p in points) > len(points) / 2
     culprit = _culprit(model, batches, readings) if any("nonfinite" in p.state for p in seen) else None
     verdict = judge(seen, residual=residual, dtype=_dtype_name(readings), culprit=culprit)
-    if verdict.state == "dead" or (verdict.state in {"vanishing", "exploding"} and not residual):
+    why_is_open = verdict.state == "dead" or (verdict.state in {"vanishing", "exploding"} and not residual)
+    if greatest(model, why_is_open) if spread else why_is_open:  # all ranks together, or none
         with running(model, seed, "gradient_flow"):
             every = _clues(model, batches.first(), objective, len(points), tap)
         why = [clue for clue, (state, _) in zip(every, flow) if state != "not_met"]
         verdict = judge(seen, why, residual=residual, dtype=_dtype_name(readings))
-    return _assemble(model, points, flow, readings, exact, verdict, mode, scale)
+    notes = (_UNCERTAIN,) if doubtful and exact is None else ()
+    return _assemble(model, points, flow, readings, exact, verdict, mode, scale, notes)
+
+
+_UNCERTAIN = "What is exactly 0 here may be too small for its dtype instead: no copy in float64 could be run."
 
 
 def mode_of(model: nn.Module) -> str:
@@ -99,7 +106,8 @@ def mode_of(model: nn.Module) -> str:
 def _culprit(model: nn.Module, batches: Batches, readings: Readings) -> tuple[str, str] | None:
     """What is not a number before anything is computed; or the loss, where all activations are finite."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if bool(tensor.detach().isnan().any()):
+        here = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+        if bool(here.detach().isnan().any()):
             return "weights", f"{name} holds NaN"
     # Infinities are no mistake in a mask; at the first boundary they are one.
     given = [tensor for batch in batches for tensor in tensors_in(batch)]
@@ -124,10 +132,11 @@ def _clues(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap
 
 def _doubtful(readings: Readings) -> bool:
     """Something arrived as exactly zero: dead, or too small for the dtype?"""
-    weights = [w.total for w in readings.weights.values() if w.total is not None]
-    return any(g.all_zero and g.dtype != torch.float64 for g in readings.gradients) or any(
-        t.dtype != torch.float64 and not bool(t.any()) for t in weights
-    )
+    narrow = [
+        w.total for w in readings.weights.values() if w.total is not None and w.total.dtype != torch.float64
+    ]
+    in_weights = any(not bool(whole(total).any()) for total in narrow)  # first: under FSDP2 it is collective
+    return in_weights or any(g.all_zero and g.dtype != torch.float64 for g in readings.gradients)
 
 
 def _in_float64(model: nn.Module, data: Batches, loss: Objective, points: Any, seed: int) -> Readings | None:
@@ -171,7 +180,7 @@ def _boundary_state(readings: Readings, exact: Readings | None, i: int) -> tuple
 def _layer(name: str, weight: WeightReading, exact: WeightReading | None, scale: float) -> LayerGradient:
     if weight.total is None:
         return LayerGradient(name, None, None, None, "not_connected", trainable=weight.trainable)
-    total = weight.total
+    total = whole(weight.total)
     largest = float(total.abs().max()) if total.numel() else 0.0
     rms = norm_of(total) * weight.unit / math.sqrt(max(1, total.numel()))
     mean = float(total.abs().sum(dtype=torch.float64)) * weight.unit / max(1, total.numel())
@@ -208,7 +217,7 @@ def _spread(values: list[float]) -> float | None:
 
 def _assemble(
     model: nn.Module, points: Any, flow: list[tuple[str, float | None]], readings: Readings, exact: Readings | None,
-    verdict: Verdict, mode: str, scale: float,
+    verdict: Verdict, mode: str, scale: float, more: tuple[str, ...],
 ) -> GradientFlow:  # fmt: skip
     unit = readings.output_gradient or 1.0
     values = [None if value is None else value / unit for _, value in flow]
@@ -236,7 +245,7 @@ def _assemble(
         tuple(rows), layers, verdict, chi, depth_scale,
         None if verdict.fall_decades is None else 10.0**-verdict.fall_decades, readings.loss, readings.output_gradient,
         mode, meaning(model), _dtype_name(readings), readings.batches, readings.samples,
-        _hindered(verdict) + _notes(readings, layers, scale) + _not_met([p.name for p, (state, _) in zip(points, flow) if state == "not_met"]),
+        more + _hindered(verdict) + _notes(readings, layers, scale) + _not_met([p.name for p, (state, _) in zip(points, flow) if state == "not_met"]),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from skipscope._data import Batch, Batches, Objective, batch_size
 from skipscope._errors import SkipscopeError
+from skipscope._ranks import greatest, ranks_of
 from skipscope.flow._readings import Reading, Readings, WeightReading, merge, similarity
 from skipscope.flow._seed import no_gradient, output_gradient, seed_for, wants_backward
 
@@ -41,9 +42,10 @@ def measure(
     readings = Readings(
         [Reading() for _ in range(count)], [Reading() for _ in range(count)], [None] * count, weights
     )
+    spread = bool(ranks_of(model))
     for batch, share in shares_of(data, loss, "gradient_flow"):
         try:
-            one = _Pass(model, batch, loss, share, scale, readings)
+            one = _Pass(model, batch, loss, share, scale, readings, accumulate=spread, spread=spread)
             one.run(tap)
         except RuntimeError as error:
             if not wants_backward(error):
@@ -73,10 +75,10 @@ class _Pass:
 
     def __init__(
         self, model: nn.Module, batch: Batch, loss: Objective, share: float, scale: float, readings: Readings,
-        accumulate: bool = False,
+        accumulate: bool = False, spread: bool = False,
     ):  # fmt: skip
         self.model, self.batch, self.loss, self.share, self.scale = model, batch, loss, share, scale
-        self.readings, self.accumulate = readings, accumulate
+        self.readings, self.accumulate, self.spread = readings, accumulate, spread
         self.activations: dict[int, Reading] = {}
         self.similarities: dict[int, float | None] = {}
         self.gradients: dict[int, Reading] = {}
@@ -115,7 +117,9 @@ class _Pass:
                 self.at_output = output_gradient(
                     self.value, outputs[-1] if outputs else None, self.accumulate
                 )
-                seed = seed_for(self.at_output, self.value.dtype)
+                # Where weights are spread over ranks their gradient is the mean over ranks: all have one seed.
+                size = greatest(self.model, self.at_output) if self.spread else self.at_output
+                seed = seed_for(size, self.value.dtype)
                 self.unit = 1.0 / seed
                 self.weights = self.backward(seed)
         finally:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from skipscope._ranks import whole
+
 
 @dataclass
 class Reading:
@@ -58,7 +60,7 @@ class WeightReading:
     """The gradient of one weight: its sum over batches, and its RMS in each."""
 
     trainable: bool
-    total: Tensor | None = None
+    total: Tensor | None = None  # under FSDP2 this rank's shard: all of them at once would not fit
     unit: float = 1.0  # what one unit of ``total`` is worth
     rms: list[float] = field(default_factory=list)
 
@@ -66,7 +68,7 @@ class WeightReading:
         """Take in one batch's gradient; ``unit``: what one unit of it is worth; ``share``: the batch's in the mean."""
         gradient = gradient.detach()
         gradient = dense(gradient.to_dense() if gradient.is_sparse else gradient)
-        self.rms.append(norm_of(gradient) * unit / math.sqrt(max(1, gradient.numel())))
+        self.rms.append(norm_of(whole(gradient)) * unit / math.sqrt(max(1, gradient.numel())))
         if self.total is None:
             self.total, self.unit = gradient, unit * share
         elif unit * share:

@@ -13,6 +13,7 @@ from torch import nn
 
 from skipscope._data import Batch, Batches, Objective, batch_size, inputs_of, read, tensors_in
 from skipscope._errors import SkipscopeError
+from skipscope._ranks import meet, ranks_of
 from skipscope._untouched import require_module, untouched
 from skipscope.shortcuts import Boundary, Shortcuts, boundaries, find_shortcuts
 from skipscope.shortcuts._unwrap import unwrapped
@@ -30,6 +31,7 @@ def asked(
 ) -> tuple[nn.Module, Batches, Objective]:
     """What every public call of this room starts with: the model out of its wrappers, data and loss as they are read."""
     require_module(model, operation)
+    meet(operation, ranks_of(model))
     model = unwrapped(model)
     batches, objective = read(model, data, loss, operation, weight=weight)
     first = batches.first()

@@ -15,7 +15,7 @@ from skipscope.monitor._roster import names_of
 from skipscope.monitor._stepper import Stepper
 
 
-def notes_on(models: Mapping[str, nn.Module], steppers: Sequence[Stepper], flow: bool) -> list[str]:
+def notes_on(models: Mapping[str, nn.Module], steppers: Sequence[Stepper]) -> list[str]:
     notes = []
     size = world()[1]
     held = {id(p) for s in steppers for p in s.roster.parameters}
@@ -35,10 +35,6 @@ def notes_on(models: Mapping[str, nn.Module], steppers: Sequence[Stepper], flow:
             else "reduced by the training itself"
         )
         notes.append(f"{size} ranks; the gradients are {how}.")
-    if flow and any(s.sharded for s in steppers):
-        notes.append(
-            "FSDP2 hides which weights a branch holds: the boundaries of the flow are modules, not shortcuts."
-        )
     return notes
 
 

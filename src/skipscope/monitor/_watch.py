@@ -60,9 +60,7 @@ class Monitor:
             for i, optimizer in enumerate(optimizers)
         ]
         self._roster = self._steppers[0].roster
-        self._store = Store(
-            keep, folder if self._first else None, notes_on(models, self._steppers, flow_every is not None)
-        )
+        self._store = Store(keep, folder if self._first else None, notes_on(models, self._steppers))
         _patches.listen(self)
         for sink in list(self._sinks):
             self._tell(sink, "open", self._store.notes)
