@@ -8,7 +8,7 @@ so that a set of them is a Python integer without gaps, used as a bit set.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Graph:
         self.ancestors = Ancestors(self.parents[: self.activations])
         self.weighted = _as_bits(self.weights[: self.activations])
         self._count_uses()
+        self._children: list[list[int]] | None = None
 
     # --- which weights enter where ---
 
@@ -60,8 +61,11 @@ class Graph:
         self._index = {path: i for i, path in enumerate(self.modules)}
         self._shapes: dict[int, list[tuple[int, ...]]] = {}
         self._below: dict[str, set[str]] = {}
+        self._scalar = 0
         for i, (path, module) in enumerate(model.named_modules()):
             own = [p for p in module._parameters.values() if p is not None]
+            if all(p.numel() == 1 for p in own):
+                self._scalar |= 1 << i
             if any(p.ndim >= 2 for p in own):
                 self._shapes[i] = [tuple(p.shape) for p in own if p.ndim >= 2]
             parent = path
@@ -141,6 +145,10 @@ class Graph:
         """Whether a module owns a weight of two or more dimensions."""
         return self._index[path] in self._shapes
 
+    def has_only_scalars(self, region: int) -> bool:
+        """Whether every weight that enters in a set of nodes is of a module that holds single numbers only."""
+        return all(not self.weights[i] & ~self._scalar for i in bits(region & self.weighted))
+
     def matrix_shapes(self, region: int) -> list[tuple[int, ...]]:
         """Shapes of the matrices that enter in a set of nodes."""
         return [shape for m in bits(self.matrices_in(region)) for shape in self._shapes.get(m, [])]
@@ -161,6 +169,23 @@ class Graph:
         window = self.ancestors[end] >> first
         inside = [any(reaches(s, first + v) for s in starts) for v in bits(window)]
         return _chosen(window, inside) << first
+
+    def onward(self, starts: Iterable[int], through: frozenset[str], ends: frozenset[str]) -> list[int]:
+        """The nodes of kinds ``ends`` that are computed from ``starts`` by nodes of kinds ``through``."""
+        if self._children is None:
+            self._children = [[] for _ in range(self.activations)]
+            for child in range(self.activations):
+                for parent in self.active_parents(child):
+                    self._children[parent].append(child)
+        waiting, seen, found = list(starts), set(), []
+        while waiting:
+            for child in self._children[waiting.pop()]:
+                if child not in seen:
+                    seen.add(child)
+                    kind = self.kind(child)
+                    found += [child] if kind in ends else []
+                    waiting += [child] if kind in through else []
+        return found
 
     def bit(self, node: Any) -> int:
         """The set of one activation; empty where the graph has no such node."""

@@ -12,6 +12,7 @@ from skipscope.shortcuts._sides import (
     BENT,
     LINEAR,
     MATRIX_SUMS,
+    POINTWISE,
     PRODUCT,
     SHAPE,
     WHOLE,
@@ -114,6 +115,8 @@ class Judge:
                 return PARALLEL
             if any(self._is_low_rank(side, sides[chosen[0]]) for side in rest):
                 return "a low-rank update of the same linear map"
+            if self._is_score(self.graph.position[call.output]):
+                return "a sum of attention scores"
         return self._the_first(sides, chosen)
 
     def _the_first(self, sides: dict[int, Side], chosen: tuple[int, ...]) -> tuple[int, ...]:
@@ -139,6 +142,11 @@ class Judge:
         """Whether a side does more than one linear map."""
         matrices = self.graph.matrices_in(side.region).bit_count()
         return side.how == "branch" and (matrices > 1 or (matrices == 1 and self._bends(side.region)))
+
+    def _is_score(self, at: int) -> bool:
+        """Whether a softmax makes of it, shifted and scaled at most, one factor of a matrix product."""
+        softmaxes = self.graph.onward([at], _PASSING, frozenset({"Softmax"}))
+        return bool(self.graph.onward(softmaxes, _PASSING, frozenset({"Bmm", "Mm"})))
 
     def _bends(self, region: int) -> bool:
         return any(self.graph.kind(v) in BENT for v in bits(region))
@@ -176,6 +184,8 @@ class Judge:
                 branches.append(j)
         if is_list and branches and self._repeats(reader, region, bypassing):
             return region, "steps of one recurrence, side by side"
+        if branches and self._is_activation_function(region):
+            return region, "an activation function with weights of its own"
         return region, tuple(branches) or reason
 
     def _passed(self, reader: Sides, side: Side, j: int) -> int | str:
@@ -203,7 +213,14 @@ class Judge:
         nodes = graph.between(starts, end) & ~(1 << fork)
         if reader.call.name in _calls.LISTS and nodes and not self._reaches_past_gates(starts, end, nodes):
             return "only a gate depends on it"
+        if side.how == "gated" and nodes and not self._reaches_by_a_weight(starts, end, nodes):
+            return "only a factor depends on it"
         return nodes
+
+    def _is_activation_function(self, region: int) -> bool:
+        """Whether all its weights are single numbers, and each value goes through by itself."""
+        graph = self.graph
+        return graph.has_only_scalars(region) and all(graph.kind(v) in POINTWISE for v in bits(region))
 
     def _reaches_past_gates(self, starts: list[int], end: int, nodes: int) -> bool:
         """Whether ``end`` depends on ``starts`` other than by a sigmoid that multiplies what does not."""
@@ -214,6 +231,22 @@ class Judge:
             gates = all(graph.kind(p) in {"Sigmoid", "Hardsigmoid"} for p in parents)
             if parents and not (graph.kind(v) == "Mul" and free and gates):
                 reached.add(v)
+        return end in reached
+
+    def _reaches_by_a_weight(self, starts: list[int], end: int, nodes: int) -> bool:
+        """Whether ``end`` depends on ``starts`` other than by a weightless factor of what does not: a router's output
+        that multiplies each expert's is no input of the experts.
+        """
+        graph, reached = (
+            self.graph,
+            dict.fromkeys(starts, False),
+        )  # node -> whether a weight has entered on the way
+        for v in bits(nodes):
+            parents = [p for p in graph.parents[v] if p in reached]
+            free = [p for p in graph.active_parents(v) if not nodes >> p & 1 and p not in starts]
+            touched = bool(graph.weights[v]) or any(reached[p] for p in parents)
+            if parents and not (graph.kind(v) == "Mul" and free and not touched):
+                reached[v] = touched
         return end in reached
 
     def _repeats(self, reader: Sides, region: int, bypassing: tuple[int, ...]) -> bool:
@@ -349,6 +382,7 @@ class Judge:
         return None
 
 
+_PASSING = SHAPE | frozenset({"Mul", "Div", "NativeDropout"})
 _SUMS = frozenset({"Add", "Sub", "Rsub"})
 
 

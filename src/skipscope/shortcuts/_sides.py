@@ -30,12 +30,22 @@ SHAPE = _words(
     AdaptiveAvgPool1D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices
     MaxPool3DWithIndices MkldnnMaxPool2D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleBilinear2D
     UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D PixelShuffle PixelUnshuffle Add Sub Rsub Neg Sum Contiguous
-    Narrow SliceScatter SelectScatter LiftFresh MaskedFill Tril Triu Where Col2Im Im2Col IndexPut IndexAdd ScatterAdd"""
+    Narrow Max Min Amax Amin SliceScatter SelectScatter LiftFresh MaskedFill Tril Triu Where Col2Im Im2Col IndexPut IndexAdd ScatterAdd"""
 )
 PRODUCT = _words("Mul Div Lerp Addcmul Addcdiv NativeDropout FusedDropout Bmm Mm Addmm Addbmm Baddbmm Mv Dot")
 # Of these, what keeps every value, once, under another shape.
 WHOLE = _words("View UnsafeView ReshapeAlias Transpose T Permute Clone Alias Squeeze Unsqueeze ToCopy")
 ELEMENTWISE = _words("Mul Div Addcmul Lerp")
+# What makes an activation function: each value by itself.
+POINTWISE = (
+    WHOLE
+    | ELEMENTWISE
+    | _words(
+        """Add Sub Rsub Neg Addcdiv Pow Exp Exp2 Expm1 Log Log1P Sqrt Rsqrt Reciprocal Abs Sgn Sin Cos Sinh Cosh Tanh
+        Atan Asinh Erf Erfc Sigmoid LogSigmoid LogSigmoidForward Softplus Relu Gelu Silu LeakyRelu Elu Hardswish Mish
+        PreluKernel Hardtanh Hardsigmoid Celu Threshold Selu Where Minimum Maximum Clamp ClampMin ClampMax MaskedFill"""
+    )
+)
 NORM = _words(
     """NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeLayerNorm NativeGroupNorm FusedRmsNorm RmsNorm
     InstanceNorm BatchNormBackward"""
@@ -50,6 +60,7 @@ BENT = _words(
     ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention ScaledDotProductEfficientAttention"""
 )
 MATRIX_SUMS = _words("addmm baddbmm addbmm addmv addr")
+_MATRIX_PRODUCTS = _words("Bmm Mm")
 _STRAIGHT, _PAIRING = SHAPE | PRODUCT | NORM | LINEAR, PRODUCT | LINEAR
 _FACTORS = {**dict.fromkeys(MATRIX_SUMS, (1, 2)), "addcmul": (1, 2), "addcdiv": (1,)}
 
@@ -108,7 +119,8 @@ class Sides:
         if fork is None:
             return graph.kind(at) != "CopySlices"
         common = reduce(or_, (graph.ancestors[self.position(j)] for j in self.active if j != 0), 0)
-        return _Walk(graph, common).weightless(at) == {fork}
+        walk = _Walk(graph, common)
+        return walk.weightless(at) == {fork} and not walk.mixed
 
     def position(self, i: int) -> int:
         """Index of an activation operand's node."""
@@ -152,6 +164,8 @@ class Sides:
             return Side(at, "identity", own)
         walk = _Walk(graph, common)
         fork = walk.nearest(walk.weightless(at))
+        if fork is not None and walk.mixed:
+            return Side(fork, "projection", own)
         if fork is not None:
             if walk.bent:
                 return Side(fork, "bent", own)
@@ -188,7 +202,7 @@ class _Walk:
     def __init__(self, graph: Graph, common: int):
         self.graph, self.common = graph, common
         self.products: list[int] = []
-        self.gate = self.bent = False
+        self.gate = self.bent = self.mixed = False
         self._seen: dict[int, frozenset[int]] = {}
 
     def weightless(self, v: int) -> frozenset[int]:
@@ -241,6 +255,10 @@ class _Walk:
             # one that depends on the other; where neither does, as in attention's scores, it is no gate.
             self.gate, self.bent = True, before
             first = self.first(entered)
+            if kind in _MATRIX_PRODUCTS and sum(map(bool, reached.values())) == 1:
+                # x times a matrix that depends on the data, by weights: dynamic hyper-connections mix streams so.
+                self.mixed = True
+                return frozenset(first) if len(first) == 1 else frozenset()
             if kind not in ELEMENTWISE or len(first) > 1:
                 return frozenset()
             entered = frozenset(first)
