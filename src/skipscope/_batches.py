@@ -38,6 +38,8 @@ class Batches:
 def batches(items: Sequence[Batch]) -> Batches:
     """Say that a list is a list of batches (a bare list or tuple is always one batch).
 
+    Local.
+
     Args:
         items: batches, each ``(inputs, target)`` or a Mapping.
 

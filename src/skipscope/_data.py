@@ -72,6 +72,8 @@ def objective(
 ) -> Any:
     """Turn ``f(model, batch) -> scalar`` into a loss, for what ``loss(output, target)`` cannot say.
 
+    Local.
+
     Args:
         function: called with the model and one batch, whatever form the batch has.
         weight: what a batch counts for when several are averaged; default: its samples.

@@ -78,7 +78,7 @@ class _Bars:
 def progress(show: bool = True, *, file=None) -> Iterator[None]:
     """Show the progress of everything that runs inside.
 
-    Bars on a terminal, plain lines elsewhere. Nested uses keep the first display.
+    Bars on a terminal, plain lines elsewhere. Nested uses keep the first display. Local.
 
     Args:
         show: False is a way to say nothing without a second code path.

@@ -175,6 +175,8 @@ def loads(text: str, source: str = "text") -> Result:
 def load(path: str | os.PathLike[str]) -> Result:
     """Read what ``result.save(path)`` wrote: ``.json``, ``.html``, or a monitor's or a landscape's folder.
 
+    Local.
+
     Raises:
         SkipscopeError: no such file, or not one of ours.
     """

@@ -80,7 +80,7 @@ class ExampleDeepNeuralNetwork(nn.Module):
 def print_gradients(model: nn.Module, x: Tensor) -> None:
     """Print each weight's mean absolute gradient, as the lecture does: the target is 0, the loss MSE.
 
-    The gradients are not left in the model, so a second call prints the same numbers.
+    The gradients are not left in the model, so a second call prints the same numbers. Local.
 
     Raises:
         SkipscopeError: the model does not take ``x``, or its output is not one tensor with a gradient.

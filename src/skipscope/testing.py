@@ -76,7 +76,7 @@ def check_shortcut(
     gradient reaches the input; it is
     found by ``find_shortcuts``, with the right kind; it can be ablated, and says the same when it should; its
     ``state_dict`` holds all its state; it compiles to one graph; it runs under autocast. The module itself stays as
-    it was.
+    it was. Local.
 
     Args:
         module: a fresh block, one tensor out.

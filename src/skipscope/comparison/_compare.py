@@ -133,7 +133,7 @@ def compare(
 
     The shortcuts are found, not declared. A model that has some is compared with the twin from which they were
     removed; a model that has none with the twin to which they were added. Nothing is done to the model given: twins
-    are copies.
+    are copies. Local.
 
     Args:
         model: a factory (called anew for each seed) or a ready module (seeds then vary the order of batches only);

@@ -83,7 +83,7 @@ def train_twins(
     """Train networks side by side and tell how fast each one learns.
 
     Every twin sees the same batches in the same order for a given seed, and has its best learning rate out of the
-    same sweep (on the first seed). The models given are not trained: their copies are.
+    same sweep (on the first seed). The models given are not trained: their copies are. Local.
 
     Args:
         twins: name -> factory (called anew for every seed, after seeding) or ready module (seeds then vary the batch

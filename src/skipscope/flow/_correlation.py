@@ -34,7 +34,9 @@ def gradient_correlation(
     seed: int = 0,
     weight: Callable[[Batch], float] | None = None,
 ) -> GradientCorrelation:
-    """Correlate the input gradients of pairs of samples, against the distance between their inputs. Local.
+    """Correlate the input gradients of pairs of samples, against the distance between their inputs.
+
+    Local; under FSDP2 collective: every rank calls it.
 
     Args:
         model: any eager module; as found afterwards. It runs in the modes its modules are in.

@@ -36,8 +36,8 @@ def gradient_flow(
 
     The flow at a boundary is the RMS over all elements of dL/d(activation) there, squares summed in float64, with
     |dL/d(output)| set to 1. The modules run in the modes they are in. Called inside ``torch.autocast`` it measures
-    what autocast does. Local: a model wrapped in DDP
-    is measured as itself, on this rank's data; under FSDP2 every rank must call it, since the forward pass is collective.
+    what autocast does. Local: a model wrapped in DDP is measured as itself, on this rank's data. Under FSDP2 collective:
+    every rank calls it; boundaries are of this rank's data, a weight's gradient is the mean over ranks that training has.
 
     Args:
         model: any eager module; as found afterwards.

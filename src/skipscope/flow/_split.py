@@ -41,7 +41,8 @@ def gradient_split(
 ) -> GradientSplit:
     """Split the gradient at each fork into what the branch and what the shortcut brings.
 
-    For y = x + f(x) with no other consumer of x they are grad(x) - grad(y) and grad(y). Local.
+    For y = x + f(x) with no other consumer of x they are grad(x) - grad(y) and grad(y). Local; under
+    FSDP2 collective: every rank calls it.
 
     Args:
         model: any eager module; as found afterwards. It runs in the modes its modules are in.

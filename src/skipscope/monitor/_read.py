@@ -148,7 +148,7 @@ def _verdict_of_weights(history: History, was: str) -> LiveVerdict:
 def read_history(path: Path, *, all_rows: bool = False) -> History | None:
     """The history that a monitor writes to a folder, also while it runs or after it was killed; None if it is not one.
 
-    Of a long run every second, or fourth, ... row is read, as many as a live history would hold; a note says so.
+    Of a long run every second, or fourth, ... row is read, as many as a live history would hold; a note says so. Local.
 
     Args:
         path: the folder.

@@ -46,6 +46,7 @@ def random_direction(
 
     The draw of each parameter depends on the seed, the axis, its name and its shape alone, so that twins get the same
     draw for the parameters they have in common, on any device and in any precision; nobody's random state is touched.
+    Local.
 
     Args:
         model: whose weights give names, shapes and norms.

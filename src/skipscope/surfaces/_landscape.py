@@ -3,20 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 from torch import nn
 
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
+from skipscope.surfaces._band_results import PairedBand, SurfaceBand
 from skipscope.surfaces._bands import by_seed, paired_band, surface_band
 from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import Metric
+from skipscope.surfaces._results import PairedSurfaces, Surface
 from skipscope.surfaces._run import surfaces
 from skipscope.surfaces._settings import Settings
 
 
+class _Options(TypedDict, total=False):
+    """For type checkers: the options that both calls have, with the meanings they have there."""
+
+    grid: int | Sequence[int]
+    span: Any
+    store: Any
+    directions: Sequence[Any] | Plane | None
+    normalize: str
+    zero: Iterable[str]
+    orthogonal: bool
+    batch_norm: str
+    samples: int | None
+    metrics: Mapping[str, Metric] | None
+    l2: float
+    tolerance: float | None
+    strategy: str
+    precision: str | None
+    engine: str
+    weight: Callable[[Batch], float] | None
+    sample_loss: Callable[[Any, Any], torch.Tensor] | None
+
+
+class _OneOptions(_Options, total=False):
+    strength: Any
+
+
+@overload
+def landscape(
+    model: nn.Module, data: Any, loss: Any = None, *, seed: int = 0, **options: Unpack[_OneOptions]
+) -> Surface: ...
+@overload
+def landscape(
+    model: nn.Module, data: Any, loss: Any = None, *, seed: Sequence[int], **options: Unpack[_OneOptions]
+) -> SurfaceBand: ...
 def landscape(
     model: nn.Module,
     data: Any,
@@ -41,7 +77,7 @@ def landscape(
     engine: str = "auto",
     weight: Callable[[Batch], float] | None = None,
     sample_loss: Callable[[Any, Any], torch.Tensor] | None = None,
-) -> Any:
+) -> Surface | SurfaceBand:
     """The loss on a plane w + a d1 + b d2 around the model's weights (Li et al., arXiv 1712.09913).
 
     Local: no other process is waited for. The model is only read: a copy moves.
@@ -107,6 +143,17 @@ def landscape(
     return surfaces({name: model}, data, loss, settings).surfaces[name]
 
 
+_Twins = Mapping[str, nn.Module]
+
+
+@overload
+def paired_landscapes(
+    models: _Twins, data: Any, loss: Any = None, *, seed: int = 0, **options: Unpack[_Options]
+) -> PairedSurfaces: ...
+@overload
+def paired_landscapes(
+    models: _Twins, data: Any, loss: Any = None, *, seed: Sequence[int], **options: Unpack[_Options]
+) -> PairedBand: ...
 def paired_landscapes(
     models: Mapping[str, nn.Module],
     data: Any,
@@ -130,13 +177,14 @@ def paired_landscapes(
     engine: str = "auto",
     weight: Callable[[Batch], float] | None = None,
     sample_loss: Callable[[Any, Any], torch.Tensor] | None = None,
-) -> Any:
+) -> PairedSurfaces | PairedBand:
     """Surfaces of twins that can be compared: same data, same seed, same plane.
 
     Twins that share the first one's weights (removed, detached, another strength) get identical direction tensors,
     and their pointwise difference to it with a 95 % interval from the paired per-sample losses. Twins that were
     trained separately get the same Gaussian draw for the parameters that match by name and shape, each normalised to
     its own filters: they have no pointwise difference, only scores side by side.
+    Local, or shared between torchrun's ranks, which meet in the store.
 
     Args:
         models: name -> model; the first is the one that others are compared with.

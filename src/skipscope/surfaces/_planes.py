@@ -56,7 +56,7 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
 
     The first direction goes from ``model`` to the first of ``others``, which lies at (1,) or (1, 0). The second is
     the part of the way to the other one that is orthogonal to the first, as long as the first, so that the picture's
-    angles and lengths are those of weight space.
+    angles and lengths are those of weight space. Local.
 
     Args:
         model: the origin.
@@ -95,6 +95,8 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
 
 def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
     """The plane through ``model`` in which its training trajectory lies best, with what it leaves out.
+
+    Local.
 
     Args:
         model: the end of training: the origin.
