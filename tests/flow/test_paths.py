@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,52 @@ def test_memory_is_bounded_without_changing_the_answer():
     np.testing.assert_allclose(small.norms, whole.norms, rtol=1e-13)
 
 
+class Marked(torch.autograd.Function):
+    """The identity, whose piece of the graph holds something that can be seen to go."""
+
+    @staticmethod
+    def forward(ctx, x, marks):
+        ctx.mark = Line(0, 0)
+        marks.append(weakref.ref(ctx.mark))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_memory_at_two_cuts_at_a_time_and_passed_pieces_are_freed(monkeypatch, batched):
+    from skipscope.flow import _cuts
+
+    length, x = 24, torch.randn(4, 6, dtype=torch.float64)
+    model, waiting, alive, biggest = oracles.chain(length), [], [], []
+    flush, grad = _cuts.Walk.flush, _cuts._grad
+
+    def flushed(walk):
+        flush(walk)
+        stacks = [*walk.stacks.values(), *(stack for _, stack in walk.pending.values())]
+        storages = {s.rows.untyped_storage().data_ptr(): s.rows.untyped_storage().nbytes() for s in stacks}
+        waiting.append(sum(storages.values()))
+        alive.append(sum(ref() is not None for ref in hidden))
+
+    def counted(ends, rows, sources, **how):
+        gradients = grad(ends, rows, sources, **how)
+        biggest.append(sum(t.numel() * t.element_size() for t in (*rows, *gradients) if t is not None))
+        return gradients
+
+    hidden = []
+    for block in model.parts[:-1]:
+        block.inner[1].register_forward_hook(lambda module, args, output: Marked.apply(output, hidden))
+    monkeypatch.setattr(_cuts.Walk, "flush", flushed)
+    monkeypatch.setattr(_cuts, "_grad", counted)
+    one = x.numel() * x.element_size()
+    ss.path_spectrum(model, (x, x[:, :3]), mse, max_bytes=10 * one, batched=batched)
+    assert max(waiting) <= 2 * (length + 1) * one
+    assert max(biggest) <= 10 * one
+    assert len(alive) == length and alive[-1] <= alive[0] - length + 2
+
+
 def test_dropout_is_the_same_in_both_passes():
     model = nn.Sequential(
         *[oracles.Residual(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5))) for _ in range(4)]
@@ -228,6 +275,44 @@ def test_the_estimate_of_very_deep_networks_is_within_its_error(a, length):
     assert paths.errors.max() < 1e-6 * expected.max()
     assert paths.mean_length == pytest.approx(length * a / (1 + a), rel=1e-6)
     assert paths.residual < 1e-12
+
+
+class Line(nn.Module):
+    """c x + a x: lengths in a band around a / (a + c) of the branches."""
+
+    def __init__(self, c, a):
+        super().__init__()
+        self.c, self.f = c, nn.Linear(4, 4, bias=False)
+        self.f.weight.data = a * torch.eye(4)
+
+    def forward(self, x):
+        return self.c * x + self.f(x)
+
+
+class SideBySide(nn.Module):
+    def __init__(self, *sides):
+        super().__init__()
+        self.stem, self.sides = nn.Linear(4, 4), nn.ModuleList(sides)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return torch.stack([side(x) for side in self.sides]).tanh().sum(0)
+
+
+@pytest.mark.parametrize("bands", [[(350, 0.1, 0.9), (50, 0.99, 0.01)], [(300, 0.1, 0.9), (300, 0.95, 0.05)],
+                                   [(280, 0.02, 0.98), (260, 0.5, 0.5), (20, 0.99, 0.01)]])  # fmt: skip
+def test_the_estimate_knows_when_lengths_do_not_fit_its_window(bands):
+    """Two bands more than 256 apart are folded onto each other; neither the sum nor the window's ends would show it."""
+    torch.manual_seed(0)
+    model = SideBySide(*[nn.Sequential(*[Line(c, a) for _ in range(n)]) for n, c, a in bands]).double()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    exact = ss.path_spectrum(model, (x, x), mse, exact=True)
+    estimate = ss.path_spectrum(model, (x, x), mse, exact=False)
+    wrong = np.zeros(len(estimate.norms))
+    wrong[: len(exact.norms)] = exact.norms
+    wrong = np.abs(wrong - estimate.norms)
+    assert wrong.max() > 0.01 * exact.norms.max() and estimate.residual < 1e-12
+    assert (wrong <= estimate.errors).all()
 
 
 def test_the_estimate_of_a_shallow_network_is_exact():

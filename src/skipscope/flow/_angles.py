@@ -3,8 +3,10 @@
 With G(z) = sum_k z^k G_k, and each branch operand multiplying by z = exp(i t), the gradients at M angles t = 2 pi j / M
 give by a discrete Fourier transform the sums over all lengths that are equal modulo M. Lengths fill a band around
 their mean (for a chain of L equal blocks about sqrt(L) wide), so where the band is narrower than M those sums are the
-G_k themselves, once it is known where the band lies: at <G, sum_k k G_k> / |G|^2, which one more gradient carried along
-gives. What is left at the far ends of the window shows the error. Real gradients need half of the angles.
+G_k themselves, once it is known where the band lies: at <G, sum_k k G_k> / |G|^2. Real gradients need half of the
+angles. Three more gradients are carried along: G and its moments sum_k k G_k and sum_k k^2 G_k. What lies beyond the
+window is folded into it M away from its place, and the moments of the folded lengths miss it by M and by M^2: they show
+the error, as do the far ends of the window, where a band that is too broad has not died away.
 """
 
 from __future__ import annotations
@@ -20,38 +22,34 @@ MOST = 256  # branches up to which every length is carried; and the number of le
 
 
 class AngleWalk(Walk):
-    """A walk whose stacks hold, instead of lengths, the real and imaginary parts at each angle, G and sum_k k G_k."""
+    """A walk whose stacks hold, in place of lengths, real and imaginary parts at each angle, G and its two moments."""
 
     angles = MOST // 2 + 1
 
     def start(self, seed: Tensor) -> Stack:
-        """G(z) = 1 at every angle; G = 1; the derivative 0."""
-        rows = seed.new_zeros(2 * self.angles + 2, *seed.shape)
-        rows[: self.angles], rows[-2] = seed, seed
+        """G(z) = 1 at every angle; G = 1; its moments 0."""
+        rows = seed.new_zeros(2 * self.angles + 3, *seed.shape)
+        rows[: self.angles], rows[-3] = seed, seed
         return Stack(0, rows)
 
     def cross(self, stack: Stack) -> Stack:
-        """Times z at every angle; the derivative of z G is G + z G'."""
+        """Times z at every angle; lengths k become k + 1, and so do their moments."""
         a, rows = self.angles, stack.rows
         t = (2 * math.pi / MOST * torch.arange(a, dtype=torch.float64)).to(rows.device)
         shape = (a,) + (1,) * (rows.ndim - 1)
         cos, sin = t.cos().to(rows.dtype).view(shape), t.sin().to(rows.dtype).view(shape)
         real, imaginary = rows[:a], rows[a : 2 * a]
-        turned = [
-            cos * real - sin * imaginary,
-            sin * real + cos * imaginary,
-            rows[-2:-1],
-            rows[-1:] + rows[-2:-1],
-        ]
-        return Stack(0, torch.cat(turned))
+        whole, first, second = rows[-3:-2], rows[-2:-1], rows[-1:]
+        turned = [cos * real - sin * imaginary, sin * real + cos * imaginary]
+        return Stack(0, torch.cat([*turned, whole, first + whole, second + 2 * first + whole]))
 
     def window(self, stack: Stack | None, branches: int) -> tuple[int, int] | None:
         """The first of the lengths that are told apart, and how many."""
         if stack is None:
             return None
-        whole, derivative = stack.rows[-2].double().flatten(), stack.rows[-1].double().flatten()
+        whole, first = stack.rows[-3].double().flatten(), stack.rows[-2].double().flatten()
         square = float(whole @ whole)
-        middle = float(whole @ derivative) / square if square else 0.0
+        middle = float(whole @ first) / square if square else 0.0
         middle = middle if math.isfinite(middle) else 0.0
         return max(0, min(round(middle) - MOST // 2, branches + 1 - MOST)), MOST
 
@@ -63,3 +61,14 @@ class AngleWalk(Walk):
         spectrum = torch.complex(rows[: self.angles], -rows[self.angles :])
         residues = torch.fft.irfft(spectrum, n=MOST, dim=0)
         return Stack(window[0], residues.roll(-(window[0] % MOST), 0))
+
+    def folded(self, stack: Stack, told: Stack) -> float:
+        """An estimate of how much lies beyond the window: by how much the moments of what was told apart are wrong."""
+        middle = told.low + MOST // 2
+        j = torch.arange(
+            told.low - middle, told.high - middle + 1, dtype=torch.float64, device=told.rows.device
+        )
+        whole, first, second = (row.double() for row in stack.rows[-3:])
+        right = first - middle * whole, second - 2 * middle * first + middle**2 * whole
+        off = [(torch.tensordot(j**p, told.rows, 1) - right[p - 1]).norm() / MOST**p for p in (1, 2)]
+        return float(max(off))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -32,10 +32,15 @@ SMALL_ON_CPU, SMALL_ELSEWHERE = 2**14, 2**20
 
 @dataclass
 class Stack:
-    """Gradients by length: row i belongs to length ``low + i``."""
+    """Gradients by length: row i belongs to length ``low + i``.
+
+    Attributes:
+        own: no one else holds the rows, so that they may be added to in place.
+    """
 
     low: int
     rows: Tensor
+    own: bool = False
 
     @property
     def high(self) -> int:
@@ -44,22 +49,23 @@ class Stack:
 
     def spread(self, low: int, high: int) -> Tensor:
         """The rows from ``low`` to ``high``, zeros where there are none."""
-        before, after = self.low - low, high - self.high
-        if not before and not after:
-            return self.rows
-        return torch.cat([self.rows.new_zeros(before, *self.rows.shape[1:]), self.rows,
-                          self.rows.new_zeros(after, *self.rows.shape[1:])])  # fmt: skip
+        return self.rows if (self.low, self.high) == (low, high) else self.room(low, high).rows
+
+    def room(self, low: int, high: int) -> Stack:
+        """The same with room for lengths from ``low`` to ``high`` at least, in rows of its own."""
+        low, high = min(low, self.low), max(high, self.high)
+        if self.own and (low, high) == (self.low, self.high):
+            return self
+        rows = self.rows.new_empty(high - low + 1, *self.rows.shape[1:])
+        rows[: self.low - low], rows[self.high - low + 1 :] = 0, 0
+        rows[self.low - low : self.high - low + 1] = self.rows
+        return Stack(low, rows, own=True)
 
     def plus(self, other: Stack) -> Stack:
-        """The sum, over all lengths that either has."""
-        low, high = min(self.low, other.low), max(self.high, other.high)
-        if (low, high) == (self.low, self.high) == (other.low, other.high):
-            return Stack(low, self.rows + other.rows)
-        total = self.rows.new_empty(high - low + 1, *self.rows.shape[1:])
-        total[: self.low - low], total[self.high - low + 1 :] = 0, 0
-        total[self.low - low : self.high - low + 1] = self.rows
-        total[other.low - low : other.high - low + 1] += other.rows
-        return Stack(low, total)
+        """The sum, over all lengths that either has; in place where that may be."""
+        total = self.room(other.low, other.high)
+        total.rows[other.low - total.low : other.high - total.low + 1] += other.rows
+        return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,11 +211,12 @@ class Walk:
         self.leaves = {id(cut.leaf) for cut in forward.cuts} | {id(target) for target in forward.targets}
         self.stacks: dict[int, Stack] = {}  # at leaves
         self.pending: dict[Any, tuple[End, Stack]] = {}  # at operands, which several merges may share
-        self.first_use: dict[Any, int] = {}
-        for m, cut in enumerate(forward.cuts):
-            for operand in cut.operands:
-                if operand is not None:
-                    self.first_use.setdefault(operand.key, m)
+        self.first_used: list[list[Any]] = []  # for each cut, operands that none before it uses
+        seen = set[Any]()
+        for cut in forward.cuts:
+            keys = {operand.key for operand in cut.operands if operand is not None} - seen
+            self.first_used.append(list(keys))
+            seen |= keys
 
     def run(self) -> list[Stack | None]:
         """The stacks of the targets, None for one that no path reaches."""
@@ -218,13 +225,13 @@ class Walk:
         assert end is not None, "the caller has made sure that the loss has a gradient"
         self.segment([end], [self.start(torch.ones_like(loss))])
         self.rescale()
-        for m in range(len(self.forward.cuts) - 1, -1, -1):
+        while self.forward.cuts:
             cut = self.forward.cuts.pop()
             if id(cut.leaf) not in targets:
                 stack = self.stacks.pop(id(cut.leaf), None)
                 if stack is not None:
                     self.through(cut, stack)
-            self.flush(m)
+            self.flush()
         return [self.stacks.get(id(target)) for target in self.forward.targets]
 
     def start(self, seed: Tensor) -> Stack:
@@ -267,15 +274,18 @@ class Walk:
                 old = self.pending.get(operand.key)
                 self.pending[operand.key] = (operand, new if old is None else old[1].plus(new))
 
-    def arrive(self, leaf: Tensor, new: Stack) -> None:
-        """Add to the stack of a leaf."""
+    def arrive(self, leaf: Tensor, new: Stack, high: int = 0) -> None:
+        """Add to the stack of a leaf, which will have lengths up to ``high``."""
+        high = max(high, new.high)
         old = self.stacks.get(id(leaf))
-        self.stacks[id(leaf)] = new if old is None else old.plus(new)
+        if old is None:
+            self.stacks[id(leaf)] = new if new.high == high else new.room(new.low, high)
+        else:
+            self.stacks[id(leaf)] = old.room(new.low, high).plus(new)
 
-    def flush(self, m: int) -> None:
-        """Send on what waits at the operands that no earlier merge uses."""
-        ready = [key for key in self.pending if self.first_use[key] == m]
-        ends = [self.pending.pop(key) for key in ready]
+    def flush(self) -> None:
+        """Send on what waits at the operands that no earlier merge uses; with them goes their piece of the graph."""
+        ends = [self.pending.pop(key) for key in self.first_used.pop() if key in self.pending]
         if ends:
             self.segment([end for end, _ in ends], [stack for _, stack in ends])
 
@@ -285,10 +295,10 @@ class Walk:
         sources = self.sources(ends)
         if not sources:
             return
-        gradients = self.backward(ends, [s.spread(low, high) for s in stacks], sources)
-        for source, rows in zip(sources, gradients):
-            if rows is not None:
-                self.arrive(source, Stack(low, rows))
+        for i, gradients in self.parts(ends, [s.spread(low, high) for s in stacks], sources):
+            for source, rows in zip(sources, gradients):
+                if rows is not None:
+                    self.arrive(source, Stack(low + i, rows, own=True), high)
 
     def sources(self, ends: list[End]) -> list[Tensor]:
         """The cuts and targets that the graph above ``ends`` starts from."""
@@ -310,14 +320,17 @@ class Walk:
         self, ends: Sequence[End], rows: Sequence[Tensor], sources: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """Vector-Jacobian products of every row: ``[n, *source.shape]`` for each source, None where unreached."""
+        columns = zip(*(gradients for _, gradients in self.parts(ends, rows, sources)))
+        return [None if c[0] is None else c[0] if len(c) == 1 else torch.cat(c) for c in columns]
+
+    def parts(
+        self, ends: Sequence[End], rows: Sequence[Tensor], sources: Sequence[Tensor]
+    ) -> Iterator[tuple[int, list[Tensor | None]]]:
+        """The same, so many rows at a time as fit: the first of them, and their products."""
         one = sum(end.bytes for end in ends) + sum(t.numel() * t.element_size() for t in sources)
         most = max(1, self.max_bytes // max(1, one))
-        parts = [
-            self.some(ends, [r[i : i + most] for r in rows], sources)
-            for i in range(0, rows[0].shape[0], most)
-        ]
-        columns = zip(*parts)
-        return [None if c[0] is None else c[0] if len(c) == 1 else torch.cat(c) for c in columns]
+        for i in range(0, rows[0].shape[0], most):
+            yield i, self.some(ends, [r[i : i + most] for r in rows], sources)
 
     def some(
         self, ends: Sequence[End], rows: Sequence[Tensor], sources: Sequence[Tensor]

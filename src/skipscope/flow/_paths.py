@@ -53,8 +53,9 @@ def path_spectrum(
         found: the shortcuts that count; all that are found by default.
         batched: carry all lengths through the backward pass at once (torch's vmap), or one after the other; by default
             whichever is faster.
-        max_bytes: a bound on the gradients that go through a segment at once. On top come those that wait at cuts: one
-            for each length that exists there, at one or two cuts at a time in a chain.
+        max_bytes: a bound on the gradients that go into and come out of a segment at once. On top of these, and of the
+            forward pass, come those that wait at cuts: one for each length that exists there, in a chain at two cuts
+            at a time. What the walk has passed is freed.
         exact: False: an estimate that carries 256 gradients, however many lengths there are, and shows its error; None:
             that beyond 256 branches.
         seed: of the random numbers drawn inside (dropout).
@@ -111,18 +112,18 @@ def _walked(walk: Walk) -> Stack | None:
 
 
 def _with_errors(
-    norms: np.ndarray, window: tuple[int, int], branches: int
+    norms: np.ndarray, window: tuple[int, int], branches: int, floor: float
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """All lengths, what an estimate is off by as seen at the far ends of its window, and a note."""
+    """All lengths, what an estimate is off by (at least ``floor``), and a note."""
     low, count = window
     inside = norms[low : low + count]
     eighth = max(1, len(inside) // 8)
     ends = ([] if low == 0 else [inside[:eighth]]) + ([] if low + count > branches else [inside[-eighth:]])
-    floor = max((float(end.max()) for end in ends), default=0.0)
+    floor = max([floor, *(float(end.max()) for end in ends)])
     norms = np.concatenate([norms, np.zeros(max(0, branches + 1 - len(norms)))])[: branches + 1]
     note = (
-        f"Told apart: {count} of {branches + 1} lengths, {low} to {min(branches, low + count - 1)}. Error: the greatest "
-        f"norm at the far ends of these, {floor:.2g}."
+        f"Told apart: {count} of {branches + 1} lengths, {low} to {min(branches, low + count - 1)}. Error of each norm: "
+        f"about {floor:.2g}, from what lies beyond, the far ends of these, and rounding."
     )
     return norms, np.full(len(norms), floor), (note,)
 
@@ -185,13 +186,17 @@ class _Sums:
         self.reached = False
         self.ways: set[str] = set()
         self.window: tuple[int, int] | None = None  # of an estimate: its first length, and how many
+        self.folded, self.rounding = 0.0, 0.0  # what lies beyond it, and half precision's share
 
     def add(self, walk: Walk, stack: Stack | None, plain: Tensor | None, share: float) -> None:
         """Take in one batch."""
         self.ways |= walk.ways
         if isinstance(walk, AngleWalk):
             self.window = self.window or walk.window(stack, self.branches)
-            stack = walk.lengths(stack, self.window)
+            angles, stack = stack, walk.lengths(stack, self.window)
+            if angles is not None and stack is not None:
+                self.folded += walk.folded(angles, stack) * walk.unit * share
+                self.rounding = 16 * torch.finfo(angles.rows.dtype).eps
         if stack is None or plain is None:
             return
         self.reached = True
@@ -231,7 +236,8 @@ class _Sums:
         method = "mixed" if len(self.ways) == 2 else next(iter(self.ways), "batched")
         errors, notes = None, ()
         if self.window is not None:
-            norms, errors, notes = _with_errors(norms, self.window, self.branches)
+            floor = max(self.folded, self.rounding * self.all)
+            norms, errors, notes = _with_errors(norms, self.window, self.branches, floor)
             method = f"estimate, {method}"
         return PathSpectrum(
             norms, mean, self.off / self.all if self.all else self.off, self.all, len(norms) - 1, name, method,
