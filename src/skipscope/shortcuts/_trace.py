@@ -61,6 +61,7 @@ class Trace:
 
     Attributes:
         model: the traced module.
+        modules: it and those inside it, by path.
         output: what the model returned, alive.
         calls: merge-like calls with an activation among their operands, in order.
         sources: where activations begin: autograd node and name (``"input"`` or the embedding's call key).
@@ -71,6 +72,7 @@ class Trace:
     """
 
     model: nn.Module
+    modules: dict[str, nn.Module]
     output: Any = None
     calls: list[Call] = field(default_factory=list)
     sources: dict[Any, str] = field(default_factory=dict)
@@ -259,7 +261,7 @@ def trace(model: nn.Module, inputs: Any) -> Trace:
 
 
 def _traced(model: nn.Module, inputs: Any, follow: bool) -> Trace:
-    record = Trace(model)
+    record = Trace(model, dict(model.named_modules()))
     leaves: list[Tensor] = []
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -275,6 +277,7 @@ def _traced(model: nn.Module, inputs: Any, follow: bool) -> Trace:
         record.output = _data.forward(model, (inputs, None), "find_shortcuts")
     for call in record.calls:
         call.key = recorder.sites.complete(call.key)
+    recorder.sites.reset()  # it holds frames, and they this record: with it every activation
     return record
 
 
@@ -311,7 +314,7 @@ def _watched(record: Trace, sites: _calls.Sites) -> Iterator[None]:
 
         return hook
 
-    places = {id(module): i for i, module in enumerate(record.model.modules())}
+    places = {id(module): i for i, module in enumerate(record.modules.values())}
 
     def hold(unit: nn.Module, *_: Any) -> None:
         for module in unit.modules():
@@ -325,7 +328,7 @@ def _watched(record: Trace, sites: _calls.Sites) -> Iterator[None]:
             record.model
         ):  # whole weights take the place of shards as its forward begins
             handles.append(unit.register_forward_pre_hook(hold))
-        for path, module in record.model.named_modules():
+        for path, module in record.modules.items():
             handles.append(module.register_forward_hook(note(path, bool(module._parameters))))
         yield
     finally:
