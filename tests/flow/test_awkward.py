@@ -386,3 +386,37 @@ def test_underflow_says_what_it_would_be():
     assert flow.verdict.cause == "underflow"
     where = next(b for b in reversed(flow.boundaries) if b.state == "underflow")
     assert where.name in flow.verdict.reason and 0 < flow.verdict.evidence < 1e-38
+
+
+@pytest.mark.parametrize("at", [0, 2, 4])
+@pytest.mark.parametrize("weights", [False, True])
+def test_the_layer_that_silences_all_after_it_is_the_one_named(at, weights):
+    """Without biases a dead layer makes every later one dead too; the first is the cause."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)], nn.Linear(8, 8))
+    with torch.no_grad():
+        for part in model[:6]:
+            nn.init.kaiming_normal_(part[0].weight)
+            part[0].bias.zero_()
+        if weights:
+            model[at][0].weight.zero_()
+        else:
+            model[at][0].bias.fill_(-100)
+    verdict = ss.gradient_flow(model, rows(), mse).verdict
+    assert verdict.state == "dead" and verdict.hinders == ("SGD", "Adam")
+    if weights:
+        assert verdict.cause == "gain" and f"{at}.0.weight are all 0" in verdict.reason
+    else:
+        assert verdict.cause == "inactive" and verdict.where == f"{at}.0" and verdict.evidence == 1
+
+
+def test_whom_it_hinders():
+    def of(gain, depth):
+        model = nn.Sequential(*[oracles.orthogonal(8, gain) for _ in range(depth)]).double()
+        return ss.gradient_flow(model, wide(rows()), lambda o, t: (o * t).sum()).verdict
+
+    assert of(1.0, 10).hinders == ()
+    assert of(0.5, 10).hinders == ("SGD",)  # 3 decades
+    assert of(0.1, 10).hinders == ("SGD", "Adam")
+    assert of(1.5, 10).hinders == ("SGD",)  # 1.8 decades gained
+    assert of(3.0, 10).hinders == ("SGD", "Adam")

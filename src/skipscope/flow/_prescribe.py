@@ -76,7 +76,8 @@ def prescribe(
             problem = error.problem if isinstance(error, SkipscopeError) else str(error).splitlines()[0][:120]
             refused.append(f"Not tried: {one.name}: {problem}.")
     tried.sort(key=_rank)
-    return Prescription(before, tuple(tried), tuple(refused), _advice(before, tried))
+    notes = _notes(before, tried, steps)
+    return Prescription(before, tuple(tried), tuple(refused), _advice(before, tried), notes)
 
 
 class _Tools:
@@ -100,7 +101,9 @@ class _Tools:
         flow = gradient_flow(model, self.batches, self.objective, seed=self.seed, weight=self.weight)
         reached, rate = self.train(model) if self.steps else (None, "")
         verdict = flow.verdict
-        return Remedy(name, code, verdict.state, verdict.fall_decades, flow.loss, reached, rate)
+        return Remedy(
+            name, code, verdict.state, verdict.fall_decades, flow.loss, reached, rate, verdict.reason
+        )
 
     def train(self, model: nn.Module) -> tuple[float, str]:
         """The lowest loss after the steps, and the rate that reached it."""
@@ -139,15 +142,38 @@ def _rank(remedy: Remedy) -> tuple[bool, float, float]:
 
 
 def _advice(before: Remedy, tried: list[Remedy]) -> str:
-    if before.state == "healthy":
-        return "The flow is healthy as it is: unhindered; look at data, rate, initialisation"
+    """The answer in a sentence or two."""
     best = tried[0] if tried else None
+    lowest = min((r for r in tried if r.reached is not None), key=lambda r: r.reached, default=None)  # type: ignore[arg-type, return-value]
+    if before.state == "healthy":
+        return f"The flow is healthy as it is, {before.reason}" + _lower(lowest, before)
     if best is None or best.state != "healthy":
-        return f"The flow is {before.state}, and nothing that was tried makes it healthy"
-    change = f"{short(before.fall_decades)} -> {short(best.fall_decades)} decades"
-    loss = (
-        ""
-        if best.reached is None
-        else f", loss after a few steps {short(before.reached)} -> {short(best.reached)}"
-    )
-    return f"The flow is {before.state}; best of what was tried: {best.name} (fall {change}{loss})"
+        advice = f"The flow is {before.state}, and nothing that was tried makes it healthy"
+        return advice + _lower(lowest, before)
+    change = f"flow {before.state} -> {best.state}"
+    if before.fall_decades is not None:
+        change = f"fall {short(before.fall_decades)} -> {short(best.fall_decades)} decades"
+    if best.reached is not None:
+        change += f", loss after a few steps {short(before.reached)} -> {short(best.reached)}"
+    advice = f"The flow is {before.state}; best of what was tried: {best.name} ({change})"
+    return advice + _lower(lowest, best)
+
+
+def _lower(lowest: Remedy | None, than: Remedy) -> str:
+    """A second sentence where something else brings the loss down much faster."""
+    if lowest is None or lowest is than or than.reached is None or lowest.reached is None:
+        return ""
+    further = than.loss - lowest.reached > 2 * (than.loss - than.reached)
+    if not (further or lowest.reached < 0.5 * than.reached):
+        return ""
+    still = "" if lowest.state == "healthy" else f", though its flow is {lowest.state}"
+    return f". Lowest loss after a few steps: {lowest.name} ({short(than.reached)} -> {short(lowest.reached)}{still})"
+
+
+def _notes(before: Remedy, tried: list[Remedy], steps: int) -> tuple[str, ...]:
+    """Why the flow is as it is, how to do what came out best, and how the steps were taken."""
+    notes = [f"As it is: {before.reason}."] if before.state != "healthy" else []
+    notes += [f"To do it by hand: {tried[0].name}: {tried[0].code}"] if tried else []
+    rates = ", ".join(name for name, _, _ in RATES)
+    notes += [f"Each copy was trained for {steps} steps at {rates}; its lowest loss counts."] if steps else []
+    return tuple(notes)

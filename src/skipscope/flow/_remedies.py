@@ -72,17 +72,36 @@ def candidates(shortcuts: int) -> list[Candidate]:
 
 
 def _maps(model: nn.Module) -> list[nn.Module]:
-    found: list[nn.Module] = [m for m in model.modules() if isinstance(m, _MAPS)]
+    found = [m for m in model.modules() if isinstance(m, _MAPS) or _is_transposed(m)]
     if not found:
         raise SkipscopeError("prescribe", "the model has no linear map or convolution of torch's own")
     return found
 
 
+def _hidden(model: nn.Module) -> list[nn.Module]:
+    """All but the last one, whose output is no activation's input."""
+    found = _maps(model)[:-1]
+    if not found:
+        raise SkipscopeError("prescribe", "the model has no hidden linear map or convolution of torch's own")
+    return found
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """The linear map of Hugging Face's GPT-2, whose weight is ``[in, out]``."""
+    return type(module).__name__ == "Conv1D" and getattr(module, "nf", None) is not None
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight as torch has it: ``[out, in, ...]``."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.t() if _is_transposed(module) else weight
+
+
 @torch.no_grad()
 def _initialised(rule: Callable[[Tensor], Any], model: nn.Module, inputs: Any) -> nn.Module:
-    """Hidden maps by ``rule``; the last one, whose output is no activation's input, stays."""
-    for module in _maps(model)[:-1]:
-        rule(module.weight)  # type: ignore[arg-type]
+    """Hidden maps by ``rule``; the last one stays."""
+    for module in _hidden(model):
+        rule(_matrix(module))
         if module.bias is not None:
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     return model
@@ -91,18 +110,18 @@ def _initialised(rule: Callable[[Tensor], Any], model: nn.Module, inputs: Any) -
 @torch.no_grad()
 def _unit_variance(model: nn.Module, inputs: Any) -> nn.Module:
     """Mishkin & Matas 2015, without the orthogonal start: in one forward pass, each layer in turn."""
-    last, handles = _maps(model)[-1], []
+    hidden, handles = _hidden(model), []
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         spread = float(output.std())
-        if module is last or not (math.isfinite(spread) and spread > 0):
+        if not (math.isfinite(spread) and spread > 0):
             return output
         module.weight.div_(spread)  # type: ignore[union-attr]
         if module.bias is not None:
             module.bias.div_(spread)  # type: ignore[union-attr]
         return output / spread
 
-    for module in _maps(model):
+    for module in hidden:
         handles.append(module.register_forward_hook(hook))
     try:
         call_model(model, inputs)

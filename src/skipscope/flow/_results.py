@@ -245,7 +245,8 @@ class Remedy:
         code: the line that does it.
         state, fall_decades, loss: of the copy after it; the first row of a prescription is the network as it is.
         reached: the loss after the same few training steps that were given to every candidate; None if none were.
-        notes: what a reader should know.
+        notes: the rate that reached it.
+        reason: why the flow is as it is, a sentence.
     """
 
     name: str
@@ -255,6 +256,7 @@ class Remedy:
     loss: float
     reached: float | None = None
     notes: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -265,13 +267,15 @@ class Prescription(Result):
         before: the network as it is.
         remedies: what was tried, best first.
         refused: what could not be tried, and why.
-        advice: the answer in a sentence.
+        advice: the answer in a sentence or two.
+        notes: why the flow is as it is, how to do what came out best, and how the steps were taken.
     """
 
     before: Remedy
     remedies: tuple[Remedy, ...]
     refused: tuple[str, ...] = ()
     advice: str = ""
+    notes: tuple[str, ...] = ()
 
     def table(self) -> Table:
         """One row a remedy, the network as it is first."""
@@ -279,7 +283,7 @@ class Prescription(Result):
         return Table(
             self.advice or "Remedies tried", ["remedy", "flow", "fall", "loss", "after a few steps"], rows,
             ["Each remedy was applied to a copy and measured on the same data; fall in decades, positive: shrinks going "
-             "back.", *self.refused],
+             "back.", *self.notes, *self.refused],
         )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def judge(
         dtype: for the reason, when it underflows.
         culprit: (cause, words): what is not finite to begin with, where something is.
     """
-    broken = _broken(points, clues, culprit)
+    broken = _broken(points, clues, residual, culprit)
     if broken is not None:
         return broken
     connected = [(i, p) for i, p in enumerate(points) if p.log_flow is not None]
@@ -170,7 +170,7 @@ def _in_words(p: Point) -> str:
 
 
 def _broken(
-    points: Sequence[Point], clues: Sequence[Clue], culprit: tuple[str, str] | None
+    points: Sequence[Point], clues: Sequence[Clue], residual: bool, culprit: tuple[str, str] | None
 ) -> Verdict | None:
     """The states in which there is no fall to speak of: non-finite, unconnected, dead."""
     nothing = {"fall_decades": None, "slope": None, "slope_interval": None}
@@ -192,27 +192,38 @@ def _broken(
             reason=f"no path leads from the loss to {name}: {until + 1} of {until + 1 + rest} boundaries get no gradient",
         )  # fmt: skip
     if first.state == "exact_zero":
-        return _dead(points, clues, nothing)
+        return _dead(points, clues, residual, nothing)
     return None
 
 
-def _dead(points: Sequence[Point], clues: Sequence[Clue], nothing: dict) -> Verdict:
+def _dead(points: Sequence[Point], clues: Sequence[Clue], residual: bool, nothing: dict) -> Verdict:
     until = _until(points, "exact_zero")
-    name = points[until].name
-    clue = clues[until] if until < len(clues) else Clue()
-    if clue.activation and clue.inactive == 1:
-        cause, evidence = "inactive", 1.0
-        reason = f"every unit of the {clue.activation} after {name} is inactive on all of the data (100 % have slope 0)"
-    elif clue.layer and clue.gain == 0:
+    # A layer that is dead can silence all that follow it: the first one is the cause, unless the loss passes nothing on.
+    # Where shortcuts run along, only the last one can be.
+    silent = [
+        i for i, clue in enumerate(clues[: until + 1]) if _is_silent(clue) and (i == until or not residual)
+    ]
+    at = silent[0] if silent and (until < len(points) - 1 or silent[-1] == until) else until
+    name = points[at].name
+    clue = clues[at] if at < len(clues) else Clue()
+    if clue.layer and clue.gain == 0:
         cause, evidence = "gain", 0.0
         reason = f"the weights of {clue.layer} are all 0"
-    elif until == len(points) - 1:
+    elif _is_silent(clue):
+        cause, evidence = "inactive", 1.0
+        reason = f"every unit of the {clue.activation} after {name} is inactive on all of the data (100 % have slope 0)"
+    elif at == len(points) - 1:
         cause, evidence = "loss", 0.0
         reason = f"the gradient is exactly 0 already at {name}, the last boundary: the loss passes none on"
     else:
         cause, evidence = "unexplained", 0.0
         reason = f"the gradient is exactly 0 at {name} and all before it"
     return Verdict("dead", **nothing, where=name, reason=reason, cause=cause, evidence=evidence, hinders=ALL)
+
+
+def _is_silent(clue: Clue) -> bool:
+    """Whether it lets no gradient through: an activation function without slope, or weights that are all 0."""
+    return bool((clue.activation and clue.inactive == 1) or (clue.layer and clue.gain == 0))
 
 
 def _until(points: Sequence[Point], state: str) -> int:
