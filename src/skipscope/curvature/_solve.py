@@ -19,7 +19,7 @@ from skipscope.curvature._certificate import chance_unseen
 from skipscope.curvature._lanczos import Draw, Krylov, Product, gaussian_blocks
 
 _BASIS_BYTES = 1 << 30
-_SHAKE = 1.0  # the random part of a start near known vectors, against unit vectors
+_SHAKE = 2.0  # the random part of a start near known vectors, against unit vectors
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Wish:
         seed: of the start vectors.
         margin: how much farther out is meant by that, relative to max |lambda|; None: the tolerance.
         precision: relative rounding error of the products, where it is known beforehand (float32: 1.2e-7).
+        glance: a lesser (confidence, margin), at which the ends are noted on the way; for k = 1.
     """
 
     k: int = 1
@@ -47,6 +48,7 @@ class Wish:
     seed: int = 0
     margin: float | None = None
     precision: float = 0.0
+    glance: tuple[float, float] | None = None
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Ends:
         scale: max |lambda|.
         noise: the products' rounding error, estimated.
         asymmetry: the largest |u'Av - v'Au| seen.
+        glanced: both ends when the wish's glance was met, or None.
     """
 
     values: np.ndarray
@@ -74,6 +77,7 @@ class Ends:
     scale: float = 0.0
     noise: float = 0.0
     asymmetry: float = 0.0
+    glanced: np.ndarray | None = None
 
     def order(self, k: int) -> np.ndarray:
         """Indices of the k smallest, ascending, and of the k largest, descending ``[2, k]``."""
@@ -159,6 +163,7 @@ class _Search:
     doubt: float = 1.0
     patience: int = 0
     last: tuple[float, int] = (np.inf, 0)
+    glanced: np.ndarray | None = None
 
     def finish(self) -> bool:
         """Step until done (True) or until the products are spent or cannot do better (False)."""
@@ -197,11 +202,13 @@ class _Search:
             if self._count < wish.k or not within.all():
                 self._wait(float(residuals[self.wanted].max()), limit)
                 return None
-            low, high = self._thresholds(values)
-            margin = limit if wish.margin is None else limit * wish.margin / wish.tol
-            # A random part of this size in the start: the rest of it can only hide what it would have shown.
-            diluted = 1.0 if self.near is None else 1.0 + float(self.near.sum(0).norm()) / _SHAKE
-            self.doubt = min(chance_unseen(run, [low - margin, high + margin], width, diluted), 1.0)
+            if (
+                wish.glance
+                and self.glanced is None
+                and self._unseen(values, width, wish.glance[1]) <= 1 - wish.glance[0]
+            ):
+                self.glanced = values[[0, -1]]
+            self.doubt = self._unseen(values, width, wish.tol if wish.margin is None else wish.margin)
             if limit and self.doubt > self.allowed:
                 self._wait(self.doubt, self.allowed)
                 return None
@@ -209,11 +216,22 @@ class _Search:
             self.doubt = 0.0
         return bool((residuals[self.wanted] <= limit).all())
 
+    def _unseen(self, values: np.ndarray, width: int, margin: float) -> float:
+        """At most this is the chance that something lies farther out than what is known by ``margin`` of max |lambda|."""
+        out = margin * max(self.known.scale, abs(values[0]), abs(values[-1]))
+        low, high = self._thresholds(values)
+        # A random part of this size in the start: the rest of it can only hide what it would have shown.
+        diluted = 1.0 if self.near is None else 1.0 + float(self.near.sum(0).norm()) / _SHAKE
+        return min(chance_unseen(self.run, [low - out, high + out], width, diluted), 1.0)
+
     def _wait(self, size: float, limit: float) -> None:
         """Before the next look take half the steps that are missing, if the size goes on falling as it has since the last.
 
-        A look costs as much as many products of a small network; half, for it may fall faster.
+        A look costs as much as many products of a small network; half, for it may fall faster. A run that started near
+        its end is there after a few products, and looks at each.
         """
+        if self.near is not None:
+            return
         far = float(np.log10(size / limit)) if limit and size > 0 else 0.0
         before, at = self.last
         self.last = far, self.run.products
@@ -253,6 +271,7 @@ class _Search:
             scale=max(known.scale, abs(values[0]), abs(values[-1])),
             noise=max(known.noise, run.noise),
             asymmetry=max(known.asymmetry, run.asymmetry),
+            glanced=self.glanced,
         )
 
 

@@ -1,9 +1,7 @@
 """The loss on planes of weight space, one network at a time or twins side by side.
 
-Meanings: a plane is w + a d1 + b d2; a Gaussian direction is normalised filter by filter to |w|, biases and
-    norms
-zero (Li, Xu, Taylor, Studer, Goldstein: Visualizing the Loss Landscape of Neural Nets, NeurIPS 2018, arXiv
-1712.09913).
+Meanings: a plane is w + a d1 + b d2; a Gaussian direction is normalised filter by filter to |w|, biases and norms
+zero (Li, Xu, Taylor, Studer, Goldstein: Visualizing the Loss Landscape of Neural Nets, NeurIPS 2018, arXiv 1712.09913).
 """
 
 from skipscope.surfaces._band_results import PairedBand as PairedBand
@@ -13,6 +11,7 @@ from skipscope.surfaces._directions import random_direction as random_direction
 from skipscope.surfaces._landscape import landscape as landscape
 from skipscope.surfaces._landscape import paired_landscapes as paired_landscapes
 from skipscope.surfaces._map_result import CurvatureMap as CurvatureMap
+from skipscope.surfaces._map_result import PairedMaps as PairedMaps
 from skipscope.surfaces._planes import Plane as Plane
 from skipscope.surfaces._planes import solutions_plane as solutions_plane
 from skipscope.surfaces._planes import trajectory_plane as trajectory_plane

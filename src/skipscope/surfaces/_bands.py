@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from skipscope._errors import SkipscopeError
 from skipscope.surfaces._band_results import PairedBand, SurfaceBand
 from skipscope.surfaces._results import PairedSurfaces, Scores
 from skipscope.surfaces._run import surfaces
@@ -22,6 +23,10 @@ def by_seed(
     models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings
 ) -> dict[str, PairedSurfaces]:
     """One run a seed, each with a folder of its own in the store; the data is drawn by the first seed for all."""
+    if not settings.seed:
+        raise SkipscopeError(
+            "landscape", "no seeds", expected="a number, or several: [0, 1, 2]", got=settings.seed
+        )
     pairs = {}
     for seed in settings.seed:
         store = None if settings.store is None else Path(settings.store) / f"seed-{seed}"

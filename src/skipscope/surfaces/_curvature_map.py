@@ -1,46 +1,70 @@
 """|lambda_min / lambda_max| over a landscape's grid: where the loss is convex in all directions, not in two.
 
-The convexity map of Li et al. (arXiv 1712.09913, section 6). Neighbours have nearly the same outermost eigenvectors, so
-a row is walked from one end: its first point is solved afresh, each next one starts near the eigenvectors of the two
-before it, continued in a straight line. What such a walk could miss is an eigenvalue that overtakes from elsewhere: at
-every eighth point it is solved afresh as well, and when the two differ the points since the last check are solved anew.
+The convexity map of Li et al. (arXiv 1712.09913, section 6), of one network or of twins side by side.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from skipscope._data import Batch, mean_loss, read
+from skipscope._data import Batch, Batches, Objective, mean_loss, read
 from skipscope._errors import SkipscopeError
-from skipscope._untouched import untouched
+from skipscope._untouched import private_copy, untouched
 from skipscope._version import __version__
-from skipscope.curvature import CurvatureOperator, Ends, Matrix, Wish, find_ends, open_operator
+from skipscope.curvature import How, Matrix, Wish, open_operator
 from skipscope.surfaces._directions import Direction
+from skipscope.surfaces._evaluate import recalibrate
 from skipscope.surfaces._grid import Sheet, axes
-from skipscope.surfaces._map_result import CurvatureMap
+from skipscope.surfaces._map_result import CurvatureMap, PairedMaps
 from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import data_hash, hash_of, resident, weights_hash
 from skipscope.surfaces._runner import Runner, engine_for
 from skipscope.surfaces._settings import Settings
-from skipscope.surfaces._store import Plan, Store, check_plan, read_plan
-from skipscope.surfaces._twins import directions_for
+from skipscope.surfaces._store import PLAN, Plan, Store, check_plan, read_plan
+from skipscope.surfaces._twins import directions_for, same_weights, stale_statistics
+from skipscope.surfaces._walk import NAMES, SEGMENT, Walk
 
-_NAMES = ["smallest", "largest", "residual", "probability", "converged", "products", "checked", "differs"]
-_CHECK = 8  # columns between two points that are solved afresh as well
-_SEGMENT = 64  # columns after which a walk starts anew
-_REACH = 0.1  # for a point of a walk: how far out, of max |lambda|, the stated probability looks
+_OPERATION = "curvature_map"
 
 
+class _Options(TypedDict, total=False):
+    """For type checkers: the options of the call, with the meanings they have there."""
+
+    grid: int | Sequence[int]
+    span: Any
+    seed: int
+    store: Any
+    directions: Sequence[Any] | Plane | None
+    normalize: str
+    zero: Iterable[str]
+    orthogonal: bool
+    samples: int | None
+    tol: float
+    confidence: float
+    max_products: int
+    matrix: Matrix
+    engine: str
+    weight: Callable[[Batch], float] | None
+
+
+@overload
 def curvature_map(
-    model: nn.Module,
+    model: nn.Module, data: Any, loss: Any = None, **options: Unpack[_Options]
+) -> CurvatureMap: ...
+@overload
+def curvature_map(
+    model: Mapping[str, nn.Module], data: Any, loss: Any = None, **options: Unpack[_Options]
+) -> PairedMaps: ...
+def curvature_map(
+    model: nn.Module | Mapping[str, nn.Module],
     data: Any,
     loss: Any = None,
     *,
@@ -59,33 +83,37 @@ def curvature_map(
     matrix: Matrix = "hessian",
     engine: str = "auto",
     weight: Callable[[Batch], float] | None = None,
-) -> CurvatureMap:
+) -> CurvatureMap | PairedMaps:
     """Both ends of the Hessian's spectrum at every point of a landscape's grid.
 
-    The plane is that of :func:`landscape` with the same seed and settings, so that the two lie on top of each other; and
-    a twin made by :func:`ablate` has the same directions as its original, so that two maps can be held side by side.
+    The plane is that of :func:`landscape` with the same seed and settings, so that the two lie on top of each other.
     Local, or shared between torchrun's ranks as a landscape is.
 
     Args:
-        model: in eval mode; only read.
+        model: in eval mode; only read. Or twins, name -> model: those that share the first one's weights (removed,
+            detached) are moved along its directions, others along the same draw, normalised to their own filters.
+            Batch-norm statistics that a twin has of the first one and that do not fit it are measured anew, and said so.
         data: one batch or re-iterable batches; read once and kept.
         loss: ``loss(output, target)``; left out when the output carries ``.loss``; or ``@ss.objective``.
         grid: as in :func:`landscape`; a point costs some ten products with the Hessian.
         span: as in :func:`landscape`.
         seed: as in :func:`landscape`; of the solver's random vectors too.
         store: a folder to keep finished rows in, where the same call resumes; inside a landscape's store it takes a folder
-            of its own.
-        directions: as in :func:`landscape`.
+            of its own, and so does each twin.
+        directions: as in :func:`landscape`; with twins only for those that share weights.
         normalize: as in :func:`landscape`.
         zero: as in :func:`landscape`.
         orthogonal: as in :func:`landscape`.
         samples: use a random subset of the data of this size.
         tol: largest residual, relative to max |lambda| at the point.
-        confidence: the probability asked for where a point is solved afresh.
+        confidence: the probability asked for at every sixteenth point, and where a row begins; see :class:`CurvatureMap`.
         max_products: at one point; after these it is marked as not converged.
         matrix: "hessian" or "gauss_newton".
         engine: "local", "torchrun", or "auto": the ranks when there are some and a store, else local.
         weight: what a batch counts for in the mean over batches.
+
+    Returns:
+        A :class:`CurvatureMap`; for twins :class:`PairedMaps`.
 
     Raises:
         SkipscopeError: model, data, loss or settings that cannot be used, or a store that holds something else.
@@ -97,40 +125,143 @@ def curvature_map(
         >>> found.ratio.shape, bool((found.smallest > 0).all())  # least squares is convex everywhere
         ((3, 3), True)
     """
-    operation = "curvature_map"
+    if engine == "ray":
+        raise SkipscopeError(
+            _OPERATION, "a map is not computed on Ray", expected="local or torchrun", got=engine,
+            cure="several processes share one as ranks: torchrun --nproc-per-node=N, with store=",
+        )  # fmt: skip
+    paired = isinstance(model, Mapping)
+    if paired and not model:
+        raise SkipscopeError(
+            _OPERATION, "no twins were given", expected='a model, or {"with": model, "without": plain}'
+        )
     settings = Settings(
         grid=grid, span=span, seed=seed, store=store, directions=directions, normalize=normalize, zero=zero,
         orthogonal=orthogonal, samples=samples, engine=engine, weight=weight,
     )  # fmt: skip
-    if engine == "ray":
-        raise SkipscopeError(
-            operation, "a map is not computed on Ray", expected="local or torchrun", got=engine
-        )
-    model = getattr(model, "_orig_mod", model)  # curvature is measured on the uncompiled module, by its names
+    named = model if isinstance(model, Mapping) else {type(model).__name__: model}
+    # Curvature is measured on the uncompiled module, by its names.
+    models = {name: getattr(one, "_orig_mod", one) for name, one in named.items()}
+    first = next(iter(models.values()))
     at = axes(grid, span, settings.axis_count)
-    held = resident(model, data, loss, samples, seed)
-    batches, objective = read(model, held, loss, operation, weight=weight)
-    operator = open_operator(operation, model, held, loss, matrix=matrix, weight=weight)
-    with untouched(model, training=False, seed=0, operation=operation):
-        centre = mean_loss(model, batches, objective)
-    moved = directions_for(model, settings, len(at))
-    wish = Wish(1, tol, confidence, seed=seed, max_products=max_products, precision=operator.precision)
-    sheet = Sheet(_NAMES, tuple(len(axis) for axis in at))
-    identity = {
-        "weights": weights_hash(model), "data": data_hash(held), "loss": objective.name, "grid": [a.tolist() for a in at],
-        "directions": hash_of(t for d in moved for t in d.values()),
-        "settings": {"map": matrix, "tol": tol, "confidence": confidence, "seed": seed, "max_products": max_products},
-        "versions": {"skipscope": __version__, "torch": torch.__version__},
-    }  # fmt: skip
-    kept = _open(store, Plan(identity, [centre], _NAMES, sheet.done.size, min(len(at[-1]), _SEGMENT), "walk"))
-    runner = Runner(
-        sheet, Walk(operator, moved, at, wish), kept, engine_for(engine, kept is not None), "curvature map"
-    )
-    _fill(runner, sheet)
-    result = _result(type(model).__name__, sheet, at, operator, wish, identity)
-    if kept is not None and runner.rank == 0:
-        kept.finish(result)
-    return result
+    held = resident(first, data, loss, samples, seed)
+    batches, objective = read(first, held, loss, _OPERATION, weight=weight)
+    wish = Wish(1, tol, confidence, seed=seed, max_products=max_products)
+    plane = _Plane(settings, at, batches, objective, How(matrix, weight=weight), wish)
+    maps, notes, shared = plane.maps(models, paired)
+    return PairedMaps(maps, shared, tuple(notes)) if paired else next(iter(maps.values()))
+
+
+class _Plane:
+    """What all maps of a call have in common.
+
+    Args:
+        settings: the call's.
+        at: the grid's axes.
+        data: resident batches.
+        loss: the objective.
+        how: which matrix.
+        wish: what is asked of a point that is solved afresh.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        at: tuple[np.ndarray, ...],
+        data: Batches,
+        loss: Objective,
+        how: How,
+        wish: Wish,
+    ):
+        self.settings, self.at, self.data, self.loss, self.how, self.wish = (
+            settings,
+            at,
+            data,
+            loss,
+            how,
+            wish,
+        )
+
+    def maps(
+        self, models: Mapping[str, nn.Module], paired: bool
+    ) -> tuple[dict[str, CurvatureMap], list[str], bool]:
+        """Every model's map; what must be known of them; and whether all share the first one's weights."""
+        (first_name, first), *_ = models.items()
+        centre, directions = self._centre(first), directions_for(first, self.settings, len(self.at))
+        maps, notes, apart = {}, [], []
+        for name, model in models.items():
+            moved, shared = directions, model is first or same_weights(first, model)
+            if not shared:
+                apart.append(name)
+                moved = directions_for(model, self.settings, len(self.at))
+            elif stale_statistics(first, model, centre, self._centre(model)):
+                model = private_copy(model, _OPERATION).eval()
+                recalibrate(model, self.data)
+                notes.append(
+                    f"{name}: batch-norm statistics measured anew (they were those of {first_name})."
+                )
+            maps[name] = self._map(name, model, moved, name if paired else "")
+        if apart:
+            notes.append(
+                f"{', '.join(apart)}: other weights than {first_name}; the same Gaussian draw, normalised to their own filters."
+            )
+        return maps, notes, not apart
+
+    def _centre(self, model: nn.Module) -> float:
+        with untouched(model, training=False, seed=0, operation=_OPERATION):
+            return mean_loss(model, self.data, self.loss)
+
+    def _map(self, name: str, model: nn.Module, moved: list[Direction], folder: str) -> CurvatureMap:
+        operator = open_operator(_OPERATION, model, self.data, self.loss, self.how)
+        wish = replace(self.wish, precision=operator.precision)
+        sheet = Sheet(NAMES, tuple(len(axis) for axis in self.at))
+        identity = self._identity(model, moved)
+        plan = Plan(
+            identity, [self._centre(model)], NAMES, sheet.done.size, min(len(self.at[-1]), SEGMENT), "walk"
+        )
+        kept = _open(self.settings.store, folder, plan)
+        walk, engine = (
+            Walk(operator, moved, self.at, wish),
+            engine_for(self.settings.engine, kept is not None),
+        )
+        runner = Runner(sheet, walk, kept, engine, f"curvature map of {name}")
+        _fill(runner, sheet)
+        result = CurvatureMap(
+            name=name,
+            smallest=sheet["smallest"],
+            largest=sheet["largest"],
+            residuals=sheet["residual"],
+            probability=sheet["probability"],
+            converged=sheet["converged"] == 1,
+            checked=sheet["checked"] == 1,
+            alphas=self.at[0],
+            betas=self.at[1] if len(self.at) > 1 else np.zeros(0),
+            tol=wish.tol,
+            confidence=wish.confidence,
+            products=int(np.nansum(sheet["products"])),
+            differed=int(np.nansum(sheet["differs"])),
+            method=operator.method,
+            matrix=operator.matrix,
+            parameters=operator.shape[0],
+            loss_name=self.loss.name,
+            seed=wish.seed,
+            weights_hash=identity["weights"],
+            data_hash=identity["data"],
+        )
+        if kept is not None and runner.rank == 0:
+            kept.finish(result)
+        return result
+
+    def _identity(self, model: nn.Module, moved: list[Direction]) -> dict[str, Any]:
+        wish = self.wish
+        return {
+            "weights": weights_hash(model), "data": data_hash(self.data), "loss": self.loss.name,
+            "grid": [axis.tolist() for axis in self.at],
+            "directions": hash_of(t for d in moved for t in d.values()),
+            "settings": {"map": self.how.matrix, "tol": wish.tol, "confidence": wish.confidence, "seed": wish.seed,
+                         "max_products": wish.max_products},
+            "versions": {"skipscope": __version__, "torch": torch.__version__},
+        }  # fmt: skip
 
 
 def _fill(runner: Runner, sheet: Sheet) -> None:
@@ -143,135 +274,17 @@ def _fill(runner: Runner, sheet: Sheet) -> None:
         runner.compute(row)
 
 
-def _open(store: Any, plan: Plan) -> Store | None:
+def _open(store: Any, twin: str, plan: Plan) -> Store | None:
     if store is None:
         return None
     folder = Path(store)
-    found = read_plan(folder)
+    found = read_plan(folder) if not twin or (folder / PLAN).exists() else None
     if found is not None and "map" not in found.identity["settings"]:  # a landscape's
         folder = folder / "curvature"
-        found = read_plan(folder)
+    if twin:
+        folder = folder / re.sub(r"[^\w.-]+", "_", twin)
+    found = read_plan(folder)
     if found is None:
         return Store.create(folder, plan)
     check_plan(found, plan, folder)
     return Store(folder, found)
-
-
-class Walk:
-    """The numbers at grid points, along a row.
-
-    Args:
-        operator: the matrix; its parameters move.
-        directions: of the axes.
-        at: the axes.
-        wish: what is asked of a point that is solved afresh.
-    """
-
-    def __init__(
-        self, operator: CurvatureOperator, directions: list[Direction], at: tuple[np.ndarray, ...], wish: Wish
-    ):
-        self.operator, self.directions, self.at, self.wish = operator, directions, at, wish
-        parameters = operator.model.module.named_parameters()
-        self.origin = {n: p.detach().clone() for n, p in parameters if any(n in d for d in directions)}
-
-    def __call__(self, flat: np.ndarray) -> np.ndarray:
-        """The numbers at flat grid indices ``[names, points]``."""
-        out, row = np.full((len(_NAMES), len(flat)), np.nan), len(self.at[-1])
-        before: list[Tensor] = []
-        unchecked: list[int] = []  # points of the walk since the last that was solved afresh
-        for i, index in enumerate(flat):
-            column = int(index % row) % _SEGMENT
-            before = before if column else []
-            out[:, i], before = self._point(int(index), before, check=column % _CHECK == 0)
-            number = dict(zip(_NAMES, out[:, i], strict=True))
-            if number["differs"] == 1:
-                for j in unchecked:
-                    spent = out[_NAMES.index("products"), j]
-                    out[:, j], _ = self._point(int(flat[j]), [], check=True)
-                    out[_NAMES.index("products"), j] += spent
-                self._move(int(index))
-            unchecked = [] if number["checked"] == 1 else [*unchecked, i]
-        return out
-
-    def _point(self, index: int, before: list[Tensor], check: bool) -> tuple[np.ndarray, list[Tensor]]:
-        self._move(index)
-        try:
-            walked = self._solve(index, near=_continued(before)) if before else None
-            afresh = self._solve(index) if check or walked is None or not walked.converged else None
-        except SkipscopeError:  # not finite: far out a loss may be
-            return np.array([math.nan] * 4 + [0.0, math.nan, 0.0, 0.0]), []
-        found = afresh or walked
-        assert found is not None
-        low, high = found.order(1)[:, 0]
-        differs = (
-            walked is not None and afresh is not None and walked.converged and self._differ(walked, afresh)
-        )
-        numbers = [
-            found.values[low], found.values[high], found.residuals[[low, high]].max(), max(0.0, 1 - found.doubt),
-            float(found.converged), sum(e.products for e in (walked, afresh) if e), float(afresh is not None), float(differs),
-        ]  # fmt: skip
-        vectors = found.vectors[[low, high]]
-        return np.array(numbers), [vectors, *before[:1]]
-
-    def _solve(self, index: int, near: Tensor | None = None) -> Ends:
-        wish = replace(self.wish, seed=self.wish.seed + 7919 * (index + 1))
-        if near is not None:
-            wish = replace(wish, confidence=0.0, margin=_REACH)
-        operator = self.operator
-        return find_ends(operator.apply, operator.shape[0], wish, device=operator.basis_device, near=near)
-
-    def _differ(self, a: Ends, b: Ends) -> bool:
-        ends = [found.values[found.order(1)[:, 0]] for found in (a, b)]
-        return bool(np.abs(ends[0] - ends[1]).max() > 2 * self.wish.tol * max(a.scale, b.scale))
-
-    def _move(self, index: int) -> None:
-        place = np.unravel_index(index, tuple(len(axis) for axis in self.at))
-        values = dict(self.origin)
-        for axis, i, direction in zip(self.at, place, self.directions, strict=True):
-            for name, step in direction.items():
-                if axis[i]:
-                    values[name] = values[name] + float(axis[i]) * step.to(values[name])
-        self.operator.move_to(values)
-
-
-def _continued(before: list[Tensor]) -> Tensor:
-    """Eigenvectors at the next point ``[2, n]``, from those at the last one or two."""
-    last = before[0]
-    if len(before) == 1:
-        return last
-    inner = (last * before[1]).sum(1, keepdim=True)
-    line = 2 * last - inner.sign() * before[1]
-    # Where they turned by much it is another eigenvector, and there is no line to follow.
-    return torch.where(inner.abs() > 0.8, line / line.norm(dim=1, keepdim=True), last)
-
-
-def _result(
-    name: str,
-    sheet: Sheet,
-    at: tuple[np.ndarray, ...],
-    operator: CurvatureOperator,
-    wish: Wish,
-    identity: dict[str, Any],
-) -> CurvatureMap:
-    return CurvatureMap(
-        name=name,
-        smallest=sheet["smallest"],
-        largest=sheet["largest"],
-        residuals=sheet["residual"],
-        probability=sheet["probability"],
-        converged=sheet["converged"] == 1,
-        checked=sheet["checked"] == 1,
-        alphas=at[0],
-        betas=at[1] if len(at) > 1 else np.zeros(0),
-        tol=wish.tol,
-        confidence=wish.confidence,
-        products=int(np.nansum(sheet["products"])),
-        differed=int(np.nansum(sheet["differs"])),
-        method=operator.method,
-        matrix=operator.matrix,
-        parameters=operator.shape[0],
-        loss_name=identity["loss"],
-        seed=wish.seed,
-        weights_hash=identity["weights"],
-        data_hash=identity["data"],
-    )

@@ -20,15 +20,16 @@ class CurvatureMap(Result):
         largest: ``[a, b]``.
         residuals: a bound on the distance of both to an eigenvalue ``[a, b]``.
         probability: how surely no eigenvalue lies farther out ``[a, b]``: by more than the tolerance where ``checked``, by
-            more than a tenth of max |lambda| elsewhere; over the random starts.
-        converged: the residual is within the tolerance (and the probability as asked, where ``checked``) ``[a, b]``.
-        checked: solved afresh; elsewhere the solver walked on from neighbours ``[a, b]``.
+            more than half of max |lambda| elsewhere; over the random starts.
+        converged: the residual is within the tolerance and the probability as asked where ``checked``, 90 % elsewhere
+            ``[a, b]``.
+        checked: the probability is that for the tolerance; elsewhere the solver walked on from neighbours ``[a, b]``.
         alphas: the first axis ``[a]``.
         betas: the second axis ``[b]``; empty for a line.
         tol: the tolerance, relative to max |lambda| at a point.
-        confidence: the probability asked for where a point is solved afresh.
+        confidence: the probability asked for where ``checked``.
         products: spent on the whole map.
-        differed: checks at which the walk had gone wrong; the points before them were solved anew.
+        differed: checks at which the walk had gone wrong; the points before them were solved afresh.
         method: the mode of the products.
         matrix: "hessian" or "gauss_newton".
         parameters: the size of the matrix.
@@ -90,11 +91,39 @@ class CurvatureMap(Result):
         notes = [
             f"{self.products:,} products ({self.method}), {self.products / self.smallest.size:.1f} a point; "
             f"{self.parameters:,} parameters; tolerance {short(self.tol)} of max |lambda|.",
-            f"{int(self.checked.sum())} points were solved afresh, each end with probability {100 * self.confidence:g} %; "
-            f"the walk between them had gone wrong at {self.differed}.",
+            f"At {int(self.checked.sum())} points nothing lies farther out by more than the tolerance with probability "
+            f"{100 * self.confidence:g} %, at the others by more than half of max |lambda| with 90 %; the walk had gone wrong "
+            f"before {self.differed} of the checks, and was done again there.",
             "Convex: no eigenvalue below zero by more than its bound.",
         ]
         return Table(f"curvature map of {self.name}", ["what", "value"], rows, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class PairedMaps(Result):
+    """Curvature maps of twins on one plane: with shortcuts and without.
+
+    Attributes:
+        maps: by twin.
+        shared_weights: every twin has the same weights as the first (removed, detached, other strength).
+        notes: what was done to make them comparable, and what may not be compared.
+    """
+
+    maps: dict[str, CurvatureMap]
+    shared_weights: bool
+    notes: tuple[str, ...]
+
+    def table(self) -> Table:
+        """The maps in a few numbers, side by side."""
+        tables = {name: found.table() for name, found in self.maps.items()}
+        first = next(iter(tables.values()))
+        rows = [
+            [str(row[0]), *(table.rows[i][1] for table in tables.values())]
+            for i, row in enumerate(first.rows)
+        ]
+        spent = ", ".join(f"{name} {found.products:,}" for name, found in self.maps.items())
+        notes = [*self.notes, f"Products: {spent}.", first.notes[-1]]
+        return Table("curvature maps", ["what", *tables], rows, notes)
 
 
 def _extreme(function, values: np.ndarray) -> float | None:

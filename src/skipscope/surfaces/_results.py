@@ -223,8 +223,8 @@ class Surface(Result):
         label: "" or what the reader must know first, e.g. "flat: this network has not learnt".
         axis_names: what the axes are.
         metrics: name -> its values on the same plane, [a, b].
-        interpolation_error: largest error of interpolated values, measured on points the fit had not seen, or None when
-            every point was computed.
+        interpolation_error: largest error of interpolated values, in units of the loss, measured on points the fit had not
+            seen, or None when every point was computed; ``interpolation_error_share`` holds it against the range.
         scores: the surface in a few numbers.
         checks: measured on this run.
         provenance: how to make it again.
@@ -257,12 +257,28 @@ class Surface(Result):
         """Whether every point has a value (an interrupted run's surface has not)."""
         return self.interpolation_error is not None or bool(self.computed.all())
 
-    def table(self) -> Table:
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """The lowest and the highest finite value; (nan, nan) without one."""
         finite = self.values[np.isfinite(self.values)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (float("nan"),) * 2
+        return (float(finite.min()), float(finite.max())) if finite.size else (float("nan"), float("nan"))
+
+    @property
+    def interpolation_error_share(self) -> float | None:
+        """``interpolation_error`` as a share of the surface's range, as ``tolerance`` is; None when all was computed."""
+        if self.interpolation_error is None:
+            return None
+        low, high = self.value_range
+        return self.interpolation_error / (high - low) if high > low else 0.0
+
+    def table(self) -> Table:
+        low, high = self.value_range
         how = f"{int(self.computed.sum())} of {self.values.size} points computed"
-        if self.interpolation_error is not None:
-            how += f", the rest interpolated (largest error seen on held-out points {short(self.interpolation_error)})"
+        if self.interpolation_error_share is not None:
+            how += (
+                f", the rest interpolated (largest error on held-out points {short(100 * self.interpolation_error_share, 2)} % "
+                f"of the range: {short(self.interpolation_error)})"
+            )
         rows = [
             ["centre", short(self.scores.centre)],
             ["lowest, highest", f"{short(low)}, {short(high)}"],

@@ -24,7 +24,7 @@ from skipscope._errors import MissingExtra, SkipscopeError
 from skipscope._files import write_whole
 from skipscope.surfaces._grid import Sheet
 
-_PLAN, _RESULT = "skipscope.json", "result.json"
+PLAN, _RESULT = "skipscope.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
-        return Plan(**json.loads((folder / _PLAN).read_text()))
+        return Plan(**json.loads((folder / PLAN).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise SkipscopeError(
             "landscape", f"{folder} is not a landscape's store", expected="a new or empty folder, or an earlier store",
@@ -125,7 +125,7 @@ class Store:
                 str(building / "sheet"), shape=(1 + len(plan.names), plan.points), dtype="float64",
                 chunks=(1 + len(plan.names), plan.unit), fill_value=np.nan,
             )  # fmt: skip
-            write_whole(building / _PLAN, json.dumps(plan.__dict__, indent=1))
+            write_whole(building / PLAN, json.dumps(plan.__dict__, indent=1))
             os.chmod(building, 0o755)
             with contextlib.suppress(OSError):  # another process was first
                 os.rename(building, folder)
@@ -171,7 +171,7 @@ def read_store(path: Path) -> _result.Result | None:
     Raises:
         SkipscopeError: the run that fills the store has not finished.
     """
-    if not (path.is_dir() and (path / _PLAN).exists() and (path / "sheet").exists()):
+    if not (path.is_dir() and (path / PLAN).exists() and (path / "sheet").exists()):
         return None
     if not (path / _RESULT).exists():
         raise SkipscopeError(

@@ -69,7 +69,7 @@ def make_twins(
     twins: list[TwinOnPlane] = []
     keep = directions_fit(models.values(), next(iter(models.values())).parameters(), axes)
     for name, model in models.items():
-        shared = first is None or _same_weights(first.model, model)
+        shared = first is None or same_weights(first.model, model)
         moving = axes - (settings.strength is not None)
         directions = (
             first.directions
@@ -82,7 +82,8 @@ def make_twins(
             batch_norm=settings.batch_norm, l2=settings.l2, knob=knob,
         )  # fmt: skip
         twin = TwinOnPlane(name, model, directions, make(edited), shared)
-        if first is not None and _has_stale_statistics(first, twin):
+        frozen = shared and twin.evaluator.mode == "frozen"
+        if first and frozen and stale_statistics(first.model, model, first.centre, twin.centre):
             twin.fresh = private_copy(model, "landscape")
             recalibrate(twin.fresh, data)
             twin.evaluator = make(twin.fresh)
@@ -94,12 +95,13 @@ def make_twins(
     return twins
 
 
-def _has_stale_statistics(first: TwinOnPlane, twin: TwinOnPlane) -> bool:
+def stale_statistics(
+    first: nn.Module, twin: nn.Module, centre_of_first: float, centre_of_twin: float
+) -> bool:
     """The twin computes something else than the first with the first one's batch-norm statistics."""
-    if twin.evaluator.mode != "frozen" or not twin.shared or twin.centre == first.centre:
+    if twin is first or centre_of_twin == centre_of_first:
         return False
-    ours, theirs = batch_norms(twin.model), batch_norms(first.model)
-    pairs = [(a.running_mean, b.running_mean) for a, b in zip(ours, theirs)]
+    pairs = [(a.running_mean, b.running_mean) for a, b in zip(batch_norms(twin), batch_norms(first))]
     return bool(pairs) and all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
 
 
@@ -112,7 +114,8 @@ def _with_knob(model: nn.Module, settings: Settings) -> tuple[nn.Module, torch.T
     return ablate(model, settings.strength, strength=knob).eval(), knob
 
 
-def _same_weights(first: nn.Module, other: nn.Module) -> bool:
+def same_weights(first: nn.Module, other: nn.Module) -> bool:
+    """Parameters of the same names and values."""
     a, b = dict(first.named_parameters()), dict(other.named_parameters())
     return a.keys() == b.keys() and all(
         a[n] is b[n] or (a[n].shape == b[n].shape and torch.equal(a[n], b[n])) for n in a
