@@ -223,6 +223,36 @@ def test_any_network_is_drawn_whole(net, width):
     assert len(drawn) >= len(net.arcs)
 
 
+@given(networks, st.sampled_from([320, 720]))
+@settings(max_examples=60, deadline=None)
+def test_names_in_one_row_do_not_overlap(net, width):
+    long = Network([f"encoder.block.{i}.layer.0.SelfAttention.q" for i in range(len(net.layers))], net.arcs)
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for t in parse(_arcs.network(long, width)).iter("text"):
+        if t.get("class") == "tick" and t.get("transform") is None:
+            length = 6.7 * len("".join(t.itertext()))
+            x = float(t.get("x")) - (length if t.get("text-anchor") == "end" else 0)
+            rows.setdefault(t.get("y"), []).append((x, x + length))
+    for spans in rows.values():
+        assert all(b[0] > a[1] for a, b in pairwise(sorted(spans)))
+        assert all(a >= 0 and b <= width for a, b in spans)
+
+
+def test_what_repeats_is_told_block_by_block():
+    """The first block has a layer more; still what is counted are whole blocks, and their rails go on."""
+    layers, arcs = ["embed"], []
+    for block in range(12):
+        for part in ("attention", "mlp"):
+            start = len(layers)
+            layers += [f"block.{block}.{part}.{name}" for name in ("norm", "in", "out")]
+            layers += ["block.0.attention.bias"] * (start == 1)
+            arcs.append(Arc(start, len(layers) - 1, f"block.{block}.{part}", "identity"))
+    lines = text(Network(layers, arcs), 80).splitlines()
+    (more,) = [line for line in lines if "more like this" in line]
+    assert more == "⋮  ⋮ 10 more like this, block.2 to block.11"
+    assert len(lines) < 30
+
+
 @given(networks, st.sampled_from([40, 80, 120]))
 @settings(max_examples=80, deadline=None)
 def test_any_network_is_written_within_the_width(net, width):

@@ -122,10 +122,7 @@ def _row(chart: Network, row: _Row, named: bool, width: int, *, final: bool) -> 
         if named:
             parts.append(_name(chart.layers[i], middle, row.y, row.pitch))
     if not named:
-        most = int(width / 16)
-        first, last = chart.layers[row.first], chart.layers[row.last - 1]
-        parts.append(tag("text", ellipsis(first, most), x=22, y=row.y + 20, class_="tick"))
-        parts.append(tag("text", ellipsis(last, most), x=end, y=row.y + 20, text_anchor="end", class_="tick"))
+        parts += _ends(chart, row, width)
     radius = max(2.0, min(4.5, row.pitch * 0.16))
     merges = {arc.end + 1 for arc in chart.arcs}
     parts += [
@@ -134,6 +131,18 @@ def _row(chart: Network, row: _Row, named: bool, width: int, *, final: bool) -> 
         if row.first < p <= row.last
     ]
     return tag("g", *parts)
+
+
+def _ends(chart: Network, row: _Row, width: int) -> list[Markup]:
+    """The first and the last layer of a row, by name; the first alone where both would not fit."""
+    end, first, last = row.at(row.last), chart.layers[row.first], chart.layers[row.last - 1]
+    most = int((end - 36) / 14)
+    if most < min(len(last), 8) or row.last - row.first < 2:
+        return [tag("text", ellipsis(first, int((width - 30) / 7)), x=22, y=row.y + 20, class_="tick")]
+    return [
+        tag("text", ellipsis(first, most), x=22, y=row.y + 20, class_="tick"),
+        tag("text", ellipsis(last, most), x=end, y=row.y + 20, text_anchor="end", class_="tick"),
+    ]
 
 
 def _arc(arc: Arc, row: _Row) -> Markup:
@@ -178,7 +187,7 @@ def _dash(kind: str, thick: float) -> str | None:
 
 def thickness(arc: Arc, pitch: float = 64.0) -> float:
     """Pixels: in proportion to the share of gradient the shortcut carries."""
-    most = 9.0 if pitch > 16 else 5.0
+    most = max(3.0, min(9.0, 0.4 * pitch))
     return max(0.8, most * arc.share) if arc.share is not None and math.isfinite(arc.share) else 2.0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from skipscope.report._charts import Arc, Network
 from skipscope.report._markup import clean, ellipsis
@@ -62,7 +62,9 @@ def text(chart: Network, width: int = 80, *, ascii: bool = False) -> str:
             lines.append(_line(sheet, _passing(sheet, i), "layer", clean(chart.layers[i])))
             lines += _place(sheet, i + 1)
         if repeats:
-            lines.append(_line(sheet, [" "] * count, "more", repeats))
+            going_on = {rail for arc, rail in zip(chart.arcs, rails) if arc.start == last}
+            dots = [sheet.signs["more"] if rail in going_on else " " for rail in range(count)]
+            lines.append(_line(sheet, dots, "more", repeats))
     lines.append(_line(sheet, [" "] * count, "out", "output"))
     left_out = sum(rail is None for rail in rails)
     if left_out:
@@ -158,14 +160,43 @@ def _runs(chart: Network) -> list[tuple[int, int, str]]:
     runs, i = [], 0
     while i < len(pieces):
         period, repeats = _best_period(signatures, i)
-        runs.append((pieces[i][0], pieces[i + period - 1][1], ""))
+        words = ""
         if repeats > 1:
-            runs[-1] = (
-                *runs[-1][:2],
-                _repeated(chart, pieces[i + period][0], pieces[i + period * repeats - 1][1], repeats - 1),
+            ahead = _to_whole_blocks(chart, pieces, signatures, i, period, repeats)
+            if ahead:
+                runs.append((pieces[i][0], pieces[i + ahead - 1][1], ""))
+                i += ahead
+            period, repeats = _best_period(signatures, i)
+            blocks = [_home(chart, pieces[i + n * period : i + (n + 1) * period]) for n in (1, repeats - 1)]
+            words = _repeated(
+                chart, pieces[i + period][0], pieces[i + period * repeats - 1][1], repeats - 1, blocks
             )
+        runs.append((pieces[i][0], pieces[i + period - 1][1], words))
         i += period * repeats
     return runs
+
+
+def _to_whole_blocks(
+    chart: Network,
+    pieces: Sequence[tuple[int, int]],
+    signatures: Sequence[tuple],
+    i: int,
+    period: int,
+    repeats: int,
+) -> int:
+    """How many pieces to draw before a repetition begins, so that what is repeated is one block and not two halves."""
+
+    def depth(ahead: int) -> int:
+        return _home(chart, pieces[i + ahead : i + ahead + period]).count(".")
+
+    as_many = [ahead for ahead in range(period) if _best_period(signatures, i + ahead) == (period, repeats)]
+    return max(as_many, key=lambda ahead: (depth(ahead), -ahead), default=0)
+
+
+def _home(chart: Network, pieces: Sequence[tuple[int, int]]) -> str:
+    """The path that the layers of some pieces share."""
+    levels = zip(*(clean(name).split(".") for name in chart.layers[pieces[0][0] : pieces[-1][1]]))
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def _signature(chart: Network, first: int, last: int) -> tuple:
@@ -186,11 +217,14 @@ def _best_period(signatures: Sequence[tuple], start: int) -> tuple[int, int]:
     return best
 
 
-def _repeated(chart: Network, first: int, last: int, repeats: int) -> str:
+def _repeated(chart: Network, first: int, last: int, repeats: int, blocks: Sequence[str]) -> str:
     shares = [
         arc.share for arc in chart.arcs if arc.start >= first and arc.end < last and arc.share is not None
     ]
     carried = f", carrying {100 * min(shares):.0f} to {100 * max(shares):.0f} %" if shares else ""
-    return (
-        f"{repeats} more like this, {clean(chart.layers[first])} to {clean(chart.layers[last - 1])}{carried}"
+    a, b = (
+        blocks
+        if "" not in blocks and len(set(blocks)) == 2
+        else (clean(chart.layers[i]) for i in (first, last - 1))
     )
+    return f"{repeats} more like this, {a} to {b}{carried}"
