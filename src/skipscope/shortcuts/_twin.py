@@ -370,7 +370,7 @@ def _edited(
 def _apply(factor: float | Tensor | None, operand: Tensor) -> Tensor:
     if factor is None:
         return operand.detach()
-    if isinstance(factor, float | int):
+    if isinstance(factor, (float, int)):  # a tuple of types: torch 2.6 cannot compile `float | int`
         if factor == 0:
             return operand.new_zeros(()).expand(operand.shape)
     elif factor.ndim:
