@@ -72,11 +72,11 @@ def refuse_flattened(model: nn.Module, operation: str) -> None:
     Raises:
         SkipscopeError: as said.
     """
-    for name, module in model.named_modules():
+    for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise SkipscopeError(
                 operation, "FSDP1 flattens parameters: which module holds which weight cannot be seen",
-                layer=name or None, expected="DDP, FSDP2 (fully_shard), or no sharding",
+                expected="DDP, FSDP2 (fully_shard), or no sharding",
                 got="FullyShardedDataParallel", cure="shard with torch.distributed.fsdp.fully_shard",
             )  # fmt: skip
 

@@ -1335,3 +1335,94 @@ class SharedExperts(nn.Module):
 
 
 case(sequences(), "shared_experts", identity=1)(lambda: Around(SharedExperts()))
+
+
+class MobileOne(nn.Module):
+    """Any number of linear maps side by side, normalised: parallel, and not one deeper than another."""
+
+    def __init__(self, c=4, n=3):
+        super().__init__()
+        self.maps = nn.ModuleList([seq(conv(c, c), nn.BatchNorm2d(c)) for _ in range(n)])
+        self.scale = seq(conv(c, c, 1), nn.BatchNorm2d(c))
+
+    def forward(self, x):
+        y = self.scale(x)
+        for one in self.maps:
+            y = y + one(x)
+        return F.relu(y)
+
+
+case(images(), "mobileone")(lambda: seq(conv(3, 4), MobileOne(), MobileOne()))
+
+
+class DualPath(nn.Module):
+    """1707.01629: of one branch's channels some are added, some concatenated."""
+
+    def __init__(self, i, added=4, dense=3):
+        super().__init__()
+        self.body, self.added = seq(conv(i, 4, 1), nn.ReLU(), conv(4, added + dense)), added
+
+    def forward(self, x):
+        y, k = self.body(x), self.added
+        return torch.cat([x[:, :k] + y[:, :k], x[:, k:], y[:, k:]], 1)
+
+
+case(images(), "dual_path", identity=3, concat=3)(
+    lambda: seq(conv(3, 6), *[DualPath(6 + 3 * n) for n in range(3)])
+)
+
+
+class DecomposedPositions(nn.Module):
+    """As in MViTv2: scores of positions are added into a slice, in place; the queries are added to what comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in "qkvo")
+        self.table = nn.Parameter(torch.linspace(-1, 1, 5 * 8).reshape(5, 8))
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        scores = q @ k.transpose(1, 2)
+        scores[:, 1:, 1:] += q[:, 1:] @ self.table.transpose(0, 1)
+        return self.out(scores.softmax(-1) @ v + q)
+
+
+case(sequences(), "decomposed_positions", identity=2)(lambda: Around(DecomposedPositions()))
+
+
+class Moved(nn.Module):
+    """x + a (F - x) with a learned number: (1 - a) x + a F."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.a = (
+            seq(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)),
+            nn.Parameter(torch.tensor([0.3])),
+        )
+
+    def forward(self, x):
+        return x + torch.sigmoid(self.a).view(1, 1) * (self.body(x) - x)
+
+
+case(features(), "moved_towards", scaled=2)(lambda: seq(Moved(), Moved()))
+
+
+class Reduction(nn.Module):
+    """Where Inception halves the size, the largest values are one more parallel branch; ShuffleNet's mean is a shortcut."""
+
+    def __init__(self, c, pool):
+        super().__init__()
+        self.a, self.b, self.pool = (
+            seq(conv(c, 4, 3, 2), nn.ReLU()),
+            seq(conv(c, 4, 1), nn.ReLU(), conv(4, 4, 3, 2)),
+            pool,
+        )
+
+    def forward(self, x):
+        return torch.cat([self.pool(x), self.a(x), self.b(x)], 1)
+
+
+case(images(), "inception_reduction")(lambda: seq(conv(3, 4), Reduction(4, nn.MaxPool2d(3, 2, 1))))
+case(images(), "shufflenet_v1_reduction", concat=1)(
+    lambda: seq(conv(3, 4), Reduction(4, nn.AvgPool2d(3, 2, 1)))
+)

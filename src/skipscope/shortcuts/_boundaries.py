@@ -21,7 +21,7 @@ def boundaries_of(graph: Graph, found: Sequence[tuple[Verdict, str, str]]) -> tu
     first = _first(graph)
     severed = not first  # nothing of the data reaches the output: then every module that ran is a point
     points = [(item.call.order + 0.5, Boundary(name, 0, "merge", item.call.key)) for item, name, _ in found]
-    modules = dict(graph.record.model.named_modules())
+    modules = graph.record.modules
     embedding = {owner for _, _, owner in graph.record.embeddings}
     cover = _Cover(graph, found)
     for run in graph.record.runs:

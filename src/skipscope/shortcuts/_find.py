@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -47,14 +50,29 @@ def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
         [('0', 'identity', 'input'), ('1', 'identity', '0')]
     """
     refuse_flattened(model, "find_shortcuts")
-    with untouched(model, seed=0, operation="find_shortcuts"):
-        return read(trace(unwrapped(model), inputs))
+    with untouched(model, seed=0, operation="find_shortcuts"), _collector_paused():
+        graph = Graph(trace(unwrapped(model), inputs))
+        try:
+            return read(graph)
+        finally:
+            graph.release()
 
 
-def read(record: Trace) -> Shortcuts:
-    """The shortcuts in a trace."""
-    graph = Graph(record)
-    judge = Judge(graph)
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Python's collector would go through the graph of a long network again and again as it is built."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def read(graph: Graph) -> Shortcuts:
+    """The shortcuts in the graph of a trace."""
+    record, judge = graph.record, Judge(graph)
     verdicts = [(call, judge.verdict(call)) for call in record.calls]
     parts = {id(v.part) for _, v in verdicts if isinstance(v, Verdict) and v.part is not None}
     found = [v for call, v in verdicts if isinstance(v, Verdict) and id(call) not in parts]
@@ -82,7 +100,7 @@ def read(record: Trace) -> Shortcuts:
 
 
 def _layers(record: Trace) -> tuple[Layer, ...]:
-    modules = dict(record.model.named_modules())
+    modules = record.modules
 
     def size(path: str) -> int:
         return sum(p.numel() for p in modules[path]._parameters.values() if p is not None)

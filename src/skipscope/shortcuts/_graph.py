@@ -7,6 +7,7 @@ so that a set of them is a Python integer without gaps, used as a bit set.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -35,7 +36,7 @@ class Graph:
         self.record = record
         starts = [node_of(t) for t in _data.tensors_in(record.output)]
         for call in record.calls:
-            starts += [*call.operands, call.output]
+            starts += [*call.operands, call.output, call.written]
         nodes, parents = _ordered([s for s in starts if s is not None])
         self._name_modules()
         is_active, weights, matrices = self._weigh(nodes, parents)
@@ -51,18 +52,36 @@ class Graph:
         self.ancestors = Ancestors(self.parents[: self.activations])
         self.weighted = _as_bits(self.weights[: self.activations])
         self._count_uses()
-        self._children: list[list[int]] | None = None
+        self._sets: dict[int, int] = {}
+        self._steps: dict[int, dict[Any, list[int]]] = {}
+
+    def release(self) -> None:
+        """Let go of autograd's nodes, the last first: the first first, each would take all that follow it along, one
+        inside the other, and a long graph overflows the stack. Nothing of the trace can be read any more.
+        """
+        record = self.record
+        record.output = None
+        for held in (
+            record.calls,
+            record.sources,
+            record.producers,
+            record.embeddings,
+            record.runs,
+            self.position,
+        ):
+            held.clear()
+        while self.nodes:
+            self.nodes.pop()
 
     # --- which weights enter where ---
 
     def _name_modules(self) -> None:
-        model = self.record.model
-        self.modules = [path for path, _ in model.named_modules()]
+        self.modules = list(self.record.modules)
         self._index = {path: i for i, path in enumerate(self.modules)}
         self._shapes: dict[int, list[tuple[int, ...]]] = {}
         self._below: dict[str, set[str]] = {}
         self._scalar = 0
-        for i, (path, module) in enumerate(model.named_modules()):
+        for i, (path, module) in enumerate(self.record.modules.items()):
             own = [p for p in module._parameters.values() if p is not None]
             if all(p.numel() == 1 for p in own):
                 self._scalar |= 1 << i
@@ -134,11 +153,13 @@ class Graph:
         """Whether a weight enters anywhere in a set of nodes."""
         return bool(region & self.weighted)
 
-    def matrices_in(self, region: int) -> int:
-        """The set of modules whose matrices enter in a set of nodes."""
+    def matrices_in(self, region: int, enough: int | None = None) -> int:
+        """The set of modules whose matrices enter in a set of nodes, or the first ``enough`` of them."""
         mask = 0
         for i in bits(region & self.weighted):
             mask |= self.matrices[i]
+            if enough is not None and mask.bit_count() >= enough:
+                break
         return mask
 
     def has_matrix(self, path: str) -> bool:
@@ -163,6 +184,37 @@ class Graph:
         """The activations that node ``i`` was computed from."""
         return [p for p in self.parents[i] if p < self.activations]
 
+    @functools.cached_property
+    def children(self) -> list[list[int]]:
+        """For each activation those computed from it, in order."""
+        found: list[list[int]] = [[] for _ in range(self.activations)]
+        for child in range(self.activations):
+            for parent in dict.fromkeys(self.active_parents(child)):
+                found[parent].append(child)
+        return found
+
+    def children_of(self, i: int) -> int:
+        """The set of activations computed from node ``i``."""
+        if i not in self._sets:
+            first = self.children[i][0] if self.children[i] else 0
+            self._sets[i] = sum(1 << child - first for child in self.children[i]) << first
+        return self._sets[i]
+
+    def entries(self, region: int, common: int) -> set[int]:
+        """Nodes of ``common`` from which some node of ``region`` was computed; the smaller set is gone through."""
+        if region.bit_count() < common.bit_count():
+            return {p for v in bits(region) for p in self.active_parents(v) if common >> p & 1}
+        return {p for p in bits(common) if any(region >> v & 1 for v in self.children[p])}
+
+    def leaving(self, fork: int, steps: set[tuple[int, int] | None]) -> list[int]:
+        """What was computed from ``fork``, but for other steps of a sequence than these."""
+        if fork not in self._steps:
+            by = self._steps[fork] = {}
+            for child in self.children[fork]:
+                by.setdefault(self.step(child), []).append(child)
+        by = self._steps[fork]
+        return [child for step in {None, *steps} for child in by.get(step, ())]
+
     def between(self, starts: list[int], end: int) -> int:
         """The set of nodes on the ways from any of ``starts`` to ``end``, these among them."""
         first, reaches = min(starts), self.ancestors.reaches
@@ -172,14 +224,9 @@ class Graph:
 
     def onward(self, starts: Iterable[int], through: frozenset[str], ends: frozenset[str]) -> list[int]:
         """The nodes of kinds ``ends`` that are computed from ``starts`` by nodes of kinds ``through``."""
-        if self._children is None:
-            self._children = [[] for _ in range(self.activations)]
-            for child in range(self.activations):
-                for parent in self.active_parents(child):
-                    self._children[parent].append(child)
         waiting, seen, found = list(starts), set(), []
         while waiting:
-            for child in self._children[waiting.pop()]:
+            for child in self.children[waiting.pop()]:
                 if child not in seen:
                     seen.add(child)
                     kind = self.kind(child)
@@ -274,16 +321,21 @@ class Ancestors:
         return u < base or not mask >> u - base & 1
 
 
+_WINDOW = 1024
+
+
 def bits(mask: int) -> Iterator[int]:
-    """The positions of the ones, lowest first."""
-    if not mask:
-        return
-    base = (mask & -mask).bit_length() - 1
-    digits = bin(mask >> base)[:1:-1]
-    at = 0
-    while at >= 0:
-        yield base + at
-        at = digits.find("1", at + 1)
+    """The positions of the ones, lowest first; a window at a time, since many who ask stop early."""
+    base = 0
+    while mask:
+        zeros = (mask & -mask).bit_length() - 1
+        base, mask = base + zeros, mask >> zeros
+        digits = bin(mask & (1 << _WINDOW) - 1)[:1:-1]
+        at = 0
+        while at >= 0:
+            yield base + at
+            at = digits.find("1", at + 1)
+        base, mask = base + _WINDOW, mask >> _WINDOW
 
 
 def _as_bits(flags: list[Any]) -> int:

@@ -10,8 +10,10 @@ from skipscope.shortcuts._graph import Graph, bits
 from skipscope.shortcuts._results import Place
 from skipscope.shortcuts._sides import (
     BENT,
+    ELEMENTWISE,
     LINEAR,
     MATRIX_SUMS,
+    MAX_POOLS,
     POINTWISE,
     PRODUCT,
     SHAPE,
@@ -82,6 +84,10 @@ class Judge:
         if isinstance(bypassing, str):
             return bypassing
         region, branches = self._branch(reader, sides, bypassing)
+        if isinstance(branches, str) and call.name in _calls.LISTS:
+            # Several may come from one branch, and share its weights: x is what comes from none of the others.
+            bypassing = tuple(i for i in self._the_first(sides, bypassing) if not sides[i].is_sum)
+            region, branches = self._branch(reader, sides, bypassing)
         if isinstance(branches, str):
             return branches
         return self._shortcut(reader, sides, bypassing, branches, region)
@@ -101,21 +107,22 @@ class Judge:
         """The operands that skip: those without weights; else scaled; else gated; else normed; else projected."""
         rank = {i: r for i, side in sides.items() if (r := self._rank(side)) is not None}
         if call.name in _calls.LISTS:
-            return tuple(i for i, r in rank.items() if r <= GATED) or PARALLEL
+            straight = (i for i, r in rank.items() if r <= GATED and not self._takes_largest(sides[i]))
+            return tuple(straight) or PARALLEL
         if not rank:
             bent = any(side.how == "bent" for side in sides.values())
             return "a side without weights that is not linear" if bent else PARALLEL
         best = min(rank.values())
         chosen = tuple(i for i, r in rank.items() if r == best)
         rest = [side for i, side in sides.items() if i not in chosen]
-        if best == NORMED and not any(self.graph.matrices_in(side.region) for side in rest):
+        if best == NORMED and not any(self.graph.matrices_in(side.region, enough=1) for side in rest):
             return PARALLEL
         if best == PROJECTED:
             if not any(self._is_deeper(side) for side in rest):
                 return PARALLEL
             if any(self._is_low_rank(side, sides[chosen[0]]) for side in rest):
                 return "a low-rank update of the same linear map"
-            if self._is_score(self.graph.position[call.output]):
+            if self._is_score(self.graph.position[call.output if call.whole is None else call.written]):
                 return "a sum of attention scores"
         return self._the_first(sides, chosen)
 
@@ -139,9 +146,23 @@ class Judge:
         return NORMED if not side.products else GATED if side.how == "gated" else SCALED
 
     def _is_deeper(self, side: Side) -> bool:
-        """Whether a side does more than one linear map."""
-        matrices = self.graph.matrices_in(side.region).bit_count()
-        return side.how == "branch" and (matrices > 1 or (matrices == 1 and self._bends(side.region)))
+        """Whether a side does more than one linear map: two, one after the other, or one and something bent."""
+        graph, region = self.graph, side.region
+        matrices = graph.matrices_in(region, enough=2).bit_count() if side.how == "branch" else 0
+        if matrices and self._bends(region):
+            return True
+        passed: set[int] = set()  # what comes after a matrix
+        for v in bits(region) if matrices > 1 else ():
+            is_after = any(p in passed for p in graph.parents[v])
+            if graph.matrices[v] and is_after:
+                return True
+            if graph.matrices[v] or is_after:
+                passed.add(v)
+        return False
+
+    def _takes_largest(self, side: Side) -> bool:
+        """Whether only the largest values come through: one more of Inception's parallel branches."""
+        return any(self.graph.kind(v) in MAX_POOLS for v in bits(side.region))
 
     def _is_score(self, at: int) -> bool:
         """Whether a softmax makes of it, shifted and scaled at most, one factor of a matrix product."""
@@ -153,8 +174,7 @@ class Judge:
 
     def _is_low_rank(self, side: Side, projection: Side) -> bool:
         """As in LoRA: a linear side whose inner width is less than what the map beside it could pass."""
-        kinds = {self.graph.kind(v) for v in bits(side.region)}
-        if not kinds <= SHAPE | PRODUCT | LINEAR:
+        if not all(self.graph.kind(v) in _LINEAR for v in bits(side.region)):
             return False
         inner = min((min(shape) for shape in self.graph.matrix_shapes(side.region)), default=0)
         outer = min((min(shape) for shape in self.graph.matrix_shapes(projection.region)), default=0)
@@ -167,7 +187,9 @@ class Judge:
     ) -> tuple[int, tuple[int, ...] | str]:
         """The branch's nodes and the operands it comes in by, or why there is none."""
         graph, call = self.graph, reader.call
-        is_list = call.name in _calls.LISTS
+        is_list, past = call.name in _calls.LISTS, 0
+        for i in bypassing if is_list else ():
+            past |= graph.ancestors[reader.position(i)]
         region, branches, reason = 0, [], "no weights on either side"
         for j in reader.active:
             if j in bypassing or any(i in reader.factors and j in reader.factors for i in bypassing):
@@ -178,7 +200,7 @@ class Judge:
                 if isinstance(passed, str):
                     reason = passed
                 else:
-                    nodes |= passed & (sides[j].region if is_list else -1)
+                    nodes |= passed & ~past
             if graph.has_weights(nodes) or (j in reader.factors and call.name in MATRIX_SUMS):
                 region |= nodes
                 branches.append(j)
@@ -203,11 +225,9 @@ class Judge:
     def _between(self, reader: Sides, side: Side, fork: int, j: int) -> int | str:
         graph, end = self.graph, reader.position(j)
         starts = [fork]
-        own = [v for v in bits(side.region) if fork in graph.parents[v]]
-        taken = {graph.step(v) for v in own}
-        if own and None not in taken:  # steps of a sequence: only the same steps are bypassed
-            leaving = [v for v in bits(graph.between([fork], end)) if fork in graph.parents[v]]
-            starts = [v for v in leaving if graph.step(v) is None or graph.step(v) in taken]
+        taken = {graph.step(v) for v in bits(side.region & graph.children_of(fork))}
+        if taken and None not in taken:  # steps of a sequence: only the same steps are bypassed
+            starts = [v for v in graph.leaving(fork, taken) if graph.ancestors.reaches(v, end)]
             if not starts:
                 return "other steps of one sequence"
         nodes = graph.between(starts, end) & ~(1 << fork)
@@ -284,8 +304,7 @@ class Judge:
         elif kind in {"branch", "bent"}:  # declared by its author, whatever leads to it
             kind = "identity"
         elif kind == "identity" and (difference := self._difference(reader, bypassing[0], branches)):
-            part, x, both = difference
-            kind = "gated"
+            part, x, both, kind = difference
             shortcut_at += (Place(part.key, x),)
             branch_at = (Place(part.key, 1 - x),)
         elif kind == "gated" and set(bypassing) & set(reader.factors):
@@ -335,13 +354,19 @@ class Judge:
 
     def _difference(
         self, reader: Sides, i: int, branches: tuple[int, ...]
-    ) -> tuple[Call, int, tuple[int, ...]] | None:
-        """In x + t (H - x): the call of H - x, which of its operands is x, and the operands that carry both sides."""
+    ) -> tuple[Call, int, tuple[int, ...], str] | None:
+        """In x + t (H - x): the call of H - x, which of its operands is x, the operands that carry both sides, and the
+        kind: scaled where t does not depend on the data.
+        """
         x, signs = reader.position(i), _signs(reader)
         for j in branches:
             inner = self._inner(reader.position(j), x)
             if inner is not None and inner[2] * signs[j] == -signs[i]:
-                return *inner[:2], tuple(reader.factors) if j in reader.factors else (j,)
+                both = tuple(reader.factors) if j in reader.factors else (j,)
+                is_gate = inner[3] or (
+                    all(f in reader.active for f in reader.factors) and bool(reader.factors)
+                )
+                return *inner[:2], both, "gated" if is_gate else "scaled"
         return None
 
     def _crossed(self, reader: Sides) -> Verdict | None:
@@ -352,7 +377,7 @@ class Judge:
             inner = self._inner(reader.position(j), end)
             if inner is None or inner[2] * signs[j] != -signs[i]:
                 continue
-            part, h, _ = inner
+            part, h, _, is_gate = inner
             x = graph.position[part.operands[1 - h]]
             region = graph.between([x], end) & ~(1 << x) if graph.ancestors.reaches(x, end) else 0
             if not graph.has_weights(region):
@@ -360,12 +385,19 @@ class Judge:
             region |= graph.between([x], reader.position(j)) & ~(1 << x)
             both = reader.factors if j in reader.factors else (j,)
             at = Place(part.key, 1 - h), Place(call.key, i), Place(part.key, h)
-            return Verdict(call, "gated", (x,), (j,), both, region, 0, at[:1], at[1:], part, both)
+            kind = (
+                "gated"
+                if is_gate or (reader.factors and all(f in reader.active for f in reader.factors))
+                else "scaled"
+            )
+            return Verdict(call, kind, (x,), (j,), both, region, 0, at[:1], at[1:], part, both)
         return None
 
-    def _inner(self, at: int, x: int) -> tuple[Call, int, int] | None:
-        """Back through gates and views to a difference with node ``x``: its call, which operand is x, and x's sign."""
-        graph, waiting = self.graph, [(at, 1)]
+    def _inner(self, at: int, x: int) -> tuple[Call, int, int, bool] | None:
+        """Back through gates and views to a difference with node ``x``: its call, which operand is x, x's sign, and
+        whether a gate was passed that depends on the data.
+        """
+        graph, waiting, is_gate = self.graph, [(at, 1)], False
         for _ in range(12):
             if not waiting:
                 return None
@@ -374,14 +406,16 @@ class Judge:
             if call is not None and call.name in {"sub", "rsub"} and None not in call.operands:
                 for k, node in enumerate(call.operands):
                     if graph.position[node] == x:
-                        return call, k, sign if (k == 0) == (call.name == "sub") else -sign
+                        return call, k, sign if (k == 0) == (call.name == "sub") else -sign, is_gate
             kind = graph.kind(at)
-            if kind in PRODUCT | SHAPE - _SUMS and not graph.weights[at]:
+            if kind in ELEMENTWISE or (kind in PRODUCT | SHAPE - _SUMS and not graph.weights[at]):
+                is_gate = is_gate or (kind in PRODUCT and len(graph.active_parents(at)) > 1)
                 sign = -sign if kind == "Neg" else sign
                 waiting += [(p, sign) for p in graph.active_parents(at)]
         return None
 
 
+_LINEAR = SHAPE | PRODUCT | LINEAR
 _PASSING = SHAPE | frozenset({"Mul", "Div", "NativeDropout"})
 _SUMS = frozenset({"Add", "Sub", "Rsub"})
 

@@ -36,6 +36,7 @@ PRODUCT = _words("Mul Div Lerp Addcmul Addcdiv NativeDropout FusedDropout Bmm Mm
 # Of these, what keeps every value, once, under another shape.
 WHOLE = _words("View UnsafeView ReshapeAlias Transpose T Permute Clone Alias Squeeze Unsqueeze ToCopy")
 ELEMENTWISE = _words("Mul Div Addcmul Lerp")
+MAX_POOLS = _words("MaxPool2DWithIndices MaxPool3DWithIndices MkldnnMaxPool2D AdaptiveMaxPool2D")
 # What makes an activation function: each value by itself.
 POINTWISE = (
     WHOLE
@@ -79,12 +80,14 @@ class Side:
         how: ``identity``, ``scaled``, ``projection`` or ``gated``; ``branch``; or ``bent``: weightless, not linear.
         region: bit set of the operand's own nodes.
         products: the products on the way, the nearest to the fork first.
+        is_sum: it comes from other common nodes too, that depend on the fork: x + F(x), say.
     """
 
     fork: int | None
     how: str
     region: int
     products: tuple[int, ...] = ()
+    is_sum: bool = False
 
 
 class Sides:
@@ -163,23 +166,24 @@ class Sides:
         if not own:
             return Side(at, "identity", own)
         walk = _Walk(graph, common)
-        fork = walk.nearest(walk.weightless(at))
+        reached = walk.weightless(at)
+        fork = walk.nearest(reached)
         if fork is not None and walk.mixed:
             return Side(fork, "projection", own)
         if fork is not None:
             if walk.bent:
                 return Side(fork, "bent", own)
             how = "gated" if walk.gate else "scaled" if walk.products else "identity"
-            return Side(fork, how, own, tuple(walk.products))
-        fork = walk.nearest({p for v in bits(own) for p in graph.parents[v] if common >> p & 1})
+            return Side(fork, how, own, tuple(walk.products), len(reached) > 1)
+        fork = walk.nearest(graph.entries(own, common))
         if fork is not None and self._is_linear(fork, own):
-            return Side(fork, "projection" if graph.matrices_in(own) else "scaled", own)
+            return Side(fork, "projection" if graph.matrices_in(own, enough=1) else "scaled", own)
         return Side(fork, "branch", own)
 
     def _is_linear(self, fork: int, own: int) -> bool:
         """At most one matrix, no bent operation and no product of activations between fork and operand."""
         graph = self.graph
-        if graph.matrices_in(own).bit_count() > 1:
+        if graph.matrices_in(own, enough=2).bit_count() > 1:
             return False
         for v in bits(own):
             if not graph.ancestors.reaches(fork, v):

@@ -37,7 +37,8 @@ class Call:
         tensors: which operands are tensors.
         dead: multiplied with zeros that are no weights: a state that has not begun.
         checkpointed: recomputed in backward outside of any module's forward.
-        whole: for a call that writes into a slice, the node before it of the whole tensor; else None.
+        whole: for a call that writes into a slice, the node of the whole tensor before it; else None.
+        written: the same after it.
         written_back: its result is assigned to the slice that one of its operands is.
     """
 
@@ -52,6 +53,7 @@ class Call:
     checkpointed: bool = False
     dead: bool = False
     whole: Any = None
+    written: Any = None
     written_back: bool = False
 
 
@@ -193,7 +195,7 @@ class _Recorder(TorchFunctionMode):
         calls = self.record.calls
         call = Call(operation.name, key, owner, _calls.source_of(frame), nodes, node_of(output), len(calls))
         call.tensors, call.checkpointed, call.dead = tuple(isinstance(v, Tensor) for v in values), again, zero
-        call.whole = whole
+        call.whole, call.written = whole, node_of(wholes[0]) if whole is not None else None
         if call.output is not None and any(whole is not None for whole in wholes):
             self.slices[call.output] = call, [None if w is None else weakref.ref(w) for w in wholes]
         calls.append(call)
