@@ -146,12 +146,13 @@ class Recurrent(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self):
+    def __init__(self, reentrant=False):
         super().__init__()
-        self.body, self.head = nn.Sequential(nn.Linear(4, 5), nn.Tanh()), nn.Linear(5, 3)
+        self.reentrant = reentrant
+        self.body, self.head = nn.Sequential(nn.Linear(4, 5), nn.GELU()), nn.Linear(5, 3)
 
     def forward(self, x):
-        return self.head(checkpoint(self.body, x, use_reentrant=False))
+        return self.head(checkpoint(self.body, x, use_reentrant=self.reentrant))
 
 
 class Square(torch.autograd.Function):
@@ -253,6 +254,36 @@ def test_awkward_models_against_finite_differences_of_gradients(make, matrix):
     found = matrix_of(operator)
     assert relative(found, matrix_of(slow)) < 1e-7
     assert relative(found, found.T) < 1e-12
+
+
+def test_a_checkpoint_keeps_the_exact_way():
+    assert ss.curvature_operator(Checkpointed().double(), samples(), F.cross_entropy).tried == {}
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
+def test_what_a_reentrant_checkpoint_hides_is_not_taken_for_zero(matrix):
+    x, y = samples()
+    with pytest.raises(ss.SkipscopeError, match="use_reentrant=False") as caught:
+        ss.curvature_operator(
+            Checkpointed(True).double(), (x.requires_grad_(), y), F.cross_entropy, matrix=matrix
+        )
+    assert caught.value.layer == "body.0.weight"
+
+
+ACTIVATIONS = [
+    nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.SiLU(inplace=True), nn.Mish(), nn.Softplus(2.0), nn.LogSigmoid(), nn.ELU(), nn.ReLU(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
+def test_shared_derivatives_change_no_number(act):
+    model, (x, y) = mlp(act=lambda: act), samples()
+    truth = dense_hessian(model, x, y, F.cross_entropy)
+    operator = ss.curvature_operator(model, (x, y), F.cross_entropy, mode="reverse over reverse")
+    assert relative(matrix_of(operator), truth) < 1e-14
+    model.float()
+    single = ss.curvature_operator(model, (x.float(), y), F.cross_entropy)
+    assert relative(matrix_of(single), truth) < 1e-5 and not single.tried
 
 
 def test_flash_attention_falls_to_the_math_kernel():

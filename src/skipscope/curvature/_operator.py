@@ -72,7 +72,7 @@ class CurvatureOperator(LinearOperator):
         self._shares = self._count_shares()
         super().__init__(np.dtype(np.float64), (self.layout.size, self.layout.size))
         index, batch, _ = next(iter(self._batches()))
-        model.output_and_loss(batch, index)  # a user's own error comes out as such
+        model.refuse_hidden_parameters(batch, index)  # and a user's own error comes out as such
         trial = self._cut(torch.randn(self.layout.size, generator=own_generator(0)))
         self._rung, self.tried = climb(model, batch, index, matrix, trial, mode)
 

@@ -74,6 +74,29 @@ class PrivateModel:
         _, loss = self.output_and_loss(batch, index)
         return gradients_of(loss, self.parameters)
 
+    def refuse_hidden_parameters(self, batch: Batch, index: int) -> None:
+        """A reentrant checkpoint hides what it runs over from everything but ``backward()``: no Hessian is not a zero one.
+
+        Raises:
+            SkipscopeError: naming such a parameter.
+        """
+        _, loss = self.output_and_loss(batch, index)
+        if not loss.requires_grad:
+            return
+        found = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
+        unused = [i for i, gradient in enumerate(found) if gradient is None]
+        if unused:
+            loss.backward()
+            reached = [self.parameters[i].grad is not None for i in unused]
+            for parameter in self.parameters:
+                parameter.grad = None
+            if any(reached):
+                raise SkipscopeError(
+                    self.operation, "this parameter has a gradient under backward() only, and no second derivative",
+                    layer=self.names[unused[reached.index(True)]],
+                    got="a reentrant checkpoint, most likely", cure="checkpoint(..., use_reentrant=False)",
+                )  # fmt: skip
+
     def doubled(self) -> PrivateModel:
         """A copy of the copy, in float64; made once for a point."""
         if self._twin is None:

@@ -27,9 +27,24 @@ class SharedDerivatives(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         plain = func in _SMOOTH and args and type(args[0]) is Tensor and not kwargs.get("inplace")
-        if plain and args[0].requires_grad and torch.is_grad_enabled() and True not in args[1:]:
+        if (
+            plain
+            and args[0].requires_grad
+            and torch.is_grad_enabled()
+            and True not in args[1:]
+            and not _hooked()
+        ):
             return _Smooth.apply(args[0], lambda x: func(x, *args[1:], **kwargs))
         return func(*args, **kwargs)
+
+
+def _hooked() -> bool:
+    """Whether something else decides what is saved: a checkpoint, which would not find what it expects."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
+            return False
+    except RuntimeError:
+        return True
 
 
 class _Smooth(torch.autograd.Function):
