@@ -29,6 +29,7 @@ from skipscope.surfaces import (
     Difference,
     KnownPoints,
     PairedBand,
+    PairedMaps,
     PairedSurfaces,
     Provenance,
     Scores,
@@ -262,6 +263,12 @@ def curvature_map(text=str) -> CurvatureMap:
     good[0, :3] = False
     return CurvatureMap(text("with"), -0.1 - x**2, 5 + 3 * y**2, 0.01 * np.ones((9, 9)), 0.99 * np.ones((9, 9)), good, good, a, a, 1e-3, 0.999, 800, 1,
                         text("cached graph"), "hessian", 964, text("mse"), 0, "ab" * 20, "cd" * 20)  # fmt: skip
+
+
+def paired_maps(text=str) -> PairedMaps:
+    return PairedMaps(
+        {text("with"): curvature_map(text), text("without"): curvature_map(text)}, True, (text("a note"),)
+    )
 
 
 def eigenvalues(text=str) -> ExtremeEigenvalues:

@@ -8,7 +8,7 @@ from skipscope._numbers import short
 from skipscope.report._charts import Bars, Chart, Lines, Panel, Series, Story, Surface, Surfaces
 from skipscope.report._story import story
 from skipscope.report._view_surfaces import axes_of, height_sentence, pair_panels, surface_chart
-from skipscope.surfaces import CurvatureMap, PairedBand, SurfaceBand
+from skipscope.surfaces import CurvatureMap, PairedBand, PairedMaps, SurfaceBand
 
 
 @story.register
@@ -104,3 +104,28 @@ def _(result: CurvatureMap) -> Story:
             Panel(heading, drawing, f"{caption} {height_sentence(drawing)}", [] if panels else [table])
         )
     return Story(table.title[:1].upper() + table.title[1:], "", [convex], panels, table.notes)
+
+
+@story.register
+def _(result: PairedMaps) -> Story:
+    table = result.table()
+    first = next(iter(result.maps.values()))
+    answers = [
+        f"{name}: {100 * float(found.convex.mean()):.0f} % of the plane is convex in all {found.parameters:,} directions."
+        for name, found in result.maps.items()
+    ]
+    if first.betas.size:
+        surfaces = [
+            Surface(m.ratio, m.alphas, m.betas, name, dots=~m.converged, dots_mean="not converged")
+            for name, m in result.maps.items()
+        ]
+        chart: Chart = Surfaces(surfaces, "|smallest / largest eigenvalue|")
+    else:
+        series = [
+            Series(name, m.alphas.tolist(), m.ratio.tolist(), style=i)
+            for i, (name, m) in enumerate(result.maps.items())
+        ]
+        chart = Lines(series, "direction 1", "|smallest / largest eigenvalue|", log_y=True)
+    caption = f"Low is convex or nearly so, in every direction. {height_sentence(chart)}"
+    panels = [Panel("Where the surface curves down", chart, caption, [table])]
+    return Story(table.title[:1].upper() + table.title[1:], "", answers, panels, table.notes)
