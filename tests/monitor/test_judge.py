@@ -15,7 +15,7 @@ from torch import nn
 import skipscope as ss
 from skipscope import reference
 from skipscope.flow._verdict import FALL, GROWTH
-from skipscope.monitor import STATES, watch
+from skipscope.monitor import STATES, read_history, watch
 from skipscope.monitor._judge import judge_flow, judge_gradients
 
 from ._loops import loss_of, network
@@ -124,6 +124,21 @@ def test_nonfinite_is_said_at_once_and_names_the_place():
     assert bad.verdict.where == "2.weight"
 
 
+@pytest.mark.parametrize("name", ["bias", "embedding"])
+def test_what_is_not_finite_counts_wherever_it_is(name):
+    model = nn.ModuleDict({"embedding": nn.Embedding(4, 6), "net": network()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model["net"], model["embedding"](torch.arange(4))).backward()
+        bad = model["net"][2].bias if name == "bias" else model["embedding"].weight
+        bad.grad.view(-1)[0] = float("nan")
+        optimizer.step()
+    assert monitor.verdict.state == "nonfinite"
+    assert monitor.verdict.where == ("net.2.bias" if name == "bias" else "embedding.weight")
+
+
 def test_a_change_is_one_line_in_the_log(caplog):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -166,6 +181,24 @@ def test_each_shape_has_its_own_level():
     np.testing.assert_allclose(found.slope, 4 / (len(shapes) - 1), rtol=1e-6)
 
 
+def test_an_embedding_is_compared_with_no_weight_that_happens_to_have_its_shape():
+    torch.manual_seed(0)
+    width = 8
+    model = nn.Sequential(
+        nn.Embedding(width, width),
+        *[part for _ in range(4) for part in (nn.Linear(width, width), nn.Identity())], nn.Linear(width, 4),
+    )  # fmt: skip
+    for layer in model[1:-1:2]:
+        nn.init.orthogonal_(layer.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer) as monitor:
+        (model(torch.zeros(4096, dtype=torch.long)).sum(1) * 1e-3).mean().backward()
+        model[0].weight.grad *= 1e4
+        optimizer.step()
+    assert monitor.history.tables == (True,) + (False,) * 10
+    assert monitor.verdict.state == "healthy"
+
+
 KILLED = """
 import sys, torch
 import skipscope as ss
@@ -195,7 +228,7 @@ def test_a_history_is_read_while_the_run_goes_on_and_after_kill_9(tmp_path, seco
         run.send_signal(signal.SIGKILL)
         run.wait()
         run.stdout.close()
-    history = ss.load(tmp_path / "run")
+    history = read_history(tmp_path / "run", all_rows=True)
     assert len(history) >= seen
     np.testing.assert_array_equal(history.steps, np.arange(1, len(history) + 1))
     assert np.isfinite(history.norm).all()

@@ -61,6 +61,7 @@ def assemble(
         parameters=tuple(name for _, name in keys),
         shapes=tuple(tuple(of(key, "shapes")) for key in keys),
         owners=tuple(owner for owner, _ in keys), groups=tuple(of(key, "groups") for key in keys),
+        tables=tuple(of(key, "tables") if "tables" in place[key][2] else False for key in keys),
         steps=step, seconds=seconds, optimizers=owner, norm=norm, mean_abs=mean, norm_before_clip=before,
         states=states, total_before_clip=total, loss_scale=scale, skipped=skipped, evaluations=evaluations,
         boundaries=names, flow_steps=flow_rows[:, 0], flow=flow_rows[:, 1:], verdict=verdict or _judge.UNKNOWN,
@@ -125,9 +126,16 @@ def verdict_of(history: History, was: str = "unknown") -> LiveVerdict:
 def _verdict_of_weights(history: History, was: str) -> LiveVerdict:
     if not len(history):
         return _judge.UNKNOWN
-    weights = [i for i, shape in enumerate(history.shapes) if len(shape) > 1] or list(
-        range(len(history.shapes))
+    everyone = range(len(history.shapes))
+    # The gradient of an embedding is that of a few rows, by chance of the shape of other weights.
+    weights = (
+        [i for i in everyone if len(history.shapes[i]) > 1 and not history.tables[i]]
+        or [i for i in everyone if len(history.shapes[i]) > 1]
+        or list(everyone)
     )
+    # What is not finite counts wherever it is.
+    last = history.states[-WINDOW:]
+    weights = [i for i in everyone if i in set(weights) or (last[:, i] == STATES.index("nonfinite")).any()]
     rms, states = np.full((WINDOW, len(weights)), np.nan), np.full((WINDOW, len(weights)), np.nan)
     everything = history.rms
     for owner in set(history.owners):

@@ -98,6 +98,7 @@ class History(Result):
         events: when the state changed.
         notes: what else a reader should know.
         complete: False when read from a folder whose run has not been closed.
+        tables: whether a parameter is an embedding's table, which is compared with no other weight; ``[P]``.
     """
 
     parameters: tuple[str, ...]
@@ -122,6 +123,7 @@ class History(Result):
     events: tuple[VerdictEvent, ...] = ()
     notes: tuple[str, ...] = ()
     complete: bool = True
+    tables: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)
