@@ -277,6 +277,68 @@ def test_the_estimate_of_very_deep_networks_is_within_its_error(a, length):
     assert paths.residual < 1e-12
 
 
+class Parallel(nn.Module):
+    """Two branches side by side, added up in some order."""
+
+    def __init__(self, way, width=6):
+        super().__init__()
+        self.a, self.b, self.mark, self.way = (
+            oracles.layer(width),
+            oracles.layer(width),
+            oracles.Branch(),
+            way,
+        )
+
+    def forward(self, x):
+        a, b = self.a(x), self.b(x)
+        return self.mark(a + b) + x if self.way is None else PARALLEL[self.way](x, a, b)
+
+
+def added_in_place(x, a, b):
+    y = x + a
+    y += b
+    return y
+
+
+PARALLEL = {
+    "from the left": lambda x, a, b: x + a + b,
+    "x in the middle": lambda x, a, b: a + x + b,
+    "from the right": lambda x, a, b: b + (x + a),
+    "in place": added_in_place,
+}
+
+
+@pytest.mark.parametrize("way", PARALLEL)
+def test_parallel_branches_are_one_branch_in_whatever_order_they_are_added(way):
+    def network(way):
+        return oracles.Chain(nn.Linear(6, 6), *[Parallel(way) for _ in range(3)], nn.Linear(6, 3)).double()
+
+    model, canonical, x = network(way), network(None), torch.randn(4, 6, dtype=torch.float64)
+    canonical.load_state_dict(model.state_dict())
+    batch, names = (x, x[:, :3]), [s.name for s in ss.find_shortcuts(canonical, x)]
+    assert [s.name for s in ss.find_shortcuts(model, x)] == names
+    expected = [float(g.norm()) for g in oracles.by_enumeration(canonical, lambda y: mse(y, x[:, :3]), x)]
+    paths = ss.path_spectrum(model, batch, mse)
+    np.testing.assert_allclose(paths.norms, expected, rtol=1e-10)
+    assert paths.residual < 1e-13
+    back = ss.path_spectrum(model, batch, mse, wrt=names[1])
+    np.testing.assert_allclose(
+        back.norms[:2], ss.path_spectrum(canonical, batch, mse, wrt=names[1]).norms, rtol=1e-10
+    )
+    assert not back.norms[2:].any()
+    for a, b in zip(
+        ss.gradient_split(model, batch, mse), ss.gradient_split(canonical, batch, mse), strict=True
+    ):
+        assert (a.branch_rms, a.shortcut_rms, a.cosine) == pytest.approx(
+            (b.branch_rms, b.shortcut_rms, b.cosine)
+        )
+        assert a.residual < 1e-14
+    for a, b in zip(ss.importance(model, batch, mse), ss.importance(canonical, batch, mse), strict=True):
+        assert (a.removed.loss, a.lesioned.loss) == pytest.approx(
+            (b.removed.loss, b.lesioned.loss), rel=1e-10
+        )
+
+
 class Line(nn.Module):
     """c x + a x: lengths in a band around a / (a + c) of the branches."""
 

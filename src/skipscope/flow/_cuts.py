@@ -161,7 +161,7 @@ def cut_forward(
             with torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
                 inner = (copies, one.recompute(copies))
         leaf = one.output.detach().requires_grad_()
-        if parameter is None and target.kind == "merge" and target.name == one.name:
+        if parameter is None and target.kind == "merge" and target.name == one.name and not one.later:
             targets.append(leaf)
         cuts.append(Cut(leaf, tuple(end_of(o) for o in operands), tuple(one.sides), inner))
         return hand(leaf)

@@ -222,7 +222,9 @@ class _Sums:
             for row in self.vectors.values():
                 rest += row
             self.off, self.all = norm_of(rest), norm_of(self.plain)
-        return np.array([self.squares.get(k, 0.0) for k in range(max(self.squares) + 1)])
+        # What is overwritten in place gets a gradient of zeros, which may have come by more branches than there are.
+        highest = max(k for k, norm in self.squares.items() if norm or k <= self.branches)
+        return np.array([self.squares.get(k, 0.0) for k in range(highest + 1)])
 
     def result(self, name: str, mode: str, meaning: str) -> PathSpectrum:
         """As a result."""

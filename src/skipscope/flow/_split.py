@@ -126,7 +126,10 @@ def _one_batch(
 
     def touch(k: int, merge: Any) -> Tensor:
         ends = [(side, edge_of(o)) for side, o in zip(merge.sides, merge.operands) if o.requires_grad]
-        merges[k] = (ends, merge.output.grad_fn)
+        if merge.later:
+            merges[k][0].extend(end for end in ends if end[0] == "branch")
+        else:
+            merges[k] = (ends, merge.output.grad_fn)
         return merge.output
 
     with tap_merges(model, found, touch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +13,10 @@ from skipscope._sharding import class_name, refuse_flattened
 from skipscope._untouched import untouched
 from skipscope.shortcuts._boundaries import boundaries_of
 from skipscope.shortcuts._graph import Graph, bits
-from skipscope.shortcuts._judge import Judge, Verdict
+from skipscope.shortcuts._judge import PARALLEL, Judge, Verdict
 from skipscope.shortcuts._names import fork_name, home_of, merge_name, unique_names
 from skipscope.shortcuts._results import Layer, Rejected, Shortcut, Shortcuts
-from skipscope.shortcuts._trace import Trace, trace
+from skipscope.shortcuts._trace import Call, Trace, trace
 from skipscope.shortcuts._unwrap import unwrapped
 
 
@@ -75,7 +75,7 @@ def read(graph: Graph) -> Shortcuts:
     record, judge = graph.record, Judge(graph)
     verdicts = [(call, judge.verdict(call)) for call in record.calls]
     parts = {id(v.part) for _, v in verdicts if isinstance(v, Verdict) and v.part is not None}
-    found = [v for call, v in verdicts if isinstance(v, Verdict) and id(call) not in parts]
+    found = _with_addends(graph, judge, [(c, v) for c, v in verdicts if id(c) not in parts])
     rejected = [
         Rejected(merge_name(call), "part of a gate" if id(call) in parts else str(v), call.source)
         for call, v in verdicts
@@ -97,6 +97,25 @@ def read(graph: Graph) -> Shortcuts:
         opaque=tuple(Rejected(*item) for item in graph.opaque()),
         model=class_name(record.model),
     )
+
+
+def _with_addends(
+    graph: Graph, judge: Judge, verdicts: Sequence[tuple[Call, Verdict | str | None]]
+) -> list[Verdict]:
+    """The shortcuts; what is added to the sum of one later, and made from the same x, is of its branch."""
+    found: list[Verdict] = []
+    last: dict[int, int] = {}  # by the node of a sum, its shortcut
+    for call, verdict in verdicts:
+        if isinstance(verdict, Verdict):
+            last[graph.position[call.output]] = len(found)
+            found.append(verdict)
+        elif verdict == PARALLEL:
+            more = judge.with_addend(call, lambda at: found[last[at]] if at in last else None)
+            if more is not None:
+                at, verdict = more
+                found[last[at]] = verdict
+                last[graph.position[call.output]] = last[at]
+    return found
 
 
 def _layers(record: Trace) -> tuple[Layer, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 from skipscope.shortcuts import _calls
@@ -100,6 +101,31 @@ class Judge:
             if s.how in {"branch", "projection"} and self.graph.has_weights(s.region)
         ]
         return "a gate: a product, not a sum" if free and held else None
+
+    def with_addend(self, call: Call, sum_at: Callable[[int], Verdict | None]) -> tuple[int, Verdict] | None:
+        """In (x + a) + b, with b made from x too: the shortcut of the inner sum, with b in its branch.
+
+        Args:
+            call: a merge that is no shortcut of its own.
+            sum_at: the shortcut whose sum a node is, or None.
+
+        Returns:
+            The node of the inner sum, and its verdict.
+        """
+        graph, reader = self.graph, Sides(self.graph, call)
+        for i, j in permutations(reader.active, 2) if call.name == "add" else ():
+            at, end = reader.position(i), reader.position(j)
+            while sum_at(at) is None and graph.kind(at) in WHOLE:
+                (at,) = graph.active_parents(at)
+            inner = sum_at(at)
+            if inner is None or inner.call.name != "add" or graph.ancestors.reaches(at, end):
+                continue
+            fork = inner.forks[0]
+            region = graph.between([fork], end) & ~(1 << fork) if graph.ancestors.reaches(fork, end) else 0
+            if graph.has_weights(region):
+                branch_at = (*inner.branch_at, Place(call.key, j))
+                return at, replace(inner, region=inner.region | region, branch_at=branch_at)
+        return None
 
     # --- which operands bypass ---
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class Merge:
         sides: ``"branch"`` or ``"shortcut"`` for each operand.
         output: what comes out, computed from the operands.
         recompute: the same from other operands, never in place.
+        later: it only adds to the branch of a shortcut that has merged before: b in (x + a) + b.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Merge:
     sides: tuple[str, ...]
     output: Tensor
     recompute: Callable[[Sequence[Tensor]], Tensor]
+    later: bool = False
 
 
 Handler = Callable[[Operation | None, Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -92,8 +94,8 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
     Args:
         model: the model that ``found`` is of, or another instance or an edited twin of it.
         found: its shortcuts.
-        touch: ``touch(k, merge) -> Tensor``: called at the merge of ``found[k]``; what it returns takes the place of
-            the merge's output.
+        touch: ``touch(k, merge) -> Tensor``: called at the merge of ``found[k]``, and again where more is added to its
+            branch; what it returns takes the place of the merge's output.
 
     Example:
         >>> import torch
@@ -131,12 +133,24 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
 
         return handle
 
+    def at_addend(k: int, operand: int) -> Handler:
+        def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
+            assert operation is not None
+            sides = tuple("branch" if i == operand else "shortcut" for i in range(2))
+            merge = replace(_merge(found[k].name, sides, operation, func, args, kwargs), later=True)
+            return _replace(operation, args, kwargs, touch(k, merge))
+
+        return handle
+
     inside: dict[CallKey, list[int]] = {}
+    handlers: dict[CallKey, Handler] = {}
     for k in range(len(found)):
-        if "both" in found[k].sides:
-            for key in {place.call for place in found[k].branch_at} - {found[k].key}:
-                inside.setdefault(key, []).append(k)
-    handlers = {key: at_difference(ks, key) for key, ks in inside.items()}
+        for place in found[k].branch_at:
+            if place.call != found[k].key and "both" in found[k].sides:
+                inside.setdefault(place.call, []).append(k)
+            elif place.call != found[k].key:
+                handlers[place.call] = at_addend(k, place.operand)
+    handlers |= {key: at_difference(ks, key) for key, ks in inside.items()}
     with _running(model, handlers | {found[k].key: at_merge(k) for k in range(len(found))}, tapes):
         yield
 
