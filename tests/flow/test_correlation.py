@@ -25,6 +25,27 @@ def test_against_one_sample_at_a_time():
     assert sum(row[2] for row in result.bins) == 15
 
 
+class Quadratic(nn.Module):
+    """x' A x / 2, whose gradient is A x."""
+
+    def __init__(self, width=5):
+        super().__init__()
+        root = torch.randn(width, width)
+        self.A = nn.Parameter(root @ root.T)
+
+    def forward(self, x):
+        return (x * (x @ self.A)).sum(-1, keepdim=True) / 2
+
+
+def test_a_quadratic_form_in_closed_form():
+    torch.manual_seed(0)
+    model, x = Quadratic().double(), torch.randn(7, 5).double()
+    result = ss.gradient_correlation(model, (x, torch.zeros(7, 1)), nn.functional.mse_loss)
+    g, (i, j) = (x @ (model.A + model.A.T)).detach() / 2, torch.triu_indices(7, 7, 1)
+    np.testing.assert_allclose(result.correlations, torch.cosine_similarity(g[i], g[j]), rtol=1e-10)
+    np.testing.assert_allclose(result.distances, (x[i] - x[j]).norm(dim=1), rtol=1e-12)
+
+
 def correlation(depth, shortcut):
     torch.manual_seed(0)
     model = ss.reference.deep_mlp(

@@ -98,6 +98,25 @@ def test_the_paths(way, wrt):
     check(network([way] * 4), network([None] * 4), data(), wrt)
 
 
+class Fusion(Highway):
+    """The gate looks at H."""
+
+    def forward(self, x):
+        H = self.inner(x)
+        t = torch.sigmoid(self.gate(H))
+        return self.mark(t * H) + (1 - t) * x if self.way is None else WAYS[self.way](x, H, t)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gates_that_look_at_the_branch(way):
+    torch.manual_seed(0)
+    model, canonical = (
+        oracles.Chain(*[Fusion(w) for _ in range(3)], nn.Linear(6, 3)).double() for w in (way, None)
+    )
+    assert [s.kind for s in ss.find_shortcuts(model, data()[0])] == ["gated"] * 3
+    check(model, canonical, data())
+
+
 @pytest.mark.parametrize("layers", range(1, 9))
 def test_the_paths_of_networks_that_mix_ways(layers):
     ways = [list(WAYS)[(5 * i + layers) % len(WAYS)] for i in range(layers)]
