@@ -85,6 +85,23 @@ def test_a_known_factor_at_each_layer(factor, state):
     )  # two modules, so two factors, a layer
 
 
+@pytest.mark.parametrize("biases", [True, False])
+def test_biases_tell_of_a_flow_that_weights_hide(biases):
+    """With a gain of 0.6 the activation shrinks forward as the gradient does backward: dL/dW, their product, is flat."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(16, 16, bias=biases) for _ in range(20)])
+    for layer in model:
+        nn.init.orthogonal_(layer.weight, 0.6)
+        if biases:
+            nn.init.zeros_(layer.bias)
+    verdict = verdict_of(model, (torch.randn(64, 16), torch.randn(64, 16)), lambda o, t: (o * t).sum())
+    if biases:
+        assert verdict.state == "vanishing" and "biases" in verdict.reason
+        assert verdict.fall_decades == pytest.approx(-19 * np.log10(0.6), abs=0.01)
+    else:
+        assert verdict.state == "healthy" and "flow_every" in verdict.reason
+
+
 def test_saturated_tanh_vanishes_and_shortcuts_do_not():
     batch = reference.digits(32)
     torch.manual_seed(0)
@@ -195,7 +212,7 @@ def test_an_embedding_is_compared_with_no_weight_that_happens_to_have_its_shape(
         (model(torch.zeros(4096, dtype=torch.long)).sum(1) * 1e-3).mean().backward()
         model[0].weight.grad *= 1e4
         optimizer.step()
-    assert monitor.history.tables == (True,) + (False,) * 10
+    assert monitor.history.roles == ("table", *["", "bias"] * 5)
     assert monitor.verdict.state == "healthy"
 
 

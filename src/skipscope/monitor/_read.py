@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,7 @@ def assemble(
         parameters=tuple(name for _, name in keys),
         shapes=tuple(tuple(of(key, "shapes")) for key in keys),
         owners=tuple(owner for owner, _ in keys), groups=tuple(of(key, "groups") for key in keys),
-        tables=tuple(of(key, "tables") if "tables" in place[key][2] else False for key in keys),
+        roles=tuple(of(key, "roles") if "roles" in place[key][2] else "" for key in keys),
         steps=step, seconds=seconds, optimizers=owner, norm=norm, mean_abs=mean, norm_before_clip=before,
         states=states, total_before_clip=total, loss_scale=scale, skipped=skipped, evaluations=evaluations,
         boundaries=names, flow_steps=flow_rows[:, 0], flow=flow_rows[:, 1:], verdict=verdict or _judge.UNKNOWN,
@@ -114,29 +115,38 @@ def _judged(history: History) -> History:
 
 def verdict_of(history: History, was: str = "unknown") -> LiveVerdict:
     """The verdict on a history: from its flow where it has one, else from its parameters' gradients."""
-    of_weights = _verdict_of_weights(history, was)
+    of_parameters = _verdict_of_parameters(history, was)
     if not len(history.flow_steps):
-        return of_weights
+        return of_parameters
     step = int(history.flow_steps[-1])
-    if of_weights.step > step and of_weights.state in {"nonfinite", "dead", "unconnected"}:
-        return of_weights  # the flow was last read before this happened
+    if of_parameters.step > step and of_parameters.state in {"nonfinite", "dead", "unconnected"}:
+        return of_parameters  # the flow was last read before this happened
     return _judge.judge_flow(history.boundaries, history.flow[-1], step, was)
 
 
-def _verdict_of_weights(history: History, was: str) -> LiveVerdict:
+def _verdict_of_parameters(history: History, was: str) -> LiveVerdict:
+    """From the biases of linear maps and convolutions, where there are some to compare; else from the weights."""
     if not len(history):
         return _judge.UNKNOWN
     everyone = range(len(history.shapes))
+    matrices = [i for i in everyone if len(history.shapes[i]) > 1]
     # The gradient of an embedding is that of a few rows, by chance of the shape of other weights.
-    weights = (
-        [i for i in everyone if len(history.shapes[i]) > 1 and not history.tables[i]]
-        or [i for i in everyone if len(history.shapes[i]) > 1]
-        or list(everyone)
-    )
+    weights = [i for i in matrices if history.roles[i] != "table"] or matrices or list(everyone)
     # What is not finite counts wherever it is.
-    last = history.states[-WINDOW:]
-    weights = [i for i in everyone if i in set(weights) or (last[:, i] == STATES.index("nonfinite")).any()]
-    rms, states = np.full((WINDOW, len(weights)), np.nan), np.full((WINDOW, len(weights)), np.nan)
+    broken = (history.states[-WINDOW:] == STATES.index("nonfinite")).any(axis=0)
+    weights = [i for i in everyone if i in set(weights) or broken[i]]
+    of_weights = _judged_by(history, weights, [history.shapes[i] for i in weights], was, "weights")
+    if of_weights.state in {"nonfinite", "dead", "unconnected"}:
+        return of_weights
+    biases = [i for i in everyone if history.roles[i] == "bias"]
+    alike = [(history.shapes[i], re.sub(r"\d+", "#", history.parameters[i])) for i in biases]
+    of_biases = _judged_by(history, biases, alike, was, "biases")
+    return of_weights if of_biases.state in {"unknown", "nonfinite", "dead", "unconnected"} else of_biases
+
+
+def _judged_by(history: History, chosen: list[int], alike: Sequence[Any], was: str, what: str) -> LiveVerdict:
+    """The verdict from the last steps of some parameters; those with the same entry in ``alike`` can be compared."""
+    rms, states = np.full((WINDOW, len(chosen)), np.nan), np.full((WINDOW, len(chosen)), np.nan)
     everything = history.rms
     for owner in set(history.owners):
         own = np.flatnonzero((history.optimizers == owner) & (history.skipped == 0))[-WINDOW:]
@@ -144,13 +154,11 @@ def _verdict_of_weights(history: History, was: str) -> LiveVerdict:
             own = np.flatnonzero(history.optimizers == owner)[-WINDOW:]
             if len(own) < WINDOW:
                 continue  # a scaler skips its first few steps while it looks for its scale
-        for k, i in enumerate(weights):
+        for k, i in enumerate(chosen):
             if history.owners[i] == owner:
                 rms[-len(own) :, k], states[-len(own) :, k] = everything[own, i], history.states[own, i]
-    return _judge.judge_gradients(
-        [history.parameters[i] for i in weights], [history.shapes[i] for i in weights], rms, states,
-        int(history.steps[-1]), was,
-    )  # fmt: skip
+    names = [history.parameters[i] for i in chosen]
+    return _judge.judge_gradients(names, alike, rms, states, int(history.steps[-1]), was, what)
 
 
 def read_history(path: Path, *, all_rows: bool = False) -> History | None:

@@ -98,7 +98,7 @@ class History(Result):
         events: when the state changed.
         notes: what else a reader should know.
         complete: False when read from a folder whose run has not been closed.
-        tables: whether a parameter is an embedding's table, which is compared with no other weight; ``[P]``.
+        roles: ``"table"`` of an embedding, ``"bias"`` of a linear map or a convolution, else ``""``; ``[P]``.
     """
 
     parameters: tuple[str, ...]
@@ -123,7 +123,7 @@ class History(Result):
     events: tuple[VerdictEvent, ...] = ()
     notes: tuple[str, ...] = ()
     complete: bool = True
-    tables: tuple[bool, ...] = ()
+    roles: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)

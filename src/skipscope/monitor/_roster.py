@@ -27,7 +27,7 @@ class Roster:
         sizes: elements; 1 for an empty parameter.
         tiny: the smallest normal number of its dtype.
         order: its place among the model's parameters.
-        tables: whether it is an embedding's table.
+        roles: ``"table"`` of an embedding, ``"bias"`` of a linear map or a convolution, else ``""``.
         members: the parameters in the optimizer's own order.
         device: where all of them lie, if they share device and dtype; else None.
     """
@@ -39,7 +39,7 @@ class Roster:
     groups: tuple[int, ...]
     tiny: tuple[float, ...]
     order: tuple[int, ...]
-    tables: tuple[bool, ...]
+    roles: tuple[str, ...]
     members: list[Tensor]
     device: torch.device | None
 
@@ -75,8 +75,7 @@ def take_roster(optimizer: torch.optim.Optimizer, index: int, models: Mapping[st
             entries.append((place, len(entries), name, g, p))
     members = [entry[4] for entry in entries]
     entries.sort(key=lambda entry: entry[:2])
-    modules = [module for model in models.values() for module in model.modules()]
-    tables = {id(m.weight) for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    roles = _roles(models)
     kinds = {(entry[4].device, entry[4].dtype) for entry in entries}
     return Roster(
         parameters=tuple(e[4] for e in entries),
@@ -86,10 +85,22 @@ def take_roster(optimizer: torch.optim.Optimizer, index: int, models: Mapping[st
         groups=tuple(e[3] for e in entries),
         tiny=tuple(float(torch.finfo(e[4].dtype).tiny) for e in entries),
         order=tuple(e[0] for e in entries),
-        tables=tuple(id(e[4]) in tables for e in entries),
+        roles=tuple(roles.get(id(e[4]), "") for e in entries),
         members=members,
         device=next(iter(kinds))[0] if len(kinds) == 1 else None,
     )
+
+
+def _roles(models: Mapping[str, nn.Module]) -> dict[int, str]:
+    """For a parameter's id: ``"table"`` or ``"bias"``; others are left out."""
+    roles = {}
+    for module in (module for model in models.values() for module in model.modules()):
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            roles[id(weight)] = "table"
+        elif weight is not None and weight.ndim > 1 and bias is not None:
+            roles[id(bias)] = "bias"
+    return roles
 
 
 def about(roster: Roster, index: int) -> dict[str, Any]:
@@ -97,7 +108,7 @@ def about(roster: Roster, index: int) -> dict[str, Any]:
     return {
         "optimizer": index, "names": list(roster.names), "shapes": [list(shape) for shape in roster.shapes],
         "groups": list(roster.groups), "tiny": list(roster.tiny), "order": list(roster.order),
-        "tables": list(roster.tables),
+        "roles": list(roster.roles),
     }  # fmt: skip
 
 
