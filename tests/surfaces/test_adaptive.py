@@ -100,6 +100,34 @@ def test_a_networks_surface_within_the_tolerance():
     assert "interpolated" in str(part) and full.interpolation_error is None
 
 
+def trained(depth, shortcut, steps):
+    torch.manual_seed(0)
+    model, batch = reference.deep_mlp(depth=depth, shortcut=shortcut), reference.digits(100)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+    return model, batch
+
+
+@pytest.mark.parametrize("tolerance", [0.03, 0.01])
+@pytest.mark.parametrize("net", [(4, None, 100), (8, "identity", 60)], ids=str)
+def test_scores_say_what_interpolation_adds(net, tolerance):
+    """Splines ripple between their points: the convexity share is off by more than the samples' error."""
+    model, batch = trained(*net)
+    full, part = (
+        ss.landscape(model, batch, F.cross_entropy, grid=51, strategy="plain", tolerance=t)
+        for t in (None, tolerance)
+    )
+    assert part.computed.mean() < 0.2 and part.values.min() >= 0
+    for score in ("convexity_share", "roughness", "barrier", "width"):
+        gap = abs(getattr(part.scores, score) - getattr(full.scores, score))
+        assert gap <= 2 * part.scores.errors[score] + 1e-3, score
+    assert part.interpolation_error_share == pytest.approx(part.interpolation_error / np.ptp(part.values))
+    assert "% of the range" in " ".join(str(part).split())
+
+
 def test_a_tolerance_of_nothing_is_refused():
     with pytest.raises(ss.SkipscopeError, match="tolerance is not positive"):
         ss.landscape(nn.Linear(2, 2), (torch.ones(2, 2), torch.ones(2, 2)), F.mse_loss, grid=9, tolerance=0)

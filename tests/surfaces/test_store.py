@@ -128,6 +128,31 @@ def test_load_of_an_unfinished_store_says_how_to_finish(tmp_path):
         ss.load(tmp_path / "s")
 
 
+def test_a_full_disk_loses_nothing_that_was_kept(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can make a small disk")
+    try:
+        with pytest.raises(ss.SkipscopeError, match="make room and run the same call again"):
+            _surface(tmp_path / "s", grid=21)
+        with pytest.raises(ss.SkipscopeError, match="not finished"):
+            ss.load(tmp_path / "s")
+        assert _units(tmp_path / "s") > 1
+        subprocess.run(["mount", "-o", "remount,size=4m", str(tmp_path)], check=True)
+        assert np.array_equal(_surface(tmp_path / "s", grid=21).values, _surface(grid=21).values)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_folder_of_several_stores_says_which(tmp_path):
+    band = _surface(tmp_path / "s", seed=[0, 1])
+    with pytest.raises(ss.SkipscopeError, match="seed-0, seed-1"):
+        ss.load(tmp_path / "s")
+    assert np.array_equal(ss.load(tmp_path / "s" / "seed-1").values, band.surfaces["1"].values)
+    with pytest.raises(ss.SkipscopeError, match="no seeds"):
+        _surface(seed=[])
+
+
 # --- real processes -------------------------------------------------------------------------------------------------
 
 SCRIPT = """

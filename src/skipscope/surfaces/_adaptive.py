@@ -29,6 +29,9 @@ class Adaptive:
         fields: names of the values that must be right (each with the name of its standard error, or None).
         tolerance: largest error as a share of each value's range over the surface; a standard error that is larger
             is tolerance enough.
+
+    Attributes:
+        level: rows and columns of the last level, whose points the splines pass through.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Adaptive:
         self.shape = sheet.shape
         self.errors = dict.fromkeys((value for value, _ in fields), 0.0)
         self._in_logarithm: dict[str, bool] = {}  # which values are interpolated so; learnt at each level
+        self.level: tuple[np.ndarray, np.ndarray] = np.arange(self.shape[0]), np.arange(self.shape[1])
 
     def run(self) -> dict[str, float]:
         """Fill the sheet; returns the largest error seen on held-out points, for each field."""
@@ -57,9 +61,9 @@ class Adaptive:
             finer = levels[0][min(depth, len(levels[0]) - 1)], levels[1][min(depth, len(levels[1]) - 1)]
             active = self._refine((rows, columns), finer, active)
             rows, columns = finer
-        everything = np.arange(self.sheet.done.size)
-        self._interpolate((rows, columns), everything)
-        return self._verify((rows, columns))
+        self.level = rows, columns
+        self._interpolate(self.level, np.arange(self.sheet.done.size))
+        return self._verify(self.level)
 
     def _flat(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         return np.ravel_multi_index((rows.ravel(), columns.ravel()), self.shape)
@@ -135,7 +139,9 @@ class Adaptive:
         if len(points):
             for k, name in enumerate(self.sheet.names):
                 values = self._spline(name, level, points)
-                self.sheet.data[k, points] = np.fmax(values, 0.0) if name.endswith("stderr") else values
+                # A loss (an error, a share) that is nowhere below zero does not go there between two points.
+                positive = not (self.sheet.data[k, self.sheet.done] < 0).any()
+                self.sheet.data[k, points] = np.fmax(values, 0.0) if positive else values
 
     def _better(
         self, straight: dict[str, np.ndarray], logarithm: dict[str, np.ndarray], points: np.ndarray

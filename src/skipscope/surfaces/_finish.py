@@ -20,8 +20,6 @@ from skipscope.surfaces._settings import Settings
 from skipscope.surfaces._strategies import Choice
 from skipscope.surfaces._twins import TwinOnPlane, folds_of
 
-_Z95 = 1.959963984540054
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -51,6 +49,7 @@ class Run:
         facts: of each twin.
         choices: each twin's strategy.
         errors: each twin's largest interpolation error; None when every point was computed.
+        level: rows and columns that the rest was interpolated from; None when every point was computed.
         began: when, by ``time.perf_counter``.
     """
 
@@ -62,6 +61,7 @@ class Run:
     facts: dict[str, Facts]
     choices: dict[str, Choice]
     errors: dict[str, float | None]
+    level: tuple[np.ndarray, ...] | None
     began: float
 
 
@@ -90,6 +90,7 @@ def _surface(run: Run, sheet: Sheet, twin: TwinOnPlane, label: str, level: float
         label=label,
         without_fold=folds_of(sheet, twin),
         origin=twin.evaluator.origin_point,
+        interpolated_from=run.level,
     )
     return Surface(
         name=name,
@@ -128,14 +129,17 @@ def _known_points(run: Run, twin: TwinOnPlane) -> KnownPoints | None:
 
 
 def _difference(run: Run, sheet: Sheet, first: TwinOnPlane, twin: TwinOnPlane) -> Difference:
+    from scipy.stats import t as student
+
     values = sheet[f"{twin.name}/value"] - sheet[f"{first.name}/value"]
     name = f"{twin.name} - {first.name}"
     if f"{twin.name}/difference_stderr" not in sheet:
         return Difference(name, values, None, None, None)
     error = sheet[f"{twin.name}/difference_stderr"]
+    half = student.ppf(0.975, sum(twin.evaluator.plain.at_point.sizes) - 1) * error
     # An interpolated point may be off by the interpolation's error in both surfaces; its interval says so.
     guess = sum(run.errors[t.name] or 0.0 for t in (first, twin)) * ~sheet.done.reshape(sheet.shape)
-    return Difference(name, values, error, values - _Z95 * error - guess, values + _Z95 * error + guess)
+    return Difference(name, values, error, values - half - guess, values + half + guess)
 
 
 def _checks(run: Run, sheet: Sheet, twin: TwinOnPlane) -> Checks:

@@ -118,7 +118,7 @@ class Provenance(Result):
 
 @dataclass(frozen=True)
 class Scores(Result):
-    """One surface in a few numbers; each with its standard error over the samples (jackknife), None when unknown.
+    """One surface in a few numbers; each with its standard error over the samples (jackknife), where it is known.
 
     Attributes:
         label: "" for the surface of a network that has learnt; else e.g. "flat: this network has not learnt", and the
@@ -133,7 +133,8 @@ class Scores(Result):
             units of the axes.
         level: the loss at which the width is read.
         width_is_bound: the region reaches the edge, so the width is a lower bound.
-        errors: standard errors of centre, convexity_share, roughness, barrier and width.
+        errors: standard errors of centre, convexity_share, roughness, barrier and width (at this level); on an adaptive
+            surface with what interpolation adds.
     """
 
     label: str
@@ -224,7 +225,8 @@ class Surface(Result):
         axis_names: what the axes are.
         metrics: name -> its values on the same plane, [a, b].
         interpolation_error: largest error of interpolated values, in units of the loss, measured on points the fit had not
-            seen, or None when every point was computed; ``interpolation_error_share`` holds it against the range.
+            seen, or None when every point was computed; ``interpolation_error_share`` holds it against the range. 24 points
+            are drawn at random: with 95 % confidence at most 12 % of the interpolated ones are further off.
         scores: the surface in a few numbers.
         checks: measured on this run.
         provenance: how to make it again.

@@ -68,10 +68,10 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
             strategies = {name: choice.name for name, choice in choices.items()}
             remote, at_once = on_ray(job(models, held, objective, settings, at, strategies)), min(at_once, 16)
         runner = Runner(sheet, work, store, engine, what, at_once, remote)
-        errors = _fill(sheet, runner, twins, at, settings.tolerance)
+        errors, level = _fill(sheet, runner, twins, at, settings.tolerance)
         _put_origin(sheet, twins, at)
         facts = {t.name: _facts(t, held, objective, settings) for t in twins}
-    run = Run(settings, at, held, objective, hashes, facts, choices, errors, began)
+    run = Run(settings, at, held, objective, hashes, facts, choices, errors, level, began)
     result = finish(run, sheet, twins)
     if store is not None and runner.rank == 0:
         store.finish(result if len(twins) > 1 else result.surfaces[twins[0].name])
@@ -211,20 +211,27 @@ def _fill(
     twins: list[TwinOnPlane],
     at: tuple[np.ndarray, ...],
     tolerance: float | None,
-) -> dict[str, float | None]:
-    """Compute the sheet; each twin's largest error on held-out points, None when all was computed."""
+) -> tuple[dict[str, float | None], tuple[np.ndarray, ...] | None]:
+    """Compute the sheet.
+
+    Returns:
+        Each twin's largest error on held-out points, None when all was computed; and the rows and columns that the rest
+        was interpolated from.
+    """
     everything = np.arange(sheet.done.size)
     if tolerance is None or len(at) == 1 or min(sheet.shape) < 5:
         runner.compute(everything)
-        return dict.fromkeys((t.name for t in twins), None)
+        return dict.fromkeys((t.name for t in twins), None), None
     if not tolerance > 0:
         raise SkipscopeError(
             "landscape", "the tolerance is not positive", expected="e.g. 0.01, or None", got=tolerance
         )
     fields = [(f"{t.name}/value", f"{t.name}/stderr" if t.has_samples else None) for t in twins]
-    errors = Adaptive(sheet, at, runner.compute, fields, tolerance).run()
-    complete = bool(sheet.done.all())
-    return {t.name: None if complete else errors[f"{t.name}/value"] for t in twins}
+    adaptive = Adaptive(sheet, at, runner.compute, fields, tolerance)
+    errors = adaptive.run()
+    if sheet.done.all():
+        return dict.fromkeys((t.name for t in twins), None), None
+    return {t.name: errors[f"{t.name}/value"] for t in twins}, adaptive.level
 
 
 def _put_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ...]) -> None:

@@ -142,8 +142,18 @@ class Store:
         return [np.arange(u * size, min((u + 1) * size, self.plan.points)) for u in np.unique(points // size)]
 
     def write(self, unit: np.ndarray, numbers: np.ndarray) -> None:
-        """Keep one unit: one file, by rename."""
-        self._array[:, unit[0] : unit[-1] + 1] = np.vstack([np.ones((1, len(unit))), numbers])
+        """Keep one unit: one file, by rename.
+
+        Raises:
+            SkipscopeError: it cannot be written (a full disk); what was kept before can still be read.
+        """
+        try:
+            self._array[:, unit[0] : unit[-1] + 1] = np.vstack([np.ones((1, len(unit))), numbers])
+        except OSError as error:
+            raise SkipscopeError(
+                "landscape", f"cannot write to the store {self.folder}: {error.strerror or error}",
+                cure="make room and run the same call again: it resumes from what is there",
+            ) from error  # fmt: skip
 
     def read_into(self, sheet: Sheet) -> None:
         """Put everything that is done into ``sheet``."""
@@ -172,6 +182,12 @@ def read_store(path: Path) -> _result.Result | None:
         SkipscopeError: the run that fills the store has not finished.
     """
     if not (path.is_dir() and (path / PLAN).exists() and (path / "sheet").exists()):
+        inside = sorted(plan.parent for plan in path.glob(f"*/{PLAN}")) if path.is_dir() else []
+        if inside:  # several seeds, or twins' maps
+            raise SkipscopeError(
+                "load", f"{path} holds several stores", expected="one of " + ", ".join(p.name for p in inside),
+                cure=f"ss.load({str(inside[0])!r})",
+            )  # fmt: skip
         return None
     if not (path / _RESULT).exists():
         raise SkipscopeError(
