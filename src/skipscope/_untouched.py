@@ -284,8 +284,8 @@ def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn
     if _sharding.units(model):
         raise SkipscopeError(
             operation, "FSDP2 cannot copy a sharded model", got="fully_shard was called on it",
-            cure=f"{operation} first, on the model as it was built (on the meta device if it is too big), then "
-            "fully_shard the twin and give it the same weights: torch.distributed.checkpoint.state_dict",
+            cure="give it the model as it was built, before fully_shard; fully_shard the twin that comes out, and give "
+            "it the weights: torch.distributed.checkpoint.state_dict.set_model_state_dict",
         )  # fmt: skip
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if share else {}
     # Tensors with a history (the weight under an old weight norm or pruning, a kept activation) are made anew by each

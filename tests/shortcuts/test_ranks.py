@@ -21,12 +21,12 @@ def torchrun(kind, processes=2):
 
 
 def test_two_ranks_of_ddp():
-    torchrun("ddp")
+    torchrun("ddp_short")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("kind", ["fsdp_find", "fsdp_measure", "fsdp_edit"])
+@pytest.mark.parametrize("kind", ["fsdp_find", "fsdp_options", "fsdp_measure", "fsdp_edit"])
 def test_sharded(kind, processes):
     torchrun(kind, processes)
 
@@ -37,6 +37,7 @@ def test_ddp_with_four_ranks_and_batch_norm(kind):
     torchrun(kind, 4)
 
 
+@pytest.mark.slow
 def test_a_sharded_model_asked_on_one_rank_alone_is_refused_with_the_cure():
     out = torchrun("fsdp_alone")
     assert "REFUSED find_shortcuts: not every rank called it" in out

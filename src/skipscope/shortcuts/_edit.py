@@ -34,7 +34,8 @@ def ablate(
 
     The twin is a module of the same class name with the same ``state_dict`` keys. It can be trained, copied, pickled,
     compiled and edited again. Edits multiply: strength 0.5 twice is 0.25. Local. A twin is sharded like any model,
-    after it was made: FSDP2 cannot copy what is sharded.
+    after it was made: FSDP2 cannot copy what is sharded. Weights of what was cut (a removed projection, a lesioned
+    branch) get no gradient: DDP needs ``find_unused_parameters=True``.
 
     Args:
         model: any eager module (of a compiled or DDP-wrapped one, what is inside is copied); it is left as found.

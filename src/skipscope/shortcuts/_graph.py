@@ -17,6 +17,8 @@ import torch
 from skipscope import _data
 from skipscope.shortcuts._trace import Step, Trace, node_of, output_of
 
+PART = -2
+
 
 class Graph:
     """Autograd's graph of a trace.
@@ -242,10 +244,12 @@ class Graph:
     # --- what a node does ---
 
     def step(self, i: int) -> tuple[int, int] | None:
-        """Dimension and index where node ``i`` takes one step out of a sequence, else None."""
+        """Dimension and index where node ``i`` takes one step out of a sequence, or ``PART`` and the index where it takes
+        one part of a tensor, else None.
+        """
         node = self.nodes[i]
         if isinstance(node, Step):
-            return (-1, node.index)
+            return (-1 if node.node.name() == "UnbindBackward0" else PART, node.index)
         if self.kind(i) != "Select":
             return None
         dim, index = node._saved_dim, node._saved_index

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 
 from skipscope.shortcuts import _calls
-from skipscope.shortcuts._graph import Graph, bits
+from skipscope.shortcuts._graph import PART, Graph, bits
 from skipscope.shortcuts._results import Place
 from skipscope.shortcuts._sides import (
     BENT,
@@ -24,7 +24,7 @@ from skipscope.shortcuts._sides import (
 )
 from skipscope.shortcuts._trace import Call
 
-PARALLEL = "parallel branches"
+PARALLEL, NO_WEIGHTS = "parallel branches", "no weights on either side"
 FREE, SCALED, GATED, NORMED, PROJECTED = range(5)  # of several ways past a branch, the first is the shortcut
 
 
@@ -85,10 +85,10 @@ class Judge:
         if isinstance(bypassing, str):
             return bypassing
         region, branches = self._branch(reader, sides, bypassing)
-        if isinstance(branches, str) and call.name in _calls.LISTS:
+        if branches == NO_WEIGHTS and call.name in _calls.LISTS:
             # Several may come from one branch, and share its weights: x is what comes from none of the others.
             bypassing = tuple(i for i in self._the_first(sides, bypassing) if not sides[i].is_sum)
-            region, branches = self._branch(reader, sides, bypassing)
+            region, branches = self._branch(reader, sides, bypassing, sharing=True)
         if isinstance(branches, str):
             return branches
         return self._shortcut(reader, sides, bypassing, branches, region)
@@ -209,14 +209,17 @@ class Judge:
     # --- what they bypass ---
 
     def _branch(
-        self, reader: Sides, sides: dict[int, Side], bypassing: tuple[int, ...]
+        self, reader: Sides, sides: dict[int, Side], bypassing: tuple[int, ...], sharing: bool = False
     ) -> tuple[int, tuple[int, ...] | str]:
-        """The branch's nodes and the operands it comes in by, or why there is none."""
+        """The branch's nodes and the operands it comes in by, or why there is none.
+
+        With ``sharing`` a bypassing operand of a list may itself depend on the branch (a gate of it).
+        """
         graph, call = self.graph, reader.call
         is_list, past = call.name in _calls.LISTS, 0
-        for i in bypassing if is_list else ():
+        for i in bypassing if is_list and not sharing else ():
             past |= graph.ancestors[reader.position(i)]
-        region, branches, reason = 0, [], "no weights on either side"
+        region, branches, reason = 0, [], NO_WEIGHTS
         for j in reader.active:
             if j in bypassing or any(i in reader.factors and j in reader.factors for i in bypassing):
                 continue
@@ -230,7 +233,7 @@ class Judge:
             if graph.has_weights(nodes) or (j in reader.factors and call.name in MATRIX_SUMS):
                 region |= nodes
                 branches.append(j)
-        if is_list and branches and self._repeats(reader, region, bypassing):
+        if is_list and not sharing and branches and self._repeats(reader, region, bypassing):
             return region, "steps of one recurrence, side by side"
         if branches and self._is_activation_function(region):
             return region, "an activation function with weights of its own"
@@ -252,10 +255,13 @@ class Judge:
         graph, end = self.graph, reader.position(j)
         starts = [fork]
         taken = {graph.step(v) for v in bits(side.region & graph.children_of(fork))}
-        if taken and None not in taken:  # steps of a sequence: only the same steps are bypassed
+        if reader.call.name in _calls.LISTS:
+            taken = {None if step is not None and step[0] == PART else step for step in taken}
+        if taken and None not in taken:  # steps of a sequence, parts of a tensor: only the same are bypassed
             starts = [v for v in graph.leaving(fork, taken) if graph.ancestors.reaches(v, end)]
             if not starts:
-                return "other steps of one sequence"
+                parts = {step[0] for step in taken if step is not None} == {PART}
+                return f"other {'parts of one tensor' if parts else 'steps of one sequence'}"
         nodes = graph.between(starts, end) & ~(1 << fork)
         if reader.call.name in _calls.LISTS and nodes and not self._reaches_past_gates(starts, end, nodes):
             return "only a gate depends on it"

@@ -103,7 +103,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """One output of ``unbind``, as a node of its own: autograd has one node for all of them."""
+    """One output of ``unbind`` or ``split``, as a node of its own: autograd has one node for all of them."""
 
     node: Any
     index: int
@@ -127,15 +127,16 @@ def node_of(value: Any) -> Any:
     return output_of(value.grad_fn, value.output_nr)
 
 
+_MANY = frozenset({"UnbindBackward0", "SplitBackward0", "SplitWithSizesBackward0", "UnsafeSplitBackward0"})
 # FSDP2 hands a unit's inputs through one function, to learn when its backward ends: input i is output i.
 _HANDS_THROUGH = "RegisterPostBackwardFunctionBackward"
 
 
 def output_of(node: Any, index: int) -> Any:
-    """The node of one output of an autograd node."""
+    """The node of one output of an autograd node, seen through what only hands it on."""
     while node is not None and node.name() == _HANDS_THROUGH:
         node, index = node.next_functions[index]
-    return Step(node, index) if node is not None and node.name() == "UnbindBackward0" else node
+    return Step(node, index) if node is not None and node.name() in _MANY else node
 
 
 # Functions whose result has a tensor's shape but nothing of its values.
