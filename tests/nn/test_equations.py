@@ -59,6 +59,7 @@ EQUATIONS = {
     "hyper": lambda m, f, x: x + f(x),
     "dynamic-hyper": lambda m, f, x: x + f(x),
     "manifold-hyper": lambda m, f, x: x + f(x),
+    "residual-streams": lambda m, f, x: norm(x + f(x)) + norm(x + f(x)),
     "shake-shake": lambda m, f, x: x + (f(x) + m.other(x)) / 2,
     "depth-averaged": lambda m, f, x: m.weights[0][1] * (x + f(x)) + m.weights[0][0] * x,
     "laurel-weights": lambda m, f, x: m.weights[0] * f(x) + m.weights[1] * x,
@@ -69,6 +70,8 @@ STREAMS = {"hyper", "dynamic-hyper", "manifold-hyper"}
 
 def inside(module, name):
     """The branch of a registered module."""
+    if name == "residual-streams":
+        return module.branches[0]
     return (
         module.layers[0].branch
         if name in STREAMS
@@ -395,3 +398,12 @@ def test_a_fresh_low_rank_shortcut_is_the_identity_shortcut():
     f, x = branch(), torch.randn(N, WIDTH)
     torch.testing.assert_close(sn.LaurelLowRank(f, WIDTH)(x), x + f(x))
     assert sn.LaurelLowRank(f, WIDTH, rank=2).down.shape == (2, WIDTH)
+
+
+def test_residual_streams_are_the_papers_recursion():
+    branches, x = [branch() for _ in range(3)], torch.randn(N, WIDTH)
+    post = pre = x
+    for f in branches:
+        out = f(post)
+        post, pre = norm(post + out), pre + out
+    torch.testing.assert_close(sn.ResidualStreams(*branches, width=WIDTH)(x), post + norm(pre))

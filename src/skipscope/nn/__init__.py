@@ -65,6 +65,8 @@ from skipscope.nn._random import dropout_shortcut as dropout_shortcut
 from skipscope.nn._random import stochastic_depth as stochastic_depth
 from skipscope.nn._registry import Factory as Factory
 from skipscope.nn._registry import registry as registry
+from skipscope.nn._residual_streams import ResidualStreams as ResidualStreams
+from skipscope.nn._residual_streams import residual_streams as residual_streams
 from skipscope.nn._scaled import DepthScaled as DepthScaled
 from skipscope.nn._scaled import ScaledShortcut as ScaledShortcut
 from skipscope.nn._scaled import scaled_shortcut as scaled_shortcut

@@ -20,6 +20,7 @@ from skipscope.nn._learned_scale import LayerScale, ReZero, SkipInit
 from skipscope.nn._norms import DeepNorm, PostNorm, PreNorm, SandwichNorm
 from skipscope.nn._options import PadShortcut, ProjectionShortcut
 from skipscope.nn._random import DropoutShortcut, StochasticDepth
+from skipscope.nn._residual_streams import ResidualStreams
 from skipscope.nn._scaled import DepthScaled, ScaledShortcut
 from skipscope.nn._shake import ShakeShake
 
@@ -62,6 +63,7 @@ _MAKE: dict[str, Callable[[nn.Module, int, int, int], nn.Module]] = {
     "manifold-hyper": lambda branch, width, dim, depth: HyperConnected(
         branch, connect=partial(ManifoldHyperConnection, width=width, dim=dim)
     ),
+    "residual-streams": lambda branch, width, dim, depth: ResidualStreams(branch, width=width, dim=dim),
     "shake-shake": lambda branch, width, dim, depth: ShakeShake(branch),
     "depth-averaged": lambda branch, width, dim, depth: DepthAveraged(IdentityShortcut(branch)),
     "laurel-weights": lambda branch, width, dim, depth: LaurelWeights(branch),

@@ -1,0 +1,43 @@
+"""Two residual streams: Xie et al. 2023 (ResiDual, arXiv 2304.14802).
+
+f_k = F_k(x_k),   x_{k+1} = N(x_k + f_k),   d_{k+1} = d_k + f_k,   d_1 = x_1 = x;   y = x_last + N(d_last)
+
+The first stream is post-norm's, the second pre-norm's: its gradient does not pass a norm at every layer.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from skipscope.nn._connection import WidthNorm
+
+
+def residual_streams(post: Tensor, pre: Tensor, f: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Both streams after a layer: ``norm(post + f)``, which the next layer reads, and ``pre + f``."""
+    return norm(post + f), pre + f
+
+
+class ResidualStreams(nn.Module):
+    """ResiDual: a stack of branches between two streams, one tensor outside.
+
+    Args:
+        branches: the F of each layer.
+        width: size of dimension ``dim``.
+        dim: the dimension that holds the features.
+    """
+
+    kind = "identity"
+    identity_at_start = False
+
+    def __init__(self, *branches: nn.Module, width: int, dim: int = -1):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        self.norms = nn.ModuleList(WidthNorm(width, dim=dim) for _ in branches)
+        self.norm_out = WidthNorm(width, dim=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        post = pre = x
+        for branch, norm in zip(self.branches, self.norms):
+            post, pre = residual_streams(post, pre, branch(post), norm)
+        return post + self.norm_out(pre)
