@@ -65,6 +65,39 @@ def test_other_consumers_of_a_fork_are_told_apart():
     assert row.other_rms > 0 and row.residual < 1e-15
 
 
+def test_two_merges_of_the_same_operands_are_told_apart():
+    """y = [2 (x + f), 3 (x + f)], each sum made by itself: each fork gets its own sum's part, the rest is other."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+        def forward(self, x):
+            f = self.f(x)
+            return 2 * (x + f), 3 * (x + f)
+
+    model, x = Both().double(), torch.randn(3, 4, dtype=torch.float64)
+    split = ss.gradient_split(model, (x, torch.zeros(1)), lambda y, _: (y[0] + y[1]).square().sum())
+    g = 2 * 5 * (x + model.f(x)).detach()
+    assert [row.shortcut_rms for row in split] == pytest.approx([rms(2 * g), rms(3 * g)])
+    assert [row.other_rms for row in split] == pytest.approx([rms(3 * g), rms(2 * g)])
+
+
+def test_a_merge_that_reshapes_its_operands_first():
+    class Stacked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+        def forward(self, x):
+            return torch.dstack([x, self.f(x)])
+
+    model, x = Stacked().double(), torch.randn(3, 4, dtype=torch.float64)
+    (row,) = ss.gradient_split(model, (x, torch.zeros(1)), lambda y, _: y.square().sum())
+    assert row.shortcut_rms == pytest.approx(rms(2 * x)) and row.other_rms is None and row.branch_rms > 0
+
+
 @pytest.mark.parametrize("make", [oracles.PostActivation, oracles.Overwritten, lambda inner: oracles.Dense(4, inner),
                                   lambda inner: oracles.Gated(inner, 4), lambda inner: oracles.Projected(4, inner)])  # fmt: skip
 def test_every_kind_sums_to_the_fork(make):

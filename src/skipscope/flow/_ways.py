@@ -90,11 +90,12 @@ class Ways:
         if fork is None:
             return Arrivals(None)
         bypass, merged = self.above(shortcuts), {edge for _, edge in ends}
+        inside = self.above([(joined, 0)])  # of the merge's call, with what it does to its operands first
         found = Arrivals(fork)
         for node, e in self.consumers.get(fork, []):
             at = self.position[node]
             side = "branch" if branch >> at & 1 else "shortcut" if bypass >> at & 1 else "other"
-            if side == "other" and fork in merged and (node is joined or merged <= set(node.next_functions)):
+            if side == "other" and fork in merged and inside >> at & 1:
                 side = "shortcut"  # the shortcut operand is the fork itself
             found.ways.append((node, e, side))
         for at in _bits(bypass & ~branch):
