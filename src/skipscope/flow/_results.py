@@ -99,7 +99,7 @@ class PathSpectrum(Result):
         method: how it was computed: ``"batched"``, ``"loop"``, ``"mixed"`` or ``"estimate"``.
         loss: the loss on the data.
         mode, meaning: as in :class:`GradientFlow`.
-        errors: for an estimate, the standard error of each norm; None when exact.
+        errors: for an estimate, about how far each norm may be off; None when exact.
         notes: what else a reader should know.
     """
 
@@ -130,7 +130,7 @@ class PathSpectrum(Result):
         kind = "exact" if self.errors is None else "an estimate"
         return Table(
             f"Paths by length: {self.branches} branches, mean length {short(self.mean_length)}",
-            ["branches crossed", "|gradient|", "share"] + (["standard error"] if self.errors is not None else []), rows,
+            ["branches crossed", "|gradient|", "share"] + (["error"] if self.errors is not None else []), rows,
             [f"|gradient|: norm of the sum over all paths of that length, back to {self.wrt}; {kind} ({self.method}); "
              f"their sum differs from the plain gradient by {short(self.residual)} of it.",
              "The parts may cancel: their norms add up to more than the norm of the gradient.", *self.notes],
