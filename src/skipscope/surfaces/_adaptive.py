@@ -139,9 +139,10 @@ class Adaptive:
         if len(points):
             for k, name in enumerate(self.sheet.names):
                 values = self._spline(name, level, points)
-                # A loss (an error, a share) that is nowhere below zero does not go there between two points.
-                positive = not (self.sheet.data[k, self.sheet.done] < 0).any()
-                self.sheet.data[k, points] = np.fmax(values, 0.0) if positive else values
+                # A loss (an error, a share) that is nowhere below zero does not go there between two points: a dip below
+                # all that was computed is the spline's.
+                lowest = np.nanmin(self.sheet.data[k, self.sheet.done], initial=np.inf)
+                self.sheet.data[k, points] = np.fmax(values, lowest) if lowest >= 0 else values
 
     def _better(
         self, straight: dict[str, np.ndarray], logarithm: dict[str, np.ndarray], points: np.ndarray

@@ -56,17 +56,17 @@ def paired_band(pairs: dict[str, PairedSurfaces]) -> PairedBand:
     first, *others = next(iter(pairs.values())).surfaces
     by_twin = {name: [pair.scores[name] for pair in pairs.values()] for name in (first, *others)}
     agreement = {
-        name: {
-            score: float(
-                np.mean(
-                    [getattr(b, score) > getattr(a, score) for a, b in zip(by_twin[first], by_twin[name])]
-                )
-            )
-            for score in _SCORES
-        }
+        name: {score: _share_higher(by_twin[name], by_twin[first], score) for score in _SCORES}
         for name in others
     }
     return PairedBand(pairs, {name: _spread(scores) for name, scores in by_twin.items()}, agreement)
+
+
+def _share_higher(scores: list[Scores], others: list[Scores], name: str) -> float:
+    """On which share of the seeds where both have this score it is higher than the other's; nan without any."""
+    pairs = np.array([[getattr(a, name), getattr(b, name)] for a, b in zip(scores, others)])
+    pairs = pairs[np.isfinite(pairs).all(1)]
+    return float(np.mean(pairs[:, 0] > pairs[:, 1])) if len(pairs) else float("nan")
 
 
 def _spread(scores: list[Scores]) -> dict[str, tuple[float, float]]:
