@@ -110,6 +110,26 @@ def fsdp_options():
         frozen(**inputs)
 
 
+def tensor_parallel():
+    """Weights spread over ranks inside a layer: found and edited like any."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    def make():
+        torch.manual_seed(0)
+        return seq(Layer(), Layer(form="post")).double()
+
+    model, (x, _) = make(), data()
+    found = ss.find_shortcuts(model, x)
+    sharded, mesh = make(), init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in sharded:
+        parallelize_module(layer.mlp, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    assert plain_form(ss.find_shortcuts(sharded, x)) == plain_form(found)
+    assert boundaries(sharded, x) == boundaries(model, x)
+    for edit in EDITS:
+        same(ss.ablate(sharded, found, **edit)(x), ss.ablate(model, found, **edit)(x), str(edit))
+
+
 def gradients_at(model, points, x, y):
     seen = {}
 

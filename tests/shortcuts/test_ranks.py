@@ -26,7 +26,9 @@ def test_two_ranks_of_ddp():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("kind", ["fsdp_find", "fsdp_options", "fsdp_measure", "fsdp_edit"])
+@pytest.mark.parametrize(
+    "kind", ["fsdp_find", "fsdp_options", "fsdp_measure", "fsdp_edit", "tensor_parallel"]
+)
 def test_sharded(kind, processes):
     torchrun(kind, processes)
 
