@@ -270,3 +270,18 @@ def test_where_no_boundary_can_be_found_training_goes_on_and_says_so():
             model.first = i == 1
     assert any("cannot be read" in note for note in monitor.history.notes)
     assert len(monitor.history) == 2
+
+
+def test_a_module_added_later_is_read_from_the_next_reading_on():
+    model = network(torch.float64)
+    batch = (torch.randn(8, 6, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer, flow_every=1) as monitor:
+        steps(model, optimizer, batch, F.mse_loss, 2)
+        assert "7" not in monitor.history.boundaries
+        model.append(nn.Linear(1, 1, dtype=torch.float64))
+        optimizer.add_param_group({"params": model[-1].parameters()})
+        steps(model, optimizer, batch, F.mse_loss, 3)
+    names, rms = expected(model, batch, F.mse_loss)
+    assert monitor.history.boundaries == names and "7" in names
+    np.testing.assert_allclose(monitor.history.flow[-1], rms, rtol=1e-12)

@@ -94,6 +94,8 @@ def _live(points: list[Point], of: str, step: int, was: str, of_weights: float |
             state, where, reason = "healthy", None, change + hint
         elif state == "healthy":
             state, where, reason = trouble, points[0].name, f"{change}, hardly less than before"
+    if state in {"vanishing", "exploding"} and found.hinders == ("SGD",):
+        reason += "; it hinders SGD, Adam mostly bears it"
     return LiveVerdict(state, basis, step, reason, where, fall, found.slope, found.slope_interval)
 
 
