@@ -28,6 +28,7 @@ WAYS = {
     "difference in place": lambda x, H, t: (H - x).mul_(t).add_(x),
     "difference viewed": lambda x, H, t: x + (t * (H - x).view(-1, 2, 3).permute(1, 0, 2).permute(1, 0, 2).reshape_as(x)),
     "minus": lambda x, H, t: x - t * (x - H),
+    "the negative": lambda x, H, t: x + (-t) * (x - H),
     "minus the negative": lambda x, H, t: x + -(t * (x - H)),
     "lerp": lambda x, H, t: torch.lerp(x, H, t),
     "lerp back": lambda x, H, t: torch.lerp(H, x, 1 - t),

@@ -441,9 +441,13 @@ class Judge:
                         return call, k, sign if (k == 0) == (call.name == "sub") else -sign, is_gate
             kind = graph.kind(at)
             if kind in ELEMENTWISE or (kind in PRODUCT | SHAPE - _SUMS and not graph.weights[at]):
-                is_gate = is_gate or (kind in PRODUCT and len(graph.active_parents(at)) > 1)
+                parents = graph.active_parents(at)
+                is_gate = is_gate or (kind in PRODUCT and len(parents) > 1)
                 sign = -sign if kind == "Neg" else sign
-                waiting += [(p, sign) for p in graph.active_parents(at)]
+                negative = {
+                    p for p in parents if len(parents) > 1 and graph.kind(p) == "Neg"
+                }  # x + (-t) (x - H)
+                waiting += [(p, -sign if negative - {p} else sign) for p in parents]
         return None
 
 
