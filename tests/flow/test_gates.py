@@ -203,6 +203,18 @@ def test_dropout_between_the_difference_and_the_sum_is_drawn_once():
     assert got.residual < 1e-13 and expected.residual < 1e-13
 
 
+@pytest.mark.parametrize("edit", [{"how": "remove"}, {"how": "detach"}, {"how": "lesion"}, {"strength": 0.4}])
+@pytest.mark.parametrize("way", ["difference", "lerp in place", "addcmul minus", "crossed"])
+def test_the_paths_of_edited_twins(way, edit):
+    models, (x, y), norms = (network([way] * 3), network([None] * 3)), data(), []
+    for model in models:
+        found = ss.find_shortcuts(model, x)
+        paths = ss.path_spectrum(ss.ablate(model, found[1:2], **edit), (x, y), loss, found=found)
+        assert paths.residual < 1e-12
+        norms.append(np.pad(paths.norms, (0, 4 - len(paths.norms))))
+    np.testing.assert_allclose(*norms, rtol=1e-10, atol=1e-15)
+
+
 # --- the split ----------------------------------------------------------------------------------------------------
 
 
