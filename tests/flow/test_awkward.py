@@ -310,6 +310,21 @@ def test_accumulated_batches_are_one_batch():
     )
 
 
+@pytest.mark.parametrize("how", ["leaf", "made of a leaf", "inference"])
+def test_inputs_that_carry_a_gradient_or_were_made_for_inference(how):
+    x, y = rows()
+    expected = ss.gradient_flow(plain(), (x, y), mse)
+    source = x.clone().requires_grad_()
+    if how == "inference":
+        with torch.inference_mode():
+            given = x.clone()
+    else:
+        given = source if how == "leaf" else source * 1.0
+    flow = ss.gradient_flow(plain(), (given, y), mse)
+    assert flow.boundaries == expected.boundaries and flow.layers == expected.layers
+    assert source.grad is None
+
+
 def test_data_that_are_not_finite_are_named():
     x, y = rows()
     x[3, 2] = math.nan
@@ -420,3 +435,16 @@ def test_whom_it_hinders():
     assert of(0.1, 10).hinders == ("SGD", "Adam")
     assert of(1.5, 10).hinders == ("SGD",)  # 1.8 decades gained
     assert of(3.0, 10).hinders == ("SGD", "Adam")
+
+
+def test_a_weak_stem_before_shortcuts_is_the_reason():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        oracles.orthogonal(8, 1e-4),
+        oracles.orthogonal(8, 1.0),
+        *[oracles.Residual(nn.Linear(8, 8)) for _ in range(5)],
+    )
+    verdict = ss.gradient_flow(model, rows(), mse).verdict
+    assert verdict.state == "vanishing" and verdict.cause == "gain"
+    assert "0.weight" in verdict.reason and "branches" not in verdict.reason
+    assert verdict.evidence == pytest.approx(1e-4, rel=1e-3)

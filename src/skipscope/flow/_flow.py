@@ -77,14 +77,14 @@ def gradient_flow(
         readings.output_gradient = exact.output_gradient
     flow = [_boundary_state(readings, exact, i) for i in range(len(points))]
     seen = [
-        Point(p.name, state, _log(value), readings.similarities[i])
+        Point(p.name, state, _log(value), readings.similarities[i], p.kind == "merge")
         for i, (p, (state, value)) in enumerate(zip(points, flow))
         if state != "not_met"
     ]
     residual = sum(p.kind == "merge" for p in points) > len(points) / 2
     culprit = _culprit(model, batches, readings) if any("nonfinite" in p.state for p in seen) else None
     verdict = judge(seen, residual=residual, dtype=_dtype_name(readings), culprit=culprit)
-    why_is_open = verdict.state == "dead" or (verdict.state in {"vanishing", "exploding"} and not residual)
+    why_is_open = verdict.state in {"dead", "vanishing", "exploding"}
     if greatest(model, why_is_open) if spread else why_is_open:  # all ranks together, or none
         with running(model, seed, "gradient_flow"):
             every = _clues(model, batches.first(), objective, len(points), tap)

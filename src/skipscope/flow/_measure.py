@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, Batches, Objective, batch_size
+from skipscope._data import Batch, Batches, Objective, batch_size, map_tensors
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import greatest, ranks_of
 from skipscope.flow._readings import Reading, Readings, WeightReading, merge, similarity
@@ -77,7 +77,8 @@ class _Pass:
         self, model: nn.Module, batch: Batch, loss: Objective, share: float, scale: float, readings: Readings,
         accumulate: bool = False, spread: bool = False,
     ):  # fmt: skip
-        self.model, self.batch, self.loss, self.share, self.scale = model, batch, loss, share, scale
+        self.model, self.loss, self.share, self.scale = model, loss, share, scale
+        self.batch = map_tensors(batch, _as_data)
         self.readings, self.accumulate, self.spread = readings, accumulate, spread
         self.activations: dict[int, Reading] = {}
         self.similarities: dict[int, float | None] = {}
@@ -153,6 +154,11 @@ class _Pass:
         to.output_gradient = math.hypot(to.output_gradient, self.share * self.at_output)
         to.batches += 1
         to.samples += batch_size(self.batch)
+
+
+def _as_data(tensor: Tensor) -> Tensor:
+    """Where the data come from is not asked: no gradient goes into what they were made of."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 @contextmanager

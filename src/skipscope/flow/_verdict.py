@@ -38,12 +38,14 @@ class Point:
         state: as in :class:`BoundaryFlow`, or ``"nonfinite_activation"``.
         log_flow: log10 of its flow, None where there is none.
         similarity: mean cosine between the activations of different samples there.
+        merge: whether a shortcut ends there.
     """
 
     name: str
     state: str
     log_flow: float | None
     similarity: float | None = None
+    merge: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,9 @@ def judge(
     first, last = connected[at][0], connected[at + 1][0]
     alone = abs(logs[at + 1] - logs[at]) >= SHARE_OF_ONE * abs(fall)
     cause, reason, evidence = _why(
-        state, logs, at, alone, clues[first:last] if alone else clues[: len(points) - 1], residual
-    )
+        state, logs, at, alone, clues[first:last] if alone else clues[: len(points) - 1],
+        residual and not (alone and not points[last].merge),
+    )  # fmt: skip
     collapsed = _collapse(points)
     if collapsed is not None:
         if cause == "unexplained":
@@ -260,8 +263,10 @@ def _why(
         what = f"one step puts a factor {short(step)} on it, {short(abs(logs[at + 1] - logs[at]))} of {short(abs(fall))} decades"
     else:
         what = f"it {word} by a factor {short(each)} at each of {steps} boundaries"
-    if residual:
+    if residual and state == "exploding":
         return "gain", f"{what}: what the branches add to the shortcuts multiplies up", each
+    if residual:
+        return "unexplained", what, None
     slopes, gains = (
         sum(_log(value) for value in column) for column in ([c.slope for c in clues], [c.gain for c in clues])
     )
