@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import t as student
 from torch import nn
 
 import skipscope as ss
-from skipscope.curvature._density import quadrature
+from skipscope.curvature._density import _summary, quadrature
 from skipscope.curvature._lanczos import gaussian_blocks
 from skipscope.curvature._trace import trace_of
 
@@ -48,7 +49,8 @@ def test_semicircle():
     a = generator.standard_normal((500, 500))
     a = torch.tensor((a + a.T) / (2 * 500) ** 0.5)
     draw = gaussian_blocks(500, 0)
-    found = [quadrature(lambda rows: rows @ a, 500, 40, draw) for _ in range(8)]
+    rules = [quadrature(lambda rows: rows @ a, 500, 40, draw) for _ in range(8)]
+    found = [(nodes[0], weights[0]) for nodes, weights in rules]
     for power, moment in ((2, 1.0), (4, 2.0), (6, 5.0)):  # Catalan numbers
         estimate = np.mean([(weights * np.nan_to_num(nodes) ** power).sum() for nodes, weights in found])
         assert estimate == pytest.approx(moment, rel=0.1)
@@ -83,6 +85,29 @@ def test_shares_trace_and_effective_dimension_within_their_errors():
         assert abs(found - truth) < 4 * error and error < 0.2 * abs(truth)
     with pytest.raises(ss.SkipscopeError, match="ridge"):
         rho.effective_dimension(0.0)
+
+
+@pytest.mark.parametrize("kind", ["semicircle", "like a network's"])
+def test_errors_cover_the_truth_as_often_as_they_should(kind):
+    """A share of a spectrum that runs through zero is a matter of resolution, too."""
+    rng, size, probes = np.random.default_rng(0), 200, 15
+    values = (
+        rng.normal(0, 1, size)
+        if kind == "semicircle"
+        else np.r_[5, 3, 1, rng.normal(0, 0.02, 157), -0.3, np.zeros(39)]
+    )
+    basis = torch.linalg.qr(torch.tensor(rng.standard_normal((size, size))))[0]
+    matrix, half, inside = (basis * torch.tensor(values)) @ basis.T, student.ppf(0.975, probes - 1), []
+    for seed in range(40):
+        draw = gaussian_blocks(size, seed)
+        rules = [quadrature(lambda rows: rows @ matrix, size, 40, draw) for _ in range(probes)]
+        found = _summary(*(np.stack(part, axis=1) for part in zip(*rules)), size, 1e-4)
+        truth = {
+            "negative_share": (values < -found["cut"]).mean(), "trace": values.sum(),
+            "negative_mass": -values[values < 0].sum() / np.abs(values).sum(),
+        }  # fmt: skip
+        inside.append([abs(found[name] - t) <= half * found[f"{name}_stderr"] for name, t in truth.items()])
+    assert (np.mean(inside, axis=0) >= 0.85).all()
 
 
 @pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])

@@ -169,9 +169,9 @@ class SpectralDensity(Result):
         nodes: Ritz values of each probe ``[probes, steps]`` (nan where a probe ended early).
         weights: the share of eigenvalues each stands for ``[probes, steps]``.
         negative_share: the share of eigenvalues below ``-cut``.
-        negative_share_stderr: its standard error over probes.
+        negative_share_stderr: its standard error over probes, and what half the steps would change.
         negative_mass: the sum of |lambda| over negative eigenvalues, over the sum over all.
-        negative_mass_stderr: its standard error over probes.
+        negative_mass_stderr: its standard error over probes, and what half the steps would change.
         trace: the sum of the eigenvalues.
         trace_stderr: its standard error over probes.
         cut: below this |lambda| counts as zero.
@@ -180,6 +180,8 @@ class SpectralDensity(Result):
         matrix: "hessian" or "gauss_newton".
         parameters: the size of the matrix.
         loss_name: the loss.
+        half_nodes: nodes at half the steps, for the errors ``[probes, steps]``.
+        half_weights: their weights.
     """
 
     grid: np.ndarray
@@ -201,6 +203,8 @@ class SpectralDensity(Result):
     matrix: str
     parameters: int
     loss_name: str = ""
+    half_nodes: np.ndarray | None = None
+    half_weights: np.ndarray | None = None
 
     def effective_dimension(self, ridge: float) -> tuple[float, float]:
         """Sum of lambda+ / (lambda+ + ridge) over eigenvalues (negative ones count zero), and its standard error.
@@ -215,9 +219,15 @@ class SpectralDensity(Result):
             raise SkipscopeError(
                 "effective_dimension", "the ridge is not positive", expected="a number > 0", got=ridge
             )
-        above = np.clip(np.nan_to_num(self.nodes), 0, None)
-        probes = self.parameters * (self.weights * above / (above + ridge)).sum(1)
-        return float(probes.mean()), stderr_of(probes)
+
+        def of(nodes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+            above = np.clip(np.nan_to_num(nodes), 0, None)
+            return self.parameters * (weights * above / (above + ridge)).sum(1)
+
+        probes = of(self.nodes, self.weights)
+        if self.half_nodes is None or self.half_weights is None:
+            return float(probes.mean()), stderr_of(probes)
+        return float(probes.mean()), error_of(probes, of(self.half_nodes, self.half_weights))
 
     def table(self) -> Table:
         """The spectrum in numbers."""
@@ -238,7 +248,7 @@ class SpectralDensity(Result):
         ]
         notes = [
             f"{self.parameters:,} parameters; {len(self.nodes)} random probes of {self.nodes.shape[1]} steps, {self.products} products "
-            f"({self.method}); +- is one standard error over probes.",
+            f"({self.method}); +- is one standard error over probes, with what doubling the steps still changed.",
             f"An eigenvalue within {short(self.cut)} of zero counts as zero. The outermost nodes lie inside the "
             "spectrum; extreme_eigenvalues gives the ends with bounds.",
         ]
@@ -278,6 +288,11 @@ class TraceEstimate(Result):
             f"Trace of the {_MATRICES[self.matrix]}", ["trace", "standard error"],
             [[self.value, self.stderr]], [f"{self.parameters:,} parameters; {self.probes} probes, {self.products} products ({self.method})."],
         )  # fmt: skip
+
+
+def error_of(values: np.ndarray, at_half: np.ndarray) -> float:
+    """The standard error of a mean over probes, and how much it still changes when the resolution doubles."""
+    return math.hypot(stderr_of(values), float(values.mean() - at_half.mean()))
 
 
 def stderr_of(values: np.ndarray) -> float:
