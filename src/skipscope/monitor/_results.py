@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +132,7 @@ class History(Result):
     @property
     def sizes(self) -> np.ndarray:
         """Elements of each parameter (1 for an empty one), ``[P]``."""
-        return np.array([max(1.0, np.prod(shape, dtype=float)) for shape in self.shapes])
+        return np.array([max(1, math.prod(shape)) for shape in self.shapes], dtype=float)
 
     @property
     def rms(self) -> np.ndarray:
