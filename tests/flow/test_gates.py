@@ -38,6 +38,7 @@ WAYS = {
     "addcmul minus": lambda x, H, t: torch.addcmul(x, t, x - H, value=-1),
     "addcmul of the shortcut": lambda x, H, t: torch.addcmul(t * H, 1 - t, x),
     "addcmul of the branch": lambda x, H, t: torch.addcmul((1 - t) * x, t, H),
+    "multiplied out": lambda x, H, t: x - t * x + t * H,
     "crossed": lambda x, H, t: H + (1 - t) * (x - H),
     "crossed minus": lambda x, H, t: H - (1 - t) * (H - x),
     "crossed addcmul": lambda x, H, t: torch.addcmul(H, 1 - t, x - H),

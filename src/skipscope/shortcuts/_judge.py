@@ -127,6 +127,36 @@ class Judge:
                 return at, replace(inner, region=inner.region | region, branch_at=branch_at)
         return None
 
+    def multiplied_out(
+        self, verdict: Verdict, sum_at: Callable[[int], Verdict | None]
+    ) -> tuple[int, Verdict] | None:
+        """In (x - t x) + t H: one gate of two sums, each of them a shortcut to itself.
+
+        Args:
+            verdict: the later sum.
+            sum_at: the shortcut whose sum a node is, or None.
+
+        Returns:
+            The node of the earlier sum, and the verdict on the gate.
+        """
+        places, gates = verdict.shortcut_at, verdict.kind == "gated" and not verdict.both
+        if not gates or len(verdict.bypassing) != 1 or places[0].call == verdict.call.key:
+            return None
+        node = Sides(self.graph, verdict.call).position(verdict.bypassing[0])
+        inner = sum_at(node)
+        if (
+            inner is None
+            or inner.kind != "identity"
+            or inner.forks != verdict.forks
+            or len(inner.branch_at) != 1
+        ):
+            return None
+        product = self.made.get(id(inner.call.operands[inner.branch_at[0].operand]))
+        if product is None or product.key != places[0].call:
+            return None
+        region = verdict.region | inner.region
+        return node, replace(verdict, shortcut_at=(*inner.shortcut_at, *places), region=region)
+
     # --- which operands bypass ---
 
     def _bypassing(self, call: Call, sides: dict[int, Side]) -> tuple[int, ...] | str:
@@ -393,6 +423,8 @@ class Judge:
         x, signs = reader.position(i), _signs(reader)
         for j in branches:
             inner = self._inner(reader.position(j), x)
+            if inner is not None and not self._holds_weights(inner[0].operands[1 - inner[1]], x):
+                continue  # x + s (pool(x) - x), as in EfficientFormer: the scale is all that the branch holds
             if inner is not None and inner[2] * signs[j] == -signs[i]:
                 both = tuple(reader.factors) if j in reader.factors else (j,)
                 is_gate = inner[3] or (
@@ -424,6 +456,11 @@ class Judge:
             )
             return Verdict(call, kind, (x,), (j,), both, region, 0, at[:1], at[1:], part, both)
         return None
+
+    def _holds_weights(self, node: object, x: int) -> bool:
+        """Whether a weight enters between node ``x`` and ``node``, or ``node`` does not come from there."""
+        at, graph = self.graph.position[node], self.graph
+        return not graph.ancestors.reaches(x, at) or graph.has_weights(graph.between([x], at) & ~(1 << x))
 
     def _inner(self, at: int, x: int) -> tuple[Call, int, int, bool] | None:
         """Back through gates and views to a difference with node ``x``: its call, which operand is x, x's sign, and
