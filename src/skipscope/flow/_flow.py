@@ -84,7 +84,7 @@ def gradient_flow(
     residual = sum(p.kind == "merge" for p in points) > len(points) / 2
     culprit = _culprit(model, batches, readings) if any("nonfinite" in p.state for p in seen) else None
     verdict = judge(seen, residual=residual, dtype=_dtype_name(readings), culprit=culprit)
-    why_is_open = verdict.state in {"dead", "vanishing", "exploding"}
+    why_is_open = _asks_why(verdict, seen, residual)
     if greatest(model, why_is_open) if spread else why_is_open:  # all ranks together, or none
         with running(model, seed, "gradient_flow"):
             every = _clues(model, batches.first(), objective, len(points), tap)
@@ -92,6 +92,15 @@ def gradient_flow(
         verdict = judge(seen, why, residual=residual, dtype=_dtype_name(readings))
     notes = (_UNCERTAIN,) if doubtful and exact is None else ()
     return _assemble(model, points, flow, readings, exact, verdict, mode, scale, notes)
+
+
+def _asks_why(verdict: Verdict, seen: list[Point], residual: bool) -> bool:
+    """Whether clues can tell: along shortcuts they do so only of a step that ends at none."""
+    if verdict.state not in {"vanishing", "exploding"}:
+        return verdict.state == "dead"
+    at = next(i for i, point in enumerate(seen) if point.name == verdict.where)
+    after = next((point for point in seen[at + 1 :] if point.log_flow is not None), None)
+    return not residual or (after is not None and not after.merge)
 
 
 _UNCERTAIN = "What is exactly 0 here may be too small for its dtype instead: no copy in float64 could be run."
