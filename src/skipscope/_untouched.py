@@ -270,6 +270,15 @@ def require_numbers(model: Any, operation: str) -> None:
         )
 
 
+def _tensors_within(value: Any) -> Iterator[Tensor]:
+    """The tensors in an attribute, and in containers there (a cache of position biases, say)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_within(inner)
+
+
 def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn.Module:
     """A deep copy to work on, or a refusal that says why there can be none.
 
@@ -291,9 +300,9 @@ def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn
     # Tensors with a history (the weight under an old weight norm or pruning, a kept activation) are made anew by each
     # forward pass, and torch refuses to copy them.
     for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+        for tensor in _tensors_within(vars(module)):
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
     try:
         with torch.no_grad():
             return copy.deepcopy(model, memo)

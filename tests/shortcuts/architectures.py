@@ -1801,3 +1801,17 @@ class DiT(nn.Module):
 
 
 case((sequences(), features(2)), "dit", identity=4)(DiT)
+
+
+class Pooling(nn.Module):
+    """As in EfficientFormer: the mean around it less itself, with a scale that is all the weights there are."""
+
+    def __init__(self, c=4):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((c, 1, 1), 0.1))
+
+    def forward(self, x):
+        return x + self.scale * (F.avg_pool2d(x, 3, 1, 1) - x)
+
+
+case(images(), "efficientformer_pooling", identity=2)(lambda: seq(conv(3, 4), Pooling(), Pooling()))

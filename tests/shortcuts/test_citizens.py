@@ -93,6 +93,21 @@ def test_copies_of_every_kind_run_alike(how):
     agree(fresh, twin, x)
 
 
+def test_a_model_that_keeps_tensors_with_a_history_in_a_container_is_copied():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.bias, self.cache = nn.Linear(8, 8), nn.Parameter(torch.ones(8)), {}
+
+        def forward(self, x):
+            self.cache["bias"] = [self.bias * 2]
+            return x + self.lin(x) + self.cache["bias"][0]
+
+    model, x = Caching(), features()
+    model(x)
+    torch.testing.assert_close(ablate(model, inputs=x)(x), model.lin(x) + 2 * model.bias)
+
+
 # --- how it is run ----------------------------------------------------------------------------------------------------
 
 

@@ -91,6 +91,20 @@ MODELS = {
         {"input_values": torch.linspace(-90, 90, 800).sin().reshape(2, 400)},
         5,  # the convolutional position embedding is added to what it is computed from
     ),
+    # Scores that are sums of content and position, an activation function with weights, a difference of two attentions,
+    # and a modulator that sums gated contexts: none of these is a shortcut of its own.
+    "ProphetNetModel": (
+        "ProphetNetConfig",
+        {"hidden_size": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_encoder_layers": 2, "num_decoder_layers": 2,
+         "num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2, "vocab_size": 60, "max_position_embeddings": 64},
+        BOTH,
+        10,
+    ),
+    "ApertusForCausalLM": ("ApertusConfig", {**SMALL, "num_key_value_heads": 2}, TEXT, 4),
+    "DiffLlamaForCausalLM": ("DiffLlamaConfig", {**SMALL, "num_key_value_heads": 2}, TEXT, 4),
+    "FocalNetModel": (
+        "FocalNetConfig", {"image_size": 32, "embed_dim": 8, "depths": [1, 1, 1, 1]}, {"pixel_values": IMAGE}, 8,
+    ),
 }  # fmt: skip
 
 
