@@ -127,6 +127,10 @@ def alone(ss, model, optimizer) -> None:
         "train_twins": lambda: ss.train_twins({"a": model}, (x, y), F.mse_loss, seeds=1),
         "compare": lambda: ss.compare(model, (x, y), F.mse_loss),
     }
+    if not any(hasattr(p, "placements") for p in model.parameters()):
+        calls = {
+            name: calls[name] for name in ("watch", "gradient_flow")
+        }  # the others are as local as this one
     if dist.get_rank() == 0:
         for name, call in calls.items():
             try:

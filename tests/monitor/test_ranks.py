@@ -116,6 +116,7 @@ def test_what_cannot_be_made_whole_is_refused_on_every_rank(kind, processes, pro
     assert all(problem in line and "cure:" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_what_is_collective_fails_in_time_on_a_rank_alone_and_works_again_together(tmp_path):
     """FSDP2: every forward pass needs every rank. Nothing hangs, nothing of one call is taken for another."""
     done = torchrun("fsdp-alone", 2, tmp_path)
