@@ -38,7 +38,7 @@ def extreme_eigenvalues(
 ) -> ExtremeEigenvalues:
     """The smallest and the largest eigenvalues of a loss's Hessian, each with a bound. Local under DDP.
 
-    One Lanczos run gives both ends: float64 basis, twice re-orthogonalised, thick restart. Three things are told apart:
+    One Lanczos run gives both ends: float64 basis, re-orthogonalised in full, thick restart. Three things are told apart:
     the *residual* bounds the distance of each number to an eigenvalue; the *probability* says how surely no eigenvalue
     lies farther out (see ``_certificate``: it holds for every matrix, over the random start); ``converged`` is both.
 

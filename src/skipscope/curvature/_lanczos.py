@@ -1,4 +1,6 @@
-"""Block Lanczos with a float64 basis, full (twice) re-orthogonalisation and thick restart; nothing about networks.
+"""Block Lanczos with a float64 basis, full re-orthogonalisation (again where once is not enough) and thick restart.
+
+Nothing here is about networks.
 
 Vocabulary, used all through this room. ``A [n, n]`` is symmetric and known only by products. The *basis* ``V [m, n]``
 has orthonormal rows; ``Q [b, n]`` is the next block, orthonormal and orthogonal to ``V``. They obey

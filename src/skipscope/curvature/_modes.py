@@ -50,7 +50,11 @@ class _Graph:
 
 
 class ReverseOverReverse:
-    """The gradient with its graph, which each product runs backward once more: 1.4 times a gradient when kept."""
+    """The gradient with its graph, which each product runs backward once more.
+
+    A layer's gradient takes 3 matrix products and its Hessian product 6 (the first layer's 2 and 2), so a product costs
+    at most about twice a gradient where these are all the work.
+    """
 
     name = "reverse over reverse"
 
