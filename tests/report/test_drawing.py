@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import samples
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from skipscope import SkipscopeError
@@ -36,6 +36,7 @@ def numbers(root: ElementTree.Element, name: str) -> list[float]:
 
 
 @given(st.lists(floats, max_size=30), st.booleans(), st.booleans())
+@example([6.011721127995604e16, 6.312308624300494e16], True, False)
 @settings(max_examples=300, deadline=None)
 def test_every_number_lands_inside_the_axis(values, log, zero):
     made = axis(values, 10.0, 110.0, log=log, zero=zero)

@@ -105,6 +105,10 @@ def _log_axis(array: np.ndarray, positive: np.ndarray, start: float, end: float,
         ]
         ticks = [(t, plain(t)) for t in grid if low <= t <= high]
         ticks = ticks[:: max(1, math.ceil(len(ticks) / most))]
+        if not ticks:  # none of these lies in so narrow a range
+            step = _nice((high - low) / 3)
+            ticks = [(t, plain(t)) for t in (math.ceil(low / step) * step, math.floor(high / step) * step)]
+            ticks = ticks[: 1 + (ticks[1][0] > ticks[0][0])]
     if (array <= 0).any():  # room below for a zero
         low = max(low / 10 ** max(0.15 * decades, 0.5), 1e-320)
         ticks = [(0.0, "0"), *ticks]
