@@ -268,6 +268,9 @@ def test_what_a_reentrant_checkpoint_hides_is_not_taken_for_zero(matrix):
             Checkpointed(True).double(), (x.requires_grad_(), y), F.cross_entropy, matrix=matrix
         )
     assert caught.value.layer == "body.0.weight"
+    behind = nn.Sequential(nn.Linear(4, 4), Checkpointed(True)).double()  # here torch refuses, in other words
+    with pytest.raises(ss.SkipscopeError, match="use_reentrant=False"):
+        ss.curvature_operator(behind, samples(), F.cross_entropy, matrix=matrix)
 
 
 ACTIVATIONS = [

@@ -78,12 +78,17 @@ class PrivateModel:
         """A reentrant checkpoint hides what it runs over from everything but ``backward()``: no Hessian is not a zero one.
 
         Raises:
-            SkipscopeError: naming such a parameter.
+            SkipscopeError: naming such a parameter, where it can be told.
         """
         _, loss = self.output_and_loss(batch, index)
         if not loss.requires_grad:
             return
-        found = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
+        try:
+            found = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:  # told by the ladder, all but this
+            if "use_reentrant" in str(error):
+                raise self._hidden(None) from error
+            return
         unused = [i for i, gradient in enumerate(found) if gradient is None]
         if unused:
             loss.backward()
@@ -91,11 +96,13 @@ class PrivateModel:
             for parameter in self.parameters:
                 parameter.grad = None
             if any(reached):
-                raise SkipscopeError(
-                    self.operation, "this parameter has a gradient under backward() only, and no second derivative",
-                    layer=self.names[unused[reached.index(True)]],
-                    got="a reentrant checkpoint, most likely", cure="checkpoint(..., use_reentrant=False)",
-                )  # fmt: skip
+                raise self._hidden(self.names[unused[reached.index(True)]])
+
+    def _hidden(self, name: str | None) -> SkipscopeError:
+        return SkipscopeError(
+            self.operation, "the model has gradients under backward() only, and no second derivative", layer=name,
+            got="a reentrant checkpoint, most likely", cure="checkpoint(..., use_reentrant=False)",
+        )  # fmt: skip
 
     def doubled(self) -> PrivateModel:
         """A copy of the copy, in float64; made once for a point."""
