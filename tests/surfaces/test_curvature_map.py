@@ -241,6 +241,7 @@ def finished_line(text):
     return next(line for line in text.splitlines() if "FINISHED" in line)
 
 
+@pytest.mark.slow
 def test_kill_9_and_run_again(tmp_path):
     path, environment = script(tmp_path, 0.03)
     process = subprocess.Popen([sys.executable, path], env=environment)
