@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from skipscope.shortcuts import find_shortcuts
-from skipscope.shortcuts._graph import Ancestors, Graph, bits
+from skipscope.shortcuts._bits import Ancestors, bits
+from skipscope.shortcuts._graph import Graph
 from skipscope.shortcuts._trace import trace
 
 sys.path.insert(0, str(Path(__file__).parent))

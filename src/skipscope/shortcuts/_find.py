@@ -11,8 +11,9 @@ from torch import nn
 
 from skipscope._sharding import class_name, refuse_flattened
 from skipscope._untouched import untouched
+from skipscope.shortcuts._bits import bits
 from skipscope.shortcuts._boundaries import boundaries_of
-from skipscope.shortcuts._graph import Graph, bits
+from skipscope.shortcuts._graph import Graph
 from skipscope.shortcuts._judge import PARALLEL, Judge, Verdict
 from skipscope.shortcuts._names import fork_name, home_of, merge_name, unique_names
 from skipscope.shortcuts._results import Layer, Rejected, Shortcut, Shortcuts

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from skipscope import _data
+from skipscope.shortcuts._bits import Ancestors, as_bits, bits, chosen
 from skipscope.shortcuts._trace import Step, Trace, node_of, output_of
 
 PART = -2
@@ -52,7 +53,7 @@ class Graph:
         self.parents = [tuple(place[p] for p in parents[i]) for i in order]
         self.weights, self.matrices = [weights[i] for i in order], [matrices[i] for i in order]
         self.ancestors = Ancestors(self.parents[: self.activations])
-        self.weighted = _as_bits(self.weights[: self.activations])
+        self.weighted = as_bits(self.weights[: self.activations])
         self._count_uses()
         self._sets: dict[int, int] = {}
         self._steps: dict[int, dict[Any, list[int]]] = {}
@@ -222,7 +223,7 @@ class Graph:
         first, reaches = min(starts), self.ancestors.reaches
         window = self.ancestors[end] >> first
         inside = [any(reaches(s, first + v) for s in starts) for v in bits(window)]
-        return _chosen(window, inside) << first
+        return chosen(window, inside) << first
 
     def onward(self, starts: Iterable[int], through: frozenset[str], ends: frozenset[str]) -> list[int]:
         """The nodes of kinds ``ends`` that are computed from ``starts`` by nodes of kinds ``through``."""
@@ -273,86 +274,6 @@ class Graph:
     def kind(self, i: int) -> str:
         """The operation of node ``i``: autograd's name without ``Backward0``."""
         return self.nodes[i].name().partition("Backward")[0]
-
-
-class Ancestors:
-    """For each node the bit set of those it was computed from, itself among them.
-
-    Kept is what is missing: nearly every earlier activation of a network is an ancestor of a later one, and what is
-    not lies near it (the other branch). So memory grows with the number of nodes in a network that is narrow, however
-    deep; only where many nodes never meet again (n of N) does it grow like n N / 8 bytes.
-
-    Args:
-        parents: for each node the indices of what it was computed from; those beyond the list do not count.
-    """
-
-    def __init__(self, parents: list[tuple[int, ...]]):
-        self._missing: list[
-            tuple[int, int]
-        ] = []  # offset and bits: absent is each offset + i where bit i is set
-        for v, above in enumerate(parents):
-            known = sorted((p for p in above if p < len(parents)), reverse=True)
-            base, mask = (0, (1 << v) - 1) if not known else self._as_seen_from(v, known[0])
-            for parent in known[1:]:
-                if not mask:
-                    break
-                other, more = self._as_seen_from(v, parent)
-                start = max(base, other)
-                base, mask = start, (mask >> start - base) & (more >> start - other)
-            if mask and not mask & 1:
-                zeros = (mask & -mask).bit_length() - 1
-                base, mask = base + zeros, mask >> zeros
-            self._missing.append((base, mask))
-
-    def _as_seen_from(self, v: int, parent: int) -> tuple[int, int]:
-        """What ``v`` misses if ``parent`` is all it was computed from."""
-        base, mask = self._missing[parent]
-        base = base if mask else parent + 1
-        gap = v - parent - 1
-        return (base, mask | ((1 << gap) - 1) << parent + 1 - base) if gap else (base, mask)
-
-    def __getitem__(self, v: int) -> int:
-        if v >= len(self._missing):
-            return 0
-        base, mask = self._missing[v]
-        return ((2 << v) - 1) ^ (mask << base)
-
-    def reaches(self, u: int, v: int) -> bool:
-        """Whether ``v`` is ``u`` or was computed from it."""
-        if u > v or v >= len(self._missing):
-            return False
-        base, mask = self._missing[v]
-        return u < base or not mask >> u - base & 1
-
-
-_WINDOW = 1024
-
-
-def bits(mask: int) -> Iterator[int]:
-    """The positions of the ones, lowest first; a window at a time, since many who ask stop early."""
-    base = 0
-    while mask:
-        zeros = (mask & -mask).bit_length() - 1
-        base, mask = base + zeros, mask >> zeros
-        digits = bin(mask & (1 << _WINDOW) - 1)[:1:-1]
-        at = 0
-        while at >= 0:
-            yield base + at
-            at = digits.find("1", at + 1)
-        base, mask = base + _WINDOW, mask >> _WINDOW
-
-
-def _as_bits(flags: list[Any]) -> int:
-    """The set of positions where a flag is true."""
-    return int("".join("1" if flag else "0" for flag in reversed(flags)) or "0", 2)
-
-
-def _chosen(mask: int, keep: list[bool]) -> int:
-    """The set without those ones for which ``keep``, one for each from the lowest, is false."""
-    flags = [False] * mask.bit_length()
-    for i, kept in zip(bits(mask), keep, strict=True):
-        flags[i] = kept
-    return _as_bits(flags)
 
 
 def _ordered(starts: list[Any]) -> tuple[list[Any], list[tuple[int, ...]]]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 
 from skipscope.shortcuts import _calls
-from skipscope.shortcuts._graph import PART, Graph, bits
+from skipscope.shortcuts._bits import bits
+from skipscope.shortcuts._graph import PART, Graph
 from skipscope.shortcuts._results import Place
 from skipscope.shortcuts._sides import (
     BENT,

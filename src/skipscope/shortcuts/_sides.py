@@ -14,7 +14,8 @@ from itertools import accumulate
 from operator import or_
 from typing import Any
 
-from skipscope.shortcuts._graph import Graph, bits
+from skipscope.shortcuts._bits import bits
+from skipscope.shortcuts._graph import Graph
 from skipscope.shortcuts._trace import Call
 
 
