@@ -81,6 +81,23 @@ def refuse_flattened(model: nn.Module, operation: str) -> None:
             )  # fmt: skip
 
 
+def refuse_spread(model: nn.Module, operation: str) -> None:
+    """Refuse parameters that are spread over ranks (FSDP2, tensor parallel), for what moves whole weights.
+
+    Raises:
+        SkipscopeError: as said; nothing else is looked at, so that every rank refuses alike.
+    """
+    refuse_flattened(model, operation)
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "placements"):
+            raise SkipscopeError(
+                operation, "it moves whole weights, and these are spread over ranks", layer=name,
+                got=f"a DTensor, {parameter.placements}",  # pyright: ignore[reportAttributeAccessIssue]
+                cure="give it the model as it was built, with the whole weights: torch.distributed.checkpoint.state_dict."
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))",
+            )  # fmt: skip
+
+
 def class_name(module: nn.Module) -> str:
     """Of the class that its author wrote: ``fully_shard`` puts one of its own before it."""
     names = [kind.__name__ for kind in type(module).__mro__]

@@ -54,9 +54,7 @@ class _Recorder(TorchFunctionMode):
         elif func in _LINEAR or func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             stride = (args[3] if len(args) > 3 else kwargs.get("stride", 1)) if func in _CONVOLUTIONS else 1
-            self.gains.setdefault(self.at, []).append(
-                (self.name_of(weight), gain(weight, stride))
-            )
+            self.gains.setdefault(self.at, []).append((self.name_of(weight), gain(weight, stride)))
         return func(*args, **kwargs)
 
     def name_of(self, weight: Tensor) -> str:

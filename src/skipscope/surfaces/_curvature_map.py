@@ -17,6 +17,7 @@ from torch import nn
 
 from skipscope._data import Batch, Batches, Objective, mean_loss, read
 from skipscope._errors import SkipscopeError
+from skipscope._sharding import refuse_spread
 from skipscope._untouched import private_copy, untouched
 from skipscope._version import __version__
 from skipscope.curvature import How, Matrix, Wish, open_operator
@@ -142,6 +143,8 @@ def curvature_map(
     named = model if isinstance(model, Mapping) else {type(model).__name__: model}
     # Curvature is measured on the uncompiled module, by its names.
     models = {name: getattr(one, "_orig_mod", one) for name, one in named.items()}
+    for one in models.values():
+        refuse_spread(one, _OPERATION)
     first = next(iter(models.values()))
     at = axes(grid, span, settings.axis_count)
     held = resident(first, data, loss, samples, seed)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._sharding import refuse_spread
 
 Direction = Mapping[str, Tensor]
 NORMALIZATIONS = ("filter", "layer", "tensor", "none")
@@ -68,6 +69,7 @@ def random_direction(
         >>> list(direction), direction["weight"].shape
         (['weight'], torch.Size([2, 3]))
     """
+    refuse_spread(model, "landscape")
     if normalize not in NORMALIZATIONS:
         raise SkipscopeError(
             "landscape", "unknown normalisation", expected=" or ".join(NORMALIZATIONS), got=repr(normalize)

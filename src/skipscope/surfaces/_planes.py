@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._sharding import refuse_spread
 from skipscope._untouched import require_numbers
 from skipscope.surfaces._directions import Direction, inner
 
@@ -71,6 +72,7 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
         >>> plane.coordinates.tolist()
         [[1.0]]
     """
+    refuse_spread(model, "solutions_plane")
     if len(others) not in {1, 2}:
         raise SkipscopeError(
             "solutions_plane", "a line or a plane", expected="one or two other solutions", got=len(others)
@@ -112,6 +114,7 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
         >>> len(plane.explained), plane.coordinates.shape
         (2, (4, 2))
     """
+    refuse_spread(model, "trajectory_plane")
     steps = [_step(model, checkpoint, "trajectory_plane") for checkpoint in checkpoints]
     gram = np.array([[inner(a, b) for b in steps] for a in steps]).reshape(len(steps), len(steps))
     sizes, vectors = np.linalg.eigh(gram) if len(steps) else (np.zeros(0), np.zeros((0, 0)))

@@ -14,6 +14,7 @@ from torch import nn
 
 from skipscope._data import Batches, Objective, mean_loss, read
 from skipscope._errors import SkipscopeError
+from skipscope._sharding import refuse_spread
 from skipscope._untouched import private_copy, require_module, untouched
 from skipscope._version import __version__
 from skipscope.surfaces._adaptive import Adaptive
@@ -46,6 +47,7 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
     first = next(iter(models.values()))
     for model in models.values():
         require_module(model, "landscape")
+        refuse_spread(model, "landscape")
     engine = engine_for(settings.engine, settings.store is not None)
     at = axes(settings.grid, settings.span, settings.axis_count, settings.strength is not None)
     held = resident(first, data, loss, settings.samples, settings.drawn_by)
