@@ -285,3 +285,18 @@ def test_a_module_added_later_is_read_from_the_next_reading_on():
     names, rms = expected(model, batch, F.mse_loss)
     assert monitor.history.boundaries == names and "7" in names
     np.testing.assert_allclose(monitor.history.flow[-1], rms, rtol=1e-12)
+
+
+def test_a_flow_that_is_not_finite_is_not_taken_for_none():
+    """The gradients and the flow tell of the same trouble: the state does not go to and fro between two words for it."""
+    torch.manual_seed(0)
+    model, batch = MODELS["plain"]()
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1), []
+    with watch(model, optimizer, flow_every=2, on_verdict=seen.append) as monitor:
+        steps(model, optimizer, batch, F.cross_entropy, n=5)
+        with torch.no_grad():
+            model.head.weight.fill_(np.nan)
+        steps(model, optimizer, batch, F.cross_entropy, n=6)
+    states = [event.verdict.state for event in seen]
+    assert states[-1] == "nonfinite" and states.count("nonfinite") == 1
+    assert np.isinf(monitor.history.flow[-1]).all() and np.isfinite(monitor.history.flow[0]).all()

@@ -37,7 +37,8 @@ class FlowReader:
     Args:
         model: the model, in whatever a trainer wrapped it.
         every: steps from one reading to the next; the first step is read.
-        deliver: called with the boundaries' names, the step and the RMS at each.
+        deliver: called with the boundaries' names, the step and the RMS at each: inf where a gradient is not finite, NaN
+            where none arrived.
 
     Attributes:
         problem: why there is no flow; None while all is well.
@@ -125,7 +126,9 @@ class FlowReader:
             values = norms.array() if isinstance(norms, _norms.Reading) else np.array(norms, dtype=float)
             factor = float(scale.array()) if isinstance(scale, _norms.Reading) else scale
             with np.errstate(invalid="ignore", divide="ignore"):
-                self.deliver(names, step, np.where(counts > 0, values / factor / np.sqrt(counts), np.nan))
+                rms = values / factor / np.sqrt(counts)
+            rms[~np.isfinite(rms)] = np.inf  # NaN says that none arrived, and nothing else
+            self.deliver(names, step, np.where(counts > 0, rms, np.nan))
 
     def forget_points(self) -> None:
         """The model has changed: find its boundaries anew."""

@@ -94,7 +94,7 @@ class History(Result):
         evaluations: how often a closure was evaluated; 0 without a closure; ``[rows]``.
         boundaries: where the flow is read, nearest the input first; ``[B]``.
         flow_steps: ``[flow rows]``.
-        flow: RMS of dL/d(activation), without the loss scale; ``[flow rows, B]``; NaN where none arrived.
+        flow: RMS of dL/d(activation), without the loss scale; ``[flow rows, B]``; inf where it is not finite, NaN where none arrived.
         verdict: the last verdict.
         events: when the state changed.
         notes: what else a reader should know.
