@@ -2,13 +2,14 @@
 
 TorchLens is not a dependency: ``python -m pip install torchlens`` (or name the folders that it and what it needs are
 in: ``TORCHLENS=...``); without it its rows are left out. It wraps torch's functions for good, so it runs in a process of
-its own: this file, called with the model's place in the list. What is timed there is ``trace(model, x, save=None)``,
-which keeps no activations; what it gives is the graph, in which shortcuts are still to be looked for. Both run the
-model once, which is most of what finding costs in a large model: the second row leaves that out on both sides.
+its own: this file, called with the model's place in the list. What is timed there is ``trace(model, x)``, and the same
+with ``save=None``, which keeps no activations; what both give is the graph, in which shortcuts are still to be looked
+for.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -157,26 +158,29 @@ def interleaved(runs: dict[str, Callable[[], object]], repeats: int = 9) -> dict
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def trace_seconds(k: int) -> float | None:
-    """Median seconds of TorchLens's trace of the k-th model, in a process of its own; None where it cannot be had."""
+def trace_seconds(k: int) -> dict[str, float]:
+    """Median seconds of TorchLens's traces of the k-th model, in a process of its own; none where it cannot be had."""
     done = subprocess.run(
         [sys.executable, __file__, str(k)], capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
     if done.returncode:
         print(f"  no rows for TorchLens: {done.stderr.strip().splitlines()[-1][:100]}")
-        return None
-    return float(done.stdout.splitlines()[-1])
+        return {}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _trace_here(k: int, repeats: int = 5) -> float:
+def _trace_here(k: int, repeats: int = 5) -> dict[str, float]:
     sys.path += os.environ.get("TORCHLENS", "").split(os.pathsep)
     import torchlens  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
     make, data = list(models().values())[k]
     model, x = make(), data()
-    runs = {"trace": lambda: torchlens.trace(model, x, save=None)}
-    return interleaved(runs, repeats)["trace"]
+    runs = {
+        "as it comes": lambda: torchlens.trace(model, x),
+        "keeping nothing": lambda: torchlens.trace(model, x, save=None),
+    }
+    return interleaved(runs, repeats)
 
 
 def figures() -> list[dict]:
@@ -201,20 +205,15 @@ def figures() -> list[dict]:
             "name": f"find: {label}", "value": times["find"] / times["step"], "unit": "of one forward + backward",
             "aim": "<= 1.5", "detail": {**times, "shortcuts": found},
         })  # fmt: skip
-        trace = trace_seconds(k) if label in models() else None
-        if trace is not None:
-            detail = {"trace": trace, "find": times["find"], "forward": times["forward"]}
-            rows.append({
-                "name": f"TorchLens's trace: {label}", "value": trace / times["find"], "unit": "times as long as find",
-                "aim": "", "detail": detail,
-            })  # fmt: skip
+        for way, trace in trace_seconds(k).items() if label in models() else ():
             beyond = (trace - times["forward"]) / (times["find"] - times["forward"])
             rows.append({
-                "name": f"the same, without the forward pass itself: {label}", "value": beyond,
-                "unit": "times as long as find", "aim": ">= 40", "detail": detail,
+                "name": f"TorchLens's trace, {way}: {label}", "value": trace / times["find"],
+                "unit": "times as long as find", "aim": ">= 40" if way == "as it comes" else "",
+                "detail": {"trace": trace, **times, "without the forward pass that both run": beyond},
             })  # fmt: skip
     return rows
 
 
 if __name__ == "__main__":
-    print(_trace_here(int(sys.argv[1])))
+    print(json.dumps(_trace_here(int(sys.argv[1]))))
