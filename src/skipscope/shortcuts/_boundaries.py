@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._judge import Verdict
 from skipscope.shortcuts._results import Boundary, CallKey
+from skipscope.shortcuts._verdict import Verdict
 
 
 def boundaries_of(graph: Graph, found: Sequence[tuple[Verdict, str, str]]) -> tuple[Boundary, ...]:

@@ -14,11 +14,12 @@ from skipscope._untouched import untouched
 from skipscope.shortcuts._bits import bits
 from skipscope.shortcuts._boundaries import boundaries_of
 from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._judge import PARALLEL, Judge, Verdict
+from skipscope.shortcuts._judge import PARALLEL, Judge
 from skipscope.shortcuts._names import fork_name, home_of, merge_name, unique_names
 from skipscope.shortcuts._results import Layer, Rejected, Shortcut, Shortcuts
 from skipscope.shortcuts._trace import Call, Trace, trace
 from skipscope.shortcuts._unwrap import unwrapped
+from skipscope.shortcuts._verdict import Verdict
 
 
 def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
@@ -113,7 +114,7 @@ def _united(
     for n, (call, verdict) in enumerate(verdicts):
         if isinstance(verdict, Verdict):
             at[graph.position[call.output]] = n
-            if (united := judge.multiplied_out(verdict, sum_at)) is not None:
+            if (united := judge.gates.multiplied_out(verdict, sum_at)) is not None:
                 earlier = at[united[0]]
                 verdicts[n] = call, united[1]
                 verdicts[earlier] = verdicts[earlier][0], "part of a gate"
@@ -131,7 +132,7 @@ def _with_addends(
             last[graph.position[call.output]] = len(found)
             found.append(verdict)
         elif verdict == PARALLEL:
-            more = judge.with_addend(call, lambda at: found[last[at]] if at in last else None)
+            more = judge.gates.with_addend(call, lambda at: found[last[at]] if at in last else None)
             if more is not None:
                 at, verdict = more
                 found[last[at]] = verdict

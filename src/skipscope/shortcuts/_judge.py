@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import permutations
-
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._bits import bits
+from skipscope.shortcuts._gates import Gates
 from skipscope.shortcuts._graph import PART, Graph
 from skipscope.shortcuts._results import Place
 from skipscope.shortcuts._sides import (
     BENT,
-    ELEMENTWISE,
     LINEAR,
     MATRIX_SUMS,
     MAX_POOLS,
@@ -24,48 +20,25 @@ from skipscope.shortcuts._sides import (
     Sides,
 )
 from skipscope.shortcuts._trace import Call
+from skipscope.shortcuts._verdict import Verdict
 
 PARALLEL, NO_WEIGHTS = "parallel branches", "no weights on either side"
 FREE, SCALED, GATED, NORMED, PROJECTED = range(5)  # of several ways past a branch, the first is the shortcut
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A shortcut before it has a name.
-
-    Attributes:
-        call: the merge.
-        kind: of the shortcut.
-        forks: nodes where each bypassing operand parts from the branch.
-        bypassing: operands that carry the shortcut.
-        shortcut_operands: these, and what they are multiplied with inside the call.
-        region: bit set of the branch's nodes.
-        side_region: bit set of the shortcut's own nodes.
-        shortcut_at: where the shortcut is edited.
-        branch_at: where the branch is edited.
-        part: a call that belongs to this shortcut and is no merge of its own, or None.
-        both: operands that carry the branch and the shortcut, as t (H - x) in x + t (H - x), or multiply both.
-    """
-
-    call: Call
-    kind: str
-    forks: tuple[int, ...]
-    bypassing: tuple[int, ...]
-    shortcut_operands: tuple[int, ...]
-    region: int
-    side_region: int
-    shortcut_at: tuple[Place, ...]
-    branch_at: tuple[Place, ...]
-    part: Call | None
-    both: tuple[int, ...]
+_LINEAR = SHAPE | PRODUCT | LINEAR
+_PASSING = SHAPE | frozenset({"Mul", "Div", "NativeDropout"})
 
 
 class Judge:
-    """Judges the merges of one graph."""
+    """Judges the merges of one graph.
+
+    Attributes:
+        gates: what judges several calls together.
+    """
 
     def __init__(self, graph: Graph):
         self.graph = graph
         self.made = {id(call.output): call for call in graph.record.calls if call.output is not None}
+        self.gates = Gates(graph, self.made)
 
     def verdict(self, call: Call) -> Verdict | str | None:
         """A shortcut, a reason why not, or None for what is no merge of activations at all."""
@@ -75,12 +48,12 @@ class Judge:
             return "an activation and a weight (position embedding or bias)" if is_addition else None
         sides = reader.read()
         if call.name in _calls.PRODUCTS:
-            return self._gate(sides)
+            return self.gates.product(sides)
         if all(side.fork is None for side in sides.values()):
             return "no common ancestor (position embedding, or separate inputs)"
         if call.name == "stack":
             return "stacked side by side"
-        if call.name not in _calls.LISTS and (crossed := self._crossed(reader)) is not None:
+        if call.name not in _calls.LISTS and (crossed := self.gates.crossed(reader)) is not None:
             return crossed
         bypassing = (0,) if call.name.startswith("marked ") else self._bypassing(call, sides)
         if isinstance(bypassing, str):
@@ -93,70 +66,6 @@ class Judge:
         if isinstance(branches, str):
             return branches
         return self._shortcut(reader, sides, bypassing, branches, region)
-
-    def _gate(self, sides: dict[int, Side]) -> str | None:
-        free = [s for s in sides.values() if s.how == "identity" and s.fork is not None]
-        held = [
-            s
-            for s in sides.values()
-            if s.how in {"branch", "projection"} and self.graph.has_weights(s.region)
-        ]
-        return "a gate: a product, not a sum" if free and held else None
-
-    def with_addend(self, call: Call, sum_at: Callable[[int], Verdict | None]) -> tuple[int, Verdict] | None:
-        """In (x + a) + b, with b made from x too: the shortcut of the inner sum, with b in its branch.
-
-        Args:
-            call: a merge that is no shortcut of its own.
-            sum_at: the shortcut whose sum a node is, or None.
-
-        Returns:
-            The node of the inner sum, and its verdict.
-        """
-        graph, reader = self.graph, Sides(self.graph, call)
-        for i, j in permutations(reader.active, 2) if call.name == "add" else ():
-            at, end = reader.position(i), reader.position(j)
-            while sum_at(at) is None and graph.kind(at) in WHOLE:
-                (at,) = graph.active_parents(at)
-            inner = sum_at(at)
-            if inner is None or inner.call.name != "add" or graph.ancestors.reaches(at, end):
-                continue
-            fork = inner.forks[0]
-            region = graph.between([fork], end) & ~(1 << fork) if graph.ancestors.reaches(fork, end) else 0
-            if graph.has_weights(region):
-                branch_at = (*inner.branch_at, Place(call.key, j))
-                return at, replace(inner, region=inner.region | region, branch_at=branch_at)
-        return None
-
-    def multiplied_out(
-        self, verdict: Verdict, sum_at: Callable[[int], Verdict | None]
-    ) -> tuple[int, Verdict] | None:
-        """In (x - t x) + t H: one gate of two sums, each of them a shortcut to itself.
-
-        Args:
-            verdict: the later sum.
-            sum_at: the shortcut whose sum a node is, or None.
-
-        Returns:
-            The node of the earlier sum, and the verdict on the gate.
-        """
-        places, gates = verdict.shortcut_at, verdict.kind == "gated" and not verdict.both
-        if not gates or len(verdict.bypassing) != 1 or places[0].call == verdict.call.key:
-            return None
-        node = Sides(self.graph, verdict.call).position(verdict.bypassing[0])
-        inner = sum_at(node)
-        if (
-            inner is None
-            or inner.kind != "identity"
-            or inner.forks != verdict.forks
-            or len(inner.branch_at) != 1
-        ):
-            return None
-        product = self.made.get(id(inner.call.operands[inner.branch_at[0].operand]))
-        if product is None or product.key != places[0].call:
-            return None
-        region = verdict.region | inner.region
-        return node, replace(verdict, shortcut_at=(*inner.shortcut_at, *places), region=region)
 
     # --- which operands bypass ---
 
@@ -294,9 +203,13 @@ class Judge:
                 parts = {step[0] for step in taken if step is not None} == {PART}
                 return f"other {'parts of one tensor' if parts else 'steps of one sequence'}"
         nodes = graph.between(starts, end) & ~(1 << fork)
-        if reader.call.name in _calls.LISTS and nodes and not self._reaches_past_gates(starts, end, nodes):
+        if (
+            reader.call.name in _calls.LISTS
+            and nodes
+            and not self.gates.reaches_past_gates(starts, end, nodes)
+        ):
             return "only a gate depends on it"
-        if side.how == "gated" and nodes and not self._reaches_by_a_weight(starts, end, nodes):
+        if side.how == "gated" and nodes and not self.gates.reaches_by_a_weight(starts, end, nodes):
             return "only a factor depends on it"
         return nodes
 
@@ -304,33 +217,6 @@ class Judge:
         """Whether all its weights are single numbers, and each value goes through by itself."""
         graph = self.graph
         return graph.has_only_scalars(region) and all(graph.kind(v) in POINTWISE for v in bits(region))
-
-    def _reaches_past_gates(self, starts: list[int], end: int, nodes: int) -> bool:
-        """Whether ``end`` depends on ``starts`` other than by a sigmoid that multiplies what does not."""
-        graph, reached = self.graph, set(starts)
-        for v in bits(nodes):
-            parents = [p for p in graph.parents[v] if p in reached]
-            free = [p for p in graph.active_parents(v) if not nodes >> p & 1 and p not in starts]
-            gates = all(graph.kind(p) in {"Sigmoid", "Hardsigmoid"} for p in parents)
-            if parents and not (graph.kind(v) == "Mul" and free and gates):
-                reached.add(v)
-        return end in reached
-
-    def _reaches_by_a_weight(self, starts: list[int], end: int, nodes: int) -> bool:
-        """Whether ``end`` depends on ``starts`` other than by a weightless factor of what does not: a router's output
-        that multiplies each expert's is no input of the experts.
-        """
-        graph, reached = (
-            self.graph,
-            dict.fromkeys(starts, False),
-        )  # node -> whether a weight has entered on the way
-        for v in bits(nodes):
-            parents = [p for p in graph.parents[v] if p in reached]
-            free = [p for p in graph.active_parents(v) if not nodes >> p & 1 and p not in starts]
-            touched = bool(graph.weights[v]) or any(reached[p] for p in parents)
-            if parents and not (graph.kind(v) == "Mul" and free and not touched):
-                reached[v] = touched
-        return end in reached
 
     def _repeats(self, reader: Sides, region: int, bypassing: tuple[int, ...]) -> bool:
         """Whether the branch's matrices have all made a bypassing operand before: one module, step after step."""
@@ -366,7 +252,7 @@ class Judge:
             kind, both = "gated", (2,) if call.tensors[2] else ()
         elif kind in {"branch", "bent"}:  # declared by its author, whatever leads to it
             kind = "identity"
-        elif kind == "identity" and (difference := self._difference(reader, bypassing[0], branches)):
+        elif kind == "identity" and (difference := self.gates.difference(reader, bypassing[0], branches)):
             part, x, both, kind = difference
             shortcut_at += (Place(part.key, x),)
             branch_at = (Place(part.key, 1 - x),)
@@ -412,95 +298,3 @@ class Judge:
                 return False
             at = parents[0]
         return True
-
-    # --- gates with a difference inside ---
-
-    def _difference(
-        self, reader: Sides, i: int, branches: tuple[int, ...]
-    ) -> tuple[Call, int, tuple[int, ...], str] | None:
-        """In x + t (H - x): the call of H - x, which of its operands is x, the operands that carry both sides, and the
-        kind: scaled where t does not depend on the data.
-        """
-        x, signs = reader.position(i), _signs(reader)
-        for j in branches:
-            inner = self._inner(reader.position(j), x)
-            if inner is not None and not self._holds_weights(inner[0].operands[1 - inner[1]], x):
-                continue  # x + s (pool(x) - x), as in EfficientFormer: the scale is all that the branch holds
-            if inner is not None and inner[2] * signs[j] == -signs[i]:
-                both = tuple(reader.factors) if j in reader.factors else (j,)
-                is_gate = inner[3] or (
-                    all(f in reader.active for f in reader.factors) and bool(reader.factors)
-                )
-                return *inner[:2], both, "gated" if is_gate else "scaled"
-        return None
-
-    def _crossed(self, reader: Sides) -> Verdict | None:
-        """H + c (x - H), as recurrent cells have it: here the operand that stands alone is the branch."""
-        graph, call, signs = self.graph, reader.call, _signs(reader)
-        for i, j in permutations(reader.active, 2):
-            end = reader.position(i)
-            inner = self._inner(reader.position(j), end)
-            if inner is None or inner[2] * signs[j] != -signs[i]:
-                continue
-            part, h, _, is_gate = inner
-            x = graph.position[part.operands[1 - h]]
-            region = graph.between([x], end) & ~(1 << x) if graph.ancestors.reaches(x, end) else 0
-            if not graph.has_weights(region):
-                continue
-            region |= graph.between([x], reader.position(j)) & ~(1 << x)
-            both = reader.factors if j in reader.factors else (j,)
-            at = Place(part.key, 1 - h), Place(call.key, i), Place(part.key, h)
-            kind = (
-                "gated"
-                if is_gate or (reader.factors and all(f in reader.active for f in reader.factors))
-                else "scaled"
-            )
-            return Verdict(call, kind, (x,), (j,), both, region, 0, at[:1], at[1:], part, both)
-        return None
-
-    def _holds_weights(self, node: object, x: int) -> bool:
-        """Whether a weight enters between node ``x`` and ``node``, or ``node`` does not come from there."""
-        at, graph = self.graph.position[node], self.graph
-        return not graph.ancestors.reaches(x, at) or graph.has_weights(graph.between([x], at) & ~(1 << x))
-
-    def _inner(self, at: int, x: int) -> tuple[Call, int, int, bool] | None:
-        """Back through gates and views to a difference with node ``x``: its call, which operand is x, x's sign, and
-        whether a gate was passed that depends on the data.
-        """
-        graph, waiting, is_gate = self.graph, [(at, 1)], False
-        for _ in range(12):
-            if not waiting:
-                return None
-            at, sign = waiting.pop(0)
-            call = self.made.get(id(graph.nodes[at]))
-            if call is not None and call.name in {"sub", "rsub"} and None not in call.operands:
-                for k, node in enumerate(call.operands):
-                    if graph.position[node] == x:
-                        return call, k, sign if (k == 0) == (call.name == "sub") else -sign, is_gate
-            kind = graph.kind(at)
-            if kind in ELEMENTWISE or (kind in PRODUCT | SHAPE - _SUMS and not graph.weights[at]):
-                parents = graph.active_parents(at)
-                is_gate = is_gate or (kind in PRODUCT and len(parents) > 1)
-                sign = -sign if kind == "Neg" else sign
-                negative = {
-                    p for p in parents if len(parents) > 1 and graph.kind(p) == "Neg"
-                }  # x + (-t) (x - H)
-                waiting += [(p, -sign if negative - {p} else sign) for p in parents]
-        return None
-
-
-_LINEAR = SHAPE | PRODUCT | LINEAR
-_PASSING = SHAPE | frozenset({"Mul", "Div", "NativeDropout"})
-_SUMS = frozenset({"Add", "Sub", "Rsub"})
-
-
-def _signs(reader: Sides) -> tuple[int, ...]:
-    """The sign that each operand of a merge comes out with."""
-    node, name = reader.call.output, reader.call.name
-    scale = next(
-        (v for a in ("_saved_alpha", "_saved_value") if (v := getattr(node, a, None)) is not None), 1
-    )
-    sign = 1 if not isinstance(scale, int | float) or scale >= 0 else -1
-    if name == "rsub":
-        return -sign, 1
-    return 1, *[-sign if name == "sub" else sign] * 2

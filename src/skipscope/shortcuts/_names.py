@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._judge import Verdict
 from skipscope.shortcuts._trace import Call
+from skipscope.shortcuts._verdict import Verdict
 
 
 def home_of(graph: Graph, item: Verdict) -> str:

@@ -1,0 +1,196 @@
+"""Shortcuts that several calls make together: gates, however they are written, and sums of more than two.
+
+A gate between x and H is one call (``lerp``), or x + t (H - x), or H + c (x - H), or multiplied out: x - t x + t H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import permutations
+
+from skipscope.shortcuts._bits import bits
+from skipscope.shortcuts._graph import Graph
+from skipscope.shortcuts._results import Place
+from skipscope.shortcuts._sides import ELEMENTWISE, PRODUCT, SHAPE, WHOLE, Side, Sides
+from skipscope.shortcuts._trace import Call
+from skipscope.shortcuts._verdict import Verdict
+
+_SUMS = frozenset({"Add", "Sub", "Rsub"})
+
+
+class Gates:
+    """Reads gates, and sums of more than two, in one graph."""
+
+    def __init__(self, graph: Graph, made: Mapping[int, Call]):
+        self.graph, self.made = graph, made
+
+    def product(self, sides: dict[int, Side]) -> str | None:
+        """The reason why a product is none: x times a side with weights. None for any other product."""
+        free = [s for s in sides.values() if s.how == "identity" and s.fork is not None]
+        held = [
+            s
+            for s in sides.values()
+            if s.how in {"branch", "projection"} and self.graph.has_weights(s.region)
+        ]
+        return "a gate: a product, not a sum" if free and held else None
+
+    def reaches_past_gates(self, starts: list[int], end: int, nodes: int) -> bool:
+        """Whether ``end`` depends on ``starts`` other than by a sigmoid that multiplies what does not."""
+        graph, reached = self.graph, set(starts)
+        for v in bits(nodes):
+            parents = [p for p in graph.parents[v] if p in reached]
+            free = [p for p in graph.active_parents(v) if not nodes >> p & 1 and p not in starts]
+            gates = all(graph.kind(p) in {"Sigmoid", "Hardsigmoid"} for p in parents)
+            if parents and not (graph.kind(v) == "Mul" and free and gates):
+                reached.add(v)
+        return end in reached
+
+    def reaches_by_a_weight(self, starts: list[int], end: int, nodes: int) -> bool:
+        """Whether ``end`` depends on ``starts`` other than by a weightless factor of what does not: a router's output
+        that multiplies each expert's is no input of the experts.
+        """
+        graph = self.graph
+        reached = dict.fromkeys(starts, False)  # node -> whether a weight has entered on the way
+        for v in bits(nodes):
+            parents = [p for p in graph.parents[v] if p in reached]
+            free = [p for p in graph.active_parents(v) if not nodes >> p & 1 and p not in starts]
+            touched = bool(graph.weights[v]) or any(reached[p] for p in parents)
+            if parents and not (graph.kind(v) == "Mul" and free and not touched):
+                reached[v] = touched
+        return end in reached
+
+    def difference(
+        self, reader: Sides, i: int, branches: tuple[int, ...]
+    ) -> tuple[Call, int, tuple[int, ...], str] | None:
+        """In x + t (H - x): the call of H - x, which of its operands is x, the operands that carry both sides, and the
+        kind: scaled where t does not depend on the data.
+        """
+        x, signs = reader.position(i), _signs(reader)
+        for j in branches:
+            inner = self._inner(reader.position(j), x)
+            if inner is not None and not self._holds_weights(inner[0].operands[1 - inner[1]], x):
+                continue  # x + s (pool(x) - x), as in EfficientFormer: the scale is all that the branch holds
+            if inner is not None and inner[2] * signs[j] == -signs[i]:
+                both = tuple(reader.factors) if j in reader.factors else (j,)
+                return *inner[:2], both, _kind(reader, inner[3])
+        return None
+
+    def crossed(self, reader: Sides) -> Verdict | None:
+        """H + c (x - H), as recurrent cells have it: here the operand that stands alone is the branch."""
+        graph, call, signs = self.graph, reader.call, _signs(reader)
+        for i, j in permutations(reader.active, 2):
+            end = reader.position(i)
+            inner = self._inner(reader.position(j), end)
+            if inner is None or inner[2] * signs[j] != -signs[i]:
+                continue
+            part, h, _, is_gate = inner
+            x = graph.position[part.operands[1 - h]]
+            region = graph.between([x], end) & ~(1 << x) if graph.ancestors.reaches(x, end) else 0
+            if not graph.has_weights(region):
+                continue
+            region |= graph.between([x], reader.position(j)) & ~(1 << x)
+            both = reader.factors if j in reader.factors else (j,)
+            at = Place(part.key, 1 - h), Place(call.key, i), Place(part.key, h)
+            kind = _kind(reader, is_gate)
+            return Verdict(call, kind, (x,), (j,), both, region, 0, at[:1], at[1:], part, both)
+        return None
+
+    def multiplied_out(
+        self, verdict: Verdict, sum_at: Callable[[int], Verdict | None]
+    ) -> tuple[int, Verdict] | None:
+        """In (x - t x) + t H: one gate of two sums, each of them a shortcut to itself.
+
+        Args:
+            verdict: the later sum.
+            sum_at: the shortcut whose sum a node is, or None.
+
+        Returns:
+            The node of the earlier sum, and the verdict on the gate.
+        """
+        places, gates = verdict.shortcut_at, verdict.kind == "gated" and not verdict.both
+        if not gates or len(verdict.bypassing) != 1 or places[0].call == verdict.call.key:
+            return None
+        node = Sides(self.graph, verdict.call).position(verdict.bypassing[0])
+        inner = sum_at(node)
+        if inner is None or inner.kind != "identity" or inner.forks != verdict.forks:
+            return None
+        if len(inner.branch_at) != 1:
+            return None
+        product = self.made.get(id(inner.call.operands[inner.branch_at[0].operand]))
+        if product is None or product.key != places[0].call:
+            return None
+        region = verdict.region | inner.region
+        return node, replace(verdict, shortcut_at=(*inner.shortcut_at, *places), region=region)
+
+    def with_addend(self, call: Call, sum_at: Callable[[int], Verdict | None]) -> tuple[int, Verdict] | None:
+        """In (x + a) + b, with b made from x too: the shortcut of the inner sum, with b in its branch.
+
+        Args:
+            call: a merge that is no shortcut of its own.
+            sum_at: the shortcut whose sum a node is, or None.
+
+        Returns:
+            The node of the inner sum, and its verdict.
+        """
+        graph, reader = self.graph, Sides(self.graph, call)
+        for i, j in permutations(reader.active, 2) if call.name == "add" else ():
+            at, end = reader.position(i), reader.position(j)
+            while sum_at(at) is None and graph.kind(at) in WHOLE:
+                (at,) = graph.active_parents(at)
+            inner = sum_at(at)
+            if inner is None or inner.call.name != "add" or graph.ancestors.reaches(at, end):
+                continue
+            fork = inner.forks[0]
+            region = graph.between([fork], end) & ~(1 << fork) if graph.ancestors.reaches(fork, end) else 0
+            if graph.has_weights(region):
+                branch_at = (*inner.branch_at, Place(call.key, j))
+                return at, replace(inner, region=inner.region | region, branch_at=branch_at)
+        return None
+
+    def _holds_weights(self, node: object, x: int) -> bool:
+        """Whether a weight enters between node ``x`` and ``node``, or ``node`` does not come from there."""
+        at, graph = self.graph.position[node], self.graph
+        return not graph.ancestors.reaches(x, at) or graph.has_weights(graph.between([x], at) & ~(1 << x))
+
+    def _inner(self, at: int, x: int) -> tuple[Call, int, int, bool] | None:
+        """Back through gates and views to a difference with node ``x``: its call, which operand is x, x's sign, and
+        whether a gate was passed that depends on the data.
+        """
+        graph, waiting, is_gate = self.graph, [(at, 1)], False
+        for _ in range(12):
+            if not waiting:
+                return None
+            at, sign = waiting.pop(0)
+            call = self.made.get(id(graph.nodes[at]))
+            if call is not None and call.name in {"sub", "rsub"} and None not in call.operands:
+                for k, node in enumerate(call.operands):
+                    if graph.position[node] == x:
+                        return call, k, sign if (k == 0) == (call.name == "sub") else -sign, is_gate
+            kind = graph.kind(at)
+            if kind in ELEMENTWISE or (kind in PRODUCT | SHAPE - _SUMS and not graph.weights[at]):
+                parents = graph.active_parents(at)
+                is_gate = is_gate or (kind in PRODUCT and len(parents) > 1)
+                sign = -sign if kind == "Neg" else sign
+                # Of several factors one may bring the sign: x + (-t) (x - H).
+                negative = {p for p in parents if len(parents) > 1 and graph.kind(p) == "Neg"}
+                waiting += [(p, -sign if negative - {p} else sign) for p in parents]
+        return None
+
+
+def _kind(reader: Sides, is_gate: bool) -> str:
+    """Gated where a gate was passed, or the merge itself multiplies by an activation; else scaled."""
+    in_call = bool(reader.factors) and all(f in reader.active for f in reader.factors)
+    return "gated" if is_gate or in_call else "scaled"
+
+
+def _signs(reader: Sides) -> tuple[int, ...]:
+    """The sign that each operand of a merge comes out with."""
+    node, name = reader.call.output, reader.call.name
+    scale = next(
+        (v for a in ("_saved_alpha", "_saved_value") if (v := getattr(node, a, None)) is not None), 1
+    )
+    sign = 1 if not isinstance(scale, int | float) or scale >= 0 else -1
+    if name == "rsub":
+        return -sign, 1
+    return 1, *[-sign if name == "sub" else sign] * 2

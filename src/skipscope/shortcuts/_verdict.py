@@ -1,0 +1,39 @@
+"""A shortcut before it has a name: what judging one merge, or several together, has found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from skipscope.shortcuts._results import Place
+from skipscope.shortcuts._trace import Call
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A shortcut before it has a name.
+
+    Attributes:
+        call: the merge.
+        kind: of the shortcut.
+        forks: nodes where each bypassing operand parts from the branch.
+        bypassing: operands that carry the shortcut.
+        shortcut_operands: these, and what they are multiplied with inside the call.
+        region: bit set of the branch's nodes.
+        side_region: bit set of the shortcut's own nodes.
+        shortcut_at: where the shortcut is edited.
+        branch_at: where the branch is edited.
+        part: a call that belongs to this shortcut and is no merge of its own, or None.
+        both: operands that carry the branch and the shortcut, as t (H - x) in x + t (H - x), or multiply both.
+    """
+
+    call: Call
+    kind: str
+    forks: tuple[int, ...]
+    bypassing: tuple[int, ...]
+    shortcut_operands: tuple[int, ...]
+    region: int
+    side_region: int
+    shortcut_at: tuple[Place, ...]
+    branch_at: tuple[Place, ...]
+    part: Call | None
+    both: tuple[int, ...]
