@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import skipscope as ss
+from skipscope import reference
 from skipscope.monitor import STATES, JsonLines, Terminal, watch
 
 from ._loops import Spy, agrees, data, network, oracle
@@ -247,6 +248,9 @@ def test_refusals():
         watch(model, torch.optim.SGD(other.parameters(), lr=0.1))
     with pytest.raises(ss.SkipscopeError, match="steps cannot be seen"):
         watch(model, object())
+    twin = ss.ablate(reference.deep_mlp(3, shortcut="identity"), inputs=torch.zeros(1, 64), share=True)
+    with pytest.raises(ss.SkipscopeError, match="shares its parameters with the original"):
+        watch(twin, torch.optim.SGD(twin.parameters(), lr=0.1))
     with pytest.raises(ss.SkipscopeError, match=r"not a torch\.nn\.Module"):
         watch("model", torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ss.SkipscopeError, match="every"):

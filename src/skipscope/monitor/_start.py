@@ -13,6 +13,7 @@ from skipscope._ranks import world
 from skipscope._untouched import require_module
 from skipscope.monitor._roster import names_of
 from skipscope.monitor._stepper import Stepper
+from skipscope.shortcuts import shares_parameters
 
 
 def notes_on(models: Mapping[str, nn.Module], steppers: Sequence[Stepper]) -> list[str]:
@@ -56,6 +57,11 @@ def check(
             )
     for model in models.values():
         require_module(model, "watch")
+        if any(map(shares_parameters, model.modules())):
+            raise SkipscopeError(
+                "watch", "this twin shares its parameters with the original, which training it would change too",
+                cure="make the twin with share=False",
+            )  # fmt: skip
         for name, module in model.named_modules():
             if type(module).__name__ == "FullyShardedDataParallel":
                 raise SkipscopeError(
