@@ -355,7 +355,8 @@ def _edited(
             whole = target._base
             whole.copy_(_apply(rule.factor, whole))  # the slice, a view of it, sees that
         else:
-            values[rule.place.operand] = _apply(rule.factor, values[rule.place.operand])
+            operand = rule.place.operand  # torch 2.6 cannot compile values[operand] = ...
+            values = [_apply(rule.factor, v) if i == operand else v for i, v in enumerate(values)]
     overwrites = operation.in_place and values[0] is not target
     if overwrites and any(rule.factor is None for rule in rules):
         values[0] = values[
