@@ -14,7 +14,7 @@ from torch import nn
 from skipscope.shortcuts import find_shortcuts
 from skipscope.shortcuts._bits import Ancestors, bits
 from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._trace import trace
+from skipscope.shortcuts._trace import node_of, trace
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import CASES
@@ -99,3 +99,45 @@ def test_a_long_recurrence(steps):
         "stacked side by side",
         "parallel branches",
     }
+
+
+ENDS = [-(2**62), -4, -3, -2, -1, 0, 1, 2, 3, 4, 2**62, 2**63 - 1]
+
+
+@pytest.mark.parametrize("dim", [1, -2])
+def test_a_slice_of_everything_is_what_it_is_taken_from(dim):
+    x = torch.randn(2, 3, 4, requires_grad=True).tanh()
+    for start in [None, *ENDS]:
+        for end in [None, *ENDS]:
+            part = torch.ops.aten.slice(x, dim, start, end, 1)
+            assert (node_of(part) is node_of(x)) == (part.shape == x.shape)
+    assert node_of(torch.ops.aten.slice(x, dim, 0, None, 2)) is not node_of(x)
+    assert node_of(torch.ops.aten.slice(torch.ops.aten.slice(x, dim), 0, 0, 9)) is node_of(x)
+
+
+class Recurrent(nn.Module):
+    """A recurrence that takes each of its steps from a slice of the whole sequence, or from the sequence."""
+
+    def __init__(self, *sliced):
+        super().__init__()
+        self.cell, self.sliced = nn.Linear(16, 8), sliced
+
+    def forward(self, x):
+        h = x[:, 0]
+        for t in range(1, x.shape[1]):
+            of = torch.ops.aten.slice(x, *self.sliced) if self.sliced else x
+            h = h + self.cell(torch.cat([of[:, t], h], -1)).tanh()
+        return h
+
+
+@pytest.mark.parametrize("sliced", [(1, 0, 2**62, 1), (1, -(2**62), None, 1), (-3, 0, 2, 1), (2, -8, 8, 1)])
+def test_steps_of_a_whole_slice_are_steps_of_the_sequence(sliced):
+    def seen(model):
+        found = find_shortcuts(model, torch.linspace(-9, 9, 80).reshape(2, 5, 8).sin())
+        kinds = [(s.name, s.kind, s.fork, s.merge, s.branch) for s in found]
+        return kinds, [(r.name, r.reason) for r in found.rejected], found.boundaries
+
+    plain = seen(Recurrent())
+    assert "other steps of one sequence" in {reason for _, reason in plain[1]}
+    assert {kind for _, kind, *_ in plain[0]} == {"identity"}
+    assert seen(Recurrent(*sliced)) == plain

@@ -16,7 +16,7 @@ import torch
 
 from skipscope import _data
 from skipscope.shortcuts._bits import Ancestors, as_bits, bits, chosen
-from skipscope.shortcuts._trace import Step, Trace, node_of, output_of
+from skipscope.shortcuts._trace import Step, Trace, node_of, output_of, signed
 
 PART = -2
 
@@ -253,9 +253,8 @@ class Graph:
             return (-1 if node.node.name() == "UnbindBackward0" else PART, node.index)
         if self.kind(i) != "Select":
             return None
-        dim, index = node._saved_dim, node._saved_index
-        size = node._saved_self_sym_sizes[dim if dim < 2**63 else dim - 2**64]
-        return (dim, index - 2**64 + size if index >= 2**63 else index + size if index < 0 else index)
+        dim, index = node._saved_dim, signed(node._saved_index)
+        return dim, index + node._saved_self_sym_sizes[signed(dim)] if index < 0 else index
 
     def opaque(self) -> list[tuple[str, str, str]]:
         """Name, reason and source of what joins activations where no one can look: foreign autograd functions."""

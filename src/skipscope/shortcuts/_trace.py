@@ -134,9 +134,29 @@ _HANDS_THROUGH = "RegisterPostBackwardFunctionBackward"
 
 def output_of(node: Any, index: int) -> Any:
     """The node of one output of an autograd node, seen through what only hands it on."""
-    while node is not None and node.name() == _HANDS_THROUGH:
-        node, index = node.next_functions[index]
-    return Step(node, index) if node is not None and node.name() in _MANY else node
+    while node is not None:
+        name = node.name()
+        if name == _HANDS_THROUGH:
+            node, index = node.next_functions[index]
+        elif name == "SliceBackward0" and _takes_everything(node):
+            node, index = node.next_functions[0]
+        else:
+            return Step(node, index) if name in _MANY else node
+    return None
+
+
+def _takes_everything(node: Any) -> bool:
+    """Whether a slice is all of what it is taken from: torch 2.6 has one in every ``x[:, t]``."""
+    if node._saved_step != 1:
+        return False
+    size = node._saved_self_sym_sizes[signed(node._saved_dim)]
+    start, end = signed(node._saved_start or 0), node._saved_end
+    return (start == 0 or start <= -size) and (end is None or signed(end) >= size)
+
+
+def signed(saved: int) -> int:
+    """A number that autograd may have saved as the unsigned 64 bits of a negative one."""
+    return saved - 2**64 if saved >= 2**63 else saved
 
 
 # Functions whose result has a tensor's shape but nothing of its values.
