@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from skipscope.comparison import Claim, Comparison, Curves, Rung, StrengthSweep, Training, Twin
@@ -21,7 +23,7 @@ from skipscope.flow import (
     SplitAt,
     Verdict,
 )
-from skipscope.monitor import History, LiveVerdict, VerdictEvent
+from skipscope.monitor import STATES, History, LiveVerdict, VerdictEvent
 from skipscope.shortcuts._results import Boundary, CallKey, Layer, Place, Rejected, Shortcut, Shortcuts
 from skipscope.surfaces import (
     Checks,
@@ -310,6 +312,23 @@ def history(steps=60, count=12, text=str) -> History:
         total_before_clip=np.linspace(3, 1, steps), loss_scale=nothing, skipped=np.zeros(steps), evaluations=np.zeros(steps), boundaries=names,
         flow_steps=at[::10].astype(float), flow=flow, verdict=verdict, events=events, notes=(text("a note"),), complete=True,
     )  # fmt: skip
+
+
+def restless(text=str) -> History:
+    """A history whose state changes often, with a gradient that is not finite and one that is not connected."""
+    calm = history(text=text)
+    norm, states = calm.norm.copy(), calm.states.copy()
+    norm[20:30, 4:8], states[20:30, 4:8] = np.nan, STATES.index("nonfinite")
+    states[7, 3] = STATES.index("not_connected")
+    at = (1, 2, 4, 6, 20, 22, 41, 42, 55, 58, 59, 60)
+    names = ("vanishing", "healthy", "nonfinite", "unconnected", "dead", "exploding")
+    events = tuple(
+        VerdictEvent(
+            step, names[i % 6], LiveVerdict(names[(i + 1) % 6], "boundary flow", step, text(f"reason {i}"))
+        )
+        for i, step in enumerate(at)
+    )
+    return dataclasses.replace(calm, norm=norm, states=states, events=events)
 
 
 def strength(depth=18, text=str) -> StrengthSweep:

@@ -100,6 +100,21 @@ def test_nothing_is_wider_than_the_screen(browser, report, width):
     assert page.run(smallest) >= (8 if width < 340 else 9)
 
 
+@pytest.mark.parametrize("width", [380, 1000])
+def test_words_above_a_map_of_gradients_do_not_touch(browser, tmp_path, width):
+    page = browser.open(samples.restless().save(tmp_path / "h.html"), width, 800, phone=width < 700)
+    boxes = page.run(
+        "[...document.querySelectorAll('.skipscope figure')].slice(0, 2).map(f => [...f.querySelectorAll('svg .note, svg .title, svg image')]"
+        ".map(t => t.getBoundingClientRect()).filter(r => r.width > 0).map(r => [r.left, r.top + 1, r.right, r.bottom - 1]))"
+    )
+    assert page.run("document.documentElement.scrollWidth") <= width
+    for chart in boxes:
+        assert len(chart) >= 6  # the title, the axis, the map, its key and at least two events
+        for i, (left, top, right, bottom) in enumerate(chart):
+            for other in chart[:i]:
+                assert left >= other[2] or other[0] >= right or top >= other[3] or other[1] >= bottom
+
+
 def test_in_print_the_charts_are_there_and_the_buttons_are_not(browser, report):
     page = browser.open(report, 760, 1000, media="print")
     shown = "e => e.getClientRects().length > 0 && e.getBoundingClientRect().height > 40"

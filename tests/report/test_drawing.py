@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import re
 from itertools import pairwise
 from xml.etree import ElementTree
 
+import matplotlib.image
 import numpy as np
 import pytest
 import samples
@@ -13,10 +16,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from skipscope import SkipscopeError
-from skipscope.report import _arcs, _svg, _svg_bars, _svg_heat, _svg_lines, _terrain, draw, story
+from skipscope.report import _arcs, _palette, _svg, _svg_bars, _svg_heat, _svg_lines, _terrain, draw, story
 from skipscope.report._arcs_text import text
 from skipscope.report._charts import Arc, Bars, Heat, Lines, Network, Series, Surface, Surfaces
 from skipscope.report._scale import axis, power, whole_axis
+from skipscope.report._view_monitor import heat_of
 
 floats = st.floats(allow_nan=True, allow_infinity=True)
 
@@ -133,6 +137,98 @@ def test_heat_and_surfaces_of_one_value_are_drawn(fill):
 
 def test_one_step_of_a_history_is_drawn():
     parse(_svg_heat.heat(Heat(np.ones((2, 1)), ["a", "b"], [1]), _svg.WIDE))
+
+
+@given(st.lists(st.tuples(st.integers(0, 600), st.integers(20, 250)), max_size=25), st.integers(1, 3))
+@settings(deadline=None)
+def test_words_of_events_touch_neither_each_other_nor_a_line(events, rows):
+    places = sorted(place for place, _ in events)
+    lengths = [length for _, length in events]
+    put = [
+        (place, *room, room[0] + length)
+        for place, length, room in zip(places, lengths, _svg.rooms(places, lengths, 0, 600, rows))
+        if room
+    ]
+    for i, (place, start, row, end) in enumerate(put):
+        assert start >= 0 and end <= 600 and row < rows
+        assert start == place + 5 or end == place - 5
+        for other, s, r, e in put[:i]:
+            assert row != r or end < s or e < start
+            assert row >= r or not s < place < e  # a line that reaches up past the words of a lower row
+            assert row <= r or not start < other < end
+
+
+def test_a_word_with_room_is_said_and_one_without_is_not():
+    assert _svg.rooms([10], [50], 0, 100) == [(15, 0)]
+    assert _svg.rooms([90], [50], 0, 100) == [(35, 0)]
+    assert _svg.rooms([50], [50], 0, 100) == [None]
+
+
+@pytest.mark.parametrize("width", [_svg.WIDE, _svg.NARROW])
+def test_events_stand_between_the_title_and_the_map(width):
+    chart = heat_of(samples.restless(), "rms")
+    root = parse(_svg_heat.heat(chart, width))
+    map_top = next(float(e.get("y")) for e in root.iter() if e.tag.endswith("image"))
+    said = [e for e in root.iter() if e.get("class") == "note"]
+    assert 2 <= len(said) < len(chart.events)
+    assert len({e.get("y") for e in said}) == 2
+    assert all(13 + 11 < float(e.get("y")) < map_top for e in said)
+    assert sum(e.get("class") == "mark" for e in root.iter()) == len(chart.events) == 12
+
+
+def pixels(values, size=(120, 80)) -> np.ndarray:
+    png, _, _ = _palette.heat_png(np.asarray(values, dtype=float), size)
+    return (matplotlib.image.imread(io.BytesIO(png)) * 255).round().astype(int)
+
+
+def test_not_finite_is_striped_unknown_is_clear_and_zero_is_grey():
+    made = pixels([[1.0, np.inf, np.nan], [0.0, 10.0, np.inf]])
+    assert made.shape == (80, 120, 4)
+    striped = {(0xB3, 0x12, 0x3F, 255), (0xFF, 0xD9, 0xE2, 255)}
+    for row, column, colours in [
+        (0, 1, striped), (1, 2, striped), (0, 2, {(0, 0, 0, 0)}), (1, 0, {(140, 140, 140, 255)}),
+        (0, 0, {(68, 1, 84, 255)}), (1, 1, {(253, 231, 37, 255)}),
+    ]:  # fmt: skip
+        cell = made[row * 40 : row * 40 + 40, column * 40 : column * 40 + 40]
+        assert set(map(tuple, cell.reshape(-1, 4).tolist())) == colours
+    assert pixels([[1.0, 10.0]]).shape == (1, 2, 4)  # nothing to stripe: a pixel for each cell
+
+
+def test_a_history_tells_not_finite_from_not_connected():
+    chart = heat_of(samples.restless(), "rms")
+    assert np.isinf(chart.values[4:8, 20:30]).all()
+    assert np.isinf(chart.values).sum() == 40
+    assert np.isnan(chart.values).sum() == np.isnan(chart.values[3, 7]) == 1
+    assert np.isnan(samples.restless().matrix()["values"]).sum() == 41  # the history is left as it was
+
+
+def test_the_whole_gradient_is_no_zero_where_it_is_not_finite():
+    series = story(samples.restless()).panels[-1].chart.series[0]
+    assert [step for step, y in zip(series.x, series.y) if y == np.inf] == list(range(21, 31))
+    assert 0 not in series.y
+
+
+def test_no_event_is_drawn_beside_the_map_and_flickering_does_not_hide_it():
+    restless = samples.restless()
+    assert [mark.x for mark in heat_of(restless, "flow").events] == [1, 2, 4, 6, 20, 22, 41, 42]
+    one = restless.events[0]
+    flickering = tuple(dataclasses.replace(one, step=1 + i * 59 / 4000) for i in range(4000))
+    assert len(heat_of(dataclasses.replace(restless, events=flickering), "rms").events) <= 151
+
+
+def test_events_are_told_in_sentences_the_first_and_the_last_two():
+    restless = samples.restless()
+    assert story(restless).answer[1:] == [
+        "Step 1: from vanishing to healthy: reason 0.",
+        "And 9 more, listed under the numbers.",
+        "Step 59: from dead to exploding: reason 10.",
+        "Step 60: from exploding to vanishing: reason 11.",
+    ]
+    assert story(restless).answer[0].startswith("Step 60: vanishing")
+    assert [row[0] for row in story(restless).panels[0].tables[1].rows] == [e.step for e in restless.events]
+    few = dataclasses.replace(restless, events=restless.events[:3])
+    assert len(story(few).answer) == 4
+    assert not any("more" in sentence for sentence in story(few).answer)
 
 
 def test_thinning_keeps_every_spike():

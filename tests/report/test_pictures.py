@@ -65,6 +65,20 @@ def test_the_numbers_drawn_are_the_result_s():
     np.testing.assert_array_equal(line.get_xdata(), [b.depth for b in flow.boundaries])
 
 
+def test_words_of_events_do_not_overlap_and_what_is_not_finite_is_striped():
+    ax = samples.restless().plot()
+    ax.figure.draw_without_rendering()
+    said = [t.get_window_extent() for t in ax.texts]
+    assert len(said) >= 3
+    assert len({round(box.y0) for box in said}) == 2
+    assert not any(a.overlaps(b) for i, a in enumerate(said) for b in said[:i])
+    frame = ax.get_window_extent()
+    assert all(box.y0 >= frame.y1 and frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in said)
+    striped = [c for c in ax.collections if c.get_hatch()]
+    bars = [path.get_extents() for c in striped for path in c.get_paths()]
+    assert [(b.x0, b.x1, b.y0) for b in bars] == [(20.5, 30.5, row) for row in range(4, 8)]
+
+
 def test_surfaces_in_three_dimensions_share_their_heights():
     axes = samples.pair(points=9).plot(kind="3d")
     assert len(axes) == 2

@@ -103,7 +103,10 @@ class Bars:
 
 @dataclass(frozen=True)
 class Heat:
-    """A matrix of positive numbers as colours on a log scale: rows are layers, columns are steps."""
+    """A matrix of positive numbers as colours on a log scale: rows are layers, columns are steps.
+
+    Zero is exactly zero, inf is not finite, NaN is not known: each is seen to be what it is.
+    """
 
     values: np.ndarray
     rows: Sequence[str]

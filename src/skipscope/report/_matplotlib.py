@@ -237,10 +237,10 @@ def calm(ax: Any, grid: str = "y") -> None:
     ax.set_axisbelow(True)
 
 
-def remark(ax: Any, mark: Mark, drop: float = -4) -> None:
+def remark(ax: Any, mark: Mark) -> None:
     """A word beside a place on the x axis, at the top of the axes."""
-    ax.annotate(plain(mark.label), (mark.x, 1), (4, drop), xycoords=("data", "axes fraction"), textcoords="offset points",
-                va="top" if drop < 0 else "bottom", fontsize=8, color="0.35")  # fmt: skip
+    ax.annotate(plain(mark.label), (mark.x, 1), (4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+                va="top", fontsize=8, color="0.35")  # fmt: skip
 
 
 def foot(ax: Any, sentence: str) -> None:

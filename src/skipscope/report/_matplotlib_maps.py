@@ -8,7 +8,9 @@ import numpy as np
 
 from skipscope.report import _terrain
 from skipscope.report._charts import Heat, Surface, Surfaces
-from skipscope.report._matplotlib import draw, foot, new_axes, plain, remark
+from skipscope.report._matplotlib import draw, foot, new_axes, plain
+from skipscope.report._palette import BROKEN
+from skipscope.report._svg import rooms
 
 
 @draw.register
@@ -20,7 +22,7 @@ def _(chart: Heat, ax: Any = None) -> Any:
     positive = chart.values[np.isfinite(chart.values) & (chart.values > 0)]
     low, high = (float(positive.min()), float(positive.max())) if positive.size else (0.1, 1.0)
     mesh = ax.pcolormesh(
-        _edges(chart.columns), np.arange(rows + 1), np.where(chart.values > 0, chart.values, np.nan), cmap="viridis",
+        _edges(chart.columns), np.arange(rows + 1), np.where(np.isfinite(chart.values) & (chart.values > 0), chart.values, np.nan), cmap="viridis",
         norm=LogNorm(low, max(high, low * 1.01)), rasterized=True,
     )  # fmt: skip
     zero = np.ma.masked_where(
@@ -34,12 +36,40 @@ def _(chart: Heat, ax: Any = None) -> Any:
     ax.invert_yaxis()
     ax.set_xlabel(plain(chart.x_title))
     ax.figure.colorbar(mesh, ax=ax, label=plain(chart.title), fraction=0.04, pad=0.02)
-    for mark in chart.events:
-        ax.axvline(mark.x, color="white", lw=1, ls=(0, (3, 3)))
-        remark(ax, mark, 3)
+    _stripes(ax, chart)
     if chart.foot:
         foot(ax, chart.foot)
+    _events(ax, chart)
     return ax
+
+
+def _stripes(ax: Any, chart: Heat) -> None:
+    """What is not finite, as on the page: each run of it in a row is one striped bar."""
+    edges = _edges(chart.columns)
+    for row, broken in enumerate(np.isinf(chart.values)):
+        turns = np.flatnonzero(np.diff(np.concatenate([[0], broken, [0]]).astype(int)))
+        runs = [(edges[a], edges[b] - edges[a]) for a, b in turns.reshape(-1, 2)]
+        if runs:
+            ax.broken_barh(runs, (row, 1), facecolor=BROKEN[0], edgecolor=BROKEN[1], hatch="//////", lw=0)
+
+
+def _events(ax: Any, chart: Heat) -> None:
+    """A line for each event, and its words in one of two rows above the map where there is room."""
+    for mark in chart.events:
+        ax.axvline(mark.x, color="white", lw=1, ls=(0, (3, 3)))
+    ax.figure.draw_without_rendering()  # the layout decides how much room there is
+    point = ax.figure.dpi / 72
+    box = ax.get_window_extent()
+    places = [ax.transData.transform((mark.x, 0))[0] / point for mark in chart.events]
+    lengths = [len(mark.label) * 5.2 for mark in chart.events]  # of letters of 8 points, generous
+    found = rooms(places, lengths, box.x0 / point, box.x1 / point)
+    rows = max([room[1] + 1 for room in found if room] or [0])
+    for mark, place, room in zip(chart.events, places, found):
+        if room:
+            before = room[0] < place
+            ax.annotate(plain(mark.label), (mark.x, 1), (-3 if before else 3, 3 + 11 * (rows - 1 - room[1])),
+                        xycoords=("data", "axes fraction"), textcoords="offset points", ha="right" if before else "left",
+                        va="bottom", fontsize=8, color="0.35")  # fmt: skip
 
 
 def _edges(columns: Any) -> np.ndarray:

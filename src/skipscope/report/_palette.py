@@ -13,6 +13,7 @@ import numpy as np
 
 LIGHT = ("#0067a5", "#c8500a", "#2c8a6b", "#7b4f9d", "#9a7b00", "#4a4a48", "#b0366f", "#1f9bb5")
 DARK = ("#6bb8ee", "#f39a5b", "#5cc9a3", "#c3a1e3", "#dcc04d", "#b9b7b0", "#ee8fbb", "#74d3e6")
+BROKEN = ("#b3123f", "#ffd9e2")  # the two colours of the stripes of what is not finite
 DASHES = ("", "6 4", "2 3", "9 3 2 3", "12 4", "4 2", "1 4", "8 2 2 2 2 2")
 PLOT_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -68,12 +69,14 @@ def viridis(count: int = 256) -> np.ndarray:
     return (matplotlib.colormaps["viridis"](np.linspace(0, 1, count))[:, :3] * 255).round().astype(np.uint8)
 
 
-def heat_png(values: np.ndarray, most: int = 720) -> tuple[bytes, float, float]:
-    """A positive matrix as a PNG on a log scale, and the range of the colours. Zero is grey, NaN is transparent.
+def heat_png(values: np.ndarray, size: tuple[int, int] = (720, 460)) -> tuple[bytes, float, float]:
+    """A positive matrix as a PNG on a log scale, and the range of the colours.
+
+    Zero is grey, what is not finite (inf) is striped, what is not known (NaN) is transparent.
 
     Args:
-        values: ``[rows, columns]``; of more than ``most`` columns the nearest to each pixel is taken.
-        most: pixels across.
+        values: ``[rows, columns]``; of more columns than there are pixels the nearest to each pixel is taken.
+        size: pixels across and down on the screen.
     """
     values = np.asarray(values, dtype=float)
     positive = np.isfinite(values) & (values > 0)
@@ -82,17 +85,28 @@ def heat_png(values: np.ndarray, most: int = 720) -> tuple[bytes, float, float]:
     )
     with np.errstate(divide="ignore", invalid="ignore"):
         part = (np.log10(values) - np.log10(low)) / max(np.log10(high) - np.log10(low), 1e-12)
-    part = np.where(np.isposinf(values), 1.0, part)
-    if part.shape[1] > most:  # fewer columns than steps: take the steps nearest to each pixel
+    if part.shape[1] > size[0]:  # fewer columns than steps: take the steps nearest to each pixel
         part, values = (
-            a[:, np.linspace(0, a.shape[1] - 1, most).round().astype(int)] for a in (part, values)
+            a[:, np.linspace(0, a.shape[1] - 1, size[0]).round().astype(int)] for a in (part, values)
         )
     colours = viridis()[np.nan_to_num(part * 255, nan=0, posinf=255, neginf=0).clip(0, 255).astype(int)]
     pixels = np.concatenate([colours, np.full((*part.shape, 1), 255, np.uint8)], axis=2)
     pixels[values == 0] = (140, 140, 140, 255)
     pixels[np.isnan(values)] = (0, 0, 0, 0)
+    if np.isinf(values).any():
+        pixels = _striped(pixels, np.isinf(values), (size[0], max(size[1], len(values))))
     import matplotlib.image
 
     buffer = io.BytesIO()
     matplotlib.image.imsave(buffer, pixels, format="png")
     return buffer.getvalue(), low, high
+
+
+def _striped(pixels: np.ndarray, where: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The same picture with a pixel for each of the screen's, and slanted stripes ``where`` it says."""
+    row, column = np.indices(size[::-1])
+    at = row * len(where) // size[1], column * where.shape[1] // size[0]
+    pixels, where = pixels[at], where[at]
+    for number, colour in enumerate(BROKEN):
+        pixels[where & ((row + column) // 4 % 2 == number)] = (*bytes.fromhex(colour[1:]), 255)
+    return pixels

@@ -37,6 +37,38 @@ def both(draw: Callable[..., Markup], *arguments) -> Markup:
     )
 
 
+def rooms(
+    places: Sequence[float], lengths: Sequence[float], low: float, high: float, rows: int = 2
+) -> list[tuple[float, int] | None]:
+    """Where the words beside vertical lines go: a start and a row (0 is the top one), or None where there is no room.
+
+    A line reaches up to its words, so it must not cross those of a row below.
+
+    Example:
+        >>> rooms([0, 10, 20, 95], [40, 40, 40, 40], 0, 100)
+        [(5, 0), (15, 1), None, (50, 0)]
+    """
+    taken: list[tuple[float, float, float, int]] = []  # of each: its line, start, end and row
+    found: list[tuple[float, int] | None] = []
+    for place, length in zip(places, lengths):
+        choices = [(start, row) for start in (place + 5, place - 5 - length) for row in range(rows)]
+        free = (
+            (start, row)
+            for start, row in choices
+            if low <= start and start + length <= high
+            and not any(
+                (row == r and start < e + 9 and s < start + length + 9)
+                or (row < r and s - 3 < place < e + 3)
+                or (row > r and start - 3 < at < start + length + 3)
+                for at, s, e, r in taken
+            )
+        )  # fmt: skip
+        found.append(room := next(free, None))
+        if room:
+            taken.append((place, room[0], room[0] + length, room[1]))
+    return found
+
+
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Positions near the wanted (sorted) ones, at least ``gap`` apart and within the range when there is room.
 

@@ -9,25 +9,26 @@ import numpy as np
 from markupsafe import Markup
 
 from skipscope._numbers import short
-from skipscope.report._charts import Heat, Mark
+from skipscope.report._charts import Heat
 from skipscope.report._markup import ellipsis, join, tag
 from skipscope.report._palette import heat_png
-from skipscope.report._scale import whole_axis
-from skipscope.report._svg import LETTER, sheet, words
+from skipscope.report._scale import Axis, whole_axis
+from skipscope.report._svg import LETTER, rooms, sheet, words
 
 
 def heat(chart: Heat, width: int) -> Markup:
-    """A heat map of ``width`` pixels, on a log scale, with its key; grey is zero, white is unknown."""
+    """A heat map of ``width`` pixels, on a log scale, with its key; grey is zero, stripes are not finite, white is unknown."""
     rows = len(chart.values)
     inside = min(460, max(150, rows * 12))
     labels = [ellipsis(name, 14 if width < 500 else 28) for name in chart.rows]
     step = max(1, math.ceil(rows * 13 / inside))
-    left, right, top = 10 + max([len(label) for label in labels[::step]] or [1]) * LETTER, width - 14, 28.0
-    bottom, pitch = top + inside, inside / rows
-    png, low, high = heat_png(chart.values)
+    left, right = 10 + max([len(label) for label in labels[::step]] or [1]) * LETTER, width - 14
+    png, low, high = heat_png(chart.values, (round(right - left), inside))
     x = whole_axis(
         float(chart.columns[0]), float(chart.columns[-1]), left, right, most=4 if width < 500 else 8
     )
+    events, top = _events(chart, x, width, inside)
+    bottom, pitch = top + inside, inside / rows
     parts = [
         words(chart.title, 2, 13, "title"),
         _image(png, left, top, right - left, inside),
@@ -37,18 +38,34 @@ def heat(chart: Heat, width: int) -> Markup:
         ),
         *(words(label, x.at(value), bottom + 17, anchor="middle") for value, label in x.ticks),
         words(chart.x_title, (left + right) / 2, bottom + 34, "title", "middle"),
-        *(_event(mark, x.at(mark.x), top, bottom, width) for mark in chart.events),
+        *events,
         _key(left, bottom + 46, min(180.0, width - left - 90), low, high),
     ]
     return sheet(parts, width, bottom + 68, chart.title)
 
 
-def _event(mark: Mark, at: float, top: float, bottom: float, width: int) -> Markup:
-    shift, anchor = (-5, "end") if at > width / 2 else (5, "start")
-    return join(
-        tag("line", x1=at, x2=at, y1=top - 4, y2=bottom, class_="mark"),
-        words(ellipsis(mark.label, 40, keep="start"), at + shift, top - 6, "note", anchor),
-    )
+def _events(chart: Heat, x: Axis, width: int, inside: float) -> tuple[list[Markup], float]:
+    """Lines and words of the events, and where the map begins: under the title and the rows of words."""
+    labels = [ellipsis(mark.label, 40, keep="start") for mark in chart.events]
+    places = [x.at(mark.x) for mark in chart.events]
+    found = rooms(places, [len(label) * LETTER for label in labels], 2, width - 2)
+    top = 28.0 + 15 * max([room[1] + 1 for room in found if room] or [0])
+    parts = []
+    for place, label, room in zip(places, labels, found):
+        above = top - 4 if room is None else 19.0 + 15 * room[1]
+        parts.append(tag("line", x1=place, x2=place, y1=above, y2=top + inside, class_="mark"))
+        if room:
+            before = room[0] < place
+            parts.append(
+                words(
+                    label,
+                    place - 5 if before else place + 5,
+                    above + 10,
+                    "note",
+                    "end" if before else "start",
+                )
+            )
+    return parts, top
 
 
 def _image(png: bytes, x: float, y: float, width: float, height: float) -> Markup:

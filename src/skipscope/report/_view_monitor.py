@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from skipscope.monitor import History
+from skipscope._result import Table
+from skipscope.monitor import STATES, History, VerdictEvent
 from skipscope.report._charts import Heat, Lines, Mark, Panel, Series, Story
 from skipscope.report._story import story
+
+KEY = "Colour is a log scale; grey is exactly zero, red stripes are not finite (inf or NaN), blank is not known."
 
 
 def heat_of(result: History, what: str) -> Heat | None:
     """One quantity of a history as a heat map, or None when nothing was recorded."""
     matrix = result.matrix(what)
-    values = np.asarray(matrix["values"], dtype=float)
+    values = np.array(matrix["values"], dtype=float)
     if not values.size:
         return None
-    events = [Mark(e.step, f"{e.before} → {e.verdict.state}") for e in result.events][:6]
+    if what != "flow":  # its norm is NaN like one that is not known; the state tells them apart
+        columns = [result.parameters.index(name) for name in matrix["rows"]]
+        states = result.states[result.optimizers == 0][:, columns].T
+        values[(states == STATES.index("nonfinite")) & np.isnan(values)] = np.inf
     return Heat(
         values,
         matrix["rows"],
         matrix["columns"],
         f"{matrix['label']}, by layer",
         "optimizer step",
-        events=events,
-        foot=matrix["verdict"],
+        events=_marks(result.events, matrix["columns"]),
+        foot=f"{KEY} {_sentence(matrix['verdict'])}",
     )
 
 
@@ -36,10 +44,11 @@ def _(result: History) -> Story:
     ):
         chart = heat_of(result, what)
         if chart is not None:
-            caption = f"The input is at the top. Colour is a log scale; grey is exactly zero, blank is not known. {chart.foot}"
-            panels.append(Panel(heading, chart, caption, [result.table()] if not panels else []))
+            caption = f"The input is at the top. {chart.foot}"
+            panels.append(Panel(heading, chart, caption, _tables(result) if not panels else []))
     if len(result):
-        after, before = result.total_norm, result.total_before_clip
+        broken = (result.states == STATES.index("nonfinite")).any(axis=1)
+        after, before = np.where(broken, np.inf, result.total_norm), result.total_before_clip
         series = [Series("received by the optimizer", result.steps.tolist(), after.tolist())]
         if np.isfinite(before).any():
             series.append(Series("before clipping", result.steps.tolist(), before.tolist(), style=1))
@@ -50,8 +59,42 @@ def _(result: History) -> Story:
                 "The norm over all parameters.",
             )
         )
-    events = [
-        f"Step {e.step}: {e.before} to {e.verdict.state}. {e.verdict.reason}" for e in result.events[-2:]
+    return Story(
+        "Gradients during training",
+        f"{len(result):,} steps recorded",
+        [_sentence(str(result.verdict)), *_told(result.events)],
+        panels or [Panel("The numbers", tables=_tables(result))],
+        result.table().notes,
+    )
+
+
+def _marks(events: Sequence[VerdictEvent], columns: Sequence[int]) -> list[Mark]:
+    """The events among the columns; of a state that flickers, not so many that their lines hide the map."""
+    marks: list[Mark] = []
+    apart = (columns[-1] - columns[0]) / 150
+    for e in events:
+        if columns[0] <= e.step <= columns[-1] and (not marks or e.step - marks[-1].x >= apart):
+            marks.append(Mark(e.step, f"{e.before} → {e.verdict.state}"))
+    return marks
+
+
+def _told(events: Sequence[VerdictEvent]) -> list[str]:
+    """How the state changed: the first time, the last two, and how often in between."""
+    told = [
+        _sentence(f"step {e.step:,}: from {e.before} to {e.verdict.state}: {e.verdict.reason}")
+        for e in events
     ]
-    return Story("Gradients during training", f"{len(result):,} steps recorded", [str(result.verdict), *events], panels or [Panel("The numbers", tables=[result.table()])],
-                 result.table().notes)  # fmt: skip
+    if len(told) <= 3:
+        return told
+    return [told[0], f"And {len(told) - 3:,} more, listed under the numbers.", *told[-2:]]
+
+
+def _tables(result: History) -> list[Table]:
+    rows = [[e.step, e.before, e.verdict.state, e.verdict.where, e.verdict.reason] for e in result.events]
+    changes = Table("When the state changed", ["step", "from", "to", "where", "reason"], rows)
+    return [result.table(), changes] if rows else [result.table()]
+
+
+def _sentence(text: str) -> str:
+    """It begins with a capital and ends with a full stop."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "…")) else ".")
