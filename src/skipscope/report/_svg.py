@@ -45,8 +45,8 @@ def rooms(
     A line reaches up to its words, so it must not cross those of a row below.
 
     Example:
-        >>> rooms([0, 10, 20, 95], [40, 40, 40, 40], 0, 100)
-        [(5, 0), (15, 1), None, (50, 0)]
+        >>> rooms([0, 10, 20, 95], [30, 30, 30, 30], 0, 100)
+        [(5, 0), (15, 1), None, (60, 0)]
     """
     taken: list[tuple[float, float, float, int]] = []  # of each: its line, start, end and row
     found: list[tuple[float, int] | None] = []
