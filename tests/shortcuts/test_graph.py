@@ -113,31 +113,40 @@ def test_a_slice_of_everything_is_what_it_is_taken_from(dim):
             assert (node_of(part) is node_of(x)) == (part.shape == x.shape)
     assert node_of(torch.ops.aten.slice(x, dim, 0, None, 2)) is not node_of(x)
     assert node_of(torch.ops.aten.slice(torch.ops.aten.slice(x, dim), 0, 0, 9)) is node_of(x)
+    assert node_of(x[:, :]) is node_of(x[...]) is node_of(x)
 
 
 class Recurrent(nn.Module):
-    """A recurrence that takes each of its steps from a slice of the whole sequence, or from the sequence."""
+    """A recurrence that takes each of its steps from what ``view`` gives of the whole sequence."""
 
-    def __init__(self, *sliced):
+    def __init__(self, view):
         super().__init__()
-        self.cell, self.sliced = nn.Linear(16, 8), sliced
+        self.cell, self.view = nn.Linear(16, 8), view
 
     def forward(self, x):
         h = x[:, 0]
         for t in range(1, x.shape[1]):
-            of = torch.ops.aten.slice(x, *self.sliced) if self.sliced else x
-            h = h + self.cell(torch.cat([of[:, t], h], -1)).tanh()
+            h = h + self.cell(torch.cat([self.view(x)[:, t], h], -1)).tanh()
         return h
 
 
-@pytest.mark.parametrize("sliced", [(1, 0, 2**62, 1), (1, -(2**62), None, 1), (-3, 0, 2, 1), (2, -8, 8, 1)])
-def test_steps_of_a_whole_slice_are_steps_of_the_sequence(sliced):
+VIEWS = {
+    "colons": lambda x: x[:, :],
+    "far end": lambda x: torch.ops.aten.slice(x, 1, 0, 2**62),
+    "far start": lambda x: torch.ops.aten.slice(x, 1, -(2**62)),
+    "dimension from the back": lambda x: torch.ops.aten.slice(x, -3, 0, 2),
+    "its own size": lambda x: x[:, :, -8:8],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_steps_of_a_whole_slice_are_steps_of_the_sequence(view):
     def seen(model):
         found = find_shortcuts(model, torch.linspace(-9, 9, 80).reshape(2, 5, 8).sin())
         kinds = [(s.name, s.kind, s.fork, s.merge, s.branch) for s in found]
         return kinds, [(r.name, r.reason) for r in found.rejected], found.boundaries
 
-    plain = seen(Recurrent())
+    plain = seen(Recurrent(lambda x: x))
     assert "other steps of one sequence" in {reason for _, reason in plain[1]}
     assert {kind for _, kind, *_ in plain[0]} == {"identity"}
-    assert seen(Recurrent(*sliced)) == plain
+    assert seen(Recurrent(VIEWS[view])) == plain

@@ -25,7 +25,7 @@ def _words(text: str) -> frozenset[str]:
 
 # What moves, resizes, pools or copies values: y is linear in x, with constant coefficients.
 SHAPE = _words(
-    """View UnsafeView ReshapeAlias Transpose T Permute Slice Select Index Expand Clone Alias Squeeze Unsqueeze ToCopy
+    """View UnsafeView ReshapeAlias Transpose T Permute Slice Select Index Expand Clone Squeeze Unsqueeze ToCopy
     ConstantPadNd Roll Flip Unfold AsStrided Split SplitWithSizes Unbind Cat Stack Repeat Gather IndexSelect CopySlices
     Copy CopyBackwards ReflectionPad1D ReflectionPad2D ReplicationPad2D AvgPool1D AvgPool2D AvgPool3D Mean
     AdaptiveAvgPool1D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices
@@ -35,7 +35,7 @@ SHAPE = _words(
 )
 PRODUCT = _words("Mul Div Lerp Addcmul Addcdiv NativeDropout FusedDropout Bmm Mm Addmm Addbmm Baddbmm Mv Dot")
 # Of these, what keeps every value, once, under another shape.
-WHOLE = _words("View UnsafeView ReshapeAlias Transpose T Permute Clone Alias Squeeze Unsqueeze ToCopy")
+WHOLE = _words("View UnsafeView ReshapeAlias Transpose T Permute Clone Squeeze Unsqueeze ToCopy")
 ELEMENTWISE = _words("Mul Div Addcmul Lerp")
 MAX_POOLS = _words("MaxPool2DWithIndices MaxPool3DWithIndices MkldnnMaxPool2D AdaptiveMaxPool2D")
 # What makes an activation function: each value by itself.

@@ -138,7 +138,7 @@ def output_of(node: Any, index: int) -> Any:
         name = node.name()
         if name == _HANDS_THROUGH:
             node, index = node.next_functions[index]
-        elif name == "SliceBackward0" and _takes_everything(node):
+        elif name == "AliasBackward0" or (name == "SliceBackward0" and _takes_everything(node)):
             node, index = node.next_functions[0]
         else:
             return Step(node, index) if name in _MANY else node
@@ -146,7 +146,7 @@ def output_of(node: Any, index: int) -> Any:
 
 
 def _takes_everything(node: Any) -> bool:
-    """Whether a slice is all of what it is taken from: torch 2.6 has one in every ``x[:, t]``."""
+    """Whether a slice is all of what it is taken from: torch 2.6 has one in ``x[:, t]``, and in ``x[:]`` for an alias."""
     if node._saved_step != 1:
         return False
     size = node._saved_self_sym_sizes[signed(node._saved_dim)]
