@@ -257,3 +257,31 @@ def test_refusals():
         watch(model, torch.optim.SGD(model.parameters(), lr=0.1), every=0)
     with pytest.raises(ss.SkipscopeError, match="no sink"):
         watch(model, torch.optim.SGD(model.parameters(), lr=0.1), sinks=["nowhere"])
+
+
+def test_a_total_over_what_is_not_finite_is_not_finite(tmp_path):
+    """A sum that leaves NaN out would show a broken step as a small one, and a wholly broken one as 0."""
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), torch.ones(2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, sinks=[str(tmp_path / "run.jsonl")]) as monitor:
+        for poison in (False, "one", "all"):
+            optimizer.zero_grad()
+            model(data).square().mean().backward()
+            for p in (
+                list(model.parameters())
+                if poison == "all"
+                else list(model.parameters())[:1]
+                if poison
+                else []
+            ):
+                p.grad.fill_(math.nan)
+            optimizer.step()
+    total = monitor.history.total_norm
+    assert np.isfinite(total[0]) and total[0] > 0 and np.isinf(total[1:]).all()
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [line["total_norm"] for line in lines if line["kind"] == "step"] == [
+        pytest.approx(total[0]),
+        None,
+        None,
+    ]

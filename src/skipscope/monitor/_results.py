@@ -19,6 +19,12 @@ GRADIENTS = "parameter gradients"
 FLOW = "boundary flow"
 
 
+def total_of(norm: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """The L2 norm over all parameters from each one's (the last axis); inf where one of them is not finite."""
+    total = np.sqrt(np.nansum(np.square(norm), axis=-1))
+    return np.where((states == STATES.index("nonfinite")).any(axis=-1), np.inf, total)
+
+
 @dataclass(frozen=True)
 class LiveVerdict:
     """What the gradients are like, as far as a running training lets it be known.
@@ -141,8 +147,8 @@ class History(Result):
 
     @property
     def total_norm(self) -> np.ndarray:
-        """L2 norm over all parameters of the optimizer that stepped, ``[rows]``."""
-        return np.sqrt(np.nansum(np.square(self.norm), axis=1))
+        """L2 norm over all parameters of the optimizer that stepped, ``[rows]``; inf where one is not finite."""
+        return total_of(self.norm, self.states)
 
     def matrix(self, what: str = "rms", *, optimizer: int = 0, weights_only: bool = True) -> dict[str, Any]:
         """What the heat map shows, as plain data.

@@ -16,7 +16,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope.monitor._gradients import SCALARS
 from skipscope.monitor._read import states_of
-from skipscope.monitor._results import STATES, History, LiveVerdict, VerdictEvent
+from skipscope.monitor._results import STATES, History, LiveVerdict, VerdictEvent, total_of
 from skipscope.monitor._roster import Roster
 
 
@@ -60,7 +60,7 @@ class Record:
         return cls(
             optimizer, int(scalars["step"]), scalars["seconds"], roster.names,
             norm / np.sqrt(roster.sizes), np.where(mean < 0, np.nan, mean), before,
-            tuple(STATES[int(code)] for code in states), float(np.sqrt(np.nansum(np.square(norm)))) if P else 0.0,
+            tuple(STATES[int(code)] for code in states), float(total_of(norm, states)),
             scalars["total_before_clip"], scalars["loss_scale"], bool(scalars["skipped"]), verdict,
         )  # fmt: skip
 

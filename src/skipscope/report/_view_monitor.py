@@ -47,8 +47,7 @@ def _(result: History) -> Story:
             caption = f"The input is at the top. {chart.foot}"
             panels.append(Panel(heading, chart, caption, _tables(result) if not panels else []))
     if len(result):
-        broken = (result.states == STATES.index("nonfinite")).any(axis=1)
-        after, before = np.where(broken, np.inf, result.total_norm), result.total_before_clip
+        after, before = result.total_norm, result.total_before_clip
         series = [Series("received by the optimizer", result.steps.tolist(), after.tolist())]
         if np.isfinite(before).any():
             series.append(Series("before clipping", result.steps.tolist(), before.tolist(), style=1))
