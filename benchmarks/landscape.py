@@ -268,7 +268,7 @@ def scaling() -> dict:
             with tempfile.TemporaryDirectory() as folder:
                 script = Path(folder) / "run.py"
                 script.write_text(SCALING)
-                command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0",
+                command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
                            str(script), str(Path(folder) / "store")]  # fmt: skip
                 found = subprocess.run(
                     command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
