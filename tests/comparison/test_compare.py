@@ -14,7 +14,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope.comparison._compare import Evidence, Roles
 from skipscope.comparison._lecture import build, deepest_where_both_learn
-from skipscope.comparison._results import Rung
+from skipscope.comparison._results import Curves, Rung, _learns
 from skipscope.comparison._words import summary
 
 WITH = partial(reference.deep_mlp, 4, width=16, shortcut="identity", scale=0.5)
@@ -125,6 +125,20 @@ def test_a_budget_is_kept_by_leaving_out_and_saying_so():
     assert any(note.startswith("training was left out") for note in result.notes)
     assert any("surfaces" in note and "left out" in note for note in result.notes)
     assert result.flow, "what is cheap is always measured"
+
+
+@pytest.mark.parametrize(
+    "steps, learns, words",
+    [
+        ((3, 4), True, "SGD"),
+        ((3, None), False, "SGD (1 of 2 seeds)"),
+        ((None, None), False, ""),
+        ((3, 4), False, "SGD (for a time)"),
+    ],
+)
+def test_learning_on_some_seeds_is_told_apart_from_none(steps, learns, words):
+    curves = Curves(0.1, {}, np.ones((2, 5)), np.ones((2, 5)), steps, learns)
+    assert _learns("SGD", curves) == words
 
 
 @pytest.mark.parametrize("quick", [False, True])

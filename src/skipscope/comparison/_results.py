@@ -182,6 +182,14 @@ class Claim:
     see: str
 
 
+def _learns(optimizer: str, curves: Curves) -> str:
+    """The optimizer, where the twin learns under it; how far it came, where it reached the target and does not learn."""
+    reached, seeds = sum(steps is not None for steps in curves.steps_to_target), len(curves.steps_to_target)
+    if curves.learns or not reached:
+        return optimizer if curves.learns else ""
+    return f"{optimizer} (for a time)" if reached == seeds else f"{optimizer} ({reached} of {seeds} seeds)"
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison(Result):
     """What its shortcuts do for a network: everything ``skipscope compare`` measured.
@@ -229,7 +237,7 @@ class Comparison(Result):
         for twin in self.twins:
             flow = self.flow.get(twin.name)
             curves = self.training.curves.get(twin.name, {}) if self.training else {}
-            learns = ", ".join(optimizer for optimizer, c in curves.items() if c.learns)
+            learns = ", ".join(filter(None, (_learns(optimizer, c) for optimizer, c in curves.items())))
             if not learns:
                 learns = f"none in {self.training.steps} steps" if self.training and curves else "-"
             rows.append([
