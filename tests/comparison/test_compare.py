@@ -150,7 +150,7 @@ def test_few_steps_that_were_asked_for_are_run_and_decide_nothing(quick):
     assert claim.answer == "not measured" and "neither in 5 steps" in claim.finding
     ends = [short(c.final_loss) for c in (result.training.curves[n]["SGD"] for n in ("with", "without"))]
     assert f"{ends[0]} with shortcuts and {ends[1]} without" in claim.finding
-    assert result.summary[1].startswith("No network reaches a loss of")
+    assert result.summary[1].startswith("Neither network reaches a loss of")
     assert [row[-1] for row in result.table().rows] == ["none in 5 steps"] * 2
 
 

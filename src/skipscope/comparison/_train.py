@@ -28,7 +28,7 @@ from skipscope._untouched import private_copy, random_state_kept, require_module
 from skipscope.comparison._results import Curves, Training, smoothed
 from skipscope.comparison._stream import Stream
 from skipscope.comparison._threads import fitting_threads
-from skipscope.shortcuts import shares_parameters
+from skipscope.shortcuts import refuse_shared
 
 RATES: dict[str, tuple[float, ...]] = {"SGD": (0.1, 0.03, 0.01, 0.003), "Adam": (0.01, 0.003, 0.001, 0.0003)}
 
@@ -189,26 +189,17 @@ class _Log:
 
 def _maker(name: str, twin: nn.Module | Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
     if isinstance(twin, nn.Module):
-        _refuse_shared(name, twin)
+        refuse_shared(twin, "train_twins", name)
         return lambda seed: private_copy(twin, "train_twins").train()
 
     def make(seed: int) -> nn.Module:
         with random_state_kept(seed):
             model = twin()
         require_module(model, f"train_twins ({name})")
-        _refuse_shared(name, model)
+        refuse_shared(model, "train_twins", name)
         return model.train()
 
     return make
-
-
-def _refuse_shared(name: str, model: nn.Module) -> None:
-    if any(map(shares_parameters, model.modules())):
-        raise SkipscopeError(
-            "train_twins", "this twin shares its parameters with its original: training one would train the other",
-            layer=name, expected="a twin with parameters of its own", got="ablate(..., share=True)",
-            cure="make it with share=False",
-        )  # fmt: skip
 
 
 def _first_loss(by_optimizer: dict[str, dict[Run, _Log]]) -> float:

@@ -64,7 +64,7 @@ def _training_sentence(evidence: Evidence) -> str:
         ends.append(f"{_ends(training, roles)[optimizer]} under {optimizer}")
     if not any(_tells(training, roles, optimizer) for optimizer in optimizers):
         return (
-            f"No network reaches a loss of {training.target:.3g} in {training.steps} steps, each at its best rate: it ends at "
+            f"Neither network reaches a loss of {training.target:.3g} in {training.steps} steps, each at its best rate: they end at "
             f"{', and '.join(ends)}."
         )
     return f"To reach a loss of {training.target:.3g} it takes {', and '.join(parts)}, each at its best rate."

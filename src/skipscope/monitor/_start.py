@@ -10,10 +10,11 @@ from torch import nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import world
+from skipscope._sharding import refuse_flattened
 from skipscope._untouched import require_module
 from skipscope.monitor._roster import names_of
 from skipscope.monitor._stepper import Stepper
-from skipscope.shortcuts import shares_parameters
+from skipscope.shortcuts import refuse_shared
 
 
 def notes_on(models: Mapping[str, nn.Module], steppers: Sequence[Stepper]) -> list[str]:
@@ -57,19 +58,8 @@ def check(
             )
     for model in models.values():
         require_module(model, "watch")
-        if any(map(shares_parameters, model.modules())):
-            raise SkipscopeError(
-                "watch", "this twin shares its parameters with the original, which training it would change too",
-                cure="make the twin with share=False",
-            )  # fmt: skip
-        for name, module in model.named_modules():
-            if type(module).__name__ == "FullyShardedDataParallel":
-                raise SkipscopeError(
-                    "watch", "FSDP1 flattens parameters, and a layer's gradient cannot be made whole",
-                    layer=name or None, expected="DDP, FSDP2 (fully_shard), or no sharding",
-                    got="FullyShardedDataParallel",
-                    cure="shard with torch.distributed.fsdp.fully_shard",
-                )  # fmt: skip
+        refuse_shared(model, "watch")
+        refuse_flattened(model, "watch")
     known = names_of(models)
     if not any(id(p) in known for o in optimizers for group in o.param_groups for p in group["params"]):
         raise SkipscopeError(

@@ -18,4 +18,4 @@ from skipscope.shortcuts._taps import Merge as Merge
 from skipscope.shortcuts._taps import tap_boundaries as tap_boundaries
 from skipscope.shortcuts._taps import tap_merges as tap_merges
 from skipscope.shortcuts._trace import trace as trace
-from skipscope.shortcuts._twin import shares_parameters as shares_parameters
+from skipscope.shortcuts._twin import refuse_shared as refuse_shared

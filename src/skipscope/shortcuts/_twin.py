@@ -144,6 +144,20 @@ def shares_parameters(model: nn.Module) -> bool:
     return plan is not None and plan.group.shares
 
 
+def refuse_shared(model: nn.Module, operation: str, layer: str | None = None) -> None:
+    """Refuse to train what is, or holds, a twin made with ``share=True``.
+
+    Raises:
+        SkipscopeError: as said.
+    """
+    if any(map(shares_parameters, model.modules())):
+        raise SkipscopeError(
+            operation, "this twin shares its parameters with the original: training one would train the other",
+            layer=layer, expected="a twin with parameters of its own", got="ablate(..., share=True)",
+            cure="make it with share=False",
+        )  # fmt: skip
+
+
 # --- the classes -----------------------------------------------------------------------------------------------------
 
 
