@@ -80,7 +80,8 @@ class _NotAlone(_OneForAll):
     """The activation is given something else as well."""
 
     def forward(self, x):
-        return self.out(self.act(self.two(self.act(self.one(x)))) + self.act(self.two(self.one(x)) * 2))
+        h = self.act(self.one(x))
+        return self.out(self.act(self.two(h)) + self.act(h * 2))
 
 
 class _ReadTwice(_OneForAll):
