@@ -57,26 +57,25 @@ def _training_sentence(evidence: Evidence) -> str:
     training, roles = evidence.training, evidence.roles
     if training is None:
         return ""
-    optimizers, parts, ends = list(training.curves[roles.having]), [], []
-    for optimizer in optimizers:
-        counts = [training.steps_text(name, optimizer) for name in (roles.having, roles.lacking)]
-        parts.append(f"{counts[0]} steps with shortcuts and {counts[1]} without under {optimizer}")
-        ends.append(f"{_ends(training, roles)[optimizer]} under {optimizer}")
+    optimizers = list(training.curves[roles.having])
     if not any(_tells(training, roles, optimizer) for optimizer in optimizers):
         return (
             f"Neither network reaches a loss of {training.target:.3g} in {training.steps} steps, each at its best rate: they end at "
-            f"{', and '.join(ends)}."
-        )
+            + ", and ".join(f"{_ends(training, roles, optimizer)} under {optimizer}" for optimizer in optimizers) + "."
+        )  # fmt: skip
+    parts = []
+    for optimizer in optimizers:
+        counts = [training.steps_text(name, optimizer) for name in (roles.having, roles.lacking)]
+        parts.append(f"{counts[0]} steps with shortcuts and {counts[1]} without under {optimizer}")
     return f"To reach a loss of {training.target:.3g} it takes {', and '.join(parts)}, each at its best rate."
 
 
-def _ends(training: Training, roles: Roles) -> dict[str, str]:
-    """Optimizer -> where the smoothed loss ends, with shortcuts and without, in words."""
-    having, lacking = training.curves[roles.having], training.curves[roles.lacking]
-    return {
-        optimizer: f"{short(having[optimizer].final_loss)} with shortcuts and {short(lacking[optimizer].final_loss)} without"
-        for optimizer in having
-    }
+def _ends(training: Training, roles: Roles, optimizer: str) -> str:
+    """Where the smoothed loss ends, with shortcuts and without."""
+    having, lacking = (
+        short(training.curves[name][optimizer].final_loss) for name in (roles.having, roles.lacking)
+    )
+    return f"{having} with shortcuts and {lacking} without"
 
 
 def _tells(training: Training, roles: Roles, optimizer: str) -> bool:
@@ -179,19 +178,10 @@ def _stagnate(evidence: Evidence) -> Claim:
     training, roles = evidence.training, evidence.roles
     if training is None:
         return Claim("stagnate", _STAGNATE, "not measured", "The networks were not trained.", "")
-    verdicts, texts = [], []
-    for optimizer in training.curves[roles.having]:
-        with_, without = (training.curves[name][optimizer] for name in (roles.having, roles.lacking))
-        updates = f"updates of {short(_update(with_))} and {short(_update(without))} of the weights' size"
-        if _tells(training, roles, optimizer):
-            verdicts.append(_middle(without) > _middle(with_))
-            texts.append(
-                f"{optimizer}: {training.steps_text(roles.having, optimizer)} steps with shortcuts, "
-                f"{training.steps_text(roles.lacking, optimizer)} without ({updates})"
-            )
-        else:
-            ends = _ends(training, roles)[optimizer]
-            texts.append(f"{optimizer}: neither in {training.steps} steps, which end at {ends} ({updates})")
+    optimizers = training.curves[roles.having]
+    told = [optimizer for optimizer in optimizers if _tells(training, roles, optimizer)]
+    slower = [_slower(training, roles, optimizer) for optimizer in told]
+    texts = [_steps(training, roles, optimizer, optimizer in told) for optimizer in optimizers]
     finding = f"Steps to a loss of {training.target:.3g}, best rate each. " + "; ".join(texts) + "."
     rescued = [
         f"{name} under {optimizer}"
@@ -202,15 +192,15 @@ def _stagnate(evidence: Evidence) -> Claim:
     ]
     if rescued:
         finding += f" It can also be cured without a shortcut: {' and '.join(rescued)} learns."
-    if not verdicts:
+    if not told:
         finding += " More steps would tell who is slower (steps=, --steps)."
     answer = (
         "not measured"
-        if not verdicts
+        if not told
         else "does not hold here"
-        if not any(verdicts)
+        if not any(slower)
         else "half true"
-        if rescued or not all(verdicts)
+        if rescued or not all(slower)
         else "holds"
     )
     deeper = _deeper(evidence)
@@ -221,6 +211,23 @@ def _stagnate(evidence: Evidence) -> Claim:
         finding + deeper,
         "Bands are the range over seeds. Look where each curve leaves the plateau of guessing.",
     )
+
+
+def _slower(training: Training, roles: Roles, optimizer: str) -> bool:
+    return _middle(training.curves[roles.lacking][optimizer]) > _middle(
+        training.curves[roles.having][optimizer]
+    )
+
+
+def _steps(training: Training, roles: Roles, optimizer: str, told: bool) -> str:
+    """What both networks took under one optimizer; where they end, when neither came to the target."""
+    with_, without = (training.curves[name][optimizer] for name in (roles.having, roles.lacking))
+    updates = f"updates of {short(_update(with_))} and {short(_update(without))} of the weights' size"
+    if not told:
+        ends = _ends(training, roles, optimizer)
+        return f"{optimizer}: neither in {training.steps} steps, which end at {ends} ({updates})"
+    counts = [training.steps_text(name, optimizer) for name in (roles.having, roles.lacking)]
+    return f"{optimizer}: {counts[0]} steps with shortcuts, {counts[1]} without ({updates})"
 
 
 def _middle(curves: Curves) -> float:
