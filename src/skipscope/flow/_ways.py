@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+
+from skipscope.shortcuts import bits
 
 Edge = tuple[Any, int]  # a node, and which of its outputs
 
@@ -98,7 +100,7 @@ class Ways:
             if side == "other" and fork in merged and inside >> at & 1:
                 side = "shortcut"  # the shortcut operand is the fork itself
             found.ways.append((node, e, side))
-        for at in _bits(bypass & ~branch):
+        for at in bits(bypass & ~branch):
             for e, edge in enumerate(self.nodes[at].next_functions):
                 above = self.position.get(edge[0])
                 on_both = above is not None and edge != fork and branch >> above & 1
@@ -167,13 +169,6 @@ class Arrivals:
                 for side, part in (("shortcut", more), ("branch", -more)):
                     self.parts[side] = self.parts[side] + part if side in self.parts else part
         self.done(self.parts, self.total)
-
-
-def _bits(mask: int) -> Iterator[int]:
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
 
 
 def _ordered(root: Any) -> list[Any]:

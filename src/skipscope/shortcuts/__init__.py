@@ -5,6 +5,7 @@ the side that skips it, and they part at the *fork*.
 """
 
 from skipscope.shortcuts._add import add_shortcuts as add_shortcuts
+from skipscope.shortcuts._bits import bits as bits
 from skipscope.shortcuts._edit import ablate as ablate
 from skipscope.shortcuts._edit import boundaries as boundaries
 from skipscope.shortcuts._edit import meaning as meaning
