@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from skipscope._numbers import short
-from skipscope._result import Result, Table
+from skipscope._result import Table
+from skipscope.surfaces._exports import Exported, Layer
 from skipscope.surfaces._results import PairedSurfaces, Surface
 
 
 @dataclass(frozen=True, eq=False)
-class SurfaceBand(Result):
+class SurfaceBand(Exported):
     """The same surface along several seeds' directions: what of it is the network's, and what the direction's.
 
     Attributes:
@@ -38,9 +40,15 @@ class SurfaceBand(Result):
         title = f"loss surface of {next(iter(self.surfaces.values())).name} over {len(self.surfaces)} seeds of directions"
         return Table(title, ["score", "mean", "spread"], rows, ["Spread: standard deviation over the seeds."])
 
+    def layers(self) -> Iterator[Layer]:
+        over = {"median": self.median, "low": self.low, "high": self.high}
+        yield Layer("over seeds", self.alphas, self.betas, over)
+        for seed, surface in self.surfaces.items():
+            yield surface.layer(f"seed {seed}")
+
 
 @dataclass(frozen=True, eq=False)
-class PairedBand(Result):
+class PairedBand(Exported):
     """Paired surfaces along several seeds' directions, and how far the seeds agree.
 
     Attributes:
@@ -66,3 +74,7 @@ class PairedBand(Result):
             ["twin", "score", "mean", "spread", f"higher than {first}"], rows,
             [f"The last column is the share of seeds on which the twin scores higher than {first}."],
         )  # fmt: skip
+
+    def layers(self) -> Iterator[Layer]:
+        for seed, pair in self.pairs.items():
+            yield from pair.layers(f"seed {seed}/")

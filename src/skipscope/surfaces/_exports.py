@@ -1,61 +1,90 @@
-"""Surfaces for other programs: ``.npz`` for NumPy, ``.csv`` with one line a point, ``.tex`` with a table of scores."""
+"""Results on a grid for other programs: ``.npz`` for NumPy, ``.csv`` with one line a point, ``.tex`` with the table.
+
+An ``.npz`` has ``alphas``, ``betas`` (empty for a line) and every number under its name; where there are several
+surfaces, each one's as ``surface/number``. Numbers come back bit for bit from both.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from skipscope._files import write_whole
-from skipscope.surfaces._results import PairedSurfaces, Scores, Surface
+from skipscope._result import Result, Table
 
 
-def save(result: Surface | PairedSurfaces, path: Path) -> Path | None:
-    """Write ``result`` if the ending is one of this room's; None when it is not."""
-    writers = {".npz": _npz, ".csv": _csv, ".tex": _tex}
-    writer = writers.get(path.suffix.lower())
-    return write_whole(path, writer(_surfaces(result), result)) if writer else None
+@dataclass(frozen=True)
+class Layer:
+    """Numbers on one grid.
+
+    Attributes:
+        name: of the surface, as a ``.csv`` names it.
+        alphas: the first axis, [a].
+        betas: the second axis, [b]; empty for a line.
+        columns: name -> numbers, [a, b] or [a].
+        prefix: before the numbers' names in an ``.npz``; "" where there is one surface alone.
+        more: what lies on no grid, for the ``.npz``.
+    """
+
+    name: str
+    alphas: np.ndarray
+    betas: np.ndarray
+    columns: dict[str, np.ndarray]
+    prefix: str = ""
+    more: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def _surfaces(result: Surface | PairedSurfaces) -> dict[str, Surface]:
-    return {result.name: result} if isinstance(result, Surface) else result.surfaces
+class Exported(Result):
+    """A result that other programs can read."""
+
+    def layers(self) -> Iterator[Layer]:
+        """The result's numbers, grid by grid."""
+        yield from ()
+
+    def paper_table(self) -> Table:
+        """What a ``.tex`` holds."""
+        return self.table()
+
+    def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
+        """As :meth:`Result.save`, and ``.npz``, ``.csv`` (one line a point) and ``.tex`` (a table of the scores)."""
+        path, ending = Path(path), Path(path).suffix.lower()
+        if ending == ".tex":
+            return write_whole(path, tex(self.paper_table()))
+        layers = list(self.layers()) if ending in {".npz", ".csv"} else []
+        if layers:
+            return write_whole(path, _npz(layers) if ending == ".npz" else _csv(layers))
+        return super().save(path, **options)
 
 
-def _columns(surface: Surface) -> dict[str, np.ndarray]:
-    columns = {"values": surface.values, "computed": surface.computed, **surface.metrics}
-    if surface.stderr is not None:
-        columns["stderr"] = surface.stderr
-    return columns
-
-
-def _npz(surfaces: dict[str, Surface], result: Surface | PairedSurfaces) -> bytes:
-    one = isinstance(result, Surface)
-    first = next(iter(surfaces.values()))
-    arrays = {"alphas": first.alphas, "betas": first.betas}
-    for name, surface in surfaces.items():
-        arrays |= {key if one else f"{name}/{key}": column for key, column in _columns(surface).items()}
-    if not one:
-        arrays |= {f"difference/{name}": difference.values for name, difference in result.differences.items()}
+def _npz(layers: list[Layer]) -> bytes:
+    arrays = {"alphas": layers[0].alphas, "betas": layers[0].betas}
+    for layer in layers:
+        lead = layer.prefix + "/" if layer.prefix else ""
+        arrays |= {lead + name: column for name, column in {**layer.columns, **layer.more}.items()}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 
-def _csv(surfaces: dict[str, Surface], result: Surface | PairedSurfaces) -> str:
+def _csv(layers: list[Layer]) -> str:
     lines = io.StringIO()
     writer = csv.writer(lines)
-    heads = list(dict.fromkeys(key for surface in surfaces.values() for key in _columns(surface)))
+    heads = list(dict.fromkeys(name for layer in layers for name in layer.columns))
     writer.writerow(["surface", "alpha", "beta", *heads])
-    for name, surface in surfaces.items():
-        columns = _columns(surface)
-        for place in map(tuple, np.ndindex(*surface.values.shape)):
-            alpha, *more = place
-            beta = repr(float(surface.betas[more[0]])) if more else ""
-            cells = [_cell(columns[key][place]) if key in columns else "" for key in heads]
-            writer.writerow([name, repr(float(surface.alphas[alpha])), beta, *cells])
+    for layer in layers:
+        for i, j in np.ndindex(len(layer.alphas), max(1, len(layer.betas))):
+            place = (i, j) if layer.betas.size else (i,)
+            at = [repr(float(layer.alphas[i])), repr(float(layer.betas[j])) if layer.betas.size else ""]
+            cells = [_cell(layer.columns[n][place]) if n in layer.columns else "" for n in heads]
+            writer.writerow([layer.name, *at, *cells])
     return lines.getvalue()
 
 
@@ -63,32 +92,48 @@ def _cell(value: Any) -> str:
     return str(int(value)) if isinstance(value, np.bool_) else repr(float(value))
 
 
-def _tex(surfaces: dict[str, Surface], result: Surface | PairedSurfaces) -> str:
-    rows = [
-        " & ".join(
-            [_escaped(name), *(_number(surface.scores, key) for key in _SCORES), _escaped(surface.label)]
-        )
-        for name, surface in surfaces.items()
-    ]
-    heads = ["Surface", "Centre", "Convexity", "Roughness", "Barrier", "Width", "Label"]
-    level = next(iter(surfaces.values())).scores.level
+# --- LaTeX ---------------------------------------------------------------------------------------------------------
+
+_NUMBER = r"-?(?:[\d,]+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
+_MATHS = re.compile(rf"(>= )?({_NUMBER})(?: \+- ({_NUMBER}))?( %)?")
+
+
+def tex(table: Table) -> str:
+    """A table as a LaTeX tabular that needs no package; its title and notes are comments above it."""
+    rows = [[_tex_cell(cell) for cell in row] for row in table.rows]
+    sides = "".join(
+        "r" if any(row[k].startswith("$") for row in rows) else "l" for k in range(len(table.columns))
+    )
+    heads = [_escaped(head) for head in table.columns]
     return "\n".join([
-        f"% scores of loss surfaces; width read at loss {level:.6g}; +- standard error over samples (jackknife)",
-        r"\begin{tabular}{lrrrrrl}", r"\hline", " & ".join(heads) + r" \\", r"\hline",
-        *(row + r" \\" for row in rows), r"\hline", r"\end{tabular}", "",
+        *(f"% {line}" for line in (table.title, *table.notes)),
+        rf"\begin{{tabular}}{{{sides}}}", r"\hline", " & ".join(heads) + r" \\", r"\hline",
+        *(" & ".join(row) + r" \\" for row in rows), r"\hline", r"\end{tabular}", "",
     ])  # fmt: skip
 
 
-_SCORES = ("centre", "convexity_share", "roughness", "barrier", "width")
+def _tex_cell(cell: Any) -> str:
+    from skipscope._numbers import short
+
+    text = cell if isinstance(cell, str) else short(cell)
+    found = _MATHS.fullmatch(text)
+    if found is None:
+        return _escaped(text)
+    bound, value, error, percent = found.groups()
+    bounded = (r"\geq " if bound else "") + _tex_number(value)
+    return (
+        f"${bounded}" + (rf" \pm {_tex_number(error)}" if error else "") + (r"\ \%" if percent else "") + "$"
+    )
 
 
-def _number(scores: Scores, name: str) -> str:
-    value, error = getattr(scores, name), scores.errors.get(name)
-    bound = r"\geq " if name == "width" and scores.width_is_bound else ""
-    text = f"{value:.3g}" if np.isfinite(value) else r"\mathrm{" + str(value) + "}"
-    return f"${bound}{text}" + (rf" \pm {error:.2g}" if error is not None else "") + "$"
+def _tex_number(text: str) -> str:
+    if text.lstrip("-") in {"nan", "inf"}:
+        return text.replace("nan", r"\mathrm{nan}").replace("inf", r"\infty")
+    mantissa, _, power = text.partition("e")
+    return mantissa.replace(",", "{,}") + (rf" \times 10^{{{int(power)}}}" if power else "")
 
 
 def _escaped(text: str) -> str:
     special = {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}"}
+    special |= {"|": r"$|$", "<": "$<$", ">": "$>$"}
     return "".join(special.get(c, c) for c in text)

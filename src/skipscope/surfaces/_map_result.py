@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from skipscope._numbers import short
-from skipscope._result import Result, Table
+from skipscope._result import Table
+from skipscope.surfaces._exports import Exported, Layer
 
 
 @dataclass(frozen=True, eq=False)
-class CurvatureMap(Result):
+class CurvatureMap(Exported):
     """The smallest and the largest eigenvalue of the Hessian at every point of a plane (or line) of weight space.
 
     Attributes:
@@ -98,9 +100,20 @@ class CurvatureMap(Result):
         ]
         return Table(f"curvature map of {self.name}", ["what", "value"], rows, notes)
 
+    def layers(self) -> Iterator[Layer]:
+        yield self.layer()
+
+    def layer(self, name: str = "") -> Layer:
+        """The map's numbers on its grid; under another name where it is one of several."""
+        columns = {
+            "smallest": self.smallest, "largest": self.largest, "ratio": self.ratio, "residuals": self.residuals,
+            "probability": self.probability, "converged": self.converged, "checked": self.checked,
+        }  # fmt: skip
+        return Layer(name or self.name, self.alphas, self.betas, columns, name)
+
 
 @dataclass(frozen=True, eq=False)
-class PairedMaps(Result):
+class PairedMaps(Exported):
     """Curvature maps of twins on one plane: with shortcuts and without.
 
     Attributes:
@@ -124,6 +137,10 @@ class PairedMaps(Result):
         spent = ", ".join(f"{name} {found.products:,}" for name, found in self.maps.items())
         notes = [*self.notes, f"Products: {spent}.", first.notes[-1]]
         return Table("curvature maps", ["what", *tables], rows, notes)
+
+    def layers(self) -> Iterator[Layer]:
+        for name, found in self.maps.items():
+            yield found.layer(name)
 
 
 def _extreme(function, values: np.ndarray) -> float | None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from skipscope._numbers import short
 from skipscope._result import Result, Table
+from skipscope.surfaces._exports import Exported, Layer
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Provenance(Result):
 
 
 @dataclass(frozen=True)
-class Scores(Result):
+class Scores(Exported):
     """One surface in a few numbers; each with its standard error over the samples (jackknife), where it is known.
 
     Attributes:
@@ -160,12 +159,14 @@ class Scores(Result):
 
 def scores_table(title: str, scores: dict[str, Scores]) -> Table:
     """Several surfaces' scores side by side."""
+    level = ", ".join(dict.fromkeys(short(s.level) for s in scores.values()))
     names = ["centre", "convexity_share", "roughness", "barrier", "width"]
     rows = [[name, *(s.text(key) for key in names), s.label or "-"] for name, s in scores.items()]
     notes = [
         "Convexity: share of points where the surface curves up in both directions. Roughness: share of the ups and "
         "downs along rows and columns that a single valley would not need. Barrier: highest climb from a side valley "
-        "to a deeper one. Width: radius of the region below the level around the centre."
+        f"to a deeper one. Width: radius of the region around the centre with a loss below {level}. +-: standard error over "
+        "the samples."
     ]
     flat = [name for name, s in scores.items() if s.label]
     if flat:
@@ -207,7 +208,7 @@ class KnownPoints(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class Surface(Result):
+class Surface(Exported):
     """The loss on a plane (or a line) of weight space: w + a d1 + b d2.
 
     Attributes:
@@ -301,11 +302,23 @@ class Surface(Result):
             notes.insert(0, self.label[0].upper() + self.label[1:] + ".")
         return Table(f"loss surface of {self.name}", ["what", "value"], rows, notes)
 
-    def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
-        """As :meth:`Result.save`, and ``.npz``, ``.csv`` (one line a point) and ``.tex`` (a table of the scores)."""
-        from skipscope.surfaces import _exports
+    def layers(self) -> Iterator[Layer]:
+        yield self.layer()
 
-        return _exports.save(self, Path(path)) or super().save(path, **options)
+    def layer(self, name: str = "", **more: np.ndarray) -> Layer:
+        """The surface's numbers on its grid; under another name where it is one of several, with ``more`` of them."""
+        own = {"values": self.values, "computed": self.computed}
+        errors = {"stderr": self.stderr, "centre_stderr": self.centre_stderr}
+        own |= {key: error for key, error in errors.items() if error is not None} | more
+        own |= {f"metric/{key}" if key in own else key: metric for key, metric in self.metrics.items()}
+        known = {} if self.points is None else {
+            "points/names": np.array(self.points.names), "points/coordinates": self.points.coordinates,
+            "points/distances": self.points.distances, "points/losses": self.points.losses,
+        }  # fmt: skip
+        return Layer(name or self.name, self.alphas, self.betas, own, name, known)
+
+    def paper_table(self) -> Table:
+        return scores_table(f"scores of the loss surface of {self.name}", {self.name: self.scores})
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,7 +358,7 @@ class Difference(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class PairedSurfaces(Result):
+class PairedSurfaces(Exported):
     """Surfaces that can be compared: the same data, seed and plane for every twin.
 
     Attributes:
@@ -385,11 +398,14 @@ class PairedSurfaces(Result):
         scores = scores_table("paired loss surfaces", self.scores)
         return Table(scores.title, scores.columns, scores.rows, [*self.notes, *scores.notes])
 
-    def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
-        """As :meth:`Result.save`, and ``.npz``, ``.csv`` (one line a point) and ``.tex`` (a table of the scores)."""
-        from skipscope.surfaces import _exports
-
-        return _exports.save(self, Path(path)) or super().save(path, **options)
+    def layers(self, lead: str = "") -> Iterator[Layer]:
+        for name, surface in self.surfaces.items():
+            found = self.differences.get(name)
+            parts = {} if found is None else {
+                "difference": found.values, "difference_stderr": found.stderr,
+                "difference_low": found.low, "difference_high": found.high,
+            }  # fmt: skip
+            yield surface.layer(lead + name, **{key: part for key, part in parts.items() if part is not None})
 
 
 def _yes(value: bool) -> str:
