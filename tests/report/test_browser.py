@@ -173,7 +173,7 @@ def test_payloads_do_run_where_nothing_is_escaped(browser, tmp_path):
     bad = tmp_path / "bad.html"
     bad.write_text("<title>x</title><body>" + PAYLOADS[0] + "</body>")
     page = browser.open(bad)
-    page.wait(RAN, 5)
+    page.wait(RAN)
 
 
 @pytest.mark.parametrize(
