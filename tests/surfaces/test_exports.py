@@ -157,3 +157,20 @@ def test_cells_of_a_latex_table():
 def test_a_place_that_cannot_be_written(tmp_path):
     with pytest.raises(ss.SkipscopeError, match="cannot write"):
         make("line").save(tmp_path / "nowhere" / "line.csv")
+
+
+def test_twins_over_a_trajectory_become_one_animation(tmp_path):
+    from PIL import Image, ImageSequence
+
+    end = nn.Linear(4, 2)
+    plane = trajectory_plane(end, [nn.Linear(4, 2) for _ in range(3)])
+    options = {"grid": 5, "strategy": "plain", "directions": plane, "span": plane.span()}
+    one = ss.landscape(end, (X, Y), F.mse_loss, **options)
+    two = ss.paired_landscapes({"as it is": end, "again": end}, (X, Y), F.mse_loss, **options)
+    frames = []
+    for i, result in enumerate((one, two)):
+        with Image.open(result.save(tmp_path / f"{i}.gif", dpi=30)) as picture:
+            frames.append((sum(1 for _ in ImageSequence.Iterator(picture)), picture.width))
+    assert frames[0][0] == frames[1][0] == 3 and frames[1][1] == 2 * frames[0][1]
+    with pytest.raises(ss.SkipscopeError, match="known weights"):
+        make("pair").save(tmp_path / "none.gif")

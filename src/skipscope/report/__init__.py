@@ -33,7 +33,7 @@ from skipscope.report import _view_training as _view_training
 from skipscope.report._charts import Lines
 from skipscope.report._story import story as story
 from skipscope.shortcuts import Shortcuts
-from skipscope.surfaces import Surface
+from skipscope.surfaces import PairedSurfaces, Surface
 
 
 def plot(result: Result, ax: Any = None, *, chart: int | None = None, **options: Any) -> Any:
@@ -81,7 +81,7 @@ def plot(result: Result, ax: Any = None, *, chart: int | None = None, **options:
 def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
     """Write a result as a page (``.html``) or as a picture (``.png``, ``.svg``, ``.pdf``), whole or not at all.
 
-    A surface with a trajectory on its plane also becomes an animation (``.gif``).
+    A surface, or twins', with a trajectory on its plane also becomes an animation (``.gif``).
 
     Args:
         result: any result.
@@ -95,7 +95,7 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
     ending = path.suffix.lower().removeprefix(".")
     if ending == "html":
         return write_whole(path, _page.page(result, story(result), path.name))
-    if ending == "gif" and isinstance(result, Surface):
+    if ending == "gif" and isinstance(result, Surface | PairedSurfaces):
         from skipscope.report._animation import gif
 
         return write_whole(path, gif(result, **options))

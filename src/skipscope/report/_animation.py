@@ -1,4 +1,4 @@
-"""A surface with its trajectory, step by step, as a GIF."""
+"""A surface with its trajectory, step by step, as a GIF; twins' surfaces beside each other."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from skipscope._errors import SkipscopeError
 from skipscope.report import _terrain
 from skipscope.report import _view_surfaces as views
 from skipscope.report._charts import Surfaces
-from skipscope.surfaces import Surface
+from skipscope.surfaces import PairedSurfaces, Surface
 
 
-def gif(result: Surface, *, dpi: int = 90, seconds: float = 0.35) -> bytes:
+def gif(result: Surface | PairedSurfaces, *, dpi: int = 90, seconds: float = 0.35) -> bytes:
     """The contour map with the known weights appearing one after another.
 
     Args:
-        result: a surface with points, e.g. over ``trajectory_plane``.
+        result: a surface with points, e.g. over ``trajectory_plane``; or twins' surfaces there, on one scale.
         dpi: pixels an inch.
         seconds: each step is shown so long; the last one four times as long.
 
@@ -32,21 +32,23 @@ def gif(result: Surface, *, dpi: int = 90, seconds: float = 0.35) -> bytes:
     from skipscope.report._matplotlib import hidden, new_figure
     from skipscope.report._matplotlib_maps import contours
 
-    chart = views.surface_chart({result.name: result})
+    twins = result.surfaces if isinstance(result, PairedSurfaces) else {result.name: result}
+    chart = views.surface_chart(twins)
     path = chart.surfaces[0].path if isinstance(chart, Surfaces) else ()
     if not isinstance(chart, Surfaces) or not path:
         raise SkipscopeError(
             "save", "only a surface with known weights on its plane becomes an animation",
-            cure="landscape(..., plane=trajectory_plane(...)), or save as .png",
+            cure="landscape(..., directions=trajectory_plane(...)), or save as .png",
         )  # fmt: skip
     frames = []
     scale = _terrain.heights(chart)
     for step in range(1, len(path) + 1):
         with hidden():
-            figure = new_figure(4.6, 4.4)
-        axes = figure.subplots()
-        contours(axes, replace(chart.surfaces[0], path=path[:step]), scale)
-        axes.set_title(path[step - 1][2], fontsize=8)
+            figure = new_figure(4.6 * len(twins), 4.4)
+        for axes, surface in zip(figure.subplots(1, len(twins), squeeze=False)[0], chart.surfaces):
+            contours(axes, replace(surface, path=surface.path[:step]), scale)
+            axes.set_title(surface.path[step - 1][2], fontsize=8)
+            axes.set_xlabel(surface.label if len(twins) > 1 else "", fontsize=8)
         canvas = FigureCanvasAgg(figure)
         figure.set_dpi(dpi)
         canvas.draw()
