@@ -75,8 +75,8 @@ def _collector_paused() -> Iterator[None]:
 def read(graph: Graph) -> Shortcuts:
     """The shortcuts in the graph of a trace."""
     record, judge = graph.record, Judge(graph)
-    verdicts = _united(graph, judge, [(call, judge.verdict(call)) for call in record.calls])
-    parts = {id(v.part) for _, v in verdicts if isinstance(v, Verdict) and v.part is not None}
+    verdicts = [(call, judge.verdict(call)) for call in record.calls]
+    parts = {id(part) for _, v in verdicts if isinstance(v, Verdict) for part in v.parts}
     found = _with_addends(graph, judge, [(c, v) for c, v in verdicts if id(c) not in parts])
     rejected = [
         Rejected(merge_name(call), "part of a gate" if id(call) in parts else str(v), call.source)
@@ -99,26 +99,6 @@ def read(graph: Graph) -> Shortcuts:
         opaque=tuple(Rejected(*item) for item in graph.opaque()),
         model=class_name(record.model),
     )
-
-
-def _united(
-    graph: Graph, judge: Judge, verdicts: list[tuple[Call, Verdict | str | None]]
-) -> list[tuple[Call, Verdict | str | None]]:
-    """A gate that is multiplied out, as x - t x + t H, is one shortcut in two sums."""
-    at: dict[int, int] = {}  # by the node of a sum, its place in the list
-
-    def sum_at(node: int) -> Verdict | None:
-        verdict = verdicts[at[node]][1] if node in at else None
-        return verdict if isinstance(verdict, Verdict) else None
-
-    for n, (call, verdict) in enumerate(verdicts):
-        if isinstance(verdict, Verdict):
-            at[graph.position[call.output]] = n
-            if (united := judge.gates.multiplied_out(verdict, sum_at)) is not None:
-                earlier = at[united[0]]
-                verdicts[n] = call, united[1]
-                verdicts[earlier] = verdicts[earlier][0], "part of a gate"
-    return verdicts
 
 
 def _with_addends(

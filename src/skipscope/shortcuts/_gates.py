@@ -1,6 +1,6 @@
 """Shortcuts that several calls make together: gates, however they are written, and sums of more than two.
 
-A gate between x and H is one call (``lerp``), or x + t (H - x), or H + c (x - H), or multiplied out: x - t x + t H.
+A gate between x and H is one call (``lerp``), or x + t (H - x), or H + c (x - H), or multiplied out (``_expanded``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import permutations
 from skipscope.shortcuts._bits import bits
 from skipscope.shortcuts._graph import Graph
 from skipscope.shortcuts._results import Place
-from skipscope.shortcuts._sides import ELEMENTWISE, PRODUCT, SHAPE, WHOLE, Side, Sides
+from skipscope.shortcuts._sides import ELEMENTWISE, PRODUCT, SHAPE, WHOLE, Side, Sides, signs_of
 from skipscope.shortcuts._trace import Call
 from skipscope.shortcuts._verdict import Verdict
 
@@ -66,7 +66,7 @@ class Gates:
         """In x + t (H - x): the call of H - x, which of its operands is x, the operands that carry both sides, and the
         kind: scaled where t does not depend on the data.
         """
-        x, signs = reader.position(i), _signs(reader)
+        x, signs = reader.position(i), signs_of(reader.call)
         for j in branches:
             inner = self._inner(reader.position(j), x)
             if inner is not None and not self._holds_weights(inner[0].operands[1 - inner[1]], x):
@@ -78,7 +78,7 @@ class Gates:
 
     def crossed(self, reader: Sides) -> Verdict | None:
         """H + c (x - H), as recurrent cells have it: here the operand that stands alone is the branch."""
-        graph, call, signs = self.graph, reader.call, _signs(reader)
+        graph, call, signs = self.graph, reader.call, signs_of(reader.call)
         for i, j in permutations(reader.active, 2):
             end = reader.position(i)
             inner = self._inner(reader.position(j), end)
@@ -93,35 +93,8 @@ class Gates:
             both = reader.factors if j in reader.factors else (j,)
             at = Place(part.key, 1 - h), Place(call.key, i), Place(part.key, h)
             kind = _kind(reader, is_gate)
-            return Verdict(call, kind, (x,), (j,), both, region, 0, at[:1], at[1:], part, both)
+            return Verdict(call, kind, (x,), (j,), both, region, 0, at[:1], at[1:], (part,), both)
         return None
-
-    def multiplied_out(
-        self, verdict: Verdict, sum_at: Callable[[int], Verdict | None]
-    ) -> tuple[int, Verdict] | None:
-        """In (x - t x) + t H: one gate of two sums, each of them a shortcut to itself.
-
-        Args:
-            verdict: the later sum.
-            sum_at: the shortcut whose sum a node is, or None.
-
-        Returns:
-            The node of the earlier sum, and the verdict on the gate.
-        """
-        places, gates = verdict.shortcut_at, verdict.kind == "gated" and not verdict.both
-        if not gates or len(verdict.bypassing) != 1 or places[0].call == verdict.call.key:
-            return None
-        node = Sides(self.graph, verdict.call).position(verdict.bypassing[0])
-        inner = sum_at(node)
-        if inner is None or inner.kind != "identity" or inner.forks != verdict.forks:
-            return None
-        if len(inner.branch_at) != 1:
-            return None
-        product = self.made.get(id(inner.call.operands[inner.branch_at[0].operand]))
-        if product is None or product.key != places[0].call:
-            return None
-        region = verdict.region | inner.region
-        return node, replace(verdict, shortcut_at=(*inner.shortcut_at, *places), region=region)
 
     def with_addend(self, call: Call, sum_at: Callable[[int], Verdict | None]) -> tuple[int, Verdict] | None:
         """In (x + a) + b, with b made from x too: the shortcut of the inner sum, with b in its branch.
@@ -182,15 +155,3 @@ def _kind(reader: Sides, is_gate: bool) -> str:
     """Gated where a gate was passed, or the merge itself multiplies by an activation; else scaled."""
     in_call = bool(reader.factors) and all(f in reader.active for f in reader.factors)
     return "gated" if is_gate or in_call else "scaled"
-
-
-def _signs(reader: Sides) -> tuple[int, ...]:
-    """The sign that each operand of a merge comes out with."""
-    node, name = reader.call.output, reader.call.name
-    scale = next(
-        (v for a in ("_saved_alpha", "_saved_value") if (v := getattr(node, a, None)) is not None), 1
-    )
-    sign = 1 if not isinstance(scale, int | float) or scale >= 0 else -1
-    if name == "rsub":
-        return -sign, 1
-    return 1, *[-sign if name == "sub" else sign] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._bits import bits
+from skipscope.shortcuts._expanded import Expanded
 from skipscope.shortcuts._gates import Gates
 from skipscope.shortcuts._graph import PART, Graph
 from skipscope.shortcuts._results import Place
@@ -38,7 +39,7 @@ class Judge:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.made = {id(call.output): call for call in graph.record.calls if call.output is not None}
-        self.gates = Gates(graph, self.made)
+        self.gates, self.expanded = Gates(graph, self.made), Expanded(graph, self.made)
 
     def verdict(self, call: Call) -> Verdict | str | None:
         """A shortcut, a reason why not, or None for what is no merge of activations at all."""
@@ -46,6 +47,8 @@ class Judge:
         if len(reader.active) < 2:
             is_addition = call.name == "add" and reader.active and None not in reader.at
             return "an activation and a weight (position embedding or bias)" if is_addition else None
+        if (gate := self.expanded.gate(call)) is not None:
+            return gate
         sides = reader.read()
         if call.name in _calls.PRODUCTS:
             return self.gates.product(sides)
@@ -247,13 +250,15 @@ class Judge:
             shortcut_at = self._widened(reader, shortcut_at, sides[bypassing[0]].fork)
             branch_at = self._widened(reader, branch_at, None)
         kind = "concat" if call.name in _calls.LISTS else sides[bypassing[0]].how
-        part, both = None, ()
+        parts: tuple[Call, ...] = ()
+        both: tuple[int, ...] = ()
         if call.name == "lerp":
             kind, both = "gated", (2,) if call.tensors[2] else ()
         elif kind in {"branch", "bent"}:  # declared by its author, whatever leads to it
             kind = "identity"
         elif kind == "identity" and (difference := self.gates.difference(reader, bypassing[0], branches)):
             part, x, both, kind = difference
+            parts = (part,)
             shortcut_at += (Place(part.key, x),)
             branch_at = (Place(part.key, 1 - x),)
         elif kind == "gated" and set(bypassing) & set(reader.factors):
@@ -262,7 +267,7 @@ class Judge:
         forks = tuple(f for i in bypassing if (f := sides[i].fork) is not None)
         operands = tuple(sorted({*bypassing, *multiplied}))
         return Verdict(
-            call, kind, forks, bypassing, operands, region, side_region, shortcut_at, branch_at, part, both
+            call, kind, forks, bypassing, operands, region, side_region, shortcut_at, branch_at, parts, both
         )
 
     def _lesioned(self, reader: Sides, branches: tuple[int, ...]) -> tuple[int, ...]:

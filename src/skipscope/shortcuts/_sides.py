@@ -72,6 +72,18 @@ def factors_of(call: Call) -> tuple[int, ...]:
     return _FACTORS.get(call.name, ())
 
 
+def signs_of(call: Call) -> tuple[int, ...]:
+    """The sign that each operand of a sum comes out with."""
+    node = call.output
+    scale = next(
+        (v for a in ("_saved_alpha", "_saved_value") if (v := getattr(node, a, None)) is not None), 1
+    )
+    sign = 1 if not isinstance(scale, int | float) or scale >= 0 else -1
+    if call.name == "rsub":
+        return -sign, 1
+    return 1, *[-sign if call.name == "sub" else sign] * 2
+
+
 @dataclass(frozen=True)
 class Side:
     """One operand as seen from its merge.

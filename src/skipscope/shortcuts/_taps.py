@@ -6,7 +6,7 @@ twin it sees each edited call once, with the operands the edit left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,10 +126,11 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
 
         return handle
 
-    def at_difference(ks: Sequence[int], key: CallKey) -> Handler:
+    def at_part(ks: Iterable[int], key: CallKey) -> Handler:
         def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
-            tapes.update((k, Tape()) for k in ks)
-            return _taped([tapes[k] for k in ks], func, args, kwargs, key)
+            begun = [tapes.setdefault(k, Tape()) for k in ks]
+            others = [t for t in tapes.values() if t not in begun and t.touches(args, kwargs)]
+            return _taped([*begun, *others], func, args, kwargs, key)
 
         return handle
 
@@ -142,15 +143,16 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
 
         return handle
 
-    inside: dict[CallKey, list[int]] = {}
+    inside: dict[CallKey, dict[int, None]] = {}
     handlers: dict[CallKey, Handler] = {}
     for k in range(len(found)):
-        for place in found[k].branch_at:
-            if place.call != found[k].key and "both" in found[k].sides:
-                inside.setdefault(place.call, []).append(k)
+        is_gate = "both" in found[k].sides
+        for place in found[k].branch_at + found[k].shortcut_at * is_gate:
+            if place.call != found[k].key and is_gate:
+                inside.setdefault(place.call, {})[k] = None
             elif place.call != found[k].key:
                 handlers[place.call] = at_addend(k, place.operand)
-    handlers |= {key: at_difference(ks, key) for key, ks in inside.items()}
+    handlers |= {key: at_part(ks, key) for key, ks in inside.items()}
     with _running(model, handlers | {found[k].key: at_merge(k) for k in range(len(found))}, tapes):
         yield
 

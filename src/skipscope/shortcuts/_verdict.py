@@ -22,7 +22,7 @@ class Verdict:
         side_region: bit set of the shortcut's own nodes.
         shortcut_at: where the shortcut is edited.
         branch_at: where the branch is edited.
-        part: a call that belongs to this shortcut and is no merge of its own, or None.
+        parts: calls that belong to this shortcut and are no merges of their own.
         both: operands that carry the branch and the shortcut, as t (H - x) in x + t (H - x), or multiply both.
     """
 
@@ -35,5 +35,5 @@ class Verdict:
     side_region: int
     shortcut_at: tuple[Place, ...]
     branch_at: tuple[Place, ...]
-    part: Call | None
+    parts: tuple[Call, ...]
     both: tuple[int, ...]

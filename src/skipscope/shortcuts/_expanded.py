@@ -1,0 +1,175 @@
+"""Gates that are multiplied out: x - t x + t H, in whichever order and by whichever calls, is t H + (1 - t) x.
+
+Such a gate is a sum of sums. Its addends are read back from the last sum; those where x stands alone, and where it is
+multiplied with minus the gate, are together (1 - t) x, and the rest is the branch. The same where H stands alone:
+H - c H + c x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import permutations
+
+from skipscope.shortcuts._graph import Graph
+from skipscope.shortcuts._results import Place
+from skipscope.shortcuts._sides import WHOLE, signs_of
+from skipscope.shortcuts._trace import Call
+from skipscope.shortcuts._verdict import Verdict
+
+_SUMS = frozenset({"add", "sub", "rsub", "addcmul"})
+_SPREAD = WHOLE | {"Expand"}
+_MOST = 8  # addends of one gate
+
+
+@dataclass(frozen=True)
+class _Addend:
+    """One addend of a sum of sums.
+
+    Attributes:
+        place: where it comes in.
+        sign: with which it does.
+        nodes: what the sum takes; two where the call itself multiplies them.
+        alone: what it is, but for views.
+        factors: what it is a product of, but for views, and where each factor comes in.
+    """
+
+    place: Place
+    sign: int
+    nodes: tuple[int, ...]
+    alone: int | None
+    factors: tuple[tuple[int, Place], ...]
+
+
+class Expanded:
+    """Reads multiplied-out gates in one graph."""
+
+    def __init__(self, graph: Graph, made: Mapping[int, Call]):
+        self.graph, self.made = graph, made
+
+    def gate(self, call: Call) -> Verdict | None:
+        """The gate whose last sum a call is; its parts are the sums before."""
+        addends, parts = self._addends(call)
+        if not parts or not 3 <= len(addends) <= _MOST:
+            return None
+        for alone, product in permutations(addends, 2):
+            if alone.alone is None or alone.sign == product.sign:
+                continue
+            for k, (base, at) in enumerate(product.factors):
+                if base != alone.alone:
+                    continue
+                rest = [a for a in addends if a is not alone and a is not product]
+                gate = self._by_h(alone, product, rest) or self._by_x(base, [alone.place, at], rest)
+                if gate is not None:
+                    kind = "gated" if product.factors[1 - k][0] < self.graph.activations else "scaled"
+                    return self._verdict(call, parts, kind, *gate)
+        return None
+
+    # --- the two ways to read it ---
+
+    def _by_x(
+        self, x: int, places: list[Place], rest: list[_Addend]
+    ) -> tuple[int, list[Place], list[Place], list[int]] | None:
+        """As x - t x + ...: what stands alone is the shortcut."""
+        ends = [v for addend in rest for v in addend.nodes if self._by_weights(x, v)]
+        return (x, places, [a.place for a in rest], ends) if ends else None
+
+    def _by_h(
+        self, alone: _Addend, product: _Addend, rest: list[_Addend]
+    ) -> tuple[int, list[Place], list[Place], list[int]] | None:
+        """As H - c H + c x: what stands alone is the branch."""
+        ends = [*alone.nodes, *product.nodes]
+        if len(rest) == 1 and rest[0].sign == alone.sign and alone.alone is not None:
+            for x, at in sorted(rest[0].factors, key=lambda factor: factor[0]):
+                if self._by_weights(x, alone.alone):
+                    return x, [at], [alone.place, product.place], ends
+        return None
+
+    def _by_weights(self, x: int, at: int) -> bool:
+        """Whether ``at`` was computed from ``x``, with weights on the way."""
+        graph = self.graph
+        if at >= graph.activations or at == x or not graph.ancestors.reaches(x, at):
+            return False
+        return graph.has_weights(graph.between([x], at) & ~(1 << x))
+
+    def _verdict(
+        self,
+        call: Call,
+        parts: list[Call],
+        kind: str,
+        x: int,
+        shortcut: list[Place],
+        branch: list[Place],
+        ends: list[int],
+    ) -> Verdict:
+        graph, region = self.graph, 0
+        for end in ends:
+            region |= graph.between([x], end) & ~(1 << x) if graph.ancestors.reaches(x, end) else 0
+        operands = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor)
+        return Verdict(
+            call, kind, (x,), operands, operands, region, 0, tuple(shortcut), tuple(branch), tuple(parts), operands
+        )  # fmt: skip
+
+    # --- the addends ---
+
+    def _addends(self, call: Call) -> tuple[list[_Addend], list[Call]]:
+        """The addends of a sum and of the sums that are its addends, and these sums."""
+        found: list[_Addend] = []
+        parts: list[Call] = []
+        waiting = [(call, 1)]
+        while waiting and len(found) <= _MOST:
+            outer, sign = waiting.pop()
+            for place, its, nodes in self._operands(outer, sign):
+                at, turned = self._seen_through(nodes[0], its, only=True)
+                inner = self.made.get(id(self.graph.nodes[at])) if len(nodes) == 1 else None
+                if inner is not None and self._is_sum(inner) and self._is_only_here(at):
+                    parts.append(inner)
+                    waiting.append((inner, turned))
+                else:
+                    found.append(self._addend(place, its, nodes))
+        return found, parts
+
+    def _is_sum(self, call: Call) -> bool:
+        return call.name in _SUMS and None not in call.operands and call.whole is None
+
+    def _operands(self, call: Call, sign: int) -> Iterator[tuple[Place, int, tuple[int, ...]]]:
+        """Of each operand, or product of operands, where it comes in, its sign, and its nodes."""
+        if not self._is_sum(call):
+            return
+        signs = signs_of(call)
+        at = [self.graph.position[node] for node in call.operands]
+        yield Place(call.key, 0), sign * signs[0], (at[0],)
+        yield Place(call.key, 1), sign * signs[1], tuple(at[1:])
+
+    def _addend(self, place: Place, sign: int, nodes: tuple[int, ...]) -> _Addend:
+        graph, factors, alone = self.graph, [], None
+        inputs: list[tuple[int, Place]] = []
+        if len(nodes) == 2:
+            inputs = [(nodes[k], Place(place.call, k + 1)) for k in range(2)]
+        else:
+            alone, sign = self._seen_through(nodes[0], sign)
+            product = self.made.get(id(graph.nodes[alone]))
+            if product is not None and product.name == "mul" and None not in product.operands:
+                inputs = [(graph.position[n], Place(product.key, k)) for k, n in enumerate(product.operands)]
+        for node, at in inputs:
+            node, sign = self._seen_through(node, sign, _SPREAD)
+            factors.append((node, at))
+        return _Addend(place, sign, nodes, alone, tuple(factors))
+
+    def _seen_through(
+        self, at: int, sign: int, kinds: frozenset[str] = WHOLE, only: bool = False
+    ) -> tuple[int, int]:
+        """Back through views, what adds a constant, and changes of sign."""
+        graph = self.graph
+        while True:
+            kind, parents = graph.kind(at), graph.parents[at]
+            if len(parents) != 1 or not (kind in kinds or kind in {"Neg", "Add"}):
+                return at, sign
+            if only and not self._is_only_here(at):
+                return at, sign
+            sign = -sign if kind == "Neg" else sign
+            at = parents[0]
+
+    def _is_only_here(self, at: int) -> bool:
+        """Whether one thing at most is computed from a node."""
+        return at < self.graph.activations and len(self.graph.children[at]) <= 1
