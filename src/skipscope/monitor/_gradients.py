@@ -153,9 +153,8 @@ def on_its_way(number: Any) -> Any:
 def codes_of(roster: Roster, grads: Sequence[Tensor | None]) -> np.ndarray:
     """1 where there is a gradient; else minus the state: frozen, or not connected. ``[P]``."""
     codes = np.ones(len(grads))
-    for i, grad in enumerate(grads):
-        if grad is None:
-            codes[i] = _NOT_CONNECTED if roster.parameters[i].requires_grad else _FROZEN
+    for i in [i for i, grad in enumerate(grads) if grad is None]:
+        codes[i] = _NOT_CONNECTED if roster.parameters[i].requires_grad else _FROZEN
     return codes
 
 

@@ -1,0 +1,113 @@
+"""Both statistics of many gradients on an accelerator in one read: two launches, however many tensors.
+
+torch's fused norms read the gradients once for each statistic and hand back a tensor for each gradient; for 150 small
+ones that takes the host longer than the numbers take the device. Imported only where Triton is (it comes with torch for
+accelerators).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+KINDS = {
+    torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
+}  # fmt: skip
+_BLOCK = 1024
+# A piece is what one program reads: small enough to spread the work, large enough that the pieces stay few.
+_PIECE, _MOST_PIECES = 16 * _BLOCK, 32768
+
+
+@triton.jit
+def _sums_of_pieces(
+    addresses, tensor_of, start_of, sizes, partial, pieces, PIECE: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    piece = tl.program_id(0)
+    tensor = tl.load(tensor_of + piece)
+    start = tl.load(start_of + piece)
+    size = tl.load(sizes + tensor)
+    values = tl.load(addresses + tensor).to(tl.pointer_type(KIND))
+    squares = tl.zeros([BLOCK], tl.float64)
+    absolutes = tl.zeros([BLOCK], tl.float64)
+    for begin in range(start, tl.minimum(start + PIECE, size), BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        value = tl.load(values + at, mask=at < size, other=0.0).to(tl.float64)
+        squares += value * value
+        absolutes += tl.abs(value)
+    tl.store(partial + piece, tl.sum(squares, axis=0))
+    tl.store(partial + pieces + piece, tl.sum(absolutes, axis=0))
+
+
+@triton.jit
+def _sums_of_tensors(partial, first_piece, out, pieces, tensors, BLOCK: tl.constexpr):
+    tensor = tl.program_id(0)
+    first = tl.load(first_piece + tensor)
+    last = tl.load(first_piece + tensor + 1)
+    squares = tl.zeros([BLOCK], tl.float64)
+    absolutes = tl.zeros([BLOCK], tl.float64)
+    for begin in range(first, last, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        squares += tl.load(partial + at, mask=at < last, other=0.0)
+        absolutes += tl.load(partial + pieces + at, mask=at < last, other=0.0)
+    tl.store(out + tensor, tl.sqrt(tl.sum(squares, axis=0)))
+    tl.store(out + tensors + tensor, tl.sum(absolutes, axis=0))
+
+
+def norms_and_sums(grads: Sequence[Tensor]) -> Tensor:
+    """``[2, n]`` float64 on the gradients' device: L2 norms, sums of |g|, both summed in float64.
+
+    Args:
+        grads: dense gradients of one device and one dtype of :data:`KINDS`, each contiguous.
+    """
+    device, stream = grads[0].device, torch.cuda.current_stream(grads[0].device).cuda_stream
+    layout = _layout(tuple(grad.numel() for grad in grads), device, stream)
+    addresses = _table(tuple(grad.data_ptr() for grad in grads), device, stream)
+    pieces, tensors = layout.pieces, len(grads)
+    partial = torch.empty((2, pieces), dtype=torch.float64, device=device)
+    out = torch.empty((2, tensors), dtype=torch.float64, device=device)
+    with torch.cuda.device(device):
+        if pieces:
+            _sums_of_pieces[(pieces,)](  # type: ignore[index]
+                addresses, layout.tensor_of, layout.start_of, layout.sizes, partial, pieces,
+                PIECE=layout.piece, BLOCK=_BLOCK, KIND=KINDS[grads[0].dtype],
+            )  # fmt: skip
+        _sums_of_tensors[(tensors,)](  # type: ignore[index]
+            partial, layout.first_piece, out, pieces, tensors, BLOCK=_BLOCK
+        )
+    return out
+
+
+class _Layout:
+    """Which piece belongs to which tensor; the same at every step."""
+
+    def __init__(self, sizes: tuple[int, ...], device: torch.device, stream: int):
+        self.piece = _PIECE
+        while sum(sizes) > self.piece * _MOST_PIECES:
+            self.piece *= 2
+        counts = [-(-size // self.piece) for size in sizes]
+        self.pieces = sum(counts)
+        first, tensor_of, start_of = [0], [], []
+        for tensor, count in enumerate(counts):
+            tensor_of += [tensor] * count
+            start_of += [k * self.piece for k in range(count)]
+            first.append(len(tensor_of))
+        self.tensor_of, self.start_of, self.first_piece, self.sizes = (
+            _table(tuple(numbers), device, stream) for numbers in (tensor_of, start_of, first, sizes)
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _layout(sizes: tuple[int, ...], device: torch.device, stream: int) -> _Layout:
+    return _Layout(sizes, device, stream)
+
+
+@functools.lru_cache(maxsize=32)
+def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """Integers on the device. Gradients mostly come back to the places of some earlier step: then nothing is copied."""
+    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
