@@ -42,6 +42,10 @@ def test_hyper_connection_on_streams():
     check_shortcut(sn.HyperConnection(branch(), 3), torch.randn(3, 5, WIDTH), compile=False)
 
 
+def test_value_residual_on_tokens():
+    check_shortcut(sn.ValueResidual(WIDTH, 3, 2), torch.randn(2, 5, WIDTH))
+
+
 # --- each clause can fail ---------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Every shortcut module against its paper's equation, written out in float64."""
 
 import math
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import skipscope as ss
 import skipscope.nn as sn
 from skipscope import SkipscopeError
 
@@ -34,6 +36,32 @@ def gate(module, x):
     return 1 / (1 + torch.exp(-(x @ module.gate.weight.T + module.gate.bias)))
 
 
+def gru(module, f, x):
+    r, z = (torch.sigmoid(module.of_branch[k](f) + x @ module.of_state[k].weight.T) for k in "rz")
+    h = torch.tanh(f @ module.of_branch["g"].weight.T + (r * x) @ module.of_state["g"].weight.T)
+    return (1 - z) * x + z * h
+
+
+def rms_normed(x):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def attended(values, query):
+    """Kimi Team 2026, equations 2 and 3: the kernel is exp(w . RMSNorm(v))."""
+    kernels = [torch.exp((rms_normed(v) * query).sum(-1, keepdim=True)) for v in values]
+    return sum(k * v for k, v in zip(kernels, values)) / sum(kernels)
+
+
+def dense(module, i, outputs, way):
+    """Xiao et al. 2025, equations 3 to 5: the sum of one way after block i, token by token."""
+    sums, size = [], len(outputs)
+    for token in range(len(outputs[0])):
+        h = F.gelu(module.inner[i].weight @ rms_normed(outputs[-1][token]))
+        weights = (module.outer[i].weight @ h)[way * size : (way + 1) * size] + module.static[i][way]
+        sums.append(sum(weights[j] * outputs[j][token] for j in range(size)))
+    return torch.stack(sums)
+
+
 EQUATIONS = {
     "identity": lambda m, f, x: x + f(x),
     "post-activation": lambda m, f, x: (x + f(x)).clamp_min(0),
@@ -45,6 +73,7 @@ EQUATIONS = {
     "exclusive-gate": lambda m, f, x: (1 - gate(m, x)) * x + gate(m, x) * f(x),
     "shortcut-only-gate": lambda m, f, x: (1 - gate(m, x)) * x + f(x),
     "highway": lambda m, f, x: gate(m, x) * f(x) + (1 - gate(m, x)) * x,
+    "gru-gate": lambda m, f, x: gru(m, f(norm(x)).clamp_min(0), x),
     "dropout": lambda m, f, x: x + f(x),
     "stochastic-depth": lambda m, f, x: x + f(x),
     "dense": lambda m, f, x: torch.cat([x, f(x)], -1),
@@ -56,12 +85,17 @@ EQUATIONS = {
     "post-norm": lambda m, f, x: norm(x + f(x)),
     "sandwich-norm": lambda m, f, x: x + norm(f(norm(x))),
     "deep-norm": lambda m, f, x: norm(8**0.25 * x + f(x)),
+    "admin": lambda m, f, x: norm(x @ torch.diag(m.omega) + f(x)),
+    "parallel": lambda m, f, x: x + f(norm(x)) + m.branches[1](norm(x)),
     "hyper": lambda m, f, x: x + f(x),
     "dynamic-hyper": lambda m, f, x: x + f(x),
     "manifold-hyper": lambda m, f, x: x + f(x),
     "residual-streams": lambda m, f, x: norm(x + f(x)) + norm(x + f(x)),
     "shake-shake": lambda m, f, x: x + (f(x) + m.other(x)) / 2,
     "depth-averaged": lambda m, f, x: m.weights[0][1] * (x + f(x)) + m.weights[0][0] * x,
+    "depth-attention": lambda m, f, x: attended([x, f(x)], m.queries[0]),
+    "dynamic-dense": lambda m, f, x: dense(m, 0, [x, x + f(x)], 0),
+    "reversible": lambda m, f, x: (x + f(x)) / 2 + (x + m.branches[1](x + f(x))) / 2,
     "laurel-weights": lambda m, f, x: m.weights[0] * f(x) + m.weights[1] * x,
     "laurel-low-rank": lambda m, f, x: f(x) + x + x @ (m.up @ m.down).T,
 }
@@ -70,12 +104,12 @@ STREAMS = {"hyper", "dynamic-hyper", "manifold-hyper"}
 
 def inside(module, name):
     """The branch of a registered module."""
-    if name == "residual-streams":
+    if name in {"residual-streams", "parallel", "depth-attention", "reversible"}:
         return module.branches[0]
     return (
         module.layers[0].branch
         if name in STREAMS
-        else (module.blocks[0] if name == "depth-averaged" else module).branch
+        else (module.blocks[0] if name in {"depth-averaged", "dynamic-dense"} else module).branch
     )
 
 
@@ -83,11 +117,14 @@ def test_every_registered_module_has_its_equation():
     assert sn.registry().keys() == EQUATIONS.keys()
 
 
+OWN = {"gamma", "omega", "gate.bias", "weights", "weights.0", "up", "queries.0", "static.0", "outer.0.weight"}
+
+
 def scrambled(module):
     """The module with its own scalars away from their start, so that each factor shows (norms and streams stay)."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if parameter.ndim == 0 or name in {"gamma", "gate.bias", "weights", "weights.0", "up"}:
+            if parameter.ndim == 0 or name in OWN:
                 parameter.add_(torch.randn_like(parameter))
     return module
 
@@ -407,3 +444,116 @@ def test_residual_streams_are_the_papers_recursion():
         out = f(post)
         post, pre = norm(post + out), pre + out
     torch.testing.assert_close(sn.ResidualStreams(*branches, width=WIDTH)(x), post + norm(pre))
+
+
+def test_depth_attention_is_the_papers_recursion():
+    branches, x = [branch() for _ in range(3)], torch.randn(N, WIDTH)
+    module, v, h = shaken(sn.DepthAttention(*branches, width=WIDTH)), [x], x
+    for f, query in zip(branches, module.queries):
+        v.append(f(h))
+        h = attended(v, query)
+    torch.testing.assert_close(module(x), h)
+
+
+def test_depth_attention_starts_as_a_mean():
+    branches, x = [branch() for _ in range(2)], torch.randn(N, WIDTH)
+    first = branches[0](x)
+    expected = (x + first + branches[1]((x + first) / 2)) / 3
+    torch.testing.assert_close(sn.DepthAttention(*branches, width=WIDTH)(x), expected)
+
+
+class FourWays(nn.Module):
+    """A block with four inputs, as the paper's: something of the first three, and the fourth past it."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps = nn.ModuleList(branch() for _ in range(3))
+
+    def forward(self, q, k, v, r):
+        return r + torch.tanh(self.maps[0](q) * self.maps[1](k)) + self.maps[2](v)
+
+
+@pytest.mark.parametrize("ways", [1, 4])
+def test_dynamic_dense_blocks_are_the_papers_recursion(ways):
+    blocks = [branch() if ways == 1 else FourWays() for _ in range(3)]
+    module, x = shaken(sn.DynamicDense(*blocks, width=WIDTH, ways=ways)), torch.randn(N, WIDTH)
+    outputs, inputs = [x], [x] * ways
+    for i, block in enumerate(blocks):
+        outputs.append(block(*inputs))
+        inputs = [dense(module, i, outputs, way) for way in range(ways if i < 2 else 1)]
+    torch.testing.assert_close(module(x), inputs[0])
+
+
+def test_fresh_dynamic_dense_blocks_are_the_network_that_they_were():
+    blocks, x = [sn.IdentityShortcut(branch()) for _ in range(4)], torch.randn(N, WIDTH)
+    torch.testing.assert_close(sn.DynamicDense(*blocks, width=WIDTH)(x), nn.Sequential(*blocks)(x))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_value_residual_is_the_papers_recursion(heads, causal):
+    module, x = shaken(sn.ValueResidual(WIDTH, 3, heads, causal=causal)), torch.randn(2, N, WIDTH)
+    first, y, d = None, x, WIDTH // heads
+    for n, layer in zip(module.norms, module.attentions):
+        q, k, v = layer.project(F.layer_norm(y, (WIDTH,), n.weight, n.bias)).split(WIDTH, -1)
+        first = v if first is None else first
+        a, b = layer.weights if layer is not module.attentions[0] else (1, 0)
+        used, parts = a * v + b * first, []
+        for h in range(heads):
+            part = slice(h * d, (h + 1) * d)
+            scores = q[..., part] @ k[..., part].transpose(-1, -2) / d**0.5
+            if causal:
+                scores = scores.masked_fill(torch.ones(N, N).triu(1).bool(), -torch.inf)
+            parts.append(scores.softmax(-1) @ used[..., part])
+        y = y + torch.cat(parts, -1) @ layer.out.weight.T + layer.out.bias
+    torch.testing.assert_close(module(x), y)
+
+
+def test_a_gru_gate_starts_near_the_identity():
+    x = torch.randn(N, WIDTH)
+    far = [(sn.GRUGate(branch(), WIDTH, bias=b)(x) - x).norm().item() for b in (2.0, 8.0, 800.0)]
+    assert far[0] > 50 * far[1] and far[2] == 0
+
+
+def test_reversible_layers_can_be_run_backward():
+    branches, x = [branch() for _ in range(6)], torch.randn(N, WIDTH)
+    one = two = x
+    for f, g in zip(branches[::2], branches[1::2]):
+        one, two = sn.reversible(one, two, f, g)
+    torch.testing.assert_close(sn.Reversible(*branches)(x), (one + two) / 2)
+    for i in (4, 2, 0):
+        one, two = sn.reversed_from(one, two, branches[i], branches[i + 1])
+    torch.testing.assert_close(one, x)
+    torch.testing.assert_close(two, x)
+
+
+def test_parallel_branches_have_one_shortcut_past_all():
+    branches, x = [branch() for _ in range(3)], torch.randn(N, WIDTH)
+    torch.testing.assert_close(
+        sn.ParallelBranches(*branches, width=WIDTH)(x), x + sum(f(norm(x)) for f in branches)
+    )
+
+
+# --- what find_shortcuts says of whole stacks ---------------------------------------------------------------------
+
+STACKS = {
+    "depth attention": (lambda f: sn.DepthAttention(*f, width=WIDTH), {"gated": 6}),
+    "dynamic dense": (lambda f: sn.DynamicDense(*map(sn.IdentityShortcut, f), width=WIDTH), {"identity": 3, "gated": 6}),
+    "reversible": (lambda f: sn.Reversible(*f, branch()), {"identity": 5}),
+    "residual streams": (lambda f: sn.ResidualStreams(*f, width=WIDTH), {"identity": 6}),
+    "depth averaged": (lambda f: sn.DepthAveraged(*f), {"scaled": 6}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_every_shortcut_of_a_stack_is_found(name):
+    make, kinds = STACKS[name]
+    found = ss.find_shortcuts(make([branch() for _ in range(3)]).eval(), torch.randn(N, WIDTH))
+    assert Counter(s.kind for s in found) == kinds
+
+
+def test_the_last_sum_of_two_residual_streams_skips_nothing():
+    """Both streams come to it from the last branch through one norm each."""
+    model = sn.ResidualStreams(branch(), branch(), width=WIDTH)
+    found = ss.find_shortcuts(model, torch.randn(N, WIDTH))
+    assert [(merge.name, merge.reason) for merge in found.rejected] == [("add", "parallel branches")]

@@ -17,6 +17,10 @@ from skipscope.nn._dense import DenseShortcut as DenseShortcut
 from skipscope.nn._dense import dense_shortcut as dense_shortcut
 from skipscope.nn._depth import DepthAveraged as DepthAveraged
 from skipscope.nn._depth import depth_average as depth_average
+from skipscope.nn._depth_attention import DepthAttention as DepthAttention
+from skipscope.nn._depth_attention import depth_attention as depth_attention
+from skipscope.nn._dynamic_dense import DynamicDense as DynamicDense
+from skipscope.nn._dynamic_dense import dynamic_dense as dynamic_dense
 from skipscope.nn._dynamic_hyper import DynamicHyperConnection as DynamicHyperConnection
 from skipscope.nn._dynamic_hyper import ManifoldHyperConnection as ManifoldHyperConnection
 from skipscope.nn._dynamic_hyper import mix_streams as mix_streams
@@ -31,6 +35,7 @@ from skipscope.nn._gates import ShortcutOnlyGate as ShortcutOnlyGate
 from skipscope.nn._gates import exclusive_gate as exclusive_gate
 from skipscope.nn._gates import highway as highway
 from skipscope.nn._gates import shortcut_only_gate as shortcut_only_gate
+from skipscope.nn._gru_gate import GRUGate as GRUGate
 from skipscope.nn._hyper import HyperConnected as HyperConnected
 from skipscope.nn._hyper import HyperConnection as HyperConnection
 from skipscope.nn._hyper import expand_streams as expand_streams
@@ -50,6 +55,7 @@ from skipscope.nn._learned_scale import ReZero as ReZero
 from skipscope.nn._learned_scale import SkipInit as SkipInit
 from skipscope.nn._learned_scale import layer_scale as layer_scale
 from skipscope.nn._learned_scale import rezero as rezero
+from skipscope.nn._norms import Admin as Admin
 from skipscope.nn._norms import DeepNorm as DeepNorm
 from skipscope.nn._norms import PostNorm as PostNorm
 from skipscope.nn._norms import PreNorm as PreNorm
@@ -59,6 +65,7 @@ from skipscope.nn._options import PadShortcut as PadShortcut
 from skipscope.nn._options import ProjectionShortcut as ProjectionShortcut
 from skipscope.nn._options import option as option
 from skipscope.nn._options import pad_shortcut as pad_shortcut
+from skipscope.nn._parallel import ParallelBranches as ParallelBranches
 from skipscope.nn._random import DropoutShortcut as DropoutShortcut
 from skipscope.nn._random import StochasticDepth as StochasticDepth
 from skipscope.nn._random import dropout_shortcut as dropout_shortcut
@@ -67,8 +74,14 @@ from skipscope.nn._registry import Factory as Factory
 from skipscope.nn._registry import registry as registry
 from skipscope.nn._residual_streams import ResidualStreams as ResidualStreams
 from skipscope.nn._residual_streams import residual_streams as residual_streams
+from skipscope.nn._reversible import Reversible as Reversible
+from skipscope.nn._reversible import reversed_from as reversed_from
+from skipscope.nn._reversible import reversible as reversible
 from skipscope.nn._scaled import DepthScaled as DepthScaled
 from skipscope.nn._scaled import ScaledShortcut as ScaledShortcut
 from skipscope.nn._scaled import scaled_shortcut as scaled_shortcut
 from skipscope.nn._shake import ShakeShake as ShakeShake
 from skipscope.nn._shake import shake_shake as shake_shake
+from skipscope.nn._value_residual import ValueResidual as ValueResidual
+from skipscope.nn._value_residual import ValueResidualAttention as ValueResidualAttention
+from skipscope.nn._value_residual import value_residual as value_residual

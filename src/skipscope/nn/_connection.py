@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,6 +73,11 @@ class WidthNorm(nn.LayerNorm):
 def along(values: Tensor, like: Tensor, dim: int) -> Tensor:
     """A vector shaped so that it multiplies dimension ``dim`` of ``like``."""
     return values if dim in {-1, like.ndim - 1} else values.reshape(-1, *[1] * (like.ndim - 1 - dim))
+
+
+def normed(x: Tensor) -> Tensor:
+    """Divided by the root mean square over the last dimension (RMSNorm without a gain)."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def pad_width(x: Tensor, width: int, dim: int) -> Tensor:

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from skipscope.nn._connection import Connection
+from skipscope.nn._connection import Connection, normed
 
 
 def mix_streams(x: Tensor, residual: Tensor) -> Tensor:
@@ -104,10 +104,10 @@ class DynamicHyperConnection(_Dynamic):
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each stream says how much of it is read, written to, and passed on to every other."""
-        normed = self.norm(x)
-        pre = self.pre + self.scale * torch.tanh(normed @ self.to_pre).movedim(0, -1)
-        post = self.post + self.scale_post * torch.tanh(normed @ self.to_post).movedim(0, -1)
-        residual = self.residual + self.scale * torch.tanh(normed @ self.to_residual.T).movedim(0, -1)
+        rows = self.norm(x)
+        pre = self.pre + self.scale * torch.tanh(rows @ self.to_pre).movedim(0, -1)
+        post = self.post + self.scale_post * torch.tanh(rows @ self.to_post).movedim(0, -1)
+        residual = self.residual + self.scale * torch.tanh(rows @ self.to_residual.T).movedim(0, -1)
         return pre, post, residual
 
 
@@ -149,9 +149,7 @@ class ManifoldHyperConnection(_Dynamic):
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From all streams of a token together."""
         n = self.streams
-        beside = x.movedim(0, -2).flatten(-2)
-        normed = beside * torch.rsqrt(beside.square().mean(-1, keepdim=True) + 1e-6)
-        raw = nn.functional.linear(normed, self.to_weights.weight)
+        raw = nn.functional.linear(normed(x.movedim(0, -2).flatten(-2)), self.to_weights.weight)
         scale = self.scales.repeat_interleave(
             torch.tensor([n, n, n * n], device=x.device), output_size=n * (n + 2)
         )

@@ -5,6 +5,7 @@ pre-norm        y = x + F(N(x))       Xiong et al. 2020, arXiv 2002.04745
 sandwich norm   y = x + N(F(N(x)))    Ding et al. 2021, arXiv 2105.13290; Kim et al. 2025, 2502.02732 (peri-norm)
 DeepNorm        y = N(a x + F(x))     Wang et al. 2022, arXiv 2203.00555; a = (2L)^(1/4), F's weights times
                                       (8L)^(-1/4), for an encoder or decoder of L layers of two branches
+Admin           y = N(w x + F(x))     Liu et al. 2020, arXiv 2004.08249; w learned, one number a feature
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from skipscope.nn._connection import Connection, WidthNorm
+from skipscope.nn._connection import Connection, WidthNorm, along
 from skipscope.nn._scaled import scaled_shortcut
 
 
@@ -43,6 +44,36 @@ class PostNorm(_Normed):
     def write(self, x: Tensor, f: Tensor) -> Tensor:
         """``N(x + f)``."""
         return self.norm(x + f)
+
+
+class Admin(PostNorm):
+    """``N(diag(w) x + F(x))``.
+
+    Arguments as for :class:`PreNorm`, and ``omega``, where every element of w starts: the paper runs the network once
+    and takes the root of the summed variances of the branches before.
+
+    Example:
+        >>> Admin(nn.Linear(4, 4), 4, omega=3**0.5).omega.shape
+        torch.Size([4])
+    """
+
+    kind = "scaled"
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        width: int,
+        *,
+        dim: int = -1,
+        norm: nn.Module | None = None,
+        omega: float = 1.0,
+    ):
+        super().__init__(branch, width, dim=dim, norm=norm)
+        self.omega, self.dim = nn.Parameter(torch.full((width,), omega)), dim
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``N(diag(w) x + f)``."""
+        return self.norm(along(self.omega, x, self.dim) * x + f)
 
 
 class SandwichNorm(PreNorm):

@@ -10,19 +10,24 @@ from torch import nn
 
 from skipscope.nn._dense import DenseShortcut
 from skipscope.nn._depth import DepthAveraged
+from skipscope.nn._depth_attention import DepthAttention
+from skipscope.nn._dynamic_dense import DynamicDense
 from skipscope.nn._dynamic_hyper import DynamicHyperConnection, ManifoldHyperConnection
 from skipscope.nn._fixup import Fixup
 from skipscope.nn._gates import ExclusiveGate, Highway, ShortcutOnlyGate
+from skipscope.nn._gru_gate import GRUGate
 from skipscope.nn._hyper import HyperConnected
 from skipscope.nn._identity import IdentityShortcut, PostActivation, PreActivation
 from skipscope.nn._laurel import LaurelLowRank, LaurelWeights
 from skipscope.nn._learned_scale import LayerScale, ReZero, SkipInit
-from skipscope.nn._norms import DeepNorm, PostNorm, PreNorm, SandwichNorm
+from skipscope.nn._norms import Admin, DeepNorm, PostNorm, PreNorm, SandwichNorm
 from skipscope.nn._options import PadShortcut, ProjectionShortcut
+from skipscope.nn._parallel import ParallelBranches
 from skipscope.nn._random import DropoutShortcut, StochasticDepth
 from skipscope.nn._residual_streams import ResidualStreams
+from skipscope.nn._reversible import Reversible
 from skipscope.nn._scaled import DepthScaled, ScaledShortcut
-from skipscope.nn._shake import ShakeShake
+from skipscope.nn._shake import ShakeShake, anew
 
 
 class Factory(Protocol):
@@ -45,6 +50,7 @@ _MAKE: dict[str, Callable[[nn.Module, int, int, int], nn.Module]] = {
     "exclusive-gate": lambda branch, width, dim, depth: ExclusiveGate(branch, width, dim=dim),
     "shortcut-only-gate": lambda branch, width, dim, depth: ShortcutOnlyGate(branch, width, dim=dim),
     "highway": lambda branch, width, dim, depth: Highway(branch, width, dim=dim),
+    "gru-gate": lambda branch, width, dim, depth: GRUGate(branch, width, dim=dim),
     "dropout": lambda branch, width, dim, depth: DropoutShortcut(branch),
     "stochastic-depth": lambda branch, width, dim, depth: StochasticDepth(branch),
     "dense": lambda branch, width, dim, depth: DenseShortcut(branch, dim=dim),
@@ -56,6 +62,10 @@ _MAKE: dict[str, Callable[[nn.Module, int, int, int], nn.Module]] = {
     "post-norm": lambda branch, width, dim, depth: PostNorm(branch, width, dim=dim),
     "sandwich-norm": lambda branch, width, dim, depth: SandwichNorm(branch, width, dim=dim),
     "deep-norm": lambda branch, width, dim, depth: DeepNorm(branch, width, max(1, depth // 2), dim=dim),
+    "admin": lambda branch, width, dim, depth: Admin(branch, width, dim=dim),
+    "parallel": lambda branch, width, dim, depth: ParallelBranches(
+        branch, anew(branch), width=width, dim=dim
+    ),
     "hyper": lambda branch, width, dim, depth: HyperConnected(branch),
     "dynamic-hyper": lambda branch, width, dim, depth: HyperConnected(
         branch, connect=partial(DynamicHyperConnection, width=width, dim=dim)
@@ -66,6 +76,11 @@ _MAKE: dict[str, Callable[[nn.Module, int, int, int], nn.Module]] = {
     "residual-streams": lambda branch, width, dim, depth: ResidualStreams(branch, width=width, dim=dim),
     "shake-shake": lambda branch, width, dim, depth: ShakeShake(branch),
     "depth-averaged": lambda branch, width, dim, depth: DepthAveraged(IdentityShortcut(branch)),
+    "depth-attention": lambda branch, width, dim, depth: DepthAttention(branch, width=width, dim=dim),
+    "dynamic-dense": lambda branch, width, dim, depth: DynamicDense(
+        IdentityShortcut(branch), width=width, dim=dim
+    ),
+    "reversible": lambda branch, width, dim, depth: Reversible(branch),
     "laurel-weights": lambda branch, width, dim, depth: LaurelWeights(branch),
     "laurel-low-rank": lambda branch, width, dim, depth: LaurelLowRank(branch, width, dim=dim),
 }

@@ -34,7 +34,7 @@ class ShakeShake(IdentityShortcut):
         self, branch: nn.Module, other: nn.Module | None = None, mode: Literal["row", "batch"] = "row"
     ):
         super().__init__(branch)
-        self.other = _anew(branch) if other is None else other
+        self.other = anew(branch) if other is None else other
         self.mode: Literal["row", "batch"] = mode
 
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
@@ -47,7 +47,8 @@ class ShakeShake(IdentityShortcut):
         return self.write(x, shake_shake(f1, f2, forward, backward))
 
 
-def _anew(branch: nn.Module) -> nn.Module:
+def anew(branch: nn.Module) -> nn.Module:
+    """A copy of ``branch`` whose layers start anew where they know how to."""
     other = copy.deepcopy(branch)
     for module in other.modules():
         reset: Any = getattr(module, "reset_parameters", None)

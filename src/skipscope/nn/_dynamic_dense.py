@@ -1,0 +1,69 @@
+"""Multiway dynamic dense connections: Xiao et al. 2025 (MUDDFormer, arXiv 2502.12170), section 2.
+
+X_i = B_i(Y_{i-1}^1, ..., Y_{i-1}^C),   Y_i^c = sum over j <= i of A_ij^c(X_i) X_j,   X_0 = x, Y_0^c = x
+A_i(X_i) = a_i + GELU(RMSNorm(X_i) W1) W2;   a_ii = 1, the others and W2 are 0 at the start
+
+B_i are the blocks of a network, with the shortcuts that they have; each of the C ways is an input of its own (a
+transformer's query, key, value and residual). At the start the network is what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skipscope.nn._connection import normed
+
+
+def dynamic_dense(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """``sum_j weights[..., j] * outputs[j]``, the last first; outputs ``[..., width]``, ``weights [..., len(outputs)]``."""
+    columns = weights.unsqueeze(-2).unbind(-1)
+    total = columns[-1] * outputs[-1]
+    for column, output in zip(reversed(columns[:-1]), reversed(outputs[:-1]), strict=True):
+        total = total + column * output
+    return total
+
+
+class DynamicDense(nn.Module):
+    """Blocks in a row, each fed C weighted sums of the input and of all outputs before, weighed token by token.
+
+    Args:
+        blocks: B_1, B_2, ..., each called with ``ways`` tensors of one width.
+        width: size of dimension ``dim``.
+        ways: C; the paper's transformer has 4. The output is of one way.
+        dim: the dimension that holds the features.
+
+    Example:
+        >>> from skipscope.nn import IdentityShortcut
+        >>> network = DynamicDense(*[IdentityShortcut(nn.Linear(4, 4)) for _ in range(3)], width=4)
+        >>> [tuple(a.shape) for a in network.static]
+        [(1, 2), (1, 3), (1, 4)]
+    """
+
+    kind = "gated"
+    identity_at_start = False
+
+    def __init__(self, *blocks: nn.Module, width: int, ways: int = 1, dim: int = -1):
+        super().__init__()
+        self.blocks, self.ways, self.dim = nn.ModuleList(blocks), ways, dim
+        self.static, self.inner, self.outer = nn.ParameterList(), nn.ModuleList(), nn.ModuleList()
+        for i in range(len(blocks)):
+            out, size = ways if i < len(blocks) - 1 else 1, i + 2
+            self.static.append(torch.eye(size)[-1].repeat(out, 1))
+            self.inner.append(nn.Linear(width, out * size, bias=False))
+            self.outer.append(nn.Linear(out * size, out * size, bias=False))
+            nn.init.zeros_(self.outer[i].weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[...]`` -> ``[...]``."""
+        outputs = [x.movedim(self.dim, -1)]
+        inputs = outputs * self.ways
+        for block, static, inner, outer in zip(self.blocks, self.static, self.inner, self.outer):
+            read = [y.movedim(-1, self.dim) for y in inputs]
+            outputs.append(block(*read).movedim(self.dim, -1))
+            weights = static + outer(F.gelu(inner(normed(outputs[-1])))).unflatten(-1, static.shape)
+            inputs = [dynamic_dense(outputs, way) for way in weights.unbind(-2)]
+        return inputs[0].movedim(-1, self.dim)

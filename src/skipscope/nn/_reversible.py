@@ -1,0 +1,64 @@
+"""Two streams that can be computed back: Gomez et al. 2017 (RevNet, arXiv 1707.04585), Kitaev et al. 2020 (Reformer,
+2001.04451).
+
+y1 = x1 + F(x2),   y2 = x2 + G(y1);   backward x2 = y2 - G(y1), x1 = y1 - F(x2)
+
+This is the equation; storing no activations, its purpose, is left to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from skipscope.nn._shake import anew
+
+Branch = Callable[[Tensor], Tensor]
+
+
+def reversible(x1: Tensor, x2: Tensor, f: Branch, g: Branch) -> tuple[Tensor, Tensor]:
+    """``y1 = x1 + f(x2)`` and ``y2 = x2 + g(y1)``."""
+    y1 = x1 + f(x2)
+    return y1, x2 + g(y1)
+
+
+def reversed_from(y1: Tensor, y2: Tensor, f: Branch, g: Branch) -> tuple[Tensor, Tensor]:
+    """What :func:`reversible` was given, from what it gave.
+
+    Example:
+        >>> import torch
+        >>> x1, x2 = torch.ones(2), torch.zeros(2)
+        >>> reversed_from(*reversible(x1, x2, torch.cos, torch.sin), torch.cos, torch.sin)
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    x2 = y2 - g(y1)
+    return y1 - f(x2), x2
+
+
+class Reversible(nn.Module):
+    """Reversible layers between two streams, which begin as copies of one tensor and end as their mean.
+
+    Args:
+        branches: F and G of each layer, in turn; one alone gets as its G a copy whose layers start anew.
+
+    Example:
+        >>> import torch
+        >>> Reversible(nn.Linear(4, 4), nn.Linear(4, 4))(torch.ones(3, 4)).shape
+        torch.Size([3, 4])
+    """
+
+    kind = "identity"
+    identity_at_start = False
+
+    def __init__(self, *branches: nn.Module):
+        super().__init__()
+        branches = branches if len(branches) % 2 == 0 else (*branches, anew(branches[-1]))
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        one = two = x
+        for f, g in zip(self.branches[::2], self.branches[1::2]):
+            one, two = reversible(one, two, f, g)
+        return (one + two) / 2
