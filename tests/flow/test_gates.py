@@ -53,6 +53,15 @@ WAYS = {
     "multiplied out, crossed": lambda x, H, t: H - (1 - t) * H + (1 - t) * x,
     "multiplied out, crossed, x between": lambda x, H, t: H + (1 - t) * x - (1 - t) * H,
     "multiplied out, crossed, in brackets": lambda x, H, t: H + ((1 - t) * x - (1 - t) * H),
+    "stacked": lambda x, H, t: (torch.stack([x, H]) * torch.stack([1 - t, t])).sum(0),
+    "stacked last, the weights first": lambda x, H, t: torch.sum(torch.stack([t, 1 - t], -1) * torch.stack((H, x), -1), -1),
+    "stacked, in place": lambda x, H, t: torch.stack([x, H], 1).mul_(torch.stack([1 - t, t], 1)).sum(1, True).squeeze(1),
+    "stacked, by einsum": lambda x, H, t: torch.einsum("nbd,bnd->bd", torch.stack([x, H]), torch.stack([1 - t, t], 1)),
+    "stacked, by matmul": lambda x, H, t: (torch.stack([1 - t, t], -1).unsqueeze(-2) @ torch.stack([x, H], -1).unsqueeze(-1)).flatten(-3),
+    "stacked, by bmm": lambda x, H, t: torch.bmm(torch.stack([x, H], -1).view(-1, 1, 2), torch.stack([1 - t, t], -1).view(-1, 2, 1)).view_as(x),
+    "weighted, then stacked": lambda x, H, t: torch.stack([(1 - t) * x, t * H], 1).sum(1),
+    "concatenated": lambda x, H, t: (torch.cat([x[:, None], H[:, None]], 1) * torch.stack([1 - t, t], 1)).sum(1),
+    "concatenated and viewed": lambda x, H, t: (torch.cat([x, H], -1).view(-1, 2, 6) * torch.stack([1 - t, t], 1)).sum(1),
     "crossed": lambda x, H, t: H + (1 - t) * (x - H),
     "crossed minus": lambda x, H, t: H - (1 - t) * (H - x),
     "crossed addcmul": lambda x, H, t: torch.addcmul(H, 1 - t, x - H),
@@ -174,7 +183,9 @@ def test_the_paths_of_nested_networks(part, seed, batched):
     check(model, canonical, data(3), batched=batched)
 
 
-@pytest.mark.parametrize("way", ["coupled", "difference", "lerp", "addcmul", "crossed"])
+@pytest.mark.parametrize(
+    "way", ["coupled", "difference", "lerp", "addcmul", "crossed", "multiplied out, x first", "stacked"]
+)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_the_paths_under_checkpointing(way, reentrant):
     model, canonical, batch = network([way] * 3), network([None] * 3), data()
@@ -219,7 +230,9 @@ def test_dropout_between_the_difference_and_the_sum_is_drawn_once():
 
 
 @pytest.mark.parametrize("edit", [{"how": "remove"}, {"how": "detach"}, {"how": "lesion"}, {"strength": 0.4}])
-@pytest.mark.parametrize("way", ["difference", "lerp in place", "addcmul minus", "crossed"])
+@pytest.mark.parametrize(
+    "way", ["difference", "lerp in place", "addcmul minus", "crossed", "multiplied out, x first", "stacked"]
+)
 def test_the_paths_of_edited_twins(way, edit):
     models, (x, y), norms = (network([way] * 3), network([None] * 3)), data(), []
     for model in models:

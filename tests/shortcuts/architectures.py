@@ -574,6 +574,11 @@ HIGHWAYS = {
     "addcmul": lambda x, H, T: torch.addcmul(x, T, H - x),
     "addcmul_coupled": lambda x, H, T: torch.addcmul(T * H, 1 - T, x),
     "in_place": lambda x, H, T: (T * H).add_((1 - T) * x),
+    "multiplied_out": lambda x, H, T: x + T * H - T * x,
+    "stacked": lambda x, H, T: (torch.stack([x, H]) * torch.stack([1 - T, T])).sum(0),
+    "stacked_einsum": lambda x, H, T: torch.einsum(
+        "n...,n...->...", torch.stack([1 - T, T]), torch.stack([x, H])
+    ),
 }
 
 

@@ -397,6 +397,9 @@ COMPILED = [
     "swin",
     "highway_difference",
     "highway_lerp",
+    "highway_multiplied_out",
+    "highway_stacked",
+    "highway_stacked_einsum",
 ]
 
 
@@ -411,6 +414,26 @@ def test_compiles_without_a_graph_break(name, how):
     twin = ablate(model, found[::2], **EDITS[how])
     compiled = torch.compile(twin, backend="eager", fullgraph=True)
     torch.testing.assert_close(call(compiled, inputs), call(twin, inputs), rtol=0, atol=0)
+
+
+class Attended(nn.Module):
+    """Attention residuals (2603.15031): the stack makes its own weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.query = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        stack = torch.stack([x, torch.tanh(self.lin(x))])
+        return (stack * self.query(stack).softmax(0)).sum(0)
+
+
+def test_a_stack_that_makes_its_own_weights_is_found_and_refused_with_the_reason():
+    model, x = Attended(), features()
+    found = find_shortcuts(model, x)
+    assert [s.kind for s in found] == ["gated"]
+    with pytest.raises(SkipscopeError, match="the weights of the sum"):
+        ablate(model, found)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

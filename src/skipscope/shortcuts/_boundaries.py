@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -20,7 +21,10 @@ def boundaries_of(graph: Graph, found: Sequence[tuple[Verdict, str, str]]) -> tu
     """
     first = _first(graph)
     severed = not first  # nothing of the data reaches the output: then every module that ran is a point
-    points = [(item.call.order + 0.5, Boundary(name, 0, "merge", item.call.key)) for item, name, _ in found]
+    points = [
+        (item.call.order + 0.5, Boundary(name, 0, "merge", item.call.key, item.is_summed))
+        for item, name, _ in found
+    ]
     modules = graph.record.modules
     embedding = {owner for _, _, owner in graph.record.embeddings}
     cover = _Cover(graph, found)
@@ -29,11 +33,14 @@ def boundaries_of(graph: Graph, found: Sequence[tuple[Verdict, str, str]]) -> tu
             continue
         if severed or (graph.bit(run.node) and not cover.holds(run.path, run.node)):
             points.append(
-                (run.calls_before, Boundary(run.path, 0, "module", CallKey(run.path, "output", run.nth)))
+                (
+                    run.calls_before,
+                    Boundary(run.path or "output", 0, "module", CallKey(run.path, "output", run.nth)),
+                )
             )
     points.sort(key=lambda point: point[0])
     ordered = [*(first or _first(graph, reached=False)), *(boundary for _, boundary in points)]
-    return tuple(Boundary(b.name, depth, b.kind, b.key) for depth, b in enumerate(ordered))
+    return tuple(replace(b, depth=depth) for depth, b in enumerate(ordered))
 
 
 def _is_layer(module: nn.Module) -> bool:

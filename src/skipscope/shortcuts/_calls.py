@@ -52,6 +52,10 @@ _SUMS: dict[str, tuple[Slot, ...]] = {
 PRODUCTS = frozenset({"mul"})
 # In place of an operand's number: all of the tensor of which the first operand, written into, is a slice.
 WHOLE = -1
+# What sums over an axis; by name, as a tape meets it.
+REDUCTIONS = frozenset(
+    {"sum", "mean", "einsum", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "dot", "tensordot", "inner"}
+)  # fmt: skip
 LISTS = frozenset({"cat", "hstack", "vstack", "dstack", "column_stack", "stack"})
 
 

@@ -89,6 +89,9 @@ def read(graph: Graph) -> Shortcuts:
     homes = [home_of(graph, item) for item in found]
     names = unique_names(graph, found, homes)
     merges = {id(item.call.output): name for item, name in zip(found, names, strict=True)}
+    for item, name in zip(found, names, strict=True):
+        if item.mixture is not None:
+            merges[id(graph.nodes[item.mixture.end])] = name
     return Shortcuts(
         entries=tuple(
             _entry(graph, item, name, merges, runs_at) for item, name in zip(found, names, strict=True)
@@ -150,6 +153,7 @@ def _entry(
         shortcut_at=item.shortcut_at,
         branch_at=item.branch_at,
         blocked=_blocked(item),
+        summed=item.is_summed,
     )
 
 
@@ -160,6 +164,8 @@ def _side(item: Verdict, i: int) -> str:
 def _blocked(item: Verdict) -> str | None:
     if item.call.checkpointed:
         return "checkpointing runs its code again outside of any module's forward: checkpoint whole modules instead"
+    if item.mixture is not None and not item.mixture.alone:
+        return "what it stacks makes something else too, such as the weights of the sum: write w * x + v * F"
     if item.call.written_back:
         return "it is assigned to a slice of what it skips, the rest of which is not seen here: write x[a:b] += F"
     return None

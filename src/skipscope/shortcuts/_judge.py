@@ -7,6 +7,7 @@ from skipscope.shortcuts._bits import bits
 from skipscope.shortcuts._expanded import Expanded
 from skipscope.shortcuts._gates import Gates
 from skipscope.shortcuts._graph import PART, Graph
+from skipscope.shortcuts._mixtures import Mixture, Mixtures
 from skipscope.shortcuts._results import Place
 from skipscope.shortcuts._sides import (
     BENT,
@@ -25,6 +26,7 @@ from skipscope.shortcuts._verdict import Verdict
 
 PARALLEL, NO_WEIGHTS = "parallel branches", "no weights on either side"
 FREE, SCALED, GATED, NORMED, PROJECTED = range(5)  # of several ways past a branch, the first is the shortcut
+_BY_WEIGHT = ("identity", "scaled", "gated")
 _LINEAR = SHAPE | PRODUCT | LINEAR
 _PASSING = SHAPE | frozenset({"Mul", "Div", "NativeDropout"})
 
@@ -40,6 +42,7 @@ class Judge:
         self.graph = graph
         self.made = {id(call.output): call for call in graph.record.calls if call.output is not None}
         self.gates, self.expanded = Gates(graph, self.made), Expanded(graph, self.made)
+        self.mixtures = Mixtures(graph, lambda at: id(graph.nodes[at]) in self.made)
 
     def verdict(self, call: Call) -> Verdict | str | None:
         """A shortcut, a reason why not, or None for what is no merge of activations at all."""
@@ -54,7 +57,7 @@ class Judge:
             return self.gates.product(sides)
         if all(side.fork is None for side in sides.values()):
             return "no common ancestor (position embedding, or separate inputs)"
-        if call.name == "stack":
+        if call.name == "stack" and self.mixtures.of(call) is None:
             return "stacked side by side"
         if call.name not in _calls.LISTS and (crossed := self.gates.crossed(reader)) is not None:
             return crossed
@@ -252,8 +255,12 @@ class Judge:
         kind = "concat" if call.name in _calls.LISTS else sides[bypassing[0]].how
         parts: tuple[Call, ...] = ()
         both: tuple[int, ...] = ()
+        mixture: Mixture | None = None
         if call.name == "lerp":
             kind, both = "gated", (2,) if call.tensors[2] else ()
+        elif (mixture := self.mixtures.of(call)) is not None:
+            kind = max(mixture.kind, *(sides[i].how for i in bypassing), key=_BY_WEIGHT.index)
+            both = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor and mixture.alone)
         elif kind in {"branch", "bent"}:  # declared by its author, whatever leads to it
             kind = "identity"
         elif kind == "identity" and (difference := self.gates.difference(reader, bypassing[0], branches)):
@@ -267,7 +274,18 @@ class Judge:
         forks = tuple(f for i in bypassing if (f := sides[i].fork) is not None)
         operands = tuple(sorted({*bypassing, *multiplied}))
         return Verdict(
-            call, kind, forks, bypassing, operands, region, side_region, shortcut_at, branch_at, parts, both
+            call,
+            kind,
+            forks,
+            bypassing,
+            operands,
+            region,
+            side_region,
+            shortcut_at,
+            branch_at,
+            parts,
+            both,
+            mixture,
         )
 
     def _lesioned(self, reader: Sides, branches: tuple[int, ...]) -> tuple[int, ...]:

@@ -55,12 +55,14 @@ class Boundary:
         depth: 0, 1, 2, ... in order of execution.
         kind: ``"input"``, ``"merge"`` or ``"module"``.
         key: how the point is met again, for skipscope's own use.
+        summed: it is not what the call stacks, but the sum over that.
     """
 
     name: str
     depth: int
     kind: str
     key: CallKey
+    summed: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Shortcut:
         shortcut_at: operands that carry the shortcut, for editing.
         branch_at: operands that carry the branch, for editing.
         blocked: why this shortcut cannot be edited, or None.
+        summed: the merge stacks, and is complete where what it stacks has been summed.
     """
 
     name: str
@@ -111,6 +114,7 @@ class Shortcut:
     shortcut_at: tuple[Place, ...]
     branch_at: tuple[Place, ...]
     blocked: str | None = None
+    summed: bool = False
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,15 @@ class _Step:
 
 
 class Tape:
-    """The calls between a gate's first and its merge, in order."""
+    """The calls between a gate's first and its merge, in order.
+
+    Attributes:
+        finish: what takes the place of what comes out of the sum over what was stacked; None before that, and where
+            the merge is no such sum.
+    """
 
     def __init__(self):
+        self.finish: Callable[[Tensor], Tensor] | None = None
         self.steps: list[_Step] = []
         self._made: set[int] = set()  # ids of outputs, which the steps keep alive
 

@@ -64,7 +64,12 @@ class _Tap(TorchFunctionMode):
         if handler is not None:
             return handler(operation, func, args, kwargs)
         touched = [tape for tape in self.tapes.values() if tape.touches(args, kwargs)]
-        return _taped(touched, func, args, kwargs) if touched else func(*args, **kwargs)
+        output = _taped(touched, func, args, kwargs) if touched else func(*args, **kwargs)
+        for tape in touched if name in _calls.REDUCTIONS else ():
+            if (finish := tape.finish) is not None:
+                tape.finish = None
+                output = finish(output)
+        return output
 
     def _handler(self, name: str, operation: Operation | None, args: Any, kwargs: Any) -> Handler | None:
         if operation is None and name != "embedding":
@@ -134,6 +139,14 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
 
         return handle
 
+    def at_stack(k: int) -> Handler:
+        def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
+            output = at_part([k], found[k].key)(operation, func, args, kwargs)
+            tapes[k].finish = lambda _: touch(k, _by_sides(found[k], tapes.pop(k)))
+            return output
+
+        return handle
+
     def at_addend(k: int, operand: int) -> Handler:
         def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
             assert operation is not None
@@ -153,7 +166,8 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
             elif place.call != found[k].key:
                 handlers[place.call] = at_addend(k, place.operand)
     handlers |= {key: at_part(ks, key) for key, ks in inside.items()}
-    with _running(model, handlers | {found[k].key: at_merge(k) for k in range(len(found))}, tapes):
+    merges = {s.key: at_stack(k) if s.summed else at_merge(k) for k, s in enumerate(found)}
+    with _running(model, handlers | merges, tapes):
         yield
 
 
@@ -181,6 +195,10 @@ def _gate(shortcut: Shortcut, tape: Tape, operation: Operation, func: Any, args:
     """A gate by its sides: the tape up to its merge, played without x and without H."""
     tape.note(func, args, kwargs, shortcut.key)
     tape.steps[-1].again(args, kwargs)  # a checkpoint around it counts what the call saves
+    return _by_sides(shortcut, tape)
+
+
+def _by_sides(shortcut: Shortcut, tape: Tape) -> Merge:
     branch, bypass = tape.play(shortcut.shortcut_at), tape.play(shortcut.branch_at)
     return Merge(
         shortcut.name,
@@ -199,10 +217,8 @@ def _replace(operation: Operation, args: Any, kwargs: Any, output: Tensor) -> Te
 
 
 @contextmanager
-def _running(
-    model: nn.Module, handlers: dict[CallKey, Handler], tapes: dict[int, Tape] | None = None
-) -> Iterator[None]:
-    tap = _Tap(model, handlers, {} if tapes is None else tapes)
+def _running(model: nn.Module, handlers: dict[CallKey, Handler], tapes: dict[int, Tape]) -> Iterator[None]:
+    tap = _Tap(model, handlers, tapes)
 
     def begin_anew(*_: Any) -> None:
         tap.sites.reset()
@@ -230,6 +246,7 @@ def tap_boundaries(
             returns takes its place downstream.
     """
     handlers: dict[CallKey, Handler] = {}
+    tapes: dict[int, Tape] = {}
     hooks = []
     modules = dict(model.named_modules())
 
@@ -245,6 +262,19 @@ def tap_boundaries(
 
         return handle
 
+    def stack_handler(i: int) -> Handler:
+        def finish(output: Tensor) -> Tensor:
+            del tapes[i]
+            return touch(i, output)
+
+        def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
+            tapes[i] = Tape()
+            output = _taped([tapes[i]], func, args, kwargs)
+            tapes[i].finish = finish
+            return output
+
+        return handle
+
     try:
         for i, point in enumerate(points):
             if point.key.site == "input":
@@ -252,8 +282,8 @@ def tap_boundaries(
             elif point.key.site == "output":
                 hooks += _hook_output(model, modules[point.key.host], point.key.nth, i, touch)
             else:
-                handlers[point.key] = output_handler(i)
-        with _running(model, handlers):
+                handlers[point.key] = stack_handler(i) if point.summed else output_handler(i)
+        with _running(model, handlers, tapes):
             yield
     finally:
         for hook in hooks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from skipscope.shortcuts._mixtures import Mixture
 from skipscope.shortcuts._results import Place
 from skipscope.shortcuts._trace import Call
 
@@ -24,6 +25,7 @@ class Verdict:
         branch_at: where the branch is edited.
         parts: calls that belong to this shortcut and are no merges of their own.
         both: operands that carry the branch and the shortcut, as t (H - x) in x + t (H - x), or multiply both.
+        mixture: how what the call stacks is summed, or None.
     """
 
     call: Call
@@ -37,3 +39,9 @@ class Verdict:
     branch_at: tuple[Place, ...]
     parts: tuple[Call, ...]
     both: tuple[int, ...]
+    mixture: Mixture | None = None
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether the merge is complete only where what the call stacks has been summed."""
+        return self.mixture is not None and self.mixture.alone
