@@ -7,6 +7,7 @@ its way back. chi = 10 ** (-2 slope) is Schoenholz's (2016), and 1/|ln chi| his 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ ALL = ("SGD", "Adam")
 COLLAPSED = 0.995
 # A second cause is named beside the first when it makes up so much of the change.
 SHARE_OF_SECOND = 0.25
+# Rectifiers: about half their units have no slope by design, and one that has none is off, not saturated.
+RECTIFIERS = frozenset({"relu", "relu6", "leaky_relu", "gelu", "silu", "mish", "hardswish"})
 # One step is called the place where it breaks when it makes up so much of the fall.
 SHARE_OF_ONE = 0.5
 
@@ -84,11 +87,17 @@ def least_squares(y: Sequence[float]) -> tuple[float, tuple[float, float]] | Non
     slope = sum((i - mid) * (v - mean) for i, v in enumerate(y)) / spread
     if n == 2:
         return slope, (-math.inf, math.inf)
+    rest = sum((v - mean - slope * (i - mid)) ** 2 for i, v in enumerate(y))
+    margin = _student(n - 2) * math.sqrt(rest / (n - 2) / spread)
+    return slope, (slope - margin, slope + margin)
+
+
+@functools.lru_cache(maxsize=4096)
+def _student(freedom: int) -> float:
+    """Student's t at 97.5 %."""
     from scipy.stats import t  # slow to import
 
-    rest = sum((v - mean - slope * (i - mid)) ** 2 for i, v in enumerate(y))
-    margin = float(t.ppf(0.975, n - 2)) * math.sqrt(rest / (n - 2) / spread)
-    return slope, (slope - margin, slope + margin)
+    return float(t.ppf(0.975, freedom))
 
 
 def judge(
@@ -213,8 +222,8 @@ def _dead(points: Sequence[Point], clues: Sequence[Clue], residual: bool, nothin
         cause, evidence = "gain", 0.0
         reason = f"the weights of {clue.layer} are all 0"
     elif _is_silent(clue):
-        cause, evidence = "inactive", 1.0
-        reason = f"every unit of the {clue.activation} after {name} is inactive on all of the data (100 % have slope 0)"
+        (cause, word), evidence = _off(clue), 1.0
+        reason = f"every unit of the {clue.activation} after {name} is {word} on all of the data (100 % have slope 0)"
     elif at == len(points) - 1:
         cause, evidence = "loss", 0.0
         reason = f"the gradient is exactly 0 already at {name}, the last boundary: the loss passes none on"
@@ -227,6 +236,11 @@ def _dead(points: Sequence[Point], clues: Sequence[Clue], residual: bool, nothin
 def _is_silent(clue: Clue) -> bool:
     """Whether it lets no gradient through: an activation function without slope, or weights that are all 0."""
     return bool((clue.activation and clue.inactive == 1) or (clue.layer and clue.gain == 0))
+
+
+def _off(clue: Clue) -> tuple[str, str]:
+    """The cause where units have no slope, and what such a unit is called."""
+    return ("inactive", "inactive") if clue.activation in RECTIFIERS else ("saturation", "saturated")
 
 
 def _until(points: Sequence[Point], state: str) -> int:
@@ -276,7 +290,7 @@ def _why(
         return "unexplained", what, None
     causes = [(gains, _of_weights(clues, gains, observed))]
     if observed < 0:
-        causes.append((slopes, _of_activations(clues)))
+        causes.append((slopes, _of_activations(clues, gains)))
     causes.sort(key=lambda entry: entry[0] / observed, reverse=True)
     _, (cause, words, evidence) = causes[0]
     besides = [w for size, (_, w, _) in causes[1:] if size / observed >= SHARE_OF_SECOND]
@@ -285,7 +299,7 @@ def _why(
 
 def _of_weights(clues: Sequence[Clue], gains: float, observed: float) -> tuple[str, str, float]:
     worst = (min if observed < 0 else max)(clues, key=lambda c: c.gain)
-    gain = 10.0 ** (gains / max(1, sum(c.layer is not None for c in clues)))
+    gain = _gain_a_layer(clues, gains)
     return (
         "gain",
         f"the weights' gain (RMS weight x sqrt(fan-out)) is {short(gain)} a layer, {short(worst.gain)} at {worst.layer}",
@@ -293,14 +307,22 @@ def _of_weights(clues: Sequence[Clue], gains: float, observed: float) -> tuple[s
     )
 
 
-def _of_activations(clues: Sequence[Clue]) -> tuple[str, str, float]:
+def _gain_a_layer(clues: Sequence[Clue], gains: float) -> float:
+    return 10.0 ** (gains / max(1, sum(c.layer is not None for c in clues)))
+
+
+def _of_activations(clues: Sequence[Clue], gains: float) -> tuple[str, str, float]:
     worst = min(clues, key=lambda c: c.slope)
     if worst.inactive >= 0.9:
-        words = f"{100 * worst.inactive:.0f} % of the units of a {worst.activation} are inactive"
-        return "inactive", words, worst.inactive
+        cause, word = _off(worst)
+        return (
+            cause,
+            f"{100 * worst.inactive:.0f} % of the units of a {worst.activation} are {word}",
+            worst.inactive,
+        )
     saturated = [c.saturated for c in clues if c.activation is not None]
     share = sum(saturated) / max(1, len(saturated))
-    if share >= 0.25:
+    if share >= (0.75 if worst.activation in RECTIFIERS else 0.25):
         return (
             "saturation",
             f"{100 * share:.0f} % of the units of its {worst.activation} are saturated",
@@ -308,7 +330,8 @@ def _of_activations(clues: Sequence[Clue]) -> tuple[str, str, float]:
         )
     return (
         "gain",
-        f"the slope of its {worst.activation} is {short(worst.slope)} (RMS over units)",
+        f"the slope of its {worst.activation} is {short(worst.slope)} (RMS over units), for which the weights' gain of "
+        f"{short(_gain_a_layer(clues, gains))} does not make up",
         worst.slope,
     )
 

@@ -27,7 +27,7 @@ from skipscope.monitor._results import FLOW, GRADIENTS, STATES, LiveVerdict
 _OF_WEIGHTS, _OF_UNEQUAL = 2.5, 3.5
 # A state that is reached is left only when the fall is so much smaller: no flicker at the threshold.
 _STICKY = 0.3
-_WORDS = {"underflow": "ok"}
+_STATE_WORDS = np.array(["ok" if state == "underflow" else state for state in STATES])
 
 UNKNOWN = LiveVerdict("unknown", GRADIENTS, 0, "no step has been recorded yet")
 
@@ -58,10 +58,10 @@ def judge_gradients(
         was: the state so far.
         what: ``"weights"``; or ``"biases"``, where some must be comparable.
     """
-    state = [_lasting(column) for column in states.T]
+    state = _lasting(states)
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log10(np.where(rms > 0, rms, np.nan))
-    level = np.array([_median(column) for column in logs.T])
+    level = _medians(logs)
     level, compared = _comparable(level, shapes, state)
     points = [
         Point(name, s, float(y) if math.isfinite(y) else None)
@@ -107,20 +107,25 @@ def _flow_state(value: float) -> tuple[str, float | None]:
     return ("ok", math.log10(value)) if value > 0 else ("exact_zero", None)
 
 
-def _lasting(codes: np.ndarray) -> str:
-    """A zero or a missing gradient counts when it was so at every step looked at; a non-finite one at the last."""
-    words = [STATES[int(code)] for code in codes.tolist() if math.isfinite(code)]
-    if not words:
-        return "absent"
-    if words[-1] == "nonfinite":
-        return "nonfinite"
-    state = words[-1] if len(set(words)) == 1 else "ok"
-    return _WORDS.get(state, state)
+def _lasting(codes: np.ndarray) -> list[str]:
+    """A zero or a missing gradient counts when it was so at every step looked at; a non-finite one at the last.
+
+    ``codes`` are ``[steps, W]``, NaN where there was no step; returns a state for each weight.
+    """
+    there = np.isfinite(codes)
+    last = codes[len(codes) - 1 - there[::-1].argmax(axis=0), np.arange(codes.shape[1])]
+    same = ((codes == last) | ~there).all(axis=0) | (last == STATES.index("nonfinite"))
+    words = np.where(
+        ~there.any(axis=0), "absent", np.where(same, _STATE_WORDS[np.nan_to_num(last).astype(int)], "ok")
+    )
+    return words.tolist()
 
 
-def _median(values: np.ndarray) -> float:
-    kept = sorted(v for v in values.tolist() if math.isfinite(v))
-    return (kept[(len(kept) - 1) // 2] + kept[len(kept) // 2]) / 2 if kept else math.nan
+def _medians(values: np.ndarray) -> np.ndarray:
+    """The median of the finite values of each column; NaN where there is none."""
+    kept = np.sort(np.where(np.isfinite(values), values, np.nan), axis=0)  # NaN comes last
+    count, column = np.isfinite(kept).sum(axis=0), np.arange(values.shape[1])
+    return (kept[np.maximum(count - 1, 0) // 2, column] + kept[count // 2, column]) / 2
 
 
 def _comparable(

@@ -154,9 +154,9 @@ def _judged_by(history: History, chosen: list[int], alike: Sequence[Any], was: s
             own = np.flatnonzero(history.optimizers == owner)[-WINDOW:]
             if len(own) < WINDOW:
                 continue  # a scaler skips its first few steps while it looks for its scale
-        for k, i in enumerate(chosen):
-            if history.owners[i] == owner:
-                rms[-len(own) :, k], states[-len(own) :, k] = everything[own, i], history.states[own, i]
+        its = [k for k, i in enumerate(chosen) if history.owners[i] == owner]
+        at = own[:, None], np.array([chosen[k] for k in its], dtype=int)
+        rms[-len(own) :, its], states[-len(own) :, its] = everything[at], history.states[at]
     names = [history.parameters[i] for i in chosen]
     return _judge.judge_gradients(names, alike, rms, states, int(history.steps[-1]), was, what)
 
