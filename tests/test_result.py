@@ -142,3 +142,8 @@ def test_errors_cross_process_borders_whole():
     assert str(again) == str(error)
     assert (again.layer, again.cure) == ("a.b", "do this")
     assert 'pip install "skipscope[hf]"' in str(MissingExtra("compare", "transformers", "hf"))
+
+
+def test_a_title_is_not_folded_at_the_width_of_its_table():
+    title = "Paths by length: 4 branches, mean length 1.06"
+    assert Table(title, ["k"], [[1]]).text(80).splitlines()[0] == title

@@ -1,4 +1,4 @@
-"""What data is: a batch, several batches, the tensors in them, and a model called with one.
+"""What data is: a batch, several batches, and the tensors in them.
 
 A *batch* is ``(inputs, target)`` or a Mapping that goes to the model as keywords; *data* is one batch or any other
 re-iterable of batches. A list or tuple is always one batch; what could be read both ways is refused.
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from skipscope._errors import SkipscopeError
 
@@ -44,13 +43,20 @@ def batches(items: Sequence[Batch]) -> Batches:
         items: batches, each ``(inputs, target)`` or a Mapping.
 
     Example:
+        >>> import torch
         >>> data = batches([(torch.ones(2, 3), torch.zeros(2)), (torch.ones(1, 3), torch.zeros(1))])
         >>> len(list(data))
         2
     """
     items = list(items)
     if not items:
-        raise SkipscopeError("batches", "the data is empty", expected="at least one batch", got="[]")
+        raise SkipscopeError(
+            "batches",
+            "the data is empty",
+            expected="at least one batch",
+            got="[]",
+            cure="check what fills it",
+        )
     return Batches(items, single=len(items) == 1)
 
 
@@ -79,20 +85,26 @@ def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches
         raise SkipscopeError(
             operation, "the data can be read only once" if isinstance(data, Iterator) else "this is not data",
             expected="(inputs, target), a Mapping, or a re-iterable of these (a DataLoader, ss.batches([...]))",
-            got=type(data).__name__, cure="ss.batches(list(data))" if isinstance(data, Iterator) else None,
+            got=type(data).__name__,
+            cure="ss.batches(list(data))" if isinstance(data, Iterator) else "pass (inputs, target)",
         )  # fmt: skip
     for _ in data:
         return Batches(data)
     raise SkipscopeError(
-        operation, "the data is empty", expected="at least one batch", got=f"an empty {type(data).__name__}"
+        operation,
+        "the data is empty",
+        expected="at least one batch",
+        got=f"an empty {type(data).__name__}",
+        cure="check what fills it",
     )
 
 
 def _one_batch(data: Sequence[Any], operation: str, any_shape: bool) -> Batch:
     if not data:
         raise SkipscopeError(
-            operation, "the data is empty", expected="(inputs, target)", got="an empty " + type(data).__name__
-        )
+            operation, "the data is empty", expected="(inputs, target)", got="an empty " + type(data).__name__,
+            cure="check what fills it",
+        )  # fmt: skip
     looks_like_batches = all(
         isinstance(item, Mapping) or (isinstance(item, list | tuple) and len(item) == 2) for item in data
     )
@@ -116,15 +128,6 @@ def _one_batch(data: Sequence[Any], operation: str, any_shape: bool) -> Batch:
 def inputs_of(batch: Batch) -> Any:
     """What the model is called with for this batch."""
     return batch[0] if isinstance(batch, list | tuple) else batch
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model`` with a tensor, a tuple (positional) or a Mapping (keywords)."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -189,29 +192,3 @@ def target_of(batch: Batch, operation: str = "loss") -> Any:
             cure="yield (inputs, target) from the data, or use @ss.objective on f(model, batch)",
         )  # fmt: skip
     return batch[1]
-
-
-def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
-    """The model's output on a batch; a shape error is told with the shapes, and names the layer when it can."""
-    try:
-        return call_model(model, inputs_of(batch))
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
-        if isinstance(error, SkipscopeError | torch.OutOfMemoryError):
-            raise
-        shapes = [
-            f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_in(inputs_of(batch))
-        ]
-        raise SkipscopeError(
-            operation, f"the model does not accept this input ({str(error).strip().splitlines()[0][:300]})",
-            layer=_failing_layer(model, error), got=f"inputs of shape {', '.join(shapes) or 'none'}",
-            cure="pass the inputs as the model's forward takes them: a tensor, a tuple, or a Mapping of keywords",
-        ) from error  # fmt: skip
-
-
-def _failing_layer(model: nn.Module, error: BaseException) -> str | None:
-    names, found, step = {id(m): n for n, m in model.named_modules()}, None, error.__traceback__
-    while step is not None:
-        owner = step.tb_frame.f_locals.get("self")
-        found = names.get(id(owner), found)
-        step = step.tb_next
-    return found or None

@@ -21,13 +21,14 @@ from skipscope._batches import Batches as Batches
 from skipscope._batches import as_batches as as_batches
 from skipscope._batches import batch_size as batch_size
 from skipscope._batches import batches as batches
-from skipscope._batches import call_model as call_model
-from skipscope._batches import forward as forward
 from skipscope._batches import inputs_of as inputs_of
 from skipscope._batches import map_tensors as map_tensors
 from skipscope._batches import rows as rows
 from skipscope._batches import target_of as target_of
 from skipscope._batches import tensors_in as tensors_in
+from skipscope._calls import call_loss
+from skipscope._calls import call_model as call_model
+from skipscope._calls import forward as forward
 from skipscope._errors import SkipscopeError
 from skipscope._stock import Samples as Samples
 from skipscope._stock import stock_loss
@@ -103,6 +104,11 @@ def as_objective(
         found = loss
     elif loss is None:
         found = _loss_of_the_output(operation)
+    elif isinstance(loss, type) and issubclass(loss, nn.Module):
+        raise SkipscopeError(
+            operation, "the loss is a class, and not yet a loss", expected="loss(output, target)", got=loss.__name__,
+            cure=f"make one: {loss.__name__}()",
+        )  # fmt: skip
     elif callable(loss):
         found = _loss_of_output_and_target(loss, operation)
     else:
@@ -121,7 +127,9 @@ def as_objective(
             why_no_samples=None,
             is_its_samples=False,
         )
-    return replace(found, function=functools.partial(_checked_scalar, found.function, operation))
+    checked = functools.partial(_checked_scalar, found.function, operation)
+    from_output = found.from_output and functools.partial(_checked_scalar, found.from_output, operation)
+    return replace(found, function=checked, from_output=from_output)
 
 
 def read(
@@ -139,9 +147,14 @@ def read(
         SkipscopeError: data or loss cannot be read, the model has no numbers, or one batch does not equal its two
             parts under any known weight.
     """
+    require_numbers(model, operation)
     read_loss = as_objective(loss, operation, weight=weight, sample_loss=sample_loss)
     read_data = as_batches(data, operation, any_shape=isinstance(loss, Objective))
-    require_numbers(model, operation)
+    if read_data.single and tensors_in(read_data.first()) and not batch_size(read_data.first()):
+        raise SkipscopeError(
+            operation, "the batch is empty: it has no samples", expected="at least one", got="a first dimension of 0",
+            cure="check the DataLoader",
+        )  # fmt: skip
     if not read_data.single and not read_loss.sums:
         read_loss = replace(read_loss, weight=_checked_weight(model, read_data, read_loss, operation))
     return read_data, read_loss
@@ -207,15 +220,19 @@ def _split(
 # --- readings of a loss
 
 
-def _checked_scalar(function: Callable[..., Any], operation: str, model: nn.Module, batch: Batch) -> Tensor:
-    value = function(model, batch)
+def _checked_scalar(
+    function: Callable[..., Any], operation: str, model_or_output: Any, batch: Batch
+) -> Tensor:
+    value = function(model_or_output, batch)
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.dtype.is_floating_point:
         raise SkipscopeError(
             operation, "the loss is not a scalar", expected="a tensor with one floating-point element",
             got=f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__,
-            cure='reduce it: .mean(), or reduction="mean"',
+            cure='reduce it: .mean(), or reduction="mean"' if isinstance(value, Tensor) else "return the tensor itself, without .item()",
         )  # fmt: skip
-    return value.reshape(())
+    return (
+        value if value.ndim == 0 else value.reshape(())
+    )  # the tensor itself: some look for it in the output
 
 
 def _loss_of_the_output(operation: str) -> Objective:
@@ -248,22 +265,7 @@ def _loss_of_the_output(operation: str) -> Objective:
 
 def _loss_of_output_and_target(loss: Callable[..., Any], operation: str) -> Objective:
     def from_output(output: Any, batch: Batch) -> Tensor:
-        target = target_of(batch, operation)
-        try:
-            return loss(output, target)
-        except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as error:
-            if isinstance(error, SkipscopeError):
-                raise
-            shapes = (
-                ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_in(output)) or type(output).__name__
-            )
-            goal = (
-                ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_in(target)) or type(target).__name__
-            )
-            raise SkipscopeError(
-                operation, f"the loss does not accept this output and target ({str(error).strip().splitlines()[0][:300]})",
-                got=f"output {shapes}; target {goal}", cure="wrap the loss: lambda output, target: ..., or use @ss.objective",
-            ) from error  # fmt: skip
+        return call_loss(loss, output, target_of(batch, operation), operation)
 
     known = stock_loss(loss)
     fields: dict[str, Any] = {"why_no_samples": "not a stock torch loss; pass sample_loss="}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SkipscopeError(ValueError):
     """Something a user can put right.
@@ -43,6 +46,18 @@ class SkipscopeError(ValueError):
     def __reduce__(self):
         # Keyword arguments are lost by the default, and errors cross process borders under torchrun and Ray.
         return _rebuild, (type(self), self.operation, self.problem, self.layer, str(self), self.cure)
+
+
+@contextmanager
+def asked_as(operation: str) -> Iterator[None]:
+    """Errors of the calls inside are told under the name of the call that people made. Also a decorator."""
+    try:
+        yield
+    except SkipscopeError as error:
+        if error.operation.partition(" ")[0] != operation:
+            error.args = (operation + str(error).removeprefix(error.operation),)
+            error.operation = operation
+        raise
 
 
 def _rebuild(kind, operation, problem, layer, text, cure):

@@ -48,9 +48,7 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(
-            box=SIMPLE_HEAD, title=Text(self.title), title_justify="left", title_style="bold", pad_edge=False
-        )
+        table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
         for i, column in enumerate(self.columns):
             numeric = any(isinstance(row[i], int | float) for row in self.rows) and not any(
                 isinstance(row[i], str) for row in self.rows
@@ -60,10 +58,11 @@ class Table:
             table.add_row(*(Text(cell if isinstance(cell, str) else short(cell)) for cell in row))
         console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
         with console.file:
+            console.print(
+                Text(self.title, style="bold")
+            )  # not the table's own: that is folded at the table's width
             if self.columns:
                 console.print(table)
-            else:
-                console.print(Text(self.title, style="bold"))
             for note in self.notes:
                 console.print(Text(note))
         return "\n".join(line.rstrip() for line in console.export_text().splitlines()).strip("\n")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._batches import call_model, map_tensors, tensors_in
+from skipscope._batches import map_tensors, tensors_in
+from skipscope._calls import call_model
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import private_copy, random_state_kept, require_module
 from skipscope.shortcuts import ablate, find_shortcuts

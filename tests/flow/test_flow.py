@@ -226,6 +226,41 @@ def test_a_dead_layer(depth, at):
 
 
 @pytest.mark.parametrize("depth, at", BREAKS)
+def test_a_layer_saturated_beyond_its_dtype_is_dead(depth, at):
+    # 1 - tanh^2 rounds to 0 in float32, and is 1e-17 in float64: no scale of the loss brings it back.
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *[nn.Sequential(oracles.orthogonal(8, 1.0), nn.Tanh()) for _ in range(depth)]
+    ).float()
+    with torch.no_grad():
+        model[at][0].bias = nn.Parameter(torch.full((8,), 18.0))
+    x, y = data(8)
+    flow = ss.gradient_flow(model, (x.float(), y.float()), mse)
+    assert (flow.verdict.state, flow.verdict.cause) == ("dead", "saturation")
+    assert "every unit of the tanh" in flow.verdict.reason and "is saturated" in flow.verdict.reason
+    assert {w.state for w in flow.layers[: at + 1]} == {"exact_zero"}
+    assert any("by rounding" in note for note in flow.notes)
+
+
+def test_half_of_the_units_of_a_relu_are_off_by_design():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU()) for _ in range(20)])
+    with torch.no_grad():
+        for layer in model:
+            nn.init.normal_(layer[0].weight, std=1 / 8)
+    verdict = ss.gradient_flow(model, (torch.randn(32, 64), torch.randn(32, 64)), mse).verdict
+    assert (verdict.state, verdict.cause) == ("vanishing", "gain")
+    assert "the slope of its relu" in verdict.reason and "the weights' gain of 1.0" in verdict.reason
+    assert "saturated" not in verdict.reason
+
+
+def test_a_model_of_one_layer_has_a_name_for_its_output():
+    flow = ss.gradient_flow(nn.Linear(3, 3), (torch.ones(2, 3), torch.zeros(2, 3)), mse)
+    assert [b.name for b in flow.boundaries] == ["input", "output"]
+    assert "two boundaries give no interval" in str(flow) and "inf" not in str(flow)
+
+
+@pytest.mark.parametrize("depth, at", BREAKS)
 def test_a_missing_path(depth, at):
     model = nn.Sequential(
         *[nn.Linear(8, 8) for _ in range(at)],

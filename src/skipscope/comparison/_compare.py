@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from skipscope._calls import no_gradient
 from skipscope._data import as_batches, batch_size, inputs_of, read, rows
-from skipscope._errors import SkipscopeError
+from skipscope._errors import SkipscopeError, asked_as
 from skipscope._progress import say
 from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
 from skipscope._version import __version__
@@ -111,6 +112,7 @@ class Evidence:
         )
 
 
+@asked_as("compare")
 def compare(
     model: nn.Module | Factory | None = None,
     data: Any = None,
@@ -251,10 +253,7 @@ def _refuse_bad_loss(model: nn.Module, batches: Any, objective: Any) -> None:
             cure="look for NaN in the data or the weights: skipscope flow MODEL says where they begin",
         )  # fmt: skip
     if not value.requires_grad:
-        raise SkipscopeError(
-            "compare", "no gradient leads from the loss to the model", expected="a loss with a grad_fn", got="a constant",
-            cure="do not detach the output or compute it under torch.no_grad()",
-        )  # fmt: skip
+        raise no_gradient("compare", model)
 
 
 def _twins(model, base, found, inputs, variants, settings: Settings, clock: Clock):

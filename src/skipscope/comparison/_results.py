@@ -92,7 +92,7 @@ class Training(Result):
         ]  # fmt: skip
         return Table(
             f"training: {len(self.seeds)} seeds, {self.steps} steps, batches of {self.batch_size}",
-            ["twin", "optimizer", "best rate", "final loss", f"steps to {short(self.target)}", "|update|/|w|", "learns"],
+            ["twin", "optimizer", "best rate", "final loss", f"steps to {short(self.target)}", "update size", "learns"],
             rows,
             [f"Seeds vary {self.varies}. Each twin has its best rate out of the same sweep. 'learns': every seed's "
              f"smoothed loss ends at or below {short(self.target)}."],

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
+from skipscope._calls import no_gradient
 from skipscope._data import Objective, map_tensors, read, tensors_in
-from skipscope._errors import SkipscopeError
+from skipscope._errors import SkipscopeError, asked_as
 from skipscope._progress import track
 from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
 from skipscope.comparison._results import Curves, Training, smoothed
@@ -68,6 +69,7 @@ class _Course:
         return is_there or is_stuck
 
 
+@asked_as("train_twins")
 def train_twins(
     twins: Mapping[str, nn.Module | Callable[[], nn.Module]],
     data: Any,
@@ -160,6 +162,9 @@ def train_and_keep(
             )  # fmt: skip
         batches, objective = read(first, data, loss, "train_twins", weight=weight)
         stream = Stream(batches, batch_size)
+        with random_state_kept(0):
+            if not objective(copy.deepcopy(first), next(stream.batches(0))).requires_grad:
+                raise no_gradient("train_twins", first)
         course = _Course(stream, objective, steps, target if stop_at_target else None)
         for name, make in makers.items():
             starts = {seed: make(seed) for seed in chosen}
@@ -191,6 +196,13 @@ def _maker(name: str, twin: nn.Module | Callable[[], nn.Module]) -> Callable[[in
     if isinstance(twin, nn.Module):
         refuse_shared(twin, "train_twins", name)
         return lambda seed: private_copy(twin, "train_twins").train()
+
+    if not callable(twin):
+        raise SkipscopeError(
+            "train_twins", "a twin is neither a module nor a function that makes one", layer=name,
+            expected='{"with": make_a, "without": make_b}', got=type(twin).__name__,
+            cure="pass the module, or a function without arguments that returns a fresh one",
+        )  # fmt: skip
 
     def make(seed: int) -> nn.Module:
         with random_state_kept(seed):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from skipscope._data import Batch, Batches, Objective, read
 from skipscope._errors import SkipscopeError
 from skipscope._sharding import refuse_spread
-from skipscope._untouched import random_state_kept
+from skipscope._untouched import random_state_kept, require_module
 from skipscope.curvature._ladder import Matrix, climb, graph_bytes
 from skipscope.curvature._lanczos import own_generator
 from skipscope.curvature._modes import Tangent
@@ -282,6 +282,7 @@ def open_operator(operation: str, model: nn.Module, data: Any, loss: Any, how: H
         raise SkipscopeError(
             operation, f"unknown matrix {how.matrix!r}", expected=" or ".join(map(repr, get_args(Matrix)))
         )
+    require_module(model, operation)
     refuse_spread(model, operation)
     batches, objective = read(model, data, loss, operation, weight=how.weight)
     own = private_model(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective, forward, map_tensors
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import private_copy, untouched
@@ -82,7 +83,7 @@ class PrivateModel:
         """
         _, loss = self.output_and_loss(batch, index)
         if not loss.requires_grad:
-            return
+            return self._refuse_no_gradient(batch, index)
         try:
             found = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
         except RuntimeError as error:  # told by the ladder, all but this
@@ -97,6 +98,18 @@ class PrivateModel:
                 parameter.grad = None
             if any(reached):
                 raise self._hidden(self.names[unused[reached.index(True)]])
+
+    def _refuse_no_gradient(self, batch: Batch, index: int) -> None:
+        """A loss that leads to none of the chosen parameters has the Hessian zero; one that leads to none at all has none."""
+        others = [p for p in self.module.parameters() if p.is_floating_point() and not p.requires_grad]
+        try:
+            for parameter in others:
+                parameter.requires_grad_(True)
+            if not self.output_and_loss(batch, index)[1].requires_grad:
+                raise no_gradient(self.operation, self.module)
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(False)
 
     def _hidden(self, name: str | None) -> SkipscopeError:
         return SkipscopeError(

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipscope._calls import no_gradient
 from skipscope._data import Batch, batch_size, tensors_in
-from skipscope._errors import SkipscopeError
+from skipscope._errors import SkipscopeError, asked_as
 from skipscope.flow._results import GradientCorrelation
 from skipscope.flow._running import asked, places, running
-from skipscope.flow._seed import no_gradient, re_entrant, wants_backward
+from skipscope.flow._seed import backward_error
 from skipscope.shortcuts import tap_boundaries
 
 
+@asked_as("gradient_correlation")
 def gradient_correlation(
     model: nn.Module,
     data: Any,
@@ -121,9 +123,7 @@ def _gradients(
     try:
         (gradient,) = torch.autograd.grad(value, reached[0], allow_unused=True)
     except RuntimeError as error:
-        if wants_backward(error):
-            raise re_entrant("gradient_correlation") from error
-        raise
+        raise backward_error("gradient_correlation", error) from error
     if gradient is None:
         raise SkipscopeError(
             "gradient_correlation", f"no gradient reaches {point.name}", layer=point.name,

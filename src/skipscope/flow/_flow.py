@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from skipscope._data import Batch, Batches, Objective, map_tensors, tensors_in
+from skipscope._data import Batch, Batches, Objective, tensors_in
+from skipscope._errors import asked_as
 from skipscope._numbers import short
-from skipscope._ranks import greatest, ranks_of, whole
+from skipscope._ranks import greatest, ranks_of
 from skipscope.flow._clues import clues
 from skipscope.flow._flow_results import BoundaryFlow, GradientFlow, LayerGradient, Verdict
 from skipscope.flow._measure import Tap, measure
-from skipscope.flow._readings import Readings, WeightReading, norm_of
+from skipscope.flow._readings import Readings
 from skipscope.flow._running import asked, places, running
 from skipscope.flow._verdict import Clue, Point, judge
+from skipscope.flow._zeros import boundary_state, layer, second_opinion
 from skipscope.shortcuts import meaning, tap_boundaries
 
 
+@asked_as("gradient_flow")
 def gradient_flow(
     model: nn.Module,
     data: Any,
@@ -55,7 +56,7 @@ def gradient_flow(
         SkipscopeError: data, loss or model cannot be read, or the loss has no gradient.
 
     Example:
-        >>> import skipscope as ss
+        >>> import torch, skipscope as ss
         >>> model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Sigmoid()) for _ in range(12)])
         >>> flow = ss.gradient_flow(model, (torch.randn(8, 16), torch.zeros(8, 16)), nn.functional.mse_loss)
         >>> flow.verdict.state, flow.verdict.cause
@@ -71,11 +72,11 @@ def gradient_flow(
     with running(model, seed, "gradient_flow"):
         mode = mode_of(model)
         readings = measure(model, batches, objective, len(points), tap, scale=scale)
-    spread, doubtful = bool(ranks_of(model)), _doubtful(readings)
-    exact = None if spread or not doubtful else _in_float64(model, batches, objective, points, seed)
+    spread = bool(ranks_of(model))
+    exact, notes = second_opinion(readings, model, batches, objective, points, seed)
     if exact is not None and readings.output_gradient == 0:
         readings.output_gradient = exact.output_gradient
-    flow = [_boundary_state(readings, exact, i) for i in range(len(points))]
+    flow = [boundary_state(readings, exact, i) for i in range(len(points))]
     seen = [
         Point(p.name, state, _log(value), readings.similarities[i], p.kind == "merge")
         for i, (p, (state, value)) in enumerate(zip(points, flow))
@@ -90,7 +91,6 @@ def gradient_flow(
             every = _clues(model, batches.first(), objective, len(points), tap)
         why = [clue for clue, (state, _) in zip(every, flow) if state != "not_met"]
         verdict = judge(seen, why, residual=residual, dtype=_dtype_name(readings))
-    notes = (_UNCERTAIN,) if doubtful and exact is None else ()
     return _assemble(model, points, flow, readings, exact, verdict, mode, scale, notes)
 
 
@@ -101,9 +101,6 @@ def _asks_why(verdict: Verdict, seen: list[Point], residual: bool) -> bool:
     at = next(i for i, point in enumerate(seen) if point.name == verdict.where)
     after = next((point for point in seen[at + 1 :] if point.log_flow is not None), None)
     return not residual or (after is not None and not after.merge)
-
-
-_UNCERTAIN = "What is exactly 0 here may be too small for its dtype instead: no copy in float64 could be run."
 
 
 def mode_of(model: nn.Module) -> str:
@@ -136,91 +133,6 @@ def _clues(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap
         return ()
 
 
-# --- three kinds of zero --------------------------------------------------------------------------------------
-
-
-def _doubtful(readings: Readings) -> bool:
-    """Something arrived as exactly zero: dead, or too small for the dtype?"""
-    narrow = [
-        w.total for w in readings.weights.values() if w.total is not None and w.total.dtype != torch.float64
-    ]
-    in_weights = any(not bool(whole(total).any()) for total in narrow)  # first: under FSDP2 it is collective
-    return in_weights or any(g.all_zero and g.dtype != torch.float64 for g in readings.gradients)
-
-
-def _in_float64(model: nn.Module, data: Batches, loss: Objective, points: Any, seed: int) -> Readings | None:
-    """The same readings from a copy in float64, whose range is 300 decades; None where no such copy can be run."""
-
-    def wide(value: Tensor) -> Tensor:
-        return value.double() if value.is_floating_point() else value
-
-    with running(model, seed, "gradient_flow"):
-        try:
-            twin = copy.deepcopy(model).double()
-            batches = Batches([map_tensors(batch, wide) for batch in data], single=data.single)
-            with torch.autocast(next(twin.parameters()).device.type, enabled=False):
-                return measure(
-                    twin, batches, loss, len(points), lambda touch: tap_boundaries(twin, points, touch)
-                )
-        except (
-            Exception
-        ):  # whatever a model does that cannot be copied or run in float64: it is a second opinion
-            return None
-
-
-def _boundary_state(readings: Readings, exact: Readings | None, i: int) -> tuple[str, float | None]:
-    """State and flow of a boundary, the flow not yet normalised."""
-    gradient = readings.gradients[i]
-    if not readings.activations[i].seen:
-        return "not_met", None
-    if not readings.activations[i].finite:
-        return "nonfinite_activation", None
-    if not gradient.seen:
-        return "not_connected", None
-    if not gradient.finite:
-        return "nonfinite", None
-    if not gradient.all_zero:
-        return "ok", gradient.rms
-    if exact is not None and exact.gradients[i].norm > 0:
-        return "underflow", exact.gradients[i].rms
-    return "exact_zero", 0.0
-
-
-def _layer(name: str, weight: WeightReading, exact: WeightReading | None, scale: float) -> LayerGradient:
-    if weight.total is None:
-        return LayerGradient(name, None, None, None, "not_connected", trainable=weight.trainable)
-    total = whole(weight.total)
-    largest = float(total.abs().max()) if total.numel() else 0.0
-    rms = norm_of(total) * weight.unit / math.sqrt(max(1, total.numel()))
-    mean = float(total.abs().sum(dtype=torch.float64)) * weight.unit / max(1, total.numel())
-    info = torch.finfo(total.dtype)
-    if not math.isfinite(largest):
-        state = "nonfinite"
-    elif largest == 0:
-        state = (
-            "underflow"
-            if exact is not None and exact.total is not None and bool(exact.total.any())
-            else "exact_zero"
-        )
-    else:
-        state = (
-            "underflow"
-            if largest * weight.unit * scale < float(info.smallest_normal) * float(info.eps)
-            else "ok"
-        )
-    return LayerGradient(
-        name, mean, rms, float((total == 0).double().mean()) if total.numel() else 0.0, state, _spread(weight.rms),
-        weight.trainable,
-    )  # fmt: skip
-
-
-def _spread(values: list[float]) -> float | None:
-    if len(values) < 2 or not sum(values):
-        return None
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) / mean
-
-
 # --- putting it together --------------------------------------------------------------------------------------
 
 
@@ -244,7 +156,7 @@ def _assemble(
             state.removesuffix("_activation"), readings.similarities[i],
         ))  # fmt: skip
     layers = tuple(
-        _layer(name, w, exact.weights.get(name) if exact else None, scale)
+        layer(name, w, exact.weights.get(name) if exact else None, scale)
         for name, w in readings.weights.items()
     )
     slope = verdict.slope

@@ -6,6 +6,7 @@ back from the loss; both are in decades (powers of ten).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from skipscope._numbers import short
@@ -154,9 +155,14 @@ class GradientFlow(Result):
             "the loss, so their product is what reaches the first boundary.",
         ]
         if interval is not None and self.verdict.slope is not None:
+            known = math.isfinite(interval[0])
+            band = (
+                f"95 %: {short(interval[0])} to {short(interval[1])}"
+                if known
+                else "two boundaries give no interval"
+            )
             notes.append(
-                f"slope {short(self.verdict.slope)} decades a boundary (95 %: {short(interval[0])} to "
-                f"{short(interval[1])}); chi {short(self.chi)}, depth scale {short(self.depth_scale)} boundaries."
+                f"slope {short(self.verdict.slope)} decades a boundary ({band}); chi {short(self.chi)}, depth scale {short(self.depth_scale)} boundaries."
             )
         notes.append(
             f"{self.meaning}, {self.mode} mode, {self.samples:,} samples in {self.batches} "

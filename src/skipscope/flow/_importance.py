@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from skipscope._data import Batch
-from skipscope._errors import SkipscopeError
+from skipscope._errors import SkipscopeError, asked_as
 from skipscope._progress import track
 from skipscope.flow._flow import gradient_flow
 from skipscope.flow._flow_results import GradientFlow
@@ -18,6 +18,7 @@ from skipscope.flow._running import asked, places
 from skipscope.shortcuts import ablate
 
 
+@asked_as("importance")
 def importance(
     model: nn.Module,
     data: Any,

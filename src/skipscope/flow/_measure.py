@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipscope._calls import no_gradient
 from skipscope._data import Batch, Batches, Objective, batch_size, map_tensors
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import greatest, ranks_of
 from skipscope.flow._readings import Reading, Readings, WeightReading, merge, similarity
-from skipscope.flow._seed import no_gradient, output_gradient, seed_for, wants_backward
+from skipscope.flow._seed import backward_error, output_gradient, seed_for, wants_backward
 
 # Called with (i, activation) at boundary i; what it returns takes the activation's place.
 Touch = Callable[[int, Tensor], Tensor]
@@ -49,7 +50,7 @@ def measure(
             one.run(tap)
         except RuntimeError as error:
             if not wants_backward(error):
-                raise
+                raise backward_error("gradient_flow", error) from error
             one = _Pass(model, batch, loss, share, scale, readings, accumulate=True)
             one.run(tap)
         one.commit()

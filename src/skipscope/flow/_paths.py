@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from skipscope import _sharding
+from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective
-from skipscope._errors import SkipscopeError
+from skipscope._errors import SkipscopeError, asked_as
 from skipscope._progress import track
 from skipscope._untouched import random_state_kept
 from skipscope.flow._angles import MOST, AngleWalk
@@ -22,10 +23,11 @@ from skipscope.flow._measure import shares_of
 from skipscope.flow._readings import norm_of
 from skipscope.flow._results import PathSpectrum
 from skipscope.flow._running import asked, places, running
-from skipscope.flow._seed import no_gradient, re_entrant, wants_backward
+from skipscope.flow._seed import backward_error
 from skipscope.shortcuts import meaning, tap_boundaries
 
 
+@asked_as("path_spectrum")
 def path_spectrum(
     model: nn.Module,
     data: Any,
@@ -106,9 +108,7 @@ def _walked(walk: Walk) -> Stack | None:
     except IndexError:  # the target was not met in this pass
         return None
     except RuntimeError as error:
-        if wants_backward(error):
-            raise re_entrant("path_spectrum") from error
-        raise
+        raise backward_error("path_spectrum", error) from error
 
 
 def _with_errors(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from skipscope._data import Batch, Batches, Objective, inputs_of
-from skipscope._errors import SkipscopeError
+from skipscope._errors import SkipscopeError, asked_as
 from skipscope._numbers import short
 from skipscope._progress import track
 from skipscope._untouched import private_copy, random_state_kept
@@ -25,6 +25,7 @@ RATES: tuple[tuple[str, type[torch.optim.Optimizer], float], ...] = (
 )  # fmt: skip
 
 
+@asked_as("prescribe")
 def prescribe(
     model: nn.Module,
     data: Any,

@@ -40,7 +40,9 @@ class Reading:
         self.finite = self.finite and math.isfinite(norm)
         self.norm = math.hypot(self.norm, norm * unit)
         self.zeros += value.numel() - int(torch.count_nonzero(value))
-        floor = _smallest(value.dtype) / training_unit if training_unit else 0.0
+        floor = (
+            0.5 * least(value.dtype) / training_unit if training_unit else 0.0
+        )  # below, it is rounded to 0
         if floor > float(torch.finfo(value.dtype).tiny):
             self.lost += int(((value.abs() < floor) & (value != 0)).sum())
 
@@ -107,10 +109,10 @@ def dense(value: Tensor) -> Tensor:
     return torch.view_as_real(value) if value.is_complex() else value
 
 
-def _smallest(dtype: torch.dtype) -> float:
-    """Half the smallest number above zero: what is below is rounded to zero."""
+def least(dtype: torch.dtype) -> float:
+    """The smallest number above zero that it holds."""
     info = torch.finfo(dtype)
-    return float(info.smallest_normal) * float(info.eps) / 2
+    return float(info.smallest_normal) * float(info.eps)
 
 
 def norm_of(value: Tensor) -> float:

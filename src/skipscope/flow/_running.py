@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipscope._data import Batch, Batches, Objective, batch_size, inputs_of, read, tensors_in
+from skipscope._data import Batch, Batches, Objective, inputs_of, read
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import meet, ranks_of
 from skipscope._untouched import require_module, untouched
@@ -34,14 +34,6 @@ def asked(
     meet(operation, ranks_of(model))
     model = unwrapped(model)
     batches, objective = read(model, data, loss, operation, weight=weight)
-    first = batches.first()
-    if batches.single and tensors_in(first) and not batch_size(first):
-        raise SkipscopeError(
-            operation,
-            "the batch is empty: it has no samples",
-            got="a first dimension of 0",
-            cure="check the DataLoader",
-        )
     return model, batches, objective
 
 
@@ -58,13 +50,8 @@ def places(
     """The shortcuts of a model (``found``, if given) and its boundaries.
 
     Raises:
-        SkipscopeError: the model has no float activation at all, or is on the meta device.
+        SkipscopeError: the model has no float activation at all.
     """
-    if any(p.is_meta for p in model.parameters()):
-        raise SkipscopeError(
-            operation, "the model is on the meta device: it has shapes and no numbers", expected="a model with weights",
-            cure='model.to_empty(device="cpu") and its own initialisation',
-        )  # fmt: skip
     inputs = inputs_of(data.first())
     with as_written():
         found = find_shortcuts(model, inputs) if found is None else found

@@ -1,4 +1,4 @@
-"""How a backward pass is seeded: with 1 / |dL/d(output)|; and how a loss is refused that has no gradient."""
+"""How a backward pass is seeded: with 1 / |dL/d(output)|; and how one that fails is told."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from skipscope._calls import told
 from skipscope._data import tensors_in
 from skipscope._errors import SkipscopeError
 from skipscope.flow._readings import dense, norm_of
@@ -82,24 +83,21 @@ def seed_for(norm: float, dtype: torch.dtype) -> float:
     return 2.0 ** max(-most + 2, min(most, -math.frexp(norm)[1]))
 
 
-def no_gradient(operation: str, model: nn.Module) -> SkipscopeError:
-    """The error for a loss that depends on nothing that has a gradient."""
-    frozen = all(not p.requires_grad for p in model.parameters())
-    return SkipscopeError(
-        operation, "the loss has no gradient", expected="a loss that depends on the model's output differentiably",
-        got="a loss without grad_fn" + (" (every parameter is frozen)" if frozen else ""),
-        cure="compute the output without torch.no_grad, .detach(), .item() or argmax, and the loss from it",
-    )  # fmt: skip
-
-
 def wants_backward(error: RuntimeError) -> bool:
     """Whether torch refuses ``torch.autograd.grad`` because of re-entrant checkpointing."""
     return any(text in str(error) for text in RE_ENTRANT)
 
 
-def re_entrant(operation: str) -> SkipscopeError:
-    """The error where the graph between a fork and its merge is needed and hidden."""
+def backward_error(operation: str, error: RuntimeError) -> RuntimeError | SkipscopeError:
+    """What to raise for torch's error in a backward pass."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return error
+    if wants_backward(error):  # the graph between a fork and its merge is needed and hidden
+        return SkipscopeError(
+            operation, "re-entrant checkpointing hides the graph between a fork and its merge",
+            cure="torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off for this call",
+        )  # fmt: skip
     return SkipscopeError(
-        operation, "re-entrant checkpointing hides the graph between a fork and its merge",
-        cure="torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off for this call",
+        operation, f"the backward pass fails ({told(error)})",
+        cure="loss.backward() on this batch fails alike: mend the model first",
     )  # fmt: skip

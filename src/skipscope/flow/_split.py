@@ -17,19 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective, map_tensors
+from skipscope._errors import asked_as
 from skipscope.flow._flow import mode_of
 from skipscope.flow._measure import shares_of
 from skipscope.flow._readings import norm_of
 from skipscope.flow._results import GradientSplit, SplitAt
 from skipscope.flow._running import asked, places, running
-from skipscope.flow._seed import no_gradient, re_entrant, wants_backward
+from skipscope.flow._seed import backward_error
 from skipscope.flow._ways import Edge, Ways, edge_of
 from skipscope.shortcuts import meaning, tap_merges
 
 SIDES = ("branch", "shortcut", "other")
 
 
+@asked_as("gradient_split")
 def gradient_split(
     model: nn.Module,
     data: Any,
@@ -146,9 +149,7 @@ def _one_batch(
                 gates = any(arriving.gates for arriving in arrivals.values())
                 torch.autograd.grad(value, ways.starts, allow_unused=True, retain_graph=gates)
         except RuntimeError as error:
-            if wants_backward(error):
-                raise re_entrant("gradient_split") from error
-            raise
+            raise backward_error("gradient_split", error) from error
         finally:
             for handle in handles:
                 handle.remove()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import nn
 
@@ -40,7 +39,7 @@ def boundaries_of(graph: Graph, found: Sequence[tuple[Verdict, str, str]]) -> tu
             )
     points.sort(key=lambda point: point[0])
     ordered = [*(first or _first(graph, reached=False)), *(boundary for _, boundary in points)]
-    return tuple(replace(b, depth=depth) for depth, b in enumerate(ordered))
+    return tuple(Boundary(b.name, depth, b.kind, b.key, b.summed) for depth, b in enumerate(ordered))
 
 
 def _is_layer(module: nn.Module) -> bool:

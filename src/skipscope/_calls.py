@@ -1,0 +1,111 @@
+"""Calling the model and the loss that people wrote; what fails there is told with the layer, the shapes and a cure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._batches import Batch, inputs_of, tensors_in
+from skipscope._errors import SkipscopeError
+
+# What code raises that is given something it was not written for. Anything else passes as it is.
+_MISFITS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call ``model`` with a tensor, a tuple (positional) or a Mapping (keywords)."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
+    """The model's output on a batch; a shape error is told with the shapes, and names the layer when it can."""
+    try:
+        return call_model(model, inputs_of(batch))
+    except _MISFITS as error:
+        if isinstance(error, SkipscopeError | torch.OutOfMemoryError):
+            raise
+        name, layer = _failing_layer(model, error)
+        tensors = tensors_in(inputs_of(batch))
+        raise SkipscopeError(
+            operation, f"the model does not accept this input ({told(error)})", layer=name or None,
+            expected=_taken_by(layer),
+            got=f"inputs of shape {_shapes(tensors)}" if tensors else f"{type(inputs_of(batch)).__name__}, no tensor",
+            cure="pass the inputs as the model's forward takes them: a tensor, a tuple, or a Mapping of keywords"
+            if tensors else "make it a tensor: torch.as_tensor(...)",
+        ) from error  # fmt: skip
+
+
+def call_loss(loss: Callable[..., Any], output: Any, target: Any, operation: str) -> Any:
+    """``loss(output, target)``; an error is told with the shapes, and with the values of targets that are out of range."""
+    try:
+        return loss(output, target)
+    except _MISFITS as error:
+        if isinstance(error, SkipscopeError | torch.OutOfMemoryError):
+            raise
+        classes = isinstance(error, IndexError) and isinstance(output, Tensor) and output.ndim > 0
+        n = output.shape[min(1, output.ndim - 1)] if classes else 0
+        raise SkipscopeError(
+            operation, f"the loss does not accept this output and target ({told(error)})",
+            expected=f"class indices from 0 to {n - 1}: the output has {n} classes" if classes else None,
+            got=f"output {_shapes(tensors_in(output)) or type(output).__name__}; "
+            f"target {_shapes(tensors_in(target), ranges=True) or type(target).__name__}",
+            cure="number the classes from 0, or give the model more of them" if classes
+            else "wrap the loss: lambda output, target: ..., or use @ss.objective",
+        ) from error  # fmt: skip
+
+
+def no_gradient(operation: str, model: nn.Module) -> SkipscopeError:
+    """The error for a loss that depends on nothing that has a gradient."""
+    frozen = all(not p.requires_grad for p in model.parameters())
+    return SkipscopeError(
+        operation, "the loss has no gradient", expected="a loss that depends on the model's output differentiably",
+        got="a loss without grad_fn" + (" (every parameter is frozen)" if frozen else ""),
+        cure="compute the output without torch.no_grad, .detach(), .item() or argmax, and the loss from it",
+    )  # fmt: skip
+
+
+def told(error: BaseException) -> str:
+    """An error in a line: its own words, and its kind where they do not say it."""
+    lines = str(error).strip().splitlines()
+    words = lines[0][:300] if lines else ""
+    if isinstance(error, RuntimeError | TypeError | ValueError | IndexError) and words:
+        return words
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _shapes(tensors: list[Tensor], *, ranges: bool = False) -> str:
+    def one(tensor: Tensor) -> str:
+        text = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        whole = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+        if ranges and whole and tensor.numel() and not tensor.is_meta:
+            text += f" from {int(tensor.min())} to {int(tensor.max())}"
+        return text
+
+    return ", ".join(map(one, tensors))
+
+
+def _failing_layer(model: nn.Module, error: BaseException) -> tuple[str, nn.Module | None]:
+    """The innermost module that the error came through."""
+    names, found, step = {id(m): n for n, m in model.named_modules()}, None, error.__traceback__
+    while step is not None:
+        owner = step.tb_frame.f_locals.get("self")
+        found = owner if id(owner) in names else found
+        step = step.tb_next
+    return ("", None) if found is None else (names[id(found)], found)
+
+
+def _taken_by(layer: nn.Module | None) -> str | None:
+    """What a layer of torch's own takes, in the words of its repr."""
+    if layer is None or any(layer.children()) or not type(layer).__module__.startswith("torch.nn"):
+        return None
+    numbers = next(layer.parameters(), None)
+    if numbers is None or isinstance(layer, nn.Embedding):
+        return f"what {layer} takes"
+    return f"what {layer} takes, in {str(numbers.dtype).removeprefix('torch.')}"

@@ -1,0 +1,129 @@
+"""Three kinds of zero told apart: dead, too small for the dtype, not connected; by a second pass in float64 where one is needed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._data import Batches, Objective, map_tensors
+from skipscope._ranks import ranks_of, whole
+from skipscope.flow._flow_results import LayerGradient
+from skipscope.flow._measure import measure
+from skipscope.flow._readings import Readings, WeightReading, least, norm_of
+from skipscope.flow._running import running
+from skipscope.shortcuts import tap_boundaries
+
+ROUNDING = (
+    "What is exactly 0 here is so by rounding in an activation function (1 - tanh^2, say), which a scale of the loss does "
+    "not cure: in float64 it is not quite 0."
+)
+UNCERTAIN = "What is exactly 0 here may be too small for its dtype instead: no copy in float64 could be run."
+
+
+def second_opinion(
+    readings: Readings, model: nn.Module, data: Batches, loss: Objective, points: Any, seed: int
+) -> tuple[Readings | None, tuple[str, ...]]:
+    """The same readings in float64 where something arrived as zero that is too small for its dtype; and what to note."""
+    if not _doubtful(readings):
+        return None, ()
+    exact = None if ranks_of(model) else _in_float64(model, data, loss, points, seed)
+    if exact is None:
+        return None, (UNCERTAIN,)
+    return (None, (ROUNDING,)) if _is_rounding(readings, exact) else (exact, ())
+
+
+def _doubtful(readings: Readings) -> bool:
+    """Something arrived as exactly zero: dead, or too small for the dtype?"""
+    narrow = [
+        w.total for w in readings.weights.values() if w.total is not None and w.total.dtype != torch.float64
+    ]
+    in_weights = any(not bool(whole(total).any()) for total in narrow)  # first: under FSDP2 it is collective
+    return in_weights or any(g.all_zero and g.dtype != torch.float64 for g in readings.gradients)
+
+
+def _is_rounding(readings: Readings, exact: Readings) -> bool:
+    """What is zero here and not in float64 could all be held by its dtype: it is lost to rounding, not to underflow."""
+    unit = exact.output_gradient or 1.0
+    pairs = [
+        (mine.dtype, true.rms / unit)
+        for mine, true in zip(readings.gradients, exact.gradients)
+        if mine.all_zero and mine.dtype is not None and true.norm > 0
+    ]
+    for name, mine in readings.weights.items():
+        true = exact.weights[name].total
+        if mine.total is not None and true is not None and not bool(mine.total.any()) and bool(true.any()):
+            pairs.append((mine.total.dtype, float(true.abs().max()) * exact.weights[name].unit / unit))
+    # Products inside a layer may be smaller than what comes out of it.
+    return bool(pairs) and all(value > 1e6 * least(dtype) for dtype, value in pairs)
+
+
+def _in_float64(model: nn.Module, data: Batches, loss: Objective, points: Any, seed: int) -> Readings | None:
+    """The same readings from a copy in float64, whose range is 300 decades; None where no such copy can be run."""
+
+    def wide(value: Tensor) -> Tensor:
+        return value.double() if value.is_floating_point() else value
+
+    with running(model, seed, "gradient_flow"):
+        try:
+            twin = copy.deepcopy(model).double()
+            batches = Batches([map_tensors(batch, wide) for batch in data], single=data.single)
+            with torch.autocast(next(twin.parameters()).device.type, enabled=False):
+                return measure(
+                    twin, batches, loss, len(points), lambda touch: tap_boundaries(twin, points, touch)
+                )
+        except (
+            Exception
+        ):  # whatever a model does that cannot be copied or run in float64: it is a second opinion
+            return None
+
+
+def boundary_state(readings: Readings, exact: Readings | None, i: int) -> tuple[str, float | None]:
+    """State and flow of a boundary, the flow not yet normalised."""
+    gradient = readings.gradients[i]
+    if not readings.activations[i].seen:
+        return "not_met", None
+    if not readings.activations[i].finite:
+        return "nonfinite_activation", None
+    if not gradient.seen:
+        return "not_connected", None
+    if not gradient.finite:
+        return "nonfinite", None
+    if not gradient.all_zero:
+        return "ok", gradient.rms
+    if exact is not None and exact.gradients[i].norm > 0:
+        return "underflow", exact.gradients[i].rms
+    return "exact_zero", 0.0
+
+
+def layer(name: str, weight: WeightReading, exact: WeightReading | None, scale: float) -> LayerGradient:
+    if weight.total is None:
+        return LayerGradient(name, None, None, None, "not_connected", trainable=weight.trainable)
+    total = whole(weight.total)
+    largest = float(total.abs().max()) if total.numel() else 0.0
+    rms = norm_of(total) * weight.unit / math.sqrt(max(1, total.numel()))
+    mean = float(total.abs().sum(dtype=torch.float64)) * weight.unit / max(1, total.numel())
+    if not math.isfinite(largest):
+        state = "nonfinite"
+    elif largest == 0:
+        state = (
+            "underflow"
+            if exact is not None and exact.total is not None and bool(exact.total.any())
+            else "exact_zero"
+        )
+    else:
+        state = "underflow" if largest * weight.unit * scale < least(total.dtype) else "ok"
+    return LayerGradient(
+        name, mean, rms, float((total == 0).double().mean()) if total.numel() else 0.0, state, _spread(weight.rms),
+        weight.trainable,
+    )  # fmt: skip
+
+
+def _spread(values: list[float]) -> float | None:
+    if len(values) < 2 or not sum(values):
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) / mean
