@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 import skipscope as ss
-from skipscope.surfaces._scores import barrier, convexity_share, label_of, level_for, roughness, width
+from skipscope.surfaces._scores import (
+    Part,
+    barrier,
+    convexity_share,
+    label_of,
+    level_for,
+    roughness,
+    scores_of,
+    width,
+)
 
 AT = np.linspace(-1, 1, 41)
 A, B = np.meshgrid(AT, AT, indexing="ij")
@@ -68,7 +77,7 @@ def test_the_barrier_by_brute_force():
     best = 0.0
     for place in np.ndindex(7, 7):
         for level in np.sort(values[values >= values[place]]):
-            regions, _ = label(values <= level, structure=np.ones((3, 3)))
+            regions = np.asarray(label(values <= level, structure=np.ones((3, 3)))[0])  # type: ignore[index]
             if values[regions == regions[place]].min() < values[place]:
                 best = max(best, level - values[place])
                 break
@@ -108,6 +117,142 @@ def test_labels():
     assert label_of(sheet, 2.3, True) == "flat over this span: widen it"
 
 
+# --- error bars ----------------------------------------------------------------------------------------------------
+
+EVERY = np.linspace(-1, 1, 15)
+P, Q = np.meshgrid(EVERY, EVERY, indexing="ij")
+R = P**2 + Q**2
+
+
+def valley(at):
+    return -np.exp(-8 * ((P - at) ** 2 + Q**2))
+
+
+def waves(count):
+    draw = np.random.default_rng(5)
+    turns, starts = 4 * draw.normal(size=(count, 2)), draw.uniform(0, 6, count)
+    return [np.cos(p * P + q * Q + start) for (p, q), start in zip(turns, starts)]
+
+
+# What every sample's loss is made of, the mean factors, and how much a sample's own differ from them.
+SURFACES = {
+    "quartic": ([R, R**2], [1.0, 0.8], [0.6, 1.5]),
+    "ripples": ([R, 1 - np.cos(3 * np.pi * P), np.sin(5 * P * Q)], [1.0, 0.25, 0.1], [0.6, 0.5, 0.5]),
+    "two valleys": ([R, valley(-0.5), valley(0.5)], [0.3, 1.0, 0.6], [0.3, 1.0, 1.0]),
+    "waves": ([R, *waves(12)], [1.0] + 12 * [0.08], [0.5] + 12 * [0.25]),
+    "noise alone": ([R, *waves(12)], [1.0] + 12 * [0.0], [0.5] + 12 * [0.6]),
+}
+ALL = ("convexity_share", "roughness", "barrier", "width", "level")
+# Where the truth is a bound (nothing but convex, no second valley) there is nothing to cover; the waves' one barrier is a
+# tenth of its own error, and half of the draws have none.
+MOVING = {"quartic": ("width", "level"), "waves": ("convexity_share", "roughness", "width", "level")}
+
+
+def part_of(surface, factors, level=None):
+    """The mean surface of samples with these factors."""
+    values = 0.5 + np.tensordot(factors, np.stack(SURFACES[surface][0]), 1)
+    return Part(0.5, values, level_for([(0.5, values)]) if level is None else level)
+
+
+def scored(surface, factors=None, level=None):
+    """Scores as landscape computes them; of infinitely many samples without factors."""
+    if factors is None:
+        return scores_of(part_of(surface, SURFACES[surface][1]), EVERY, EVERY, label="", parts=[])
+    groups = [factors[np.arange(len(factors)) % 10 != g].mean(0) for g in range(10)]
+    parts = [part_of(surface, factors.mean(0), level), *(part_of(surface, rest, level) for rest in groups)]
+    return scores_of(parts[0], EVERY, EVERY, label="", parts=parts[1:])
+
+
+def covered(surface, draws, samples=200):
+    """In which share of draws of the data the interval holds the score of the surface with infinitely many samples."""
+    truth, draw, held = scored(surface), np.random.default_rng(0), []
+    _, mean, spread = SURFACES[surface]
+    names = MOVING.get(surface, ALL)
+    for _ in range(draws):
+        found = scored(surface, mean + np.array(spread) * (draw.gamma(1.0, size=(samples, len(mean))) - 1))
+        ends = {name: found.interval(name) or (0.0, 0.0) for name in names}
+        held.append([low <= getattr(truth, name) <= high for name, (low, high) in ends.items()])
+    return dict(zip(names, np.mean(held, axis=0)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("surface", ["quartic", "ripples", "two valleys", "waves"])
+def test_intervals_hold_the_truth_in_90_to_99_of_100_draws_of_the_data(surface):
+    found = covered(surface, 200)
+    assert all(0.9 <= share <= 0.99 for share in found.values()), found
+
+
+def test_intervals_hold_the_truth_in_most_draws_of_the_data():
+    """The same in short, of the scores that move most: 60 draws tell 95 of 100 from less than 87."""
+    found = covered("ripples", 60)
+    assert all(share >= 0.87 for share in found.values()), found
+
+
+def test_an_interval_that_forgets_the_level_does_not_hold():
+    """The check can fail: with one level for all groups of samples, as it was, it holds the truth in half of the draws."""
+    truth, draw, held = scored("quartic"), np.random.default_rng(0), []
+    _, mean, spread = SURFACES["quartic"]
+    for _ in range(60):
+        factors = mean + np.array(spread) * (draw.gamma(1.0, size=(200, 2)) - 1)
+        level = part_of("quartic", factors.mean(0)).level
+        low, high = scored("quartic", factors, level).interval("width") or (0.0, 0.0)
+        held.append(low <= truth.width <= high)
+    assert not 0.9 <= np.mean(held) <= 0.99
+
+
+def test_a_convexity_share_that_is_noise_says_so():
+    """Few samples whose own curvature is far larger than the mean's: their surface looks half convex, and all of it is."""
+    draw, shares, held = np.random.default_rng(0), [], []
+    _, mean, spread = SURFACES["noise alone"]
+    for _ in range(60):
+        found = scored("noise alone", mean + np.array(spread) * (draw.gamma(1.0, size=(80, len(mean))) - 1))
+        held.append((found.interval("convexity_share") or (0.0, 0.0))[1] >= 1)
+        shares.append(found.convexity_share)
+    assert np.mean(shares) < 0.75 and np.mean(held) >= 0.9
+
+
+class Sampled(nn.Module):
+    """Each sample's loss at w is k |w|^2 + q |w|^4, with a sample's own k and q."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x):
+        square = self.w.square().sum()
+        return x[:, 0] * square + x[:, 1] * square**2
+
+
+def test_the_widths_error_against_the_closed_form():
+    """The level is (k m + q m^2)/2, with m the median of |w|^2: the width w solves w^2 + r w^4 = (m + r m^2)/2, r = q/k.
+
+    By the delta method its error is |dw/dr| times that of r, which has 1/n (sd of q_i - r k_i)^2 / k^2.
+    """
+    draw = np.random.default_rng(0)
+    median = np.median(np.add.outer(AT**2, AT**2))
+    said, wanted = [], []
+    for _ in range(12):
+        x = np.array([1.0, 0.8]) + np.array([0.6, 1.5]) * (draw.gamma(1.0, size=(300, 2)) - 1)
+        model = Sampled()
+        own = [{"w": torch.tensor(axis, dtype=torch.float64)} for axis in ([1.0, 0.0], [0.0, 1.0])]
+        data = torch.from_numpy(x), torch.zeros(300, dtype=torch.float64)
+        surface = ss.landscape(
+            model, data, lambda out, _: out.mean(), sample_loss=lambda out, _: out,
+            grid=43, directions=own, strategy="plain",
+        )  # fmt: skip
+        k, q = x.mean(0)
+        r = q / k
+
+        def width_at(r):
+            return np.sqrt((np.sqrt(1 + 2 * r * (median + r * median**2)) - 1) / (2 * r))
+
+        assert surface.scores.width == pytest.approx(width_at(r), rel=2e-3)
+        slope = (width_at(r + 1e-5) - width_at(r - 1e-5)) / 2e-5
+        wanted.append(abs(slope) * np.std(x[:, 1] - r * x[:, 0], ddof=1) / k / np.sqrt(300))
+        said.append(surface.scores.errors["width"])
+    assert np.sqrt(np.mean(np.square(said))) == pytest.approx(np.sqrt(np.mean(np.square(wanted))), rel=0.2)
+
+
 def test_jackknife_errors_cover_what_other_samples_give():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
@@ -120,5 +265,6 @@ def test_jackknife_errors_cover_what_other_samples_give():
     spread = np.std([s.scores.centre for s in found], ddof=1)
     said = np.median([s.scores.errors["centre"] for s in found])
     assert said == pytest.approx(spread, rel=0.4)
-    widths = np.array([ss_.scores.width for ss_ in found])
-    assert np.median([s.scores.errors["width"] for s in found]) < 10 * np.std(widths) + 0.05
+    spread = np.std([s.scores.width for s in found], ddof=1)
+    # On nine points an axis the level's median jumps from point to point: an error on the safe side.
+    assert spread < np.median([s.scores.errors["width"] for s in found]) < 2.5 * spread

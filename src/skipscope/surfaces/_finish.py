@@ -15,7 +15,7 @@ from skipscope.surfaces._grid import Sheet
 from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import data_hash, weights_hash
 from skipscope.surfaces._results import Checks, Difference, KnownPoints, PairedSurfaces, Provenance, Surface
-from skipscope.surfaces._scores import label_of, level_for, scores_of
+from skipscope.surfaces._scores import Part, label_of, level_for, scores_of
 from skipscope.surfaces._settings import Settings
 from skipscope.surfaces._strategies import Choice
 from skipscope.surfaces._twins import TwinOnPlane, folds_of
@@ -70,25 +70,26 @@ def finish(run: Run, sheet: Sheet, twins: list[TwinOnPlane]) -> PairedSurfaces:
     values = {t.name: sheet[f"{t.name}/value"] for t in twins}
     labels = {t.name: label_of(values[t.name], t.centre, run.facts[t.name].learnt) for t in twins}
     sound = [t for t in twins if not labels[t.name]] or twins
-    level = level_for([(t.centre, values[t.name]) for t in sound])
-    surfaces = {t.name: _surface(run, sheet, t, labels[t.name], level) for t in twins}
+    readings = {t.name: [(t.centre, values[t.name]), *(folds_of(sheet, t) or ())] for t in twins}
+    # One level for all twins; without each group of samples in turn it is another one.
+    levels = [level_for(list(together)) for together in zip(*(readings[t.name] for t in sound))]
+    parts = {name: [Part(*r, level) for r, level in zip(found, levels)] for name, found in readings.items()}
+    surfaces = {t.name: _surface(run, sheet, t, labels[t.name], parts[t.name]) for t in twins}
     shared = [t for t in twins[1:] if t.shared]
     differences = {t.name: _difference(run, sheet, twins[0], t) for t in shared}
     return PairedSurfaces(surfaces, len(shared) == len(twins) - 1, differences, _notes(twins, labels))
 
 
-def _surface(run: Run, sheet: Sheet, twin: TwinOnPlane, label: str, level: float) -> Surface:
+def _surface(run: Run, sheet: Sheet, twin: TwinOnPlane, label: str, parts: list[Part]) -> Surface:
     values, name = sheet[f"{twin.name}/value"], twin.name
     alphas, *more = run.at
     betas = more[0] if more else np.zeros(0)
     scores = scores_of(
-        values,
+        parts[0],
         alphas,
         betas,
-        centre=twin.centre,
-        level=level,
         label=label,
-        without_fold=folds_of(sheet, twin),
+        parts=parts[1:],
         origin=twin.evaluator.origin_point,
         interpolated_from=run.level,
     )

@@ -1,42 +1,61 @@
 """A surface in a few numbers, each with its error bar; and whether the network has learnt at all.
 
 Every score is a function of the values alone. Its standard error is a delete-a-group jackknife over samples: the
-surface without each tenth of the samples in turn, sqrt((G-1)/G * sum (s_g - mean s)^2). Where values were interpolated, a
-score is off by what splines do between their points, too: about as much as it differs on the coarser grid they pass
-through (on trained networks 0.04 to 0.09 of the convexity share), which is added.
+surface without each tenth of the samples in turn, sqrt((G-1)/G * sum (s_g - mean s)^2); the level at which the width is
+read is found anew each time, so that the width's error has the level's in it. A 95 % interval is Student's with G - 1
+degrees of freedom. Two things a jackknife does not see are added:
+
+- Where values were interpolated, a score is off by what splines do between their points: about as much as it differs on
+  the coarser grid they pass through (on trained networks 0.04 to 0.09 of the convexity share).
+- Where over a third of a surface curves less than its own standard error, the signs there are noise that neighbours
+  share, and noise makes curvature look negative: the convexity share then counts as known to half of that part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from skipscope.surfaces._results import Scores
 
+_MANY = 1 / 3  # of a surface may curve less than its error before its signs count as shared noise
+_FAR = 1e12  # how far above the level, against it, what is not finite is taken to lie
 _FLAT = 0.1  # a surface whose middle 90 % spans less than this part of its median is a sheet
 
 
 def convexity_share(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray) -> float:
-    """Share of finite interior points whose discrete Hessian (second differences) has no negative eigenvalue."""
-    slack = 1e-9 * _size(values)  # rounding in the values is no curvature
-    if values.ndim == 1:
-        with np.errstate(invalid="ignore"):
-            second = np.diff(values, 2)
-        second = second[np.isfinite(second)]
-        return float(np.mean(second >= -slack)) if second.size else float("nan")
+    """Share of the interior where the discrete Hessian (second differences) has no negative eigenvalue.
+
+    Between points the smallest eigenvalue is taken as flat triangles, as the surface is for :func:`width`: whole rows of
+    points may change sign together, and a count would jump. What is not finite is left out.
+    """
+    smallest = _smallest_curvature(values, alphas, betas)
+    steps = [np.min(np.diff(axis)) for axis in (alphas, betas)[: values.ndim] if len(axis) > 1]
+    slack = 1e-9 * _size(values) / min(steps) ** 2 if steps else 0.0  # rounding in the values is no curvature
+    smallest = np.where(np.isfinite(smallest), smallest + slack, np.nan)
+    if min(smallest.shape) > 1:
+        share = _share_above(smallest[:-1], smallest[1:]) if values.ndim == 1 else _share_of_squares(smallest)
+        if np.isfinite(share).any():
+            return float(np.nanmean(share))
+    smallest = smallest[np.isfinite(smallest)]
+    return float(np.mean(smallest >= 0)) if smallest.size else float("nan")
+
+
+def _smallest_curvature(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray) -> np.ndarray:
+    """The smaller eigenvalue of the second differences at interior points, [a - 2, b - 2]; on a line these, [a - 2]."""
     if min(values.shape) < 3:
-        return float("nan")
+        return np.zeros(0)
     with np.errstate(invalid="ignore", over="ignore"):
+        if values.ndim == 1:
+            return _second(values, alphas, 0)
         a = _second(values, alphas, 0)[:, 1:-1]
         b = _second(values, betas, 1)[1:-1, :]
         step_a, step_b = alphas[2:] - alphas[:-2], betas[2:] - betas[:-2]
         c = values[2:, 2:] - values[2:, :-2] - values[:-2, 2:] + values[:-2, :-2]
         c = c / step_a[:, None] / step_b[None, :]
-        smallest = (a + b) / 2 - np.hypot((a - b) / 2, c)
-    smallest = smallest[np.isfinite(smallest)]
-    scale = slack / min(np.min(np.diff(alphas)), np.min(np.diff(betas))) ** 2
-    return float(np.mean(smallest >= -scale)) if smallest.size else float("nan")
+        return (a + b) / 2 - np.hypot((a - b) / 2, c)
 
 
 def _second(values: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
@@ -68,6 +87,8 @@ def barrier(values: np.ndarray) -> float:
     """
     flat = np.where(np.isfinite(values), values, np.inf).reshape(values.shape[0], -1)
     rows, columns = flat.shape
+    if _valleys(flat) < 2:
+        return 0.0
     order = np.argsort(flat, axis=None, kind="stable")
     parent = np.full(flat.size, -1)
     bottom, level, highest = np.full(flat.size, np.inf), flat.ravel(), 0.0
@@ -93,13 +114,24 @@ def barrier(values: np.ndarray) -> float:
     return highest
 
 
+def _valleys(flat: np.ndarray) -> int:
+    """How many points have no deeper neighbour (more than there are valleys where some are as deep)."""
+    around = np.pad(flat, 1, constant_values=np.inf)
+    rows, columns = flat.shape
+    lowest = np.ones(flat.shape, dtype=bool)
+    for i, j in np.ndindex(3, 3):
+        lowest &= flat <= around[i : i + rows, j : j + columns]
+    return int((lowest & np.isfinite(flat)).sum())
+
+
 def width(
     values: np.ndarray, alphas: np.ndarray, betas: np.ndarray, level: float, at: Sequence[float] = (0.0, 0.0)
 ) -> tuple[float, bool]:
     """Radius of the region around the origin (``at``) below ``level``, and whether it reaches the edge.
 
-    For a plane, the radius of the disc with the region's area; for a line, half its length. NaN when the origin is
-    not below the level or not on the grid.
+    For a plane, the radius of the disc with the region's area; for a line, half its length. Between grid points the
+    surface is taken as flat triangles, so that the width moves smoothly with the values and has an error. NaN when
+    the origin is not below the level or not on the grid.
     """
     from scipy.ndimage import label
 
@@ -109,12 +141,35 @@ def width(
         return float("nan"), False
     regions = np.asarray(label(below)[0])  # type: ignore[index]
     region = regions == regions[origin]
-    cells = [np.gradient(axis) if axis.size > 1 else np.ones(1) for axis in (alphas, betas)[: values.ndim]]
+    # Other regions below the level are no part of this one: to its triangles they are as high as can be.
+    depth = np.where(region | ~below & np.isfinite(values), level - values, -_FAR * (abs(level) + 1))
     if values.ndim == 1:
-        return float((region * cells[0]).sum() / 2), bool(region[0] or region[-1])
-    area = float((region * np.outer(*cells)).sum())
+        length = float((_share_above(depth[:-1], depth[1:]) * np.diff(alphas)).sum())
+        return length / 2, bool(region[0] or region[-1])
+    cells = np.outer(np.diff(alphas), np.diff(betas))
+    area = float((_share_of_squares(depth) * cells).sum())
     edge = region[0].any() or region[-1].any() or region[:, 0].any() or region[:, -1].any()
     return float(np.sqrt(area / np.pi)), bool(edge)
+
+
+def _share_above(*corners: np.ndarray) -> np.ndarray:
+    """Share of a segment, or triangle, where the linear function with these values at its corners is above zero."""
+    first, *middle, last = np.sort(np.stack(corners), axis=0)[::-1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if not middle:
+            part = first / (first - last)
+        else:
+            few = first**2 / ((first - middle[0]) * (first - last))
+            part = np.where(middle[0] < 0, few, 1 - last**2 / ((first - last) * (middle[0] - last)))
+        part = np.where(last >= 0, 1.0, np.where(first <= 0, 0.0, part))
+    return np.where(np.isnan(sum(corners)), np.nan, part)
+
+
+def _share_of_squares(depth: np.ndarray) -> np.ndarray:
+    """The same of each square of a grid, as four triangles around its middle."""
+    corners = depth[:-1, :-1], depth[:-1, 1:], depth[1:, 1:], depth[1:, :-1]
+    middle = np.mean(np.stack(corners), axis=0)
+    return np.mean([_share_above(corners[k], corners[(k + 1) % 4], middle) for k in range(4)], axis=0)
 
 
 def level_for(surfaces: list[tuple[float, np.ndarray]]) -> float:
@@ -146,68 +201,93 @@ def label_of(values: np.ndarray, centre: float, learnt: bool | None) -> str:
     return "flat over this span: widen it" if flat else ""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What the surface would be without one group of samples.
+
+    Attributes:
+        centre: the loss at the origin.
+        values: the surface.
+        level: where the width would be read.
+    """
+
+    centre: float
+    values: np.ndarray
+    level: float
+
+
 def scores_of(
-    values: np.ndarray,
+    whole: Part,
     alphas: np.ndarray,
     betas: np.ndarray,
     *,
-    centre: float,
-    level: float,
     label: str,
-    without_fold: list[tuple[float, np.ndarray]] | None,
+    parts: Sequence[Part],
     origin: Sequence[float] = (0.0, 0.0),
     interpolated_from: tuple[np.ndarray, ...] | None = None,
 ) -> Scores:
     """All scores of one surface.
 
     Args:
-        values: the surface, [a, b] or [a].
+        whole: the surface with all samples.
         alphas: first axis.
         betas: second axis, empty for a line.
-        centre: the loss at the origin.
-        level: where the width is read.
         label: see :func:`label_of`.
-        without_fold: (centre, values) without each group of samples in turn, or None.
+        parts: the surface without each group of samples in turn; empty when samples cannot be told apart.
         origin: the coefficients of the model as it is.
         interpolated_from: rows and columns of the coarser grid, where the rest is interpolated from it.
     """
 
-    def numbers(centre: float, v: np.ndarray, *at: np.ndarray) -> dict[str, float]:
-        a, b = at or (alphas, betas)
+    def numbers(part: Part, a: np.ndarray, b: np.ndarray) -> dict[str, float]:
         return {
-            "centre": centre,
-            "convexity_share": convexity_share(v, a, b),
-            "roughness": roughness(v),
-            "barrier": barrier(v),
-            "width": width(v, a, b, level, origin)[0],
+            "centre": part.centre,
+            "convexity_share": convexity_share(part.values, a, b),
+            "roughness": roughness(part.values),
+            "barrier": barrier(part.values),
+            "width": width(part.values, a, b, part.level, origin)[0],
+            "level": part.level,
         }
 
-    errors, found = _jackknife(numbers, without_fold) if without_fold else {}, numbers(centre, values)
+    found, errors = numbers(whole, alphas, betas), {}
+    if parts:
+        errors = _jackknife([numbers(part, alphas, betas) for part in parts])
+        undecided = _undecided(whole, parts, alphas, betas)
+        if undecided > _MANY and "convexity_share" in errors:
+            errors["convexity_share"] = max(errors["convexity_share"], undecided / 2)
     if interpolated_from is not None:
         rows, columns = interpolated_from
-        coarse = numbers(centre, values[np.ix_(rows, columns)], alphas[rows], betas[columns])
-        gaps = {name: abs(found[name] - coarse[name]) for name in found if name != "centre"}
-        errors |= {n: float(np.hypot(errors.get(n, 0.0), gap)) for n, gap in gaps.items() if np.isfinite(gap)}
-    return Scores(
-        label=label,
-        **found,
-        level=level,
-        width_is_bound=width(values, alphas, betas, level, origin)[1],
-        errors=errors,
-    )
+        coarse = replace(whole, values=whole.values[np.ix_(rows, columns)])
+        gaps = {n: abs(found[n] - x) for n, x in numbers(coarse, alphas[rows], betas[columns]).items()}
+        errors |= {
+            n: float(np.hypot(errors.get(n, 0.0), gap))
+            for n, gap in gaps.items()
+            if n not in {"centre", "level"} and np.isfinite(gap)
+        }
+    bound = width(whole.values, alphas, betas, whole.level, origin)[1]
+    return Scores(label=label, **found, width_is_bound=bound, errors=errors)
 
 
-def _jackknife(
-    numbers: Callable[[float, np.ndarray], dict[str, float]], parts: list[tuple[float, np.ndarray]]
-) -> dict[str, float]:
-    left_out = [numbers(*part) for part in parts]
-    groups = len(parts)
+def _jackknife(left_out: list[dict[str, float]]) -> dict[str, float]:
     errors = {}
     for name in left_out[0]:
         column = np.array([entry[name] for entry in left_out])
         if np.isfinite(column).all():
-            errors[name] = float(np.sqrt((groups - 1) / groups * np.square(column - column.mean()).sum()))
+            errors[name] = float(_spread(column))
     return errors
+
+
+def _spread(parts: np.ndarray) -> np.ndarray:
+    """The jackknife's standard error over the first dimension."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.sqrt((len(parts) - 1) / len(parts) * np.square(parts - parts.mean(0)).sum(0))
+
+
+def _undecided(whole: Part, parts: Sequence[Part], alphas: np.ndarray, betas: np.ndarray) -> float:
+    """Share of interior points whose smallest curvature is within one standard error of zero."""
+    smallest = _smallest_curvature(whole.values, alphas, betas)
+    errors = _spread(np.stack([_smallest_curvature(part.values, alphas, betas) for part in parts]))
+    known = np.isfinite(smallest) & np.isfinite(errors)
+    return float(np.mean(np.abs(smallest[known]) < errors[known])) if known.any() else 0.0
 
 
 def _size(values: np.ndarray) -> float:
