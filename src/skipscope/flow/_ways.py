@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from skipscope.shortcuts import bits
+from skipscope.shortcuts._bits import Ancestors
 
 Edge = tuple[Any, int]  # a node, and which of its outputs
 
@@ -26,87 +26,94 @@ class Ways:
 
     Attributes:
         starts: the tensors that activations begin with: inputs, and the tables of embeddings.
+        position: each activation's place; what it was computed from comes before it.
     """
 
     def __init__(self, loss: Tensor, leaves: list[Tensor]):
-        self.nodes = _ordered(loss.grad_fn)
-        self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.position: dict[Any, int] = {}
         self.consumers: dict[Edge, list[tuple[Any, int]]] = {}
-        self.ancestors: list[
-            int
-        ] = []  # of each node, as a set of bits: only activations, the node itself included
-        begins = {edge_of(leaf)[0] for leaf in leaves}
-        self.starts = [leaf for leaf in leaves if edge_of(leaf)[0] in self.position]
-        for i, node in enumerate(self.nodes):
-            mask = 0
+        parents: list[tuple[int, ...]] = []  # of each activation, the activations it was computed from
+        begins = {edge_of(leaf)[0]: leaf for leaf in leaves}
+        self.starts: list[Tensor] = []
+        for node in _ordered(loss.grad_fn):
+            above = []
             for e, (parent, nr) in enumerate(node.next_functions):
                 if parent is not None:
-                    mask |= self.ancestors[self.position[parent]]
                     self.consumers.setdefault((parent, nr), []).append((node, e))
+                    above += [self.position[parent]] if parent in self.position else []
             embeds = node.name().startswith("Embedding")
-            if embeds:
-                table = getattr(node.next_functions[0][0], "variable", None)
-                self.starts += (
-                    [table] if table is not None and all(table is not s for s in self.starts) else []
-                )
-            self.ancestors.append(mask | 1 << i if mask or embeds or node in begins else 0)
+            start = _table_of(node) if embeds else begins.get(node)
+            if start is not None and all(start is not other for other in self.starts):
+                self.starts.append(start)
+            if above or embeds or node in begins:
+                self.position[node] = len(parents)
+                parents.append(tuple(above))
+        self.ancestors = Ancestors(parents)
 
-    def above(self, edges: list[Edge]) -> int:
-        """The activations that any of ``edges`` depends on."""
-        mask = 0
-        for node, _ in edges:
-            mask |= self.ancestors[self.position[node]] if node in self.position else 0
-        return mask
+    def reach(self, edge: Edge, ends: list[Edge]) -> bool:
+        """Whether any of ``ends`` is an activation, or was computed from it."""
+        at = self.position.get(edge[0])
+        return at is not None and any(
+            self.ancestors.reaches(at, self.position[end]) for end, _ in ends if end in self.position
+        )
 
-    def fork(self, shortcuts: list[Edge], branch: int) -> Edge | None:
-        """Where the last of the shortcut operands parts from the branch."""
-        forks = [fork for edge in shortcuts if (fork := self._fork_of(edge, branch)) is not None]
-        return max(forks, key=lambda edge: self.position[edge[0]], default=None)
-
-    def _fork_of(self, shortcut: Edge, branch: int) -> Edge | None:
-        """The nearest activation above an operand on which the branch depends; of x and its gate, x."""
-        entered: list[Edge] = []
-        stack, seen = [shortcut], set[Edge]()
+    def past(self, shortcuts: list[Edge], branch: list[Edge]) -> tuple[list[Any], list[Edge]]:
+        """The nodes above ``shortcuts`` on which no ``branch`` operand depends, and the edges by which one goes on from
+        them to where one does.
+        """
+        own: dict[Any, None] = {}
+        entered: dict[Edge, None] = {}
+        stack, seen = list(shortcuts), set[Edge]()
         while stack:
             edge = stack.pop()
-            at = self.position.get(edge[0])
-            if at is None or edge in seen or not self.ancestors[at]:
+            if edge in seen or edge[0] not in self.position:
                 continue
             seen.add(edge)
-            if branch >> at & 1:
-                entered.append(edge)
+            if self.reach(edge, branch):
+                entered[edge] = None
             else:
+                own[edge[0]] = None
                 stack += [parent for parent in edge[0].next_functions if parent[0] is not None]
-        first = [e for e in entered if not any(f[0] is not e[0] and self.depends(e, f) for f in entered)]
-        return max(first, key=lambda edge: self.position[edge[0]], default=None)
+        return list(own), list(entered)
 
-    def depends(self, edge: Edge, on: Edge) -> bool:
-        """Whether an activation was computed from another."""
-        return bool(self.ancestors[self.position[edge[0]]] >> self.position[on[0]] & 1)
+    def fork(self, shortcuts: list[Edge], branch: list[Edge]) -> Edge | None:
+        """Where the last of the shortcut operands parts from the branch: of x and its gate, x."""
+        forks = []
+        for shortcut in shortcuts:
+            _, entered = self.past([shortcut], branch)
+            first = [e for e in entered if not any(f[0] is not e[0] and self.reach(f, [e]) for f in entered)]
+            forks += first and [max(first, key=lambda edge: self.position[edge[0]])]
+        return max(forks, key=lambda edge: self.position[edge[0]], default=None)
 
     def arrivals(self, ends: list[tuple[str, Edge]], joined: Any) -> Arrivals:
         """The ways into the fork of the merge of ``ends``."""
-        branch = self.above([edge for side, edge in ends if side == "branch"])
+        branch = [edge for side, edge in ends if side == "branch"]
         shortcuts = [edge for side, edge in ends if side == "shortcut"]
         fork = self.fork(shortcuts, branch)
         if fork is None:
             return Arrivals(None)
-        bypass, merged = self.above(shortcuts), {edge for _, edge in ends}
-        inside = self.above([(joined, 0)])  # of the merge's call, with what it does to its operands first
+        merged = {edge for _, edge in ends}
         found = Arrivals(fork)
         for node, e in self.consumers.get(fork, []):
-            at = self.position[node]
-            side = "branch" if branch >> at & 1 else "shortcut" if bypass >> at & 1 else "other"
-            if side == "other" and fork in merged and inside >> at & 1:
-                side = "shortcut"  # the shortcut operand is the fork itself
+            way = (node, 0)
+            side = (
+                "branch" if self.reach(way, branch) else "shortcut" if self.reach(way, shortcuts) else "other"
+            )
+            if side == "other" and fork in merged and self.reach(way, [(joined, 0)]):
+                # The shortcut operand is the fork itself: its way is the merge's call, and what that does first.
+                side = "shortcut"
             found.ways.append((node, e, side))
-        for at in bits(bypass & ~branch):
-            for e, edge in enumerate(self.nodes[at].next_functions):
-                above = self.position.get(edge[0])
-                on_both = above is not None and edge != fork and branch >> above & 1
-                if on_both and self.depends(edge, fork):
-                    found.gates.append((self.nodes[at], e, edge))
+        for node in self.past(shortcuts, branch)[0]:
+            for e, edge in enumerate(node.next_functions):
+                on_both = edge[0] is not None and edge != fork and self.reach(edge, branch)
+                if on_both and self.reach(fork, [edge]):
+                    found.gates.append((node, e, edge))
         return found
+
+
+def _table_of(node: Any) -> Tensor | None:
+    """The weight that an embedding looks up, if it is one."""
+    return getattr(node.next_functions[0][0], "variable", None)
 
 
 @dataclass
