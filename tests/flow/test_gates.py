@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -170,6 +170,7 @@ def build(part, canonical):
     return oracles.Residual(first, scale=0.5 if kind == "scaled" else None)
 
 
+@example(("residual", "multiplied out"), 0, False)
 @settings(max_examples=40, deadline=None)
 @given(parts, st.integers(0, 10**6), st.booleans())
 def test_the_paths_of_nested_networks(part, seed, batched):

@@ -57,6 +57,7 @@ class Ancestors:
 
 
 _WINDOW = 1024
+_ONES = (1 << _WINDOW) - 1
 
 
 def bits(mask: int) -> Iterator[int]:
@@ -65,7 +66,10 @@ def bits(mask: int) -> Iterator[int]:
     while mask:
         zeros = (mask & -mask).bit_length() - 1
         base, mask = base + zeros, mask >> zeros
-        digits = bin(mask & (1 << _WINDOW) - 1)[:1:-1]
+        if mask == 1:  # sets of one are met most
+            yield base
+            return
+        digits = bin(mask & _ONES)[:1:-1]
         at = 0
         while at >= 0:
             yield base + at

@@ -11,7 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
@@ -150,9 +150,17 @@ def site_of(frame: FrameType, operation: str) -> str:
     return known[1]
 
 
+_sources: dict[tuple[int, int], tuple[CodeType, str]] = {}
+
+
 def source_of(frame: FrameType) -> str:
     """``file.py:line`` for people."""
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+    code = frame.f_code
+    known = _sources.get((id(code), frame.f_lasti))
+    if known is None:
+        source = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
+        known = _sources[id(code), frame.f_lasti] = (code, source)
+    return known[1]
 
 
 def first_argument(frame: FrameType) -> Any:
@@ -265,7 +273,8 @@ class Sites:
         operation = key.site.rpartition(":")[2]
         entered = self._calls[key.host, key.call]
         among = 0 if entered.after is None else entered.after[operation] - entered.before.get(operation, 0)
-        return replace(key, total=self.occurrences[key.host, key.site], among=among)
+        total = self.occurrences[key.host, key.site]
+        return CallKey(key.host, key.site, key.nth, key.index, key.call, total, among)
 
 
 def tensor_operands(values: Sequence[Any]) -> int:

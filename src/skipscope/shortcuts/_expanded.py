@@ -46,9 +46,13 @@ class Expanded:
 
     def __init__(self, graph: Graph, made: Mapping[int, Call]):
         self.graph, self.made = graph, made
+        self._gates: set[int] = set()  # nodes that are whole gates: addends, and no sums, of what comes after
+        self._has_products = any(call.name in {"mul", "addcmul"} for call in made.values())
 
     def gate(self, call: Call) -> Verdict | None:
         """The gate whose last sum a call is; its parts are the sums before."""
+        if not self._has_inner(call):
+            return None
         addends, parts = self._addends(call)
         if not parts or not 3 <= len(addends) <= _MOST:
             return None
@@ -61,6 +65,7 @@ class Expanded:
                 rest = [a for a in addends if a is not alone and a is not product]
                 gate = self._by_h(alone, product, rest) or self._by_x(base, [alone.place, at], rest)
                 if gate is not None:
+                    self._gates.add(self.graph.position[call.output])
                     kind = "gated" if product.factors[1 - k][0] < self.graph.activations else "scaled"
                     return self._verdict(call, parts, kind, *gate)
         return None
@@ -121,13 +126,30 @@ class Expanded:
             outer, sign = waiting.pop()
             for place, its, nodes in self._operands(outer, sign):
                 at, turned = self._seen_through(nodes[0], its, only=True)
-                inner = self.made.get(id(self.graph.nodes[at])) if len(nodes) == 1 else None
-                if inner is not None and self._is_sum(inner) and self._is_only_here(at):
+                inner = self._inner(at) if len(nodes) == 1 else None
+                if inner is not None:
                     parts.append(inner)
                     waiting.append((inner, turned))
                 else:
                     found.append(self._addend(place, its, nodes))
         return found, parts
+
+    def _has_inner(self, call: Call) -> bool:
+        """Whether an operand is a sum that goes nowhere else."""
+        graph = self.graph
+        if not self._has_products or not self._is_sum(call):
+            return False
+        for node in call.operands:
+            at, _ = self._seen_through(graph.position[node], 1, only=True)
+            if self._inner(at) is not None:
+                return True
+        return False
+
+    def _inner(self, at: int) -> Call | None:
+        """The sum that a node is, if it goes nowhere else."""
+        call = self.made.get(id(self.graph.nodes[at]))
+        is_sum = call is not None and self._is_sum(call) and at not in self._gates
+        return call if is_sum and self._is_only_here(at) else None
 
     def _is_sum(self, call: Call) -> bool:
         return call.name in _SUMS and None not in call.operands and call.whole is None

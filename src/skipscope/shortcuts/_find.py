@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
         [('0', 'identity', 'input'), ('1', 'identity', '0')]
     """
     refuse_flattened(model, "find_shortcuts")
-    with untouched(model, seed=0, operation="find_shortcuts"), _collector_paused():
+    with _collector_paused(), untouched(model, seed=0, operation="find_shortcuts"):
         graph = Graph(trace(unwrapped(model), inputs))
         try:
             return read(graph)
@@ -126,6 +127,7 @@ def _with_addends(
 def _layers(record: Trace) -> tuple[Layer, ...]:
     modules = record.modules
 
+    @functools.cache
     def size(path: str) -> int:
         return sum(p.numel() for p in modules[path]._parameters.values() if p is not None)
 

@@ -24,6 +24,7 @@ class Gates:
 
     def __init__(self, graph: Graph, made: Mapping[int, Call]):
         self.graph, self.made = graph, made
+        self._has_differences = any(call.name in {"sub", "rsub"} for call in made.values())
 
     def product(self, sides: dict[int, Side]) -> str | None:
         """The reason why a product is none: x times a side with weights. None for any other product."""
@@ -66,6 +67,8 @@ class Gates:
         """In x + t (H - x): the call of H - x, which of its operands is x, the operands that carry both sides, and the
         kind: scaled where t does not depend on the data.
         """
+        if not self._has_differences:
+            return None
         x, signs = reader.position(i), signs_of(reader.call)
         for j in branches:
             inner = self._inner(reader.position(j), x)
@@ -78,6 +81,8 @@ class Gates:
 
     def crossed(self, reader: Sides) -> Verdict | None:
         """H + c (x - H), as recurrent cells have it: here the operand that stands alone is the branch."""
+        if not self._has_differences:
+            return None
         graph, call, signs = self.graph, reader.call, signs_of(reader.call)
         for i, j in permutations(reader.active, 2):
             end = reader.position(i)

@@ -16,7 +16,7 @@ import torch
 
 from skipscope import _data
 from skipscope.shortcuts._bits import Ancestors, as_bits, bits, chosen
-from skipscope.shortcuts._trace import Step, Trace, node_of, output_of, signed
+from skipscope.shortcuts._trace import Step, Trace, kind_of, node_of, output_of, signed
 
 PART = -2
 
@@ -50,9 +50,14 @@ class Graph:
         self.activations = sum(is_active)
         self.nodes = [nodes[i] for i in order]
         self.position = {node: i for i, node in enumerate(self.nodes)}
+        self._kinds = [kind_of(node) for node in self.nodes]
+        self._masks: dict[frozenset[str], int] = {}
+        self._used: dict[int, dict[int, int]] = {}
         self.parents = [tuple(place[p] for p in parents[i]) for i in order]
         self.weights, self.matrices = [weights[i] for i in order], [matrices[i] for i in order]
-        self.ancestors = Ancestors(self.parents[: self.activations])
+        n = self.activations
+        self._active_parents = [[p for p in above if p < n] for above in self.parents]
+        self.ancestors = Ancestors(self.parents[:n])
         self.weighted = as_bits(self.weights[: self.activations])
         self._count_uses()
         self._sets: dict[int, int] = {}
@@ -117,7 +122,7 @@ class Graph:
                 if not is_active[parent]:
                     all_weights |= every[parent]
                     only_matrices |= matrices[parent]
-            if (variable := getattr(node, "variable", None)) is not None:
+            if not above and (variable := getattr(node, "variable", None)) is not None:
                 all_weights, is_matrix = owners.get(id(variable), (0, False))
                 only_matrices = all_weights if is_matrix else 0
             is_active.append(starts or (node not in dead and any(is_active[parent] for parent in above)))
@@ -142,10 +147,12 @@ class Graph:
         return {self.modules[m] for m, times in self._used_in(region).items() if times == self._uses[m]}
 
     def _used_in(self, region: int) -> dict[int, int]:
-        found: dict[int, int] = {}
-        for i in bits(region & self.weighted):
-            for m in bits(self.weights[i]):
-                found[m] = found.get(m, 0) + 1
+        found = self._used.get(region)
+        if found is None:
+            found = self._used[region] = {}
+            for i in bits(region & self.weighted):
+                for m in bits(self.weights[i]):
+                    found[m] = found.get(m, 0) + 1
         return found
 
     def modules_below(self, path: str) -> set[str]:
@@ -185,14 +192,14 @@ class Graph:
 
     def active_parents(self, i: int) -> list[int]:
         """The activations that node ``i`` was computed from."""
-        return [p for p in self.parents[i] if p < self.activations]
+        return self._active_parents[i]
 
     @functools.cached_property
     def children(self) -> list[list[int]]:
         """For each activation those computed from it, in order."""
         found: list[list[int]] = [[] for _ in range(self.activations)]
         for child in range(self.activations):
-            for parent in dict.fromkeys(self.active_parents(child)):
+            for parent in dict.fromkeys(self._active_parents[child]):
                 found[parent].append(child)
         return found
 
@@ -222,7 +229,10 @@ class Graph:
         """The set of nodes on the ways from any of ``starts`` to ``end``, these among them."""
         first, reaches = min(starts), self.ancestors.reaches
         window = self.ancestors[end] >> first
-        inside = [any(reaches(s, first + v) for s in starts) for v in bits(window)]
+        if len(starts) == 1:
+            inside = [reaches(first, first + v) for v in bits(window)]
+        else:
+            inside = [any(reaches(s, first + v) for s in starts) for v in bits(window)]
         return chosen(window, inside) << first
 
     def onward(self, starts: Iterable[int], through: frozenset[str], ends: frozenset[str]) -> list[int]:
@@ -272,7 +282,13 @@ class Graph:
 
     def kind(self, i: int) -> str:
         """The operation of node ``i``: autograd's name without ``Backward0``."""
-        return self.nodes[i].name().partition("Backward")[0]
+        return self._kinds[i]
+
+    def of_kinds(self, kinds: frozenset[str]) -> int:
+        """The set of activations that are of certain kinds."""
+        if kinds not in self._masks:
+            self._masks[kinds] = as_bits([kind in kinds for kind in self._kinds[: self.activations]])
+        return self._masks[kinds]
 
 
 def _ordered(starts: list[Any]) -> tuple[list[Any], list[tuple[int, ...]]]:

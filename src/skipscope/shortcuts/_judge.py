@@ -52,13 +52,13 @@ class Judge:
             return "an activation and a weight (position embedding or bias)" if is_addition else None
         if (gate := self.expanded.gate(call)) is not None:
             return gate
+        if call.name == "stack" and self.mixtures.of(call) is None:
+            return "stacked side by side"
         sides = reader.read()
         if call.name in _calls.PRODUCTS:
             return self.gates.product(sides)
         if all(side.fork is None for side in sides.values()):
             return "no common ancestor (position embedding, or separate inputs)"
-        if call.name == "stack" and self.mixtures.of(call) is None:
-            return "stacked side by side"
         if call.name not in _calls.LISTS and (crossed := self.gates.crossed(reader)) is not None:
             return crossed
         bypassing = (0,) if call.name.startswith("marked ") else self._bypassing(call, sides)
@@ -134,7 +134,7 @@ class Judge:
 
     def _takes_largest(self, side: Side) -> bool:
         """Whether only the largest values come through: one more of Inception's parallel branches."""
-        return any(self.graph.kind(v) in MAX_POOLS for v in bits(side.region))
+        return bool(side.region & self.graph.of_kinds(MAX_POOLS))
 
     def _is_score(self, at: int) -> bool:
         """Whether a softmax makes of it, shifted and scaled at most, one factor of a matrix product."""
@@ -142,11 +142,11 @@ class Judge:
         return bool(self.graph.onward(softmaxes, _PASSING, frozenset({"Bmm", "Mm"})))
 
     def _bends(self, region: int) -> bool:
-        return any(self.graph.kind(v) in BENT for v in bits(region))
+        return bool(region & self.graph.of_kinds(BENT))
 
     def _is_low_rank(self, side: Side, projection: Side) -> bool:
         """As in LoRA: a linear side whose inner width is less than what the map beside it could pass."""
-        if not all(self.graph.kind(v) in _LINEAR for v in bits(side.region)):
+        if side.region & ~self.graph.of_kinds(_LINEAR):
             return False
         inner = min((min(shape) for shape in self.graph.matrix_shapes(side.region)), default=0)
         outer = min((min(shape) for shape in self.graph.matrix_shapes(projection.region)), default=0)
@@ -222,7 +222,7 @@ class Judge:
     def _is_activation_function(self, region: int) -> bool:
         """Whether all its weights are single numbers, and each value goes through by itself."""
         graph = self.graph
-        return graph.has_only_scalars(region) and all(graph.kind(v) in POINTWISE for v in bits(region))
+        return graph.has_only_scalars(region) and not region & ~graph.of_kinds(POINTWISE)
 
     def _repeats(self, reader: Sides, region: int, bypassing: tuple[int, ...]) -> bool:
         """Whether the branch's matrices have all made a bypassing operand before: one module, step after step."""
@@ -258,7 +258,7 @@ class Judge:
         mixture: Mixture | None = None
         if call.name == "lerp":
             kind, both = "gated", (2,) if call.tensors[2] else ()
-        elif (mixture := self.mixtures.of(call)) is not None:
+        elif call.name in _calls.LISTS and (mixture := self.mixtures.of(call)) is not None:
             kind = max(mixture.kind, *(sides[i].how for i in bypassing), key=_BY_WEIGHT.index)
             both = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor and mixture.alone)
         elif kind in {"branch", "bent"}:  # declared by its author, whatever leads to it

@@ -8,11 +8,10 @@ fork is where its path enters the common part: the nearest ancestor on which the
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
 from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
 from skipscope.shortcuts._bits import bits
 from skipscope.shortcuts._graph import Graph
@@ -84,8 +83,7 @@ def signs_of(call: Call) -> tuple[int, ...]:
     return 1, *[-sign if call.name == "sub" else sign] * 2
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """One operand as seen from its merge.
 
     Attributes:
@@ -159,6 +157,8 @@ class Sides:
     def _common(self) -> list[int]:
         """For each operand what the others depend on (not those that it is multiplied with in the call)."""
         every = [self.graph.ancestors[self.position(i)] for i in self.active]
+        if len(every) == 2 and not self.factors:
+            return every[::-1]
         if self.factors:
             return [
                 reduce(or_, (a for j, a in zip(self.active, every, strict=True) if self._are_added(i, j)), 0)
@@ -173,11 +173,12 @@ class Sides:
 
     def _side(self, i: int, common: int) -> Side:
         graph, at = self.graph, self.position(i)
-        own = graph.ancestors[at] & ~common
-        if own == graph.ancestors[at]:
+        if common >> at & 1:
+            return Side(at, "identity", 0)
+        every = graph.ancestors[at]
+        own = every & ~common
+        if own == every:
             return Side(None, "branch", own)
-        if not own:
-            return Side(at, "identity", own)
         walk = _Walk(graph, common)
         reached = walk.weightless(at)
         fork = walk.nearest(reached)
@@ -195,18 +196,13 @@ class Sides:
 
     def _is_linear(self, fork: int, own: int) -> bool:
         """At most one matrix, no bent operation and no product of activations between fork and operand."""
-        graph = self.graph
+        graph, reaches = self.graph, self.graph.ancestors.reaches
         if graph.matrices_in(own, enough=2).bit_count() > 1:
             return False
-        for v in bits(own):
-            if not graph.ancestors.reaches(fork, v):
-                continue
-            kind = graph.kind(v)
-            if kind not in _STRAIGHT:
-                return False
-            if kind in _PAIRING and len(graph.active_parents(v)) > 1:
-                return False
-        return True
+        if any(reaches(fork, v) for v in bits(own & ~graph.of_kinds(_STRAIGHT))):
+            return False
+        pairing = bits(own & graph.of_kinds(_PAIRING))
+        return not any(reaches(fork, v) and len(graph.active_parents(v)) > 1 for v in pairing)
 
 
 # A step of a walk asks for what earlier nodes reach, and ends with what its own node does.
@@ -224,6 +220,8 @@ class _Walk:
 
     def weightless(self, v: int) -> frozenset[int]:
         """The common nodes that ``v`` reaches without weights; empty where a weight or a weighted addend is met."""
+        if self.graph.weights[v] and not self.common >> v & 1 and self.graph.kind(v) not in PRODUCT:
+            return frozenset()
         waiting = [(v, self._step(v))]  # in place of recursion: a way back may have thousands of steps
         answer: frozenset[int] | None = None
         while waiting:

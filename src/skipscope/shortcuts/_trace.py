@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -22,7 +22,7 @@ from skipscope.shortcuts import _calls
 from skipscope.shortcuts._results import CallKey
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """One merge-like call: what was called, where, with which operands, giving what.
 
@@ -35,7 +35,7 @@ class Call:
         output: the result's autograd node.
         order: position among all calls.
         tensors: which operands are tensors.
-        dead: multiplied with zeros that are no weights: a state that has not begun.
+        dead: multiplied with zeros of its own size that are no weights: a state that has not begun.
         checkpointed: recomputed in backward outside of any module's forward.
         whole: for a call that writes into a slice, the node of the whole tensor before it; else None.
         written: the same after it.
@@ -84,8 +84,7 @@ class Trace:
     weights: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One run of a module that has weights of its own.
 
     Attributes:
@@ -132,9 +131,37 @@ _MANY = frozenset({"UnbindBackward0", "SplitBackward0", "SplitWithSizesBackward0
 _HANDS_THROUGH = "RegisterPostBackwardFunctionBackward"
 
 
+_kinds: dict[type, str] = {}
+_plain: dict[type, bool] = {}
+
+
+def kind_of(node: Any) -> str:
+    """The operation of a node: autograd's name without ``Backward0``."""
+    kind = _kinds.get(type(node))
+    if kind is None:
+        name = node.name()
+        kind = name.partition("Backward")[0]
+        if type(node).__name__ == name:  # else the type is one of many operations
+            _kinds[type(node)] = kind
+    return kind
+
+
+def _is_plain(node: Any) -> bool:
+    """Whether a node is what it is, and neither hands on what another made nor has many outputs."""
+    plain = _plain.get(type(node))
+    if plain is None:
+        name = node.name()
+        plain = name not in _MANY and name not in {_HANDS_THROUGH, "AliasBackward0", "SliceBackward0"}
+        if type(node).__name__ == name:
+            _plain[type(node)] = plain
+    return plain
+
+
 def output_of(node: Any, index: int) -> Any:
     """The node of one output of an autograd node, seen through what only hands it on."""
     while node is not None:
+        if _is_plain(node):
+            return node
         name = node.name()
         if name == _HANDS_THROUGH:
             node, index = node.next_functions[index]
@@ -196,9 +223,13 @@ class _Recorder(TorchFunctionMode):
                 self._assigned(args[0], args[2])
             output = func(*args, **kwargs)
             if name == "embedding":
-                self._embedded(args, kwargs, output)
-            elif name == "__setitem__" or (isinstance(output, Tensor | tuple) and name not in _SHAPE_ONLY):
-                self._integers(args, kwargs, args[0] if name == "__setitem__" else output)
+                output = self._embedded(args, kwargs, output)
+            elif name == "__setitem__":
+                self._integers(args, kwargs, args[0])
+            elif name not in _SHAPE_ONLY and (
+                isinstance(output, tuple) or (isinstance(output, Tensor) and not output.is_floating_point())
+            ):
+                self._integers(args, kwargs, output)
             return output
         values = _calls.operands(operation, args, kwargs)
         # Without gradients it is the inside of an autograd.Function: opaque, its backward would not follow an edit.
@@ -207,7 +238,7 @@ class _Recorder(TorchFunctionMode):
             self._integers(args, kwargs, output)
             return output
         nodes = tuple(node_of(value) for value in values)  # before the call: it may write into an operand
-        zero = operation.name in _calls.PRODUCTS and any(map(_is_zero, values))
+        zero = operation.name in _calls.PRODUCTS and _is_zeroed(values)
         frame = _calls.caller()
         key, owner, again = self.sites.key(frame, operation.name)
         wholes = [_whole_of(value) for value in values]
@@ -229,11 +260,17 @@ class _Recorder(TorchFunctionMode):
             base = target if target._base is None else target._base
             call.written_back |= any(whole is not None and whole() is base for whole in wholes)
 
-    def _embedded(self, args: Any, kwargs: Any, output: Any) -> None:
+    def _embedded(self, args: Any, kwargs: Any, output: Any) -> Any:
         key, owner, _ = self.sites.key(_calls.caller(), "embedding")
         indices = args[0] if args else kwargs.get("input")
-        if id(indices) in self.data and (node := node_of(output)) is not None:
-            self.record.embeddings.append((node, key, owner))
+        if id(indices) in self.data:
+            if (
+                self.follow and not output.requires_grad
+            ):  # from a table that is no weight: a codebook in a buffer
+                output = output.requires_grad_().clone()
+            if (node := node_of(output)) is not None:
+                self.record.embeddings.append((node, key, owner))
+        return output
 
     def _integers(self, args: Any, kwargs: Any, output: Any) -> None:
         """An integer tensor computed from the data's integers, or from activations, is data too."""
@@ -254,11 +291,12 @@ def _whole_of(value: Any) -> Tensor | None:
     return base if base is not None and base.numel() != value.numel() else None
 
 
-def _is_zero(value: Any) -> bool:
-    constant = (
-        isinstance(value, Tensor) and not value.requires_grad and not value.is_meta and value.numel() > 1
-    )
-    return constant and not bool(value.any())
+def _is_zeroed(values: list[Any]) -> bool:
+    """Whether one factor is zeros, and as large as the product: smaller, it is a gain (a frozen norm's may start at 0)."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    most = max(tensor.numel() for tensor in tensors)
+    constant = [t for t in tensors if not t.requires_grad and not t.is_meta and t.numel() == most > 1]
+    return any(not bool(tensor.any()) for tensor in constant)
 
 
 def trace(model: nn.Module, inputs: Any) -> Trace:
@@ -325,7 +363,7 @@ def _watched(record: Trace, sites: _calls.Sites) -> Iterator[None]:
     def note(path: str, has_weights: bool):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             sites.leave(path)
-            tensors = _data.tensors_in(output)
+            tensors = (output,) if isinstance(output, Tensor) else _data.tensors_in(output)
             nodes = [node for node in map(node_of, tensors) if node is not None]
             for node in nodes:
                 record.producers.setdefault(node, path)
