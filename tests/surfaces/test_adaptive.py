@@ -12,7 +12,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope import reference
-from skipscope.surfaces._adaptive import Adaptive, _levels
+from skipscope.surfaces._adaptive import Adaptive, _levels, beyond
 from skipscope.surfaces._grid import Sheet
 
 
@@ -53,6 +53,41 @@ def test_a_chaotic_surface_ends_as_the_full_grid():
     noise = np.random.default_rng(0).normal(size=(31, 31))
     truth, sheet, error = _fill(lambda a, b: noise, 31, 0.01)
     assert sheet.done.all() and np.array_equal(sheet["value"], truth) and error == 0
+
+
+CHAOTIC = {
+    "fine ripples": lambda a, b: a**2 + b**2 + 0.3 * np.sin(60 * a) * np.sin(57 * b),
+    "a checkerboard": lambda a, b: a**2 + 0.2 * (np.arange(a.size).reshape(a.shape) % 2),
+    "noise on a bowl": lambda a, b: a**2 + b**2 + 0.2 * np.random.default_rng(1).normal(size=a.shape),
+    "some points in seven": lambda a, b: a**2 + (np.random.default_rng(2).random(a.shape) < 1 / 7),
+}
+
+
+@pytest.mark.parametrize("kind", CHAOTIC)
+def test_chaos_at_any_scale_ends_as_the_full_grid(kind):
+    truth, sheet, error = _fill(CHAOTIC[kind], 51, 0.01)
+    assert sheet.done.mean() > 0.99 and np.abs(sheet["value"] - truth).max() <= 0.01 * np.ptp(truth)
+    assert error <= 0.01 * np.ptp(truth)
+
+
+def test_what_the_largest_error_seen_bounds():
+    """Of 500 points k are further off than all drawn: in at most 5 of 100 draws k is more than said."""
+    generator, wrong = np.random.default_rng(0), []
+    for _ in range(2000):
+        errors = generator.permutation(500)
+        drawn, rest = errors[:24], errors[24:]
+        wrong.append((rest > drawn.max()).mean() > beyond(24, 500))
+    assert 0.03 <= np.mean(wrong) <= 0.055
+    # Many points: 1 - 0.05^(1/n); more draws, of which the last is kept, say less; all drawn says all.
+    assert beyond(24, 10**6) == pytest.approx(1 - 0.05 ** (1 / 24), rel=1e-3)
+    assert beyond(24, 500, draws=3) > beyond(24, 500) > beyond(48, 500) and beyond(30, 30) == 0
+
+
+def test_a_draw_that_fails_is_followed_by_a_larger_one():
+    """A tenth of the points is off by 3 % and lies where no cell is tested."""
+    bad = np.random.default_rng(3).random((51, 51)) < 0.1
+    _, sheet, error = _fill(lambda a, b: a**2 + b**2 + 0.06 * bad, 51, 0.01)
+    assert sheet.done.mean() > 0.5 and error <= 0.01 * 2.06
 
 
 def test_half_chaotic_is_computed_in_that_half():
@@ -97,6 +132,13 @@ def test_a_networks_surface_within_the_tolerance():
     assert part.interpolation_error <= 0.01 * np.ptp(full.values) or (
         part.interpolation_error <= np.nanmax(part.stderr)
     )
+    assert (
+        part.held_out >= 24
+        and part.beyond == pytest.approx(beyond(24, 961 - 100), abs=0.01)
+        and full.beyond is None
+    )
+    words = " ".join(str(part).split())
+    assert f"{part.held_out} points drawn at random" in words and "95 % confidence" in words
     assert "interpolated" in str(part) and full.interpolation_error is None
 
 

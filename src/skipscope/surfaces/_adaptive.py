@@ -4,7 +4,9 @@ Levels are nested: each halves the gaps of the one before it. A cell of a level 
 holding it against a spline through the level's points, which has not seen it. Where it fails, the cell and its
 neighbours are computed at the next level; where it holds, the spline's values stand, marked as not computed. At the
 end points drawn at random are computed and held against what was interpolated; where one fails, the area around it is
-computed, and another draw is made. A chaotic surface fails everywhere and ends as the full grid.
+computed, and a draw of twice as many is made. A chaotic surface fails everywhere and ends as the full grid.
+
+The largest error of n points drawn at random bounds not all errors but most: how many at the most, :func:`beyond` says.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import numpy as np
 from skipscope.surfaces._grid import Sheet
 
 _COARSE = 5  # points an axis at the first level; bisection of any grid keeps its middle
-_DRAW = 24  # held-out points a draw
+_DRAW = 24  # held-out points at the first draw
+_DOUBT = 0.05  # the probability that more points than said are further off than the largest error seen
 
 
 class Adaptive:
@@ -32,6 +35,8 @@ class Adaptive:
 
     Attributes:
         level: rows and columns of the last level, whose points the splines pass through.
+        held_out: how many points were drawn at random in the end, and held.
+        beyond: share of the interpolated points that may be further off than ``errors``, with 95 % confidence.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Adaptive:
         self.errors = dict.fromkeys((value for value, _ in fields), 0.0)
         self._in_logarithm: dict[str, bool] = {}  # which values are interpolated so; learnt at each level
         self.level: tuple[np.ndarray, np.ndarray] = np.arange(self.shape[0]), np.arange(self.shape[1])
+        self.held_out, self.beyond = 0, 0.0
 
     def run(self) -> dict[str, float]:
         """Fill the sheet; returns the largest error seen on held-out points, for each field."""
@@ -185,10 +191,11 @@ class Adaptive:
 
     def _verify(self, level: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
         """Hold interpolated points against computed ones, drawn at random, until a whole draw holds."""
-        generator = np.random.default_rng(0)
+        generator, draws, size = np.random.default_rng(0), 0, _DRAW
         gap = [int(np.max(np.diff(axis), initial=1)) for axis in level]
         while (left := np.flatnonzero(~self.sheet.done)).size:
-            drawn = np.sort(generator.choice(left, min(_DRAW, left.size), replace=False))
+            drawn = np.sort(generator.choice(left, min(size, left.size), replace=False))
+            draws, size = draws + 1, 2 * size
             guessed = {
                 name: self.sheet.data[self.sheet.names.index(name), drawn].copy() for name, _ in self.fields
             }
@@ -198,6 +205,7 @@ class Adaptive:
                 self.errors[name] = float(self._error(guessed[name], value).max())
             bad = drawn[self._fails(guessed, drawn)]
             if not bad.size:
+                self.held_out, self.beyond = len(drawn), beyond(len(drawn), left.size, draws)
                 return self.errors
             i, j = np.unravel_index(bad, self.shape)
             near = [
@@ -208,6 +216,26 @@ class Adaptive:
             ]
             self.compute(np.unique(np.concatenate([self._flat(*np.broadcast_arrays(*box)) for box in near])))
         return dict.fromkeys(self.errors, 0.0)
+
+
+def beyond(drawn: int, left: int, draws: int = 1) -> float:
+    """Share of the points not drawn that may be further off than the largest error of those drawn, with 95 % confidence.
+
+    Were K of all ``left`` points further off, a draw without replacement would miss them all with probability
+    C(left - K, drawn) / C(left, drawn); the largest K for which that is 5 % or more. Several draws, of which the one that
+    held is kept, share the 5 %.
+
+    Example:
+        >>> round(beyond(24, 2500), 3), round(beyond(59, 2500), 3), beyond(24, 24)
+        (0.117, 0.049, 0.0)
+    """
+    from scipy.stats import hypergeom
+
+    if drawn >= left:
+        return 0.0
+    further = np.arange(left - drawn + 1)
+    missed = hypergeom.pmf(0, left, further, drawn)
+    return float(further[missed >= _DOUBT / draws].max() / (left - drawn))
 
 
 def _levels(n: int) -> list[np.ndarray]:

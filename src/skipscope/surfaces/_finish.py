@@ -37,6 +37,23 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Interpolated:
+    """What is known of the values that were not computed.
+
+    Attributes:
+        errors: each twin's largest error on points drawn at random.
+        level: rows and columns of the points that the rest was interpolated from.
+        held_out: how many were drawn.
+        beyond: share of the rest that may be further off (see :func:`skipscope.surfaces._adaptive.beyond`).
+    """
+
+    errors: dict[str, float]
+    level: tuple[np.ndarray, ...]
+    held_out: int
+    beyond: float
+
+
+@dataclass(frozen=True)
 class Run:
     """One run of the room, all but its numbers.
 
@@ -48,8 +65,7 @@ class Run:
         hashes: of each twin's weights, before.
         facts: of each twin.
         choices: each twin's strategy.
-        errors: each twin's largest interpolation error; None when every point was computed.
-        level: rows and columns that the rest was interpolated from; None when every point was computed.
+        interpolated: None when every point was computed.
         began: when, by ``time.perf_counter``.
     """
 
@@ -60,8 +76,7 @@ class Run:
     hashes: dict[str, str]
     facts: dict[str, Facts]
     choices: dict[str, Choice]
-    errors: dict[str, float | None]
-    level: tuple[np.ndarray, ...] | None
+    interpolated: Interpolated | None
     began: float
 
 
@@ -84,6 +99,7 @@ def _surface(run: Run, sheet: Sheet, twin: TwinOnPlane, label: str, parts: list[
     values, name = sheet[f"{twin.name}/value"], twin.name
     alphas, *more = run.at
     betas = more[0] if more else np.zeros(0)
+    guessed = run.interpolated
     scores = scores_of(
         parts[0],
         alphas,
@@ -91,7 +107,7 @@ def _surface(run: Run, sheet: Sheet, twin: TwinOnPlane, label: str, parts: list[
         label=label,
         parts=parts[1:],
         origin=twin.evaluator.origin_point,
-        interpolated_from=run.level,
+        interpolated_from=guessed.level if guessed else None,
     )
     return Surface(
         name=name,
@@ -105,11 +121,13 @@ def _surface(run: Run, sheet: Sheet, twin: TwinOnPlane, label: str, parts: list[
         label=label,
         axis_names=_axis_names(run),
         metrics={m: sheet[f"{name}/metric/{m}"] for m in twin.origin.metrics},
-        interpolation_error=run.errors[name],
+        interpolation_error=guessed.errors[name] if guessed else None,
         scores=scores,
         checks=_checks(run, sheet, twin),
         provenance=_provenance(run, sheet, twin),
         points=_known_points(run, twin),
+        held_out=guessed.held_out if guessed else 0,
+        beyond=guessed.beyond if guessed else None,
     )
 
 
@@ -139,7 +157,8 @@ def _difference(run: Run, sheet: Sheet, first: TwinOnPlane, twin: TwinOnPlane) -
     error = sheet[f"{twin.name}/difference_stderr"]
     half = student.ppf(0.975, sum(twin.evaluator.plain.at_point.sizes) - 1) * error
     # An interpolated point may be off by the interpolation's error in both surfaces; its interval says so.
-    guess = sum(run.errors[t.name] or 0.0 for t in (first, twin)) * ~sheet.done.reshape(sheet.shape)
+    off = sum(run.interpolated.errors[t.name] for t in (first, twin)) if run.interpolated else 0.0
+    guess = off * ~sheet.done.reshape(sheet.shape)
     return Difference(name, values, error, values - half - guess, values + half + guess)
 
 

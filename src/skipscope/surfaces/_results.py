@@ -241,13 +241,16 @@ class Surface(Exported):
         label: "" or what the reader must know first, e.g. "flat: this network has not learnt".
         axis_names: what the axes are.
         metrics: name -> its values on the same plane, [a, b].
-        interpolation_error: largest error of interpolated values, in units of the loss, measured on points the fit had not
-            seen, or None when every point was computed; ``interpolation_error_share`` holds it against the range. 24 points
-            are drawn at random: with 95 % confidence at most 12 % of the interpolated ones are further off.
+        interpolation_error: largest error of interpolated values, in units of the loss, at ``held_out`` points that were drawn
+            at random and that the fit had not seen; None when every point was computed. ``interpolation_error_share`` holds
+            it against the range, and ``beyond`` says how much it bounds.
         scores: the surface in a few numbers.
         checks: measured on this run.
         provenance: how to make it again.
         points: known weights on the plane (other solutions, checkpoints), or None.
+        held_out: how many points the interpolation was held against; 0 when every point was computed.
+        beyond: with 95 % confidence at most this share of the interpolated values is further off than
+            ``interpolation_error`` (0.12 for 24 points drawn from many); None when every point was computed.
     """
 
     name: str
@@ -266,6 +269,8 @@ class Surface(Exported):
     checks: Checks
     provenance: Provenance
     points: KnownPoints | None = None
+    held_out: int = 0
+    beyond: float | None = None
 
     def __post_init__(self):
         # A file keeps numbers; the mask becomes a mask again.
@@ -295,8 +300,9 @@ class Surface(Exported):
         how = f"{int(self.computed.sum())} of {self.values.size} points computed"
         if self.interpolation_error_share is not None:
             how += (
-                f", the rest interpolated (largest error on held-out points {short(100 * self.interpolation_error_share, 2)} % "
-                f"of the range: {short(self.interpolation_error)})"
+                f", the rest interpolated: off by {short(100 * self.interpolation_error_share, 2)} % of the range "
+                f"({short(self.interpolation_error)}) at most at {self.held_out} points drawn at random, and so, with 95 % "
+                f"confidence, by no more at {short(100 * (1 - (self.beyond or 0.0)), 2)} % of the others"
             )
         rows = [
             ["centre", short(self.scores.centre)],

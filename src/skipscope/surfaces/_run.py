@@ -19,7 +19,7 @@ from skipscope._untouched import private_copy, require_module, untouched
 from skipscope._version import __version__
 from skipscope.surfaces._adaptive import Adaptive
 from skipscope.surfaces._evaluate import Point, prepare_batch_norm, recalibrate
-from skipscope.surfaces._finish import Facts, Run, finish
+from skipscope.surfaces._finish import Facts, Interpolated, Run, finish
 from skipscope.surfaces._grid import Sheet, axes
 from skipscope.surfaces._learnt import has_learnt
 from skipscope.surfaces._memory import check_grid
@@ -70,10 +70,10 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
             strategies = {name: choice.name for name, choice in choices.items()}
             remote, at_once = on_ray(job(models, held, objective, settings, at, strategies)), min(at_once, 16)
         runner = Runner(sheet, work, store, engine, what, at_once, remote)
-        errors, level = _fill(sheet, runner, twins, at, settings.tolerance)
+        interpolated = _fill(sheet, runner, twins, at, settings.tolerance)
         _put_origin(sheet, twins, at)
         facts = {t.name: _facts(t, held, objective, settings) for t in twins}
-    run = Run(settings, at, held, objective, hashes, facts, choices, errors, level, began)
+    run = Run(settings, at, held, objective, hashes, facts, choices, interpolated, began)
     result = finish(run, sheet, twins)
     if store is not None and runner.rank == 0:
         store.finish(result if len(twins) > 1 else result.surfaces[twins[0].name])
@@ -213,17 +213,16 @@ def _fill(
     twins: list[TwinOnPlane],
     at: tuple[np.ndarray, ...],
     tolerance: float | None,
-) -> tuple[dict[str, float | None], tuple[np.ndarray, ...] | None]:
+) -> Interpolated | None:
     """Compute the sheet.
 
     Returns:
-        Each twin's largest error on held-out points, None when all was computed; and the rows and columns that the rest
-        was interpolated from.
+        What was interpolated; None when all was computed.
     """
     everything = np.arange(sheet.done.size)
     if tolerance is None or len(at) == 1 or min(sheet.shape) < 5:
         runner.compute(everything)
-        return dict.fromkeys((t.name for t in twins), None), None
+        return None
     if not tolerance > 0:
         raise SkipscopeError(
             "landscape", "the tolerance is not positive", expected="e.g. 0.01, or None", got=tolerance
@@ -232,8 +231,9 @@ def _fill(
     adaptive = Adaptive(sheet, at, runner.compute, fields, tolerance)
     errors = adaptive.run()
     if sheet.done.all():
-        return dict.fromkeys((t.name for t in twins), None), None
-    return {t.name: errors[f"{t.name}/value"] for t in twins}, adaptive.level
+        return None
+    by_twin = {t.name: errors[f"{t.name}/value"] for t in twins}
+    return Interpolated(by_twin, adaptive.level, adaptive.held_out, adaptive.beyond)
 
 
 def _put_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ...]) -> None:
