@@ -169,7 +169,7 @@ def local_sums(roster: Roster, grads: Sequence[Tensor | None], wide: bool) -> Pa
     if (
         roster.device is not None
         and roster.device.type != "cpu"
-        and all(type(grad) is Tensor for grad in grads)
+        and set(map(type, grads)) == {Tensor}
     ):
         with contextlib.suppress(RuntimeError):  # sparse gradients cannot go this short way
             return [(slice(None), _norms.Reading(_norms.on_device(grads, wide)))]  # type: ignore[arg-type]

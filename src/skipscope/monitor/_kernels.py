@@ -65,8 +65,8 @@ def norms_and_sums(grads: Sequence[Tensor]) -> Tensor:
         grads: dense gradients of one device and one dtype of :data:`KINDS`, each contiguous.
     """
     device, stream = grads[0].device, torch.cuda.current_stream(grads[0].device).cuda_stream
-    layout = _layout(tuple(grad.numel() for grad in grads), device, stream)
-    addresses = _table(tuple(grad.data_ptr() for grad in grads), device, stream)
+    layout = _layout(tuple(map(Tensor.numel, grads)), device, stream)
+    addresses = _table(tuple(map(Tensor.data_ptr, grads)), device, stream)
     pieces, tensors = layout.pieces, len(grads)
     partial = torch.empty((2, pieces), dtype=torch.float64, device=device)
     out = torch.empty((2, tensors), dtype=torch.float64, device=device)

@@ -89,7 +89,7 @@ def on_device(grads: Sequence[Tensor], wide: bool = False) -> Tensor:
     if grads[0].is_complex():
         grads = [grad.abs() for grad in grads]
     kernel = _kernel(grads[0].device, grads[0].dtype) if grads[0].is_cuda else None
-    if kernel is not None and all(grad.is_contiguous() for grad in grads):
+    if kernel is not None and all(map(Tensor.is_contiguous, grads)):
         return kernel(grads)
     # half-precision norms come back in half precision, and overflow: ask for single
     kind = torch.float64 if grads[0].dtype == torch.float64 else torch.float32

@@ -26,7 +26,7 @@ from skipscope.monitor._store import Store
 
 _log = logging.getLogger("skipscope.monitor")
 # The verdict is judged anew at rows 1, 2, 4, 8, ..., then at every so many; at once when a gradient is not finite.
-_JUDGE_EVERY = 32
+_JUDGE_EVERY = 64
 
 
 class Monitor:
