@@ -137,3 +137,97 @@ def test_agreement_over_direction_seeds():
     higher = np.mean([b > a for a, b in scores])
     assert band.agreement["b"]["roughness"] == pytest.approx(higher)
     assert "seeds" in str(band)
+
+
+def trajectory(end, count):
+    """Checkpoints that walk away from ``end``, mostly along two directions."""
+    draw = torch.Generator().manual_seed(0)
+    axes = [{n: torch.randn(p.shape, generator=draw) for n, p in end.state_dict().items()} for _ in range(2)]
+    for k in range(count):
+        yield {
+            n: p
+            + k / count * axes[0][n]
+            + np.sin(k) * axes[1][n]
+            + 0.1 * torch.randn(p.shape, generator=draw)
+            for n, p in end.state_dict().items()
+        }
+
+
+def test_a_long_trajectory_is_read_in_parts(monkeypatch):
+    """What is held at once stays small beside the checkpoints, and the parts change nothing: against NumPy's SVD."""
+    from skipscope.surfaces import _planes
+
+    end = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 50), nn.PReLU()).to(
+        memory_format=torch.channels_last
+    )
+    end.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
+    way = list(trajectory(end, 120))
+    whole = trajectory_plane(end, way)
+    monkeypatch.setattr(_planes, "_PART", 4000)
+    sizes, stack = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda ts: sizes.append(sum(t.numel() for t in ts)) or stack(ts))
+    plane = trajectory_plane(end, way)
+    monkeypatch.undo()
+    names = list(dict(end.named_parameters()))
+    flat = lambda state: np.concatenate([state[n].double().flatten().numpy() for n in names])  # noqa: E731
+    rows = np.stack([flat(state) for state in way]) - flat(end.state_dict())
+    assert len(sizes) > 40 and max(sizes) <= max(4000, 120 * 50) < rows.size / 20
+    _, singular, vectors = np.linalg.svd(rows, full_matrices=False)
+    for found in (whole, plane):
+        assert np.abs(found.coordinates) == pytest.approx(np.abs(rows @ vectors[:2].T), rel=1e-9)
+        assert found.explained == pytest.approx(singular[:2] ** 2 / (singular**2).sum(), rel=1e-10)
+        for direction, vector in zip(found.directions, vectors):
+            assert abs(flat(direction) @ vector) == pytest.approx(1, rel=1e-10)
+        assert found.coordinates[0].min() >= 0
+        outside = np.linalg.norm(rows - rows @ vectors[:2].T @ vectors[:2], axis=1) / np.linalg.norm(
+            rows, axis=1
+        )
+        assert found.distances == pytest.approx(outside, rel=1e-6)
+
+
+def test_checkpoints_can_stay_on_the_disk(tmp_path):
+    end = _model()
+    for k, state in enumerate(trajectory(end, 5)):
+        torch.save(state, tmp_path / f"{k}.pt")
+    held = [torch.load(tmp_path / f"{k}.pt", weights_only=True) for k in range(5)]
+    mapped = [torch.load(tmp_path / f"{k}.pt", weights_only=True, mmap=True) for k in range(5)]
+    a, b = (trajectory_plane(end, states) for states in (held, mapped))
+    assert np.array_equal(a.coordinates, b.coordinates)
+    assert all(torch.equal(x[n], y[n]) for x, y in zip(a.directions, b.directions) for n in x)
+
+
+def test_checkpoints_that_are_not_finite_are_named():
+    end = _model()
+    way = list(trajectory(end, 4))
+    way[2]["0.weight"][0, 0] = float("nan")
+    with pytest.raises(ss.SkipscopeError, match="not finite") as refused:
+        trajectory_plane(end, way)
+    assert refused.value.got == "checkpoint 2"
+
+
+@pytest.mark.parametrize("mode", ["frozen", "recalibrate", "batch"])
+def test_a_checkpoints_own_loss_is_with_its_own_statistics(mode):
+    """A checkpoint has batch-norm statistics of its own: with the end's it has another loss than it had in training."""
+    torch.manual_seed(0)
+    end = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+    x, y = _batch()
+    way = []
+    for k in range(3):
+        way.append(copy.deepcopy(end))
+        with torch.no_grad():
+            way[-1][0].weight += torch.randn(6, 4, generator=torch.Generator().manual_seed(k)).double()
+            way[-1].train()(x + k)  # moves its running statistics
+        way[-1].eval()
+    plane = trajectory_plane(end.eval(), way)
+    options = {"grid": 3, "directions": plane, "batch_norm": mode, "strategy": "plain"}
+    surface = ss.landscape(end, (x, y), F.cross_entropy, **options)
+    for model, own in zip(way, surface.points.losses):
+        batch = copy.deepcopy(model)
+        if mode != "frozen":
+            batch.train()
+            batch[1].momentum = None
+            batch[1].reset_running_stats()
+        outputs = batch(x)
+        if mode == "recalibrate":
+            outputs = batch.eval()(x)
+        assert own == pytest.approx(F.cross_entropy(outputs, y).item(), rel=1e-10)

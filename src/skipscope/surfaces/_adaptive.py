@@ -227,7 +227,7 @@ def beyond(drawn: int, left: int, draws: int = 1) -> float:
 
     Example:
         >>> round(beyond(24, 2500), 3), round(beyond(59, 2500), 3), beyond(24, 24)
-        (0.117, 0.049, 0.0)
+        (0.118, 0.05, 0.0)
     """
     from scipy.stats import hypergeom
 

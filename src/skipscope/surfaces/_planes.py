@@ -8,7 +8,7 @@ may lie far from the surface it is drawn on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from skipscope._sharding import refuse_spread
 from skipscope._untouched import require_numbers
 from skipscope.surfaces._directions import Direction, inner
 
+_PART = 2**22  # numbers held at once of what is read in parts
+
 
 @dataclass(frozen=True, eq=False)
 class Plane:
@@ -32,7 +34,7 @@ class Plane:
         coordinates: of each known set of weights, [points, axes]; the model itself is the origin.
         distances: of each from the plane, as a share of its distance from the model, [points].
         explained: each direction's share of the squared distances from the model (see the module's head).
-        weights: the known sets of weights, so that their own loss can be read.
+        weights: the known sets of weights (and buffers) as they were given, so that their own loss can be read.
         names: of the points.
     """
 
@@ -72,12 +74,12 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
         >>> plane.coordinates.tolist()
         [[1.0]]
     """
-    refuse_spread(model, "solutions_plane")
     if len(others) not in {1, 2}:
         raise SkipscopeError(
             "solutions_plane", "a line or a plane", expected="one or two other solutions", got=len(others)
         )
-    steps = [_step(model, other, "solutions_plane") for other in others]
+    way = _Way(model, others, "solutions_plane")
+    steps = way.mixed(np.eye(len(others)))
     directions = [steps[0]]
     length = inner(steps[0], steps[0]) ** 0.5
     if len(steps) == 2 and length:
@@ -92,20 +94,27 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
             expected="solutions that differ, not all on one line",
         )  # fmt: skip
     names = ("from solution 1 to 2", "towards solution 3")[: len(directions)]
-    return _placed(model, directions, steps, names, tuple(f"solution {i + 2}" for i in range(len(steps))))
+    square = np.array([inner(d, d) for d in directions])
+    coordinates = np.array([[inner(step, d) for d in directions] for step in steps]) / square
+    lengths = np.array([inner(step, step) for step in steps])
+    explained = tuple(float(x) for x in (coordinates**2 * square).sum(0) / lengths.sum())
+    distances = _distances(coordinates, square, lengths)
+    points = tuple(f"solution {i + 2}" for i in range(len(steps)))
+    return Plane(directions, names, coordinates, distances, explained, way.others, points)
 
 
 def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
     """The plane through ``model`` in which its training trajectory lies best, with what it leaves out.
 
-    Local.
+    Checkpoints are read a few columns at a time, so that beside them it takes two directions and some tens of MiB,
+    however many there are; loaded by ``torch.load(path, mmap=True)`` they stay on the disk. Local.
 
     Args:
         model: the end of training: the origin.
-        checkpoints: modules or state dicts, in order.
+        checkpoints: modules or state dicts, in order; they are kept, for their own losses.
 
     Raises:
-        SkipscopeError: fewer than two checkpoints that differ from the model, or other parameters.
+        SkipscopeError: fewer than two checkpoints that differ from the model, or other parameters, or not finite.
 
     Example:
         >>> end = nn.Linear(3, 1)
@@ -114,62 +123,102 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
         >>> len(plane.explained), plane.coordinates.shape
         (2, (4, 2))
     """
-    refuse_spread(model, "trajectory_plane")
-    steps = [_step(model, checkpoint, "trajectory_plane") for checkpoint in checkpoints]
-    gram = np.array([[inner(a, b) for b in steps] for a in steps]).reshape(len(steps), len(steps))
-    sizes, vectors = np.linalg.eigh(gram) if len(steps) else (np.zeros(0), np.zeros((0, 0)))
-    if len(steps) < 2 or sizes[-2] <= 1e-12 * max(sizes[-1], 1e-300):
+    from scipy.linalg import eigh
+
+    way = _Way(model, checkpoints, "trajectory_plane")
+    count, gram = len(way.others), way.gram()
+    lengths = np.diagonal(gram)
+    if not np.isfinite(gram).all():
+        raise SkipscopeError(
+            "trajectory_plane", "a checkpoint's weights are not finite", expected="NaN and inf nowhere",
+            got=f"checkpoint {int(np.argmin(np.isfinite(lengths)))}", cure="leave it out",
+        )  # fmt: skip
+    sizes, vectors = eigh(gram, subset_by_index=[count - 2, count - 1]) if count > 1 else (np.zeros(2),) * 2
+    if sizes[0] <= 1e-12 * max(sizes[1], 1e-300):
         raise SkipscopeError(
             "trajectory_plane", "the checkpoints do not span a plane", expected="two checkpoints or more, apart from the model",
-            got=f"{len(steps)} checkpoints",
+            got=f"{count} checkpoints",
         )  # fmt: skip
-    directions = []
-    for k in (-1, -2):
-        mix = vectors[:, k] / np.sqrt(sizes[k])
-        # The sign of a singular vector is arbitrary: the first checkpoint gets positive coordinates.
-        mix = -mix if mix @ gram[:, 0] < 0 else mix
-        directions.append(
-            {n: torch.stack([float(c) * s[n] for c, s in zip(mix, steps)]).sum(0) for n in steps[0]}
-        )
-    explained = tuple(float(sizes[k] / sizes.sum()) for k in (-1, -2))
+    mixes = (vectors / np.sqrt(sizes)).T[::-1]
+    # The sign of a singular vector is arbitrary: the first checkpoint gets positive coordinates.
+    mixes = mixes * np.where(mixes @ gram[:, :1] < 0, -1, 1)
+    coordinates, square = gram @ mixes.T, np.ones(2)  # M v = G c for v = M^T c, and v has length 1
+    explained = tuple(float(size / lengths.sum()) for size in sizes[::-1])
     names = tuple(f"PCA {i + 1} ({share:.0%} of the way)" for i, share in enumerate(explained))
-    points = tuple(f"checkpoint {i}" for i in range(len(steps)))
-    return _placed(model, directions, steps, names, points, explained)
+    points = tuple(f"checkpoint {i}" for i in range(count))
+    distances = _distances(coordinates, square, lengths)
+    return Plane(way.mixed(mixes), names, coordinates, distances, explained, way.others, points)
 
 
-def _step(model: nn.Module, other: Any, operation: str) -> Direction:
-    """Other weights less the model's, in float64."""
-    require_numbers(model, operation)
-    here = {name: p.detach() for name, p in model.named_parameters()}
-    there = dict(other.named_parameters()) if isinstance(other, nn.Module) else other
-    if not isinstance(there, Mapping) or any(
-        n not in there or there[n].shape != p.shape for n, p in here.items()
-    ):
-        raise SkipscopeError(
-            operation, "these weights are not the model's", expected="a module of the same architecture, or its state dict",
-            got=type(other).__name__,
-        )  # fmt: skip
-    return {name: there[name].detach().to(p.device, torch.float64) - p.double() for name, p in here.items()}
+class _Way:
+    """Other weights less the model's, as a matrix M with a row each that is never held whole: its columns come in parts.
+
+    Args:
+        model: the origin.
+        others: modules or state dicts.
+        operation: named in errors.
+
+    Attributes:
+        others: each one's tensors by name, as they were given.
+    """
+
+    def __init__(self, model: nn.Module, others: Sequence[Any], operation: str):
+        refuse_spread(model, operation)
+        require_numbers(model, operation)
+        self.here = {name: p.detach() for name, p in model.named_parameters()}
+        self.others = [self._checked(other, operation) for other in others]
+
+    def _checked(self, other: Any, operation: str) -> dict[str, Tensor]:
+        if isinstance(other, nn.Module):
+            other = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        if not isinstance(other, Mapping) or any(
+            n not in other or other[n].shape != p.shape for n, p in self.here.items()
+        ):
+            raise SkipscopeError(
+                operation, "these weights are not the model's", expected="a module of the same architecture, or its state dict",
+                got=type(other).__name__,
+            )  # fmt: skip
+        return {n: t.detach() for n, t in other.items() if isinstance(t, Tensor)}
+
+    def _parts(self) -> Iterator[tuple[str, int, int, Tensor]]:
+        """(name, dimension, start, some columns of M in float64 [others, length, the other dimensions])."""
+        for name, p in self.here.items():
+            if not p.numel():
+                continue
+            p = p.reshape(1) if p.ndim == 0 else p
+            longest = max(range(p.ndim), key=lambda k: p.shape[k])
+            size = max(1, _PART // (max(1, len(self.others)) * p.numel() // p.shape[longest]))
+            for start in range(0, p.shape[longest], size):
+                length = min(size, p.shape[longest] - start)
+                here = p.narrow(longest, start, length).double()
+                rows = (o[name].reshape(p.shape).narrow(longest, start, length) for o in self.others)
+                yield name, longest, start, torch.stack([r.to(p.device, torch.float64) - here for r in rows])
+
+    def gram(self) -> np.ndarray:
+        """M M^T, [others, others]."""
+        total = torch.zeros(len(self.others), len(self.others), dtype=torch.float64)
+        for *_, part in self._parts():
+            part = part.flatten(1)
+            total += (part @ part.T).cpu()
+        return total.numpy()
+
+    def mixed(self, mixes: np.ndarray) -> list[Direction]:
+        """The product of ``mixes`` [directions, others] and M: each direction as tensors."""
+        out: list[dict[str, Tensor]] = [
+            {n: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for n, p in self.here.items()}
+            for _ in mixes
+        ]
+        for name, dimension, start, part in self._parts():
+            mix = torch.from_numpy(np.array(mixes)).to(part.device)
+            found = torch.tensordot(mix, part, 1)
+            for direction, piece in zip(out, found):
+                whole = direction[name].reshape(-1) if direction[name].ndim == 0 else direction[name]
+                whole.narrow(dimension, start, piece.shape[dimension]).copy_(piece)
+        return [dict(direction) for direction in out]
 
 
-def _placed(
-    model: nn.Module,
-    directions: list[Direction],
-    steps: list[Direction],
-    axis_names: tuple[str, ...],
-    names: tuple[str, ...],
-    explained: tuple[float, ...] | None = None,
-) -> Plane:
-    square = np.array([inner(d, d) for d in directions])
-    coordinates = (
-        np.array([[inner(step, d) for d in directions] for step in steps]) / square
-    )  # orthogonal directions
-    lengths = np.array([inner(step, step) for step in steps])
+def _distances(coordinates: np.ndarray, square: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Of each point from the plane, as a share of its distance from the origin, [points]; directions are orthogonal."""
     inside = (coordinates**2 * square).sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        distances = np.where(lengths > 0, np.sqrt(np.clip(1 - inside / lengths, 0, None)), 0.0)
-    if explained is None:
-        explained = tuple(float(x) for x in (coordinates**2 * square).sum(0) / lengths.sum())
-    here = {name: p.detach() for name, p in model.named_parameters()}
-    weights = [{n: (here[n].double() + step[n]).to(here[n].dtype) for n in here} for step in steps]
-    return Plane(directions, axis_names, coordinates, distances, explained, weights, names)
+        return np.where(lengths > 0, np.sqrt(np.clip(1 - inside / lengths, 0, None)), 0.0)

@@ -58,7 +58,7 @@ def job(
     strategies: dict[str, str],
 ) -> Job:
     """A job under a key of its own."""
-    settings = dataclasses.replace(settings, store=None, engine="local")
+    settings = dataclasses.replace(settings, store=None, engine="local", directions=settings.own_directions)
     return Job(
         uuid.uuid4().hex, dict(models), data, loss, settings, axes, strategies, torch.get_num_threads()
     )

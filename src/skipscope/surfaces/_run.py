@@ -246,24 +246,27 @@ def _put_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ..
 
 def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings) -> Facts:
     """What is measured apart from the evaluator: the model's own loss, and whether it has learnt."""
-    model = twin.fresh or twin.model
+    model, anew = twin.fresh or twin.model, settings.batch_norm == "recalibrate"
     if settings.batch_norm in {"recalibrate", "batch"}:
         model = private_copy(model, "landscape")
-        if prepare_batch_norm(model, settings.batch_norm) != "none" and settings.batch_norm == "recalibrate":
+        if prepare_batch_norm(model, settings.batch_norm) != "none" and anew:
             recalibrate(model, data)
     plane = settings.directions if isinstance(settings.directions, Plane) else None
-    known = _losses_at(model, plane.weights, data, loss) if plane is not None else []
+    # A twin whose statistics did not fit it has none that fit at a checkpoint either.
+    known = _losses_at(model, plane, data, loss, anew or twin.fresh is not None) if plane else []
     return Facts(mean_loss(model, data, loss), has_learnt(model, data, loss), known)
 
 
-def _losses_at(
-    model: nn.Module, places: list[dict[str, torch.Tensor]], data: Batches, loss: Objective
-) -> list[float]:
+def _losses_at(model: nn.Module, plane: Plane, data: Batches, loss: Objective, anew: bool) -> list[float]:
+    """Each known point's own loss: with its own buffers where it came with them, batch norm as on the surface."""
     copy, losses = private_copy(model, "landscape"), []
-    parameters = dict(copy.named_parameters())
-    for weights in places:
+    own = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
+    for weights in plane.weights:
         with torch.no_grad():
             for name, tensor in weights.items():
-                parameters[name].copy_(tensor)
+                if name in own and own[name].shape == tensor.shape:
+                    own[name].copy_(tensor)
+        if anew:
+            recalibrate(copy, data)
         losses.append(mean_loss(copy, data, loss))
     return losses
