@@ -16,9 +16,8 @@ import torch
 
 from skipscope import _data
 from skipscope.shortcuts._bits import Ancestors, as_bits, bits, chosen
-from skipscope.shortcuts._trace import Step, Trace, kind_of, node_of, output_of, signed
-
-PART = -2
+from skipscope.shortcuts._parts import SPLITS, Cuts, Part, part_after, whole
+from skipscope.shortcuts._trace import Step, Trace, kind_of, node_of, output_of, shape_of
 
 
 class Graph:
@@ -61,7 +60,7 @@ class Graph:
         self.weighted = as_bits(self.weights[: self.activations])
         self._count_uses()
         self._sets: dict[int, int] = {}
-        self._steps: dict[int, dict[Any, list[int]]] = {}
+        self._known_cuts: dict[int, Cuts] = {}
 
     def release(self) -> None:
         """Let go of autograd's nodes, the last first: the first first, each would take all that follow it along, one
@@ -216,14 +215,40 @@ class Graph:
             return {p for v in bits(region) for p in self.active_parents(v) if common >> p & 1}
         return {p for p in bits(common) if any(region >> v & 1 for v in self.children[p])}
 
-    def leaving(self, fork: int, steps: set[tuple[int, int] | None]) -> list[int]:
-        """What was computed from ``fork``, but for other steps of a sequence than these."""
-        if fork not in self._steps:
-            by = self._steps[fork] = {}
-            for child in self.children[fork]:
-                by.setdefault(self.step(child), []).append(child)
-        by = self._steps[fork]
-        return [child for step in {None, *steps} for child in by.get(step, ())]
+    def leaving(self, fork: int, parts: list[Part]) -> list[int]:
+        """What was computed from ``fork``, but for what takes other parts of it than these."""
+        return self._cuts(fork).overlapping(parts)
+
+    def parts_taken(self, fork: int, region: int) -> list[Part]:
+        """The parts of ``fork`` from which the nodes of a set were computed; at its end, the part that it is."""
+        cuts, found = self._cuts(fork), []
+        for v in bits(region):
+            if v in cuts.parts:
+                found += [] if region & self.children_of(v) else [cuts.parts[v]]
+            else:
+                found += [cuts.parts[p] for p in self._active_parents[v] if p in cuts.parts]
+        return found
+
+    def _cuts(self, fork: int) -> Cuts:
+        """What is cut out of a node, and computed from that. Cutting out and turning about are no computing."""
+        known = self._known_cuts.get(fork)
+        if known is not None:
+            return known
+        cuts = self._known_cuts[fork] = Cuts()
+        # A split's own shape is that of its first part.
+        shape = shape_of(self.nodes[self.parents[fork][0] if self.kind(fork) in SPLITS else fork])
+        waiting = [] if shape is None else [(fork, whole(shape))]
+        while waiting:
+            at, part = waiting.pop()
+            cuts.parts[at] = part
+            for child in self.children[at]:
+                is_view = len(self._active_parents[child]) == 1 and not self.weights[child]
+                after = part_after(self.nodes[child], part) if is_view else None
+                if after is None:
+                    cuts.add(child, part)
+                else:
+                    waiting.append((child, after))
+        return cuts
 
     def between(self, starts: list[int], end: int) -> int:
         """The set of nodes on the ways from any of ``starts`` to ``end``, these among them."""
@@ -253,18 +278,6 @@ class Graph:
         return 0 if at is None or at >= self.activations else 1 << at
 
     # --- what a node does ---
-
-    def step(self, i: int) -> tuple[int, int] | None:
-        """Dimension and index where node ``i`` takes one step out of a sequence, or ``PART`` and the index where it takes
-        one part of a tensor, else None.
-        """
-        node = self.nodes[i]
-        if isinstance(node, Step):
-            return (-1 if node.node.name() == "UnbindBackward0" else PART, node.index)
-        if self.kind(i) != "Select":
-            return None
-        dim, index = node._saved_dim, signed(node._saved_index)
-        return dim, index + node._saved_self_sym_sizes[signed(dim)] if index < 0 else index
 
     def opaque(self) -> list[tuple[str, str, str]]:
         """Name, reason and source of what joins activations where no one can look: foreign autograd functions."""

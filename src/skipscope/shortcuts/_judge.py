@@ -6,8 +6,9 @@ from skipscope.shortcuts import _calls
 from skipscope.shortcuts._bits import bits
 from skipscope.shortcuts._expanded import Expanded
 from skipscope.shortcuts._gates import Gates
-from skipscope.shortcuts._graph import PART, Graph
+from skipscope.shortcuts._graph import Graph
 from skipscope.shortcuts._mixtures import Mixture, Mixtures
+from skipscope.shortcuts._parts import Part
 from skipscope.shortcuts._results import Place
 from skipscope.shortcuts._sides import (
     BENT,
@@ -200,14 +201,12 @@ class Judge:
     def _between(self, reader: Sides, side: Side, fork: int, j: int) -> int | str:
         graph, end = self.graph, reader.position(j)
         starts = [fork]
-        taken = {graph.step(v) for v in bits(side.region & graph.children_of(fork))}
-        if reader.call.name in _calls.LISTS:
-            taken = {None if step is not None and step[0] == PART else step for step in taken}
-        if taken and None not in taken:  # steps of a sequence, parts of a tensor: only the same are bypassed
+        taken = self._taken(reader, side, fork)
+        if taken and all(part.limits for part in taken):  # then only the same parts are bypassed
             starts = [v for v in graph.leaving(fork, taken) if graph.ancestors.reaches(v, end)]
             if not starts:
-                parts = {step[0] for step in taken if step is not None} == {PART}
-                return f"other {'parts of one tensor' if parts else 'steps of one sequence'}"
+                steps = all(len(run) == 1 for part in taken for run in part.limits.values())
+                return f"other {'steps of one sequence' if steps else 'parts of one tensor'}"
         nodes = graph.between(starts, end) & ~(1 << fork)
         if (
             reader.call.name in _calls.LISTS
@@ -218,6 +217,17 @@ class Judge:
         if side.how == "gated" and nodes and not self.gates.reaches_by_a_weight(starts, end, nodes):
             return "only a factor depends on it"
         return nodes
+
+    def _taken(self, reader: Sides, side: Side, fork: int) -> list[Part]:
+        """The parts of the fork that a side takes. In a list part beside part, along the axis that they are parts of, is
+        the whole with some of it gone through the branch.
+        """
+        graph, call = self.graph, reader.call
+        if not side.region & graph.children_of(fork):
+            return []
+        taken = graph.parts_taken(fork, side.region)
+        dim = getattr(call.output, "_saved_dim", None) if call.name in _calls.LISTS - {"stack"} else None
+        return [] if dim is not None and any(part.runs_along(dim) for part in taken) else taken
 
     def _is_activation_function(self, region: int) -> bool:
         """Whether all its weights are single numbers, and each value goes through by itself."""

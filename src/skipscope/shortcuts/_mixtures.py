@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._trace import Call, Step, signed
+from skipscope.shortcuts._trace import Call, shape_of, signed
 
 Shape = tuple[int, ...]
 _SUMS = frozenset({"Sum", "Mean"})
@@ -67,10 +67,10 @@ class Mixtures:
 
     def _left(self, call: Call, count: int) -> int | None:
         """How many indices go before that of the stacked."""
-        shapes = {_shape(node) for node in call.operands}
+        shapes = {shape_of(node) for node in call.operands}
         if count < 2 or len(shapes) != 1 or (shape := shapes.pop()) is None:
             return None
-        joined = _shape(call.output)
+        joined = shape_of(call.output)
         dim = getattr(call.output, "_saved_dim", None)
         if joined is None or dim is None or prod(joined) != count * prod(shape):
             return None
@@ -80,7 +80,7 @@ class Mixtures:
     def _along(self, start: int, at: int, left: int, count: int) -> tuple[int, str] | None:
         """From the stack through views and weights to a sum over it: its node, and the kind."""
         graph, kind, before = self.graph, "identity", start
-        shape = _shape(graph.nodes[start])
+        shape = shape_of(graph.nodes[start])
         while shape is not None:
             name, node, axis = graph.kind(at), graph.nodes[at], _axis(shape, left, count)
             others = [p for p in graph.parents[at] if p != before]
@@ -93,7 +93,7 @@ class Mixtures:
                 here = graph.parents[at].index(before)
                 ends = len(others) == 1 and axis == _PRODUCTS[name][here] + len(shape)
                 return (at, self._heavier(kind, others)) if ends else None
-            new = _shape(node)
+            new = shape_of(node)
             if new is None or (name == "Mul" and not (len(others) <= 1 and self.is_call(at))):
                 return None
             if name in {"Mul", "Expand"}:
@@ -113,13 +113,6 @@ class Mixtures:
     def _heavier(self, kind: str, weights: list[int]) -> str:
         is_active = any(w < self.graph.activations for w in weights)
         return "gated" if kind == "gated" or is_active else "scaled"
-
-
-def _shape(node: Any) -> Shape | None:
-    """Of what a node gives."""
-    node, index = (node.node, node.index) if isinstance(node, Step) else (node, 0)
-    known = getattr(node, "_input_metadata", None)
-    return tuple(known[index].shape) if known else None
 
 
 def _axis(shape: Shape, left: int, count: int) -> int | None:

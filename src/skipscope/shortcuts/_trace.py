@@ -146,6 +146,13 @@ def kind_of(node: Any) -> str:
     return kind
 
 
+def shape_of(node: Any) -> tuple[int, ...] | None:
+    """Of what a node gives, where that is known."""
+    node, index = (node.node, node.index) if isinstance(node, Step) else (node, 0)
+    known = getattr(node, "_input_metadata", None)
+    return tuple(known[index].shape) if known else None
+
+
 def _is_plain(node: Any) -> bool:
     """Whether a node is what it is, and neither hands on what another made nor has many outputs."""
     plain = _plain.get(type(node))

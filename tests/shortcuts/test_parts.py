@@ -1,0 +1,140 @@
+"""Parts of a tensor: told however they are cut out, and only what has the same part is bypassed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from skipscope.shortcuts import find_shortcuts
+from skipscope.shortcuts._parts import part_after, whole
+from skipscope.shortcuts._trace import Step, node_of, output_of
+
+SHAPE = (4, 3, 6)
+CUTS = {
+    "select": lambda x, d, i: x.select(d, i % x.shape[d]),
+    "select from the back": lambda x, d, i: x.select(d, -1 - i % x.shape[d]),
+    "slice": lambda x, d, i: x.narrow(d, i % x.shape[d], max(1, (x.shape[d] - i % x.shape[d]) // 2)),
+    "every second": lambda x, d, i: torch.ops.aten.slice(x, d, i % 2 if x.shape[d] > 1 else 0, None, 2),
+    "slice from the back": lambda x, d, i: torch.ops.aten.slice(x, d, -1 - i % x.shape[d], None),
+    "chunk": lambda x, d, i: (c := x.chunk(3, d))[i % len(c)],
+    "split": lambda x, d, i: (c := x.split(2, d))[i % len(c)],
+    "split by sizes": lambda x, d, i: (c := x.split([1, x.shape[d] - 1] if x.shape[d] > 1 else [1], d))[i % len(c)],
+    "unbind": lambda x, d, i: x.unbind(d)[i % x.shape[d]],
+    "index": lambda x, d, i: x.index_select(d, torch.tensor([i % x.shape[d]])),
+    "list": lambda x, d, i: x[(slice(None),) * d + ([-1 - i % x.shape[d]],)],
+    "flip": lambda x, d, i: x.flip(d),
+    "transpose": lambda x, d, i: x.transpose(d, i % x.ndim),
+    "permute": lambda x, d, i: x.permute([(k + i) % x.ndim for k in range(x.ndim)]),
+    "unsqueeze": lambda x, d, i: x.unsqueeze(d),
+    "squeeze": lambda x, d, i: x.squeeze(),
+    "view": lambda x, d, i: x.reshape(*x.shape[:d], 1, *x.shape[d:]),
+    "copy": lambda x, d, i: x.clone(),
+}  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(list(CUTS)), st.integers(0, 5), st.integers(0, 5)), max_size=6))
+def test_a_part_is_the_elements_that_it_has(steps):
+    x = torch.arange(float(math.prod(SHAPE))).reshape(SHAPE).requires_grad_()
+    y, ways = x * 1, []
+    begin = node_of(y)
+    for name, d, i in steps:
+        if y.ndim:
+            y = CUTS[name](y, d % y.ndim, i)
+    at = node_of(y)
+    while at is not begin:
+        ways.append(at)
+        (edge,) = (edge for edge in at.next_functions if edge[0] is not None)
+        at = at.node if isinstance(at, Step) else output_of(*edge)
+    part = whole(SHAPE)
+    for node in reversed(ways):
+        part = part_after(node, part)
+        assert part is not None
+    has = torch.ones(SHAPE, dtype=torch.bool)
+    for axis, run in part.limits.items():
+        here = torch.zeros(SHAPE[axis], dtype=torch.bool)
+        here[list(run)] = True
+        has &= here.reshape([-1 if k == axis else 1 for k in range(3)])
+    assert set(y.detach().flatten().tolist()) == set(x.detach()[has].tolist())
+    assert part.shape == tuple(y.shape)
+
+
+class Recurrent(nn.Module):
+    """A recurrence that takes each of its steps from the whole sequence anew."""
+
+    def __init__(self, take, cell):
+        super().__init__()
+        self.take, self.cell = take, cell
+        self.first, self.last, self.both = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(10, 5)
+
+    def forward(self, x):
+        h = self.first(self.take(x, 0)).tanh()
+        for t in range(1, 4):
+            h = CELLS[self.cell](self, self.take(x, t), h)
+        return h
+
+
+CELLS = {
+    "concatenated": lambda net, v, h: net.both(torch.cat([v, h], -1)).tanh(),
+    "added": lambda net, v, h: (v + net.last(h)).tanh(),
+    "two maps": lambda net, v, h: (net.first(v) + net.last(h)).tanh(),
+    "residual": lambda net, v, h: h + net.both(torch.cat([v, h], -1)).tanh(),
+}
+TAKES = {
+    "a step": lambda x, t: x[:, t],
+    "from a part": lambda x, t: x[:, 1:][:, t],
+    "of a part of a part": lambda x, t: x[:, 1:][:, :-1].select(1, t),
+    "unbound": lambda x, t: x.unbind(1)[t],
+    "unbound from a part": lambda x, t: x[:, 1:].unbind(1)[t],
+    "split": lambda x, t: x.split(1, 1)[t].squeeze(1),
+    "chunked": lambda x, t: x.chunk(6, 1)[t][:, 0],
+    "narrowed": lambda x, t: x.narrow(1, t, 1).squeeze(1),
+    "a slice": lambda x, t: x[:, t : t + 1].flatten(1),
+    "transposed": lambda x, t: x.transpose(0, 1)[t],
+    "backwards": lambda x, t: x.flip(1)[:, t],
+    "by a list": lambda x, t: x[:, [t]].squeeze(1),
+    "scaled": lambda x, t: (x * 2)[:, t],
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("take", TAKES)
+def test_other_steps_of_a_sequence_are_not_bypassed(take, cell):
+    found = find_shortcuts(Recurrent(TAKES[take], cell), torch.linspace(-1, 1, 60).reshape(2, 6, 5).sin())
+    assert [s.kind for s in found] == ["identity"] * 3 * (cell == "residual")
+
+
+class Halves(nn.Module):
+    """Half of the channels go through a layer: added to the other half, to the same half, or put beside it."""
+
+    def __init__(self, cut, join):
+        super().__init__()
+        self.cut, self.join, self.lin = cut, join, nn.Linear(4, 4)
+
+    def forward(self, x):
+        a, b = self.cut(x)
+        return {
+            "other": lambda: a + self.lin(b).relu(),
+            "same": lambda: a + self.lin(self.cut(x)[0]).relu() + b,
+            "beside": lambda: torch.cat([a, self.lin(b).relu()], -1),
+        }[self.join]()
+
+
+HALVES = {
+    "chunk": lambda x: x.chunk(2, -1),
+    "split": lambda x: x.split([4, 4], -1),
+    "slices": lambda x: (x[:, :4], x[:, 4:]),
+    "view": lambda x: x.view(-1, 2, 4).unbind(1),
+}
+
+
+@pytest.mark.parametrize(("join", "kinds"), [("other", []), ("same", ["identity"]), ("beside", ["concat"])])
+@pytest.mark.parametrize("cut", HALVES)
+def test_the_other_half_is_not_bypassed(cut, join, kinds):
+    found = find_shortcuts(Halves(HALVES[cut], join), torch.linspace(-1, 1, 24).reshape(3, 8))
+    assert [s.kind for s in found] == (kinds if (cut, join) != ("view", "beside") else [])
