@@ -182,7 +182,7 @@ def test_results_print_save_and_load(tmp_path):
         ({"normalize": "channel"}, "unknown normalisation"),
         ({"zero": ("bias",)}, "unknown kind of parameter"),
         ({"batch_norm": "train"}, "unknown batch-norm mode"),
-        ({"samples": 0}, "no samples"),
+        ({"samples": 0}, "samples= cannot be used"),
         ({"directions": [{"nowhere": torch.ones(1)}]}, "names a parameter that the model does not have"),
         ({"directions": [{"layers.0.weight": torch.ones(1)}]}, "does not have its parameter's shape"),
     ],
@@ -229,3 +229,27 @@ def test_twins_of_other_architectures_each_find_their_way():
     )
     assert "points at once" in pair.surfaces["one"].provenance.strategy
     assert pair.surfaces["other"].provenance.strategy == "plain loop" and not pair.shared_weights
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"grid": 2.5}, {"grid": None}, {"grid": "51"}, {"grid": (3, 3, 3)}, {"span": None}, {"seed": "a"}, {"seed": []},
+        {"seed": [1, 1]}, {"seed": None}, {"directions": 5}, {"directions": []}, {"metrics": 3}, {"metrics": {"a": 1}},
+        {"metrics": {"a": lambda out, y: "much"}}, {"samples": 2.5}, {"samples": 0}, {"l2": float("nan")},
+        {"tolerance": "a"}, {"tolerance": -1}, {"store": 3}, {"strength": True}, {"weight": 3}, {"sample_loss": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_cannot_be_used_are_refused_with_what_can(option):
+    data = torch.randn(6, 4), torch.randint(3, (6,))
+    with pytest.raises(ss.SkipscopeError) as refused:
+        ss.landscape(nn.Linear(4, 3), data, F.cross_entropy, **{"grid": 3, **option})
+    assert refused.value.expected
+
+
+@pytest.mark.parametrize("seeds", [range(1, 3), np.array([1, 2]), (1, np.int64(2))], ids=str)
+def test_seeds_are_seeds_whatever_holds_them(seeds, tmp_path):
+    data = torch.randn(6, 4), torch.randint(3, (6,))
+    band = ss.landscape(nn.Linear(4, 3), data, F.cross_entropy, grid=3, seed=seeds, store=tmp_path / "s")
+    assert list(band.surfaces) == ["1", "2"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,29 @@ from skipscope.surfaces._settings import Settings
 _SCORES = ("convexity_share", "roughness", "barrier", "width")
 
 
+def read_seed(seed: Any) -> int | list[int]:
+    """One seed, or several, from whatever numbers they were given as.
+
+    Raises:
+        SkipscopeError: no numbers, none at all, or one of them twice.
+    """
+    try:
+        if not isinstance(seed, Iterable):
+            return operator.index(seed)
+        seeds = [operator.index(one) for one in seed]
+    except TypeError:
+        seeds = []
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise SkipscopeError(
+            "landscape", "these are no seeds", expected="a whole number, or several that differ: [0, 1, 2]", got=repr(seed)
+        )  # fmt: skip
+    return seeds
+
+
 def by_seed(
     models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings
 ) -> dict[str, PairedSurfaces]:
     """One run a seed, each with a folder of its own in the store; the data is drawn by the first seed for all."""
-    if not settings.seed:
-        raise SkipscopeError(
-            "landscape", "no seeds", expected="a number, or several: [0, 1, 2]", got=settings.seed
-        )
     pairs = {}
     for seed in settings.seed:
         store = None if settings.store is None else Path(settings.store) / f"seed-{seed}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 
 from skipscope._errors import SkipscopeError
+from skipscope.surfaces._memory import check_grid
 
 Cell = tuple[int, ...]  # a point's place on the grid: (a, b), or (a,) on a line
 
@@ -27,10 +30,15 @@ def axes(
     """
     count = directions or (len(grid) if isinstance(grid, Sequence) else 2)
     sizes = tuple(grid) if isinstance(grid, Sequence) else (grid,) * count
-    if len(sizes) != count or count not in {1, 2} or any(int(n) != n or n < 1 for n in sizes):
+    if (
+        len(sizes) != count
+        or count not in {1, 2}
+        or not all(isinstance(n, Integral) and n > 0 for n in sizes)
+    ):
         raise SkipscopeError(
             "landscape", "this is no grid", expected=f"points an axis, for {count} axes: 51 or (51, 31); (51,) is a line", got=repr(grid),
         )  # fmt: skip
+    check_grid(math.prod(map(int, sizes)), 1, usual=32)  # before the axes are made
     ranges = _ranges(span, count)
     if strength and not isinstance(span, Sequence | np.ndarray):
         ranges[0] = (0.0, 1.0)

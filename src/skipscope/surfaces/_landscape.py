@@ -11,7 +11,7 @@ from torch import nn
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope.surfaces._band_results import PairedBand, SurfaceBand
-from skipscope.surfaces._bands import by_seed, paired_band, surface_band
+from skipscope.surfaces._bands import by_seed, paired_band, read_seed, surface_band
 from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import Metric
 from skipscope.surfaces._results import PairedSurfaces, Surface
@@ -133,12 +133,12 @@ def landscape(
         ((5, 5), True)
     """
     settings = Settings(
-        grid=grid, span=span, seed=seed, store=store, directions=directions, strength=strength, normalize=normalize, zero=zero,
+        grid=grid, span=span, seed=read_seed(seed), store=store, directions=directions, strength=strength, normalize=normalize, zero=zero,
         orthogonal=orthogonal, batch_norm=batch_norm, samples=samples, metrics=metrics or {}, l2=l2, tolerance=tolerance,
         strategy=strategy, precision=precision, engine=engine, weight=weight, sample_loss=sample_loss,
     )  # fmt: skip
     name = type(model).__name__
-    if isinstance(seed, Sequence):
+    if isinstance(settings.seed, list):
         return surface_band(by_seed({name: model}, data, loss, settings), name)
     return surfaces({name: model}, data, loss, settings).surfaces[name]
 
@@ -232,10 +232,10 @@ def paired_landscapes(
             got=f"{type(models).__name__}",
         )  # fmt: skip
     settings = Settings(
-        grid=grid, span=span, seed=seed, store=store, directions=directions, normalize=normalize, zero=zero,
+        grid=grid, span=span, seed=read_seed(seed), store=store, directions=directions, normalize=normalize, zero=zero,
         orthogonal=orthogonal, batch_norm=batch_norm, samples=samples, metrics=metrics or {}, l2=l2, tolerance=tolerance,
         strategy=strategy, precision=precision, engine=engine, weight=weight, sample_loss=sample_loss,
     )  # fmt: skip
-    if isinstance(seed, Sequence):
+    if isinstance(settings.seed, list):
         return paired_band(by_seed(models, data, loss, settings))
     return surfaces(models, data, loss, settings)

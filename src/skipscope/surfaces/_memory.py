@@ -52,17 +52,23 @@ def directions_fit(models: Iterable[nn.Module], moved: Iterable[Tensor], axes: i
     return 2 * (copies + (3 + axes) * steps) + 2 * axes * steps <= free
 
 
-def check_grid(points: int, numbers: int) -> None:
+def check_grid(points: int, numbers: int, usual: int = 0) -> None:
     """Refuse a grid whose numbers do not fit.
+
+    Args:
+        points: of the grid.
+        numbers: at each point, at least.
+        usual: how many more likely; the size that is named would fit with these.
 
     Raises:
         SkipscopeError: with the largest square grid that fits.
     """
     free = _SHARE * free_bytes(torch.device("cpu"))
-    each = 4 * 8 * numbers  # the sheet, what is kept, and two copies on the way to results
-    if points * each > free:
+    each = 4 * 8  # bytes a number: the sheet, what is kept, and two copies on the way to results
+    if points * each * numbers > free:
+        numbers = max(numbers, usual)
         raise SkipscopeError(
             "landscape", "the grid's numbers do not fit into memory",
-            expected=f"at most {int((free / each) ** 0.5):,} points an axis of a plane",
-            got=f"{points:,} points of {numbers} numbers, {points * each / 2**30:.1f} GiB", cure="a smaller grid",
+            expected=f"at most {int((free / each / numbers) ** 0.5):,} points an axis of a plane",
+            got=f"{points:,} points of {numbers} numbers, {points * each * numbers / 2**30:.1f} GiB", cure="a smaller grid",
         )  # fmt: skip

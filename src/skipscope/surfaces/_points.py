@@ -33,8 +33,6 @@ def resident(model: nn.Module, data: Any, loss: Any, samples: int | None, seed: 
 
 def _subset(held: list[Batch], samples: int, seed: int) -> list[Batch]:
     sizes = [batch_size(batch) for batch in held]
-    if samples < 1:
-        raise SkipscopeError("landscape", "no samples", expected="samples of 1 or more", got=samples)
     if samples >= sum(sizes):
         return held
     order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
@@ -135,7 +133,7 @@ class PointLoss:
                 total = total + share * value.double()
             for name, metric in self.metrics.items():
                 target = batch[1] if isinstance(batch, tuple | list) else batch
-                metrics[name] = metrics[name] + size * torch.as_tensor(metric(output, target)).double()
+                metrics[name] = metrics[name] + size * _number(name, metric(output, target))
         normaliser = 1.0 if self.loss.sums else sum(self.shares)
         return {
             "value": total / normaliser if normaliser else torch.tensor(float("nan")),
@@ -143,6 +141,16 @@ class PointLoss:
             "denominators": torch.cat(denominators) if denominators else None,
             "metrics": {name: value / sum(self.sizes) for name, value in metrics.items()},
         }
+
+
+def _number(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value).double().reshape(())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SkipscopeError(
+            "landscape", f"the metric {name!r} gave no number", expected="f(output, target) -> one number a batch",
+            got=f"{type(value).__name__}: {value!r:.80}",
+        ) from error  # fmt: skip
 
 
 def gather(points: list[dict[str, Any]]) -> Reading:

@@ -223,10 +223,6 @@ def _fill(
     if tolerance is None or len(at) == 1 or min(sheet.shape) < 5:
         runner.compute(everything)
         return None
-    if not tolerance > 0:
-        raise SkipscopeError(
-            "landscape", "the tolerance is not positive", expected="e.g. 0.01, or None", got=tolerance
-        )
     fields = [(f"{t.name}/value", f"{t.name}/stderr" if t.has_samples else None) for t in twins]
     adaptive = Adaptive(sheet, at, runner.compute, fields, tolerance)
     errors = adaptive.run()

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 
 from skipscope._data import Batch
+from skipscope._errors import SkipscopeError
 from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import Metric
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_directions(value: Any) -> bool:
+    if isinstance(value, Plane):
+        return True
+    return isinstance(value, Sequence) and len(value) in {1, 2} and all(isinstance(d, Mapping) for d in value)
+
+
+# What an option other than None must be; what needs the model to be judged is judged where it is used.
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "directions": (_are_directions, "one or two dicts from parameter names to tensors, or a plane"),
+    "strength": (lambda v: isinstance(v, Iterable) and not isinstance(v, str), "shortcuts: ss.find_shortcuts(model, inputs)"),
+    "metrics": (
+        lambda v: isinstance(v, Mapping) and all(map(callable, v.values())), "name -> f(output, target)",
+    ),
+    "samples": (lambda v: isinstance(v, Integral) and int(v) > 0, "a whole number of samples, 1 or more"),
+    "l2": (_is_number, "a finite number"),
+    "tolerance": (lambda v: _is_number(v) and v > 0, "a share of the surface's range above zero: 0.01; or None"),
+    "store": (lambda v: isinstance(v, str | os.PathLike), "a folder"),
+    "weight": (callable, "f(batch) -> what the batch counts for"),
+    "sample_loss": (callable, "f(output, target) -> [samples]"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +67,14 @@ class Settings:
     engine: str = "auto"
     weight: Callable[[Batch], float] | None = None
     sample_loss: Callable[[Any, Any], Tensor] | None = None
+
+    def __post_init__(self):
+        for name, (holds, words) in _EXPECTED.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise SkipscopeError(
+                    "landscape", f"{name}= cannot be used", expected=words, got=repr(value)[:200]
+                )
 
     @property
     def drawn_by(self) -> int:
