@@ -138,9 +138,28 @@ class Judge:
         return bool(side.region & self.graph.of_kinds(MAX_POOLS))
 
     def _is_score(self, at: int) -> bool:
-        """Whether a softmax makes of it, shifted and scaled at most, one factor of a matrix product."""
-        softmaxes = self.graph.onward([at], _PASSING, frozenset({"Softmax"}))
-        return bool(self.graph.onward(softmaxes, _PASSING, frozenset({"Bmm", "Mm"})))
+        """Whether a softmax makes of it, shifted and scaled at most, one factor of a matrix product; or of v . tanh of it,
+        as in additive attention, one factor of a product.
+        """
+        softmaxes, ends = self.graph.onward([at], _PASSING, frozenset({"Softmax"})), {"Bmm", "Mm"}
+        if not softmaxes:
+            softmaxes, ends = self._additive_scores(at), {"Bmm", "Mm", "Mul"}
+        return bool(self.graph.onward(softmaxes, _PASSING, frozenset(ends)))
+
+    def _additive_scores(self, at: int) -> list[int]:
+        """The softmax of v . tanh(sum), where that is all the sum is for."""
+        passed = ""
+        while len(children := self.graph.children[at]) == 1:
+            (at,) = children
+            kind = self.graph.kind(at)
+            if kind == "Softmax" and passed == "tanh, v":
+                return [at]
+            passed = (
+                "tanh" if kind == "Tanh" else "tanh, v" if kind in LINEAR and passed == "tanh" else passed
+            )
+            if kind not in SHAPE | LINEAR | {"Tanh"}:
+                break
+        return []
 
     def _bends(self, region: int) -> bool:
         return bool(region & self.graph.of_kinds(BENT))
@@ -230,9 +249,8 @@ class Judge:
         return [] if dim is not None and any(part.runs_along(dim) for part in taken) else taken
 
     def _is_activation_function(self, region: int) -> bool:
-        """Whether all its weights are single numbers, and each value goes through by itself."""
-        graph = self.graph
-        return graph.has_only_scalars(region) and not region & ~graph.of_kinds(POINTWISE)
+        """Whether each value goes through by itself, whatever gains it meets: nothing in it makes one of several."""
+        return not region & ~self.graph.of_kinds(POINTWISE)
 
     def _repeats(self, reader: Sides, region: int, bypassing: tuple[int, ...]) -> bool:
         """Whether the branch's matrices have all made a bypassing operand before: one module, step after step."""
@@ -267,7 +285,7 @@ class Judge:
         both: tuple[int, ...] = ()
         mixture: Mixture | None = None
         if call.name == "lerp":
-            kind, both = "gated", (2,) if call.tensors[2] else ()
+            kind, both = "gated" if 2 in reader.active else "scaled", (2,) if call.tensors[2] else ()
         elif call.name in _calls.LISTS and (mixture := self.mixtures.of(call)) is not None:
             kind = max(mixture.kind, *(sides[i].how for i in bypassing), key=_BY_WEIGHT.index)
             both = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor and mixture.alone)

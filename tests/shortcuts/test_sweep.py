@@ -1,0 +1,143 @@
+"""What a sweep over other people's models has shown, each as the smallest network that has it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import skipscope as ss
+
+
+class FrozenNorm(nn.Module):
+    """A batch norm whose gain is a buffer; detectors' last norm of a block starts at zero."""
+
+    def __init__(self, width, gain):
+        super().__init__()
+        self.register_buffer("gain", torch.full((width,), gain))
+        self.register_buffer("bias", torch.zeros(width))
+
+    def forward(self, x):
+        return x * self.gain.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+class FrozenResNet(nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.norm = FrozenNorm(3, gain)
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = torch.relu(x + self.norm(conv(x)))
+        return x
+
+
+class Codec(nn.Module):
+    """An encoder, a codebook in a buffer, a decoder: integers lie between the two."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("book", torch.randn(20, 6))
+        self.encoder, self.decoder = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = x + self.encoder(x).tanh()
+        h = F.embedding((x @ self.book.T).argmax(-1), self.book)
+        return h + self.decoder(h).tanh()
+
+
+class Snake(nn.Module):
+    """An activation function with a number for each channel, x + sin(a x)^2 / a, inside a residual block."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.alpha = nn.Conv1d(4, 4, 3, padding=1), nn.Parameter(torch.ones(1, 4, 1))
+
+    def forward(self, x):
+        y = x + (self.alpha + 1e-9).reciprocal() * torch.sin(self.alpha * x).pow(2)
+        return x + self.conv(y)
+
+
+class Additive(nn.Module):
+    """A recurrent decoder that attends by v . tanh(U h + W s)."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys, self.query, self.score = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 1)
+        self.cell = nn.GRUCell(6, 6)
+
+    def forward(self, x):
+        state = x.mean(1)
+        for _ in range(3):
+            seen = torch.tanh(self.keys(x) + self.query(state).unsqueeze(1))
+            weights = self.score(seen).softmax(1)
+            state = self.cell((weights.transpose(1, 2) @ x).squeeze(1), state)
+        return state
+
+
+class Pooled(nn.Module):
+    """A block with a projection, and attention over what comes out of it: the sum is more than a score."""
+
+    def __init__(self):
+        super().__init__()
+        self.skip, self.inner, self.outer = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 8)
+        self.score = nn.Linear(8, 1)
+
+    def forward(self, x):
+        y = torch.tanh(self.skip(x) + self.outer(self.inner(x).relu()))
+        return self.score(y).softmax(1).transpose(1, 2) @ y
+
+
+class Gains(nn.Module):
+    """A branch of vectors only that makes one value of several: no activation function."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, x):
+        return x + self.gain * (F.avg_pool1d(x, 3, 1, 1) - x)
+
+
+CASES = {
+    "a frozen norm that starts at zero": (lambda: FrozenResNet(0.0), (2, 3, 5, 5), ["identity"] * 3),
+    "a frozen norm": (lambda: FrozenResNet(1.0), (2, 3, 5, 5), ["identity"] * 3),
+    "a codec": (Codec, (4, 6), ["identity"] * 2),
+    "an activation function with gains": (Snake, (2, 4, 7), ["identity"]),
+    "additive attention": (Additive, (2, 5, 6), []),
+    "attention over a sum with a projection": (Pooled, (2, 5, 6), ["projection"]),
+    "gains around a pool": (Gains, (2, 4, 7), ["identity"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_known_shortcuts_and_edits(name):
+    make, shape, kinds = CASES[name]
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(shape)
+    found = ss.find_shortcuts(model, x)
+    assert [s.kind for s in found] == kinds, [(r.name, r.reason) for r in found.rejected]
+    if kinds:
+        assert torch.equal(ss.ablate(model, found, "detach")(x), model(x))
+        assert not torch.equal(ss.ablate(model, found)(x), model(x))
+
+
+def test_a_state_that_has_not_begun_carries_nothing():
+    """c0 = 0 times the first gate: as large as the product, and no gain."""
+
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.i = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            state = torch.zeros(x.shape[0], 6)
+            return torch.sigmoid(self.f(x)) * state + torch.tanh(self.i(x))
+
+    assert not len(ss.find_shortcuts(Cell(), torch.randn(3, 6)))
+
+
+def test_the_flow_through_a_codec_starts_at_its_codes():
+    """No gradient passes the integers: the second part says so of the first."""
+    flow = ss.gradient_flow(Codec(), (torch.randn(4, 6), torch.zeros(4, 6)), F.mse_loss)
+    assert flow.verdict.state == "unconnected" and flow.boundaries[-1].gradient_rms > 0
