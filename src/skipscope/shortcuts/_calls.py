@@ -11,7 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any
 
@@ -31,11 +31,13 @@ class Operation:
         name: of the operation: ``add`` for ``add``, ``add_`` and ``__radd__``.
         slots: its operands; empty when they come as one list.
         in_place: whether it writes into its first operand.
+        unless: says of the arguments of a call that it adds nothing up; None where it always does.
     """
 
     name: str
     slots: tuple[Slot, ...]
     in_place: bool = False
+    unless: Callable[[Sequence[Any], Mapping[str, Any]], bool] | None = None
 
 
 _TWO: tuple[Slot, ...] = ((0, "input"), (1, "other"))
@@ -48,6 +50,12 @@ _SUMS: dict[str, tuple[Slot, ...]] = {
     **dict.fromkeys(("add", "sub", "rsub"), _TWO),
     **{name: ((0, "input"), (1, a), (2, b)) for name, (a, b) in _LIKE_ADDMM.items()},
     **dict.fromkeys(("index_add", "scatter_add"), ((0, "input"), (3, "source"))),
+    "index_put": ((0, "input"), (2, "values")),
+    "scatter_reduce": ((0, "input"), (3, "src")),
+}
+_OVERWRITES: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], bool]] = {
+    "index_put": lambda args, kwargs: not (args[3] if len(args) > 3 else kwargs.get("accumulate", False)),
+    "scatter_reduce": lambda args, kwargs: (args[4] if len(args) > 4 else kwargs.get("reduce")) != "sum",
 }
 PRODUCTS = frozenset({"mul"})
 # In place of an operand's number: all of the tensor of which the first operand, written into, is a slice.
@@ -61,8 +69,8 @@ LISTS = frozenset({"cat", "hstack", "vstack", "dstack", "column_stack", "stack"}
 
 def _operations() -> dict[str, Operation]:
     slots = {**_SUMS, **dict.fromkeys(PRODUCTS, _TWO), **dict.fromkeys(LISTS, ())}
-    table = {name: Operation(name, places) for name, places in slots.items()}
-    table |= {f"{name}_": Operation(name, places, True) for name, places in slots.items() if places}
+    table = {name: Operation(name, places, False, _OVERWRITES.get(name)) for name, places in slots.items()}
+    table |= {f"{name}_": replace(one, in_place=True) for name, one in table.items() if one.slots}
     same = {
         "subtract": "sub", "subtract_": "sub_", "multiply": "mul", "multiply_": "mul_", "concat": "cat",
         "concatenate": "cat", "__rsub__": "rsub", "__radd__": "add", "__rmul__": "mul",
@@ -85,7 +93,9 @@ _is_plumbing: dict[str, bool] = {}
 
 
 def operands(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The operands of a call, in order; what is no tensor is kept as it is."""
+    """The operands of a call, in order; what is no tensor is kept as it is. None where it adds nothing up."""
+    if operation.unless is not None and operation.unless(args, kwargs):
+        return []
     if not operation.slots:
         return list(args[0] if args else kwargs["tensors"])
     return [args[i] if i < len(args) else kwargs.get(key) for i, key in operation.slots]

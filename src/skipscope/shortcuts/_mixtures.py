@@ -90,7 +90,8 @@ class Mixtures:
                 ends = _summed(node, len(shape), axis)
                 return (at, "scaled" if name == "Mean" and kind == "identity" else kind) if ends else None
             if name in _PRODUCTS:
-                here = graph.parents[at].index(before)
+                edges = [k for k, edge in enumerate(node.next_functions) if edge[0] is not None]
+                here = edges[graph.parents[at].index(before)]  # a factor that is a constant has no edge
                 ends = len(others) == 1 and axis == _PRODUCTS[name][here] + len(shape)
                 return (at, self._heavier(kind, others)) if ends else None
             new = shape_of(node)
