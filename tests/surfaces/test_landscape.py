@@ -253,3 +253,13 @@ def test_seeds_are_seeds_whatever_holds_them(seeds, tmp_path):
     data = torch.randn(6, 4), torch.randint(3, (6,))
     band = ss.landscape(nn.Linear(4, 3), data, F.cross_entropy, grid=3, seed=seeds, store=tmp_path / "s")
     assert list(band.surfaces) == ["1", "2"]
+
+
+@pytest.mark.parametrize("call", [ss.paired_landscapes, ss.curvature_map])
+def test_own_directions_lead_elsewhere_for_a_twin_with_other_weights(call):
+    one, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    options = {"grid": 3, "directions": [random_direction(one), random_direction(one, axis=1)]}
+    data = torch.randn(6, 4), torch.randint(3, (6,))
+    call({"a": one, "same": copy.deepcopy(one)}, data, F.cross_entropy, **options)
+    with pytest.raises(ss.SkipscopeError, match="other weights than the first"):
+        call({"a": one, "b": other}, data, F.cross_entropy, **options)

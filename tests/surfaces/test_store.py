@@ -281,3 +281,15 @@ def test_ranks_without_a_store_are_refused():
         _surface(engine="torchrun")
     with pytest.raises(ss.SkipscopeError, match="unknown engine"):
         _surface(engine="slurm")
+
+
+def test_a_metric_of_the_same_name_that_computes_something_else_is_refused(tmp_path):
+    torch.manual_seed(0)
+    model, data = nn.Linear(4, 3), (torch.randn(20, 4), torch.randint(3, (20,)))
+    options = {"grid": 3, "store": tmp_path / "s", "strategy": "plain"}
+    ss.landscape(model, data, F.cross_entropy, metrics={"m": lambda out, _: out.abs().mean()}, **options)
+    ss.landscape(model, data, F.cross_entropy, metrics={"m": lambda out, _: out.abs().mean()}, **options)
+    with pytest.raises(ss.SkipscopeError, match="other metric m"):
+        ss.landscape(
+            model, data, F.cross_entropy, metrics={"m": lambda out, _: out.square().mean()}, **options
+        )

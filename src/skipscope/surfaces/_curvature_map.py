@@ -30,7 +30,7 @@ from skipscope.surfaces._points import data_hash, hash_of, resident, weights_has
 from skipscope.surfaces._runner import Runner, engine_for
 from skipscope.surfaces._settings import Settings
 from skipscope.surfaces._store import PLAN, Plan, Store, check_plan, read_plan
-from skipscope.surfaces._twins import directions_for, same_weights, stale_statistics
+from skipscope.surfaces._twins import directions_for, refuse_own_directions, same_weights, stale_statistics
 from skipscope.surfaces._walk import NAMES, SEGMENT, Walk
 
 _OPERATION = "curvature_map"
@@ -195,6 +195,7 @@ class _Plane:
         for name, model in models.items():
             moved, shared = directions, model is first or same_weights(first, model)
             if not shared:
+                refuse_own_directions(name, self.settings)
                 apart.append(name)
                 moved = directions_for(model, self.settings, len(self.at))
             elif stale_statistics(first, model, centre, self._centre(model)):

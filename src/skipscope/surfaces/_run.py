@@ -132,7 +132,7 @@ def _prepare(
     found = read_plan(folder) if folder is not None else None
     plan = Plan(
         _identity(twins, work, settings, hashes, data, loss),
-        [t.centre for t in twins],
+        work.at_origin(),
         work.names,
         count,
         1,

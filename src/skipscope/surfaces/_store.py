@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ class Plan:
 
     Attributes:
         identity: weights, data, settings: must be the same to resume.
-        origins: the loss at the origin of each twin, compared to a relative 1e-4 (another loss of the same name).
+        origins: the numbers at the origin, compared to a relative 1e-4 (another loss or metric of the same name).
         names: the numbers at each point.
         points: how many points the grid has.
         unit: points a chunk.
@@ -74,17 +73,27 @@ def check_plan(found: Plan, wanted: Plan, folder: str | os.PathLike[str]) -> Non
     """
     ours = json.loads(json.dumps(wanted.identity))
     differs = [key for key in {**ours, **found.identity} if ours.get(key) != found.identity.get(key)]
-    if not differs and not np.allclose(found.origins, wanted.origins, rtol=1e-4, equal_nan=True):
-        differs = ["the loss at the origin"]
-    if not differs and found.names != wanted.names:
+    if not differs and (found.names != wanted.names or len(found.origins) != len(wanted.origins)):
         differs = ["what is measured"]
+    if not differs:
+        differs = _differing(found, wanted)
     if differs:
         first = differs[0]
         raise SkipscopeError(
             "landscape", f"the store {folder} was made with other {', '.join(sorted(differs))}",
-            expected=_brief(found.identity.get(first)), got=_brief(ours.get(first)),
+            expected=_brief(found.identity.get(first)) if first in found.identity else None,
+            got=_brief(ours.get(first)) if first in ours else None,
             cure="choose another folder, or the same weights, data and settings",
         )  # fmt: skip
+
+
+def _differing(found: Plan, wanted: Plan) -> list[str]:
+    """What has another value at the origin: a function of the same name that computes something else."""
+    same = np.isclose(found.origins, wanted.origins, rtol=1e-4, atol=1e-12, equal_nan=True)
+    names = [name for name in wanted.names if not name.endswith("/difference_stderr")] or [""]
+    wrong = {names[i % len(names)].partition("/")[2] for i in np.flatnonzero(~same)}
+    metrics = sorted(name.replace("metric/", "metric ") for name in wrong if name.startswith("metric/"))
+    return metrics or (["loss at the origin"] if wrong else [])
 
 
 def _brief(value: Any) -> str:
@@ -196,8 +205,3 @@ def read_store(path: Path) -> _result.Result | None:
             cure="run the same call again; it resumes where it ended",
         )
     return _result.loads((path / _RESULT).read_text(), str(path))
-
-
-def origins(values: Sequence[float]) -> list[float]:
-    """Losses at the origin as a plan keeps them."""
-    return [float(value) for value in values]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from skipscope._data import Batches, Objective
+from skipscope._errors import SkipscopeError
 from skipscope._untouched import private_copy
 from skipscope.shortcuts import ablate
 from skipscope.surfaces import _directions as dirs
@@ -70,6 +71,8 @@ def make_twins(
     keep = directions_fit(models.values(), next(iter(models.values())).parameters(), axes)
     for name, model in models.items():
         shared = first is None or same_weights(first.model, model)
+        if not shared:
+            refuse_own_directions(name, settings)
         moving = axes - (settings.strength is not None)
         directions = (
             first.directions
@@ -93,6 +96,20 @@ def make_twins(
         twins.append(twin)
         first = first or twin
     return twins
+
+
+def refuse_own_directions(name: str, settings: Settings) -> None:
+    """Refuse the user's own directions, or a plane, for a twin with other weights than the first.
+
+    Raises:
+        SkipscopeError: as said.
+    """
+    if settings.own_directions is not None:
+        raise SkipscopeError(
+            "paired_landscapes", f"{name} has other weights than the first twin: directions made for one lead elsewhere for the other",
+            expected="twins that share the first one's weights, or no directions=",
+            cure="ss.landscape(twin, ..., directions=...) for each",
+        )  # fmt: skip
 
 
 def stale_statistics(
@@ -187,6 +204,10 @@ class Work:
                 numbers.append(_size(own - first))
             out += numbers
         return np.stack(out)
+
+    def at_origin(self) -> list[float]:
+        """Every twin's numbers there, but a difference's error: other functions of the same names give others."""
+        return [float(n[0]) for twin in self.twins for n in self._numbers(twin, twin.origin)[0]]
 
     def _numbers(self, twin: TwinOnPlane, reading: Reading) -> tuple[list[np.ndarray], np.ndarray | None]:
         numbers = [reading.values, *reading.metrics.values()]
