@@ -24,6 +24,9 @@ def make():
 def plain():
     return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
 
+def fails():
+    return {}["width"]
+
 def needs_an_argument(n):
     return make()
 
@@ -72,7 +75,18 @@ BAD = {
     "no such callable": (["flow", "mine:nothing", "--data", "mine:batch"], "no such name"),
     "its import fails": (["flow", "broken:make", "--data", "mine:batch"], "a_package_that_is_not_there"),
     "not a module": (["flow", "mine:batch", "--data", "mine:batch"], "nn.Module"),
-    "needs arguments": (["flow", "mine:needs_an_argument", "--data", "mine:batch"], "make_model()"),
+    "needs arguments": (
+        ["flow", "mine:needs_an_argument", "--data", "mine:batch"],
+        "a small function without arguments",
+    ),
+    "it fails": (["flow", "mine:fails", "--data", "mine:batch"], "KeyError: 'width'"),
+    "its line": (["flow", "mine:fails", "--data", "mine:batch"], "mine.py:"),
+    "its data fail": (["flow", "mine:make", "--data", "mine:fails"], "mine:fails was called, and failed"),
+    "misspelt": (["flow", "mine:mak", "--data", "mine:batch"], "expected: make"),
+    "a file": (
+        ["flow", "./models/mine.py:make", "--data", "mine:batch"],
+        "a module, not a file: models.mine:make",
+    ),
     "code as a name": (["flow", "__import__('os').system('true'):x"], "is not module:callable"),
     "no data": (["flow", "mine:make"], "--data"),
     "no such loss": (["flow", "mine:make", "--data", "mine:batch", "--loss", "focal"], "cross_entropy"),

@@ -16,7 +16,8 @@ MODULES = [
     m.name for m in pkgutil.walk_packages(ss.__path__, "skipscope.") if not m.name.endswith("__main__")
 ]
 # Adapters of packages that may not be installed; their own tests run them.
-OPTIONAL = {"skipscope.monitor.lightning", "skipscope.monitor.transformers", "skipscope.monitor.accelerate"}
+# Each needs a package of its own; the kernels need Triton.
+OPTIONAL = {f"skipscope.monitor.{name}" for name in ("lightning", "transformers", "accelerate", "_kernels")}
 
 
 def python(code: str) -> str:

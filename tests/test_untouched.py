@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import skipscope as ss
 from skipscope import book
 from skipscope._data import inputs_of
+from skipscope._random import drawn_apart
 from skipscope._untouched import untouched
 from skipscope.testing import check_shortcut
 from zoo import ZOO, Net
@@ -391,3 +393,46 @@ def test_an_interruption_is_really_planted():
     for error in (Planted, KeyboardInterrupt):
         _, count, raised = run_and_compare(CALLS["gradient_flow"], "residual", at=2, error=error)
         assert count == 2 and isinstance(raised, error)
+
+
+LOADED = {
+    "gradient_flow": ss.gradient_flow,
+    "path_spectrum": ss.path_spectrum,
+    "importance": ss.importance,
+    "extreme_eigenvalues": lambda *given: ss.extreme_eigenvalues(*given, max_products=3),
+    "landscape": lambda *given: ss.landscape(*given, grid=3),
+    "train_twins": lambda model, *given: ss.train_twins({"a": model}, *given, steps=2, seeds=1),
+}
+
+
+class _Draws(torch.utils.data.Dataset):
+    """Samples that draw from all three generators, as augmentations do."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        return torch.randn(4) + random.random() + np.random.rand(), i % 3
+
+
+@pytest.mark.parametrize("call", LOADED)
+def test_data_that_draw_leave_the_random_state(call):
+    loader = torch.utils.data.DataLoader(_Draws(), batch_size=5, shuffle=True)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    LOADED[call](model, loader, F.cross_entropy)
+    assert torch.equal(before[0], torch.get_rng_state()) and random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+
+
+def test_what_is_drawn_apart_goes_on_from_batch_to_batch():
+    torch.manual_seed(0)
+    expected = [torch.rand(1).item() for _ in range(3)]
+    torch.manual_seed(0)
+    items = (torch.rand(1).item() for _ in range(3))
+    drawn = []
+    for value in drawn_apart(items):
+        torch.rand(7)  # what runs between draws from the global state, and does not disturb
+        drawn.append(value)
+    assert drawn == expected
+    assert len(set(expected)) == 3

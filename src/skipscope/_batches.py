@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from skipscope._errors import SkipscopeError
+from skipscope._random import drawn_apart
 
 Batch = Any
 
 
 class Batches:
-    """Re-iterable batches, and whether there is only one.
+    """Re-iterable batches, and whether there is only one. What they draw at random leaves the global states as they are.
 
     Attributes:
         single: True for one batch, which then needs no averaging.
@@ -27,11 +28,11 @@ class Batches:
         self.items, self.single = items, single
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.items)
+        return drawn_apart(self.items)
 
     def first(self) -> Batch:
         """The first batch."""
-        return next(iter(self.items))
+        return next(iter(self))
 
 
 def batches(items: Sequence[Batch]) -> Batches:
@@ -88,7 +89,7 @@ def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches
             got=type(data).__name__,
             cure="ss.batches(list(data))" if isinstance(data, Iterator) else "pass (inputs, target)",
         )  # fmt: skip
-    for _ in data:
+    for _ in drawn_apart(data):
         return Batches(data)
     raise SkipscopeError(
         operation,

@@ -24,7 +24,7 @@ class _Lines:
         self.file = file
 
     def start(self, what, total):
-        print(f"{what} ({total} steps)" if total else what, file=self.file, flush=True)
+        print(f"{what} ({total} step{'s' * (total != 1)})" if total else what, file=self.file, flush=True)
         return what, time.perf_counter()
 
     def say(self, text):

@@ -23,37 +23,12 @@ from torch import Tensor, nn
 
 from skipscope import _sharding
 from skipscope._errors import SkipscopeError
+from skipscope._random import random_state_kept as random_state_kept
 from skipscope._ranks import meet, ranks_of
 
 # Two threads of functional_call on one module corrupt its weights for good (seen), and the random state is one for
 # all threads: measurements take turns.
 _turn = threading.RLock()
-
-
-@contextmanager
-def random_state_kept(seed: int | None = None) -> Iterator[None]:
-    """Give Python's, NumPy's and torch's global generators back as they were; seed them first if asked."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = (
-        torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    )
-    try:
-        if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            # Not torch.manual_seed: without CUDA it costs milliseconds and keeps a stack trace of every call for good.
-            torch.default_generator.manual_seed(seed)
-            if devices is not None:
-                torch.cuda.manual_seed_all(seed)
-            if torch.backends.mps.is_available():
-                torch.mps.manual_seed(seed)
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if devices is not None:
-            torch.cuda.set_rng_state_all(devices)
 
 
 class _Snapshot:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,13 +14,13 @@ from torch import Tensor, nn
 
 from skipscope import reference
 from skipscope._data import as_batches, call_model, forward, inputs_of, objective, target_of, tensors_in
-from skipscope._errors import MissingExtra, SkipscopeError
+from skipscope._errors import SkipscopeError
 from skipscope._untouched import random_state_kept, untouched
+from skipscope.cli._named import called, factory, named_model, resolve
 
 if TYPE_CHECKING:
     from skipscope.cli import Source
 
-_OBJECT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _SHAPE = re.compile(r"[1-9]\d{0,6}(x[1-9]\d{0,6})*")
 
 
@@ -64,8 +62,8 @@ def load_subject(name: str, source: Source, samples: int = 128) -> Subject:
         SkipscopeError: no such module, callable, network, file or loss; each with the cure.
     """
     said: list[str] = []
-    found = _resolve_model(name, said)
-    make = None if isinstance(found, nn.Module) else _factory(found, name)
+    found = named_model(name, said)
+    make = None if isinstance(found, nn.Module) else factory(found, name)
     with random_state_kept(source.seed):
         model = make() if make else found
     assert isinstance(model, nn.Module)
@@ -74,128 +72,6 @@ def load_subject(name: str, source: Source, samples: int = 128) -> Subject:
         make = None  # weights from a file are one model, not a family of initialisations
     data, loss = _data(name, model, source, samples, said)
     return Subject(name, make, model, data, loss, said)
-
-
-def _factory(found: Any, name: str) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        try:
-            model = found()
-        except TypeError as error:
-            raise SkipscopeError(
-                "model", f"{name} cannot be called without arguments ({error})", expected="a callable that returns an nn.Module",
-                cure="write a small function make_model() that fills them in",
-            ) from error  # fmt: skip
-        if not isinstance(model, nn.Module):
-            raise SkipscopeError(
-                "model",
-                f"{name} did not return an nn.Module",
-                expected="an nn.Module",
-                got=type(model).__name__,
-            )
-        return model
-
-    return make
-
-
-def _resolve_model(name: str, said: list[str]) -> Any:
-    prefix, _, rest = name.partition(":")
-    if prefix in _LIBRARIES and rest:
-        return _LIBRARIES[prefix](rest, said)
-    if ":" in name:
-        return resolve(name, "model")
-    networks = reference.networks()
-    if name in networks:
-        return networks[name]
-    raise SkipscopeError(
-        "model", f"there is no network called {name!r:.60}", expected="one of " + ", ".join(networks),
-        cure="your own: module:callable, e.g. my_package.models:make_model",
-    )  # fmt: skip
-
-
-def resolve(name: str, what: str) -> Any:
-    """Import ``module:callable``; only the command line does this, never a file that is read."""
-    if not _OBJECT.fullmatch(name):
-        raise SkipscopeError(
-            what,
-            f"{name!r:.80} is not module:callable",
-            expected="e.g. my_package.models:make_model",
-            got=name[:80],
-        )
-    try:
-        return pkgutil.resolve_name(name)
-    except ModuleNotFoundError as error:
-        missing, module = error.name or "", name.partition(":")[0]
-        if module == missing or module.startswith(missing + "."):
-            raise SkipscopeError(
-                what,
-                f"there is no module {missing}",
-                got=name,
-                cure="run the command from the folder that holds it, or install it",
-            ) from error
-        raise SkipscopeError(
-            what, f"importing {module} failed: it needs {missing}, which is not installed", got=name
-        ) from error
-    except AttributeError as error:
-        raise SkipscopeError(what, f"the module has no such name ({error})", got=name) from error
-    except Exception as error:  # the user's own module may fail in any way while it is imported
-        raise SkipscopeError(
-            what, f"importing {name} failed: {type(error).__name__}: {error}", got=name
-        ) from error
-
-
-def _timm(name: str, said: list[str]) -> Callable[[], nn.Module]:
-    try:
-        timm = importlib.import_module("timm")
-    except ImportError as error:
-        raise MissingExtra("model", "timm", "timm") from error
-    said.append(f"timm:{name} has random weights (nothing is downloaded)")
-    return lambda: _built("timm", name, lambda: timm.create_model(name, pretrained=False))
-
-
-def _torchvision(name: str, said: list[str]) -> Callable[[], nn.Module]:
-    try:
-        models = importlib.import_module("torchvision.models")
-    except (ImportError, RuntimeError) as error:
-        raise MissingExtra("model", "torchvision", "torchvision") from error
-    said.append(f"torchvision:{name} has random weights (nothing is downloaded)")
-    return lambda: _built("torchvision", name, lambda: models.get_model(name, weights=None))
-
-
-def _hf(name: str, said: list[str]) -> Callable[[], nn.Module]:
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise MissingExtra("model", "transformers", "hf") from error
-    if name in transformers.CONFIG_MAPPING:
-        said.append(f"hf:{name} is the default configuration with random weights")
-
-        def build() -> nn.Module:
-            config = transformers.AutoConfig.for_model(name)
-            for kind in (
-                "AutoModelForCausalLM",
-                "AutoModelForMaskedLM",
-                "AutoModelForImageClassification",
-                "AutoModel",
-            ):
-                try:
-                    return getattr(transformers, kind).from_config(config)
-                except ValueError:
-                    continue
-            raise ValueError("no model class takes this configuration")
-
-        return lambda: _built("hf", name, build)
-    return lambda: _built("hf", name, lambda: transformers.AutoModel.from_pretrained(name))
-
-
-def _built(library: str, name: str, build: Callable[[], nn.Module]) -> nn.Module:
-    try:
-        return build()
-    except Exception as error:  # each library has its own errors for a wrong name
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise SkipscopeError("model", f"{library} cannot build {name!r:.60} ({first})") from error
-
-
-_LIBRARIES = {"timm": _timm, "torchvision": _torchvision, "hf": _hf}
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -223,7 +99,9 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 def _data(name: str, model: nn.Module, source: Source, samples: int, said: list[str]) -> tuple[Any, Any]:
     if source.data:
         found = resolve(source.data, "data")
-        data = found() if callable(found) and not isinstance(found, Tensor) else found
+        data = (
+            called(found, source.data, "data") if callable(found) and not isinstance(found, Tensor) else found
+        )
         return data, _loss(model, data, source.loss, said)
     if source.input:
         return _random_data(source.input, model, source, said)

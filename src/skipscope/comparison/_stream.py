@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from skipscope._data import Batches, batch_size, rows
+from skipscope._random import drawn_apart
 
 # A data set of more batches than this is not held in memory: its own order is used, and re-started at its end.
 HELD = 512
@@ -37,8 +38,10 @@ class Stream:
         """The batches of one seed; the global random state is neither read nor changed."""
         generator = torch.Generator().manual_seed(seed)
         if self.held is None:
+            epoch = 0
             while True:
-                yield from self.data
+                yield from drawn_apart(self.data.items, seed * 1_000_003 + epoch)
+                epoch += 1
         while True:
             if self.cut:
                 order = torch.randperm(batch_size(self.held[0]), generator=generator)

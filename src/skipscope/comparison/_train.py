@@ -378,7 +378,7 @@ def _train_stacked(
     rates = torch.tensor([[run.rate] for run in runs], dtype=torch.float64).to(networks.table)
     sources = {run.seed: course.stream.batches(run.seed) for run in runs}
     losses, ratios = np.full((2, len(runs), course.steps), np.nan)
-    for step in track(range(course.steps), f"training {name} with {optimizer}"):
+    for step in track(range(course.steps), f"training {name!r} under {optimizer}"):
         fresh = {seed: next(source) for seed, source in sources.items()}
         value = networks.losses([fresh[run.seed] for run in runs])
         displacement.grad = networks.gradient(value)
@@ -403,7 +403,7 @@ def _train_one_by_one(
     name: str,
 ) -> dict[Run, _Log]:
     logs = {}
-    for run in track(runs, f"training {name} with {optimizer}"):
+    for run in track(runs, f"training {name!r} under {optimizer}"):
         with random_state_kept(run.seed):
             logs[run] = _train(copy.deepcopy(starts[run.seed]), run, optimizer, course)
     return logs

@@ -183,15 +183,14 @@ def _stagnate(evidence: Evidence) -> Claim:
     slower = [_slower(training, roles, optimizer) for optimizer in told]
     texts = [_steps(training, roles, optimizer, optimizer in told) for optimizer in optimizers]
     finding = f"Steps to a loss of {training.target:.3g}, best rate each. " + "; ".join(texts) + "."
-    rescued = [
-        f"{name} under {optimizer}"
+    rescued = {
+        name: [optimizer for optimizer, curves in training.curves[name].items() if curves.learns]
         for name in roles.controls
         if name.startswith(roles.lacking) and name in training.curves
-        for optimizer, curves in training.curves[name].items()
-        if curves.learns
-    ]
-    if rescued:
-        finding += f" It can also be cured without a shortcut: {' and '.join(rescued)} learns."
+    }
+    cures = [f"{name!r} learns under {' and '.join(by)}" for name, by in rescued.items() if by]
+    if cures:
+        finding += f" It can also be cured without a shortcut: {'; '.join(cures)}."
     if not told:
         finding += " More steps would tell who is slower (steps=, --steps)."
     answer = (
@@ -200,7 +199,7 @@ def _stagnate(evidence: Evidence) -> Claim:
         else "does not hold here"
         if not any(slower)
         else "half true"
-        if rescued or not all(slower)
+        if cures or not all(slower)
         else "holds"
     )
     deeper = _deeper(evidence)
@@ -244,7 +243,7 @@ def _deeper(evidence: Evidence) -> str:
     roles = evidence.roles
     stuck = [r for r in evidence.ladder if r.learns and not any(r.learns[roles.lacking].values())]
     return (
-        f" At {stuck[0].depth} hidden layers and more the plain network never gets there, with any rate tried."
+        f" At {stuck[0].depth} hidden layers and more the plain network does not get there on the first seed, at any rate tried."
         if stuck and stuck[-1] is evidence.ladder[-1]
         else ""
     )
@@ -288,16 +287,17 @@ def _landscape(evidence: Evidence) -> Claim:
     if trained is None or not {roles.having, roles.lacking} <= trained.surfaces.keys():
         return Claim("surface", _SURFACE, "not measured", "The surfaces could not be had.", "")
     having, lacking = (trained.surfaces[name] for name in (roles.having, roles.lacking))
-    parts = [f"{name} {s.label or _shape(s.scores)}" for name, s in trained.surfaces.items()]
+    parts = [
+        f"{name!r} {'is ' * bool(s.label)}{s.label or _shape(s.scores)}"
+        for name, s in trained.surfaces.items()
+    ]
     finding = (
         "Share of the surface that curves up in both directions, and of its ups and downs that one valley would not need: "
         + "; ".join(parts) + "."
     )  # fmt: skip
     if having.label or lacking.label:
         answer = "not measured"
-        finding += (
-            " A network that has not learnt has a flat surface, and nothing about smoothness follows from it."
-        )
+        finding += " Nothing about smoothness follows from the surface of a network that has not learnt; often it is flat."
     else:
         smoother = having.scores.roughness < lacking.scores.roughness
         rounder = having.scores.convexity_share > lacking.scores.convexity_share

@@ -274,7 +274,11 @@ def _why(
     each = 10.0 ** (-fall / steps)
     if alone:
         step = 10.0 ** (logs[at] - logs[at + 1])
-        what = f"one step puts a factor {short(step)} on it, {short(abs(logs[at + 1] - logs[at]))} of {short(abs(fall))} decades"
+        size, whole = abs(logs[at + 1] - logs[at]), abs(fall)
+        share = f"{short(size)} of {short(whole)} decades"
+        if size > whole:  # the other steps go the other way
+            share = f"{short(size)} decades, where all steps together come to {short(whole)}"
+        what = f"one step puts a factor {short(step)} on it, {share}"
     else:
         what = f"it {word} by a factor {short(each)} at each of {steps} boundaries"
     if residual and state == "exploding":
@@ -290,10 +294,12 @@ def _why(
         return "unexplained", what, None
     causes = [(gains, _of_weights(clues, gains, observed))]
     if observed < 0:
-        causes.append((slopes, _of_activations(clues, gains)))
+        causes.append((slopes, _of_activations(clues)))
     causes.sort(key=lambda entry: entry[0] / observed, reverse=True)
     _, (cause, words, evidence) = causes[0]
     besides = [w for size, (_, w, _) in causes[1:] if size / observed >= SHARE_OF_SECOND]
+    if cause == "gain" and observed < 0 and not besides and causes[0][0] == slopes:
+        words += f", for which the weights' gain of {short(_gain_a_layer(clues, gains))} does not make up"
     return cause, "; besides, ".join([f"{what}: {words}", *besides]), evidence
 
 
@@ -311,7 +317,7 @@ def _gain_a_layer(clues: Sequence[Clue], gains: float) -> float:
     return 10.0 ** (gains / max(1, sum(c.layer is not None for c in clues)))
 
 
-def _of_activations(clues: Sequence[Clue], gains: float) -> tuple[str, str, float]:
+def _of_activations(clues: Sequence[Clue]) -> tuple[str, str, float]:
     worst = min(clues, key=lambda c: c.slope)
     if worst.inactive >= 0.9:
         cause, word = _off(worst)
@@ -330,8 +336,7 @@ def _of_activations(clues: Sequence[Clue], gains: float) -> tuple[str, str, floa
         )
     return (
         "gain",
-        f"the slope of its {worst.activation} is {short(worst.slope)} (RMS over units), for which the weights' gain of "
-        f"{short(_gain_a_layer(clues, gains))} does not make up",
+        f"the slope of its {worst.activation} is {short(worst.slope)} (RMS over units)",
         worst.slope,
     )
 

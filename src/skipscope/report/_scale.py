@@ -124,11 +124,19 @@ def _nice(step: float) -> float:
 
 
 def plain(value: float) -> str:
-    """A tick's number, without noise: 0.25, 1,500, 2e-7."""
+    """A tick's number, without noise.
+
+    Example:
+        >>> plain(0.25), plain(1500), plain(-2e-7), plain(1e-5), plain(0)
+        ('0.25', '1,500', '−2·10⁻⁷', '10⁻⁵', '0')
+    """
     if value == 0:
         return "0"
-    if not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
+    if not 1e-4 < abs(value) < 1e6 and math.isfinite(value):
+        digits, _, exponent = f"{abs(value):.2e}".partition("e")
+        leading = f"{float(digits):g}"
+        text = ("" if leading == "1" else f"{leading}·") + "10" + str(int(exponent)).translate(SUPERSCRIPTS)
+        return "−" * (value < 0) + text
     return f"{round(value, 10):,.10g}".replace("-", "−")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 
 from skipscope._numbers import short
@@ -33,8 +34,8 @@ def split_answer(split: GradientSplit) -> str:
     shares = sorted(s.share for s in split if s.share is not None)
     if not shares:
         return "There is no gradient to split."
-    middle = shares[len(shares) // 2]
-    return f"At the middle one of {len(shares)} forks the shortcut carries {100 * middle:.0f} % of the gradient (from {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %)."
+    middle = statistics.median(shares)
+    return f"At the {len(shares)} forks the shortcut carries {100 * middle:.0f} % of the gradient (median; from {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %)."
 
 
 @story.register

@@ -1,0 +1,181 @@
+"""From a name on the command line to what it names: a callable of the user's own, or a network of a library."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from skipscope import reference
+from skipscope._calls import told
+from skipscope._errors import MissingExtra, SkipscopeError
+
+_OBJECT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def called(found: Callable[[], Any], name: str, what: str) -> Any:
+    """Call what the user named; what it raises is told with the line that raised it."""
+    try:
+        return found()
+    except SkipscopeError:
+        raise
+    except Exception as error:  # the user's own function may fail in any way
+        if isinstance(error, TypeError) and len(traceback.extract_tb(error.__traceback__)) == 1:
+            raise SkipscopeError(
+                what, f"{name} cannot be called without arguments ({error})",
+                expected="a callable that returns an nn.Module" if what == "model" else "a callable that returns data",
+                cure="write a small function without arguments that fills them in",
+            ) from error  # fmt: skip
+        raise SkipscopeError(
+            what, f"{name} was called, and failed ({told(error)})", got=_place(error),
+            cure="call it in Python and mend what fails",
+        ) from error  # fmt: skip
+
+
+def _place(error: BaseException) -> str:
+    """The line that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}, {last.line}"
+
+
+def _as_module(name: str) -> str | None:
+    """What a path to a file would be as a module, where one was given."""
+    path, _, rest = name.rpartition(":")
+    if not path.endswith(".py") or not rest.isidentifier():
+        return None
+    module = ".".join(part for part in Path(path).with_suffix("").parts if part not in {".", "/"})
+    return f"a module, not a file: {module}:{rest}"
+
+
+def factory(found: Any, name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = called(found, name, "model")
+        if not isinstance(model, nn.Module):
+            raise SkipscopeError(
+                "model",
+                f"{name} did not return an nn.Module",
+                expected="an nn.Module",
+                got=type(model).__name__,
+                cure="end the function with: return model",
+            )
+        return model
+
+    return make
+
+
+def named_model(name: str, said: list[str]) -> Any:
+    prefix, _, rest = name.partition(":")
+    if prefix in _LIBRARIES and rest:
+        return _LIBRARIES[prefix](rest, said)
+    if ":" in name:
+        return resolve(name, "model")
+    networks = reference.networks()
+    if name in networks:
+        return networks[name]
+    raise SkipscopeError(
+        "model", f"there is no network called {name!r:.60}", expected="one of " + ", ".join(networks),
+        cure="your own: module:callable, e.g. my_package.models:make_model",
+    )  # fmt: skip
+
+
+def resolve(name: str, what: str) -> Any:
+    """Import ``module:callable``; only the command line does this, never a file that is read."""
+    if not _OBJECT.fullmatch(name):
+        raise SkipscopeError(
+            what,
+            f"{name!r:.80} is not module:callable",
+            expected="e.g. my_package.models:make_model",
+            got=name[:80],
+            cure=_as_module(name),
+        )
+    try:
+        return pkgutil.resolve_name(name)
+    except ModuleNotFoundError as error:
+        missing, module = error.name or "", name.partition(":")[0]
+        if module == missing or module.startswith(missing + "."):
+            raise SkipscopeError(
+                what,
+                f"there is no module {missing}",
+                got=name,
+                cure="run the command from the folder that holds it, or install it",
+            ) from error
+        raise SkipscopeError(
+            what,
+            f"importing {module} failed: it needs {missing}, which is not installed",
+            got=name,
+            cure=f"install what brings {missing}",
+        ) from error
+    except AttributeError as error:
+        names = [n for n in dir(error.obj) if not n.startswith("_")]
+        near = difflib.get_close_matches(error.name or "", names, 3)
+        raise SkipscopeError(
+            what, f"the module has no such name ({error})", expected=" or ".join(near) or None, got=name,
+            cure="look for the name in the module, and how it is spelt",
+        ) from error  # fmt: skip
+    except Exception as error:  # the user's own module may fail in any way while it is imported
+        raise SkipscopeError(
+            what, f"importing {name} failed ({type(error).__name__}: {error})", got=_place(error),
+            cure="import the module in Python and mend what fails",
+        ) from error  # fmt: skip
+
+
+def _timm(name: str, said: list[str]) -> Callable[[], nn.Module]:
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise MissingExtra("model", "timm", "timm") from error
+    said.append(f"timm:{name} has random weights (nothing is downloaded)")
+    return lambda: _built("timm", name, lambda: timm.create_model(name, pretrained=False))
+
+
+def _torchvision(name: str, said: list[str]) -> Callable[[], nn.Module]:
+    try:
+        models = importlib.import_module("torchvision.models")
+    except (ImportError, RuntimeError) as error:
+        raise MissingExtra("model", "torchvision", "torchvision") from error
+    said.append(f"torchvision:{name} has random weights (nothing is downloaded)")
+    return lambda: _built("torchvision", name, lambda: models.get_model(name, weights=None))
+
+
+def _hf(name: str, said: list[str]) -> Callable[[], nn.Module]:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise MissingExtra("model", "transformers", "hf") from error
+    if name in transformers.CONFIG_MAPPING:
+        said.append(f"hf:{name} is the default configuration with random weights")
+
+        def build() -> nn.Module:
+            config = transformers.AutoConfig.for_model(name)
+            for kind in (
+                "AutoModelForCausalLM",
+                "AutoModelForMaskedLM",
+                "AutoModelForImageClassification",
+                "AutoModel",
+            ):
+                try:
+                    return getattr(transformers, kind).from_config(config)
+                except ValueError:
+                    continue
+            raise ValueError("no model class takes this configuration")
+
+        return lambda: _built("hf", name, build)
+    return lambda: _built("hf", name, lambda: transformers.AutoModel.from_pretrained(name))
+
+
+def _built(library: str, name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except Exception as error:  # each library has its own errors for a wrong name
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise SkipscopeError("model", f"{library} cannot build {name!r:.60} ({first})") from error
+
+
+_LIBRARIES = {"timm": _timm, "torchvision": _torchvision, "hf": _hf}
