@@ -260,3 +260,94 @@ def test_a_later_choice_replaces_an_earlier_one():
     ):
         _strategies.choose(twin.evaluator, [(0.1, 0.2)], 9, wanted)
         assert twin.evaluator.strategy.name == name
+
+
+# --- recorded ------------------------------------------------------------------------------------------------------
+
+
+class _Functions(nn.Module):
+    """Activations called as functions; one layer is read beside its activation; inputs of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.register_buffer("shift", torch.randn(16))
+
+    def forward(self, x, scale=None):
+        h = F.gelu(self.one(x), approximate="tanh") + self.shift
+        g = self.two(h) if scale is None else self.two(h) * scale[:, None]
+        return self.out(torch.relu(g) + F.silu(self.two(h)) + g)
+
+
+class _Looks(_Functions):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else self.out(self.one(x))
+
+
+class _ReadsANumber(_Functions):
+    """A number out of a weight, unseen by the recording."""
+
+    def forward(self, x):
+        return super().forward(x) * self.one.weight.tolist()[0][0] * 30
+
+
+class _ReadsATensor(_Functions):
+    def forward(self, x):
+        return super().forward(x) * torch.tensor(self.one.weight.tolist())[:, 0].mean() * 30
+
+
+needs_one_dnn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
+
+
+def _both(model, data, loss=F.cross_entropy):
+    return [ss.landscape(model, data, loss, grid=5, strategy=s) for s in ("plain", "oneDNN, recorded")]
+
+
+@needs_one_dnn
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "dict"])
+def test_a_recorded_pass_gives_the_plain_loops_numbers(kind):
+    torch.manual_seed(0)
+    model, x, y, scale = _Functions(), torch.randn(100, 6), torch.randint(4, (100,)), torch.rand(100)
+    part = {
+        "tensor": lambda s: (x[s], y[s]),
+        "tuple": lambda s: ((x[s], scale[s]), y[s]),
+        "dict": lambda s: ({"x": x[s], "scale": scale[s]}, y[s]),
+    }[kind]
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    plain, other = _both(model, ss.batches([part(slice(0, 60)), part(slice(60, 100))]))
+    assert other.provenance.strategy == "oneDNN, recorded", other.provenance.why
+    assert np.allclose(other.values, plain.values, rtol=2e-6) and np.ptp(plain.values) > 0.1
+    assert np.allclose(other.stderr, plain.stderr, rtol=1e-4) and other.checks.passed
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@needs_one_dnn
+@pytest.mark.parametrize("kind", [_Looks, _ReadsANumber, _ReadsATensor])
+def test_what_cannot_be_recorded_is_evaluated_plainly(kind):
+    torch.manual_seed(0)
+    model, data = kind(), (torch.randn(100, 6), torch.randint(4, (100,)))
+    plain, other = _both(model, data)
+    assert np.array_equal(plain.values, other.values) and other.provenance.strategy == "plain loop"
+    assert "differs" in other.provenance.why or "is no way" in other.provenance.why
+
+
+@needs_one_dnn
+def test_activations_called_as_functions_are_taken_in():
+    from skipscope.surfaces._recorded import Recorded
+
+    torch.manual_seed(0)
+    model, x = _Functions().requires_grad_(False), torch.randn(20, 6)
+    expected = model(x)
+    _one_dnn.through_one_dnn(model, None)
+    recorded = Recorded(model, lambda m, batch: m(batch[0]))
+    assert torch.allclose(recorded(model, (x, None)), expected, rtol=1e-5, atol=1e-6)
+    (graph,) = recorded.graphs.values()
+    called = [str(node.target) for node in graph.graph.nodes]
+    taken = [node.args[3] for node in graph.graph.nodes if "linear_pointwise" in str(node.target)]
+    assert taken == ["gelu", "none", "swish", "none"] and "aten.gelu.default" not in called
+    assert "aten.relu.default" in called, "its layer is read twice"
+    with torch.no_grad():
+        model.one.weight.mul_(2)
+    assert not torch.allclose(recorded(model, (x, None)), expected), "weights move under the recording"

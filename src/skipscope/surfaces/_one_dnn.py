@@ -35,15 +35,15 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     ]  # fmt: skip
 
 
-def through_one_dnn(copy: nn.Module, run: Callable[[], Any]) -> None:
+def through_one_dnn(copy: nn.Module, run: Callable[[], Any] | None) -> None:
     """Let the linear layers of ``copy`` run oneDNN's kernel.
 
     Args:
         copy: our own; its modules' ``forward`` is replaced.
-        run: one forward pass of it.
+        run: one forward pass of it; None leaves the activations to themselves.
     """
     layers = linears(copy)
-    after = _followers(copy, layers, run)
+    after = {} if run is None else _followers(copy, layers, run)
     for layer in layers:
         activation = after.get(layer)
         then = None if activation is None else type(activation).forward.__get__(activation)

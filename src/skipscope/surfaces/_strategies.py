@@ -24,9 +24,11 @@ from skipscope.surfaces._evaluate import Evaluator, Loop, Point, Strategy
 from skipscope.surfaces._moving import MovingCopy
 from skipscope.surfaces._one_dnn import linears, through_one_dnn
 from skipscope.surfaces._points import PointLoss, gather, take
+from skipscope.surfaces._recorded import Recorded
 
 _CLEARLY = 1.15  # how many times faster than the way before it a way must be to be taken
 _SHARE = 0.1  # of the whole estimated time may be spent on trying
+_RECORD_S = 1.0  # what recording a forward pass may cost; it is tried only where the time for trying holds it
 _COMPILE_S = 40.0  # what compiling may cost; it must save twice that
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -98,8 +100,14 @@ def _pick(out: dict[str, Any], i: int) -> dict[str, Any]:
     }
 
 
-def split_loop(evaluator: Evaluator, size: int | None, channels_last: bool, compiled: bool = False) -> Loop:
-    """The plain loop on smaller batches (``size``), with channels-last layout, or with a compiled model."""
+def split_loop(
+    evaluator: Evaluator,
+    size: int | None,
+    channels_last: bool,
+    compiled: bool = False,
+    recorded: bool = False,
+) -> Loop:
+    """The plain loop on smaller batches (``size``), with channels-last layout, or with a compiled or recorded model."""
     old = evaluator.plain.at_point
     data = _resplit(old.data, size, channels_last)
     at_point = PointLoss(data, old.loss, old.metrics, once=True)
@@ -111,8 +119,12 @@ def split_loop(evaluator: Evaluator, size: int | None, channels_last: bool, comp
         faster = torch.compile(loop.moving.model, dynamic=False)
         loop.run = lambda model, batch: _call(faster, batch)
     elif linears(evaluator.model):
-        through_one_dnn(loop.moving.model, lambda: at_point.read(loop.moving.model, loop.run))
+        once = None if recorded else lambda: at_point.read(loop.moving.model, loop.run)
+        through_one_dnn(loop.moving.model, once)
         words += ["oneDNN"]
+    if recorded:
+        loop.run = Recorded(loop.moving.model, loop.run)
+        words += ["recorded"]
     words += ["channels last"] if channels_last else []
     loop.name = ", ".join([*words, *([f"batches of {size}"] if size else [])]) or "plain loop"
     return loop
@@ -186,6 +198,8 @@ def _ways(evaluator: Evaluator) -> Iterator[tuple[str, Callable[[], Strategy], f
     sizes = [None] if evaluator.mode == "batch" else _sizes(plain.at_point.sizes, device)
     if not convolutions and linears(evaluator.model):
         yield "oneDNN", lambda: split_loop(evaluator, None, False), 0.0
+        if not knob:
+            yield "oneDNN, recorded", lambda: split_loop(evaluator, None, False, recorded=True), _RECORD_S
     for size in sizes:
         if convolutions:
             yield f"channels last {size}", lambda size=size: split_loop(evaluator, size, True), 0.0
@@ -232,7 +246,8 @@ def choose(
         asked: the user wants this way; else it is another twin's, and the plain loop will do where there is no such way.
 
     Raises:
-        SkipscopeError: the wanted way is unknown or does not give the plain loop's numbers.
+        SkipscopeError: the wanted way is unknown. One that fails on this model, or gives other numbers than the plain
+            loop, is not taken.
     """
     evaluator.strategy = evaluator.plain  # an earlier choice may stand: another process's store has another
     seconds = _time(evaluator.plain, points[:1])
@@ -269,8 +284,13 @@ def _take(evaluator: Evaluator, points: Sequence[Point], name: str, plain: Choic
         raise SkipscopeError(
             "landscape", "unknown strategy", expected=f"auto, plain, {', '.join(makers)}", got=repr(name)
         )
-    strategy = makers[name]()
-    error = _disagreement(evaluator, strategy, points[:2])
+    try:
+        strategy = makers[name]()
+        error = _disagreement(evaluator, strategy, points[:2])
+    except Exception as refused:  # as in _measured
+        return _reason(
+            plain, f"{name} is no way for this model ({type(refused).__name__}: {str(refused)[:100]})"
+        )
     if error > _allowed(evaluator):
         return _reason(plain, f"{name} differs from the plain loop by {error:.1e} here")
     evaluator.strategy = strategy
@@ -281,7 +301,10 @@ def _measured(evaluator: Evaluator, points: Sequence[Point], left: int, plain: C
     budget = _SHARE * plain.point_seconds * left
     best, spent, tried = plain, 0.0, [f"plain {_ms(plain.point_seconds)}"]
     for name, make, cost in _ways(evaluator):
-        if spent + 4 * best.point_seconds > budget or (cost >= _COMPILE_S and not _pays(name, best, left)):
+        upfront = cost if cost == _RECORD_S and name.endswith("recorded") else 0.0
+        if spent + upfront + 4 * best.point_seconds > budget:
+            continue
+        if cost >= _COMPILE_S and not _pays(name, best, left):
             continue
         began = time.perf_counter()
         try:
