@@ -599,6 +599,28 @@ for form, write in HIGHWAYS.items():
 case(features(), "shortcut_only_gate", gated=3)(lambda: Highway(lambda x, H, T: (1 - T) * x + H))
 
 
+class Conditioned(nn.Module):
+    """The gate is another input, or made from one."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.inp, self.h, self.t, self.write = nn.Linear(8, 8), mlp(), nn.Linear(8, 8), write
+
+    def forward(self, x, y):
+        return self.write(self, self.inp(x), y)
+
+
+CONDITIONED = {
+    "mask": lambda net, x, y: (1 - y) * x + y * net.h(x),
+    "gate": lambda net, x, y: torch.lerp(x, net.h(x), torch.sigmoid(net.t(y))),
+    "coupled": lambda net, x, y: net.h(x) * (t := torch.sigmoid(net.t(y))) + (1 - t) * x,
+}
+for form, write in CONDITIONED.items():
+    case((features(), features().abs()), f"conditioned_{form}", gated=1)(
+        lambda write=write: Conditioned(write)
+    )
+
+
 class GRU(nn.Module):
     def __init__(self, width=8):
         super().__init__()

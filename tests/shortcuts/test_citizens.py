@@ -349,11 +349,20 @@ def test_an_addition_into_a_slice_is_the_whole_of_x_plus_f(form, how):
     assert torch.equal(torch.compile(twin, backend="eager", fullgraph=True)(x), twin(x))
 
 
-def test_a_slice_assigned_back_is_refused_with_the_reason():
+def assign_slice(out, f):
+    out[:, 2:6] = out[:, 2:6] + f
+
+
+def assign_indices(out, f):
+    out[:, torch.tensor([2, 3, 5, 7])] += f  # what is taken by indices is a copy, assigned back
+
+
+@pytest.mark.parametrize("assign", [assign_slice, assign_indices])
+def test_a_slice_assigned_back_is_refused_with_the_reason(assign):
     class Assigned(Sliced):
         def forward(self, x):
             out = x.clone()
-            out[:, 2:6] = out[:, 2:6] + self.branch(x)
+            assign(out, self.branch(x))
             return self.head(out)
 
     model, x = Assigned("slice"), features()

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from functools import reduce
 from itertools import accumulate
+from math import prod
 from operator import or_
 from typing import Any, NamedTuple
 
 from skipscope.shortcuts._bits import bits
 from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._trace import Call
+from skipscope.shortcuts._trace import Call, shape_of
 
 
 def _words(text: str) -> frozenset[str]:
@@ -181,6 +182,8 @@ class Sides:
             return Side(None, "branch", own)
         walk = _Walk(graph, common)
         reached = walk.weightless(at)
+        if walk.has_rivals:
+            reached = self._carried(walk.first(reached), i)
         fork = walk.nearest(reached)
         if fork is not None and walk.mixed:
             return Side(fork, "projection", own)
@@ -193,6 +196,30 @@ class Sides:
         if fork is not None and self._is_linear(fork, own):
             return Side(fork, "projection" if graph.matrices_in(own, enough=1) else "scaled", own)
         return Side(fork, "branch", own)
+
+    def _carried(self, rivals: list[int], i: int) -> frozenset[int]:
+        """Of nodes of separate inputs that are multiplied, a mask and x, the one that the branch's weights are applied
+        to; the larger where they are to both. Parts of one activation that multiply each other are no gate and x.
+        """
+        graph, ends = self.graph, [self.position(j) for j in self.active if self._are_added(i, j)]
+        above = [graph.ancestors[c] for c in rivals]
+        if any(a & b for k, a in enumerate(above) for b in above[:k]):
+            return frozenset()
+        carried = [c for c in rivals if any(self._enters_weights(c, end) for end in ends)]
+        sizes = [prod(shape_of(graph.nodes[c]) or ()) for c in carried]
+        largest = [c for c, size in zip(carried, sizes, strict=True) if size == max(sizes)]
+        return frozenset(largest if len(largest) == 1 else ())
+
+    def _enters_weights(self, c: int, end: int) -> bool:
+        """Whether a weight is on the way from ``c`` to ``end``."""
+        graph = self.graph
+        if not graph.ancestors.reaches(c, end):
+            return False
+        touched: dict[int, bool] = {c: False}
+        for v in bits(graph.between([c], end) & ~(1 << c)):
+            on_way = [touched[p] for p in graph.active_parents(v) if p in touched]
+            touched[v] = any(on_way) or bool(graph.weights[v])
+        return touched[end]
 
     def _is_linear(self, fork: int, own: int) -> bool:
         """At most one matrix, no bent operation and no product of activations between fork and operand."""
@@ -215,7 +242,7 @@ class _Walk:
     def __init__(self, graph: Graph, common: int):
         self.graph, self.common = graph, common
         self.products: list[int] = []
-        self.gate = self.bent = self.mixed = False
+        self.gate = self.bent = self.mixed = self.has_rivals = False
         self._seen: dict[int, frozenset[int]] = {}
 
     def weightless(self, v: int) -> frozenset[int]:
@@ -274,8 +301,9 @@ class _Walk:
                 # x times a matrix that depends on the data, by weights: dynamic hyper-connections mix streams so.
                 self.mixed = True
                 return frozenset(first) if len(first) == 1 else frozenset()
-            if kind not in ELEMENTWISE or len(first) > 1:
+            if kind not in ELEMENTWISE:
                 return frozenset()
+            self.has_rivals = self.has_rivals or len(first) > 1
             entered = frozenset(first)
         self.products.append(v)
         return entered

@@ -69,6 +69,7 @@ class Trace:
         sources: where activations begin: autograd node and name (``"input"`` or the embedding's call key).
         producers: autograd node -> path of the innermost module that returned it.
         embeddings: autograd node, call key and owner of each embedding of integers.
+        streams: where activations begin in weights, autograd node and module; found once the merges have been judged.
         runs: modules with their own weights in the order they ran.
         weights: each weight that a module held, by identity: position of the first such module, and the weight.
     """
@@ -80,6 +81,7 @@ class Trace:
     sources: dict[Any, str] = field(default_factory=dict)
     embeddings: list[tuple[Any, CallKey, str]] = field(default_factory=list)
     producers: dict[Any, str] = field(default_factory=dict)
+    streams: dict[Any, str] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     weights: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
 
@@ -262,6 +264,10 @@ class _Recorder(TorchFunctionMode):
 
     def _assigned(self, target: Any, value: Any) -> None:
         """Whether what is assigned to a part of a tensor was computed from a part of the same."""
+        last = self.record.calls[-1] if self.record.calls else None
+        if last is not None and last.output is not None and last.output == node_of(value):
+            before = node_of(target)  # y[indices] += F: what is gathered is a copy, and no view
+            last.written_back |= any(_gathered_from(operand) == before for operand in last.operands)
         call, wholes = self.slices.get(node_of(value), (None, ()))
         if call is not None and call.whole is None:
             base = target if target._base is None else target._base
@@ -296,6 +302,11 @@ def _whole_of(value: Any) -> Tensor | None:
     """The tensor of which ``value`` is a slice, or None where it is none."""
     base = value._base if isinstance(value, Tensor) else None
     return base if base is not None and base.numel() != value.numel() else None
+
+
+def _gathered_from(node: Any) -> Any:
+    """What a node takes some of by indices; an object of its own for any other node."""
+    return output_of(*node.next_functions[0]) if node is not None and kind_of(node) == "Index" else object()
 
 
 def _is_zeroed(values: list[Any]) -> bool:
