@@ -169,7 +169,10 @@ REFUSED = {
     "not a model": (lambda: ss.compare(3, DATA, F.cross_entropy), "not a torch.nn.Module"),
     "nan": (lambda: ss.compare(WITH, (DATA[0] * torch.nan, DATA[1]), F.cross_entropy), "not finite"),
     "detached": (lambda: ss.compare(WITH, DATA, lambda o, t: F.cross_entropy(o.detach(), t)), "no gradient"),
-    "no steps": (lambda: ss.compare(WITH, DATA, F.cross_entropy, steps=0), "no steps to train"),
+    "no steps": (lambda: ss.compare(WITH, DATA, F.cross_entropy, steps=0), "steps is out of range"),
+    "no seeds": (lambda: ss.compare(WITH, DATA, F.cross_entropy, seeds=0), "seeds is out of range"),
+    "no grid": (lambda: ss.compare(WITH, DATA, F.cross_entropy, grid=2), "grid is out of range"),
+    "no time": (lambda: ss.compare(WITH, DATA, F.cross_entropy, budget=-1.0), "budget is out of range"),
     "ambiguous": (lambda: ss.compare(WITH, [DATA, DATA], F.cross_entropy), "ss.batches"),
 }
 

@@ -1,5 +1,6 @@
 """Training of twins: the stacked engine is torch's own training, seeds are seeds, and a target never reached says so."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -142,6 +143,21 @@ REFUSED = {
         "not finite",
     ),
 }  # fmt: skip
+
+OUT_OF_RANGE = [
+    {"seeds": 0}, {"seeds": []}, {"seeds": [0.5]}, {"steps": 0}, {"steps": 1.5}, {"batch_size": 0}, {"target": math.nan},
+    {"optimizers": {}}, {"optimizers": {"SGD": []}}, {"optimizers": {"SGD": [-0.1]}}, {"optimizers": {"Adam": [math.inf]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OUT_OF_RANGE, ids=str)
+def test_numbers_out_of_range_are_refused_before_anything_runs(options):
+    def make():
+        raise AssertionError("it ran")
+
+    with pytest.raises(SkipscopeError) as refusal:
+        ss.train_twins({"m": make}, reference.digits(8), F.cross_entropy, **options)
+    assert refusal.value.operation == "train_twins" and refusal.value.cure
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -444,6 +444,8 @@ def test_refusals_name_the_cure():
     found = find_shortcuts(model, x)
     with pytest.raises(SkipscopeError, match="nothing says which"):
         ablate(model)
+    with pytest.raises(SkipscopeError, match="two edits at once"):
+        ablate(model, found, how="lesion", strength=0.5)
     with pytest.raises(SkipscopeError, match="unknown edit"):
         ablate(model, found, "cut")
     with pytest.raises(SkipscopeError, match="not a shortcut"):

@@ -20,6 +20,7 @@ from skipscope._progress import say
 from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
 from skipscope._version import __version__
 from skipscope.comparison._measure import Clock, Probe, attempt
+from skipscope.comparison._options import require_size, require_whole
 from skipscope.comparison._results import Comparison, Rung, StrengthSweep, Training, Twin
 from skipscope.comparison._threads import fitting_threads
 from skipscope.comparison._train import RATES, train_and_keep
@@ -159,7 +160,7 @@ def compare(
         :class:`Comparison`; ``result.save("report.html")`` writes the page.
 
     Raises:
-        SkipscopeError: the model, the data or the loss cannot be read, or the loss is not finite.
+        SkipscopeError: the model, the data or the loss cannot be read, a number is out of range, or the loss is not finite.
 
     Example:
         >>> from skipscope import reference
@@ -168,10 +169,9 @@ def compare(
         >>> sorted(result.flow)
         ['with', 'with, detached', 'without']
     """
-    if steps is not None and steps < 1:
-        raise SkipscopeError(
-            "compare", "no steps to train", expected="steps of 1 or more", got=steps, cure="train=False"
-        )
+    require_whole("compare", seeds=seeds, steps=steps, batch_size=batch_size)
+    require_whole("compare", 3, grid=grid)
+    require_size("compare", budget=budget)
     settings = Settings(
         seeds=1 if quick else seeds, steps=steps or (60 if quick else 200), batch_size=batch_size,
         grid=min(grid, 11) if quick else grid, samples=128 if quick else 256, train=train, seed=seed,

@@ -26,6 +26,7 @@ from skipscope._data import Objective, map_tensors, read, tensors_in
 from skipscope._errors import SkipscopeError, asked_as
 from skipscope._progress import track
 from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
+from skipscope.comparison._options import rates_of, require_whole, seeds_of
 from skipscope.comparison._results import Curves, Training, smoothed
 from skipscope.comparison._stream import Stream
 from skipscope.comparison._threads import fitting_threads
@@ -103,7 +104,7 @@ def train_twins(
         :class:`Training`.
 
     Raises:
-        SkipscopeError: no twins, an unknown optimizer, a loss that cannot be differentiated, data that cannot be read.
+        SkipscopeError: no twins, an unknown optimizer, numbers out of range, a loss that cannot be differentiated, data that cannot be read.
 
     Example:
         >>> from skipscope import reference
@@ -135,15 +136,22 @@ def train_and_keep(
     With ``stop_at_target`` a sweep ends when its first rate has reached the target, which must then be given: enough
     to tell in how many steps the best rate gets there.
     """
-    if not twins:
+    if not isinstance(twins, Mapping) or not twins:
+        raise SkipscopeError(
+            "train_twins", "there is nothing to train", expected='{"with": make_a, "without": make_b}',
+            got=f"{twins!r:.60}", cure="name each network",
+        )  # fmt: skip
+    require_whole("train_twins", steps=steps, batch_size=batch_size)
+    if target is not None and not math.isfinite(target):
         raise SkipscopeError(
             "train_twins",
-            "there is nothing to train",
-            expected='{"with": make_a, "without": make_b}',
-            got="{}",
+            "the target is no loss",
+            expected="a finite number",
+            got=target,
+            cure="leave target out",
         )
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    rates = {name: tuple(values) for name, values in (optimizers or RATES).items()}
+    chosen = seeds_of("train_twins", seeds)
+    rates = rates_of("train_twins", optimizers, RATES)
     makers = {name: _maker(name, twin) for name, twin in twins.items()}
     varies = (
         "batch order only"
@@ -259,9 +267,7 @@ def _final(losses: np.ndarray) -> float:
 def _optimizer(name: str, parameters: Sequence[Tensor], rate: float) -> torch.optim.Optimizer:
     if name == "SGD":
         return torch.optim.SGD(parameters, lr=rate, momentum=0.9)
-    if name == "Adam":
-        return torch.optim.Adam(parameters, lr=rate)
-    raise SkipscopeError("train_twins", "unknown optimizer", expected='"SGD" or "Adam"', got=name)
+    return torch.optim.Adam(parameters, lr=rate)
 
 
 # --- one batch of networks

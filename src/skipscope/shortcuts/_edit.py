@@ -70,6 +70,11 @@ def ablate(
         raise SkipscopeError(
             "ablate", "unknown edit", expected="remove, detach, lesion, or strength=", got=repr(how)
         )
+    if strength is not None and how != "remove":
+        raise SkipscopeError(
+            "ablate", "two edits at once", expected="how=, or strength= (a factor on the shortcut)",
+            got=f"how={how!r} and strength=", cure="ablate the twin again: edits of edits compose",
+        )  # fmt: skip
     chosen, points = _chosen(model, found, inputs)
     factor = strength if strength is not None else None if how == "detach" else 0.0
     twin = private_copy(model, "ablate", share=share)
