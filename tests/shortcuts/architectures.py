@@ -621,6 +621,21 @@ for form, write in CONDITIONED.items():
     )
 
 
+class MixtureOfDepths(nn.Module):
+    """2404.02258: some tokens go through the block, the others past it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.score, self.block = nn.Linear(8, 8), nn.Linear(8, 1), mlp()
+
+    def forward(self, x):
+        x = self.inp(x)
+        return torch.where(self.score(x) > 0, self.block(x), x)
+
+
+case(sequences(), "mixture_of_depths", gated=1)(MixtureOfDepths)
+
+
 class GRU(nn.Module):
     def __init__(self, width=8):
         super().__init__()
@@ -1684,7 +1699,7 @@ case(images(), "unet_plus_plus", concat=3)(UNetPlusPlus)
 
 
 class DETR(nn.Module):
-    """Learned queries: in the first decoder layer they are weights, and only what follows bypasses anything."""
+    """Learned queries: a stream that begins in weights, three shortcuts a decoder layer."""
 
     def __init__(self, layers=2):
         super().__init__()
@@ -1706,7 +1721,7 @@ class DETR(nn.Module):
         return y
 
 
-case(images(), "detr", identity=8)(DETR)
+case(images(), "detr", identity=10)(DETR)
 
 
 class Retention(nn.Module):

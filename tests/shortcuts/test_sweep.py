@@ -88,6 +88,30 @@ class Pooled(nn.Module):
         return self.score(y).softmax(1).transpose(1, 2) @ y
 
 
+class Decoder(nn.Module):
+    """Learned queries that attend to the data, with position embeddings added anew in every layer where asked."""
+
+    def __init__(self, layers, again=False, norm_first=True):
+        super().__init__()
+        self.queries, self.places = nn.Parameter(torch.randn(1, 4, 8)), nn.Parameter(torch.randn(1, 4, 8))
+        self.attend = nn.ModuleList(nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(layers))
+        self.feed = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(layers)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(layers))
+        self.again, self.norm_first = again, norm_first
+
+    def forward(self, x):
+        q = self.queries.expand(len(x), -1, -1)
+        for attend, feed, norm in zip(self.attend, self.feed, self.norms):
+            read = norm(q) if self.norm_first else q
+            read = read + self.places if self.again else read
+            q = q + attend(read, x, x)[0]
+            q = q if self.norm_first else norm(q)
+            q = q + feed(q)
+        return q
+
+
 class Gains(nn.Module):
     """A branch of vectors only that makes one value of several: no activation function."""
 
@@ -106,6 +130,13 @@ CASES = {
     "an activation function with gains": (Snake, (2, 4, 7), ["identity"]),
     "additive attention": (Additive, (2, 5, 6), []),
     "attention over a sum with a projection": (Pooled, (2, 5, 6), ["projection"]),
+    "learned queries": (lambda: Decoder(2), (2, 5, 8), ["identity"] * 4),
+    "learned queries, normed after each sum": (
+        lambda: Decoder(2, norm_first=False),
+        (2, 5, 8),
+        ["identity"] * 4,
+    ),
+    "learned queries with places": (lambda: Decoder(2, again=True), (2, 5, 8), ["identity"] * 4),
     "gains around a pool": (Gains, (2, 4, 7), ["identity"]),
 }
 
@@ -141,3 +172,24 @@ def test_the_flow_through_a_codec_starts_at_its_codes():
     """No gradient passes the integers: the second part says so of the first."""
     flow = ss.gradient_flow(Codec(), (torch.randn(4, 6), torch.zeros(4, 6)), F.mse_loss)
     assert flow.verdict.state == "unconnected" and flow.boundaries[-1].gradient_rms > 0
+
+
+def test_a_stream_that_begins_in_weights_is_named_and_edited():
+    model, x = Decoder(1).eval(), torch.randn(2, 5, 8)
+    found = ss.find_shortcuts(model, x)
+    assert [s.fork for s in found] == ["weights", "attend (merged)"] and not found.rejected
+    q = model.queries.expand(2, -1, -1)
+    by_hand = model.attend[0](model.norms[0](q), x, x)[0]
+    twin = ss.ablate(model, found[:1])
+    torch.testing.assert_close(twin(x), by_hand + model.feed[0](by_hand))
+
+
+def test_the_way_back_to_learned_queries_is_split_too():
+    model, x = Decoder(1).double().eval(), torch.randn(2, 5, 8).double()
+    (row, _) = ss.gradient_split(model, (x, torch.zeros(2, 4, 8).double()), F.mse_loss)
+    q = model.queries.expand(2, -1, -1).detach().requires_grad_()
+    y = q.detach() + model.attend[0](model.norms[0](q), x, x)[0]
+    y.retain_grad()
+    F.mse_loss(y + model.feed[0](y), torch.zeros(2, 4, 8).double()).backward()
+    assert row.branch_rms == pytest.approx(float(q.grad.square().mean().sqrt()))
+    assert row.shortcut_rms == pytest.approx(float(y.grad.square().mean().sqrt()))

@@ -139,7 +139,8 @@ def _one_batch(
         value = loss(model, _with_leaves(batch, leaves))
         if not value.requires_grad:
             raise no_gradient("gradient_split", model)
-        ways = Ways(value, leaves)
+        bypassing = [edge[0] for ends, _ in merges.values() for side, edge in ends if side == "shortcut"]
+        ways = Ways(value, leaves, bypassing)
         arrivals = {k: ways.arrivals(ends, joined) for k, (ends, joined) in merges.items()}
         handles = []
         try:

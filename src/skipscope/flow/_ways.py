@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,16 +25,19 @@ class Ways:
     """Autograd's graph under a loss: what was computed from the data, and who depends on whom.
 
     Attributes:
-        starts: the tensors that activations begin with: inputs, and the tables of embeddings.
+        starts: the tensors that activations begin with: inputs, the tables of embeddings, and learned streams' weights.
         position: each activation's place; what it was computed from comes before it.
     """
 
-    def __init__(self, loss: Tensor, leaves: list[Tensor]):
+    def __init__(self, loss: Tensor, leaves: list[Tensor], bypassing: Iterable[Any] = ()):
         self.position: dict[Any, int] = {}
         self.consumers: dict[Edge, list[tuple[Any, int]]] = {}
         parents: list[tuple[int, ...]] = []  # of each activation, the activations it was computed from
         begins = {edge_of(leaf)[0]: leaf for leaf in leaves}
         self.starts: list[Tensor] = []
+        bypassing = set(
+            bypassing
+        )  # the nodes of shortcut operands: one that no data reaches is a stream of weights
         for node in _ordered(loss.grad_fn):
             above = []
             for e, (parent, nr) in enumerate(node.next_functions):
@@ -42,10 +45,11 @@ class Ways:
                     self.consumers.setdefault((parent, nr), []).append((node, e))
                     above += [self.position[parent]] if parent in self.position else []
             embeds = node.name().startswith("Embedding")
-            start = _table_of(node) if embeds else begins.get(node)
-            if start is not None and all(start is not other for other in self.starts):
-                self.starts.append(start)
-            if above or embeds or node in begins:
+            learned = _weights_above(node) if node in bypassing and not above else []
+            starts = _weights_above(node.next_functions[0][0]) if embeds else learned
+            starts += [begins[node]] if node in begins else []
+            self.starts += [s for s in starts if all(s is not other for other in self.starts)]
+            if above or embeds or learned or node in begins:
                 self.position[node] = len(parents)
                 parents.append(tuple(above))
         self.ancestors = Ancestors(parents)
@@ -111,9 +115,11 @@ class Ways:
         return found
 
 
-def _table_of(node: Any) -> Tensor | None:
-    """The weight that an embedding looks up, if it is one."""
-    return getattr(node.next_functions[0][0], "variable", None)
+def _weights_above(node: Any) -> list[Tensor]:
+    """The leaves that a node depends on."""
+    if node is None:
+        return []
+    return [leaf for above in _ordered(node) if (leaf := getattr(above, "variable", None)) is not None]
 
 
 @dataclass

@@ -18,6 +18,7 @@ from skipscope.shortcuts._graph import Graph
 from skipscope.shortcuts._judge import PARALLEL, Judge
 from skipscope.shortcuts._names import fork_name, home_of, merge_name, unique_names
 from skipscope.shortcuts._results import Layer, Rejected, Shortcut, Shortcuts
+from skipscope.shortcuts._streams import learned_streams
 from skipscope.shortcuts._trace import Call, Trace, trace
 from skipscope.shortcuts._unwrap import unwrapped
 from skipscope.shortcuts._verdict import Verdict
@@ -77,6 +78,14 @@ def read(graph: Graph) -> Shortcuts:
     """The shortcuts in the graph of a trace."""
     record, judge = graph.record, Judge(graph)
     verdicts = [(call, judge.verdict(call)) for call in record.calls]
+    if not record.streams:
+        record.streams = learned_streams(graph, verdicts)
+        if record.streams:
+            again = Graph(record)
+            try:
+                return read(again)
+            finally:
+                again.release()
     parts = {id(part) for _, v in verdicts if isinstance(v, Verdict) for part in v.parts}
     found = _with_addends(graph, judge, [(c, v) for c, v in verdicts if id(c) not in parts])
     rejected = [

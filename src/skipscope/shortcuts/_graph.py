@@ -73,6 +73,7 @@ class Graph:
             record.sources,
             record.producers,
             record.embeddings,
+            record.streams,
             record.runs,
             self.position,
         ):
@@ -112,7 +113,7 @@ class Graph:
         ] = []  # of an activation what enters there; of any other node what it is computed from
         matrices: list[int] = []
         for node, above in zip(nodes, parents, strict=True):
-            starts = node in record.sources or id(node) in embedded
+            starts = node in record.sources or id(node) in embedded or node in record.streams
             all_weights = only_matrices = 0
             for parent in above:
                 if not is_active[parent]:
@@ -137,6 +138,10 @@ class Graph:
     def modules_in(self, region: int) -> list[str]:
         """Paths of the modules whose weights enter in a set of nodes, in order of execution."""
         return [self.modules[m] for m in self._used_in(region)]
+
+    def modules_above(self, i: int) -> list[str]:
+        """Paths of the modules whose weights a node is computed from that depends on no data."""
+        return [self.modules[m] for m in bits(self.weights[i])]
 
     def modules_only_in(self, region: int) -> set[str]:
         """Of these, the modules whose weights enter nowhere else."""

@@ -65,8 +65,8 @@ def fork_name(graph: Graph, fork: int, merges: dict[int, str]) -> str:
     record = graph.record
     while True:
         node = graph.nodes[fork]
-        if node in record.sources:
-            return record.sources[node]
+        if node in record.sources or node in record.streams:
+            return record.sources.get(node) or record.streams[node]
         if record.producers.get(node):
             return record.producers[node]
         if id(node) in merges:

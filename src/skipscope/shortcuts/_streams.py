@@ -1,0 +1,91 @@
+"""Streams that begin in weights and not in the data: a decoder's learned queries, a resampler's latents.
+
+In q + F(q, data) the first q depends on no data, and is no activation as such. It is one all the same where the sum goes
+on as a stream, that is, where a later shortcut begins at it: so a position embedding that is added anew in every layer,
+whose sum is read by the branch alone, is told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from skipscope.shortcuts._graph import Graph
+from skipscope.shortcuts._sides import NORM, WHOLE
+from skipscope.shortcuts._trace import Call, Step
+from skipscope.shortcuts._verdict import Verdict
+
+_CARRYING = WHOLE | NORM | {"NativeDropout"}
+
+
+def learned_streams(graph: Graph, verdicts: Iterable[tuple[Call, Verdict | str | None]]) -> dict[Any, str]:
+    """The nodes where such streams meet what was made from them and the data, each with the module it comes from."""
+    verdicts = list(verdicts)
+    forks = {fork for _, verdict in verdicts if isinstance(verdict, Verdict) for fork in verdict.forks}
+    sums = {graph.position[c.output]: c for c, _ in verdicts if c.name == "add" and None not in c.operands}
+    found = {}
+    for call, verdict in verdicts:
+        if not isinstance(verdict, str) or call.name != "add" or None in call.operands:
+            continue
+        begins, made = sorted((graph.position[node] for node in call.operands), reverse=True)
+        is_learned = begins >= graph.activations > made and _is_table(graph.nodes[begins])
+        if (
+            is_learned
+            and _carried(graph, graph.position[call.output], forks)
+            and _depends(graph, made, begins)
+        ):
+            node = graph.nodes[begins := _root(graph, begins, sums)]
+            found[node] = (
+                graph.record.producers.get(node) or (*graph.modules_above(begins), "")[0] or "weights"
+            )
+    return found
+
+
+def _root(graph: Graph, at: int, sums: dict[int, Call]) -> int:
+    """Where a stream that node ``at`` carries begins: past the sums that no data has reached yet."""
+    while True:
+        back = at
+        while back not in sums and graph.kind(back) in _CARRYING and graph.parents[back]:
+            back = graph.parents[back][0]  # of a norm, what it norms
+        if back not in sums:
+            return at
+        one, two = (graph.position[node] for node in sums[back].operands)
+        one, two = (one, two) if _depends(graph, two, one) else (two, one)
+        if not _depends(graph, two, one):
+            return at
+        at = one
+
+
+def _is_table(node: Any) -> bool:
+    """Whether it is more than a vector: tokens, each with its features."""
+    while isinstance(node, Step):
+        node = node.node
+    weight = getattr(node, "variable", None)
+    about = getattr(node, "_input_metadata", None)
+    shape = weight.shape if weight is not None else about[0].shape if about else ()
+    return sum(size > 1 for size in shape) > 1
+
+
+def _carried(graph: Graph, at: int, forks: set[int]) -> bool:
+    """Whether a later shortcut begins at node ``at``, or at a norm of it."""
+    waiting, seen = [at], {at}
+    while waiting:
+        at = waiting.pop()
+        if at in forks:
+            return True
+        following = [c for c in graph.children[at] if c not in seen and graph.kind(c) in _CARRYING]
+        seen.update(following)
+        waiting += following
+    return False
+
+
+def _depends(graph: Graph, at: int, on: int) -> bool:
+    """Whether node ``at`` was computed from ``on``, by ways that may hold no data."""
+    waiting, seen = [at], {at}
+    while waiting:
+        above = [p for p in graph.parents[waiting.pop()] if p not in seen]
+        if on in above:
+            return True
+        seen.update(above)
+        waiting += above
+    return False
