@@ -349,6 +349,35 @@ def test_an_addition_into_a_slice_is_the_whole_of_x_plus_f(form, how):
     assert torch.equal(torch.compile(twin, backend="eager", fullgraph=True)(x), twin(x))
 
 
+class Chosen(nn.Module):
+    """x where a mask is false, F where it is true: a gate that is 0 or 1."""
+
+    def __init__(self, how=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head, self.how = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2), how
+
+    def forward(self, x):
+        mask, f = torch.arange(8) % 3 == 0, self.b(torch.tanh(self.a(x)))
+        if self.how is None:
+            return self.head(torch.where(mask, f, x))
+        x = {"detach": x.detach, "lesion": lambda: x, "remove": lambda: 0 * x}.get(
+            self.how, lambda: 0.3 * x
+        )()
+        return self.head(~mask * x if self.how == "lesion" else mask * f + ~mask * x)
+
+
+@pytest.mark.parametrize("how", EDITS)
+def test_a_choice_by_a_mask_is_a_gate(how):
+    x, model = features(), Chosen()
+    found = find_shortcuts(model, x)
+    assert [s.kind for s in found] == ["gated"]
+    twin = ablate(model, found, **EDITS[how])
+    agree(twin, Chosen(how), x)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(twin, backend="eager", fullgraph=True)(x), twin(x))
+
+
 def assign_slice(out, f):
     out[:, 2:6] = out[:, 2:6] + f
 

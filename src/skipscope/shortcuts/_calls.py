@@ -52,10 +52,14 @@ _SUMS: dict[str, tuple[Slot, ...]] = {
     **dict.fromkeys(("index_add", "scatter_add"), ((0, "input"), (3, "source"))),
     "index_put": ((0, "input"), (2, "values")),
     "scatter_reduce": ((0, "input"), (3, "src")),
+    "where": ((1, "input"), (2, "other")),
 }
-_OVERWRITES: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], bool]] = {
+# What keeps a call of these from being a sum. ``where`` is one, t H + (1 - t) x, but for ``x.where(t, H)``, whose
+# arguments come in another order.
+_UNLESS: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], bool]] = {
     "index_put": lambda args, kwargs: not (args[3] if len(args) > 3 else kwargs.get("accumulate", False)),
     "scatter_reduce": lambda args, kwargs: (args[4] if len(args) > 4 else kwargs.get("reduce")) != "sum",
+    "where": lambda args, kwargs: len(args) + len(kwargs) < 3 or (bool(args) and args[0].dtype != torch.bool),
 }
 PRODUCTS = frozenset({"mul"})
 # In place of an operand's number: all of the tensor of which the first operand, written into, is a slice.
@@ -69,7 +73,7 @@ LISTS = frozenset({"cat", "hstack", "vstack", "dstack", "column_stack", "stack"}
 
 def _operations() -> dict[str, Operation]:
     slots = {**_SUMS, **dict.fromkeys(PRODUCTS, _TWO), **dict.fromkeys(LISTS, ())}
-    table = {name: Operation(name, places, False, _OVERWRITES.get(name)) for name, places in slots.items()}
+    table = {name: Operation(name, places, False, _UNLESS.get(name)) for name, places in slots.items()}
     table |= {f"{name}_": replace(one, in_place=True) for name, one in table.items() if one.slots}
     same = {
         "subtract": "sub", "subtract_": "sub_", "multiply": "mul", "multiply_": "mul_", "concat": "cat",

@@ -60,7 +60,7 @@ class Judge:
             return self.gates.product(sides)
         if all(side.fork is None for side in sides.values()):
             return "no common ancestor (position embedding, or separate inputs)"
-        if call.name not in _calls.LISTS and (crossed := self.gates.crossed(reader)) is not None:
+        if call.name not in _calls.LISTS | {"where"} and (crossed := self.gates.crossed(reader)) is not None:
             return crossed
         bypassing = (0,) if call.name.startswith("marked ") else self._bypassing(call, sides)
         if isinstance(bypassing, str):
@@ -88,6 +88,8 @@ class Judge:
         best = min(rank.values())
         chosen = tuple(i for i, r in rank.items() if r == best)
         rest = [side for i, side in sides.items() if i not in chosen]
+        if call.name == "where" and best > GATED:
+            return PARALLEL
         if best == NORMED and not any(self.graph.matrices_in(side.region, enough=1) for side in rest):
             return PARALLEL
         if best == PROJECTED:
@@ -284,7 +286,9 @@ class Judge:
         parts: tuple[Call, ...] = ()
         both: tuple[int, ...] = ()
         mixture: Mixture | None = None
-        if call.name == "lerp":
+        if call.name == "where":
+            kind = "gated"
+        elif call.name == "lerp":
             kind, both = "gated" if 2 in reader.active else "scaled", (2,) if call.tensors[2] else ()
         elif call.name in _calls.LISTS and (mixture := self.mixtures.of(call)) is not None:
             kind = max(mixture.kind, *(sides[i].how for i in bypassing), key=_BY_WEIGHT.index)
