@@ -204,3 +204,17 @@ def test_the_split_check_leaves_the_model_in_its_mode(linear):
     assert model.training
     assert model[1].training
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"ignore_index": 2, "label_smoothing": 0.1, "weight": torch.arange(1.0, 12).double()}]
+)
+def test_classes_that_lie_side_by_side_give_the_same_per_sample_losses(options):
+    from skipscope._stock import stock_loss
+
+    output, target = torch.randn(5, 7, 11, dtype=torch.float64).transpose(1, 2), torch.randint(11, (5, 7))
+    target[0, :3] = 2
+    stock = stock_loss(torch.nn.CrossEntropyLoss(**options))
+    assert stock is not None
+    for rows, columns in zip(stock.samples(output, target), stock.samples(output.contiguous(), target)):
+        assert rows.shape == (5,) and torch.allclose(rows, columns, rtol=1e-13)
