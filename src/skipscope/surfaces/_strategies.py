@@ -27,6 +27,7 @@ from skipscope.surfaces._points import PointLoss, gather, take
 from skipscope.surfaces._recorded import Recorded
 
 _CLEARLY = 1.15  # how many times faster than the way before it a way must be to be taken
+_SHORT_S = 0.2  # a race shorter than this is run three times as long
 _SHARE = 0.1  # of the whole estimated time may be spent on trying
 _RECORD_S = 1.0  # what recording a forward pass may cost; it is tried only where the time for trying holds it
 _COMPILE_S = 40.0  # what compiling may cost; it must save twice that
@@ -329,6 +330,8 @@ def _race(way: Strategy, incumbent: Strategy, points: Sequence[Point]) -> tuple[
     many = list(points) if isinstance(way, Stacked) else list(points[:2])
     few = list(points) if isinstance(incumbent, Stacked) else list(points[:2])
     times = [(_time(way, many), _time(incumbent, few)) for _ in range(2)]
+    if sum(map(sum, times)) < _SHORT_S:  # too short to tell from what else the machine does
+        times += [(_time(way, many), _time(incumbent, few)) for _ in range(4)]
     return min(t for t, _ in times), min(t for _, t in times)
 
 
