@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -285,3 +287,57 @@ def test_a_total_over_what_is_not_finite_is_not_finite(tmp_path):
         None,
         None,
     ]
+
+
+def test_a_history_that_a_full_disk_has_cut_does_not_pass_for_whole(tmp_path):
+    # A real full file: the limit of the operating system, in a process of its own.
+    code = f"""
+import resource, signal, warnings, torch
+from skipscope.monitor import watch
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+warnings.simplefilter("ignore")
+model = torch.nn.Linear(4, 3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with watch(model, optimizer, folder={str(tmp_path / "run")!r}) as monitor:
+    for _ in range(200):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().mean().backward()
+        optimizer.step()
+assert len(monitor.history) == 200
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = ss.load(tmp_path / "run")
+    assert 0 < len(found) < 200 and not found.complete
+    assert any("cut short" in note for note in found.notes)
+
+
+def test_a_monitor_says_what_it_is():
+    model = nn.Linear(3, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer) as monitor:
+        assert "open: 0 steps recorded" in repr(monitor)
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    assert "closed: 1 step recorded" in repr(monitor)
+    assert "Gradients over 1 step, 1 recorded" in str(monitor.history) and "1 weights" not in str(
+        monitor.history
+    )
+
+
+WRONG = {
+    "no model": lambda model, optimizer: watch(3, optimizer),
+    "no optimizer": lambda model, optimizer: watch(model, []),
+    "every": lambda model, optimizer: watch(model, optimizer, every=0),
+    "part of a step": lambda model, optimizer: watch(model, optimizer, every=1.5),
+    "keep": lambda model, optimizer: watch(model, optimizer, keep=0),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_watched_is_refused_with_the_cure(name):
+    model = nn.Linear(3, 1)
+    with pytest.raises(ss.SkipscopeError) as refusal:
+        WRONG[name](model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert refusal.value.operation == "watch" and refusal.value.cure and refusal.value.got

@@ -46,6 +46,7 @@ class Rows:
         self._keep, self._stride, self._count, self._held = keep, 1, 0, 0
         self._last: np.ndarray | None = None
         self._file = None
+        self.cut = False  # the file has fewer rows than came
         if path is not None:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
             self._write(json.dumps({**self.about, "width": width}).encode() + b"\n")
@@ -94,6 +95,7 @@ class Rows:
             warnings.warn(
                 f"skipscope: the history is no longer written ({error}); it goes on in memory", stacklevel=4
             )
+            self.cut = True
             self.close()
 
     def close(self) -> None:

@@ -166,11 +166,7 @@ def local_sums(roster: Roster, grads: Sequence[Tensor | None], wide: bool) -> Pa
         grads: ``[P]``.
         wide: sum squares in float64 on accelerators too, where float32 has been too small for them.
     """
-    if (
-        roster.device is not None
-        and roster.device.type != "cpu"
-        and set(map(type, grads)) == {Tensor}
-    ):
+    if roster.device is not None and roster.device.type != "cpu" and set(map(type, grads)) == {Tensor}:
         with contextlib.suppress(RuntimeError):  # sparse gradients cannot go this short way
             return [(slice(None), _norms.Reading(_norms.on_device(grads, wide)))]  # type: ignore[arg-type]
     places: dict[torch.device, list[int]] = {}

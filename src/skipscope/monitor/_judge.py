@@ -78,6 +78,9 @@ def judge_gradients(
     return _live(points, what, step, was, limit)
 
 
+_ONE = {"boundaries": "boundary", "weights": "weight", "biases": "bias"}
+
+
 def _live(points: list[Point], of: str, step: int, was: str, of_weights: float | None) -> LiveVerdict:
     """The flow room's verdict; between trouble and health by its limits, or those of weights, and not leaving at a hair."""
     found = judge(points)
@@ -88,7 +91,7 @@ def _live(points: list[Point], of: str, step: int, was: str, of_weights: float |
         trouble, limit = ("vanishing", FALL) if fall >= 0 else ("exploding", GROWTH)
         limit = of_weights or limit
         limit -= _STICKY if was == trouble else 0.0
-        change = f"{short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {len(points)} {of}"
+        change = f"{short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {len(points)} {of if len(points) != 1 else _ONE[of]}"
         if abs(fall) < limit:
             hint = "" if basis == FLOW else "; set flow_every= to read the flow itself"
             state, where, reason = "healthy", None, change + hint

@@ -200,7 +200,8 @@ class History(Result):
                     STATES[int(states[-1])] if len(states) else "absent",
                 ]
             )
-        last = f"{int(self.steps[-1]):,} steps, {len(self):,} recorded" if len(self) else "no step yet"
+        count = int(self.steps[-1]) if len(self) else 0
+        last = f"{count:,} step{'s' * (count != 1)}, {len(self):,} recorded" if count else "no step yet"
         notes = [
             "Of the gradient the optimizer received: accumulated, unscaled, reduced over ranks, after clipping.",
             self._clipping_note(), *self.notes,

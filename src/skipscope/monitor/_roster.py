@@ -50,6 +50,11 @@ def named_models(models: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Modul
         return {"": models}
     if isinstance(models, Mapping):
         return {f"{name}.": model for name, model in models.items()}
+    if not isinstance(models, Sequence):
+        raise SkipscopeError(
+            "watch", "this is no model", expected="an nn.Module, a list of them, or a dict of names",
+            got=f"{type(models).__name__}: {models!r:.60}", cure="watch(model, optimizer)",
+        )  # fmt: skip
     return {f"{i}.": model for i, model in enumerate(models)}
 
 

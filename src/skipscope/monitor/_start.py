@@ -45,7 +45,11 @@ def _few(names: Sequence[str]) -> str:
 
 
 def check(
-    models: Mapping[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer], every: Any, flow_every: Any
+    models: Mapping[str, nn.Module],
+    optimizers: Sequence[torch.optim.Optimizer],
+    every: Any,
+    flow_every: Any,
+    keep: Any,
 ) -> None:
     """What is known at the start: refuse what could only give wrong numbers."""
     for name, value in {"every": every, "flow_every": flow_every}.items():
@@ -54,8 +58,22 @@ def check(
                 "watch",
                 f"{name} is the number of steps from one reading to the next",
                 expected="1 or more",
-                got=value,
+                got=repr(value),
+                cure=f"{name}=10",
             )
+    if keep is not None and not (isinstance(keep, int) and keep >= 2):
+        raise SkipscopeError(
+            "watch",
+            "keep is the number of rows held in memory",
+            expected="2 or more",
+            got=repr(keep),
+            cure="keep=100",
+        )
+    if not optimizers:
+        raise SkipscopeError(
+            "watch", "no optimizer was given", expected="an optimizer, or a list of them", got="[]",
+            cure="watch(model, optimizer)",
+        )  # fmt: skip
     for model in models.values():
         require_module(model, "watch")
         refuse_shared(model, "watch")

@@ -69,10 +69,12 @@ class Store:
         return verdict_of(self._assembled(WINDOW, LiveVerdict(was, "", 0, ""), False), was)
 
     def close(self) -> None:
-        """Say on disk that the run is over, and let go of the files."""
-        for _, rows in [*(r for sets in self._gradients.values() for r in sets), *self._flow]:
+        """Say on disk that the run is over, where all of it is there, and let go of the files."""
+        every = [rows for _, rows in [*(r for sets in self._gradients.values() for r in sets), *self._flow]]
+        for rows in every:
             rows.close()
-        self._line({"closed": True})
+        if not any(rows.cut for rows in every):
+            self._line({"closed": True})
         self.folder = None
 
     def _assembled(self, last: int | None, verdict: LiveVerdict | None, complete: bool) -> History:

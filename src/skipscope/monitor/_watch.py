@@ -97,6 +97,11 @@ class Monitor:
             self._tell(sink, "close", history)
         self._store.close()
 
+    def __repr__(self) -> str:
+        # What is known already: to print a monitor waits for nothing.
+        steps = f"{self._rows:,} step{'s' * (self._rows != 1)} recorded"
+        return f"<Monitor, {'open' if self._open else 'closed'}: {steps}; {self._verdict}>"
+
     def __enter__(self) -> Monitor:
         return self
 
@@ -261,11 +266,11 @@ def watch(
     """
     models = named_models(model)
     optimizers = [unwrapped(o) for o in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])]
-    check(models, optimizers, every, flow_every)
+    check(models, optimizers, every, flow_every, keep)
     meet("watch", tuple(range(world()[1])), timeout)
     callbacks = on_verdict if isinstance(on_verdict, Sequence) else [on_verdict]
     first = world()[0] == 0
     return Monitor(
-        models, optimizers, every=every, keep=keep and max(2, keep), sinks=[as_sink(s) for s in sinks] if first else [],
+        models, optimizers, every=every, keep=keep, sinks=[as_sink(s) for s in sinks] if first else [],
         folder=None if folder is None else Path(folder), on_verdict=callbacks, flow_every=flow_every,
     )  # fmt: skip
