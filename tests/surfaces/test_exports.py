@@ -174,3 +174,10 @@ def test_twins_over_a_trajectory_become_one_animation(tmp_path):
     assert frames[0][0] == frames[1][0] == 3 and frames[1][1] == 2 * frames[0][1]
     with pytest.raises(ss.SkipscopeError, match="known weights"):
         make("pair").save(tmp_path / "none.gif")
+
+
+@pytest.mark.parametrize("grid", [1, (5, 1), (1, 5), (1,), 2], ids=str)
+def test_the_smallest_grids_are_drawn_and_exported(tmp_path, grid):
+    surface = ss.landscape(nn.Linear(4, 2), (X, Y), F.mse_loss, grid=grid, strategy="plain")
+    for ending in ("png", "html", "csv", "npz", "tex", "json"):
+        assert surface.save(tmp_path / f"s.{ending}").stat().st_size

@@ -113,18 +113,14 @@ def contours(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
     level = np.ma.masked_invalid(scale(np.asarray(surface.values, dtype=float)).T)
     a, b = np.meshgrid(surface.alphas, surface.betas)
     low, high = scale.ends()
-    drawn = ax.contourf(
-        a, b, level, levels=np.linspace(low, high + 1e-9, 33), cmap=_colours(surface.signed), extend="both"
-    )
-    ax.contour(
-        a,
-        b,
-        level,
-        levels=scale.levels(),
-        colors="0.3" if surface.signed else "white",
-        linewidths=0.5,
-        alpha=0.6,
-    )
+    colours = _colours(surface.signed)
+    if min(level.shape) < 2:  # a row of points has no contours
+        drawn = ax.pcolormesh(a, b, level, vmin=low, vmax=high + 1e-9, cmap=colours, shading="nearest")
+    else:
+        levels = np.linspace(low, high + 1e-9, 33)
+        drawn = ax.contourf(a, b, level, levels=levels, cmap=colours, extend="both")
+        lines = "0.3" if surface.signed else "white"
+        ax.contour(a, b, level, levels=scale.levels(), colors=lines, linewidths=0.5, alpha=0.6)
     ax.plot(0, 0, "+", color="0.1" if surface.signed else "white", ms=9, mew=1.6)
     if surface.dots is not None:
         places = np.argwhere(surface.dots)
