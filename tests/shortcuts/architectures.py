@@ -621,6 +621,39 @@ for form, write in CONDITIONED.items():
     )
 
 
+class ConvolutionalProjection(nn.Module):
+    """2103.15808 (CvT): before attention the tokens go through a convolution, the class token past it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.conv, self.attn = nn.Linear(8, 8), nn.Conv1d(8, 8, 3, padding=1), Attention()
+
+    def forward(self, x):
+        x = self.inp(x)
+        cls, tokens = x.split([1, x.shape[1] - 1], 1)
+        tokens = self.conv(tokens.transpose(1, 2)).transpose(1, 2)
+        return x + self.attn(torch.cat([cls, tokens], 1))
+
+
+# The class token is another step of the sequence, as the other tokens are: it skips nothing.
+case(sequences(), "cvt", identity=1)(ConvolutionalProjection)
+
+
+class FourierMixer(nn.Module):
+    """2105.03824 (FNet): the mixer holds no weights, so that what goes around it goes around no branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.n1, self.n2, self.mlp = nn.LayerNorm(8), nn.LayerNorm(8), mlp()
+
+    def forward(self, x):
+        x = self.n1(x + torch.fft.fft2(x).real)
+        return self.n2(x + self.mlp(x))
+
+
+case(sequences(), "fnet", identity=2)(lambda: seq(FourierMixer(), FourierMixer()))
+
+
 class MixtureOfDepths(nn.Module):
     """2404.02258: some tokens go through the block, the others past it."""
 
@@ -630,7 +663,8 @@ class MixtureOfDepths(nn.Module):
 
     def forward(self, x):
         x = self.inp(x)
-        return torch.where(self.score(x) > 0, self.block(x), x)
+        score = self.score(x)
+        return torch.where(score > score.mean(1, keepdim=True), self.block(x), x)
 
 
 case(sequences(), "mixture_of_depths", gated=1)(MixtureOfDepths)

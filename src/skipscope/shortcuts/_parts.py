@@ -46,10 +46,12 @@ class Part:
         )
 
     def runs_along(self, dim: int) -> bool:
-        """Whether it is a part only along one of its own axes."""
+        """Whether it is a part along one of its own axes only, and more than a single step: a class token is none of
+        several channels.
+        """
         dim = signed(dim)
         axis = self.axes[dim] if -len(self.axes) <= dim < len(self.axes) else None
-        return axis is not None and set(self.limits) <= {axis[0]}
+        return axis is not None and set(self.limits) <= {axis[0]} and len(axis[1]) > 1
 
     def within(self, dim: int, where: slice | int) -> Part | None:
         """What is left after taking some of one axis."""
