@@ -174,6 +174,27 @@ def test_the_flow_through_a_codec_starts_at_its_codes():
     assert flow.verdict.state == "unconnected" and flow.boundaries[-1].gradient_rms > 0
 
 
+class Viewed(nn.Module):
+    """The branch comes out of a convolution over tokens, transposed; the sum is viewed as heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return x.view(len(x), -1)
+
+
+@pytest.mark.parametrize(
+    "edit", [{"how": "remove"}, {"how": "detach"}, {"how": "lesion"}, {"strength": 0.0}, {"strength": 0.5}]
+)
+def test_an_edited_sum_keeps_its_layout(edit):
+    model, x = Viewed(), torch.randn(2, 5, 8)
+    twin = ss.ablate(model, inputs=x, **edit)
+    assert twin(x).shape == (2, 40)
+
+
 def test_a_stream_that_begins_in_weights_is_named_and_edited():
     model, x = Decoder(1).eval(), torch.randn(2, 5, 8)
     found = ss.find_shortcuts(model, x)

@@ -387,7 +387,8 @@ def _apply(factor: float | Tensor | None, operand: Tensor) -> Tensor:
         return operand.detach()
     if isinstance(factor, (float, int)):  # a tuple of types: torch 2.6 cannot compile `float | int`
         if factor == 0:
-            return operand.new_zeros(()).expand(operand.shape)
+            # In its own layout: the sum takes it on, and a view of the sum may need it.
+            return torch.zeros_like(operand)
     elif factor.ndim:
         factor = factor.to(operand.device, operand.dtype)
     if torch.compiler.is_compiling():
