@@ -20,6 +20,6 @@ from skipscope.surfaces._results import Difference as Difference
 from skipscope.surfaces._results import KnownPoints as KnownPoints
 from skipscope.surfaces._results import PairedSurfaces as PairedSurfaces
 from skipscope.surfaces._results import Provenance as Provenance
-from skipscope.surfaces._results import Scores as Scores
 from skipscope.surfaces._results import Surface as Surface
+from skipscope.surfaces._score_result import Scores as Scores
 from skipscope.surfaces._store import read_store as read_store

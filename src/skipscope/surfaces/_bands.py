@@ -13,8 +13,9 @@ from torch import nn
 
 from skipscope._errors import SkipscopeError
 from skipscope.surfaces._band_results import PairedBand, SurfaceBand
-from skipscope.surfaces._results import PairedSurfaces, Scores
+from skipscope.surfaces._results import PairedSurfaces
 from skipscope.surfaces._run import surfaces
+from skipscope.surfaces._score_result import Scores
 from skipscope.surfaces._settings import Settings
 
 _SCORES = ("convexity_share", "roughness", "barrier", "width")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from skipscope.surfaces._results import Scores
+from skipscope.surfaces._score_result import Scores
 
 _MANY = 1 / 3  # of a surface may curve less than its error before its signs count as shared noise
 _FAR = 1e12  # how far above the level, against it, what is not finite is taken to lie
