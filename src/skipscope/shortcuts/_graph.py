@@ -68,6 +68,8 @@ class Graph:
         """
         record = self.record
         record.output = None
+        for call in record.calls:  # whoever still holds one, an exception's frame say, holds no node by it
+            call.operands, call.output, call.whole, call.written = (), None, None, None
         for held in (
             record.calls,
             record.sources,

@@ -43,7 +43,7 @@ class Judge:
         self.graph = graph
         self.made = {id(call.output): call for call in graph.record.calls if call.output is not None}
         self.gates, self.expanded = Gates(graph, self.made), Expanded(graph, self.made)
-        self.mixtures = Mixtures(graph, lambda at: id(graph.nodes[at]) in self.made)
+        self.mixtures = Mixtures(graph, self.made)
 
     def verdict(self, call: Call) -> Verdict | str | None:
         """A shortcut, a reason why not, or None for what is no merge of activations at all."""

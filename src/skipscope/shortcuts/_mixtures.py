@@ -7,7 +7,7 @@ stacked axis is known again after any view.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -40,8 +40,8 @@ class Mixture:
 class Mixtures:
     """Reads sums over stacks in one graph."""
 
-    def __init__(self, graph: Graph, is_call: Callable[[int], bool]):
-        self.graph, self.is_call = graph, is_call
+    def __init__(self, graph: Graph, made: Mapping[int, Call]):
+        self.graph, self.made = graph, made
 
     def of(self, call: Call) -> Mixture | None:
         """How what a call stacks is summed; None where it is not, or otherwise too."""
@@ -95,7 +95,7 @@ class Mixtures:
                 ends = len(others) == 1 and axis == _PRODUCTS[name][here] + len(shape)
                 return (at, self._heavier(kind, others)) if ends else None
             new = shape_of(node)
-            if new is None or (name == "Mul" and not (len(others) <= 1 and self.is_call(at))):
+            if new is None or (name == "Mul" and not (len(others) <= 1 and id(node) in self.made)):
                 return None
             if name in {"Mul", "Expand"}:
                 kind = self._heavier(kind, others) if name == "Mul" else kind
