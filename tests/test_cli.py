@@ -111,6 +111,21 @@ def test_bad_input_is_answered_in_words(name, folder):
     assert "Traceback" not in done.stderr + done.stdout
 
 
+def test_ctrl_c_says_what_was_kept(folder):
+    (folder / "stops.py").write_text("def make():\n    raise KeyboardInterrupt\n")
+    done = skipscope(folder, "flow", "stops:make", "--data", "mine:batch")
+    assert done.returncode == 130 and "skipscope: stopped" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_data_that_draw_are_the_same_again(folder):
+    words = ["def batch():", "    import torch", "    return torch.randn(16, 8), torch.randint(0, 3, (16,))"]
+    (folder / "drawn.py").write_text("\n".join(words))
+    first, again = (
+        skipscope(folder, "flow", "mine:make", "--data", "drawn:batch", "--json") for _ in range(2)
+    )
+    assert first.returncode == 0 and json.loads(first.stdout) == json.loads(again.stdout)
+
+
 def test_weights_that_hold_code_are_not_run(folder):
     import torch
 

@@ -147,3 +147,13 @@ def test_errors_cross_process_borders_whole():
 def test_a_title_is_not_folded_at_the_width_of_its_table():
     title = "Paths by length: 4 branches, mean length 1.06"
     assert Table(title, ["k"], [[1]]).text(80).splitlines()[0] == title
+
+
+def test_a_narrow_terminal_cuts_no_word_into_pieces():
+    table = Table(
+        "t",
+        ["depth", "boundary", "gradient", "factor", "activation", "state"],
+        [[0, "layers.0", 0.03, 1.1, 0.9, "ok"]],
+    )
+    text = table.text(40)
+    assert all(word in text for word in ("boundary", "activation", "layers.0", "0.0300"))

@@ -23,6 +23,8 @@ from skipscope._version import __version__
 _kinds: dict[str, type[Result]] = {}
 _readers: list[str] = []
 _drawer: str | None = None
+# In less than so many columns words and numbers are cut into pieces: a narrower terminal had better wrap the lines.
+_NARROWEST = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Table:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def text(self, width: int | None = None) -> str:
-        """The table as text that fits ``width`` columns (default: the terminal's)."""
+        """The table as text that fits ``width`` columns (default: the terminal's; at least 60, to be legible)."""
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table as RichTable
@@ -57,6 +59,7 @@ class Table:
         for row in self.rows:
             table.add_row(*(Text(cell if isinstance(cell, str) else short(cell)) for cell in row))
         console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        console.width = max(console.width, _NARROWEST)
         with console.file:
             console.print(
                 Text(self.title, style="bold")

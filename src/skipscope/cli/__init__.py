@@ -18,6 +18,7 @@ app = App(
     version=__version__,
     help="See what the shortcut connections in a network do: find them, cut them, add them, measure with and without.",
     help_epilogue="Start with: skipscope compare",
+    suppress_keyboard_interrupt=False,  # main() says what was kept
 )
 _model, _output = Group("Model and data", sort_key=1), Group("Output", sort_key=9)
 

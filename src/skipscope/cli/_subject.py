@@ -99,10 +99,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 def _data(name: str, model: nn.Module, source: Source, samples: int, said: list[str]) -> tuple[Any, Any]:
     if source.data:
         found = resolve(source.data, "data")
-        data = (
-            called(found, source.data, "data") if callable(found) and not isinstance(found, Tensor) else found
-        )
-        return data, _loss(model, data, source.loss, said)
+        if callable(found) and not isinstance(found, Tensor):
+            with random_state_kept(source.seed):  # the same data when the command is run again
+                found = called(found, source.data, "data")
+        return found, _loss(model, found, source.loss, said)
     if source.input:
         return _random_data(source.input, model, source, said)
     if name in reference.networks():

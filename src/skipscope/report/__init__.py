@@ -64,7 +64,7 @@ def plot(result: Result, ax: Any = None, *, chart: int | None = None, **options:
         )
     if not -len(charts) <= chart < len(charts):
         raise SkipscopeError(
-            "plot", f"a {type(result).__name__} has no chart number {chart}", got=chart,
+            "plot", f"a {type(result).__name__} has no chart{f' number {chart}' if charts else ''}", got=f"chart={chart}",
             expected=f"0 to {len(charts) - 1}" if charts else "a result with a chart",
             cure=None if charts else "print(result) shows its table; save('x.html') makes a page of it",
         )  # fmt: skip
