@@ -44,6 +44,8 @@ CALLS = {
     "curvature_trace": lambda *given: ss.curvature_trace(*given, products=6),
     "curvature_operator": lambda *given: ss.curvature_operator(*given),
     "landscape": lambda *given: ss.landscape(*given, grid=3),
+    "paired_landscapes": lambda model, *given: ss.paired_landscapes({"a": model}, *given, grid=3),
+    "curvature_map": lambda *given: ss.curvature_map(*given, grid=3),
     "compare": lambda *given: ss.compare(*given, train=False, grid=3, quick=True),
     "train_twins": lambda model, *given: ss.train_twins({"a": model}, *given, steps=2, seeds=1),
 }
@@ -76,7 +78,7 @@ def test_what_is_wrong_is_told_in_the_name_of_the_call(call, wrong):
     assert refusal.value.cure
 
 
-NEEDS_A_GRADIENT = sorted(set(CALLS) - {"landscape"})
+NEEDS_A_GRADIENT = sorted(set(CALLS) - {"landscape", "paired_landscapes"})
 
 
 @pytest.mark.parametrize("call", NEEDS_A_GRADIENT)

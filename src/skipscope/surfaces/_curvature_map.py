@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from skipscope._data import Batch, Batches, Objective, mean_loss, read
-from skipscope._errors import SkipscopeError
+from skipscope._errors import SkipscopeError, asked_as
 from skipscope._sharding import refuse_spread
-from skipscope._untouched import private_copy, untouched
+from skipscope._untouched import private_copy, require_module, untouched
 from skipscope._version import __version__
 from skipscope.curvature import How, Matrix, Wish, open_operator
 from skipscope.surfaces._directions import Direction
@@ -64,6 +64,7 @@ def curvature_map(
 def curvature_map(
     model: Mapping[str, nn.Module], data: Any, loss: Any = None, **options: Unpack[_Options]
 ) -> PairedMaps: ...
+@asked_as("curvature_map")
 def curvature_map(
     model: nn.Module | Mapping[str, nn.Module],
     data: Any,
@@ -144,6 +145,7 @@ def curvature_map(
     # Curvature is measured on the uncompiled module, by its names.
     models = {name: getattr(one, "_orig_mod", one) for name, one in named.items()}
     for one in models.values():
+        require_module(one, _OPERATION)
         refuse_spread(one, _OPERATION)
     first = next(iter(models.values()))
     at = axes(grid, span, settings.axis_count)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from skipscope._data import Batch
-from skipscope._errors import SkipscopeError
+from skipscope._errors import SkipscopeError, asked_as
 from skipscope.surfaces._band_results import PairedBand, SurfaceBand
 from skipscope.surfaces._bands import by_seed, paired_band, read_seed, surface_band
 from skipscope.surfaces._planes import Plane
@@ -154,6 +154,7 @@ def paired_landscapes(
 def paired_landscapes(
     models: _Twins, data: Any, loss: Any = None, *, seed: Sequence[int], **options: Unpack[_Options]
 ) -> PairedBand: ...
+@asked_as("paired_landscapes")
 def paired_landscapes(
     models: Mapping[str, nn.Module],
     data: Any,
