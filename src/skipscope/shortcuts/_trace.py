@@ -346,7 +346,10 @@ def _traced(model: nn.Module, inputs: Any, follow: bool) -> Trace:
     def leaf(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
-        leaves.append(tensor.detach().clone().requires_grad_())
+        alone = (
+            tensor.detach()
+        )  # the model gets a copy; inference mode's tensors cannot require gradients themselves
+        leaves.append((alone.clone() if alone.is_inference() else alone).requires_grad_())
         return leaves[-1].clone()  # a leaf that requires gradients may not be written into; its copy may
 
     inputs = _data.map_tensors(inputs, leaf)
