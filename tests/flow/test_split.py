@@ -191,3 +191,11 @@ def test_a_long_network_says_the_same_as_a_chain_rule_by_hand():
     for row, here, after in list(zip(split, kept, kept[1:]))[::40]:
         assert row.shortcut_rms == pytest.approx(rms(after.grad), rel=1e-10)
         assert row.branch_rms == pytest.approx(rms(here.grad - after.grad), rel=1e-8)
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_are_let_go_of():
+    """Freed in any order but the loss's node first, autograd's graph overflows the stack and ends the process."""
+    x = torch.ones(2, 2)
+    split = ss.gradient_split(Recurrent(10_000), (x, torch.zeros_like(x)), nn.functional.mse_loss)
+    assert len(split) == 10_000 and split[0].residual < 1e-5

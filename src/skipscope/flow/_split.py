@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,19 +145,23 @@ def _one_batch(
         arrivals = {k: ways.arrivals(ends, joined) for k, (ends, joined) in merges.items()}
         handles = []
         try:
-            for k, arriving in arrivals.items():
-                handles += arriving.watch(lambda parts, total, k=k: forks[k].add(parts, total, share))
+            adders = ((a, partial(forks[k].add, share=share)) for k, a in arrivals.items())
+            handles += [handle for arriving, add in adders for handle in arriving.watch(add)]
             if ways.starts:
                 gates = any(arriving.gates for arriving in arrivals.values())
                 torch.autograd.grad(value, ways.starts, allow_unused=True, retain_graph=gates)
         except RuntimeError as error:
             raise backward_error("gradient_split", error) from error
         finally:
-            for handle in handles:
-                handle.remove()
-        for arriving in arrivals.values():
-            arriving.part_gates()
-    return float(value.detach())
+            while handles:
+                handles.pop().remove()
+        while arrivals:
+            arrivals.popitem()[1].part_gates()
+    result = float(value.detach())
+    merges.clear()
+    del value, bypassing
+    ways.release()
+    return result
 
 
 def _with_leaves(batch: Batch, leaves: list[Tensor]) -> Batch:

@@ -38,7 +38,8 @@ class Ways:
         bypassing = set(
             bypassing
         )  # the nodes of shortcut operands: one that no data reaches is a stream of weights
-        for node in _ordered(loss.grad_fn):
+        self._nodes = _ordered(loss.grad_fn)
+        for node in self._nodes:
             above = []
             for e, (parent, nr) in enumerate(node.next_functions):
                 if parent is not None:
@@ -53,6 +54,15 @@ class Ways:
                 self.position[node] = len(parents)
                 parents.append(tuple(above))
         self.ancestors = Ancestors(parents)
+
+    def release(self) -> None:
+        """Let go of the nodes, the loss's first: in any other order one may take all that it was computed from along,
+        one inside the other, and a long graph overflows the stack. Nobody else may hold the loss any more.
+        """
+        self.position.clear()
+        self.consumers.clear()
+        while self._nodes:
+            self._nodes.pop()
 
     def reach(self, edge: Edge, ends: list[Edge]) -> bool:
         """Whether any of ``ends`` is an activation, or was computed from it."""
