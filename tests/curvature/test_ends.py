@@ -53,6 +53,9 @@ def test_eigenvectors_are_directions():
     assert {n: t.shape for n, t in direction.items()} == {n: p.shape for n, p in model.named_parameters()}
     again = torch.cat([t.reshape(-1) for t in direction.values()]).numpy()
     assert np.array_equal(again, ends.smallest_vectors[0])
+    for wrong in ({"end": 1}, {"end": "both"}, {"index": 2}, {"index": -1}):
+        with pytest.raises(ss.SkipscopeError, match="no such eigenvector"):
+            ends.direction(**wrong)
     with pytest.raises(ss.SkipscopeError, match="vectors=True"):
         ss.extreme_eigenvalues(model, (x, y), F.cross_entropy).direction()
 

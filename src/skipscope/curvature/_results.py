@@ -113,9 +113,19 @@ class ExtremeEigenvalues(Result):
     def direction(self, end: End = "largest", index: int = 0) -> dict[str, Tensor]:
         """An eigenvector as tensors by parameter name: a direction for a landscape.
 
+        Args:
+            end: ``"largest"`` or ``"smallest"``.
+            index: which of the k at that end, the outermost first.
+
         Raises:
-            SkipscopeError: the eigenvectors were not asked for.
+            SkipscopeError: the eigenvectors were not asked for, or there is no such one.
         """
+        if end not in ("largest", "smallest") or not 0 <= index < len(self.largest):
+            raise SkipscopeError(
+                "direction", "there is no such eigenvector", got=f"end={end!r}, index={index!r}",
+                expected=f'end="largest" or "smallest", index= from 0 to {len(self.largest) - 1}',
+                cure=f'direction("largest", {end})' if isinstance(end, int) else None,
+            )  # fmt: skip
         vectors = self.smallest_vectors if end == "smallest" else self.largest_vectors
         if vectors is None:
             raise SkipscopeError(
