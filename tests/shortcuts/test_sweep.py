@@ -123,6 +123,17 @@ class Gains(nn.Module):
         return x + self.gain * (F.avg_pool1d(x, 3, 1, 1) - x)
 
 
+class GainOnCurve(nn.Module):
+    """A branch without matrices whose gains come last: they weigh what the branch adds."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full(shape, 0.5))
+
+    def forward(self, x):
+        return x + self.gain * torch.tanh(x)
+
+
 CASES = {
     "a frozen norm that starts at zero": (lambda: FrozenResNet(0.0), (2, 3, 5, 5), ["identity"] * 3),
     "a frozen norm": (lambda: FrozenResNet(1.0), (2, 3, 5, 5), ["identity"] * 3),
@@ -137,6 +148,8 @@ CASES = {
         ["identity"] * 4,
     ),
     "learned queries with places": (lambda: Decoder(2, again=True), (2, 5, 8), ["identity"] * 4),
+    "gains after a curve": (lambda: GainOnCurve(4, 1), (2, 4, 7), ["identity"]),
+    "one number for all after a curve": (lambda: GainOnCurve(), (2, 4, 7), []),
     "gains around a pool": (Gains, (2, 4, 7), ["identity"]),
 }
 

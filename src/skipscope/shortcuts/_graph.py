@@ -90,8 +90,11 @@ class Graph:
         self._index = {path: i for i, path in enumerate(self.modules)}
         self._shapes: dict[int, list[tuple[int, ...]]] = {}
         self._below: dict[str, set[str]] = {}
+        self._scalar = 0
         for i, (path, module) in enumerate(self.record.modules.items()):
             own = [p for p in module._parameters.values() if p is not None]
+            if all(p.numel() == 1 for p in own):
+                self._scalar |= 1 << i
             if any(p.ndim >= 2 for p in own):
                 self._shapes[i] = [tuple(p.shape) for p in own if p.ndim >= 2]
             parent = path
@@ -178,6 +181,10 @@ class Graph:
     def has_matrix(self, path: str) -> bool:
         """Whether a module owns a weight of two or more dimensions."""
         return self._index[path] in self._shapes
+
+    def has_only_scalars(self, region: int) -> bool:
+        """Whether every weight that enters in a set of nodes is of a module that holds single numbers only."""
+        return all(not self.weights[i] & ~self._scalar for i in bits(region & self.weighted))
 
     def matrix_shapes(self, region: int) -> list[tuple[int, ...]]:
         """Shapes of the matrices that enter in a set of nodes."""

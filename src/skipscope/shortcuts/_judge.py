@@ -18,6 +18,7 @@ from skipscope.shortcuts._sides import (
     POINTWISE,
     PRODUCT,
     SHAPE,
+    STRAIGHT_POINTWISE,
     WHOLE,
     Side,
     Sides,
@@ -251,8 +252,18 @@ class Judge:
         return [] if dim is not None and any(part.runs_along(dim) for part in taken) else taken
 
     def _is_activation_function(self, region: int) -> bool:
-        """Whether each value goes through by itself, whatever gains it meets: nothing in it makes one of several."""
-        return not region & ~self.graph.of_kinds(POINTWISE)
+        """Whether each value goes through by itself, and what it meets are single numbers, or shape how it is bent.
+
+        Snake, x + sin(a x)^2 / a, is one; x + g tanh(x) with a gain for each channel is a branch that holds gains.
+        """
+        graph = self.graph
+        if region & ~graph.of_kinds(POINTWISE):
+            return False
+        if graph.has_only_scalars(region):
+            return True
+        curves = list(bits(region & ~graph.of_kinds(STRAIGHT_POINTWISE)))
+        weighted = [v for v in bits(region) if graph.has_weights(1 << v)]
+        return any(graph.ancestors.reaches(v, curve) for v in weighted for curve in curves)
 
     def _repeats(self, reader: Sides, region: int, bypassing: tuple[int, ...]) -> bool:
         """Whether the branch's matrices have all made a bypassing operand before: one module, step after step."""

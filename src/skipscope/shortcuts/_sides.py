@@ -38,15 +38,12 @@ PRODUCT = _words("Mul Div Lerp Addcmul Addcdiv NativeDropout FusedDropout Bmm Mm
 WHOLE = _words("View UnsafeView ReshapeAlias Transpose T Permute Clone Squeeze Unsqueeze ToCopy")
 ELEMENTWISE = _words("Mul Div Addcmul Lerp")
 MAX_POOLS = _words("MaxPool2DWithIndices MaxPool3DWithIndices MkldnnMaxPool2D AdaptiveMaxPool2D")
-# What makes an activation function: each value by itself.
-POINTWISE = (
-    WHOLE
-    | ELEMENTWISE
-    | _words(
-        """Add Sub Rsub Neg Addcdiv Pow Exp Exp2 Expm1 Log Log1P Sqrt Rsqrt Reciprocal Abs Sgn Sin Cos Sinh Cosh Tanh
+# What makes an activation function: each value by itself; the first of them bend nothing.
+STRAIGHT_POINTWISE = WHOLE | ELEMENTWISE | _words("Add Sub Rsub Neg Addcdiv")
+POINTWISE = STRAIGHT_POINTWISE | _words(
+    """Pow Exp Exp2 Expm1 Log Log1P Sqrt Rsqrt Reciprocal Abs Sgn Sin Cos Sinh Cosh Tanh
         Atan Asinh Erf Erfc Sigmoid LogSigmoid LogSigmoidForward Softplus Relu Gelu Silu LeakyRelu Elu Hardswish Mish
         PreluKernel Hardtanh Hardsigmoid Celu Threshold Selu Where Minimum Maximum Clamp ClampMin ClampMax MaskedFill"""
-    )
 )
 NORM = _words(
     """NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeLayerNorm NativeGroupNorm FusedRmsNorm RmsNorm
