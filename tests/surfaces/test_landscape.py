@@ -239,7 +239,7 @@ def test_twins_of_other_architectures_each_find_their_way():
         {"metrics": {"a": lambda out, y: "much"}}, {"samples": 2.5}, {"samples": 0}, {"l2": float("nan")},
         {"tolerance": "a"}, {"tolerance": -1}, {"store": 3}, {"strength": True}, {"weight": 3}, {"sample_loss": 3},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),
 )  # fmt: skip
 def test_options_that_cannot_be_used_are_refused_with_what_can(option):
     data = torch.randn(6, 4), torch.randint(3, (6,))
