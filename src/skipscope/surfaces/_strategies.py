@@ -26,7 +26,7 @@ from skipscope.surfaces._one_dnn import linears, through_one_dnn
 from skipscope.surfaces._points import PointLoss, gather, take
 from skipscope.surfaces._recorded import Recorded
 
-_CLEARLY = 1.15  # how many times faster than the way before it a way must be to be taken
+_CLEARLY = 1.08  # how many times faster than the way before it a way must be to be taken
 _SHORT_S = 0.2  # a race shorter than this is run three times as long
 _SHARE = 0.1  # of the whole estimated time may be spent on trying
 _RECORD_S = 1.0  # what recording a forward pass may cost; it is tried only where the time for trying holds it
