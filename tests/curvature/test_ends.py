@@ -86,8 +86,13 @@ def test_an_unconverged_result_says_so():
 
 
 @pytest.mark.parametrize(
-    "wish", [{"k": 0}, {"k": 10_000}, {"tol": 0}, {"block": 0}, {"confidence": 1.0}], ids=str
-)
+    "wish",
+    [
+        {"k": 0}, {"k": 10_000}, {"k": 1.5}, {"k": "1"}, {"k": True}, {"tol": 0}, {"tol": None}, {"tol": float("nan")},
+        {"block": 0}, {"block": 1.5}, {"confidence": 1.0}, {"max_products": 2.5},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_wishes_out_of_range_are_refused(wish):
     with pytest.raises(ss.SkipscopeError, match="out of range"):
         ss.extreme_eigenvalues(net(0), data(0), F.cross_entropy, **wish)
