@@ -227,3 +227,36 @@ def test_the_way_back_to_learned_queries_is_split_too():
     F.mse_loss(y + model.feed[0](y), torch.zeros(2, 4, 8).double()).backward()
     assert row.branch_rms == pytest.approx(float(q.grad.square().mean().sqrt()))
     assert row.shortcut_rms == pytest.approx(float(y.grad.square().mean().sqrt()))
+
+
+class OfBytes(nn.Module):
+    """A network that makes numbers of its bytes itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x.float() / 255)
+        for layer in self.layers:
+            x = x + torch.relu(layer(x))
+        return self.head(x)
+
+
+def test_integers_that_become_numbers():
+    torch.manual_seed(0)
+    model, y = OfBytes(), torch.randint(0, 3, (5,))
+    x = torch.randint(0, 256, (5, 6), dtype=torch.uint8)
+    loss = nn.functional.cross_entropy
+    found, right = ss.find_shortcuts(model, x), ss.find_shortcuts(model, x.float())
+    assert [(s.name, s.kind, s.fork) for s in found] == [(s.name, s.kind, s.fork) for s in right]
+    assert [s.name for s in found] == ["layers.0", "layers.1"]
+    for how in ("remove", "detach", "lesion"):
+        assert torch.equal(ss.ablate(model, found, how)(x), ss.ablate(model, right, how)(x.float()))
+    here, there = (ss.gradient_flow(model, (v, y), loss).boundaries for v in (x, x.float()))
+    assert [(b.name, b.gradient_rms) for b in here] == [(b.name, b.gradient_rms) for b in there[1:]]
+    here, there = (ss.path_spectrum(model, (v, y), loss, wrt="stem").norms for v in (x, x.float()))
+    torch.testing.assert_close(torch.tensor(here), torch.tensor(there))
+    for one, other in zip(*(ss.gradient_split(model, (v, y), loss) for v in (x, x.float()))):
+        assert one.branch_rms == pytest.approx(other.branch_rms, rel=1e-6)

@@ -19,7 +19,8 @@ def boundaries_of(graph: Graph, found: Sequence[tuple[Verdict, str, str]]) -> tu
         found: each shortcut, its name, and the module that is its branch.
     """
     first = _first(graph)
-    severed = not first  # nothing of the data reaches the output: then every module that ran is a point
+    # nothing of the data reaches the output: then every module that ran is a point
+    severed = not first and not graph.record.as_numbers
     points = [
         (item.call.order + 0.5, Boundary(name, 0, "merge", item.call.key, item.is_summed))
         for item, name, _ in found
@@ -74,7 +75,7 @@ class _Cover:
 def _first(graph: Graph, reached: bool = True) -> list[Boundary]:
     """Where activations begin; of those that reach the output, or of all."""
     record = graph.record
-    for i, node in enumerate(record.sources):
+    for i, node in enumerate(() if record.as_numbers else record.sources):
         if node in graph.position or not reached:
             return [Boundary("input", 0, "input", CallKey("", "input", i))]
     for node, key, owner in record.embeddings:

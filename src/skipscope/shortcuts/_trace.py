@@ -72,6 +72,7 @@ class Trace:
         streams: where activations begin in weights, autograd node and module; found once the merges have been judged.
         runs: modules with their own weights in the order they ran.
         weights: each weight that a module held, by identity: position of the first such module, and the weight.
+        as_numbers: the inputs are integers, and were given as floats; no gradient can be read there.
     """
 
     model: nn.Module
@@ -84,6 +85,7 @@ class Trace:
     streams: dict[Any, str] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     weights: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
+    as_numbers: bool = False
 
 
 class Run(NamedTuple):
@@ -334,9 +336,26 @@ def trace(model: nn.Module, inputs: Any) -> Trace:
     if any(parameter.is_meta for parameter in model.parameters()):
         inputs = _data.map_tensors(inputs, lambda tensor: tensor.to("meta"))
     try:
-        return _traced(model, inputs, follow=True)
+        record = _traced(model, inputs, follow=True)
     except SkipscopeError:
-        return _traced(model, inputs, follow=False)
+        record = _traced(model, inputs, follow=False)
+    if not record.sources and not record.embeddings:
+        return _as_numbers(model, inputs) or record
+    return record
+
+
+def _as_numbers(model: nn.Module, inputs: Any) -> Trace | None:
+    """The trace with the data's integers as floats, where they are numbers (the bytes of an image) and no indices."""
+
+    def as_float(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.float()
+
+    try:
+        record = _traced(model, _data.map_tensors(inputs, as_float), follow=True)
+    except SkipscopeError:  # they are something else
+        return None
+    record.as_numbers = True
+    return record
 
 
 def _traced(model: nn.Module, inputs: Any, follow: bool) -> Trace:
