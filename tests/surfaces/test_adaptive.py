@@ -12,6 +12,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope import reference
+from skipscope.surfaces import _adaptive
 from skipscope.surfaces._adaptive import Adaptive, _levels, beyond
 from skipscope.surfaces._grid import Sheet
 
@@ -88,6 +89,16 @@ def test_a_draw_that_fails_is_followed_by_a_larger_one():
     bad = np.random.default_rng(3).random((51, 51)) < 0.1
     _, sheet, error = _fill(lambda a, b: a**2 + b**2 + 0.06 * bad, 51, 0.01)
     assert sheet.done.mean() > 0.5 and error <= 0.01 * 2.06
+
+
+def test_after_a_draw_that_fails_twice_as_many_are_drawn(monkeypatch):
+    drawn: list[tuple[int, ...]] = []
+    monkeypatch.setattr(_adaptive, "beyond", lambda *counts: drawn.append(counts) or beyond(*counts))
+    for seed in range(6):
+        bad = np.random.default_rng(seed).random((51, 51)) < 0.03
+        _fill(lambda a, b: a**2 + b**2 + 0.06 * bad, 51, 0.01)
+    assert all(held == min(24 * 2 ** (draws - 1), left) for held, left, draws in drawn)
+    assert max(draws for _, _, draws in drawn) > 1
 
 
 def test_half_chaotic_is_computed_in_that_half():

@@ -334,6 +334,28 @@ def test_what_cannot_be_recorded_is_evaluated_plainly(kind):
 
 
 @needs_one_dnn
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_the_gelu_taken_in_is_the_one_that_was_called(approximate):
+    """The two differ by up to 5e-4, which no tolerance on a loss would show."""
+    from skipscope.surfaces._recorded import Recorded
+
+    class Curved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(6, 8)
+
+        def forward(self, x):
+            return F.gelu(self.lin(x), approximate=approximate)
+
+    torch.manual_seed(0)
+    model, x = Curved().requires_grad_(False), 3 * torch.randn(50, 6)
+    expected = model(x)
+    _one_dnn.through_one_dnn(model, None)
+    recorded = Recorded(model, lambda m, batch: m(batch[0]))
+    assert torch.allclose(recorded(model, (x, None)), expected, rtol=0, atol=2e-6)
+
+
+@needs_one_dnn
 def test_activations_called_as_functions_are_taken_in():
     from skipscope.surfaces._recorded import Recorded
 
