@@ -134,7 +134,37 @@ class GainOnCurve(nn.Module):
         return x + self.gain * torch.tanh(x)
 
 
+class Modulated(nn.Module):
+    """FiLM: gain and shift are two linear maps of the condition, side by side, whatever it is that they modulate."""
+
+    def __init__(self):
+        super().__init__()
+        self.condition, self.gain, self.shift = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+
+    def forward(self, x):
+        c = torch.relu(self.condition(x))
+        return self.gain(c) * self.body(x) + self.shift(c)
+
+
+class PredictedKernel(nn.Module):
+    """As in UnivNet: kernel and bias of a convolution are predicted, for each place, from a condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.condition, self.conv = nn.Conv1d(4, 4, 3, padding=1), nn.Conv1d(4, 4, 1)
+        self.kernel, self.bias = nn.Conv1d(4, 4 * 4 * 3, 1), nn.Conv1d(4, 4, 1)
+
+    def forward(self, x):
+        c = F.leaky_relu(self.condition(x))
+        h = F.pad(F.leaky_relu(self.conv(x)), (1, 1)).unfold(2, 3, 1)
+        y = torch.einsum("bilk,boikl->bol", h, self.kernel(c).view(len(x), 4, 4, 3, -1)) + self.bias(c)
+        return x + torch.sigmoid(y) * torch.tanh(y)
+
+
 CASES = {
+    "gain and shift from a condition": (Modulated, (3, 6), []),
+    "a predicted kernel and bias": (PredictedKernel, (2, 4, 7), ["identity"]),
     "a frozen norm that starts at zero": (lambda: FrozenResNet(0.0), (2, 3, 5, 5), ["identity"] * 3),
     "a frozen norm": (lambda: FrozenResNet(1.0), (2, 3, 5, 5), ["identity"] * 3),
     "a codec": (Codec, (4, 6), ["identity"] * 2),

@@ -92,10 +92,7 @@ class Expanded:
 
     def _by_weights(self, x: int, at: int) -> bool:
         """Whether ``at`` was computed from ``x``, with weights on the way."""
-        graph = self.graph
-        if at >= graph.activations or at == x or not graph.ancestors.reaches(x, at):
-            return False
-        return graph.has_weights(graph.between([x], at) & ~(1 << x))
+        return self.graph.has_weights(self.graph.on_the_way(x, at))
 
     def _verdict(
         self,
@@ -109,7 +106,7 @@ class Expanded:
     ) -> Verdict:
         graph, region = self.graph, 0
         for end in ends:
-            region |= graph.between([x], end) & ~(1 << x) if graph.ancestors.reaches(x, end) else 0
+            region |= graph.on_the_way(x, end)
         operands = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor)
         return Verdict(
             call, kind, (x,), operands, operands, region, 0, tuple(shortcut), tuple(branch), tuple(parts), operands

@@ -91,10 +91,10 @@ class Gates:
                 continue
             part, h, _, is_gate = inner
             x = graph.position[part.operands[1 - h]]
-            region = graph.between([x], end) & ~(1 << x) if graph.ancestors.reaches(x, end) else 0
+            region = graph.on_the_way(x, end)
             if not graph.has_weights(region):
                 continue
-            region |= graph.between([x], reader.position(j)) & ~(1 << x)
+            region |= graph.on_the_way(x, reader.position(j))
             both = reader.factors if j in reader.factors else (j,)
             at = Place(part.key, 1 - h), Place(call.key, i), Place(part.key, h)
             kind = _kind(reader, is_gate)
@@ -120,7 +120,7 @@ class Gates:
             if inner is None or inner.call.name != "add" or graph.ancestors.reaches(at, end):
                 continue
             fork = inner.forks[0]
-            region = graph.between([fork], end) & ~(1 << fork) if graph.ancestors.reaches(fork, end) else 0
+            region = graph.on_the_way(fork, end)
             if graph.has_weights(region):
                 branch_at = (*inner.branch_at, Place(call.key, j))
                 return at, replace(inner, region=inner.region | region, branch_at=branch_at)
@@ -129,7 +129,7 @@ class Gates:
     def _holds_weights(self, node: object, x: int) -> bool:
         """Whether a weight enters between node ``x`` and ``node``, or ``node`` does not come from there."""
         at, graph = self.graph.position[node], self.graph
-        return not graph.ancestors.reaches(x, at) or graph.has_weights(graph.between([x], at) & ~(1 << x))
+        return not graph.ancestors.reaches(x, at) or graph.has_weights(graph.on_the_way(x, at))
 
     def _inner(self, at: int, x: int) -> tuple[Call, int, int, bool] | None:
         """Back through gates and views to a difference with node ``x``: its call, which operand is x, x's sign, and

@@ -267,6 +267,10 @@ class Graph:
             inside = [any(reaches(s, first + v) for s in starts) for v in bits(window)]
         return chosen(window, inside) << first
 
+    def on_the_way(self, start: int, end: int) -> int:
+        """The set of nodes on the ways from ``start``, without it, to ``end``; empty where none leads there."""
+        return self.between([start], end) & ~(1 << start) if self.ancestors.reaches(start, end) else 0
+
     def onward(self, starts: Iterable[int], through: frozenset[str], ends: frozenset[str]) -> list[int]:
         """The nodes of kinds ``ends`` that are computed from ``starts`` by nodes of kinds ``through``."""
         waiting, seen, found = list(starts), set(), []

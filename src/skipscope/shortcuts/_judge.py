@@ -63,7 +63,7 @@ class Judge:
             return "no common ancestor (position embedding, or separate inputs)"
         if call.name not in _calls.LISTS | {"where"} and (crossed := self.gates.crossed(reader)) is not None:
             return crossed
-        bypassing = (0,) if call.name.startswith("marked ") else self._bypassing(call, sides)
+        bypassing = (0,) if call.name.startswith("marked ") else self._bypassing(reader, sides)
         if isinstance(bypassing, str):
             return bypassing
         region, branches = self._branch(reader, sides, bypassing)
@@ -77,8 +77,9 @@ class Judge:
 
     # --- which operands bypass ---
 
-    def _bypassing(self, call: Call, sides: dict[int, Side]) -> tuple[int, ...] | str:
+    def _bypassing(self, reader: Sides, sides: dict[int, Side]) -> tuple[int, ...] | str:
         """The operands that skip: those without weights; else scaled; else gated; else normed; else projected."""
+        call = reader.call
         rank = {i: r for i, side in sides.items() if (r := self._rank(side)) is not None}
         if call.name in _calls.LISTS:
             straight = (i for i, r in rank.items() if r <= GATED and not self._takes_largest(sides[i]))
@@ -88,15 +89,18 @@ class Judge:
             return "a side without weights that is not linear" if bent else PARALLEL
         best = min(rank.values())
         chosen = tuple(i for i, r in rank.items() if r == best)
-        rest = [side for i, side in sides.items() if i not in chosen]
+        rest = {i: side for i, side in sides.items() if i not in chosen}
         if call.name == "where" and best > GATED:
             return PARALLEL
-        if best == NORMED and not any(self.graph.matrices_in(side.region, enough=1) for side in rest):
+        if best == NORMED and not any(
+            self.graph.matrices_in(side.region, enough=1) for side in rest.values()
+        ):
             return PARALLEL
         if best == PROJECTED:
-            if not any(self._is_deeper(side) for side in rest):
+            fork = max(sides[i].fork or 0 for i in chosen)
+            if not any(self._is_deeper(side, reader.position(i), fork) for i, side in rest.items()):
                 return PARALLEL
-            if any(self._is_low_rank(side, sides[chosen[0]]) for side in rest):
+            if any(self._is_low_rank(side, sides[chosen[0]]) for side in rest.values()):
                 return "a low-rank update of the same linear map"
             if self._is_score(self.graph.position[call.output if call.whole is None else call.written]):
                 return "a sum of attention scores"
@@ -121,9 +125,12 @@ class Judge:
             return FREE
         return NORMED if not side.products else GATED if side.how == "gated" else SCALED
 
-    def _is_deeper(self, side: Side) -> bool:
-        """Whether a side does more than one linear map: two, one after the other, or one and something bent."""
-        graph, region = self.graph, side.region
+    def _is_deeper(self, side: Side, end: int, fork: int) -> bool:
+        """Whether a side does more than one linear map of ``fork``: two, one after the other, or one and something bent.
+
+        What else it is made of does not count: in g(c) h(x) + b(c) two linear maps of c lie side by side.
+        """
+        graph, region = self.graph, side.region & self.graph.on_the_way(fork, end)
         matrices = graph.matrices_in(region, enough=2).bit_count() if side.how == "branch" else 0
         if matrices and self._bends(region):
             return True
