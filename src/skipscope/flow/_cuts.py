@@ -76,12 +76,14 @@ class End:
         root: its edge in autograd's graph; a leaf itself.
         key: the same for the same value.
         elements, bytes: its size.
+        owner: keeps the root's piece of the graph alive; None where the root does.
     """
 
     root: Any
     key: tuple[Any, int]
     elements: int
     bytes: int
+    owner: Any = None
 
 
 def end_of(tensor: Tensor) -> End | None:
@@ -92,7 +94,13 @@ def end_of(tensor: Tensor) -> End | None:
     if tensor.grad_fn is None:
         return End(tensor, (id(tensor), 0), *size)
     edge = torch.autograd.graph.get_gradient_edge(tensor)
-    return End(edge, (edge.node, edge.output_nr), *size)
+    owner = None
+    if isinstance(
+        edge.node, torch._C._FunctionBase
+    ):  # to hold a custom function's node in Python keeps nothing
+        with torch.enable_grad():
+            owner = tensor.view_as(tensor).grad_fn  # newer torch does the same in the edge itself
+    return End(edge, (edge.node, edge.output_nr), *size, owner)
 
 
 @dataclass
