@@ -55,11 +55,13 @@ _SUMS: dict[str, tuple[Slot, ...]] = {
     "where": ((1, "input"), (2, "other")),
 }
 # What keeps a call of these from being a sum. ``where`` is one, t H + (1 - t) x, but for ``x.where(t, H)``, whose
-# arguments come in another order.
+# arguments come in another order. (Asked in compiled code too: torch 2.6 cannot trace the bool of a tuple.)
 _UNLESS: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], bool]] = {
     "index_put": lambda args, kwargs: not (args[3] if len(args) > 3 else kwargs.get("accumulate", False)),
     "scatter_reduce": lambda args, kwargs: (args[4] if len(args) > 4 else kwargs.get("reduce")) != "sum",
-    "where": lambda args, kwargs: len(args) + len(kwargs) < 3 or (bool(args) and args[0].dtype != torch.bool),
+    "where": lambda args, kwargs: (
+        len(args) + len(kwargs) < 3 or (len(args) > 0 and args[0].dtype != torch.bool)
+    ),
 }
 PRODUCTS = frozenset({"mul"})
 # In place of an operand's number: all of the tensor of which the first operand, written into, is a slice.
