@@ -14,7 +14,8 @@ from torch import nn
 from skipscope.shortcuts import find_shortcuts
 from skipscope.shortcuts._bits import Ancestors, bits
 from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._trace import node_of, trace
+from skipscope.shortcuts._nodes import node_of
+from skipscope.shortcuts._trace import trace
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import CASES

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from skipscope.shortcuts import find_shortcuts
+from skipscope.shortcuts._nodes import Step, node_of, output_of
 from skipscope.shortcuts._parts import part_after, whole
-from skipscope.shortcuts._trace import Step, node_of, output_of
 
 SHAPE = (4, 3, 6)
 CUTS = {

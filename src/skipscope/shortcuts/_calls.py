@@ -92,7 +92,7 @@ _MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
 _PLUMBING = os.path.join(_MODULES, "module.py")
 _OURS = tuple(
     os.path.join(os.path.dirname(__file__), name)
-    for name in ("_twin.py", "_taps.py", "_trace.py", "_mark.py")
+    for name in ("_twin.py", "_taps.py", "_recorder.py", "_mark.py")
 )
 _CHECKPOINT = os.path.join(TORCH, "utils", "checkpoint.py")
 _is_plumbing: dict[str, bool] = {}

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from skipscope.shortcuts._graph import Graph
+from skipscope.shortcuts._record import Call
 from skipscope.shortcuts._results import Place
 from skipscope.shortcuts._sides import WHOLE, signs_of
-from skipscope.shortcuts._trace import Call
 from skipscope.shortcuts._verdict import Verdict
 
 _SUMS = frozenset({"add", "sub", "rsub", "addcmul"})

@@ -11,9 +11,9 @@ from itertools import permutations
 
 from skipscope.shortcuts._bits import bits
 from skipscope.shortcuts._graph import Graph
+from skipscope.shortcuts._record import Call
 from skipscope.shortcuts._results import Place
 from skipscope.shortcuts._sides import ELEMENTWISE, PRODUCT, SHAPE, WHOLE, Side, Sides, signs_of
-from skipscope.shortcuts._trace import Call
 from skipscope.shortcuts._verdict import Verdict
 
 _SUMS = frozenset({"Add", "Sub", "Rsub"})

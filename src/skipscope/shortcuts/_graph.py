@@ -16,8 +16,9 @@ import torch
 
 from skipscope import _data
 from skipscope.shortcuts._bits import Ancestors, as_bits, bits, chosen
+from skipscope.shortcuts._nodes import Step, kind_of, node_of, output_of, shape_of
 from skipscope.shortcuts._parts import SPLITS, Cuts, Part, part_after, whole
-from skipscope.shortcuts._trace import Step, Trace, kind_of, node_of, output_of, shape_of
+from skipscope.shortcuts._record import Trace
 
 
 class Graph:

@@ -9,6 +9,7 @@ from skipscope.shortcuts._gates import Gates
 from skipscope.shortcuts._graph import Graph
 from skipscope.shortcuts._mixtures import Mixture, Mixtures
 from skipscope.shortcuts._parts import Part
+from skipscope.shortcuts._record import Call
 from skipscope.shortcuts._results import Place
 from skipscope.shortcuts._sides import (
     BENT,
@@ -23,7 +24,6 @@ from skipscope.shortcuts._sides import (
     Side,
     Sides,
 )
-from skipscope.shortcuts._trace import Call
 from skipscope.shortcuts._verdict import Verdict
 
 PARALLEL, NO_WEIGHTS = "parallel branches", "no weights on either side"

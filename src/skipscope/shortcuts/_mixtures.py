@@ -13,7 +13,8 @@ from math import prod
 from typing import Any
 
 from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._trace import Call, shape_of, signed
+from skipscope.shortcuts._nodes import shape_of, signed
+from skipscope.shortcuts._record import Call
 
 Shape = tuple[int, ...]
 _SUMS = frozenset({"Sum", "Mean"})

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._trace import Call
+from skipscope.shortcuts._record import Call
 from skipscope.shortcuts._verdict import Verdict
 
 

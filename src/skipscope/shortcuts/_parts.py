@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from skipscope.shortcuts._trace import Step, kind_of, shape_of, signed
+from skipscope.shortcuts._nodes import Step, kind_of, shape_of, signed
 
 SPLITS = frozenset({"Unbind", "Split", "SplitWithSizes", "UnsafeSplit"})
 Axis = Hashable  # an axis of the whole; or of a view of it: the axes that were regrouped, their new sizes, and which

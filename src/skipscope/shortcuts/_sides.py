@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from skipscope.shortcuts._bits import bits
 from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._trace import Call, shape_of
+from skipscope.shortcuts._nodes import shape_of
+from skipscope.shortcuts._record import Call
 
 
 def _words(text: str) -> frozenset[str]:

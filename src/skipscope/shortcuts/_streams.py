@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from skipscope.shortcuts._graph import Graph
+from skipscope.shortcuts._nodes import Step
+from skipscope.shortcuts._record import Call
 from skipscope.shortcuts._sides import NORM, WHOLE
-from skipscope.shortcuts._trace import Call, Step
 from skipscope.shortcuts._verdict import Verdict
 
 _CARRYING = WHOLE | NORM | {"NativeDropout"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skipscope.shortcuts._mixtures import Mixture
+from skipscope.shortcuts._record import Call
 from skipscope.shortcuts._results import Place
-from skipscope.shortcuts._trace import Call
 
 
 @dataclass(frozen=True)
