@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
+import numpy as np
 import pytest
 import samples
 from browser import CHROMIUM, Browser
@@ -62,6 +64,17 @@ def test_turning_one_surface_turns_its_neighbour(browser, tmp_path):
     page.wait(
         f"((a, b) => ['x', 'y', 'z'].every(i => Math.abs(a[i] - b[i]) < 1e-9))({eye.format(0)}, {eye.format(1)})"
     )
+    assert page.complaints == []
+
+
+def test_a_surface_without_any_height_does_not_stop_its_neighbour(browser, tmp_path):
+    pair = samples.pair(points=9)
+    names = list(pair.surfaces)
+    broken = dataclasses.replace(pair.surfaces[names[1]], values=np.full((9, 9), np.nan))
+    pair = dataclasses.replace(pair, surfaces={**pair.surfaces, names[1]: broken})
+    page = browser.open(pair.save(tmp_path / "pair.html"))
+    page.show_surfaces()
+    assert page.run("document.querySelectorAll('.canvas')[0].querySelectorAll('canvas').length") > 0
     assert page.complaints == []
 
 

@@ -29,8 +29,8 @@ def gif(result: Surface | PairedSurfaces, *, dpi: int = 90, seconds: float = 0.3
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    from skipscope.report._matplotlib import hidden, new_figure
-    from skipscope.report._matplotlib_maps import contours
+    from skipscope.report._matplotlib import hidden, new_figure, plain
+    from skipscope.report._matplotlib_maps import contours, square
 
     twins = result.surfaces if isinstance(result, PairedSurfaces) else {result.name: result}
     chart = views.surface_chart(twins)
@@ -47,10 +47,13 @@ def gif(result: Surface | PairedSurfaces, *, dpi: int = 90, seconds: float = 0.3
             figure = new_figure(4.6 * len(twins), 4.4)
         for axes, surface in zip(figure.subplots(1, len(twins), squeeze=False)[0], chart.surfaces):
             contours(axes, replace(surface, path=surface.path[:step]), scale)
-            axes.set_title(surface.path[step - 1][2], fontsize=8)
-            axes.set_xlabel(surface.label if len(twins) > 1 else "", fontsize=8)
+            lead = f"{surface.label}\n" if len(twins) > 1 else ""
+            axes.set_title(plain(lead + surface.path[step - 1][2]), fontsize=8)
+            axes.set_xlabel(plain(chart.axes[0]), fontsize=8)
+            axes.set_ylabel(plain(chart.axes[1]), fontsize=8)
         canvas = FigureCanvasAgg(figure)
         figure.set_dpi(dpi)
+        square(figure)
         canvas.draw()
         frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
     buffer = io.BytesIO()

@@ -129,6 +129,8 @@ class Surface:
         signed: a difference, coloured on both sides of zero; otherwise heights above zero, coloured by their log.
         path: known weights on the plane, in order: (a, b, name).
         dots: places ``[a, b]`` worth a dot, and ``dots_mean`` says what a dot means; None for none.
+        origin: the weights as they are, marked by a cross where it is on the plane.
+        broken: places ``[a, b]`` whose value is not a number, which are striped; None for none. Elsewhere NaN is blank.
     """
 
     values: np.ndarray
@@ -140,6 +142,8 @@ class Surface:
     path: Sequence[tuple[float, float, str]] = ()
     dots: np.ndarray | None = None
     dots_mean: str = ""
+    broken: np.ndarray | None = None
+    origin: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -150,12 +154,14 @@ class Surfaces:
         height: what the heights are.
         axes: what the axes are.
         flat: shown as a map only; a difference or an error says nothing more when turned.
+        linear: heights are the values themselves, whatever their range; else their logarithms where all are above zero.
     """
 
     surfaces: Sequence[Surface]
     height: str = "loss"
     axes: tuple[str, str] = ("direction 1", "direction 2")
     flat: bool = False
+    linear: bool = False
 
 
 @dataclass(frozen=True)

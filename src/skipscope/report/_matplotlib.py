@@ -108,6 +108,7 @@ def _series(ax: Any, chart: Lines, series: Series, before: int, label: str | Non
         series.x, _visible(series.y, chart.log_y), color=LIGHT[style], lw=1.8, gid=OURS, label=plain(label or series.label) or None,
         linestyle="none" if series.points else dash(style), marker=PLOT_MARKERS[style], ms=4, markevery=max(1, len(series.x) // 12),
     )  # fmt: skip
+    ax.dataLim.update_from_data_x(series.x, ignore=False)  # where no value is finite is part of the axis
     if series.low is not None and series.high is not None:
         ax.fill_between(series.x, series.low, series.high, color=LIGHT[style], alpha=0.16, lw=0)
 

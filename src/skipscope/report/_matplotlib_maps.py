@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -95,9 +96,8 @@ def _(chart: Surfaces, ax: Any = None, *, kind: str = "contour") -> Any:
     drawn = None
     for where, surface in zip(axes, chart.surfaces):
         drawn = terrain(where, surface, scale) if solid else contours(where, surface, scale)
-        where.set_title(
-            plain(surface.label) + (f"\n{plain(surface.note)}" if surface.note else ""), fontsize=9
-        )
+        note = textwrap.wrap(surface.note, 36 if count > 1 else 46)
+        where.set_title("\n".join(map(plain, [surface.label, *note])), fontsize=9)
         if not solid:
             where.set_xlabel(plain(chart.axes[0]), fontsize=8)
     if not solid:
@@ -105,11 +105,21 @@ def _(chart: Surfaces, ax: Any = None, *, kind: str = "contour") -> Any:
         values, texts = scale.ticks()
         bar = axes[0].figure.colorbar(drawn, ax=list(axes), label=plain(chart.height), fraction=0.04)
         bar.set_ticks(values, labels=texts)
+    if ax is None and not solid:
+        square(axes[0].get_figure(root=True))
     return axes[0] if len(axes) == 1 else axes
+
+
+def square(figure: Any) -> None:
+    """Maps that are kept square need a layout that knows it; in the usual one a label is cut off at the edge."""
+    figure.set_layout_engine("compressed")
+    figure.draw_without_rendering()  # a second pass may move what a file, written in one, would show
 
 
 def contours(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
     """One surface as a contour map."""
+    from matplotlib.patches import Rectangle
+
     level = np.ma.masked_invalid(scale(np.asarray(surface.values, dtype=float)).T)
     a, b = np.meshgrid(surface.alphas, surface.betas)
     low, high = scale.ends()
@@ -121,7 +131,17 @@ def contours(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
         drawn = ax.contourf(a, b, level, levels=levels, cmap=colours, extend="both")
         lines = "0.3" if surface.signed else "white"
         ax.contour(a, b, level, levels=scale.levels(), colors=lines, linewidths=0.5, alpha=0.6)
-    ax.plot(0, 0, "+", color="0.1" if surface.signed else "white", ms=9, mew=1.6)
+    if surface.broken is not None and surface.broken.any():
+        everywhere = Rectangle(
+            (0, 0), 1, 1, transform=ax.transAxes, fc=BROKEN[0], ec=BROKEN[1], hatch="//////", lw=0
+        )
+        everywhere.set_zorder(0)  # seen where no colour covers it
+        ax.add_patch(everywhere)
+        ax.set_xlim(surface.alphas[0], surface.alphas[-1])
+        ax.set_ylim(surface.betas[0], surface.betas[-1])
+    if all(side[0] <= at <= side[-1] for side, at in zip((surface.alphas, surface.betas), surface.origin)):
+        cross = "0.1" if surface.signed else "white"
+        ax.plot(*surface.origin, "+", color=cross, ms=9, mew=1.6, clip_on=False)
     if surface.dots is not None:
         places = np.argwhere(surface.dots)
         ax.plot(
@@ -134,6 +154,7 @@ def contours(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
         ax.set_ylim(surface.betas[0], surface.betas[-1])
     ax.set_box_aspect(1)
     ax.tick_params(labelsize=7)
+    ax.locator_params(nbins=5)
     return drawn
 
 

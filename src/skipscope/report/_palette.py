@@ -106,7 +106,13 @@ def _striped(pixels: np.ndarray, where: np.ndarray, size: tuple[int, int]) -> np
     """The same picture with a pixel for each of the screen's, and slanted stripes ``where`` it says."""
     row, column = np.indices(size[::-1])
     at = row * len(where) // size[1], column * where.shape[1] // size[0]
-    pixels, where = pixels[at], where[at]
+    return striped(pixels[at], where[at])
+
+
+def striped(pixels: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """``pixels`` with slanted stripes ``where`` it says: what is not finite."""
+    row, column = np.indices(where.shape)
+    pixels = pixels.copy()  # of the caller's
     for number, colour in enumerate(BROKEN):
         pixels[where & ((row + column) // 4 % 2 == number)] = (*bytes.fromhex(colour[1:]), 255)
     return pixels

@@ -1,7 +1,8 @@
 """Loss surfaces: heights on a clipped log scale, as contours (SVG, always there) and as data for the 3-D view.
 
 A loss surface spans many decades, and what matters lies at its bottom: heights are logarithms, cut off five decades
-above the lowest point of all surfaces shown, with one scale for all of them.
+above the lowest point of all surfaces shown, with one scale for all of them. A point far below all but a few others (the
+centre of a network that fits its data) is no bottom to measure from. Losses that go below zero have no logarithm.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from markupsafe import Markup
 from skipscope._numbers import short
 from skipscope.report._charts import Surface, Surfaces
 from skipscope.report._markup import clean, ellipsis, join, tag
-from skipscope.report._palette import viridis
+from skipscope.report._palette import striped, viridis
 from skipscope.report._scale import power
 
 DECADES = 5.0
+_LOWEST = 3.0  # decades that the bottom may lie below the lowest twentieth of all points
+_RISES = 5.0  # on a linear scale: heights are cut at so many times the median's rise above the lowest
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,15 @@ class Heights:
     Attributes:
         low, high: the loss at the bottom and at the cut.
         cut: whether something lies above the cut.
-        log: False for a difference, whose heights are linear around zero.
+        log: False where heights are the values themselves: a difference, or losses below zero.
+        under: whether something lies below the bottom, and is drawn there.
     """
 
     low: float
     high: float
     cut: bool
     log: bool
+    under: bool = False
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """Heights; NaN stays NaN, infinity is the cut."""
@@ -77,12 +82,19 @@ def heights(chart: Surfaces) -> Heights:
         reach = float(np.quantile(finite, 0.98)) if finite.size else 1.0
         reach = reach or 1.0
         return Heights(-reach, reach, bool((finite > reach).any()), log=False)
-    positive = values[np.isfinite(values) & (values > 0)]
+    finite, beyond = values[np.isfinite(values)], bool(np.isposinf(values).any())
+    if finite.size and (chart.linear or finite.min() < 0):
+        low, top = float(finite.min()), float(finite.max())
+        rise = _RISES * (float(np.median(finite)) - low) or top - low
+        high = min(top, low + rise) if top > low else low + (abs(low) or 1.0)
+        return Heights(low, high, top > high or beyond, log=False)
+    positive = finite[finite > 0]
     if not positive.size:
         return Heights(0.1, 1.0, False, log=True)
-    low, top = float(positive.min()), float(positive.max())
+    lowest, top = float(positive.min()), float(positive.max())
+    low = max(lowest, float(np.quantile(positive, 0.05)) / 10**_LOWEST)
     high = max(min(top, low * 10**DECADES), low * 1.25)
-    return Heights(low, high, top > high or bool(np.isposinf(values).any()), log=True)
+    return Heights(low, high, top > high or beyond, log=True, under=lowest < low)
 
 
 def colours(signed: bool) -> np.ndarray:
@@ -104,6 +116,7 @@ def contours(chart: Surfaces, width: int) -> Markup:
     side = min(420.0 if across == 1 else 300.0, (width - 4 - gap * (across - 1)) / across)
     notes = [textwrap.wrap(clean(s.note), int(side / 5.8)) for s in chart.surfaces]
     block = side + 32 + 15 * max(map(len, notes))
+    axes = textwrap.wrap(_axes(chart), int(width / 5.8))
     parts = []
     for i, surface in enumerate(chart.surfaces):
         at_x, at_y = 2 + (i % across) * (side + gap), (i // across) * block
@@ -114,9 +127,19 @@ def contours(chart: Surfaces, width: int) -> Markup:
         ]
     bottom = math.ceil(len(chart.surfaces) / across) * block + 6
     parts.append(_key(scale, chart, 2, bottom, min(240.0, width / 2)))
-    size = f"0 0 {width} {bottom + 34:.0f}"
+    parts += [tag("text", line, x=2, y=bottom + 42 + 15 * n, class_="note") for n, line in enumerate(axes)]
+    size = f"0 0 {width} {bottom + 34 + 15 * len(axes):.0f}"
     return tag(
         "svg", *parts, viewBox=size, class_="chart", role="img", aria_label=f"contours of the {chart.height}"
+    )
+
+
+def _axes(chart: Surfaces) -> str:
+    """What lies to the right and what upward, and how far."""
+    ends = [(axis[0], axis[-1]) for axis in (chart.surfaces[0].alphas, chart.surfaces[0].betas)]
+    return "; ".join(
+        f"{arrow} {clean(name)}, {short(float(low))} to {short(float(high))}"
+        for arrow, name, (low, high) in zip("→↑", chart.axes, ends)
     )
 
 
@@ -127,7 +150,7 @@ def _map(surface: Surface, scale: Heights, x: float, y: float, side: float, most
         tag("text", ellipsis(surface.label, most, keep="start"), x=x, y=y - 7, class_="label strong"),
         tag(
             "image",
-            href=_png(smooth, scale, surface.signed),
+            href=_png(smooth, scale, surface.signed, surface.broken),
             x=x,
             y=y,
             width=side,
@@ -140,7 +163,7 @@ def _map(surface: Surface, scale: Heights, x: float, y: float, side: float, most
             class_="contour dark" if surface.signed else "contour",
         ),
     ]
-    a, b = _zero(surface.alphas), _zero(surface.betas)
+    a, b = (_part(*side) for side in zip((surface.alphas, surface.betas), surface.origin))
     if a is not None and b is not None:
         px, py = x + a * side, y + (1 - b) * side
         d = f"M{px - 5:.1f} {py:.1f}h10M{px:.1f} {py - 5:.1f}v10"
@@ -215,13 +238,15 @@ def fine(level: np.ndarray, least: int = 61) -> np.ndarray:
     return np.clip(made, np.nanmin(level), np.nanmax(level))
 
 
-def _zero(axis: np.ndarray) -> float | None:
+def _part(axis: np.ndarray, value: float) -> float | None:
     low, high = float(axis[0]), float(axis[-1])
-    return -low / (high - low) if low < 0 < high else None
+    return (value - low) / (high - low) if low <= value <= high and low < high else None
 
 
-def _png(level: np.ndarray, scale: Heights, signed: bool, pixels: int = 120) -> str:
-    """A smooth picture of heights ``[a, b]``: a to the right, b upward; what is unknown is transparent."""
+def _png(
+    level: np.ndarray, scale: Heights, signed: bool, broken: np.ndarray | None = None, pixels: int = 120
+) -> str:
+    """A smooth picture of heights ``[a, b]``: a to the right, b upward; what is unknown is transparent, or striped."""
     import matplotlib.image
     from scipy.ndimage import map_coordinates
 
@@ -233,6 +258,10 @@ def _png(level: np.ndarray, scale: Heights, signed: bool, pixels: int = 120) -> 
     clear = map_coordinates(known.astype(float), grid, order=0)
     rgb = colours(signed)[(smooth.clip(0, 1) * 255).astype(int)]
     rgba = np.dstack([rgb, (clear > 0.5).astype(np.uint8) * 255]).transpose(1, 0, 2)[::-1]
+    if broken is not None and broken.any():
+        rgba = striped(
+            np.repeat(np.repeat(rgba, 3, 0), 3, 1), np.repeat(np.repeat(clear.T[::-1] <= 0.5, 3, 0), 3, 1)
+        )
     buffer = io.BytesIO()
     # copied: imsave wants contiguous bytes
     matplotlib.image.imsave(buffer, np.ascontiguousarray(rgba), format="png")
@@ -242,10 +271,10 @@ def _png(level: np.ndarray, scale: Heights, signed: bool, pixels: int = 120) -> 
 def _key(scale: Heights, chart: Surfaces, x: float, y: float, width: float) -> Markup:
     signed = any(s.signed for s in chart.surfaces)
     ramp = Heights(0.0, 1.0, False, log=False)
-    image = tag("image", href=_png(np.linspace(0, 1, 64)[:, None].repeat(2, 1), ramp, signed, 96), x=x, y=y, width=width,
+    image = tag("image", href=_png(np.linspace(0, 1, 64)[:, None].repeat(2, 1), ramp, signed, pixels=96), x=x, y=y, width=width,
                 height=9.0, preserveAspectRatio="none")  # fmt: skip
     above = "≥ " if scale.cut else ""
-    below = "≤ " if scale.cut and signed else ""
+    below = "≤ " if scale.under or (scale.cut and signed) else ""
     low, high = scale.ends()
     between: list[tuple[float, str]] = []
     free = x + 58.0  # labels of the ends and of each other need room

@@ -17,7 +17,7 @@ def _(result: SurfaceBand) -> Story:
     if result.betas.size:
         parts = {"median": result.median, "lowest": result.low, "highest": result.high}
         chart: Chart = Surfaces(
-            [Surface(v, result.alphas, result.betas, name) for name, v in parts.items()],
+            [Surface(v, result.alphas, result.betas, name, broken=np.isnan(v)) for name, v in parts.items()],
             "loss",
             axes_of(first),
         )

@@ -6,7 +6,7 @@ import numpy as np
 
 from skipscope._numbers import short
 from skipscope.report import _terrain
-from skipscope.report._charts import Chart, Lines, Panel, Series, Story, Surface, Surfaces
+from skipscope.report._charts import Chart, Lines, Mark, Panel, Series, Story, Surface, Surfaces
 from skipscope.report._story import story
 from skipscope.surfaces import Difference, PairedSurfaces
 from skipscope.surfaces import Surface as LossSurface
@@ -14,8 +14,10 @@ from skipscope.surfaces import Surface as LossSurface
 
 def axes_of(surface: LossSurface) -> tuple[str, str]:
     """What the axes are."""
-    names = (*surface.axis_names, "direction 1", "direction 2")
-    return (names[0], surface.axis_names[1] if len(surface.axis_names) > 1 else names[-1])
+    by = surface.provenance.normalize
+    unit = f" in |w| by {by}" if by != "none" else ""
+    names = [f"{n}{unit}" if n.startswith("random direction") else n for n in surface.axis_names]
+    return (names[0], names[1] if len(names) > 1 else "direction 2")
 
 
 def surface_chart(surfaces: dict[str, LossSurface]) -> Chart:
@@ -30,7 +32,10 @@ def surface_chart(surfaces: dict[str, LossSurface]) -> Chart:
             )
             for i, (name, s) in enumerate(surfaces.items())
         ]  # fmt: skip
-        return Lines(series, axes_of(first)[0], "loss", log_y=_wide(surfaces))
+        said = [f"{name}: {text}" for name, s in surfaces.items() if (text := _not_numbers(s.values))]
+        return Lines(
+            series, axes_of(first)[0], "loss", log_y=_wide(surfaces), marks=_known_places(first), foot="; ".join(said),
+        )  # fmt: skip
     return Surfaces([drawn(s, name) for name, s in surfaces.items()], "loss", axes_of(first))
 
 
@@ -49,10 +54,27 @@ def drawn(surface: LossSurface, name: str) -> Surface:
             )
         ]
     dots = None if surface.computed.all() else surface.computed
+    note = "; ".join(text for text in (surface.label, _not_numbers(surface.values, "striped: ")) if text)
     return Surface(
-        surface.values, surface.alphas, surface.betas, name, surface.label, path=path, dots=dots,
-        dots_mean="computed, the rest interpolated",
+        surface.values, surface.alphas, surface.betas, name, note, path=path, dots=dots,
+        dots_mean="computed, the rest interpolated", broken=np.isnan(surface.values),
+        origin=(1.0 if surface.axis_names[:1] == ("shortcut strength",) else 0.0, 0.0),
     )  # fmt: skip
+
+
+def _not_numbers(values: np.ndarray, how: str = "") -> str:
+    """How many points have no height, or ""."""
+    missing = int(np.isnan(values).sum())
+    return f"{how}NaN at {missing} of {values.size} points" if missing else ""
+
+
+def _known_places(surface: LossSurface) -> list[Mark]:
+    """The other solutions on a line, each with its own loss."""
+    points = surface.points
+    if points is None:
+        return []
+    places = zip(points.names, points.coordinates[:, 0], points.losses)
+    return [Mark(float(at), f"{name}, own loss {short(float(loss))}") for name, at, loss in places]
 
 
 def _wide(surfaces: dict[str, LossSurface]) -> bool:
@@ -65,10 +87,12 @@ def height_sentence(chart: Chart) -> str:
     if not isinstance(chart, Surfaces):
         return ""
     scale = _terrain.heights(chart)
-    if not scale.log:
+    if any(surface.signed for surface in chart.surfaces):
         return f"Colours end at {short(scale.high)} on either side of zero." if scale.cut else ""
     cut = ", where it is cut off" if scale.cut else ""
-    return f"The heights run from {short(scale.low)} to {short(scale.high)}{cut}, on a log scale; the cross marks the weights as they are."
+    under = ", as deep as is shown," if scale.under else ""
+    how = "a log scale" if scale.log else "a linear scale"
+    return f"The heights run from {short(scale.low)}{under} to {short(scale.high)}{cut}, on {how}; the cross marks the weights as they are."
 
 
 def surface_answer(name: str, surface: LossSurface) -> str:
@@ -105,6 +129,7 @@ def _(result: LossSurface) -> Story:
         panels.append(
             Panel("How sure each height is", error, "Standard error over the samples, point by point.")
         )
+    panels += [metric_panel(result, name) for name in result.metrics]
     return Story(
         f"The loss surface of {result.name or 'the network'}",
         "",
@@ -112,6 +137,17 @@ def _(result: LossSurface) -> Story:
         panels,
         table.notes,
     )
+
+
+def metric_panel(surface: LossSurface, name: str) -> Panel:
+    """Another number of the same points, on a linear scale."""
+    values = surface.metrics[name]
+    if surface.betas.size:
+        drawn = Surface(values, surface.alphas, surface.betas, name, broken=np.isnan(values))
+        chart: Chart = Surfaces([drawn], name, axes_of(surface), flat=True, linear=True)
+    else:
+        chart = Lines([Series(name, surface.alphas.tolist(), values.tolist())], axes_of(surface)[0], name)
+    return Panel(f"{name} on the same points", chart, "Read in the same pass as the loss.")
 
 
 def difference_chart(result: Difference, like: LossSurface | None = None) -> Chart:
@@ -123,19 +159,23 @@ def difference_chart(result: Difference, like: LossSurface | None = None) -> Cha
         low, high = (None if v is None else v.tolist() for v in (result.low, result.high))
         return Lines(
             [Series(result.name, alphas.tolist(), result.values.tolist(), low, high)],
-            "direction 1",
+            axes_of(like)[0] if like is not None else "direction 1",
             "difference of the loss",
             level=(0.0, "no difference"),
         )
-    return Surfaces(
-        [Surface(result.values, alphas, betas, result.name, signed=True)], "difference of the loss", flat=True
-    )
+    drawn = Surface(
+        result.values, alphas, betas, result.name, _not_numbers(result.values, "striped: "), signed=True,
+        broken=np.isnan(result.values),
+    )  # fmt: skip
+    axes = axes_of(like) if like is not None else ("direction 1", "direction 2")
+    return Surfaces([drawn], "difference of the loss", axes, flat=True)
 
 
 def difference_sentence(result: Difference) -> str:
     """Where two surfaces differ for sure."""
     clear = result.clear_share
-    middle = float(np.nanmedian(result.values)) if result.values.size else float("nan")
+    finite = result.values[np.isfinite(result.values)]
+    middle = float(np.median(finite)) if finite.size else float("nan")
     sure = (
         f"; at {100 * clear:.0f} % of the points the 95 % interval leaves zero out"
         if clear is not None

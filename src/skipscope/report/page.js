@@ -57,11 +57,14 @@
   const colour = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
   const draw = (scenes) => {
     const data = JSON.parse(scenes.querySelector("script").textContent);
-    const canvases = [...scenes.querySelectorAll(".canvas")];
+    // A surface without any height has nothing to draw, and would stop its neighbours.
+    const shown = [...scenes.querySelectorAll(".canvas")]
+      .map((canvas, i) => [canvas, data.surfaces[i]])
+      .filter(([, surface]) => surface.z.flat().some((height) => height !== null));
     const side = { title: { text: "" }, showticklabels: false, showspikes: false, gridcolor: colour("--hair"), zeroline: false, showbackground: false };
-    const drawn = canvases.map((canvas, i) => {
+    const drawn = shown.map(([canvas, heights]) => {
       const surface = {
-        type: "surface", ...data.surfaces[i], cmin: data.low, cmax: data.high, colorscale: data.scale, showscale: false,
+        type: "surface", ...heights, cmin: data.low, cmax: data.high, colorscale: data.scale, showscale: false,
         hoverinfo: "skip", connectgaps: false,
         lighting: { ambient: 0.62, diffuse: 0.7, specular: 0.12, roughness: 0.8, fresnel: 0.1 },
         contours: { z: { show: true, start: data.low, end: data.high, size: (data.high - data.low) / 12 || 1, color: "rgba(255,255,255,.3)", width: 1 } },

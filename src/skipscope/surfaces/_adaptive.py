@@ -145,10 +145,14 @@ class Adaptive:
         if len(points):
             for k, name in enumerate(self.sheet.names):
                 values = self._spline(name, level, points)
+                computed = self.sheet.data[k, self.sheet.done]
                 # A loss (an error, a share) that is nowhere below zero does not go there between two points: a dip below
-                # all that was computed is the spline's.
-                lowest = np.nanmin(self.sheet.data[k, self.sheet.done], initial=np.inf)
-                self.sheet.data[k, points] = np.fmax(values, lowest) if lowest >= 0 else values
+                # all that was computed is the spline's. A metric (an accuracy) has a ceiling as well.
+                lowest = np.nanmin(computed, initial=np.inf)
+                values = np.fmax(values, lowest) if lowest >= 0 else values
+                metric = "/metric/" in name and np.isfinite(computed).any()
+                highest = np.max(computed[np.isfinite(computed)]) if metric else np.inf
+                self.sheet.data[k, points] = np.minimum(values, highest)
 
     def _better(
         self, straight: dict[str, np.ndarray], logarithm: dict[str, np.ndarray], points: np.ndarray

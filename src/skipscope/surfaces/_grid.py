@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -39,38 +40,41 @@ def axes(
             "landscape", "this is no grid", expected=f"points an axis, for {count} axes: 51 or (51, 31); (51,) is a line", got=repr(grid),
         )  # fmt: skip
     check_grid(math.prod(map(int, sizes)), 1, usual=32)  # before the axes are made
-    ranges = _ranges(span, count)
+    ranges = _ranges(span, [int(n) for n in sizes])
     if strength and not isinstance(span, Sequence | np.ndarray):
         ranges[0] = (0.0, 1.0)
     out = []
     for n, (low, high) in zip(sizes, ranges):
         steps = np.arange(int(n))
-        # Symmetric ranges are built from the middle, so that the origin is exactly 0 and both halves mirror.
-        at = (
-            high * (2 * steps - (n - 1)) / (n - 1)
-            if low == -high and n > 1
-            else np.linspace(low, high, int(n))
-        )
+        if n == 1:
+            at = np.array([(low + high) / 2])  # one point is the middle, not an end
+        elif low == -high:  # built from the middle, so that the origin is exactly 0 and both halves mirror
+            at = high * (2 * steps - (n - 1)) / (n - 1)
+        else:
+            at = np.linspace(low, high, int(n))
         out.append(np.where(np.abs(at) < 1e-12 * max(abs(low), abs(high)), 0.0, at))
     return tuple(out)
 
 
-def _ranges(span: object, count: int) -> list[tuple[float, float]]:
+def _ranges(span: object, sizes: Sequence[int]) -> list[tuple[float, float]]:
     try:
-        if not isinstance(span, Sequence | np.ndarray):
-            ranges = [(-float(span), float(span))] * count  # type: ignore[arg-type]
-        elif all(isinstance(s, Sequence | np.ndarray) for s in span):
-            ranges = [(float(low), float(high)) for low, high in span]
-        else:
-            ranges = [(-float(s), float(s)) for s in span]
+        each = list(span) if isinstance(span, Sequence | np.ndarray) else [span] * len(sizes)
+        ranges = [_range(s) for s in each]
     except (TypeError, ValueError):
         ranges = []
-    if len(ranges) != count or not all(np.isfinite(r).all() and r[0] <= r[1] for r in ranges):
+    if len(ranges) != len(sizes) or not all(
+        np.isfinite(r).all() and (r[0] < r[1] or (n == 1 and r[0] == r[1])) for r, n in zip(ranges, sizes)
+    ):
         raise SkipscopeError(
             "landscape", "this is no span", expected="1.0; or (1.0, 0.5); or ((-1.0, 1.0), (0.0, 2.0)), low before high",
             got=repr(span),
         )  # fmt: skip
     return ranges
+
+
+def _range(span: Any) -> tuple[float, float]:
+    low, high = span if isinstance(span, Sequence | np.ndarray) else (-float(span), span)
+    return float(low), float(high)
 
 
 class Sheet:

@@ -244,6 +244,11 @@ class Surface(Exported):
             f"Directions: {self.provenance.directions}, normalised by {self.provenance.normalize}, seed "
             f"{self.provenance.seed}. {self.provenance.strategy}: {self.provenance.why}.",
         ]
+        if self.points is not None and self.provenance.batch_norm.startswith("frozen"):
+            notes.append(
+                "Batch norm is frozen as at the origin: another point's own loss, with its own statistics, may lie off the "
+                'surface there (batch_norm="recalibrate" measures them anew at each point).'
+            )
         if self.label:
             notes.insert(0, self.label[0].upper() + self.label[1:] + ".")
         return Table(f"loss surface of {self.name}", ["what", "value"], rows, notes)
