@@ -30,9 +30,9 @@ from skipscope import reference
 from skipscope._data import read
 from skipscope._untouched import untouched
 from skipscope.surfaces import random_direction
+from skipscope.surfaces._choice import choose
 from skipscope.surfaces._grid import axes
 from skipscope.surfaces._settings import Settings
-from skipscope.surfaces._strategies import choose
 from skipscope.surfaces._twins import Work, make_twins
 
 ROUNDS = 3
@@ -188,6 +188,7 @@ def figures() -> list[dict]:
         ways |= {"theirs": (theirs, *steps)} if theirs else {}
         before = sgemm_peaks()
         times = seconds_a_point(ways)
+        ours.twins[0].evaluator.strategy.close()
         peaks = {name: max(peak, before[name]) for name, peak in sgemm_peaks().items()}
         detail = f"{times['ours'] * 1e3:.3g} ms a point; {ours.choice.name}; {ours.choice.why}"
         against = [("theirs", "loss-landscapes", aim)] * ("theirs" in times) + [

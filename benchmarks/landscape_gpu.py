@@ -3,7 +3,7 @@
 A stand-alone script (it needs an accelerator, so it is no part of ``python -m benchmarks``)::
 
     PYTHONPATH=src python benchmarks/landscape_gpu.py [--quick] [--limit SECONDS]
-    PYTHONPATH=src python benchmarks/landscape_gpu.py --only full --strategy "compiled, replayed None" --store FOLDER
+    PYTHONPATH=src python benchmarks/landscape_gpu.py --only full --strategy "compiled, channels last, CUDA graph" --store FOLDER
 
 It prints JSON, and writes it to ``$OUT/landscape_gpu.json`` (or here) after each step. Random images: the time does
 not depend on what they show. Correctness: nine points against the CPU in float64, for each precision.
@@ -58,7 +58,7 @@ def correctness(model, images, labels) -> dict:
     )
     found = {}
     for precision in ("fp32", "tf32", "bf16"):
-        for strategy in ("plain", "replayed None") if images.is_cuda else ("plain",):
+        for strategy in ("plain", "channels last, CUDA graph") if images.is_cuda else ("plain",):
             surface = ss.landscape(
                 model, data, F.cross_entropy, grid=3, precision=precision, strategy=strategy
             )
@@ -135,7 +135,9 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="*", default=None, help="steps: correctness, paired_subset, adaptive, full"
     )
-    parser.add_argument("--strategy", default=None, help='of the full grid, e.g. "compiled, replayed None"')
+    parser.add_argument(
+        "--strategy", default=None, help='of the full grid, e.g. "compiled, channels last, CUDA graph"'
+    )
     parser.add_argument(
         "--store", default=None, help="a folder the full grid is kept in, to go on in a second run"
     )

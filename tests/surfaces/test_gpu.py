@@ -18,7 +18,7 @@ pytestmark = [
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("tf32", 1e-2), ("bf16", 5e-2)])
 @pytest.mark.parametrize(
-    "strategy", ["plain", "replayed None", "channels last None", "compiled, replayed None"]
+    "strategy", ["plain", "channels last, CUDA graph", "channels last", "compiled, channels last, CUDA graph"]
 )
 def test_the_gpu_agrees_with_the_cpu(precision, tolerance, strategy):
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import skipscope as ss
-from skipscope.surfaces import _one_dnn, _strategies
+from skipscope.surfaces import _choice, _one_dnn
 
 
 def _close(one, other, tolerance=1e-9):
@@ -17,7 +17,9 @@ def _close(one, other, tolerance=1e-9):
         assert np.allclose(one.centre_stderr, other.centre_stderr, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("strategy", ["split 64", "split 32", "stacked 8", "stacked 32"])
+@pytest.mark.parametrize(
+    "strategy", ["batches of 64", "batches of 32", "8 points at once", "32 points at once"]
+)
 @pytest.mark.parametrize("case", ["mlp", "mixed", "ignore"])
 def test_each_way_equals_the_plain_loop(strategy, case):
     torch.manual_seed(0)
@@ -139,7 +141,7 @@ def test_one_dnn_is_no_way_in_another_precision():
             ss.landscape(model, data, F.cross_entropy, grid=3, strategy="oneDNN", **options)
 
 
-@pytest.mark.parametrize("strategy", ["channels last 32", "channels last 64"])
+@pytest.mark.parametrize("strategy", ["channels last, batches of 32", "channels last, batches of 64"])
 def test_channels_last_on_a_convolutional_network(strategy):
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -159,7 +161,8 @@ def test_the_compiled_loop():
     model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4)).double()
     data = torch.randn(100, 6).double(), torch.randint(4, (100,))
     plain, other = (
-        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s) for s in ("plain", "compiled 64")
+        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s)
+        for s in ("plain", "compiled, batches of 64")
     )
     assert "compiled" in other.provenance.strategy
     _close(other, plain)
@@ -170,7 +173,7 @@ def test_a_loss_that_is_no_mean_over_samples_is_never_split():
     model = nn.Sequential(nn.Linear(6, 4)).double()
     data = torch.randn(100, 6).double(), torch.randn(100, 4).double()
     loss = lambda output, target: (output - target).square().mean().sqrt()  # noqa: E731
-    plain, other = (ss.landscape(model, data, loss, grid=5, strategy=s) for s in ("plain", "split 32"))
+    plain, other = (ss.landscape(model, data, loss, grid=5, strategy=s) for s in ("plain", "batches of 32"))
     assert np.array_equal(plain.values, other.values)
     assert "differs from the plain loop" in other.provenance.why
 
@@ -189,7 +192,7 @@ def test_a_model_whose_samples_mix_is_never_split():
     torch.manual_seed(0)
     model = Mixes()
     plain, other = (
-        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s) for s in ("plain", "split 32")
+        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s) for s in ("plain", "batches of 32")
     )
     assert np.array_equal(plain.values, other.values)
 
@@ -211,13 +214,17 @@ def test_what_draws_random_numbers_draws_the_same_at_every_point():
 
 
 def test_the_choice_is_timed_told_and_kept(monkeypatch):
-    monkeypatch.setattr(_strategies, "_chosen", {})
-    monkeypatch.setattr(_strategies, "_SHARE", 1e9)
-    monkeypatch.setattr(_strategies, "_COMPILE_S", 1e9)
+    monkeypatch.setattr(_choice, "_chosen", {})
+    monkeypatch.setattr(_choice, "_SHARE", 1e9)
+    monkeypatch.setattr(_choice, "COMPILE_S", 1e9)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     data = torch.randn(100, 6), torch.randint(4, (100,))
     one = ss.landscape(model, data, F.cross_entropy, grid=9)
-    assert "plain" in one.provenance.why and "stacked 8" in one.provenance.why and " ms" in one.provenance.why
+    assert (
+        "plain" in one.provenance.why
+        and "8 points at once" in one.provenance.why
+        and " ms" in one.provenance.why
+    )
     two = ss.landscape(model, data, F.cross_entropy, grid=9)
     assert two.provenance.strategy == one.provenance.strategy and np.array_equal(one.values, two.values)
 
@@ -254,11 +261,11 @@ def test_a_later_choice_replaces_an_earlier_one():
     )
     (twin,) = make_twins({"net": model}, data, loss, Settings(), 2)
     for wanted, name in (
-        ("split 32", "batches of 32"),
-        ("plain", "plain loop"),
-        ("stacked 8", "8 points at once (vmap)"),
+        ("batches of 32", "batches of 32"),
+        ("plain", "plain"),
+        ("8 points at once", "8 points at once"),
     ):
-        _strategies.choose(twin.evaluator, [(0.1, 0.2)], 9, wanted)
+        _choice.choose(twin.evaluator, [(0.1, 0.2)], 9, wanted)
         assert twin.evaluator.strategy.name == name
 
 
@@ -329,7 +336,7 @@ def test_what_cannot_be_recorded_is_evaluated_plainly(kind):
     torch.manual_seed(0)
     model, data = kind(), (torch.randn(100, 6), torch.randint(4, (100,)))
     plain, other = _both(model, data)
-    assert np.array_equal(plain.values, other.values) and other.provenance.strategy == "plain loop"
+    assert np.array_equal(plain.values, other.values) and other.provenance.strategy == "plain"
     assert "differs" in other.provenance.why or "is no way" in other.provenance.why
 
 

@@ -1,14 +1,16 @@
 """From points of a plane to losses: the plain loop over points, and one twin's evaluator around it.
 
 The plain loop (move our copy of the model, run every batch as it came) is the reference; faster ways are tried
-against it on the first points (see :mod:`skipscope.surfaces._strategies`).
+against it on the first points (see :mod:`skipscope.surfaces._choice`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,8 +32,12 @@ class Strategy(Protocol):
 
     name: str
 
-    def __call__(self, points: Sequence[Point]) -> list[dict[str, Any]]:
-        """What :meth:`PointLoss.read` gives, at each point."""
+    def __call__(self, points: Sequence[Point]) -> Reading:
+        """The losses at ``points``."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what does not end by itself."""
         ...
 
 
@@ -102,7 +108,7 @@ class Loop:
         at_point: PointLoss,
         batch_norm: str,
         *,
-        name: str = "plain loop",
+        name: str = "plain",
         channels_last: bool = False,
         run: Callable[[nn.Module, Batch], Any] | None = None,
         knob: Tensor | None = None,
@@ -113,8 +119,11 @@ class Loop:
         self.run = run or _run
         self.draws = False
 
-    def __call__(self, points: Sequence[Point]) -> list[dict[str, Any]]:
-        return [self._one(point) for point in points]
+    def __call__(self, points: Sequence[Point]) -> Reading:
+        return gather([self._one(point) for point in points])
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def _one(self, point: Point) -> dict[str, Any]:
         if self.knob is not None:
@@ -189,15 +198,29 @@ class Evaluator:
 
     def __call__(self, points: Sequence[Point]) -> Reading:
         """The losses at ``points``."""
-        reading = gather(self.strategy(points))
+        reading = self.strategy(points)
         if self._penalty is not None:
             steps = [point[1:] if self.knob is not None else point for point in points]
-            reading.values = reading.values + [self._penalty(step) for step in steps]
+            reading = _with_each(reading, np.array([self._penalty(step) for step in steps]), self.loss.sums)
         return reading
+
+    def use(self, strategy: Strategy) -> None:
+        """Evaluate this way from now on."""
+        if strategy is not self.strategy:
+            self.strategy.close()
+            self.strategy = strategy
 
     def penalty_at_origin(self) -> float:
         """The regulariser's part of the value at the origin."""
         return self._penalty((0.0,) * len(self.directions)) if self._penalty is not None else 0.0
+
+
+def _with_each(reading: Reading, penalties: np.ndarray, sums: bool) -> Reading:
+    """Every sample carries its share of the regulariser, so that a surface without some of them has it whole too."""
+    n, d = reading.numerators, reading.denominators
+    if n is not None and d is not None:
+        n = n + penalties[:, None] * (np.full(n.shape[1], 1 / n.shape[1]) if sums else d)
+    return replace(reading, values=reading.values + penalties, numerators=n)
 
 
 class _Penalty:

@@ -11,13 +11,13 @@ import torch
 from skipscope._data import Batches, Objective
 from skipscope._version import __version__
 from skipscope.surfaces import _directions as dirs
+from skipscope.surfaces._choice import Choice
 from skipscope.surfaces._grid import Sheet
 from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import data_hash, weights_hash
 from skipscope.surfaces._results import Checks, Difference, KnownPoints, PairedSurfaces, Provenance, Surface
 from skipscope.surfaces._scores import Part, label_of, level_for, scores_of
 from skipscope.surfaces._settings import Settings
-from skipscope.surfaces._strategies import Choice
 from skipscope.surfaces._twins import TwinOnPlane, folds_of
 
 

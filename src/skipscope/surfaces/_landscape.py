@@ -108,7 +108,8 @@ def landscape(
             range (and by more than the standard error); ``computed`` says which points the model was run for. None
             computes every point.
         strategy: "auto" times ways of evaluating on the first points; "plain" is the reference, whose numbers are the
-            same on every run; or a name from an earlier result's provenance.
+            same on every run; or a name from an earlier result's provenance. On Linux one of the ways is a point a core:
+            copies of this process, as many as torch has threads, made by fork as a DataLoader's workers are.
         precision: None is the model's own; "bf16" or "fp16" run it under autocast; "tf32" or "fp32" choose a GPU's
             arithmetic for float32.
         engine: "local"; "torchrun": each rank takes its share of the units of work and they meet in the store; "ray":

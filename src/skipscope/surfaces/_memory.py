@@ -30,6 +30,11 @@ def _bytes(tensors: Iterable[Tensor]) -> float:
     return float(sum(t.numel() * t.element_size() for t in tensors))
 
 
+def fits(needed: float) -> bool:
+    """Whether this many bytes may be used of this machine's own memory."""
+    return needed <= _SHARE * free_bytes(torch.device("cpu"))
+
+
 def directions_fit(models: Iterable[nn.Module], moved: Iterable[Tensor], axes: int) -> bool:
     """Whether every twin's copy and its directions fit; False: the copy alone does, with directions drawn anew.
 

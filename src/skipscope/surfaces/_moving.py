@@ -52,6 +52,13 @@ class MovingCopy:
         self._flats = [] if self._lean else self._flatten(directions)
         self._at: tuple[float, ...] | None = None
 
+    @property
+    def bytes(self) -> int:
+        """What is written at every point."""
+        if self._lean:
+            return sum(p.numel() * p.element_size() for p in self._origin.values())
+        return sum(2 * flat.work.numel() * flat.work.element_size() for flat in self._flats)
+
     def _flatten(self, directions: Sequence[Direction]) -> list[_Flat]:
         moved = {name for direction in directions for name in direction}
         groups: dict[tuple[torch.dtype, torch.device], list[str]] = {}

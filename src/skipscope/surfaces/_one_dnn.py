@@ -3,7 +3,7 @@
 The BLAS that torch comes with runs at half speed on some processors; oneDNN's kernel does not, and computes an
 activation function on the way. Which activation follows which layer is seen in one forward pass. That nothing else
 reads the layer's output cannot be seen, but it is tried: a way of evaluating is taken only if it gives the plain loop's
-numbers (:mod:`skipscope.surfaces._strategies`).
+numbers (:mod:`skipscope.surfaces._choice`).
 """
 
 from __future__ import annotations

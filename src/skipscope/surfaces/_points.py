@@ -167,6 +167,18 @@ def gather(points: list[dict[str, Any]]) -> Reading:
     )
 
 
+def joined(readings: list[Reading]) -> Reading:
+    """Readings of one point after another as one."""
+    first = readings[0]
+    numerators = [r.numerators for r in readings if r.numerators is not None]
+    return Reading(
+        values=np.concatenate([r.values for r in readings]),
+        numerators=np.concatenate(numerators) if numerators else None,
+        denominators=first.denominators,
+        metrics={name: np.concatenate([r.metrics[name] for r in readings]) for name in first.metrics},
+    )
+
+
 # --- standard errors -----------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """The same units of work on a Ray cluster: a task a unit, with Ray's own retries when a worker dies.
 
 The models, the samples and the settings are put into Ray's object store once. A worker process builds its evaluators
-on its first unit and keeps them; it uses as many threads as this process, for the same bits.
+on its first unit and keeps them; it uses as many threads as a point has here, for the same bits.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 from skipscope._data import Batches, Objective
 from skipscope._errors import MissingExtra
 from skipscope.surfaces._settings import Settings
+from skipscope.surfaces._strategies import A_CORE
 
 _RETRIES = 5
 _built: dict[str, tuple[Any, ExitStack]] = {}  # in a worker: the work of the job it is at
@@ -36,7 +37,7 @@ class Job:
         settings: the call's.
         axes: of the grid.
         strategies: each twin's.
-        threads: of the process that asks.
+        threads: that a point has in the process that asks.
     """
 
     key: str
@@ -59,9 +60,11 @@ def job(
 ) -> Job:
     """A job under a key of its own."""
     settings = dataclasses.replace(settings, store=None, engine="local", directions=settings.own_directions)
-    return Job(
-        uuid.uuid4().hex, dict(models), data, loss, settings, axes, strategies, torch.get_num_threads()
-    )
+    alone = any(
+        name.endswith(A_CORE) for name in strategies.values()
+    )  # then the cluster's tasks are what is side by side
+    threads = 1 if alone else torch.get_num_threads()
+    return Job(uuid.uuid4().hex, dict(models), data, loss, settings, axes, strategies, threads)
 
 
 Remote = Callable[[Sequence[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]

@@ -18,6 +18,7 @@ from skipscope._sharding import refuse_spread
 from skipscope._untouched import private_copy, require_module, untouched
 from skipscope._version import __version__
 from skipscope.surfaces._adaptive import Adaptive
+from skipscope.surfaces._choice import Choice, choose
 from skipscope.surfaces._evaluate import Point, prepare_batch_norm, recalibrate
 from skipscope.surfaces._finish import Facts, Interpolated, Run, finish
 from skipscope.surfaces._grid import Sheet, axes
@@ -30,7 +31,6 @@ from skipscope.surfaces._results import PairedSurfaces
 from skipscope.surfaces._runner import Runner, engine_for
 from skipscope.surfaces._settings import Settings
 from skipscope.surfaces._store import Plan, Store, check_plan, read_plan
-from skipscope.surfaces._strategies import Choice, choose
 from skipscope.surfaces._twins import TwinOnPlane, Work, make_twins
 
 _UNIT_S = 2.0  # a unit of work in a store takes about this long: what a killed process loses at most
@@ -57,19 +57,20 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
     with (
         untouched(*models.values(), training=False, seed=0, operation="landscape"),
         _precision(settings.precision, first),
+        ExitStack() as opened,
     ):
         hashes = {name: weights_hash(model) for name, model in models.items()}
-        twins = make_twins(models, held, objective, settings, len(at))
+        twins = opened.enter_context(_open_twins(models, held, objective, settings, len(at)))
         work = Work(twins, at)
         check_grid(int(np.prod(work.shape)), len(work.names))
         sheet = Sheet(work.names, work.shape)
         store, choices = _prepare(twins, work, settings, hashes, held, objective)
         what = f"loss surface of {', '.join(models)} ({_expected(choices, sheet.done.size)})"
-        remote, at_once = None, _at_once(twins)
+        remote, at_once, in_flight = None, _at_once(twins), _unit_points(work, choices)
         if engine == "ray":
             strategies = {name: choice.name for name, choice in choices.items()}
             remote, at_once = on_ray(job(models, held, objective, settings, at, strategies)), min(at_once, 16)
-        runner = Runner(sheet, work, store, engine, what, at_once, remote)
+        runner = Runner(sheet, work, store, engine, what, at_once, remote, in_flight)
         interpolated = _fill(sheet, runner, twins, at, settings.tolerance)
         _put_origin(sheet, twins, at)
         facts = {t.name: _facts(t, held, objective, settings) for t in twins}
@@ -80,12 +81,25 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
     return result
 
 
+@contextmanager
+def _open_twins(
+    models: Mapping[str, nn.Module], data: Batches, loss: Objective, settings: Settings, axes: int
+) -> Iterator[list[TwinOnPlane]]:
+    """The twins, and at the end of whatever happens no process of theirs."""
+    twins = make_twins(models, data, loss, settings, axes)
+    try:
+        yield twins
+    finally:
+        for twin in twins:
+            twin.evaluator.strategy.close()
+
+
 def worker_work(job: Job, opened: ExitStack) -> Work:
     """The same work in a worker process; what must be undone at its end is pushed on ``opened``."""
     first = next(iter(job.models.values()))
     opened.enter_context(untouched(*job.models.values(), training=False, seed=0, operation="landscape"))
     opened.enter_context(_precision(job.settings.precision, first))
-    twins = make_twins(job.models, job.data, job.loss, job.settings, len(job.axes))
+    twins = opened.enter_context(_open_twins(job.models, job.data, job.loss, job.settings, len(job.axes)))
     work = Work(twins, job.axes)
     some = _some_points(work, int(np.prod(work.shape)))
     for twin in twins:
@@ -157,16 +171,19 @@ def _expected(choices: dict[str, Choice], points: int) -> str:
 
 
 def _at_once(twins: list[TwinOnPlane]) -> int:
-    """Points whose per-sample losses are held together: up to 64, up to 64 MiB."""
+    """Points whose per-sample losses are held together: up to 64 or four a core, up to 64 MiB."""
     samples = sum(twins[0].evaluator.plain.at_point.sizes)
-    return int(np.clip(2**23 // max(samples, 1), 1, 64))
+    return int(np.clip(2**23 // max(samples, 1), 1, max(64, 4 * torch.get_num_threads())))
 
 
 def _unit(work: Work, choices: dict[str, Choice], settings: Settings) -> int:
-    if settings.tolerance is not None:
-        return 1
+    """Points a unit in a store; an adaptive run asks for single ones."""
+    return 1 if settings.tolerance is not None else min(work.shape[-1], _unit_points(work, choices))
+
+
+def _unit_points(work: Work, choices: dict[str, Choice]) -> int:
     seconds = sum(choice.point_seconds for choice in choices.values())
-    return int(np.clip(_UNIT_S / max(seconds, 1e-9), 1, min(work.shape[-1], _at_once(work.twins))))
+    return int(np.clip(_UNIT_S / max(seconds, 1e-9), 1, _at_once(work.twins)))
 
 
 def _identity(
@@ -184,7 +201,7 @@ def _identity(
         "grid": [at.tolist() for at in work.axes],
         "directions": {t.name: hash_of(x for d in t.directions for x in d.values()) for t in twins},
         "settings": {
-            "seed": settings.seed, "strength": settings.strength is not None, "batch_norm": settings.batch_norm, "l2": settings.l2,
+            "seed": settings.seed, "strength": settings.strength and [getattr(s, "name", s) for s in settings.strength], "batch_norm": settings.batch_norm, "l2": settings.l2,
             "tolerance": settings.tolerance, "precision": settings.precision,
         },
         "versions": {"skipscope": __version__, "torch": torch.__version__},

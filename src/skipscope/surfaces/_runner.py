@@ -53,6 +53,7 @@ class Runner:
         what: for the progress display.
         at_once: points computed together where no store says how many.
         remote: for Ray: computes units elsewhere and yields (unit, numbers) as they come.
+        in_flight: points that a killed process may lose: a store's units are computed together up to that many.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Runner:
         what: str,
         at_once: int = 64,
         remote: Callable[[Sequence[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]] | None = None,
+        in_flight: int = 1,
     ):
         self.sheet, self.work, self.store, self.what = sheet, work, store, what
-        self.at_once, self.remote = at_once, remote
+        self.at_once, self.remote, self.in_flight = at_once, remote, in_flight
         self.rank = int(os.environ.get("RANK", "0")) if engine == "torchrun" else 0
         self.world = int(os.environ.get("WORLD_SIZE", "1")) if engine == "torchrun" else 1
         # What an earlier run left is taken point by point, when it is asked for: a resumed adaptive run then decides as
@@ -92,9 +94,12 @@ class Runner:
                 self._keep(unit, numbers)
             return
         longest = 0.0
-        for unit in track(mine, self.what):
+        for group in track(_groups(mine, self.in_flight), self.what):
             began = time.perf_counter()
-            self._keep(unit, self.work(unit))
+            numbers = self.work(np.concatenate(group))
+            ends = np.cumsum([len(unit) for unit in group])
+            for unit, part in zip(group, np.split(numbers, ends[:-1], axis=1)):
+                self._keep(unit, part)
             longest = max(longest, time.perf_counter() - began)
         if self.world > 1:
             self._wait(units, max(_PATIENCE_S, 5 * longest))
@@ -127,6 +132,19 @@ class Runner:
                 time.sleep(
                     min(1.0, max(_POLL_S, 4 * (time.monotonic() - began)))
                 )  # reading must not slow the others
+
+
+def _groups(units: list[np.ndarray], most: int) -> list[list[np.ndarray]]:
+    """Units in groups of up to ``most`` points, at least one unit each."""
+    groups: list[list[np.ndarray]] = []
+    points = 0
+    for unit in units:
+        points += len(unit)
+        if not groups or points > most:
+            groups.append([])
+            points = len(unit)
+        groups[-1].append(unit)
+    return groups
 
 
 def _chunks(points: np.ndarray, size: int) -> list[np.ndarray]:

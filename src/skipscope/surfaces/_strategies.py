@@ -1,17 +1,16 @@
-"""Which way of evaluating points is fastest here: each is tried on the first points, against the plain loop.
+"""Ways of evaluating points, each giving the plain loop's numbers to rounding.
 
-No way wins everywhere: convolutions on a CPU want channels-last and small batches, linear layers may want oneDNN's
-kernel instead of the BLAS that torch came with (twice as fast on some processors), tiny networks want many points at
-once (their time is dispatch), a GPU wants its kernels replayed as one graph; compiling costs its own half minute.
-A way is taken only if it gives the plain loop's numbers (to rounding) and is clearly faster, so that timing noise
-does not change the choice; and the choice is remembered, so that a second call in a process gives the same bits.
+No way is the fastest everywhere: convolutions on a CPU want channels-last and small batches, linear layers may want
+oneDNN's kernel instead of the BLAS that torch came with (twice as fast on some processors), tiny networks want many
+points at once (their time is dispatch), small ones a point a core (on several threads they wait for threads), a GPU
+wants its kernels replayed as one graph; compiling costs its own half minute. :mod:`skipscope.surfaces._choice` times them.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,38 +18,37 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from skipscope._data import Batch, Batches, batch_size, map_tensors
-from skipscope._errors import SkipscopeError
 from skipscope.surfaces._evaluate import Evaluator, Loop, Point, Strategy
+from skipscope.surfaces._forked import CAN_FORK, Forked, Lost, memory_of, one_thread
+from skipscope.surfaces._memory import fits
 from skipscope.surfaces._moving import MovingCopy
 from skipscope.surfaces._one_dnn import linears, through_one_dnn
-from skipscope.surfaces._points import PointLoss, gather, take
+from skipscope.surfaces._points import PointLoss, Reading, gather, joined, take
 from skipscope.surfaces._recorded import Recorded
 
-_CLEARLY = 1.08  # how many times faster than the way before it a way must be to be taken
-_SHORT_S = 0.2  # a race shorter than this is run three times as long
-_SHARE = 0.1  # of the whole estimated time may be spent on trying
-_RECORD_S = 1.0  # what recording a forward pass may cost; it is tried only where the time for trying holds it
-_COMPILE_S = 40.0  # what compiling may cost; it must save twice that
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-
-_chosen: dict[tuple[Any, ...], str] = {}
+RECORD_S = 1.0  # what recording a forward pass may cost
+COMPILE_S = 40.0  # what compiling may cost
+_FORK_S = 0.03  # what a copy of this process may cost
+A_CORE = ", a point a core"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What was chosen.
+class Way:
+    """A way that can be made.
 
     Attributes:
-        name: the strategy's.
-        why: in words, with the times.
-        error: largest relative difference to the plain loop at the points it was tried on.
-        point_seconds: what one point takes.
+        name: in results, in stores, and for ``strategy=``.
+        make: makes it.
+        seconds: what making it may cost.
+        size: of the batches; None as they came.
+        forks: copies of the process can go this way, each with a thread.
     """
 
     name: str
-    why: str
-    error: float
-    point_seconds: float
+    make: Callable[[], Strategy]
+    seconds: float = 0.0
+    size: int | None = None
+    forks: bool = False
 
 
 # --- the ways ------------------------------------------------------------------------------------------------------
@@ -65,11 +63,11 @@ class Stacked:
     """
 
     def __init__(self, evaluator: Evaluator, size: int):
-        self.name, self.size = f"{size} points at once (vmap)", size
+        self.name, self.size = f"{size} points at once", size
         self.at_point = evaluator.plain.at_point
         self.moving = MovingCopy(evaluator.model, evaluator.directions)
 
-    def __call__(self, points: Sequence[Point]) -> list[dict[str, Any]]:
+    def __call__(self, points: Sequence[Point]) -> Reading:
         read: list[dict[str, Any]] = []
         for start in range(0, len(points), self.size):
             part = list(points[start : start + self.size])
@@ -77,7 +75,10 @@ class Stacked:
             weights = self.moving.stacked(part + part[-1:] * (self.size - len(part)))
             out = vmap(self._one, randomness="error")(weights)
             read += [_pick(out, i) for i in range(len(part))]
-        return read
+        return gather(read)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def _one(self, weights: dict[str, Tensor]) -> dict[str, Any]:
         def run(model: nn.Module, batch: Batch) -> Any:
@@ -103,8 +104,9 @@ def _pick(out: dict[str, Any], i: int) -> dict[str, Any]:
 
 def split_loop(
     evaluator: Evaluator,
-    size: int | None,
-    channels_last: bool,
+    name: str,
+    size: int | None = None,
+    channels_last: bool = False,
     compiled: bool = False,
     recorded: bool = False,
 ) -> Loop:
@@ -113,21 +115,17 @@ def split_loop(
     data = _resplit(old.data, size, channels_last)
     at_point = PointLoss(data, old.loss, old.metrics, once=True)
     loop = Loop(
-        evaluator.model, evaluator.directions, at_point, evaluator.mode, channels_last=channels_last, knob=evaluator.knob
+        evaluator.model, evaluator.directions, at_point, evaluator.mode, name=name, channels_last=channels_last,
+        knob=evaluator.knob,
     )  # fmt: skip
-    words = ["compiled"] if compiled else []
     if compiled:
         faster = torch.compile(loop.moving.model, dynamic=False)
         loop.run = lambda model, batch: _call(faster, batch)
     elif linears(evaluator.model):
         once = None if recorded else lambda: at_point.read(loop.moving.model, loop.run)
         through_one_dnn(loop.moving.model, once)
-        words += ["oneDNN"]
     if recorded:
         loop.run = Recorded(loop.moving.model, loop.run)
-        words += ["recorded"]
-    words += ["channels last"] if channels_last else []
-    loop.name = ", ".join([*words, *([f"batches of {size}"] if size else [])]) or "plain loop"
     return loop
 
 
@@ -162,7 +160,7 @@ class Replayed(Loop):
     """
 
     def __init__(self, loop: Loop):
-        self.name, self.at_point, self.moving = f"{loop.name}, CUDA graph", loop.at_point, loop.moving
+        self.name, self.at_point, self.moving = loop.name, loop.at_point, loop.moving
         self.recalibrates, self.draws, self.run, self.knob = False, False, loop.run, None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -185,46 +183,113 @@ class Replayed(Loop):
         return map_tensors(self.static, torch.clone)
 
 
-# --- the choice ----------------------------------------------------------------------------------------------------
+class SideBySide:
+    """A point a core: copies of this process go through the loop, each with one thread.
+
+    One thread's numbers are the same in a copy and here, so that how many copies there are changes no bit; where there
+    can be none, this process does it all.
+
+    Args:
+        name: for the result.
+        loop: the loop.
+        cores: how many copies.
+        point: of the grid, to try on.
+        seconds: what a point takes here, about.
+
+    Raises:
+        MemoryError: the copies would not fit.
+    """
+
+    def __init__(self, name: str, loop: Loop, cores: int, point: Point, seconds: float):
+        self.name, self.loop, self.cores = name, loop, cores
+        self._copies: Forked[Sequence[Point], Reading] | None = None
+        if not CAN_FORK or cores < 2:
+            return
+        patience = 10 + 100 * cores * seconds
+        needed = memory_of(loop, [point], patience) + loop.moving.bytes
+        if not fits(cores * needed):
+            raise MemoryError(f"{cores} copies need {cores * needed / 2**30:.1f} GiB")
+        self._copies = Forked(loop, cores, patience)
+
+    def __call__(self, points: Sequence[Point]) -> Reading:
+        if self._copies is not None:
+            size = max(1, len(points) // (16 * self.cores))
+            parts = [points[start : start + size] for start in range(0, len(points), size)]
+            try:
+                return joined(self._copies(parts))
+            except Lost:
+                self._copies = None  # whatever it was, this process finds out
+        with one_thread():
+            return self.loop(points)
+
+    def close(self) -> None:
+        """End the copies."""
+        if self._copies is not None:
+            self._copies.close()
+            self._copies = None
 
 
-def _ways(evaluator: Evaluator) -> Iterator[tuple[str, Callable[[], Strategy], float]]:
-    """Name, maker and what making it costs in seconds, the likeliest first."""
+# --- all of them ---------------------------------------------------------------------------------------------------
+
+
+def ways(evaluator: Evaluator) -> Iterator[Way]:
+    """The ways this model can go on its device, the plain one first, then the likeliest."""
     plain = evaluator.plain
+    device = next((p.device.type for p in evaluator.model.parameters()), "cpu")
+    yield Way("plain", lambda: plain, forks=device == "cpu")
     if plain.draws or plain.recalibrates:
         return
     knob = evaluator.knob is not None  # a strength is read from outside the weights: only loops see it move
-    device = next((p.device.type for p in evaluator.model.parameters()), "cpu")
     convolutions = any(isinstance(m, nn.Conv2d) for m in evaluator.model.modules())
     sizes = [None] if evaluator.mode == "batch" else _sizes(plain.at_point.sizes, device)
     if not convolutions and linears(evaluator.model):
-        yield "oneDNN", lambda: split_loop(evaluator, None, False), 0.0
+        yield Way("oneDNN", partial(split_loop, evaluator, "oneDNN"), forks=True)
         if not knob:
-            yield "oneDNN, recorded", lambda: split_loop(evaluator, None, False, recorded=True), _RECORD_S
+            make = partial(split_loop, evaluator, "oneDNN, recorded", recorded=True)
+            yield Way("oneDNN, recorded", make, RECORD_S, forks=True)
     for size in sizes:
-        if convolutions:
-            yield f"channels last {size}", lambda size=size: split_loop(evaluator, size, True), 0.0
-        elif size is not None:
-            yield f"split {size}", lambda size=size: split_loop(evaluator, size, False), 0.0
+        if name := _words(size, convolutions):
+            make = partial(split_loop, evaluator, name, size, convolutions)
+            yield Way(name, make, size=size, forks=device == "cpu")
     if evaluator.mode in {"frozen", "as found"} and not convolutions and not knob:
         for points in (8, 32):
-            yield f"stacked {points}", lambda points=points: Stacked(evaluator, points), 0.0
+            yield Way(f"{points} points at once", partial(Stacked, evaluator, points))
     if knob:
         return
-    if device == "cuda":
+    for compiled in (False, True):
         for size in sizes:
-            yield (
-                f"replayed {size}",
-                lambda size=size: Replayed(split_loop(evaluator, size, convolutions)),
-                1.0,
-            )
-        for size in sizes:
-            make = lambda size=size: Replayed(split_loop(evaluator, size, convolutions, True))  # noqa: E731
-            yield f"compiled, replayed {size}", make, _COMPILE_S
-    else:
-        for size in sizes:
-            make = lambda size=size: split_loop(evaluator, size, convolutions, True)  # noqa: E731
-            yield f"compiled {size}", make, _COMPILE_S
+            if compiled or device == "cuda":
+                name = _words(size, convolutions, compiled, device == "cuda")
+                make = partial(split_loop, evaluator, name, size, convolutions, compiled)
+                replayed = partial(_replayed, make)
+                yield Way(name, replayed if device == "cuda" else make, COMPILE_S * compiled, size)
+
+
+def _replayed(make: Callable[[], Loop]) -> Strategy:
+    return Replayed(make())
+
+
+def _words(size: int | None, channels_last: bool, compiled: bool = False, graph: bool = False) -> str:
+    words = ["compiled"] * compiled + ["channels last"] * channels_last
+    return ", ".join([*words, *([f"batches of {size}"] if size else []), *["CUDA graph"] * graph])
+
+
+def side_by_side(way: Way, point: Point, seconds: float) -> Way:
+    """The same, a point a core.
+
+    Args:
+        way: one that forks.
+        point: of the grid, to try on.
+        seconds: what a point takes, about.
+    """
+    name, cores = way.name + A_CORE, torch.get_num_threads()
+
+    def make() -> Strategy:
+        loop = way.make()
+        assert isinstance(loop, Loop)
+        return SideBySide(name, loop, cores, point, seconds)
+
+    return Way(name, make, (cores + 1) * _FORK_S, way.size)
 
 
 def _sizes(batches: list[int], device: str) -> list[int | None]:
@@ -232,146 +297,3 @@ def _sizes(batches: list[int], device: str) -> list[int | None]:
     usual = (64, 32, 128, 256) if device == "cpu" else (5000, 1000, 500)
     smaller = [size for size in usual if size < max(batches)]
     return [*smaller] if device == "cpu" and smaller else [None, *smaller]
-
-
-def choose(
-    evaluator: Evaluator, points: Sequence[Point], left: int, wanted: str = "auto", *, asked: bool = True
-) -> Choice:
-    """Try the ways on the first points and leave ``evaluator`` with the one to use.
-
-    Args:
-        evaluator: of the first twin.
-        points: points of the grid to try on, at least one.
-        left: how many points there are to do.
-        wanted: "auto"; "plain"; or a name of a way, from an earlier choice.
-        asked: the user wants this way; else it is another twin's, and the plain loop will do where there is no such way.
-
-    Raises:
-        SkipscopeError: the wanted way is unknown. One that fails on this model, or gives other numbers than the plain
-            loop, is not taken.
-    """
-    evaluator.strategy = evaluator.plain  # an earlier choice may stand: another process's store has another
-    seconds = _time(evaluator.plain, points[:1])
-    if seconds < 1:
-        seconds = min(seconds, _time(evaluator.plain, points[:2]))
-    plain = Choice("plain", "the reference; asked for", 0.0, seconds)
-    if wanted == "plain":
-        return plain
-    key = _key(evaluator)
-    name = wanted if wanted != "auto" else _chosen.get(key)
-    if name is not None:
-        if name == "plain" or not (asked or name in {way for way, *_ in _ways(evaluator)}):
-            return _reason(plain, "as measured before")
-        return _take(evaluator, points, name, plain)
-    choice = _measured(evaluator, points, left, plain)
-    _chosen[key] = choice.name
-    return choice
-
-
-def _key(evaluator: Evaluator) -> tuple[Any, ...]:
-    shapes = tuple((tuple(p.shape), str(p.dtype), str(p.device)) for p in evaluator.model.parameters())
-    kinds = tuple(type(m).__name__ for m in evaluator.model.modules())
-    ways = tuple(way for way, *_ in _ways(evaluator))
-    return kinds, shapes, tuple(evaluator.plain.at_point.sizes), evaluator.mode, torch.get_num_threads(), ways
-
-
-def _reason(choice: Choice, why: str) -> Choice:
-    return Choice(choice.name, why, choice.error, choice.point_seconds)
-
-
-def _take(evaluator: Evaluator, points: Sequence[Point], name: str, plain: Choice) -> Choice:
-    makers = {way: make for way, make, _ in _ways(evaluator)}
-    if name not in makers:
-        raise SkipscopeError(
-            "landscape", "unknown strategy", expected=f"auto, plain, {', '.join(makers)}", got=repr(name)
-        )
-    try:
-        strategy = makers[name]()
-        error = _disagreement(evaluator, strategy, points[:2])
-    except Exception as refused:  # as in _measured
-        return _reason(
-            plain, f"{name} is no way for this model ({type(refused).__name__}: {str(refused)[:100]})"
-        )
-    if error > _allowed(evaluator):
-        return _reason(plain, f"{name} differs from the plain loop by {error:.1e} here")
-    evaluator.strategy = strategy
-    return Choice(name, "as chosen before", error, _time(strategy, points[:1]))
-
-
-def _measured(evaluator: Evaluator, points: Sequence[Point], left: int, plain: Choice) -> Choice:
-    budget = _SHARE * plain.point_seconds * left
-    best, spent, tried = plain, 0.0, [f"plain {_ms(plain.point_seconds)}"]
-    for name, make, cost in _ways(evaluator):
-        upfront = cost if cost == _RECORD_S and name.endswith("recorded") else 0.0
-        if spent + upfront + 4 * best.point_seconds > budget:
-            continue
-        if cost >= _COMPILE_S and not _pays(name, best, left):
-            continue
-        began = time.perf_counter()
-        try:
-            strategy = make()
-            error = _disagreement(evaluator, strategy, points[:2])
-            holds = error <= _allowed(evaluator)
-            seconds, incumbent = _race(strategy, evaluator.strategy, points) if holds else (0.0, 0.0)
-            tried.append(
-                f"{name} {_ms(seconds)} (to {_ms(incumbent)})" if holds else f"{name} differs by {error:.1e}"
-            )
-            if holds and seconds * _CLEARLY < incumbent:
-                best, evaluator.strategy = Choice(name, "", error, seconds), strategy
-        except Exception as refused:  # any way but the plain one may fail on a model; then it is not a way
-            tried.append(f"{name} refused ({type(refused).__name__})")
-        spent += time.perf_counter() - began
-    why = "per point: " + ", ".join(tried) if len(tried) > 1 else "too little work to try other ways"
-    return _reason(best, why)
-
-
-def _race(way: Strategy, incumbent: Strategy, points: Sequence[Point]) -> tuple[float, float]:
-    """Seconds a point of both, run in turn: on a busy machine only what runs side by side can be compared."""
-    many = list(points) if isinstance(way, Stacked) else list(points[:2])
-    few = list(points) if isinstance(incumbent, Stacked) else list(points[:2])
-    times = [(_time(way, many), _time(incumbent, few)) for _ in range(2)]
-    if sum(map(sum, times)) < _SHORT_S:  # too short to tell from what else the machine does
-        times += [(_time(way, many), _time(incumbent, few)) for _ in range(4)]
-    return min(t for t, _ in times), min(t for _, t in times)
-
-
-def _pays(name: str, best: Choice, left: int) -> bool:
-    """Compiling is tried on the best batch size alone, and only when half of what is left would pay for it twice."""
-    return best.point_seconds * left > 4 * _COMPILE_S and (
-        best.name in {"plain", "oneDNN"} or best.name.split()[-1] == name.split()[-1]
-    )
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
-
-
-def _time(strategy: Strategy, points: Sequence[Point]) -> float:
-    began = time.perf_counter()
-    gather(strategy(points))
-    return (time.perf_counter() - began) / len(points)
-
-
-def _allowed(evaluator: Evaluator) -> float:
-    dtypes = {p.dtype for p in evaluator.model.parameters()}
-    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
-        dtypes.add(torch.bfloat16)
-    return max((_TOLERANCE.get(dtype, 3e-2) for dtype in dtypes), default=1e-3)
-
-
-def _disagreement(evaluator: Evaluator, strategy: Strategy, points: Sequence[Point]) -> float:
-    """Largest relative difference to the plain loop, over values and samples' shares; also at the origin."""
-    at = [evaluator.origin_point, *points]
-    ours, reference = gather(strategy(at)), gather(evaluator.plain(at))
-    pairs = [(ours.values, reference.values)]
-    if (ours.numerators is None) != (reference.numerators is None):
-        return float("inf")
-    if ours.numerators is not None and reference.numerators is not None:
-        pairs.append((ours.numerators.sum(1), reference.numerators.sum(1)))
-    worst = 0.0
-    for a, b in pairs:
-        for x, y in zip(a, b):
-            if x == y or (x != x and y != y):
-                continue
-            worst = max(worst, abs(x - y) / max(abs(y), 1e-30) if x == x and y == y else float("inf"))
-    return float(worst)

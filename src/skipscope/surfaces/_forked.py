@@ -1,0 +1,172 @@
+"""Copies of this process, made by fork, that compute side by side with one thread each: what a DataLoader's workers are.
+
+A fork has models, data and losses as they are, however they came about; only what is asked and what is answered goes
+through a pipe. It needs Linux and tensors in its own memory. A copy dies with the process that made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+_AHEAD = 2  # questions a copy has: one it is at, one for when it has answered
+CAN_FORK = sys.platform == "linux"
+
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
+
+
+class Lost(Exception):
+    """The copies cannot answer: all are dead, one is silent, or one has failed at its question."""
+
+
+class Forked(Generic[Question, Answer]):
+    """Copies of this process that wait for questions.
+
+    Args:
+        compute: question -> answer, in a copy; both are pickled.
+        count: how many copies.
+        patience: seconds without any answer after which they are given up.
+    """
+
+    def __init__(self, compute: Callable[[Question], Answer], count: int, patience: float):
+        self.patience, self._copies = patience, {}
+        context = multiprocessing.get_context("fork")
+        # A copy is stopped by us alone: it inherits that Ctrl-C does not reach it.
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_serve, args=(compute, theirs, [ours, *self._copies]), daemon=True
+                )
+                with theirs, warnings.catch_warnings():
+                    # Python 3.12 warns of forks beside threads; a copy that hangs for this is given up (`patience`).
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    process.start()
+                self._copies[ours] = process
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+
+    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+        """The answers, in order. A copy that dies leaves its questions to the others.
+
+        Raises:
+            Lost: there are no answers; the copies are gone.
+        """
+        left, answers = deque(range(len(questions))), {}
+        asked: dict[Any, deque[int]] = {pipe: deque() for pipe in self._copies}
+        try:
+            while len(answers) < len(questions):
+                for pipe in list(asked):
+                    if not _ask(pipe, asked[pipe], left, questions):
+                        self._bury(pipe, asked, left)
+                if not asked:
+                    raise Lost("no copy is left")
+                busy = [pipe for pipe, own in asked.items() if own]
+                if not busy:  # the last questions were those of a copy that has just died
+                    continue
+                ready = wait(busy, self.patience)
+                if not ready:
+                    raise Lost("the copies are silent")
+                for pipe in ready:
+                    try:
+                        holds, answer = pipe.recv()  # type: ignore[union-attr]
+                    except (EOFError, OSError):
+                        self._bury(pipe, asked, left)
+                        continue
+                    if not holds:
+                        raise Lost(answer)
+                    answers[asked[pipe].popleft()] = answer
+        except BaseException:
+            self.close()  # answers may be on their way that nobody will fetch
+            raise
+        return [answers[i] for i in range(len(questions))]
+
+    def _bury(self, pipe: Any, asked: dict[Any, deque[int]], left: deque[int]) -> None:
+        left.extendleft(reversed(asked.pop(pipe)))
+        self._end(pipe)
+
+    def _end(self, pipe: Any) -> None:
+        process = self._copies.pop(pipe)
+        process.kill()  # it holds nothing that needs an end of its own
+        process.join()
+        pipe.close()
+
+    def close(self) -> None:
+        """End the copies."""
+        for pipe in list(self._copies):
+            self._end(pipe)
+
+
+def _ask(pipe: Any, own: deque[int], left: deque[int], questions: Sequence[Any]) -> bool:
+    """Send what a copy has room for; False when it is dead."""
+    while left and len(own) < _AHEAD:
+        own.append(left.popleft())
+        try:
+            pipe.send(questions[own[-1]])
+        except OSError:
+            return False
+    return True
+
+
+def _serve(compute: Callable[[Any], Any], pipe: Any, inherited: list[Any]) -> None:
+    for other in inherited:
+        other.close()  # the end of the process that made us must be seen as the end of our pipe
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            question = pipe.recv()
+            try:
+                answer = True, compute(question)
+            except Exception as error:
+                answer = False, f"{type(error).__name__}: {error}"
+            pipe.send(answer)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """What a copy has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def memory_of(compute: Callable[[Question], Any], question: Question, patience: float) -> int:
+    """Bytes that a copy allocates at the most to answer, measured in one.
+
+    Raises:
+        Lost: it cannot answer.
+    """
+
+    def measured(question: Question) -> int:
+        before = _address_space("VmSize")
+        compute(question)
+        return _address_space("VmPeak") - before
+
+    alone: Forked[Question, int] = Forked(measured, 1, patience)
+    try:
+        return alone([question])[0]
+    finally:
+        alone.close()
+
+
+def _address_space(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
