@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import skipscope as ss
+from needs import SHARDING_ON_CPU
 from skipscope.monitor import read_history, watch
 from skipscope.testing import check_shortcut
 
@@ -76,13 +77,20 @@ def test_two_processes_ddp(tmp_path):
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize(
     "kind",
-    ["ddp", "ddp-accumulate-clip", "fsdp", "fsdp-clip", "fsdp-accumulate-clip", "ddp-flow", "fsdp-flow"],
+    [
+        *("ddp", "ddp-accumulate-clip", "ddp-flow"),
+        *(
+            pytest.param(f"fsdp{k}", marks=SHARDING_ON_CPU)
+            for k in ("", "-clip", "-accumulate-clip", "-flow")
+        ),
+    ],
 )
 def test_processes(kind, processes, tmp_path):
     compare(kind, processes, tmp_path)
 
 
 @pytest.mark.slow
+@SHARDING_ON_CPU
 def test_hybrid_sharding(tmp_path):
     compare("fsdp-hybrid-clip", 4, tmp_path)
 
@@ -97,6 +105,7 @@ def test_gradients_that_are_not_reduced_are_refused(tmp_path):
 
 
 @pytest.mark.slow
+@SHARDING_ON_CPU
 def test_tensor_parallel_and_sharded_on_one_mesh(tmp_path):
     compare("tensor-clip", 4, tmp_path)
 
@@ -117,6 +126,7 @@ def test_what_cannot_be_made_whole_is_refused_on_every_rank(kind, processes, pro
 
 
 @pytest.mark.slow
+@SHARDING_ON_CPU
 def test_what_is_collective_fails_in_time_on_a_rank_alone_and_works_again_together(tmp_path):
     """FSDP2: every forward pass needs every rank. Nothing hangs, nothing of one call is taken for another."""
     done = torchrun("fsdp-alone", 2, tmp_path)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from needs import SHARDING_ON_CPU
+
 
 def torchrun(kind, processes=2):
     worker = Path(__file__).parent / "ranks_worker.py"
@@ -27,7 +29,11 @@ def test_two_ranks_of_ddp():
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize(
-    "kind", ["fsdp_find", "fsdp_options", "fsdp_measure", "fsdp_edit", "tensor_parallel"]
+    "kind",
+    [
+        *(pytest.param(f"fsdp_{k}", marks=SHARDING_ON_CPU) for k in ("find", "options", "measure", "edit")),
+        "tensor_parallel",
+    ],
 )
 def test_sharded(kind, processes):
     torchrun(kind, processes)
