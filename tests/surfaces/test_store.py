@@ -293,3 +293,36 @@ def test_a_metric_of_the_same_name_that_computes_something_else_is_refused(tmp_p
         ss.landscape(
             model, data, F.cross_entropy, metrics={"m": lambda out, _: out.square().mean()}, **options
         )
+
+
+def test_a_loss_of_the_same_name_that_is_cut_off_away_from_the_origin_is_refused(tmp_path):
+    def cut_at(highest):
+        def loss(output, target):
+            return F.cross_entropy(output, target).clamp(max=highest)
+
+        return loss
+
+    _surface(tmp_path / "s", loss=cut_at(100.0), span=3.0)
+    _surface(tmp_path / "s", loss=cut_at(100.0), span=3.0)
+    assert _surface(loss=cut_at(1.8), span=3.0).scores.centre < 1.8  # the same at the origin
+    with pytest.raises(ss.SkipscopeError, match="other loss away from the origin"):
+        _surface(tmp_path / "s", loss=cut_at(1.8), span=3.0)
+
+
+def test_the_strength_of_other_shortcuts_is_refused(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = x + self.a(x).tanh()
+            return self.head(x + self.b(x).tanh())
+
+    torch.manual_seed(0)
+    model = Twice()
+    found = ss.find_shortcuts(model, _data()[0])
+    _surface(tmp_path / "s", model=model, strength=found[:1])
+    _surface(tmp_path / "s", model=model, strength=list(found[:1]))
+    with pytest.raises(ss.SkipscopeError, match="made with other settings"):
+        _surface(tmp_path / "s", model=model, strength=found[1:])

@@ -146,7 +146,7 @@ def _prepare(
     found = read_plan(folder) if folder is not None else None
     plan = Plan(
         _identity(twins, work, settings, hashes, data, loss),
-        work.at_origin(),
+        work.fingerprint(),
         work.names,
         count,
         1,

@@ -205,9 +205,20 @@ class Work:
             out += numbers
         return np.stack(out)
 
-    def at_origin(self) -> list[float]:
-        """Every twin's numbers there, but a difference's error: other functions of the same names give others."""
-        return [float(n[0]) for twin in self.twins for n in self._numbers(twin, twin.origin)[0]]
+    def fingerprint(self) -> list[float]:
+        """Every twin's numbers at the origin, then at two opposite corners of the plane, but a difference's error.
+
+        Other functions of the same names (a loss that is cut off where it is high) give others at the one or the other.
+        """
+        corners = [tuple(float(axis[end]) for axis in self.axes) for end in (0, -1)]
+        readings = [[twin.origin for twin in self.twins]]
+        readings += [[twin.evaluator([corner]) for twin in self.twins] for corner in corners]
+        return [
+            float(n[0])
+            for at in readings
+            for twin, r in zip(self.twins, at)
+            for n in self._numbers(twin, r)[0]
+        ]
 
     def _numbers(self, twin: TwinOnPlane, reading: Reading) -> tuple[list[np.ndarray], np.ndarray | None]:
         numbers = [reading.values, *reading.metrics.values()]
