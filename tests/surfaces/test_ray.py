@@ -69,3 +69,16 @@ def test_without_ray_the_install_command_is_told(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"skipscope\[ray\]"):
         ss.landscape(_model(), _data(), F.cross_entropy, grid=3, engine="ray")
+
+
+def test_a_point_a_core_on_ray_is_a_task_a_core(cluster):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    options = {"grid": (9, 7), "strategy": "plain, a point a core"}
+    try:
+        own = ss.landscape(_model(), _data(), F.cross_entropy, **options)
+        there = ss.landscape(_model(), _data(), F.cross_entropy, engine="ray", **options)
+    finally:
+        torch.set_num_threads(threads)
+    assert own.provenance.strategy == there.provenance.strategy == options["strategy"]
+    assert np.array_equal(own.values, there.values) and np.array_equal(own.stderr, there.stderr)
