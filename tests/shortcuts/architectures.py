@@ -670,6 +670,19 @@ class MixtureOfDepths(nn.Module):
 case(sequences(), "mixture_of_depths", gated=1)(MixtureOfDepths)
 
 
+class ChosenFrom(MixtureOfDepths):
+    """The same, by the method of either side."""
+
+    def forward(self, x):
+        x = self.inp(x)
+        score = self.score(x)
+        x = x.where(score <= score.mean(1, keepdim=True), self.block(x))
+        return self.block(x).where(other=x, condition=score > 0)
+
+
+case(sequences(), "mixture_of_depths_by_method", gated=2)(ChosenFrom)
+
+
 class GRU(nn.Module):
     def __init__(self, width=8):
         super().__init__()
@@ -749,7 +762,50 @@ def in_slice(self, x, h):
     return out
 
 
+ROWS = torch.tensor([True, False, True])
+COLUMNS = torch.arange(8) % 3 == 0
+
+
+def on_parts(*parts, assigned=False, shared=False):
+    """x + F, part by part."""
+
+    def write(self, x, h):
+        out, f = x.clone(), self.b(h)
+        for part in parts:
+            f = f if shared else self.b(h)
+            if assigned:
+                out[part] = out[part] + f[part]
+            else:
+                out[part] += f[part]
+        return out
+
+    return write
+
+
+def put_twice(self, x, h):
+    for rows in (ROWS, ~ROWS):
+        (at,) = torch.where(rows)
+        x = x.index_put((at,), self.b(h)[rows], accumulate=True)
+    return x
+
+
+def each_in_place(self, x, h):
+    x = x.clone()
+    torch._foreach_add_([x], [self.b(h)])
+    return x
+
+
 WRITINGS = {
+    "masks": on_parts(ROWS, ~ROWS),
+    "shared_masks": on_parts(ROWS, ~ROWS, shared=True),
+    "shared_slices": on_parts((slice(None), slice(3)), (slice(None), slice(3, None)), shared=True),
+    "assigned_masks": on_parts(~ROWS, ROWS, assigned=True),
+    "columns": on_parts((slice(None), COLUMNS), (slice(None), ~COLUMNS)),
+    "slices": on_parts((slice(None), slice(3)), (slice(None), slice(3, None))),
+    "assigned_slices": on_parts((slice(None), slice(3)), (slice(None), slice(3, None)), assigned=True),
+    "put_twice": put_twice,
+    "each": lambda s, x, h: torch._foreach_add([x], [s.b(h)])[0],
+    "each_in_place": each_in_place,
     "plus": lambda s, x, h: x + s.b(h),
     "branch_first": lambda s, x, h: s.b(h) + x,
     "in_place": in_place,

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from skipscope.shortcuts._results import CallKey
 
 Slot = tuple[int, str]  # position and keyword of one tensor argument
+SlotsIn = Callable[[Sequence[Any], Mapping[str, Any]], tuple[Slot, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,16 @@ class Operation:
         name: of the operation: ``add`` for ``add``, ``add_`` and ``__radd__``.
         slots: its operands; empty when they come as one list.
         in_place: whether it writes into its first operand.
-        unless: says of the arguments of a call that it adds nothing up; None where it always does.
+        slots_in: where the operands of one call are, by its arguments, and None where it adds nothing up; without it
+            they are always in ``slots``.
+        is_many: it takes lists, and is one such operation for each of their tensors.
     """
 
     name: str
-    slots: tuple[Slot, ...]
+    slots: tuple[Slot, ...] = ()
     in_place: bool = False
-    unless: Callable[[Sequence[Any], Mapping[str, Any]], bool] | None = None
+    slots_in: SlotsIn | None = None
+    is_many: bool = False
 
 
 _TWO: tuple[Slot, ...] = ((0, "input"), (1, "other"))
@@ -54,17 +59,32 @@ _SUMS: dict[str, tuple[Slot, ...]] = {
     "scatter_reduce": ((0, "input"), (3, "src")),
     "where": ((1, "input"), (2, "other")),
 }
-# What keeps a call of these from being a sum. ``where`` is one, t H + (1 - t) x, but for ``x.where(t, H)``, whose
-# arguments come in another order. (Asked in compiled code too: torch 2.6 cannot trace the bool of a tuple.)
-_UNLESS: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], bool]] = {
-    "index_put": lambda args, kwargs: not (args[3] if len(args) > 3 else kwargs.get("accumulate", False)),
-    "scatter_reduce": lambda args, kwargs: (args[4] if len(args) > 4 else kwargs.get("reduce")) != "sum",
-    "where": lambda args, kwargs: (
-        len(args) + len(kwargs) < 3 or (len(args) > 0 and args[0].dtype != torch.bool)
-    ),
-}
+
+
+def _in_index_put(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Slot, ...] | None:
+    accumulates = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
+    return _SUMS["index_put"] if accumulates else None
+
+
+def _in_scatter_reduce(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Slot, ...] | None:
+    reduce = args[4] if len(args) > 4 else kwargs.get("reduce")
+    return _SUMS["scatter_reduce"] if reduce == "sum" else None
+
+
+def _in_where(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Slot, ...] | None:
+    """``torch.where(t, H, x)`` is t H + (1 - t) x, and so is ``H.where(t, x)``; of a condition alone it gives indices."""
+    if len(args) + len(kwargs) < 3:
+        return None
+    # Asked in compiled code too: torch 2.6 cannot trace the bool of a tuple.
+    is_method = len(args) > 0 and args[0].dtype != torch.bool
+    return ((0, "input"), (2, "other")) if is_method else _SUMS["where"]
+
+
+_SLOTS_IN: dict[str, SlotsIn] = {
+    "index_put": _in_index_put, "scatter_reduce": _in_scatter_reduce, "where": _in_where,
+}  # fmt: skip
 PRODUCTS = frozenset({"mul"})
-# In place of an operand's number: all of the tensor of which the first operand, written into, is a slice.
+# In place of an operand's number: all of the tensor into a part of which the call writes.
 WHOLE = -1
 # What sums over an axis; by name, as a tape meets it.
 REDUCTIONS = frozenset(
@@ -75,13 +95,17 @@ LISTS = frozenset({"cat", "hstack", "vstack", "dstack", "column_stack", "stack"}
 
 def _operations() -> dict[str, Operation]:
     slots = {**_SUMS, **dict.fromkeys(PRODUCTS, _TWO), **dict.fromkeys(LISTS, ())}
-    table = {name: Operation(name, places, False, _UNLESS.get(name)) for name, places in slots.items()}
+    table = {name: Operation(name, places, False, _SLOTS_IN.get(name)) for name, places in slots.items()}
     table |= {f"{name}_": replace(one, in_place=True) for name, one in table.items() if one.slots}
     same = {
         "subtract": "sub", "subtract_": "sub_", "multiply": "mul", "multiply_": "mul_", "concat": "cat",
         "concatenate": "cat", "__rsub__": "rsub", "__radd__": "add", "__rmul__": "mul",
     }  # fmt: skip
-    return table | {name: table[other] for name, other in same.items()}
+    table |= {name: table[other] for name, other in same.items()}
+    for name in ("add", "sub", "mul", "lerp"):
+        for end in ("", "_"):
+            table[f"_foreach_{name}{end}"] = Operation(name + end, is_many=True)
+    return table | {"__setitem__": Operation("setitem", ((0, ""), (2, "")))}
 
 
 # By the function's own name; looked up in compiled code too, which is why it is a plain dict.
@@ -92,7 +116,7 @@ _MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
 _PLUMBING = os.path.join(_MODULES, "module.py")
 _OURS = tuple(
     os.path.join(os.path.dirname(__file__), name)
-    for name in ("_twin.py", "_taps.py", "_recorder.py", "_mark.py")
+    for name in ("_calls.py", "_twin.py", "_taps.py", "_recorder.py", "_mark.py")
 )
 _CHECKPOINT = os.path.join(TORCH, "utils", "checkpoint.py")
 _is_plumbing: dict[str, bool] = {}
@@ -100,23 +124,25 @@ _is_plumbing: dict[str, bool] = {}
 
 def operands(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """The operands of a call, in order; what is no tensor is kept as it is. None where it adds nothing up."""
-    if operation.unless is not None and operation.unless(args, kwargs):
+    slots = operation.slots if operation.slots_in is None else operation.slots_in(args, kwargs)
+    if slots is None:
         return []
-    if not operation.slots:
+    if not slots:
         return list(args[0] if args else kwargs["tensors"])
-    return [args[i] if i < len(args) else kwargs.get(key) for i, key in operation.slots]
+    return [args[i] if i < len(args) else kwargs.get(key) for i, key in slots]
 
 
 def with_operands(
     operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any], values: Sequence[Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of the same call with other operands."""
-    if not operation.slots:
+    slots = operation.slots if operation.slots_in is None else operation.slots_in(args, kwargs)
+    if not slots:
         return (
             ((list(values), *args[1:]), dict(kwargs)) if args else ((), {**kwargs, "tensors": list(values)})
         )
     new_args, new_kwargs = list(args), dict(kwargs)
-    for (i, key), value in zip(operation.slots, values):
+    for (i, key), value in zip(slots, values):
         if i < len(new_args):
             new_args[i] = value
         elif key in new_kwargs:
@@ -127,6 +153,20 @@ def with_operands(
 def out_of_place(operation: Operation, func: Callable[..., Any]) -> Callable[..., Any]:
     """The function that computes the same without writing into its first operand."""
     return getattr(torch, operation.name) if operation.in_place else func
+
+
+def one_by_one(
+    mode: TorchFunctionMode, operation: Operation, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """A call on lists as the calls that it stands for, each of which goes through ``mode``."""
+    if len(args) < 2 or kwargs.keys() - {"alpha"}:
+        return func(*args, **kwargs)
+    single = getattr(Tensor, operation.name)
+    made = []
+    for i in range(len(args[0])):
+        own = tuple(a[i] if isinstance(a, list | tuple) else a for a in args)
+        made.append(mode.__torch_function__(single, (), own, kwargs))
+    return tuple(made)
 
 
 # --- where a call is made ---------------------------------------------------------------------------------------------

@@ -89,10 +89,15 @@ def read(graph: Graph) -> Shortcuts:
                 again.release()
     parts = {id(part) for _, v in verdicts if isinstance(v, Verdict) for part in v.parts}
     found = _with_addends(graph, judge, [(c, v) for c, v in verdicts if id(c) not in parts])
+    merging = {id(item.call) for item in found}
     rejected = [
-        Rejected(merge_name(call), "part of a gate" if id(call) in parts else str(v), call.source)
+        Rejected(
+            merge_name(call),
+            "part of a gate" if id(call) in parts else PARALLEL if isinstance(v, Verdict) else v,
+            call.source,
+        )
         for call, v in verdicts
-        if v is not None and (isinstance(v, str) or id(call) in parts)
+        if v is not None and id(call) not in merging
     ]
     runs_at: dict[Any, list[int]] = {}
     for i, run in enumerate(record.runs):
@@ -121,16 +126,22 @@ def _with_addends(
     """The shortcuts; what is added to the sum of one later, and made from the same x, is of its branch."""
     found: list[Verdict] = []
     last: dict[int, int] = {}  # by the node of a sum, its shortcut
+
+    def sum_at(node: int) -> Verdict | None:
+        return found[last[node]] if node in last else None
+
     for call, verdict in verdicts:
-        if isinstance(verdict, Verdict):
-            last[graph.position[call.output]] = len(found)
+        # What updates another part of a sum may share its branch with the first, and then looks like a shortcut of its own.
+        may_add = verdict == PARALLEL or (verdict is not None and call.whole is not None)
+        if may_add and (more := judge.gates.with_addend(call, sum_at)) is not None:
+            which = last[more[0]]
+            found[which] = more[1]
+        elif isinstance(verdict, Verdict):
+            which = len(found)
             found.append(verdict)
-        elif verdict == PARALLEL:
-            more = judge.gates.with_addend(call, lambda at: found[last[at]] if at in last else None)
-            if more is not None:
-                at, verdict = more
-                found[last[at]] = verdict
-                last[graph.position[call.output]] = last[at]
+        else:
+            continue
+        last |= {graph.position[node]: which for node in (call.output, call.written) if node is not None}
     return found
 
 
@@ -178,6 +189,4 @@ def _blocked(item: Verdict) -> str | None:
         return "checkpointing runs its code again outside of any module's forward: checkpoint whole modules instead"
     if item.mixture is not None and not item.mixture.alone:
         return "what it stacks makes something else too, such as the weights of the sum: write w * x + v * F"
-    if item.call.written_back:
-        return "it is assigned to a slice of what it skips, the rest of which is not seen here: write x[a:b] += F"
     return None

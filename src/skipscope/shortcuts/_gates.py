@@ -17,6 +17,8 @@ from skipscope.shortcuts._sides import ELEMENTWISE, PRODUCT, SHAPE, WHOLE, Side,
 from skipscope.shortcuts._verdict import Verdict
 
 _SUMS = frozenset({"Add", "Sub", "Rsub"})
+# What adds one tensor to another, or to a part of it.
+_ADDING = frozenset({"add", "index_add", "index_put", "scatter_add", "scatter_reduce"})
 
 
 class Gates:
@@ -102,7 +104,8 @@ class Gates:
         return None
 
     def with_addend(self, call: Call, sum_at: Callable[[int], Verdict | None]) -> tuple[int, Verdict] | None:
-        """In (x + a) + b, with b made from x too: the shortcut of the inner sum, with b in its branch.
+        """In (x + a) + b, with b made from x too: the shortcut of the inner sum, with b in its branch. Each may be added to
+        a part of x only.
 
         Args:
             call: a merge that is no shortcut of its own.
@@ -112,12 +115,17 @@ class Gates:
             The node of the inner sum, and its verdict.
         """
         graph, reader = self.graph, Sides(self.graph, call)
-        for i, j in permutations(reader.active, 2) if call.name == "add" else ():
-            at, end = reader.position(i), reader.position(j)
+        for i, j in permutations(reader.active, 2) if call.name in _ADDING else ():
+            if i != call.part and (call.whole is not None or call.name != "add"):
+                continue
+            at, end = (
+                reader.position(i) if call.whole is None else graph.position[call.whole],
+                reader.position(j),
+            )
             while sum_at(at) is None and graph.kind(at) in WHOLE:
                 (at,) = graph.active_parents(at)
             inner = sum_at(at)
-            if inner is None or inner.call.name != "add" or graph.ancestors.reaches(at, end):
+            if inner is None or inner.call.name not in _ADDING or graph.ancestors.reaches(at, end):
                 continue
             fork = inner.forks[0]
             region = graph.on_the_way(fork, end)

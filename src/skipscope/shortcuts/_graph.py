@@ -292,7 +292,9 @@ class Graph:
     # --- what a node does ---
 
     def opaque(self) -> list[tuple[str, str, str]]:
-        """Name, reason and source of what joins activations where no one can look: foreign autograd functions."""
+        """Name, reason and source of what joins activations where no one can look: foreign autograd functions, and
+        functions that are transformed.
+        """
         found, declared = {}, {call.output for call in self.record.calls}
         for i, node in enumerate(self.nodes[: self.activations]):
             joins = (
@@ -303,7 +305,11 @@ class Graph:
                 name, where = self.kind(i), self.record.producers.get(node, "")
                 reason = "an autograd.Function: what it joins cannot be seen"
                 found[name, where] = (name, reason, where or "forward")
-        return list(found.values())
+        reason = "a function under torch.vmap or torch.func: what it joins cannot be tapped"
+        return [
+            *found.values(),
+            *(("torch.func", reason, source) for source in sorted(self.record.transformed)),
+        ]
 
     def kind(self, i: int) -> str:
         """The operation of node ``i``: autograd's name without ``Backward0``."""

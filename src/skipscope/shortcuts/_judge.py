@@ -356,11 +356,14 @@ class Judge:
         return Place(call.key, i)
 
     def _widened(self, reader: Sides, places: tuple[Place, ...], fork: int | None) -> tuple[Place, ...]:
-        """An addition into a slice of x is x + F, where F is zero outside the slice: all of x is the operand."""
-        first = Place(reader.call.key, 0)
-        if first not in places or not reader.carries_whole(fork):
+        """An addition to a part of x is x + F, where F is zero outside the part: all of x is the operand."""
+        call = reader.call
+        part = Place(call.key, call.part)
+        if part not in places or not reader.carries_whole(fork):
             return places
-        return tuple(Place(reader.call.key, _calls.WHOLE) if p == first else p for p in places)
+        if call.assigned_at is not None:
+            return (*places, call.assigned_at)
+        return tuple(Place(call.key, _calls.WHOLE) if p == part else p for p in places)
 
     def _comes_straight(self, node: object, side: Side) -> bool:
         """Whether ``node`` comes from the fork without weights and gates."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from skipscope.shortcuts._results import CallKey
+from skipscope.shortcuts._results import CallKey, Place
 
 
 @dataclass(eq=False, slots=True)
@@ -28,9 +28,10 @@ class Call:
         tensors: which operands are tensors.
         dead: multiplied with zeros of its own size that are no weights: a state that has not begun.
         checkpointed: recomputed in backward outside of any module's forward.
-        whole: for a call that writes into a slice, the node of the whole tensor before it; else None.
+        whole: for a call that updates a part of a tensor, the node of all of it before; else None.
         written: the same after it.
-        written_back: its result is assigned to the slice that one of its operands is.
+        part: the operand that is the part.
+        assigned_at: where the updated part is put back, if another call does that: x[a:b] = x[a:b] + F.
     """
 
     name: str
@@ -45,7 +46,8 @@ class Call:
     dead: bool = False
     whole: Any = None
     written: Any = None
-    written_back: bool = False
+    part: int = 0
+    assigned_at: Place | None = None
 
 
 @dataclass(eq=False)
@@ -63,6 +65,7 @@ class Trace:
         streams: where activations begin in weights, autograd node and module; found once the merges have been judged.
         runs: modules with their own weights in the order they ran.
         weights: each weight that a module held, by identity: position of the first such module, and the weight.
+        transformed: where a function under ``torch.vmap`` or ``torch.func`` joins activations: ``file.py:line``.
         as_numbers: the inputs are integers, and were given as floats; no gradient can be read there.
     """
 
@@ -76,6 +79,7 @@ class Trace:
     streams: dict[Any, str] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
     weights: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
+    transformed: set[str] = field(default_factory=set)
     as_numbers: bool = False
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.overrides import TorchFunctionMode
 
 from skipscope import _data
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._nodes import kind_of, node_of, output_of
 from skipscope.shortcuts._record import Call, Trace
+from skipscope.shortcuts._results import CallKey, Place
 
 # Functions whose result has a tensor's shape but nothing of its values.
 _SHAPE_ONLY = frozenset(
@@ -31,7 +33,13 @@ _CUTS: dict[str, Callable[..., Any]] = {
 
 
 class Recorder(TorchFunctionMode):
-    """Notes merge-like calls and embeddings, and which integers come from the data."""
+    """Notes merge-like calls and embeddings, and which integers come from the data.
+
+    Args:
+        record: what is noted goes there.
+        inputs: of the model.
+        follow: whether what cuts the graph is passed over.
+    """
 
     def __init__(self, record: Trace, inputs: Any, follow: bool):
         super().__init__()
@@ -46,30 +54,24 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         operation = _calls.OPERATIONS.get(name)
         if operation is None:
-            if self.follow and name in _CUTS:
-                return _CUTS[name](func, args, kwargs)
-            if name == "__setitem__":
-                self._assigned(args[0], args[2])
-            output = func(*args, **kwargs)
-            if name == "embedding":
-                output = self._embedded(args, kwargs, output)
-            elif name == "__setitem__":
-                self._integers(args, kwargs, args[0])
-            elif name not in _SHAPE_ONLY and (
-                isinstance(output, tuple) or (isinstance(output, Tensor) and not output.is_floating_point())
-            ):
-                self._integers(args, kwargs, output)
-            return output
+            return self._other(name, func, args, kwargs)
+        if operation.is_many:
+            return _calls.one_by_one(self, operation, func, args, kwargs)
         values = _calls.operands(operation, args, kwargs)
         # Without gradients it is the inside of an autograd.Function: opaque, its backward would not follow an edit.
         if _calls.tensor_operands(values) < 2 or not torch.is_grad_enabled():
             output = func(*args, **kwargs)
-            self._integers(args, kwargs, output)
+            self._integers(args, kwargs, args[0] if operation.name == "setitem" else output)
             return output
+        frame = _calls.caller()
+        if any(map(_is_transformed, values)):
+            self.record.transformed.add(_calls.source_of(frame))
+            return func(*args, **kwargs)
+        key, owner, again = self.sites.key(frame, operation.name)
+        if operation.name == "setitem":
+            return self._assigned(key, *args)
         nodes = tuple(node_of(value) for value in values)  # before the call: it may write into an operand
         zero = operation.name in _calls.PRODUCTS and _is_zeroed(values)
-        frame = _calls.caller()
-        key, owner, again = self.sites.key(frame, operation.name)
         wholes = [_whole_of(value) for value in values]
         whole = node_of(wholes[0]) if operation.in_place else None
         output = func(*args, **kwargs)
@@ -82,25 +84,52 @@ class Recorder(TorchFunctionMode):
         calls.append(call)
         return output
 
-    def _assigned(self, target: Any, value: Any) -> None:
-        """Whether what is assigned to a part of a tensor was computed from a part of the same."""
+    def _other(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call that joins nothing."""
+        if self.follow and name in _CUTS:
+            return _CUTS[name](func, args, kwargs)
+        output = func(*args, **kwargs)
+        if name == "embedding":
+            return self._embedded(args, kwargs, output)
+        if name not in _SHAPE_ONLY and (
+            isinstance(output, tuple) or (isinstance(output, Tensor) and not output.is_floating_point())
+        ):
+            self._integers(args, kwargs, output)
+        return output
+
+    def _assigned(self, key: CallKey, target: Tensor, index: Any, value: Tensor) -> None:
+        """``target[index] = value``: where that was computed from the part of the target, it updates it."""
+        base = target if target._base is None else target._base
+        before, found = node_of(base), self._updating(target, base, value)
+        target[index] = value
+        if found is not None:
+            call, part = found
+            if call.whole is None:
+                call.whole, call.part, call.assigned_at = before, part, Place(key, _calls.WHOLE)
+            call.written = node_of(base)
+
+    def _updating(self, target: Tensor, base: Tensor, value: Tensor) -> tuple[Call, int] | None:
+        """The call that made ``value``, and which of its operands is a part of the target."""
         last = self.record.calls[-1] if self.record.calls else None
         if last is not None and last.output is not None and last.output == node_of(value):
             before = node_of(target)  # y[indices] += F: what is gathered is a copy, and no view
-            last.written_back |= any(_gathered_from(operand) == before for operand in last.operands)
-        call, wholes = self.slices.get(node_of(value), (None, ()))
-        if call is not None and call.whole is None:
-            base = target if target._base is None else target._base
-            call.written_back |= any(whole is not None and whole() is base for whole in wholes)
+            for i, operand in enumerate(last.operands):
+                if before is not None and _gathered_from(operand) == before:
+                    return last, i
+        if (known := self.slices.get(node_of(value))) is not None:
+            for i, whole in enumerate(known[1]):
+                if whole is not None and whole() is base:
+                    return known[0], i
+        return None
 
     def _embedded(self, args: Any, kwargs: Any, output: Any) -> Any:
         key, owner, _ = self.sites.key(_calls.caller(), "embedding")
         indices = args[0] if args else kwargs.get("input")
         if id(indices) in self.data:
-            if (
-                self.follow and not output.requires_grad
-            ):  # from a table that is no weight: a codebook in a buffer
-                output = output.requires_grad_().clone()
+            if self.follow and not output.requires_grad:
+                output = (
+                    output.requires_grad_().clone()
+                )  # from a table that is no weight: a codebook in a buffer
             if (node := node_of(output)) is not None:
                 self.record.embeddings.append((node, key, owner))
         return output
@@ -125,8 +154,13 @@ def _whole_of(value: Any) -> Tensor | None:
 
 
 def _gathered_from(node: Any) -> Any:
-    """What a node takes some of by indices; an object of its own for any other node."""
-    return output_of(*node.next_functions[0]) if node is not None and kind_of(node) == "Index" else object()
+    """What a node takes some of by indices; None for any other node."""
+    return output_of(*node.next_functions[0]) if node is not None and kind_of(node) == "Index" else None
+
+
+def _is_transformed(value: Any) -> bool:
+    """Whether it is what ``torch.vmap`` or ``torch.func.grad`` shows of a tensor: it has no node in the outer graph."""
+    return isinstance(value, Tensor) and functorch.is_functorch_wrapped_tensor(value)
 
 
 def _is_zeroed(values: list[Any]) -> bool:

@@ -122,7 +122,7 @@ class Sides:
         }
 
     def carries_whole(self, fork: int | None) -> bool:
-        """Whether all of the tensor whose slice the call writes into leads to ``fork``, without weights.
+        """Whether all of the tensor a part of which the call updates leads to ``fork``, without weights.
 
         With None: whether it was made by one operation, and not put together slice by slice.
         """
@@ -131,7 +131,8 @@ class Sides:
             return False
         if fork is None:
             return graph.kind(at) != "CopySlices"
-        common = reduce(or_, (graph.ancestors[self.position(j)] for j in self.active if j != 0), 0)
+        others = [j for j in self.active if j != self.call.part]
+        common = reduce(or_, (graph.ancestors[self.position(j)] for j in others), 0)
         walk = _Walk(graph, common)
         return walk.weightless(at) == {fork} and not walk.mixed
 

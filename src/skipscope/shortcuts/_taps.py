@@ -60,6 +60,8 @@ class _Tap(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         operation = _calls.OPERATIONS.get(name)
+        if operation is not None and operation.is_many:
+            return _calls.one_by_one(self, operation, func, args, kwargs)
         handler = self._handler(name, operation, args, kwargs)
         if handler is not None:
             return handler(operation, func, args, kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ def _traced(model: nn.Module, inputs: Any, follow: bool) -> Trace:
         record.output = _data.forward(model, (inputs, None), "find_shortcuts")
     for call in record.calls:
         call.key = recorder.sites.complete(call.key)
+        if (place := call.assigned_at) is not None:
+            call.assigned_at = replace(place, call=recorder.sites.complete(place.call))
     recorder.sites.reset()  # it holds frames, and they this record: with it every activation
     return record
 

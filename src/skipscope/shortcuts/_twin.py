@@ -249,6 +249,8 @@ class _Editing(TorchFunctionMode):
         # A compiled block inside eager code is traced under this mode, and edits itself.
         if operation is None or torch.compiler.is_compiling():
             return func(*args, **kwargs)
+        if operation.is_many:
+            return _calls.one_by_one(self, operation, func, args, kwargs)
         values = _calls.operands(operation, args, kwargs)
         if _calls.tensor_operands(values) < 2:
             return func(*args, **kwargs)
@@ -366,7 +368,7 @@ def _edited(
     target = values[0]
     for rule in rules:
         if rule.place.operand == _calls.WHOLE:
-            whole = target._base
+            whole = target if target._base is None else target._base
             whole.copy_(_apply(rule.factor, whole))  # the slice, a view of it, sees that
         else:
             operand = rule.place.operand  # torch 2.6 cannot compile values[operand] = ...

@@ -1,0 +1,88 @@
+"""Shortcuts in unusual writing: their path spectrum equals the enumeration of all paths."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import skipscope as ss
+
+sys.path.insert(0, str(Path(__file__).parent))
+from architectures import COLUMNS, ROWS, on_parts
+
+_spec = importlib.util.spec_from_file_location(
+    "flow_oracles", Path(__file__).parents[1] / "flow" / "oracles.py"
+)
+oracles = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(oracles)
+
+
+class Written(nn.Module):
+    """Three blocks whose branch, marked for the oracle, is merged in a given way."""
+
+    def __init__(self, write, width=8):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {"a": nn.Linear(width, width), "b": nn.Linear(width, width), "mark": oracles.Branch()}
+            )
+            for _ in range(3)
+        )
+        self.write, self.first, self.head = write, nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = self.write(Parts(layer), x, torch.tanh(layer["a"](x)))
+        return self.head(x)
+
+
+class Parts:
+    """A layer as the ways of writing know it: ``b`` is the end of its branch."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def b(self, h):
+        return self.layer["mark"](self.layer["b"](h))
+
+
+def in_place(s, x, h):
+    x = x.clone()
+    torch._foreach_add_([x], [s.b(h)])
+    return x
+
+
+WAYS = {
+    "masks": on_parts(ROWS, ~ROWS),
+    "columns": on_parts((slice(None), COLUMNS), (slice(None), ~COLUMNS)),
+    "assigned slices": on_parts((slice(None), slice(3)), (slice(None), slice(3, None)), assigned=True),
+    "one assigned slice": on_parts((slice(None), slice(3)), assigned=True),
+    "lists": lambda s, x, h: torch._foreach_add([x], [s.b(h)])[0],
+    "lists in place": in_place,
+    "chosen from the branch": lambda s, x, h: s.b(h).where(COLUMNS, x),
+    "chosen from x": lambda s, x, h: x.where(ROWS[:, None], s.b(h)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_spectrum_equals_the_enumeration_of_all_paths(way):
+    torch.manual_seed(0)
+    model, x = Written(WAYS[way]).double(), torch.randn(3, 8, dtype=torch.float64)
+    found = ss.find_shortcuts(model, x)
+    assert len(found) == 3
+    paths = ss.path_spectrum(model, (x, torch.zeros(3, 2)), lambda y, _: y.square().mean())
+    expected = [float(g.norm()) for g in oracles.by_enumeration(model, lambda y: y.square().mean(), x)]
+    np.testing.assert_allclose(paths.norms, expected, rtol=1e-10)
+    assert paths.residual < 1e-13
+    y = model(x)
+    for neutral in ({"how": "detach"}, {"strength": 1.0}):
+        assert torch.equal(ss.ablate(model, found, **neutral)(x), y)
+    assert torch.equal(ss.ablate(model, found, strength=0.0)(x), ss.ablate(model, found)(x))
+    assert not torch.equal(ss.ablate(model, found)(x), y)
