@@ -48,18 +48,27 @@ def whole(model: nn.Module) -> Iterator[None]:
     would not know. Collective; call it inside :func:`as_found`, which shards them again.
     """
     every = units(model)
-    states = [unit._get_fsdp_state() for unit in every]
-    groups = [group for state in states for group in state._fsdp_param_groups]
+    for unit in every:
+        unit._get_fsdp_state()._lazy_init()  # the first forward pass does it, which sets what is changed below
+    groups = [group for unit in every for group in _groups(unit)]
     before = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
     try:
+        for group in groups:
+            group.post_forward_mesh_info, group.reshard_after_backward = None, False
         for unit in every:
-            unit.set_reshard_after_forward(False, recurse=False)
-            unit.set_reshard_after_backward(False, recurse=False)
             unit.unshard()
         yield
     finally:
         for group, after_forward, after_backward in before:
             group.post_forward_mesh_info, group.reshard_after_backward = after_forward, after_backward
+
+
+def _groups(unit: Any) -> list[Any]:
+    """What a unit gathers at once: several sets of weights in newer versions of torch, one at most in 2.6."""
+    state = unit._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def _identities(unit: nn.Module) -> list[int]:
