@@ -52,3 +52,72 @@ def test_an_interpolated_accuracy_is_never_above_one():
     accuracy = surface.metrics["accuracy"]
     assert not surface.computed.all() and accuracy[surface.computed].max() == 1.0
     assert accuracy.max() <= 1.0 and accuracy.min() >= 0.0
+
+
+def test_a_compiled_model_is_on_the_same_plane():
+    plain = ss.landscape(_model(), (X, Y), F.cross_entropy, grid=5, strategy="plain")
+    compiled: Any = torch.compile(_model(), backend="eager")
+    for model in (compiled, nn.DataParallel(_model())):
+        again = ss.landscape(model, (X, Y), F.cross_entropy, grid=5, strategy="plain")
+        assert np.array_equal(again.values, plain.values) and again.name == plain.name
+    pair = ss.paired_landscapes({"a": _model(), "b": compiled}, (X, Y), F.cross_entropy, grid=3)
+    assert pair.shared_weights and not np.any(pair.difference)
+
+
+def test_what_draws_its_own_noise_is_held_against_a_loss_with_the_same_noise():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = _model()
+
+        def forward(self, x):
+            return self.inner(x + torch.randn_like(x))
+
+    surface = ss.landscape(Noisy(), (X, Y), F.cross_entropy, grid=3)
+    assert surface.checks.passed and surface.checks.centre_loss == surface.checks.model_loss
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"strength": []}, "at least one shortcut"),
+        ({"directions": [{"0.weight": "up"}]}, "holds something that is no tensor"),
+    ],
+)
+def test_what_cannot_be_used_is_told(options, words):
+    with pytest.raises(ss.SkipscopeError, match=words):
+        ss.landscape(_model(), (X, Y), F.cross_entropy, grid=3, **options)
+
+
+def test_metrics_of_an_objective_are_refused_in_words():
+    @ss.objective
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    with pytest.raises(ss.SkipscopeError, match="an @objective has none to hand over"):
+        ss.landscape(_model(), (X, Y), loss, grid=3, metrics={"m": lambda output, target: output.mean()})
+
+
+def test_shortcuts_from_a_generator_are_read_more_than_once(tmp_path):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(x + self.a(x).tanh())
+
+    torch.manual_seed(0)
+    model = Residual()
+    found = ss.find_shortcuts(model, X)
+    options: Any = {"grid": 3, "strategy": "plain"}
+    listed = ss.landscape(model, (X, Y), F.cross_entropy, strength=found, **options)
+    drawn = ss.landscape(
+        model, (X, Y), F.cross_entropy, strength=(s for s in found), store=tmp_path / "s", **options
+    )
+    assert np.array_equal(listed.values, drawn.values)
+
+
+def test_regularised_scores_have_the_regulariser_in_their_errors():
+    strong = ss.landscape(_model(), (X, Y), F.cross_entropy, grid=7, l2=50.0, strategy="plain")
+    assert strong.scores.convexity_share == 1.0 and strong.scores.errors["convexity_share"] == 0.0

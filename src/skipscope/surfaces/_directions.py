@@ -222,7 +222,13 @@ def checked_direction(direction: Any, model: nn.Module) -> Direction:
                 "landscape", "a direction names a parameter that the model does not have", layer=str(name),
                 expected=f"one of {', '.join(list(parameters)[:6])}, ...",
             )  # fmt: skip
-        tensor = torch.as_tensor(tensor)
+        try:
+            tensor = torch.as_tensor(tensor)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SkipscopeError(
+                "landscape", "a direction holds something that is no tensor", layer=name,
+                expected=tuple(parameters[name].shape), got=f"{type(tensor).__name__}: {tensor!r:.80}",
+            ) from error  # fmt: skip
         if tensor.shape != parameters[name].shape:
             raise SkipscopeError(
                 "landscape", "a direction does not have its parameter's shape", layer=name,

@@ -10,6 +10,7 @@ from torch import nn
 
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError, asked_as
+from skipscope.shortcuts._unwrap import unwrapped
 from skipscope.surfaces._band_results import PairedBand, SurfaceBand
 from skipscope.surfaces._bands import by_seed, paired_band, read_seed, surface_band
 from skipscope.surfaces._planes import Plane
@@ -138,6 +139,7 @@ def landscape(
         orthogonal=orthogonal, batch_norm=batch_norm, samples=samples, metrics=metrics or {}, l2=l2, tolerance=tolerance,
         strategy=strategy, precision=precision, engine=engine, weight=weight, sample_loss=sample_loss,
     )  # fmt: skip
+    model = unwrapped(model)  # a parameter's draw depends on its name, and a wrapper changes it
     name = type(model).__name__
     if isinstance(settings.seed, list):
         return surface_band(by_seed({name: model}, data, loss, settings), name)
@@ -238,6 +240,7 @@ def paired_landscapes(
         orthogonal=orthogonal, batch_norm=batch_norm, samples=samples, metrics=metrics or {}, l2=l2, tolerance=tolerance,
         strategy=strategy, precision=precision, engine=engine, weight=weight, sample_loss=sample_loss,
     )  # fmt: skip
+    models = {name: unwrapped(model) for name, model in models.items()}
     if isinstance(settings.seed, list):
         return paired_band(by_seed(models, data, loss, settings))
     return surfaces(models, data, loss, settings)

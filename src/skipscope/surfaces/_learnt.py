@@ -39,6 +39,8 @@ def has_learnt(model: nn.Module, data: Batches, loss: Objective) -> bool | None:
     if not weight:
         return None
     gap = (exchanged - own) / weight
+    if gap != gap:  # the loss is not a number on one of them: nothing is known
+        return None
     if not gap > _MARGIN * abs(own / weight):
         return False
     if gaps:

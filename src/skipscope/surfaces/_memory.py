@@ -74,6 +74,7 @@ def check_grid(points: int, numbers: int, usual: int = 0) -> None:
         numbers = max(numbers, usual)
         raise SkipscopeError(
             "landscape", "the grid's numbers do not fit into memory",
-            expected=f"at most {int((free / each / numbers) ** 0.5):,} points an axis of a plane",
+            expected=f"at most {int((free / each / numbers) ** 0.5):,} points an axis of a plane, "
+            f"{int(free / each / numbers):,} on a line",
             got=f"{points:,} points of {numbers} numbers, {points * each * numbers / 2**30:.1f} GiB", cure="a smaller grid",
         )  # fmt: skip

@@ -104,6 +104,11 @@ class PointLoss:
     """
 
     def __init__(self, data: Batches, loss: Objective, metrics: dict[str, Metric], *, once: bool = False):
+        if metrics and loss.from_output is None:
+            raise SkipscopeError(
+                "landscape", "metrics are read from the model's output, and an @objective has none to hand over",
+                expected="loss(output, target)", got=loss.name, cure="leave metrics= out, or pass a loss of the output",
+            )  # fmt: skip
         self.data, self.loss, self.metrics = data, loss, metrics
         self.once = once and loss.is_its_samples
         self.samples = loss.samples if loss.from_output is not None else None

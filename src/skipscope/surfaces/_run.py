@@ -260,14 +260,17 @@ def _put_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ..
 def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings) -> Facts:
     """What is measured apart from the evaluator: the model's own loss, and whether it has learnt."""
     model, anew = twin.fresh or twin.model, settings.batch_norm == "recalibrate"
+    if twin.evaluator.plain.draws:
+        torch.manual_seed(0)  # the same draws as at every point
     if settings.batch_norm in {"recalibrate", "batch"}:
         model = private_copy(model, "landscape")
         if prepare_batch_norm(model, settings.batch_norm) != "none" and anew:
             recalibrate(model, data)
+    own = mean_loss(model, data, loss)
     plane = settings.directions if isinstance(settings.directions, Plane) else None
     # A twin whose statistics did not fit it has none that fit at a checkpoint either.
     known = _losses_at(model, plane, data, loss, anew or twin.fresh is not None) if plane else []
-    return Facts(mean_loss(model, data, loss), has_learnt(model, data, loss), known)
+    return Facts(own, has_learnt(model, data, loss), known)
 
 
 def _losses_at(model: nn.Module, plane: Plane, data: Batches, loss: Objective, anew: bool) -> list[float]:

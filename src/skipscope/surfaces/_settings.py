@@ -28,9 +28,9 @@ def _are_directions(value: Any) -> bool:
 
 
 # What an option other than None must be; what needs the model to be judged is judged where it is used.
-_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+_EXPECTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "directions": (_are_directions, "one or two dicts from parameter names to tensors, or a plane"),
-    "strength": (lambda v: isinstance(v, Iterable) and not isinstance(v, str), "shortcuts: ss.find_shortcuts(model, inputs)"),
+    "strength": (lambda v: isinstance(v, list) and v, "at least one shortcut: ss.find_shortcuts(model, inputs)"),
     "metrics": (
         lambda v: isinstance(v, Mapping) and all(map(callable, v.values())), "name -> f(output, target)",
     ),
@@ -69,6 +69,8 @@ class Settings:
     sample_loss: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self):
+        if isinstance(self.strength, Iterable) and not isinstance(self.strength, str):
+            object.__setattr__(self, "strength", list(self.strength))  # it is read more than once
         for name, (holds, words) in _EXPECTED.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
