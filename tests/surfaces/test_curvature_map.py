@@ -1,6 +1,7 @@
 """Curvature maps: a closed form over a whole plane, walks against fresh solves, resuming, twins."""
 
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope.curvature import _solve
-from skipscope.surfaces import _curvature_map, _walk
+from skipscope.surfaces import _curvature_map, _forked, _rows, _walk
 
 DOUBLE = torch.float64
 
@@ -282,3 +283,71 @@ def test_two_torchrun_ranks(tmp_path):
         [sys.executable, script(whole, 0)[0]], env=environment, capture_output=True, text=True
     )
     assert len(lines) == 2 and set(lines) == {finished_line(alone.stdout)}
+
+
+# --- a row a core --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not _forked.CAN_FORK, reason="copies are made by fork, on Linux")
+@pytest.mark.parametrize("case", ["whole", "a copy dies", "no memory", "a line", "twins"])
+def test_rows_walked_side_by_side_have_the_bits_of_one_thread(two_threads, monkeypatch, tmp_path, case):
+    model, data = small_net()
+    made, marker = [], tmp_path / "one"
+
+    class Seen(_forked.Forked):
+        def __init__(self, compute, *args):
+            made.append(self)
+            super().__init__(compute, *args)
+
+        def answers(self, questions):
+            assert len(questions) == 4
+            return super().answers(questions)
+
+    def loss(output, target):
+        if (
+            case == "a copy dies"
+            and multiprocessing.parent_process() is not None
+            and made
+            and not marker.exists()
+        ):
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return F.cross_entropy(output, target)
+
+    def run():
+        grid = (9,) if case == "a line" else (4, 5)
+        twins = {"a": model, "b": small_net(1)[0]} if case == "twins" else model
+        return ss.curvature_map(twins, data, loss, grid=grid)
+
+    torch.set_num_threads(1)
+    alone = run()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(_rows, "Forked", Seen)
+    if case == "no memory":
+        monkeypatch.setattr(_rows, "fits", lambda needed: needed < 0)
+    found = run()
+    assert len(made) == {"no memory": 0, "a line": 0, "twins": 2}.get(case, 1)
+    assert marker.exists() == (case == "a copy dies")
+    if case == "twins":
+        assert all(same(found.maps[name], alone.maps[name]) for name in "ab")
+    elif made:
+        assert same(found, alone) and found.products == alone.products
+    else:
+        assert np.allclose(found.largest, alone.largest, rtol=1e-2)
+    assert not multiprocessing.active_children()
+
+
+def test_rows_longer_than_a_segment_are_the_same_with_and_without_a_store(tmp_path):
+    model, data, plane = two_weights()
+    options = {"grid": (2, 70), "directions": plane}
+    one = ss.curvature_map(model, data, half_squares, **options)
+    other = ss.curvature_map(model, data, half_squares, store=tmp_path / "s", **options)
+    assert same(one, other) and one.converged.all()

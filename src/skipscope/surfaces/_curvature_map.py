@@ -27,6 +27,7 @@ from skipscope.surfaces._grid import Sheet, axes
 from skipscope.surfaces._map_result import CurvatureMap, PairedMaps
 from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import data_hash, hash_of, resident, weights_hash
+from skipscope.surfaces._rows import rows_side_by_side
 from skipscope.surfaces._runner import Runner, engine_for
 from skipscope.surfaces._settings import Settings
 from skipscope.surfaces._store import PLAN, Plan, Store, check_plan, read_plan
@@ -222,16 +223,15 @@ class _Plane:
         wish = replace(self.wish, precision=operator.precision)
         sheet = Sheet(NAMES, tuple(len(axis) for axis in self.at))
         identity = self._identity(model, moved)
-        plan = Plan(
-            identity, [self._centre(model)], NAMES, sheet.done.size, min(len(self.at[-1]), SEGMENT), "walk"
-        )
+        # Rows, and segments of a line, begin anew: with or without a store a walk starts at the same points.
+        unit = sheet.shape[-1] if len(sheet.shape) > 1 else SEGMENT
+        plan = Plan(identity, [self._centre(model)], NAMES, sheet.done.size, unit, "walk")
         kept = _open(self.settings.store, folder, plan)
-        walk, engine = (
-            Walk(operator, moved, self.at, wish),
-            engine_for(self.settings.engine, kept is not None),
-        )
-        runner = Runner(sheet, walk, kept, engine, f"curvature map of {name}")
-        _fill(runner, sheet)
+        walk = Walk(operator, moved, self.at, wish)
+        engine = engine_for(self.settings.engine, kept is not None)
+        with rows_side_by_side(walk, operator, sheet.done.size // unit, unit) as remote:
+            runner = Runner(sheet, walk, kept, engine, f"curvature map of {name}", unit, remote)
+            runner.compute(np.arange(sheet.done.size))
         result = CurvatureMap(
             name=name,
             smallest=sheet["smallest"],
@@ -268,16 +268,6 @@ class _Plane:
                          "max_products": wish.max_products},
             "versions": {"skipscope": __version__, "torch": torch.__version__},
         }  # fmt: skip
-
-
-def _fill(runner: Runner, sheet: Sheet) -> None:
-    """Row by row, so that with or without a store a walk starts at the same points."""
-    everything = np.arange(sheet.done.size)
-    if runner.store is not None:
-        runner.compute(everything)
-        return
-    for row in everything.reshape(-1, sheet.shape[-1]):
-        runner.compute(row)
 
 
 def _open(store: Any, twin: str, plan: Plan) -> Store | None:

@@ -62,15 +62,24 @@ class Forked(Generic[Question, Answer]):
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
     def __call__(self, questions: Sequence[Question]) -> list[Answer]:
-        """The answers, in order. A copy that dies leaves its questions to the others.
+        """The answers, in order.
 
         Raises:
-            Lost: there are no answers; the copies are gone.
+            Lost: as :meth:`answers`.
         """
-        left, answers = deque(range(len(questions))), {}
+        found = dict(self.answers(questions))
+        return [found[i] for i in range(len(questions))]
+
+    def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
+        """Number of a question and its answer, as they come. A copy that dies leaves its questions to the others.
+
+        Raises:
+            Lost: there are no more answers; the copies are gone.
+        """
+        left, missing = deque(range(len(questions))), len(questions)
         asked: dict[Any, deque[int]] = {pipe: deque() for pipe in self._copies}
         try:
-            while len(answers) < len(questions):
+            while missing:
                 for pipe in list(asked):
                     if not _ask(pipe, asked[pipe], left, questions):
                         self._bury(pipe, asked, left)
@@ -90,11 +99,11 @@ class Forked(Generic[Question, Answer]):
                         continue
                     if not holds:
                         raise Lost(answer)
-                    answers[asked[pipe].popleft()] = answer
+                    missing -= 1
+                    yield asked[pipe].popleft(), answer
         except BaseException:
             self.close()  # answers may be on their way that nobody will fetch
             raise
-        return [answers[i] for i in range(len(questions))]
 
     def _bury(self, pipe: Any, asked: dict[Any, deque[int]], left: deque[int]) -> None:
         left.extendleft(reversed(asked.pop(pipe)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from skipscope._data import Batches, Objective
 from skipscope._errors import MissingExtra
+from skipscope.surfaces._runner import Remote
 from skipscope.surfaces._settings import Settings
 from skipscope.surfaces._strategies import A_CORE
 
@@ -65,9 +66,6 @@ def job(
     )  # then the cluster's tasks are what is side by side
     threads = 1 if alone else torch.get_num_threads()
     return Job(uuid.uuid4().hex, dict(models), data, loss, settings, axes, strategies, threads)
-
-
-Remote = Callable[[Sequence[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]
 
 
 def on_ray(job: Job) -> Remote:

@@ -19,6 +19,7 @@ from skipscope.surfaces._grid import Sheet
 from skipscope.surfaces._store import Store
 
 ENGINES = ("auto", "local", "torchrun", "ray")
+Remote = Callable[[Sequence[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]
 _POLL_S = 0.02
 _PATIENCE_S = 10.0  # without a new unit before a rank is taken for lost; at least five units' time
 
@@ -52,7 +53,7 @@ class Runner:
         engine: "local", "torchrun" or "ray".
         what: for the progress display.
         at_once: points computed together where no store says how many.
-        remote: for Ray: computes units elsewhere and yields (unit, numbers) as they come.
+        remote: computes units elsewhere and yields (unit, numbers) as they come.
         in_flight: points that a killed process may lose: a store's units are computed together up to that many.
     """
 
@@ -64,7 +65,7 @@ class Runner:
         engine: str,
         what: str,
         at_once: int = 64,
-        remote: Callable[[Sequence[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]] | None = None,
+        remote: Remote | None = None,
         in_flight: int = 1,
     ):
         self.sheet, self.work, self.store, self.what = sheet, work, store, what
@@ -89,20 +90,18 @@ class Runner:
         # Shared out before what is done is left out: ranks that begin at different times see different units done, and
         # must still agree on whose each one is.
         mine = self._missing(units[self.rank :: self.world])
-        if self.remote is not None:
-            for unit, numbers in track(self.remote(mine), self.what, len(mine)):
-                self._keep(unit, numbers)
-            return
-        longest = 0.0
-        for group in track(_groups(mine, self.in_flight), self.what):
-            began = time.perf_counter()
-            numbers = self.work(np.concatenate(group))
-            ends = np.cumsum([len(unit) for unit in group])
-            for unit, part in zip(group, np.split(numbers, ends[:-1], axis=1)):
-                self._keep(unit, part)
-            longest = max(longest, time.perf_counter() - began)
+        longest, last = 0.0, time.perf_counter()
+        for unit, numbers in track((self.remote or self._here)(mine), self.what, len(mine)):
+            self._keep(unit, numbers)
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
         if self.world > 1:
             self._wait(units, max(_PATIENCE_S, 5 * longest))
+
+    def _here(self, units: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for group in _groups(units, self.in_flight):
+            numbers = self.work(np.concatenate(group))
+            ends = np.cumsum([len(unit) for unit in group])
+            yield from zip(group, np.split(numbers, ends[:-1], axis=1))
 
     def _missing(self, units: list[np.ndarray]) -> list[np.ndarray]:
         return [unit for unit in units if not self.kept.done[unit].all()]
@@ -134,7 +133,7 @@ class Runner:
                 )  # reading must not slow the others
 
 
-def _groups(units: list[np.ndarray], most: int) -> list[list[np.ndarray]]:
+def _groups(units: Sequence[np.ndarray], most: int) -> list[list[np.ndarray]]:
     """Units in groups of up to ``most`` points, at least one unit each."""
     groups: list[list[np.ndarray]] = []
     points = 0
