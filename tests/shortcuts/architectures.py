@@ -1731,8 +1731,45 @@ class Coupling(nn.Module):
         return torch.cat([b * torch.exp(torch.tanh(log_scale)) + shift, a], -1)
 
 
-# In each the half that goes past; the other is moved by what it has no part in.
-case(features(), "realnvp", concat=2)(lambda: seq(Coupling(), Coupling()))
+# In each, the half that goes past, and the other half, put back beside it: gated, and what the first gives is added.
+case(features(), "realnvp", gated=2, concat=2)(lambda: seq(Coupling(), Coupling()))
+
+
+class AdditiveCoupling(nn.Module):
+    """1410.8516: the same without a scale; the halves change places."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.net = seq(nn.Linear(width // 2, 8), nn.ReLU(), nn.Linear(8, width // 2))
+
+    def forward(self, x):
+        a, b = x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
+        return torch.cat([b, a + self.net(b)], 1)
+
+
+case(features(), "nice", identity=2, concat=2)(lambda: seq(AdditiveCoupling(), AdditiveCoupling()))
+
+
+class RevNet(nn.Module):
+    """1707.04585: two streams, parted once and put together at the end."""
+
+    def __init__(self, blocks=2, width=4):
+        super().__init__()
+        self.f, self.g = (
+            nn.ModuleList([seq(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, width)) for _ in range(blocks)])
+            for _ in "fg"
+        )
+
+    def forward(self, x):
+        a, b = x.chunk(2, -1)
+        for f, g in zip(self.f, self.g):
+            a = a + f(b)
+            b = b + g(a)
+        return torch.cat([a, b], -1)
+
+
+# Each sum; and beside the last one, what it was made from.
+case(features(), "revnet", identity=4, concat=1)(RevNet)
 
 
 class Euler(nn.Module):

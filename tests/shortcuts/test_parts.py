@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from skipscope.shortcuts import find_shortcuts
+from skipscope.shortcuts import ablate, find_shortcuts
 from skipscope.shortcuts._nodes import Step, node_of, output_of
 from skipscope.shortcuts._parts import part_after, whole
 
@@ -79,6 +79,7 @@ class Recurrent(nn.Module):
         return h
 
 
+EDITS = {"strength": {"strength": 0.3}} | {how: {"how": how} for how in ("remove", "detach", "lesion")}
 CELLS = {
     "concatenated": lambda net, v, h: net.both(torch.cat([v, h], -1)).tanh(),
     "added": lambda net, v, h: (v + net.last(h)).tanh(),
@@ -122,6 +123,10 @@ class Halves(nn.Module):
             "other": lambda: a + self.lin(b).relu(),
             "same": lambda: a + self.lin(self.cut(x)[0]).relu() + b,
             "beside": lambda: torch.cat([a, self.lin(b).relu()], -1),
+            "put back": lambda: torch.cat([a + self.lin(b).relu(), b], -1),
+            "put back in places": lambda: torch.cat([b, self.lin(b).relu() - a], -1),
+            "put back in part": lambda: torch.cat([a + self.lin(b).relu(), b[:, 1:]], -1),
+            "put back changed": lambda: torch.cat([a + self.lin(b).relu(), b.tanh()], -1),
         }[self.join]()
 
 
@@ -133,8 +138,37 @@ HALVES = {
 }
 
 
-@pytest.mark.parametrize(("join", "kinds"), [("other", []), ("same", ["identity"]), ("beside", ["concat"])])
+JOINS = {
+    "other": [],
+    "same": ["identity"],
+    "beside": ["concat"],
+    "put back": ["identity", "concat"],
+    "put back in places": ["identity", "concat"],
+    "put back in part": ["concat"],
+    "put back changed": [],
+}
+
+
+@pytest.mark.parametrize("join", JOINS)
 @pytest.mark.parametrize("cut", HALVES)
-def test_the_other_half_is_not_bypassed(cut, join, kinds):
+def test_the_other_half_is_bypassed_only_where_both_are_put_back(cut, join):
     found = find_shortcuts(Halves(HALVES[cut], join), torch.linspace(-1, 1, 24).reshape(3, 8))
-    assert [s.kind for s in found] == (kinds if (cut, join) != ("view", "beside") else [])
+    kinds = JOINS[join]
+    if cut == "view" and join != "same":  # single steps: of these only what F was made from is bypassed
+        kinds = ["concat"] * ("concat" in kinds and join != "beside")
+    assert [s.kind for s in found] == kinds
+
+
+@pytest.mark.parametrize("how", ["remove", "detach", "lesion", "strength"])
+def test_a_coupling_edited_is_the_whole_of_x_edited(how):
+    """[a + F(b), b] = x + [F(b), 0]."""
+    torch.manual_seed(0)
+    model, x = Halves(HALVES["chunk"], "put back"), torch.randn(3, 8, requires_grad=True)
+    found = find_shortcuts(model, x.detach())
+    twin = ablate(model, found if how != "lesion" else found[:1], **EDITS[how])
+    f = torch.cat([model.lin(x[:, 4:]).relu(), torch.zeros(3, 4)], -1)
+    by_hand = {"remove": lambda: f, "detach": lambda: x.detach() + f, "lesion": lambda: x + 0 * f}
+    expected, y = by_hand.get(how, lambda: 0.3 * x + f)(), twin(x)
+    torch.testing.assert_close(y, expected)
+    for one, other in zip(*(torch.autograd.grad(v.square().sum(), x) for v in (y, expected))):
+        torch.testing.assert_close(one, other)

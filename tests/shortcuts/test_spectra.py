@@ -86,3 +86,37 @@ def test_the_spectrum_equals_the_enumeration_of_all_paths(way):
         assert torch.equal(ss.ablate(model, found, **neutral)(x), y)
     assert torch.equal(ss.ablate(model, found, strength=0.0)(x), ss.ablate(model, found)(x))
     assert not torch.equal(ss.ablate(model, found)(x), y)
+
+
+class Coupled(nn.Module):
+    """Couplings by their definition: the sum's branch is F(b), that of what is put together is a + F(b)."""
+
+    def __init__(self, gated):
+        super().__init__()
+        self.nets = nn.ModuleList(
+            nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)) for _ in range(3)
+        )
+        self.gates = nn.ModuleList(nn.Linear(3, 3) for _ in range(3)) if gated else [None] * 3
+        self.sums, self.joins = (nn.ModuleList(oracles.Branch() for _ in range(3)) for _ in range(2))
+
+    def forward(self, x):
+        for net, gate, summed, joined in zip(self.nets, self.gates, self.sums, self.joins):
+            a, b = x.chunk(2, -1)
+            a = a if gate is None else a * gate(b).tanh().exp()
+            x = torch.cat([b, joined(a + summed(net(b)))], -1)
+        return x
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_spectrum_of_couplings(gated):
+    torch.manual_seed(0)
+    model, x = Coupled(gated).double(), torch.randn(4, 6, dtype=torch.float64)
+    found = ss.find_shortcuts(model, x)
+    assert [s.kind for s in found] == ["gated" if gated else "identity", "concat"] * 3
+    paths = ss.path_spectrum(model, (x, torch.zeros(4, 6)), lambda y, _: y.square().mean())
+    expected = [float(g.norm()) for g in oracles.by_enumeration(model, lambda y: y.square().mean(), x)]
+    np.testing.assert_allclose(paths.norms, expected[: len(paths.norms)], rtol=1e-10)
+    assert not any(expected[len(paths.norms) :]) and paths.residual < 1e-13
+    for neutral in ({"how": "detach"}, {"strength": 1.0}):
+        assert torch.equal(ss.ablate(model, found, **neutral)(x), model(x))
+    assert torch.equal(ss.ablate(model, found, strength=0.0)(x), ss.ablate(model, found)(x))

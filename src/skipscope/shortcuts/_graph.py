@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -236,6 +236,10 @@ class Graph:
             else:
                 found += [cuts.parts[p] for p in self._active_parents[v] if p in cuts.parts]
         return found
+
+    def parts_of(self, fork: int) -> Mapping[int, Part]:
+        """Of each node that is a part of ``fork``, which; the fork itself among them."""
+        return self._cuts(fork).parts
 
     def _cuts(self, fork: int) -> Cuts:
         """What is cut out of a node, and computed from that. Cutting out and turning about are no computing."""

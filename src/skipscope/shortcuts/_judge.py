@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._bits import bits
+from skipscope.shortcuts._couplings import Couplings
 from skipscope.shortcuts._expanded import Expanded
 from skipscope.shortcuts._gates import Gates
 from skipscope.shortcuts._graph import Graph
@@ -44,7 +45,7 @@ class Judge:
         self.graph = graph
         self.made = {id(call.output): call for call in graph.record.calls if call.output is not None}
         self.gates, self.expanded = Gates(graph, self.made), Expanded(graph, self.made)
-        self.mixtures = Mixtures(graph, self.made)
+        self.mixtures, self.couplings = Mixtures(graph, self.made), Couplings(graph, self.made)
 
     def verdict(self, call: Call) -> Verdict | str | None:
         """A shortcut, a reason why not, or None for what is no merge of activations at all."""
@@ -233,9 +234,11 @@ class Judge:
         taken = self._taken(reader, side, fork)
         if taken and all(part.limits for part in taken):  # then only the same parts are bypassed
             starts = [v for v in graph.leaving(fork, taken) if graph.ancestors.reaches(v, end)]
-            if not starts:
-                steps = all(len(run) == 1 for part in taken for run in part.limits.values())
-                return f"other {'steps of one sequence' if steps else 'parts of one tensor'}"
+            if not starts and all(len(run) == 1 for part in taken for run in part.limits.values()):
+                return "other steps of one sequence"
+            if not starts and not self.couplings.puts_back(reader.call, fork):
+                return "other parts of one tensor"
+            starts = starts or [fork]
         nodes = graph.between(starts, end) & ~(1 << fork)
         if (
             reader.call.name in _calls.LISTS
@@ -256,7 +259,7 @@ class Judge:
             return []
         taken = graph.parts_taken(fork, side.region)
         dim = getattr(call.output, "_saved_dim", None) if call.name in _calls.LISTS - {"stack"} else None
-        return [] if dim is not None and any(part.runs_along(dim) for part in taken) else taken
+        return [] if dim is not None and any(part.axis_along(dim) for part in taken) else taken
 
     def _is_activation_function(self, region: int) -> bool:
         """Whether each value goes through by itself, and what it meets are single numbers, or shape how it is bent.

@@ -45,13 +45,13 @@ class Part:
             if axis in other.limits
         )
 
-    def runs_along(self, dim: int) -> bool:
-        """Whether it is a part along one of its own axes only, and more than a single step: a class token is none of
-        several channels.
+    def axis_along(self, dim: int) -> tuple[Axis, range] | None:
+        """The axis of the whole along which one of its own axes runs, and where, if it is a part along that alone, and
+        more than a single step: a class token is none of several channels.
         """
         dim = signed(dim)
         axis = self.axes[dim] if -len(self.axes) <= dim < len(self.axes) else None
-        return axis is not None and set(self.limits) <= {axis[0]} and len(axis[1]) > 1
+        return axis if axis is not None and set(self.limits) <= {axis[0]} and len(axis[1]) > 1 else None
 
     def within(self, dim: int, where: slice | int) -> Part | None:
         """What is left after taking some of one axis."""

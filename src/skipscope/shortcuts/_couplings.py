@@ -1,0 +1,68 @@
+"""Couplings: with a and b the parts of one tensor x, [a + F(b), b] is x + [F(b), 0].
+
+By itself a + F(b) bypasses nothing: a and b are two activations, as two steps of a sequence are. Put back beside b, each
+in its own place, it is a sum over the whole: F is a branch, and a the part of x that goes past it (NICE, RealNVP,
+reversible networks). The parts may be put back where they were summed, or many sums later, as streams that were parted
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from skipscope.shortcuts import _calls
+from skipscope.shortcuts._graph import Graph
+from skipscope.shortcuts._nodes import shape_of
+from skipscope.shortcuts._parts import Axis, Part
+from skipscope.shortcuts._record import Call
+from skipscope.shortcuts._sides import WHOLE
+
+# What carries a part on: a stream of sums, and gates on it.
+_CARRYING = WHOLE | {"Add", "Sub", "Mul", "Div"}
+
+
+class Couplings:
+    """Reads couplings in one graph."""
+
+    def __init__(self, graph: Graph, made: Mapping[int, Call]):
+        self.graph, self.made = graph, made
+
+    def puts_back(self, call: Call, fork: int) -> bool:
+        """Whether a sum with a part of ``fork`` is put together with its other parts, so that none is missing."""
+        at = self.graph.position[call.output]
+        for end in self.graph.onward([at], _CARRYING, frozenset({"Cat"})):
+            joined = self.made.get(id(self.graph.nodes[end]))
+            if joined is not None and joined.name in _calls.LISTS and self._covers(joined, fork):
+                return True
+        return False
+
+    def _covers(self, joined: Call, fork: int) -> bool:
+        """Whether what is put together comes from parts of ``fork``, along the same axis, that are all of it."""
+        whole, dim = self.graph.parts_of(fork).get(fork), getattr(joined.output, "_saved_dim", None)
+        if whole is None or dim is None:
+            return False
+        taken: dict[Axis, list[range]] = {}
+        for node in joined.operands:
+            for part in self._parts_carried(node, fork):
+                axis = part.axis_along(dim)
+                if axis is not None and not any(set(axis[1]) & set(run) for run in taken.get(axis[0], ())):
+                    taken.setdefault(axis[0], []).append(axis[1])
+                    break
+        return any(
+            isinstance(axis, int) and sum(map(len, runs)) == whole.shape[axis] for axis, runs in taken.items()
+        )
+
+    def _parts_carried(self, node: object, fork: int) -> list[Part]:
+        """The parts of ``fork``, in the shape of ``node``, that it may carry on."""
+        graph, parts, shape = self.graph, self.graph.parts_of(fork), shape_of(node)
+        waiting = [] if node is None else [graph.position[node]]
+        seen, found = set(waiting), []
+        while waiting:
+            at = waiting.pop()
+            if at in parts and at != fork:
+                found += [parts[at]] if parts[at].shape == shape else []
+            elif graph.kind(at) in _CARRYING:
+                above = [p for p in graph.active_parents(at) if p > fork and p not in seen]
+                seen.update(above)
+                waiting += above
+        return found
