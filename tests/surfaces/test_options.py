@@ -121,3 +121,18 @@ def test_shortcuts_from_a_generator_are_read_more_than_once(tmp_path):
 def test_regularised_scores_have_the_regulariser_in_their_errors():
     strong = ss.landscape(_model(), (X, Y), F.cross_entropy, grid=7, l2=50.0, strategy="plain")
     assert strong.scores.convexity_share == 1.0 and strong.scores.errors["convexity_share"] == 0.0
+
+
+def test_noise_of_the_models_own_over_several_batches():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = _model()
+
+        def forward(self, x):
+            return self.inner(x + torch.randn_like(x))
+
+    batches = ss.batches([(X[:25], Y[:25]), (X[25:], Y[25:])])
+    surface = ss.landscape(Noisy(), batches, F.cross_entropy, grid=3, batch_norm="recalibrate")
+    again = ss.landscape(Noisy(), batches, F.cross_entropy, grid=3)
+    assert surface.checks.passed and np.array_equal(surface.values, again.values)
