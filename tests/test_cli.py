@@ -97,6 +97,11 @@ BAD = {
     "nan": (["compare", "mine:make", "--data", "mine:nan_batch"], "not finite"),
     "bad shape words": (["find", "mine:make", "--input", "8x-3"], "8x3x224x224"),
     "cannot write": (["flow", "mine:make", "--data", "mine:batch", "--out", "/proc/nope"], "--out"),
+    "no grid": (["landscape", "mine:make", "--data", "mine:batch", "--grid", "9y5"], "51x31"),
+    "no line": (
+        ["landscape", "mine:make", "--data", "mine:batch", "--grid", "9x5", "--line"],
+        "this is no grid",
+    ),
     "nothing saved": (["show", "nowhere.json"], "nowhere.json"),
     "no weights": (["flow", "mine:make", "--data", "mine:batch", "--weights", "no.pt"], "no.pt"),
 }
@@ -178,3 +183,33 @@ def test_compare_a_model_without_shortcuts(folder):
         "with": "shortcuts added",
     }
     assert result["training"] is None
+
+
+def test_the_surface_that_was_asked_for(folder):
+    options = ("mine:make", "--data", "mine:batch", "--strategy", "plain")
+    pytest.importorskip("zarr")
+    done = skipscope(
+        folder, "landscape", *options, "--grid", "7x5", "--normalize", "layer", "--samples", "20", "--l2", "0.1", "--batch-norm", "batch",
+        "--precision", "bf16", "--out", "asked",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "asked" / "landscape.json").read_text())
+    assert "7 x 5" in done.stdout and '"layer"' in json.dumps(found) and "bf16" in json.dumps(found)
+    line = skipscope(folder, "landscape", *options, "--grid", "9", "--line", "--json", "--out", "line")
+    plain = json.loads(line.stdout)
+    assert len(plain["alphas"]) == 9 and plain["betas"] == [] and len(plain["values"]) == 9
+
+
+def test_of_several_ranks_one_speaks(folder):
+    pytest.importorskip("zarr")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "skipscope", "landscape", "mine:make", "--data", "mine:batch", "--grid", "5", "--out", "ranks"],
+            cwd=folder, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) for rank in range(2)
+    ]  # fmt: skip
+    (said, notes), (silent, nothing) = (rank.communicate(timeout=300) for rank in ranks)
+    assert all(rank.returncode == 0 for rank in ranks), notes + nothing
+    assert "loss surface" in said and "guessed" in notes
+    assert "loss surface" not in silent + nothing and "guessed" not in nothing

@@ -149,8 +149,16 @@ def paths(
 def landscape(
     model: Model,
     *,
-    grid: int = 25,
+    grid: str = "25",
+    line: bool = False,
     span: float = 1.0,
+    tolerance: float | None = None,
+    samples: int | None = None,
+    normalize: str = "filter",
+    batch_norm: str = "frozen",
+    l2: float = 0.0,
+    precision: str | None = None,
+    strategy: str = "auto",
     engine: str = "auto",
     source: Source = Source(),
     output: Output = Output(),
@@ -158,13 +166,25 @@ def landscape(
     """Its loss surface on a filter-normalised plane; run it again and it goes on where it was stopped.
 
     Args:
-        grid: points a side.
+        grid: points a side, or a number a side: 51x31.
+        line: along one direction only.
         span: the plane reaches this many times the weights' own length in each direction.
+        tolerance: compute coarsely first, and more only where interpolation is off by more than this share of the range.
+        samples: use a random subset of the data of this size.
+        normalize: filter, layer, tensor or none.
+        batch_norm: frozen, recalibrate or batch.
+        l2: count l2/2 |w|^2 in.
+        precision: fp32, tf32, bf16 or fp16 instead of the model's own.
+        strategy: auto takes the fastest; plain has the same bits on every run.
         engine: auto, or ray (extra).
     """
     from skipscope.cli import _commands
 
-    _commands.landscape(model, source, output, grid=grid, span=span, engine=engine)
+    options = {
+        "span": span, "tolerance": tolerance, "samples": samples, "normalize": normalize, "batch_norm": batch_norm, "l2": l2,
+        "precision": precision, "strategy": strategy, "engine": engine,
+    }  # fmt: skip
+    _commands.landscape(model, source, output, grid=grid, line=line, **options)
 
 
 @app.command

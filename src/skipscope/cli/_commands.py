@@ -84,18 +84,28 @@ def paths(model: str | None, source: Source, output: Output, *, wrt: str | None)
 
 
 def landscape(
-    model: str | None, source: Source, output: Output, *, grid: int, span: float, engine: str
+    model: str | None, source: Source, output: Output, *, grid: str, line: bool, **options: Any
 ) -> None:
-    """The loss surface, kept point by point so that it can be resumed."""
-    folder = _folder(output)
-    subject = _subject(_required(model), source)
-    with progress(not output.json):
+    """The loss surface, kept point by point so that it can be resumed; of several ranks the first one speaks."""
+    sizes = _sizes(grid, line)
+    folder, leads = _folder(output), int(os.environ.get("RANK", "0")) == 0
+    subject = _subject(_required(model), source, speaks=leads)
+    with progress(leads and not output.json):
         result = ss.landscape(
             subject.model, subject.data, subject.loss,
-            grid=grid, span=span, seed=source.seed, store=folder / "landscape.zarr", engine=engine,
+            grid=sizes, seed=source.seed, store=folder / "landscape.zarr", **options,
         )  # fmt: skip
-    if int(os.environ.get("RANK", "0")) == 0:
+    if leads:
         _deliver(result, "landscape", output, folder)
+
+
+def _sizes(grid: str, line: bool) -> tuple[int, ...]:
+    sizes = tuple(int(n) for n in grid.split("x") if n.isdecimal())
+    if "x".join(map(str, sizes)) != grid or len(sizes) > 2 - line:
+        raise SkipscopeError(
+            "landscape", "this is no grid", expected="51" if line else "51, or 51x31", got=grid[:60]
+        )
+    return sizes if line or len(sizes) == 2 else sizes * 2
 
 
 def show(file: Path, output: Output) -> None:
@@ -122,11 +132,11 @@ def _required(model: str | None) -> str:
     return model
 
 
-def _subject(model: str, source: Source, samples: int = 128) -> Subject:
+def _subject(model: str, source: Source, samples: int = 128, speaks: bool = True) -> Subject:
     from skipscope.cli._subject import load_subject
 
     subject = load_subject(model, source, samples)
-    for sentence in subject.said:
+    for sentence in subject.said if speaks else ():
         print(f"({sentence})", file=sys.stderr)
     return subject
 
