@@ -64,7 +64,7 @@ class Judge:
             return "no common ancestor (position embedding, or separate inputs)"
         if call.name not in _calls.LISTS | {"where"} and (crossed := self.gates.crossed(reader)) is not None:
             return crossed
-        bypassing = (0,) if call.name.startswith("marked ") else self._bypassing(reader, sides)
+        bypassing = (0,) if call.name.startswith("marked ") else self._bypassing(call, sides)
         if isinstance(bypassing, str):
             return bypassing
         region, branches = self._branch(reader, sides, bypassing)
@@ -74,13 +74,15 @@ class Judge:
             region, branches = self._branch(reader, sides, bypassing, sharing=True)
         if isinstance(branches, str):
             return branches
+        is_projection = not call.name.startswith("marked ") and self._rank(sides[bypassing[0]]) == PROJECTED
+        if is_projection and not self._is_deeper(region):  # g(c) h(x) + b(c): two linear maps of c, side by side
+            return PARALLEL
         return self._shortcut(reader, sides, bypassing, branches, region)
 
     # --- which operands bypass ---
 
-    def _bypassing(self, reader: Sides, sides: dict[int, Side]) -> tuple[int, ...] | str:
+    def _bypassing(self, call: Call, sides: dict[int, Side]) -> tuple[int, ...] | str:
         """The operands that skip: those without weights; else scaled; else gated; else normed; else projected."""
-        call = reader.call
         rank = {i: r for i, side in sides.items() if (r := self._rank(side)) is not None}
         if call.name in _calls.LISTS:
             straight = (i for i, r in rank.items() if r <= GATED and not self._takes_largest(sides[i]))
@@ -90,18 +92,15 @@ class Judge:
             return "a side without weights that is not linear" if bent else PARALLEL
         best = min(rank.values())
         chosen = tuple(i for i, r in rank.items() if r == best)
-        rest = {i: side for i, side in sides.items() if i not in chosen}
+        rest = [side for i, side in sides.items() if i not in chosen]
         if call.name == "where" and best > GATED:
             return PARALLEL
-        if best == NORMED and not any(
-            self.graph.matrices_in(side.region, enough=1) for side in rest.values()
-        ):
+        if best == NORMED and not any(self.graph.matrices_in(side.region, enough=1) for side in rest):
             return PARALLEL
         if best == PROJECTED:
-            fork = max(sides[i].fork or 0 for i in chosen)
-            if not any(self._is_deeper(side, reader.position(i), fork) for i, side in rest.items()):
+            if not any(side.how == "branch" and self._is_deeper(side.region) for side in rest):
                 return PARALLEL
-            if any(self._is_low_rank(side, sides[chosen[0]]) for side in rest.values()):
+            if any(self._is_low_rank(side, sides[chosen[0]]) for side in rest):
                 return "a low-rank update of the same linear map"
             if self._is_score(self.graph.position[call.output if call.whole is None else call.written]):
                 return "a sum of attention scores"
@@ -126,13 +125,10 @@ class Judge:
             return FREE
         return NORMED if not side.products else GATED if side.how == "gated" else SCALED
 
-    def _is_deeper(self, side: Side, end: int, fork: int) -> bool:
-        """Whether a side does more than one linear map of ``fork``: two, one after the other, or one and something bent.
-
-        What else it is made of does not count: in g(c) h(x) + b(c) two linear maps of c lie side by side.
-        """
-        graph, region = self.graph, side.region & self.graph.on_the_way(fork, end)
-        matrices = graph.matrices_in(region, enough=2).bit_count() if side.how == "branch" else 0
+    def _is_deeper(self, region: int) -> bool:
+        """Whether a set of nodes does more than one linear map: two, one after the other, or one and something bent."""
+        graph = self.graph
+        matrices = graph.matrices_in(region, enough=2).bit_count()
         if matrices and self._bends(region):
             return True
         passed: set[int] = set()  # what comes after a matrix

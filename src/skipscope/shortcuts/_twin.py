@@ -324,6 +324,8 @@ class _CompiledEditing(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name == "unflatten":
+            func = torch.unflatten  # the tensor's method is Python that torch 2.6 cannot trace from in here
         operation = _calls.OPERATIONS.get(name)
         if operation is None:
             return func(*args, **kwargs)
