@@ -1,6 +1,6 @@
 """Curvature: what a product costs against a gradient, and both ends of a spectrum against scipy and PyHessian.
 
-Seconds are those of the processor, so that other work on the machine does not count. The spectrum is that of one published network: 964 parameters, float64, trained for 50 steps, its dense Hessian known.
+Seconds are those of the processor, so that other work on the machine does not count (but of rows side by side). The spectrum is that of one published network: 964 parameters, float64, trained for 50 steps, its dense Hessian known.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 
 import skipscope as ss
+from skipscope.surfaces import _rows
 
 TOL = 1e-3
 
@@ -51,7 +52,8 @@ def dense_spectrum(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> np.nda
 
 
 def figures() -> list[dict]:
-    return [*_ends(), *(_product(*case) for case in _cases()), *(_map(*case) for case in _map_cases())]
+    cases = [*(_product(*case) for case in _cases()), *(_map(*case) for case in _map_cases())]
+    return [*_ends(), *cases, *_rows_side_by_side()]
 
 
 # --- both ends ------------------------------------------------------------------------------------------------------
@@ -240,3 +242,27 @@ def _map(name: str, model: nn.Module, batch, grid: tuple[int, int], tol: float =
         f"by more than twice the tolerance at {sum(e > 2 * tol for e in errors)} of {len(errors)} points; "
         f"{int((~walked.converged).sum())} not converged; probability at least {walked.probability.min():.2f} everywhere",
     }  # fmt: skip
+
+
+def _rows_side_by_side(rounds: int = 3) -> list[dict]:
+    """Seconds by the clock: a map whose rows are walked a core each, against one row at a time with all threads."""
+    found = []
+    for name, model, batch, grid in (
+        ("digits MLP", ss.reference.deep_mlp(depth=5), ss.reference.digits(200), (4, 11)),
+        ("GPT of 2 layers", ss.reference.gpt(layers=2), ss.reference.english(8), (2, 9)),
+        ("ResNet-20, 64 images", ss.reference.resnet20(), ss.reference.digits(64), (2, 5)),
+    ):
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(rounds):
+            for forks in seconds:
+                able, _rows.CAN_FORK = _rows.CAN_FORK, forks
+                start = time.perf_counter()
+                ss.curvature_map(model.eval(), batch, F.cross_entropy, grid=grid, span=0.3)
+                seconds[forks].append(time.perf_counter() - start)
+                _rows.CAN_FORK = able
+        copies, alone = (statistics.median(seconds[forks]) for forks in (True, False))
+        found.append(
+            {"name": f"a map with a row a core, {name}, {torch.get_num_threads()} threads", "value": alone / copies,
+             "unit": "ratio", "aim": "> 1", "detail": f"{copies:.2f} s against {alone:.2f} s with all threads on one row at a time"}
+        )  # fmt: skip
+    return found
