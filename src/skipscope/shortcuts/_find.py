@@ -15,14 +15,14 @@ from skipscope._untouched import untouched
 from skipscope.shortcuts._bits import bits
 from skipscope.shortcuts._boundaries import boundaries_of
 from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._judge import PARALLEL, Judge
+from skipscope.shortcuts._judge import Judge
 from skipscope.shortcuts._names import fork_name, home_of, merge_name, unique_names
 from skipscope.shortcuts._record import Call, Trace
 from skipscope.shortcuts._results import Layer, Rejected, Shortcut, Shortcuts
 from skipscope.shortcuts._streams import learned_streams
 from skipscope.shortcuts._trace import trace
 from skipscope.shortcuts._unwrap import unwrapped
-from skipscope.shortcuts._verdict import Verdict
+from skipscope.shortcuts._verdict import PARALLEL, Verdict
 
 
 def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:

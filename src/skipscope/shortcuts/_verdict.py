@@ -8,6 +8,9 @@ from skipscope.shortcuts._mixtures import Mixture
 from skipscope.shortcuts._record import Call
 from skipscope.shortcuts._results import Place
 
+# Reasons why a merge is no shortcut that are asked for again: another call, or another reading, may make it one.
+PARALLEL, NO_WEIGHTS = "parallel branches", "no weights on either side"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -37,8 +40,8 @@ class Verdict:
     side_region: int
     shortcut_at: tuple[Place, ...]
     branch_at: tuple[Place, ...]
-    parts: tuple[Call, ...]
-    both: tuple[int, ...]
+    parts: tuple[Call, ...] = ()
+    both: tuple[int, ...] = ()
     mixture: Mixture | None = None
 
     @property

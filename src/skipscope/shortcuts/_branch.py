@@ -1,0 +1,124 @@
+"""What the operands that skip a merge bypass: the branch, or the reason why it is none."""
+
+from __future__ import annotations
+
+from skipscope.shortcuts import _calls
+from skipscope.shortcuts._bits import bits
+from skipscope.shortcuts._couplings import Couplings
+from skipscope.shortcuts._gates import Gates
+from skipscope.shortcuts._graph import Graph
+from skipscope.shortcuts._parts import Part
+from skipscope.shortcuts._sides import MATRIX_SUMS, POINTWISE, STRAIGHT_POINTWISE, WHOLE, Side, Sides
+from skipscope.shortcuts._verdict import NO_WEIGHTS
+
+
+class Branches:
+    """Reads branches in one graph.
+
+    Args:
+        graph: the dataflow.
+        gates: of the same.
+        couplings: of the same.
+    """
+
+    def __init__(self, graph: Graph, gates: Gates, couplings: Couplings):
+        self.graph, self.gates, self.couplings = graph, gates, couplings
+
+    def of(
+        self, reader: Sides, sides: dict[int, Side], bypassing: tuple[int, ...], sharing: bool = False
+    ) -> tuple[int, tuple[int, ...] | str]:
+        """The branch's nodes and the operands it comes in by, or why there is none.
+
+        With ``sharing`` a bypassing operand of a list may itself depend on the branch (a gate of it).
+        """
+        graph, call = self.graph, reader.call
+        is_list, past = call.name in _calls.LISTS, 0
+        for i in bypassing if is_list and not sharing else ():
+            past |= graph.ancestors[reader.position(i)]
+        region, branches, reason = 0, [], NO_WEIGHTS
+        for j in reader.active:
+            if j in bypassing or any(i in reader.factors and j in reader.factors for i in bypassing):
+                continue
+            nodes = 0
+            for i in bypassing:
+                passed = self._passed(reader, sides[i], j)
+                if isinstance(passed, str):
+                    reason = passed
+                else:
+                    nodes |= passed & ~past
+            if graph.has_weights(nodes) or (j in reader.factors and call.name in MATRIX_SUMS):
+                region |= nodes
+                branches.append(j)
+        if is_list and not sharing and branches and self._repeats(reader, region, bypassing):
+            return region, "steps of one recurrence, side by side"
+        if branches and self._is_activation_function(region):
+            return region, "an activation function with weights of its own"
+        return region, tuple(branches) or reason
+
+    def _passed(self, reader: Sides, side: Side, j: int) -> int | str:
+        """The nodes between the fork of a bypassing operand and operand j, or why they do not count."""
+        graph, fork = self.graph, side.fork
+        if fork is None:
+            return "no common ancestor (position embedding, or separate inputs)"
+        nodes = self._between(reader, side, fork, j)
+        while not isinstance(nodes, str) and not graph.has_weights(nodes) and graph.kind(fork) in WHOLE:
+            # A mere view is no place to part: the branch may have left before it.
+            (fork,) = graph.active_parents(fork)
+            nodes = self._between(reader, side, fork, j)
+        return nodes
+
+    def _between(self, reader: Sides, side: Side, fork: int, j: int) -> int | str:
+        graph, end = self.graph, reader.position(j)
+        starts = [fork]
+        taken = self._taken(reader, side, fork)
+        if taken and all(part.limits for part in taken):  # then only the same parts are bypassed
+            starts = [v for v in graph.leaving(fork, taken) if graph.ancestors.reaches(v, end)]
+            if not starts and all(len(run) == 1 for part in taken for run in part.limits.values()):
+                return "other steps of one sequence"
+            if not starts and not self.couplings.puts_back(reader.call, fork):
+                return "other parts of one tensor"
+            starts = starts or [fork]
+        nodes = graph.between(starts, end) & ~(1 << fork)
+        if (
+            reader.call.name in _calls.LISTS
+            and nodes
+            and not self.gates.reaches_past_gates(starts, end, nodes)
+        ):
+            return "only a gate depends on it"
+        if side.how == "gated" and nodes and not self.gates.reaches_by_a_weight(starts, end, nodes):
+            return "only a factor depends on it"
+        return nodes
+
+    def _taken(self, reader: Sides, side: Side, fork: int) -> list[Part]:
+        """The parts of the fork that a side takes. In a list part beside part, along the axis that they are parts of, is
+        the whole with some of it gone through the branch.
+        """
+        graph, call = self.graph, reader.call
+        if not side.region & graph.children_of(fork):
+            return []
+        taken = graph.parts_taken(fork, side.region)
+        dim = getattr(call.output, "_saved_dim", None) if call.name in _calls.LISTS - {"stack"} else None
+        return [] if dim is not None and any(part.axis_along(dim) for part in taken) else taken
+
+    def _is_activation_function(self, region: int) -> bool:
+        """Whether each value goes through by itself, and what it meets are single numbers, or shape how it is bent.
+
+        Snake, x + sin(a x)^2 / a, is one; x + g tanh(x) with a gain for each channel is a branch that holds gains.
+        """
+        graph = self.graph
+        if region & ~graph.of_kinds(POINTWISE):
+            return False
+        if graph.has_only_scalars(region):
+            return True
+        curves = list(bits(region & ~graph.of_kinds(STRAIGHT_POINTWISE)))
+        weighted = [v for v in bits(region) if graph.has_weights(1 << v)]
+        return any(graph.ancestors.reaches(v, curve) for v in weighted for curve in curves)
+
+    def _repeats(self, reader: Sides, region: int, bypassing: tuple[int, ...]) -> bool:
+        """Whether the branch's matrices have all made a bypassing operand before: one module, step after step."""
+        graph, ends = self.graph, [reader.position(i) for i in bypassing]
+        matrices = list(bits(graph.matrices_in(region)))
+        return bool(matrices) and all(
+            any(graph.ancestors.reaches(v, end) for v in graph.nodes_of_matrix(m) for end in ends)
+            for m in matrices
+        )

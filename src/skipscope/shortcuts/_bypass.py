@@ -1,0 +1,124 @@
+"""Which operands of a merge skip what the others went through: the rules, and what only looks like a shortcut."""
+
+from __future__ import annotations
+
+from skipscope.shortcuts import _calls
+from skipscope.shortcuts._bits import bits
+from skipscope.shortcuts._graph import Graph
+from skipscope.shortcuts._record import Call
+from skipscope.shortcuts._sides import BENT, LINEAR, MAX_POOLS, PRODUCT, SHAPE, Side
+from skipscope.shortcuts._verdict import PARALLEL
+
+FREE, SCALED, GATED, NORMED, PROJECTED = range(5)  # of several ways past a branch, the first is the shortcut
+_LINEAR = SHAPE | PRODUCT | LINEAR
+_PASSING = SHAPE | frozenset({"Mul", "Div", "NativeDropout"})
+
+
+class Bypass:
+    """Tells in one graph which operands bypass.
+
+    Args:
+        graph: the dataflow.
+    """
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+
+    def operands(self, call: Call, sides: dict[int, Side]) -> tuple[int, ...] | str:
+        """The operands that skip: those without weights; else scaled; else gated; else normed; else projected."""
+        rank = {i: r for i, side in sides.items() if (r := self.rank(side)) is not None}
+        if call.name in _calls.LISTS:
+            straight = (i for i, r in rank.items() if r <= GATED and not self._takes_largest(sides[i]))
+            return tuple(straight) or PARALLEL
+        if not rank:
+            bent = any(side.how == "bent" for side in sides.values())
+            return "a side without weights that is not linear" if bent else PARALLEL
+        best = min(rank.values())
+        chosen = tuple(i for i, r in rank.items() if r == best)
+        rest = [side for i, side in sides.items() if i not in chosen]
+        if call.name == "where" and best > GATED:
+            return PARALLEL
+        if best == NORMED and not any(self.graph.matrices_in(side.region, enough=1) for side in rest):
+            return PARALLEL
+        if best == PROJECTED:
+            if not any(side.how == "branch" and self.is_deeper(side.region) for side in rest):
+                return PARALLEL
+            if any(self._is_low_rank(side, sides[chosen[0]]) for side in rest):
+                return "a low-rank update of the same linear map"
+            if self._is_score(self.graph.position[call.output if call.whole is None else call.written]):
+                return "a sum of attention scores"
+        return self.the_first(sides, chosen)
+
+    def the_first(self, sides: dict[int, Side], chosen: tuple[int, ...]) -> tuple[int, ...]:
+        """Of operands that could all bypass those that come from none of the others: x, not its gate, nor F(x)."""
+
+        def is_later(i: int) -> bool:
+            at = sides[i].fork or 0
+            others = {sides[j].fork or 0 for j in chosen} - {at}
+            return any(self.graph.ancestors.reaches(other, at) for other in others)
+
+        return tuple(i for i in chosen if not is_later(i))
+
+    def rank(self, side: Side) -> int | None:
+        """How a side bypasses; None where it does not."""
+        if side.fork is None or side.how in {"branch", "bent"}:
+            return None
+        if side.how == "projection":
+            return PROJECTED
+        if not self.graph.has_weights(side.region):
+            return FREE
+        return NORMED if not side.products else GATED if side.how == "gated" else SCALED
+
+    def is_deeper(self, region: int) -> bool:
+        """Whether a set of nodes does more than one linear map: two, one after the other, or one and something bent."""
+        graph = self.graph
+        matrices = graph.matrices_in(region, enough=2).bit_count()
+        if matrices and self._bends(region):
+            return True
+        passed: set[int] = set()  # what comes after a matrix
+        for v in bits(region) if matrices > 1 else ():
+            is_after = any(p in passed for p in graph.parents[v])
+            if graph.matrices[v] and is_after:
+                return True
+            if graph.matrices[v] or is_after:
+                passed.add(v)
+        return False
+
+    def _takes_largest(self, side: Side) -> bool:
+        """Whether only the largest values come through: one more of Inception's parallel branches."""
+        return bool(side.region & self.graph.of_kinds(MAX_POOLS))
+
+    def _is_score(self, at: int) -> bool:
+        """Whether a softmax makes of it, shifted and scaled at most, one factor of a matrix product; or of v . tanh of it,
+        as in additive attention, one factor of a product.
+        """
+        softmaxes, ends = self.graph.onward([at], _PASSING, frozenset({"Softmax"})), {"Bmm", "Mm"}
+        if not softmaxes:
+            softmaxes, ends = self._additive_scores(at), {"Bmm", "Mm", "Mul"}
+        return bool(self.graph.onward(softmaxes, _PASSING, frozenset(ends)))
+
+    def _additive_scores(self, at: int) -> list[int]:
+        """The softmax of v . tanh(sum), where that is all the sum is for."""
+        passed = ""
+        while len(children := self.graph.children[at]) == 1:
+            (at,) = children
+            kind = self.graph.kind(at)
+            if kind == "Softmax" and passed == "tanh, v":
+                return [at]
+            passed = (
+                "tanh" if kind == "Tanh" else "tanh, v" if kind in LINEAR and passed == "tanh" else passed
+            )
+            if kind not in SHAPE | LINEAR | {"Tanh"}:
+                break
+        return []
+
+    def _bends(self, region: int) -> bool:
+        return bool(region & self.graph.of_kinds(BENT))
+
+    def _is_low_rank(self, side: Side, projection: Side) -> bool:
+        """As in LoRA: a linear side whose inner width is less than what the map beside it could pass."""
+        if side.region & ~self.graph.of_kinds(_LINEAR):
+            return False
+        inner = min((min(shape) for shape in self.graph.matrix_shapes(side.region)), default=0)
+        outer = min((min(shape) for shape in self.graph.matrix_shapes(projection.region)), default=0)
+        return inner < outer
