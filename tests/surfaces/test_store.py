@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -326,3 +327,47 @@ def test_the_strength_of_other_shortcuts_is_refused(tmp_path):
     _surface(tmp_path / "s", model=model, strength=list(found[:1]))
     with pytest.raises(ss.SkipscopeError, match="made with other settings"):
         _surface(tmp_path / "s", model=model, strength=found[1:])
+
+
+@pytest.mark.parametrize("twins", [False, True])
+def test_a_stopped_adaptive_run_has_a_surface_after_every_level(tmp_path, twins):
+    """Usable at any time: whole, its error seen on points that the fit had not seen, each value marked."""
+    calls, stop = [], 0
+
+    def loss(output, target):
+        calls.append(1)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return F.cross_entropy(output, target)
+
+    def run(store) -> Any:
+        calls.clear()
+        options: Any = {"grid": 17, "tolerance": 1e-3, "span": 3.0, "store": store, "strategy": "plain"}
+        if not twins:
+            return _surface(loss=loss, **options)
+        pair = ss.paired_landscapes({"a": _model(0), "b": _model(1)}, _data(), loss, **options)
+        return pair.surfaces["b"]
+
+    def kept(store) -> Any:
+        found: Any = ss.load(store)
+        return found.surfaces["b"] if twins else found
+
+    alone = run(None)
+    whole = _surface(model=_model(1 if twins else 0), grid=17, span=3.0)
+    counts, errors = [], []
+    for stop in range(len(calls) // 3, len(calls), len(calls) // 5):
+        store = tmp_path / str(stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(store)
+        part = kept(store)
+        assert part.complete and np.isfinite(part.values).all() and part.held_out > 0 and part.beyond is None
+        assert np.array_equal(part.values[part.computed], whole.values[part.computed])
+        assert "surface after a level" in " ".join(str(part).split())
+        counts.append(int(part.computed.sum()))
+        errors.append(np.abs(part.values - whole.values).max())
+        assert part.interpolation_error <= errors[-1] + 1e-12  # seen, not promised
+    assert len(set(counts)) > 1 and counts == sorted(counts) and errors[-1] < errors[0]
+    stop = 0
+    ended = run(store)
+    assert np.array_equal(ended.values, alone.values) and np.array_equal(ended.computed, alone.computed)
+    assert kept(store).beyond == ended.beyond is not None

@@ -32,10 +32,12 @@ class Adaptive:
         fields: names of the values that must be right (each with the name of its standard error, or None).
         tolerance: largest error as a share of each value's range over the surface; a standard error that is larger
             is tolerance enough.
+        after_level: called when a level's points are computed and its spline was held against points that it had not
+            seen: the sheet is a whole surface then, and ``errors``, ``level`` and ``held_out`` are that level's.
 
     Attributes:
         level: rows and columns of the last level, whose points the splines pass through.
-        held_out: how many points were drawn at random in the end, and held.
+        held_out: how many points were drawn at random in the end, and held; after a level, how many it was held against.
         beyond: share of the interpolated points that may be further off than ``errors``, with 95 % confidence.
     """
 
@@ -46,9 +48,11 @@ class Adaptive:
         compute: Callable[[np.ndarray], None],
         fields: Sequence[tuple[str, str | None]],
         tolerance: float,
+        after_level: Callable[[], object] | None = None,
     ):
         self.sheet, self.axes, self.compute = sheet, axes, compute
         self.fields, self.tolerance = fields, tolerance
+        self.after_level = after_level
         self.shape = sheet.shape
         self.errors = dict.fromkeys((value for value, _ in fields), 0.0)
         self._in_logarithm: dict[str, bool] = {}  # which values are interpolated so; learnt at each level
@@ -92,6 +96,8 @@ class Adaptive:
         )
         self.compute(centre_points)
         predicted = self._better(straight, logarithm, centre_points)
+        if self.after_level is not None:
+            self._tell(old, predicted, centre_points, self.after_level)
         failing = [cell for cell, bad in zip(cells, self._fails(predicted, centre_points)) if bad]
         around = {(i + di, j + dj) for i, j in failing for di in (-1, 0, 1) for dj in (-1, 0, 1)}
         around = {
@@ -112,6 +118,24 @@ class Adaptive:
             for i in _cells_between(new[0], old[0][c[0]], old[0][c[0] + 1])
             for j in _cells_between(new[1], old[1][c[1]], old[1][c[1] + 1])
         }
+
+    def _tell(
+        self,
+        level: tuple[np.ndarray, np.ndarray],
+        predicted: dict[str, np.ndarray],
+        points: np.ndarray,
+        after_level: Callable[[], object],
+    ) -> None:
+        for name, _ in self.fields:
+            value = self.sheet.data[self.sheet.names.index(name), points]
+            self.errors[name] = float(self._error(predicted[name], value).max())
+        self.level, self.held_out = level, len(points)
+        before = (
+            self.sheet.data.copy()
+        )  # with someone looking or not, the next level begins with the same bits
+        self._interpolate(level, np.arange(self.sheet.done.size))
+        after_level()
+        self.sheet.data[:] = before
 
     def _fails(self, predicted: dict[str, np.ndarray], points: np.ndarray) -> np.ndarray:
         bad = np.zeros(len(points), dtype=bool)

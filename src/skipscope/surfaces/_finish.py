@@ -44,13 +44,14 @@ class Interpolated:
         errors: each twin's largest error on points drawn at random.
         level: rows and columns of the points that the rest was interpolated from.
         held_out: how many were drawn.
-        beyond: share of the rest that may be further off (see :func:`skipscope.surfaces._adaptive.beyond`).
+        beyond: share of the rest that may be further off (see :func:`skipscope.surfaces._adaptive.beyond`); None after a
+            level, whose points were not drawn.
     """
 
     errors: dict[str, float]
     level: tuple[np.ndarray, ...]
     held_out: int
-    beyond: float
+    beyond: float | None
 
 
 @dataclass(frozen=True)

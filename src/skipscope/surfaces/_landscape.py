@@ -107,7 +107,8 @@ def landscape(
         l2: a regulariser to count in: l2/2 |w|^2 over all parameters.
         tolerance: compute coarsely first and refine where interpolation is off by more than this share of the surface's
             range (and by more than the standard error); ``computed`` says which points the model was run for. None
-            computes every point.
+            computes every point. With a store, ``ss.load`` gives the surface as it is after each level, also while the run
+            goes on or when it was stopped.
         strategy: "auto" times ways of evaluating on the first points; "plain" is the reference, whose numbers are the
             same on every run; or a name from an earlier result's provenance. On Linux one of the ways is a point a core:
             copies of this process, as many as torch has threads, made by fork as a DataLoader's workers are.

@@ -174,7 +174,8 @@ class Surface(Exported):
         points: known weights on the plane (other solutions, checkpoints), or None.
         held_out: how many points the interpolation was held against; 0 when every point was computed.
         beyond: with 95 % confidence at most this share of the interpolated values is further off than
-            ``interpolation_error`` (0.12 for 24 points drawn from many); None when every point was computed.
+            ``interpolation_error`` (0.12 for 24 points drawn from many); None when every point was computed, and for the
+            surface after a level of a run that has not ended, whose error was seen between the points of that level.
     """
 
     name: str
@@ -225,9 +226,11 @@ class Surface(Exported):
         if self.interpolation_error_share is not None:
             how += (
                 f", the rest interpolated: off by {short(100 * self.interpolation_error_share, 2)} % of the range "
-                f"({short(self.interpolation_error)}) at most at {self.held_out} points drawn at random, and so, with 95 % "
-                f"confidence, by no more at {short(100 * (1 - (self.beyond or 0.0)), 2)} % of the others"
+                f"({short(self.interpolation_error)}) at most at {self.held_out} points "
             )
+            how += _UNSEEN if self.beyond is None else (
+                f"drawn at random, and so, with 95 % confidence, by no more at {short(100 * (1 - self.beyond), 2)} % of the others"
+            )  # fmt: skip
         rows = [
             ["centre", short(self.scores.centre)],
             ["lowest, highest", f"{short(low)}, {short(high)}"],
@@ -357,6 +360,11 @@ class PairedSurfaces(Exported):
                 "difference_low": found.low, "difference_high": found.high,
             }  # fmt: skip
             yield surface.layer(lead + name, **{key: part for key, part in parts.items() if part is not None})
+
+
+_UNSEEN = (
+    "that the fit had not seen. This is the surface after a level; the same call goes on to the next one"
+)
 
 
 def _yes(value: bool) -> str:

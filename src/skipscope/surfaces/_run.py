@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -71,14 +72,17 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
             strategies = {name: choice.name for name, choice in choices.items()}
             remote, at_once = on_ray(job(models, held, objective, settings, at, strategies)), min(at_once, 16)
         runner = Runner(sheet, work, store, engine, what, at_once, remote, in_flight)
-        interpolated = _fill(sheet, runner, twins, at, settings.tolerance)
-        _put_origin(sheet, twins, at)
         facts = {t.name: _facts(t, held, objective, settings) for t in twins}
-    run = Run(settings, at, held, objective, hashes, facts, choices, interpolated, began)
-    result = finish(run, sheet, twins)
-    if store is not None and runner.rank == 0:
-        store.finish(result if len(twins) > 1 else result.surfaces[twins[0].name])
-    return result
+
+        def end(interpolated: Interpolated | None) -> PairedSurfaces:
+            run = Run(settings, at, held, objective, hashes, facts, choices, interpolated, began)
+            result = finish(run, _with_origin(sheet, twins, at), twins)
+            if store is not None and runner.rank == 0:
+                store.finish(result if len(twins) > 1 else result.surfaces[twins[0].name])
+            return result
+
+        interpolated = _fill(sheet, runner, twins, at, settings.tolerance, end if store is not None else None)
+    return end(interpolated)
 
 
 @contextmanager
@@ -230,8 +234,9 @@ def _fill(
     twins: list[TwinOnPlane],
     at: tuple[np.ndarray, ...],
     tolerance: float | None,
+    keep: Callable[[Interpolated], object] | None,
 ) -> Interpolated | None:
-    """Compute the sheet.
+    """Compute the sheet; where it is kept, the surface after each level is too.
 
     Returns:
         What was interpolated; None when all was computed.
@@ -242,19 +247,25 @@ def _fill(
         return None
     fields = [(f"{t.name}/value", f"{t.name}/stderr" if t.has_samples else None) for t in twins]
     adaptive = Adaptive(sheet, at, runner.compute, fields, tolerance)
-    errors = adaptive.run()
-    if sheet.done.all():
-        return None
-    by_twin = {t.name: errors[f"{t.name}/value"] for t in twins}
-    return Interpolated(by_twin, adaptive.level, adaptive.held_out, adaptive.beyond)
+
+    def known(beyond: float | None) -> Interpolated:
+        by_twin = {t.name: adaptive.errors[f"{t.name}/value"] for t in twins}
+        return Interpolated(by_twin, adaptive.level, adaptive.held_out, beyond)
+
+    if keep is not None and runner.rank == 0:
+        adaptive.after_level = lambda: keep(known(None))
+    adaptive.run()
+    return None if sheet.done.all() else known(adaptive.beyond)
 
 
-def _put_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ...]) -> None:
+def _with_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ...]) -> Sheet:
     """Where the origin is a point of the grid it carries the plain loop's value: the model's own loss, bit for bit."""
+    sheet = copy.deepcopy(sheet)  # what is still refined goes on from what was computed
     for twin in twins:
         places = [np.flatnonzero(axis == c) for axis, c in zip(at, twin.evaluator.origin_point)]
         if all(len(p) for p in places):
             sheet[f"{twin.name}/value"][tuple(int(p[0]) for p in places)] = twin.centre
+    return sheet
 
 
 def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings) -> Facts:
