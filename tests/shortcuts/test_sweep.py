@@ -211,6 +211,36 @@ def test_a_state_that_has_not_begun_carries_nothing():
     assert not len(ss.find_shortcuts(Cell(), torch.randn(3, 6)))
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda net, x: torch.vmap(lambda r: r * net(r).sigmoid() + net(r))(x),
+        lambda net, x: torch.vmap(torch.add)(x, net(x)),
+        lambda net, x: torch.func.grad(lambda r: (r + net(r).tanh()).square().sum())(x),
+    ],
+)
+def test_what_is_joined_under_a_transformation_is_told_not_guessed(inner):
+    """Its tensors are one sample's, or of another derivative: no gradient of the loss can be read from them."""
+
+    class Transformed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = inner(self.net, x)
+            return x + self.last(x).tanh()
+
+    torch.manual_seed(0)
+    model, x = Transformed(), torch.randn(3, 6)
+    found = ss.find_shortcuts(model, x)
+    assert [s.name for s in found] == ["last"]
+    (told,) = found.opaque
+    assert told.name == "torch.func" and told.source.startswith("test_sweep.py:")
+    assert torch.equal(ss.ablate(model, found, "detach")(x), model(x))
+    assert ss.gradient_flow(model, (x, x), F.mse_loss).boundaries[-1].name == "last"
+
+
 def test_the_flow_through_a_codec_starts_at_its_codes():
     """No gradient passes the integers: the second part says so of the first."""
     flow = ss.gradient_flow(Codec(), (torch.randn(4, 6), torch.zeros(4, 6)), F.mse_loss)

@@ -12,7 +12,7 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch.overrides import TorchFunctionMode
 
 from skipscope import _data
-from skipscope.shortcuts import _calls
+from skipscope.shortcuts import _calls, _sites
 from skipscope.shortcuts._nodes import kind_of, node_of, output_of
 from skipscope.shortcuts._record import Call, Trace
 from skipscope.shortcuts._results import CallKey, Place
@@ -45,7 +45,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.follow = follow
         self.slices: dict[Any, tuple[Call, list[Any]]] = {}
-        self.record, self.sites = record, _calls.Sites(record.model)
+        self.record, self.sites = record, _sites.Sites(record.model)
         # Embeddings of these are activations; embeddings of positions are weights.
         self.data = {id(t): t for t in _data.tensors_in(inputs) if not t.is_floating_point()}
 
@@ -63,9 +63,9 @@ class Recorder(TorchFunctionMode):
             output = func(*args, **kwargs)
             self._integers(args, kwargs, args[0] if operation.name == "setitem" else output)
             return output
-        frame = _calls.caller()
+        frame = _sites.caller()
         if any(map(_is_transformed, values)):
-            self.record.transformed.add(_calls.source_of(frame))
+            self.record.transformed.add(_sites.source_of(frame))
             return func(*args, **kwargs)
         key, owner, again = self.sites.key(frame, operation.name)
         if operation.name == "setitem":
@@ -76,7 +76,7 @@ class Recorder(TorchFunctionMode):
         whole = node_of(wholes[0]) if operation.in_place else None
         output = func(*args, **kwargs)
         calls = self.record.calls
-        call = Call(operation.name, key, owner, _calls.source_of(frame), nodes, node_of(output), len(calls))
+        call = Call(operation.name, key, owner, _sites.source_of(frame), nodes, node_of(output), len(calls))
         call.tensors, call.checkpointed, call.dead = tuple(isinstance(v, Tensor) for v in values), again, zero
         call.whole, call.written = whole, node_of(wholes[0]) if whole is not None else None
         if call.output is not None and any(whole is not None for whole in wholes):
@@ -123,7 +123,7 @@ class Recorder(TorchFunctionMode):
         return None
 
     def _embedded(self, args: Any, kwargs: Any, output: Any) -> Any:
-        key, owner, _ = self.sites.key(_calls.caller(), "embedding")
+        key, owner, _ = self.sites.key(_sites.caller(), "embedding")
         indices = args[0] if args else kwargs.get("input")
         if id(indices) in self.data:
             if self.follow and not output.requires_grad:

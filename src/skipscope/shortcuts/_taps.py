@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope import _data
-from skipscope.shortcuts import _calls
+from skipscope.shortcuts import _calls, _sites
 from skipscope.shortcuts._calls import Operation
 from skipscope.shortcuts._results import Boundary, CallKey, Shortcut, Shortcuts
 from skipscope.shortcuts._tape import Tape
@@ -52,7 +52,7 @@ class _Tap(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, handlers: dict[CallKey, Handler], tapes: dict[int, Tape]):
         super().__init__()
-        self.sites, self.tapes = _calls.Sites(model), tapes
+        self.sites, self.tapes = _sites.Sites(model), tapes
         self.handlers = {(key.host, key.site, key.nth): handler for key, handler in handlers.items()}
         self.wanted = {key.site for key in handlers}
 
@@ -76,8 +76,8 @@ class _Tap(TorchFunctionMode):
     def _handler(self, name: str, operation: Operation | None, args: Any, kwargs: Any) -> Handler | None:
         if operation is None and name != "embedding":
             return None
-        frame, label = _calls.caller(), name if operation is None else operation.name
-        if _calls.site_of(frame, label) not in self.wanted:
+        frame, label = _sites.caller(), name if operation is None else operation.name
+        if _sites.site_of(frame, label) not in self.wanted:
             return None
         if operation is not None and _calls.tensor_operands(_calls.operands(operation, args, kwargs)) < 2:
             return None

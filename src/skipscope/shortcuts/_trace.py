@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from skipscope import _data, _sharding
 from skipscope._errors import SkipscopeError
-from skipscope.shortcuts import _calls
+from skipscope.shortcuts import _sites
 from skipscope.shortcuts._nodes import node_of
 from skipscope.shortcuts._record import Run, Trace
 from skipscope.shortcuts._recorder import Recorder
@@ -97,7 +97,7 @@ def _unhidden() -> Iterator[None]:
 
 
 @contextmanager
-def _watched(record: Trace, sites: _calls.Sites) -> Iterator[None]:
+def _watched(record: Trace, sites: _sites.Sites) -> Iterator[None]:
     """Note, by forward hooks, which module returned which node, and in which order those with weights ran."""
     handles = []
     times: dict[str, int] = {}

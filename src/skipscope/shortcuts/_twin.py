@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope._errors import SkipscopeError
-from skipscope.shortcuts import _calls
+from skipscope.shortcuts import _calls, _sites
 from skipscope.shortcuts._results import Boundary, Place
 
 _PLAN = "_skipscope_plan"
@@ -254,11 +254,11 @@ class _Editing(TorchFunctionMode):
         values = _calls.operands(operation, args, kwargs)
         if _calls.tensor_operands(values) < 2:
             return func(*args, **kwargs)
-        frame = _calls.caller()
+        frame = _sites.caller()
         host, plan = self._host(frame)
         if plan is None or operation.name not in plan.operations:
             return func(*args, **kwargs)
-        site = _calls.site_of(frame, operation.name)
+        site = _sites.site_of(frame, operation.name)
         if site not in plan.sites:
             self.missed.setdefault(id(host), site)
             return func(*args, **kwargs)
@@ -273,8 +273,8 @@ class _Editing(TorchFunctionMode):
     def _host(self, frame: Any) -> tuple[nn.Module | None, Plan | None]:
         """The module whose forward runs innermost, and its plan in this twin."""
         while frame is not None:
-            if _calls.is_forward(frame):
-                module = _calls.first_argument(frame)
+            if _sites.is_forward(frame):
+                module = _sites.first_argument(frame)
                 if isinstance(module, nn.Module):
                     plan = module.__dict__.get(_PLAN)
                     return module, plan if plan is not None and plan.group is self.group else None

@@ -1,0 +1,192 @@
+"""Where a call is made, so that it is met again in another run.
+
+By its *key*: the module whose forward makes it (host), the function, line and instruction (site), and how many times
+that host has been there (nth).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipscope.shortcuts._results import CallKey
+
+TORCH = os.path.dirname(str(torch.__file__)) + os.sep
+_MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
+_PLUMBING = os.path.join(_MODULES, "module.py")
+# What runs between a call and a mode of ours.
+_OURS = tuple(
+    os.path.join(os.path.dirname(__file__), name)
+    for name in ("_calls.py", "_twin.py", "_taps.py", "_recorder.py", "_mark.py")
+)
+_CHECKPOINT = os.path.join(TORCH, "utils", "checkpoint.py")
+_is_plumbing: dict[str, bool] = {}
+
+
+def caller() -> FrameType:
+    """The innermost frame that is the model's: outside torch's plumbing and our modes."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        filename = frame.f_code.co_filename
+        plumbing = _is_plumbing.get(filename)
+        if plumbing is None:
+            in_torch = filename.startswith(TORCH)
+            plumbing = in_torch and (not filename.startswith(_MODULES) or filename == _PLUMBING)
+            _is_plumbing[filename] = plumbing = plumbing or filename in _OURS
+        if not plumbing:
+            return frame
+        frame = frame.f_back
+    return frame
+
+
+_sites: dict[tuple[int, int, str], tuple[CodeType, str]] = {}
+
+
+def site_of(frame: FrameType, operation: str) -> str:
+    """Function, line, columns and operation: two additions on one line are two sites."""
+    code = frame.f_code
+    known = _sites.get((id(code), frame.f_lasti, operation))
+    if known is None:
+        # Not the instruction itself: Python's specialisation may give one call two instructions.
+        line, _, begin, end = next(itertools.islice(code.co_positions(), frame.f_lasti // 2, None))
+        where = f"{begin}-{end}" if begin is not None else str(frame.f_lasti)
+        known = _sites[id(code), frame.f_lasti, operation] = (
+            code,
+            f"{code.co_qualname}:{line}:{where}:{operation}",
+        )
+    return known[1]
+
+
+_sources: dict[tuple[int, int], tuple[CodeType, str]] = {}
+
+
+def source_of(frame: FrameType) -> str:
+    """``file.py:line`` for people."""
+    code = frame.f_code
+    known = _sources.get((id(code), frame.f_lasti))
+    if known is None:
+        source = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
+        known = _sources[id(code), frame.f_lasti] = (code, source)
+    return known[1]
+
+
+def first_argument(frame: FrameType) -> Any:
+    """The value of a function's first parameter (``self`` in a method), or None."""
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+
+
+def is_forward(frame: FrameType) -> bool:
+    """Whether a frame that belongs to a module is its forward: a method named so, or called by ``Module.__call__``."""
+    back = frame.f_back
+    return frame.f_code.co_qualname.endswith(".forward") or (
+        back is not None and back.f_code.co_filename == _PLUMBING
+    )
+
+
+@dataclass(eq=False)
+class _Entered:
+    """One call of a module's forward: the frame (kept, so that its id stays its own) and the counts when it began."""
+
+    frame: FrameType | None
+    path: str
+    call: int
+    before: dict[str, int]
+    after: dict[str, int] | None = None
+
+
+class Sites:
+    """Finds the key of a call from its frames, and counts occurrences over one forward pass.
+
+    Args:
+        model: the module whose forward pass runs.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new forward pass."""
+        self.occurrences: Counter[tuple[str, str]] = Counter()
+        self.operations: Counter[str] = Counter()
+        self.entered: dict[int, _Entered] = {}
+        self._calls: dict[tuple[str, int], _Entered] = {}
+        self._times: Counter[str] = Counter()
+        self._latest: dict[str, _Entered] = {}
+
+    def owner_and_host(self, frame: FrameType | None) -> tuple[str, str, FrameType | None, bool]:
+        """Who makes a call.
+
+        Returns:
+            The innermost module on the stack; the innermost whose forward runs, and that frame; and whether
+            checkpointing stands between the call and that forward, which will then be run again without it.
+        """
+        owner, checkpointed = None, False
+        while frame is not None:
+            if frame.f_code.co_filename == _CHECKPOINT:
+                checkpointed = True
+            elif frame.f_code.co_filename != _PLUMBING:
+                path = self.paths.get(id(first_argument(frame)))
+                if path is not None:
+                    owner = path if owner is None else owner
+                    if is_forward(frame):
+                        return owner, path, frame, checkpointed
+            frame = frame.f_back
+        return owner or "", "", None, checkpointed
+
+    def occurrence(self, frame: FrameType, operation: str) -> tuple[str, str, int]:
+        """Host, site and how many times this host was at this site before."""
+        _, host, _, _ = self.owner_and_host(frame)
+        site = site_of(frame, operation)
+        nth = self.occurrences[host, site]
+        self.occurrences[host, site] += 1
+        return host, site, nth
+
+    def key(self, frame: FrameType, operation: str) -> tuple[CallKey, str, bool]:
+        """The call's whole key, its owner's path, and whether it is checkpointed outside any module."""
+        owner, host, host_frame, checkpointed = self.owner_and_host(frame)
+        site = site_of(frame, operation)
+        nth = self.occurrences[host, site]
+        self.occurrences[host, site] += 1
+        entered = self._enter(host_frame, host)
+        index = self.operations[operation] - entered.before.get(operation, 0)
+        self.operations[operation] += 1
+        return CallKey(host, site, nth, index, entered.call), owner, checkpointed
+
+    def _enter(self, frame: FrameType | None, path: str) -> _Entered:
+        """Note a forward that has begun, and those around it, with what had been counted before."""
+        known = self.entered.get(id(frame))
+        if known is not None:
+            return known
+        if frame is not None and frame.f_back is not None:
+            _, outer, outer_frame, _ = self.owner_and_host(frame.f_back)
+            if outer_frame is not None:
+                self._enter(outer_frame, outer)
+        entered = self.entered[id(frame)] = _Entered(frame, path, self._times[path], dict(self.operations))
+        self._calls[path, self._times[path]] = entered
+        self._times[path] += 1
+        self._latest[path] = entered
+        return entered
+
+    def leave(self, path: str) -> None:
+        """A forward has ended."""
+        entered = self._latest.get(path)
+        if entered is not None and entered.after is None:
+            entered.after = dict(self.operations)
+
+    def complete(self, key: CallKey) -> CallKey:
+        """The key with what is known only when the forward pass is over."""
+        operation = key.site.rpartition(":")[2]
+        entered = self._calls[key.host, key.call]
+        among = 0 if entered.after is None else entered.after[operation] - entered.before.get(operation, 0)
+        total = self.occurrences[key.host, key.site]
+        return CallKey(key.host, key.site, key.nth, key.index, key.call, total, among)
