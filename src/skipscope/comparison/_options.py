@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
+from skipscope._asked import is_finite, is_whole
 from skipscope._errors import SkipscopeError
 
 
 def require_whole(operation: str, least: int = 1, **values: Any) -> None:
     """Refuse what is no whole number from ``least`` on; None stands for a default."""
     for name, value in values.items():
-        if value is not None and (
-            not isinstance(value, Integral) or isinstance(value, bool) or value < least
-        ):
+        if value is not None and not is_whole(value, least):
             raise SkipscopeError(
                 operation, f"{name} is out of range", expected=f"a whole number, at least {least}", got=repr(value)[:60],
                 cure=f"{name}={least}, for the least",
@@ -25,7 +23,7 @@ def require_whole(operation: str, least: int = 1, **values: Any) -> None:
 def require_size(operation: str, **values: Any) -> None:
     """Refuse what is negative, infinite or no number; None stands for a default."""
     for name, value in values.items():
-        if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+        if value is not None and not (is_finite(value) and value >= 0):
             raise SkipscopeError(
                 operation, f"{name} is out of range", expected="a finite number, not negative", got=repr(value)[:60],
                 cure=f"leave {name} out for the default",
@@ -38,7 +36,7 @@ def seeds_of(operation: str, seeds: int | Sequence[int]) -> tuple[int, ...]:
         require_whole(operation, seeds=seeds)
         return tuple(range(seeds))
     chosen = tuple(seeds)
-    if not chosen or not all(isinstance(seed, Integral) for seed in chosen):
+    if not chosen or not all(is_whole(seed, -math.inf) for seed in chosen):
         raise SkipscopeError(
             operation, "seeds are a number of them, or the seeds themselves", expected="3, or [0, 1, 2]",
             got=repr(seeds)[:60], cure="seeds=3",

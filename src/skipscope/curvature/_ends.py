@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
 
+from skipscope._asked import is_finite, is_whole
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope.curvature._ladder import Matrix
@@ -89,21 +89,17 @@ def ends_of(
 ) -> ExtremeEigenvalues:
     """:func:`extreme_eigenvalues` of an operator that is at hand."""
     size, k = operator.shape[0], wish.k
-    for name, kind, holds, expected in (
-        (
-            "k",
-            Integral,
-            lambda k: 1 <= k <= size,
-            f"a whole number from 1 to {size}, the number of parameters",
-        ),
-        ("tol", Real, lambda tol: 0 < tol < 1, "between 0 and 1, relative to max |lambda|"),
-        ("block", Integral, lambda block: block >= 1, "a whole number, at least 1"),
-        ("confidence", Real, lambda confidence: 0 <= confidence < 1, "at least 0 and below 1"),
-        ("max_products", Integral, lambda products: products >= 1, "a whole number, at least 1"),
+    count = "a whole number, at least 1"
+    for name, holds, expected in (
+        ("k", is_whole(k, 1, size), f"a whole number from 1 to {size}, the number of parameters"),
+        ("tol", is_finite(wish.tol) and 0 < wish.tol < 1, "between 0 and 1, relative to max |lambda|"),
+        ("block", is_whole(wish.block), count),
+        ("confidence", is_finite(wish.confidence) and 0 <= wish.confidence < 1, "at least 0 and below 1"),
+        ("max_products", is_whole(wish.max_products), count),
     ):
-        value = getattr(wish, name)
-        if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
-            raise SkipscopeError(operation, f"{name} is out of range", expected=expected, got=repr(value))
+        if not holds:
+            got = repr(getattr(wish, name))
+            raise SkipscopeError(operation, f"{name} is out of range", expected=expected, got=got)
     wish = replace(wish, precision=operator.precision)
     found = find_ends(operator.apply, size, wish, device=operator.basis_device)
     low, high = found.order(k)

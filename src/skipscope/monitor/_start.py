@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from skipscope._asked import is_whole
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import world
 from skipscope._sharding import refuse_flattened
@@ -53,7 +54,7 @@ def check(
 ) -> None:
     """What is known at the start: refuse what could only give wrong numbers."""
     for name, value in {"every": every, "flow_every": flow_every}.items():
-        if not (isinstance(value, int) and value >= 1) and (name, value) != ("flow_every", None):
+        if not is_whole(value) and (name, value) != ("flow_every", None):
             raise SkipscopeError(
                 "watch",
                 f"{name} is the number of steps from one reading to the next",

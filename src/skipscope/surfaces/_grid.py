@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from skipscope._asked import is_whole
 from skipscope._errors import SkipscopeError
 from skipscope.surfaces._memory import check_grid
 
@@ -31,11 +31,7 @@ def axes(
     """
     count = directions or (len(grid) if isinstance(grid, Sequence) else 2)
     sizes = tuple(grid) if isinstance(grid, Sequence) else (grid,) * count
-    if (
-        len(sizes) != count
-        or count not in {1, 2}
-        or not all(isinstance(n, Integral) and n > 0 for n in sizes)
-    ):
+    if len(sizes) != count or count not in {1, 2} or not all(map(is_whole, sizes)):
         raise SkipscopeError(
             "landscape", "this is no grid", expected=f"points an axis, for {count} axes: 51 or (51, 31); (51,) is a line", got=repr(grid),
         )  # fmt: skip

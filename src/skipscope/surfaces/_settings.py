@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 
+from skipscope._asked import is_finite, is_whole
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import Metric
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _are_directions(value: Any) -> bool:
@@ -34,9 +29,9 @@ _EXPECTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "metrics": (
         lambda v: isinstance(v, Mapping) and all(map(callable, v.values())), "name -> f(output, target)",
     ),
-    "samples": (lambda v: isinstance(v, Integral) and int(v) > 0, "a whole number of samples, 1 or more"),
-    "l2": (_is_number, "a finite number"),
-    "tolerance": (lambda v: _is_number(v) and v > 0, "a share of the surface's range above zero: 0.01; or None"),
+    "samples": (is_whole, "a whole number of samples, 1 or more"),
+    "l2": (is_finite, "a finite number"),
+    "tolerance": (lambda v: is_finite(v) and v > 0, "a share of the surface's range above zero: 0.01; or None"),
     "store": (lambda v: isinstance(v, str | os.PathLike), "a folder"),
     "weight": (callable, "f(batch) -> what the batch counts for"),
     "sample_loss": (callable, "f(output, target) -> [samples]"),
