@@ -89,16 +89,6 @@ def read(graph: Graph) -> Shortcuts:
                 again.release()
     parts = {id(part) for _, v in verdicts if isinstance(v, Verdict) for part in v.parts}
     found = _with_addends(graph, judge, [(c, v) for c, v in verdicts if id(c) not in parts])
-    merging = {id(item.call) for item in found}
-    rejected = [
-        Rejected(
-            merge_name(call),
-            "part of a gate" if id(call) in parts else PARALLEL if isinstance(v, Verdict) else v,
-            call.source,
-        )
-        for call, v in verdicts
-        if v is not None and id(call) not in merging
-    ]
     runs_at: dict[Any, list[int]] = {}
     for i, run in enumerate(record.runs):
         runs_at.setdefault(graph.position.get(run.node), []).append(i)
@@ -112,12 +102,27 @@ def read(graph: Graph) -> Shortcuts:
         entries=tuple(
             _entry(graph, item, name, merges, runs_at) for item, name in zip(found, names, strict=True)
         ),
-        rejected=tuple(rejected),
+        rejected=_rejected(verdicts, found, parts),
         boundaries=boundaries_of(graph, list(zip(found, names, homes, strict=True))),
         layers=_layers(record),
         opaque=tuple(Rejected(*item) for item in graph.opaque()),
         model=class_name(record.model),
     )
+
+
+def _rejected(
+    verdicts: Sequence[tuple[Call, Verdict | str | None]], found: Sequence[Verdict], parts: set[int]
+) -> tuple[Rejected, ...]:
+    """The merges that are none of ``found``, each with its reason."""
+    merging, others = {id(item.call) for item in found}, []
+    for call, verdict in verdicts:
+        if verdict is None or id(call) in merging:
+            continue
+        # A verdict that came to nothing: its branch is one more of the shortcut before it.
+        reason = PARALLEL if isinstance(verdict, Verdict) else verdict
+        reason = "part of a gate" if id(call) in parts else reason
+        others.append(Rejected(merge_name(call), reason, call.source))
+    return tuple(others)
 
 
 def _with_addends(
