@@ -136,3 +136,17 @@ def test_noise_of_the_models_own_over_several_batches():
     surface = ss.landscape(Noisy(), batches, F.cross_entropy, grid=3, batch_norm="recalibrate")
     again = ss.landscape(Noisy(), batches, F.cross_entropy, grid=3)
     assert surface.checks.passed and np.array_equal(surface.values, again.values)
+
+
+def test_every_seed_of_a_band_sees_the_same_data():
+    class Augmenting:
+        def __init__(self):
+            self.random = np.random.default_rng(0)
+
+        def __iter__(self):
+            yield X + torch.from_numpy(self.random.normal(size=(40, 6))).float(), Y
+
+    band = ss.landscape(_model(), Augmenting(), F.cross_entropy, grid=3, seed=[3, 4, 5], samples=20)
+    hashes = {surface.provenance.data_hash for surface in band.surfaces.values()}
+    assert len(hashes) == 1 and len({surface.scores.centre for surface in band.surfaces.values()}) == 1
+    assert all(surface.checks.samples == 20 for surface in band.surfaces.values())

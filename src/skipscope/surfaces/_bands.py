@@ -12,7 +12,9 @@ import numpy as np
 from torch import nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._untouched import require_module
 from skipscope.surfaces._band_results import PairedBand, SurfaceBand
+from skipscope.surfaces._points import resident
 from skipscope.surfaces._results import PairedSurfaces
 from skipscope.surfaces._run import surfaces
 from skipscope.surfaces._score_result import Scores
@@ -43,11 +45,15 @@ def read_seed(seed: Any) -> int | list[int]:
 def by_seed(
     models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings
 ) -> dict[str, PairedSurfaces]:
-    """One run a seed, each with a folder of its own in the store; the data is drawn by the first seed for all."""
+    """One run a seed, each with a folder of its own in the store; all see the same data, drawn by the first seed."""
+    for model in models.values():
+        require_module(model, "landscape")
+    # Read once: a loader that shuffles or augments would give each seed other data.
+    data = resident(next(iter(models.values())), data, loss, settings.samples, settings.seed[0])
     pairs = {}
     for seed in settings.seed:
         store = None if settings.store is None else Path(settings.store) / f"seed-{seed}"
-        own = dataclasses.replace(settings, seed=seed, store=store, subset_seed=settings.seed[0])
+        own = dataclasses.replace(settings, seed=seed, store=store)
         pairs[str(seed)] = surfaces(models, data, loss, own)
     return pairs
 

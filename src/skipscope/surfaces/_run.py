@@ -51,7 +51,7 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
         refuse_spread(model, "landscape")
     engine = engine_for(settings.engine, settings.store is not None)
     at = axes(settings.grid, settings.span, settings.axis_count, settings.strength is not None)
-    held = resident(first, data, loss, settings.samples, settings.drawn_by)
+    held = resident(first, data, loss, settings.samples, settings.seed)
     held, objective = read(
         first, held, loss, "landscape", weight=settings.weight, sample_loss=settings.sample_loss
     )

@@ -45,7 +45,6 @@ class Settings:
     grid: int | Sequence[int] = 51
     span: Any = 1.0
     seed: Any = 0
-    subset_seed: int | None = None
     store: Any = None
     directions: Any = None
     strength: Any = None
@@ -72,11 +71,6 @@ class Settings:
                 raise SkipscopeError(
                     "landscape", f"{name}= cannot be used", expected=words, got=repr(value)[:200]
                 )
-
-    @property
-    def drawn_by(self) -> int:
-        """The seed that draws the subset of the data."""
-        return self.seed if self.subset_seed is None else self.subset_seed
 
     @property
     def own_directions(self) -> Sequence[Any] | None:
