@@ -31,6 +31,7 @@ _SHORT_S = 0.2  # a race shorter than this is run three times as long
 _SHARE = (
     0.1  # of the whole estimated time may be spent on trying; compiling must save twice what it costs instead
 )
+_MANY = 8  # points a core to time a point a core on
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 _chosen: dict[tuple[Any, ...], str] = {}
@@ -150,20 +151,24 @@ class _Trial:
 
     def run(self) -> Choice:
         """The choice."""
-        plain, *others = ways(self.evaluator)
-        best = plain  # of those that can go a point a core
-        for way in others:
-            if way.seconds < COMPILE_S and self._enter(way, 4 * self.best.point_seconds) and way.forks:
-                best = way
-        cores, seconds = torch.get_num_threads(), self.best.point_seconds
-        if best.forks and cores > 1 and CAN_FORK:
-            self._enter(side_by_side(best, self.points[0], seconds), 4 * len(self.points) / cores * seconds)
+        best, *others = ways(self.evaluator)
         compiled = [way for way in others if way.seconds >= COMPILE_S]
+        quick = [way for way in others if way.seconds < COMPILE_S]
+        # Where there are several cores a point a core gains the most: its trial is kept free before all others.
+        many = best.forks and CAN_FORK and torch.get_num_threads() > 1
+        for way in quick:
+            if way.forks and self._enter(way, many):
+                best = way
+        if many:
+            self._enter(self._side_by_side(best))
+        for way in quick:
+            if not way.forks:
+                self._enter(way)
         # Half of what compiling saves at the most would pay for it; and it is tried on the best batch size alone.
         alike = [way for way in compiled if way.size == best.size] or compiled[:1]
         for way in alike:
             if self.best.point_seconds * self.left > 4 * COMPILE_S:
-                self._enter(way, -COMPILE_S)
+                self._enter(replace(way, seconds=0.0))
         why = (
             "per point: " + ", ".join(self.told)
             if len(self.told) > 1
@@ -171,9 +176,15 @@ class _Trial:
         )
         return replace(self.best, why=why)
 
-    def _enter(self, way: Way, seconds: float) -> bool:
-        """Try one; whether it is the best now."""
-        if way.seconds + seconds > self.budget:
+    def _side_by_side(self, way: Way) -> Way:
+        return side_by_side(way, self.points[0], self.best.point_seconds)
+
+    def _enter(self, way: Way, many: bool = False) -> bool:
+        """Try one, if time is left for it (and, if there are ``many`` cores, for the same a point a core); did it win?"""
+        cost = way.seconds + 4 * self.best.point_seconds
+        if many:
+            cost += self._side_by_side(way).seconds + 4 * self.best.point_seconds * _MANY
+        if cost > self.budget:
             return False
         began = time.perf_counter()
         won = self._race(way)
@@ -214,7 +225,9 @@ def _race(way: Strategy, incumbent: Strategy, points: Sequence[Point]) -> tuple[
 
 def _enough(way: Strategy, points: Sequence[Point]) -> Sequence[Point]:
     """As many points as it takes to time a way."""
-    return points if isinstance(way, Stacked | SideBySide) else points[:2]
+    if isinstance(way, SideBySide):
+        return points[: _MANY * torch.get_num_threads()]
+    return points if isinstance(way, Stacked) else points[:2]
 
 
 def _ms(seconds: float) -> str:

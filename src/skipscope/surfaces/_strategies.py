@@ -8,6 +8,7 @@ wants its kernels replayed as one graph; compiling costs its own half minute. :m
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,8 @@ from skipscope.surfaces._one_dnn import linears, through_one_dnn
 from skipscope.surfaces._points import PointLoss, Reading, gather, joined, take
 from skipscope.surfaces._recorded import Recorded
 
-RECORD_S = 1.0  # what recording a forward pass may cost
+_RECORD_S = 0.3  # what recording a forward pass may cost
+_IMPORT_S = 2.0  # and the first time, when torch has not loaded its compiler yet (an optimizer does, too)
 COMPILE_S = 40.0  # what compiling may cost
 _FORK_S = 0.03  # what a copy of this process may cost
 A_CORE = ", a point a core"
@@ -246,7 +248,8 @@ def ways(evaluator: Evaluator) -> Iterator[Way]:
         yield Way("oneDNN", partial(split_loop, evaluator, "oneDNN"), forks=True)
         if not knob:
             make = partial(split_loop, evaluator, "oneDNN, recorded", recorded=True)
-            yield Way("oneDNN, recorded", make, RECORD_S, forks=True)
+            seconds = _RECORD_S + _IMPORT_S * ("torch._dynamo" not in sys.modules)
+            yield Way("oneDNN, recorded", make, seconds, forks=True)
     for size in sizes:
         if name := _words(size, convolutions):
             make = partial(split_loop, evaluator, name, size, convolutions)
