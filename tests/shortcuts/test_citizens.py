@@ -259,6 +259,24 @@ def test_compiled_blocks_with_an_edit_each_of_their_own(compiled):
     agree(compiled(edited()), edited(), x)
 
 
+class Heads(nn.Module):
+    """A branch that takes its activations apart by a method of tensors that is written in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(x + self.inner(x).unflatten(-1, (2, 3)).tanh().flatten(-2))
+
+
+def test_an_edited_twin_that_takes_heads_apart_is_compiled_in_one_graph():
+    x = features()[..., :6]
+    twin = ablate(Heads().to(x.dtype), inputs=x)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(twin, backend="eager", fullgraph=True)(x), twin(x))
+
+
 def test_an_edited_block_compiled_inside_an_unedited_model():
     torch._dynamo.reset()
     x = sequences()
