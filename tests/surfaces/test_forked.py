@@ -206,7 +206,7 @@ def test_a_point_a_core_equals_the_plain_loop(case):
         assert one.provenance.strategy == "plain, a point a core", one.provenance.why
         assert np.allclose(one.values, other.values, rtol=1e-9) and np.ptp(other.values) > 0
         assert np.array_equal(one.computed, other.computed)
-        assert one.checks.passed == (case != "draws"), "at another draw the model's own loss is another"
+        assert one.checks.passed
 
 
 class _Noise(nn.Module):
@@ -309,13 +309,13 @@ def test_a_store_filled_by_copies_is_resumed_with_the_same_bits(tmp_path):
     assert process.exitcode == -signal.SIGKILL
     kept = [file for file in (tmp_path / "s" / "sheet" / "c").rglob("*") if file.is_file()]
     again = ss.landscape(model, data, F.cross_entropy, store=tmp_path / "s", **options | {"strategy": "auto"})
-    assert 0 < len(kept) < again.computed.sum()
+    assert 0 < len(kept) < again.computed.sum(), (len(kept), again.computed.sum())
     assert _same(whole, again) and again.provenance.strategy == whole.provenance.strategy
 
 
 def _fill_and_die(model, data, store, options):
     torch.set_num_threads(1)  # no copies of the copy: what is computed is counted here
-    left = 100
+    left = 60
 
     def counted(output, target):
         nonlocal left
