@@ -59,6 +59,20 @@ def test_answers_come_in_order_from_other_processes_with_a_thread_each():
     assert all(map(_ended, pids))
 
 
+def test_no_copy_waits_while_another_has_two_questions(tmp_path):
+    """Each of two questions waits for the other to be asked: one copy alone would never answer."""
+
+    def compute(n: int) -> int:
+        (tmp_path / str(n)).touch()
+        while not (tmp_path / str(1 - n)).exists():
+            time.sleep(0.01)
+        return os.getpid()
+
+    copies = Forked(compute, 2, 60)
+    assert len(set(copies([0, 1]))) == 2
+    copies.close()
+
+
 def test_a_copy_that_dies_leaves_its_questions_to_the_others(tmp_path):
     def compute(n: int) -> int:
         try:

@@ -80,9 +80,10 @@ class Forked(Generic[Question, Answer]):
         asked: dict[Any, deque[int]] = {pipe: deque() for pipe in self._copies}
         try:
             while missing:
-                for pipe in list(asked):
-                    if not _ask(pipe, asked[pipe], left, questions):
-                        self._bury(pipe, asked, left)
+                for ahead in range(1, _AHEAD + 1):  # everybody has one before anybody has two
+                    for pipe in list(asked):
+                        if not _ask(pipe, asked[pipe], ahead, left, questions):
+                            self._bury(pipe, asked, left)
                 if not asked:
                     raise Lost("no copy is left")
                 busy = [pipe for pipe, own in asked.items() if own]
@@ -121,9 +122,9 @@ class Forked(Generic[Question, Answer]):
             self._end(pipe)
 
 
-def _ask(pipe: Any, own: deque[int], left: deque[int], questions: Sequence[Any]) -> bool:
-    """Send what a copy has room for; False when it is dead."""
-    while left and len(own) < _AHEAD:
+def _ask(pipe: Any, own: deque[int], ahead: int, left: deque[int], questions: Sequence[Any]) -> bool:
+    """Send a copy questions until it has ``ahead`` of them; False when it is dead."""
+    while left and len(own) < ahead:
         own.append(left.popleft())
         try:
             pipe.send(questions[own[-1]])

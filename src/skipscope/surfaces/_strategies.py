@@ -215,7 +215,7 @@ class SideBySide:
 
     def __call__(self, points: Sequence[Point]) -> Reading:
         if self._copies is not None:
-            size = max(1, len(points) // (16 * self.cores))
+            size = max(1, len(points) // (8 * self.cores))
             parts = [points[start : start + size] for start in range(0, len(points), size)]
             try:
                 return joined(self._copies(parts))
