@@ -130,9 +130,8 @@ class Adaptive:
             value = self.sheet.data[self.sheet.names.index(name), points]
             self.errors[name] = float(self._error(predicted[name], value).max())
         self.level, self.held_out = level, len(points)
-        before = (
-            self.sheet.data.copy()
-        )  # with someone looking or not, the next level begins with the same bits
+        # With someone looking or not, the next level begins with the same bits.
+        before = self.sheet.data.copy()
         self._interpolate(level, np.arange(self.sheet.done.size))
         after_level()
         self.sheet.data[:] = before
