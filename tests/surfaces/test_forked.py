@@ -342,7 +342,8 @@ def _fill_and_die(model, data, store, options):
 
 
 CTRL_C = """
-    import os, torch, torch.nn.functional as F, skipscope as ss
+    import os, signal, torch, torch.nn.functional as F, skipscope as ss
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins without it
     torch.set_num_threads(2)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 10))
     data = torch.randn(2000, 64), torch.randint(10, (2000,))
