@@ -201,7 +201,7 @@ class _Trial:
             error = _disagreement(self.evaluator, strategy, self.points[:2])
             if error <= _allowed(self.evaluator):
                 seconds, incumbent = _race(strategy, self.evaluator.strategy, self.points)
-                self.told.append(f"{way.name} {_ms(seconds)} (to {_ms(incumbent)})")
+                self.told.append(f"{way.name} {_ms(seconds)} against {_ms(incumbent)}")
                 if seconds * _CLEARLY < incumbent:
                     self.best = Choice(way.name, "", error, seconds)
                     self.evaluator.use(strategy)
