@@ -281,6 +281,26 @@ def test_a_copy_killed_on_the_way_costs_nothing(tmp_path):
     assert np.allclose(surface.values, plain.values, rtol=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["auto", "plain, a point a core"])
+def test_ctrl_c_while_ways_are_tried_leaves_no_copy(strategy, monkeypatch):
+    """It comes while a strategy is timed whose copies nobody else knows yet."""
+    monkeypatch.setattr(_choice, "_chosen", {})
+    monkeypatch.setattr(_choice, "_SHARE", 1e9)
+    real, seen = _choice._time, []
+
+    def time_of(way, points):
+        if way.name.endswith("a point a core"):
+            seen.append(len(multiprocessing.active_children()))
+            raise KeyboardInterrupt
+        return real(way, points)
+
+    monkeypatch.setattr(_choice, "_time", time_of)
+    model, data = _net(torch.float64)
+    with pytest.raises(KeyboardInterrupt):
+        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=strategy)
+    assert seen == [2] and not multiprocessing.active_children()
+
+
 def test_copies_that_do_not_fit_are_not_made(monkeypatch):
     asked = []
     monkeypatch.setattr(_strategies, "fits", lambda needed: asked.append(needed))

@@ -28,9 +28,7 @@ from skipscope.surfaces._strategies import (
 
 _CLEARLY = 1.08  # how many times faster than the way before it a way must be to be taken
 _SHORT_S = 0.2  # a race shorter than this is run three times as long
-_SHARE = (
-    0.1  # of the whole estimated time may be spent on trying; compiling must save twice what it costs instead
-)
+_SHARE = 0.1  # of the whole estimated time may be spent on trying (compiling must save twice what it costs)
 _MANY = 8  # points a core to time a point a core on
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -130,7 +128,9 @@ def _take(evaluator: Evaluator, points: Sequence[Point], way: Way, plain: Choice
         why = f"{way.name} differs from the plain loop by {error:.1e} here"
     except Exception as refused:
         why = f"{way.name} is no way for this model ({_brief(refused)})"
-    strategy.close()
+    finally:
+        if evaluator.strategy is not strategy:  # also when Ctrl-C ends it all
+            strategy.close()
     return replace(plain, why=why)
 
 
@@ -210,7 +210,9 @@ class _Trial:
                 self.told.append(f"{way.name} differs by {error:.1e}")
         except Exception as refused:
             self.told.append(f"{way.name} refused ({_brief(refused)})")
-        strategy.close()
+        finally:
+            if self.evaluator.strategy is not strategy:
+                strategy.close()
         return False
 
 

@@ -36,7 +36,7 @@ class Forked(Generic[Question, Answer]):
     Args:
         compute: question -> answer, in a copy; both are pickled.
         count: how many copies.
-        patience: seconds without any answer after which they are given up.
+        patience: seconds without any answer, twice, after which they are given up.
     """
 
     def __init__(self, compute: Callable[[Question], Answer], count: int, patience: float):
@@ -89,7 +89,8 @@ class Forked(Generic[Question, Answer]):
                 busy = [pipe for pipe, own in asked.items() if own]
                 if not busy:  # the last questions were those of a copy that has just died
                     continue
-                ready = wait(busy, self.patience)
+                # Twice: a process that was stopped for a while (Ctrl-Z) comes back to a first wait that is over.
+                ready = wait(busy, self.patience) or wait(busy, self.patience)
                 if not ready:
                     raise Lost("the copies are silent")
                 for pipe in ready:
