@@ -40,7 +40,7 @@ class Forked(Generic[Question, Answer]):
     """
 
     def __init__(self, compute: Callable[[Question], Answer], count: int, patience: float):
-        self.patience, self._copies = patience, {}
+        self.compute, self.patience, self._copies = compute, patience, {}
         context = multiprocessing.get_context("fork")
         # A copy is stopped by us alone: it inherits that Ctrl-C does not reach it.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -69,6 +69,23 @@ class Forked(Generic[Question, Answer]):
         """
         found = dict(self.answers(questions))
         return [found[i] for i in range(len(questions))]
+
+    def surely(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
+        """As :meth:`answers`; what the copies cannot answer is answered here, with one thread too: the same bits.
+
+        Raises:
+            Exception: what ``compute`` raises.
+        """
+        left = dict(enumerate(questions))
+        try:
+            for i, answer in self.answers(questions):
+                del left[i]
+                yield i, answer
+        except Lost:  # whatever it was, this process finds out
+            for i, question in left.items():
+                with one_thread():
+                    answer = self.compute(question)
+                yield i, answer
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
         """Number of a question and its answer, as they come. A copy that dies leaves its questions to the others.

@@ -6,14 +6,14 @@ The products of small networks are over before a second thread has woken up, and
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from skipscope.curvature import CurvatureOperator
-from skipscope.surfaces._forked import CAN_FORK, Forked, Lost, memory_of, one_thread
+from skipscope.surfaces._forked import CAN_FORK, Forked, Lost, memory_of
 from skipscope.surfaces._memory import fits
 from skipscope.surfaces._runner import Remote
 
@@ -36,7 +36,9 @@ def rows_side_by_side(
     if CAN_FORK and 1 < cores <= rows and operator.device.type == "cpu":
         copies = _copies(work, operator, cores, points)
     try:
-        yield None if copies is None else lambda units: _computed(copies, work, units)
+        yield (
+            None if copies is None else lambda units: ((units[i], found) for i, found in copies.surely(units))
+        )
     finally:
         if copies is not None:
             copies.close()
@@ -57,19 +59,3 @@ def _copies(
         return None
     # Hundreds of products at every point, at the most.
     return Forked(work, cores, 600 + 1000 * cores * seconds * points)
-
-
-def _computed(
-    copies: Forked[np.ndarray, np.ndarray],
-    work: Callable[[np.ndarray], np.ndarray],
-    units: Sequence[np.ndarray],
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    left = dict(enumerate(units))
-    try:
-        for i, numbers in copies.answers(units):
-            yield left.pop(i), numbers
-    except Lost:  # whatever it was, this process finds out
-        for unit in left.values():
-            with one_thread():
-                numbers = work(unit)
-            yield unit, numbers

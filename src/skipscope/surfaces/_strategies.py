@@ -20,7 +20,7 @@ from torch.func import functional_call, vmap
 
 from skipscope._data import Batch, Batches, batch_size, map_tensors
 from skipscope.surfaces._evaluate import Evaluator, Loop, Point, Strategy
-from skipscope.surfaces._forked import CAN_FORK, Forked, Lost, memory_of, one_thread
+from skipscope.surfaces._forked import CAN_FORK, Forked, memory_of, one_thread
 from skipscope.surfaces._memory import fits
 from skipscope.surfaces._moving import MovingCopy
 from skipscope.surfaces._one_dnn import linears, through_one_dnn
@@ -214,15 +214,13 @@ class SideBySide:
         self._copies = Forked(loop, cores, patience)
 
     def __call__(self, points: Sequence[Point]) -> Reading:
-        if self._copies is not None:
-            size = max(1, len(points) // (8 * self.cores))
-            parts = [points[start : start + size] for start in range(0, len(points), size)]
-            try:
-                return joined(self._copies(parts))
-            except Lost:
-                self._copies = None  # whatever it was, this process finds out
-        with one_thread():
-            return self.loop(points)
+        if self._copies is None:
+            with one_thread():
+                return self.loop(points)
+        size = max(1, len(points) // (8 * self.cores))
+        parts = [points[start : start + size] for start in range(0, len(points), size)]
+        found = dict(self._copies.surely(parts))
+        return joined([found[i] for i in range(len(parts))])
 
     def close(self) -> None:
         """End the copies."""
