@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from skipscope._calls import no_gradient
-from skipscope._data import Objective, map_tensors, read, tensors_in
+from skipscope._data import Objective, map_tensors, read
 from skipscope._errors import SkipscopeError, asked_as
 from skipscope._progress import track
 from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
@@ -339,7 +339,20 @@ class _Stacked:
 
     def losses(self, batches: list[Any]) -> Tensor:
         """The loss of each network on its own batch, [networks]."""
-        tensors = [torch.stack(column) for column in zip(*map(tensors_in, batches))]
+        alike: dict[Any, list[int]] = {}
+        for index, batch in enumerate(batches):
+            alike.setdefault(_form(batch), []).append(index)
+        if len(alike) == 1:
+            return self._losses(self.parameters, batches)
+        losses: list[Tensor] = [torch.empty(0)] * len(batches)
+        for chosen in alike.values():  # only batches of one form can be stacked
+            some = {name: p[chosen] for name, p in self.parameters.items()}
+            for index, loss in zip(chosen, self._losses(some, [batches[i] for i in chosen])):
+                losses[index] = loss
+        return torch.stack(losses)
+
+    def _losses(self, parameters: dict[str, Tensor], batches: list[Any]) -> Tensor:
+        tensors = [torch.stack(column) for column in zip(*map(_leaves, batches))]
 
         def one(parameters, leaves):
             leaf = iter(leaves)
@@ -347,7 +360,7 @@ class _Stacked:
                 _Bound(self.model, parameters), map_tensors(batches[0], lambda _: next(leaf))
             )
 
-        return torch.vmap(one, randomness="different")(self.parameters, tensors)
+        return torch.vmap(one, randomness="different")(parameters, tensors)
 
     @torch.no_grad()
     def network(self, index: int) -> nn.Module:
@@ -356,6 +369,24 @@ class _Stacked:
         for name, parameter in model.named_parameters():
             parameter.copy_(self.parameters[name][index])
         return model
+
+
+def _leaves(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in the order in which ``map_tensors`` visits them."""
+    leaves: list[Tensor] = []
+    map_tensors(batch, leaves.append)
+    return leaves
+
+
+def _form(batch: Any) -> Any:
+    """Equal for two batches that differ in nothing but the values of their tensors."""
+    if isinstance(batch, Tensor):
+        return batch.shape, batch.dtype, batch.device
+    if isinstance(batch, Mapping):
+        return type(batch), tuple((key, _form(item)) for key, item in batch.items())
+    if isinstance(batch, list | tuple):
+        return type(batch), tuple(map(_form, batch))
+    return (type(batch), batch) if isinstance(batch, str | int | float | None) else id(batch)
 
 
 class _Bound(nn.Module):
