@@ -436,3 +436,47 @@ def test_what_is_drawn_apart_goes_on_from_batch_to_batch():
         drawn.append(value)
     assert drawn == expected
     assert len(set(expected)) == 3
+
+
+class _FrozenNorms(Net):
+    """Keeps its norm in evaluation mode while it trains, as detection models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+def test_layers_that_a_model_keeps_frozen_stay_so_in_training_mode():
+    model = _FrozenNorms().eval()
+    with untouched(model, training=True):
+        assert model.training and model.head.training and not model.norm.training
+    assert not model.training
+
+
+def test_the_modes_of_a_model_without_its_own_train_are_all_set():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2).eval()))
+    with untouched(model, training=True):
+        assert all(module.training for module in model.modules())
+    with untouched(model, training=False):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_numbers_of_a_model_that_merges_its_weights_are_those_of_the_model_as_it_is(mode):
+    torch.manual_seed(0)
+    animal = ZOO["merges_weights_in_evaluation_mode"]
+    model, data = animal.make().train(mode), animal.data()
+    loss = float(F.cross_entropy(model(data[0]), data[1]).detach())
+    surface = ss.landscape(model, data, F.cross_entropy, grid=3)
+    assert surface.values[1, 1] == pytest.approx(loss, rel=1e-6) and surface.checks.weights_restored
+    operator = ss.curvature_operator(model, data, F.cross_entropy)
+    products = [operator.matvec(np.ones(operator.shape[1])) for _ in range(3)]
+    assert np.array_equal(products[0], products[2])
+    values = [float(operator.model.output_and_loss(data, 0)[1].detach()) for _ in range(3)]
+    assert values == pytest.approx([loss] * 3, rel=1e-6)

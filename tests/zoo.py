@@ -620,6 +620,72 @@ class overrides_train(Net):
         return self
 
 
+class _Merging(nn.Linear):
+    """A low-rank update that is added to the weight in evaluation mode, in place, and taken out again in training mode."""
+
+    def __init__(self):
+        super().__init__(WIDTH, WIDTH)
+        self.down, self.up = nn.Parameter(torch.randn(2, WIDTH) / 3), nn.Parameter(torch.randn(WIDTH, 2) / 3)
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * (self.up.data @ self.down.data)
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.down.T @ self.up.T)
+
+
+@animal()
+class merges_weights_in_evaluation_mode(Net):
+    def __init__(self):
+        super().__init__()
+        self.blocks[1] = nn.Sequential(_Merging(), nn.Tanh())
+
+
+@animal()
+class swaps_in_averaged_weights_in_evaluation_mode(Net):
+    def __init__(self):
+        super().__init__()
+        self.other = {name: p.detach() + 0.1 for name, p in self.named_parameters()}
+
+    def train(self, mode=True):
+        if mode != self.training:
+            for name, p in self.named_parameters():
+                p.data, self.other[name] = self.other[name], p.data
+        return super().train(mode)
+
+
+@animal()
+class fuses_layers_in_evaluation_mode(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.stem, self.fused = nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH), None
+
+    def eval(self):
+        if self.fused is None:
+            self.fused = nn.utils.fuse_linear_bn_eval(self.stem.eval(), self.norm.eval())
+            del self.stem, self.norm
+        return super().eval()
+
+    def forward(self, x):
+        return super().forward(self.fused(x) if self.fused is not None else self.norm(self.stem(x)))
+
+
+@animal()
+class replaces_its_weights_data_in_its_forward(Net):
+    def __init__(self):
+        super().__init__()
+        self.target = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        self.target.weight.data = 0.9 * self.target.weight.data + 0.1 * self.head.weight.data
+        return super().forward(x) + self.target(x).detach()
+
+
 @animal()
 class overrides_setattr(Net):
     def __setattr__(self, name, value):
@@ -754,6 +820,13 @@ class integers_in(Net):
 
     def forward(self, ids):
         return super().forward(self.embedding(ids).mean(1))
+
+
+@animal(_tokens)
+class rescales_its_embeddings_in_its_forward(integers_in):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, WIDTH, max_norm=0.5)
 
 
 @animal(_tokens)

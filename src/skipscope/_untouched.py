@@ -42,6 +42,10 @@ class _Snapshot:
         self.empty: list[Any] = []
         self.kept: list[tuple[Callable[[Any, Any], None], Any, Any]] = []
         self.gradients: list[tuple[Tensor, Tensor | None, bool]] = []
+        self.storages: list[tuple[nn.Parameter, Tensor]] = []
+        models = list(models)
+        for weight in _renormalised(models):
+            self.kept.append((_restore_tensor, weight, weight.detach().clone()))
         queue, seen = [thing for model in models for thing in (*model.modules(), *model.parameters())], set()
         while queue:
             thing = queue.pop()
@@ -57,6 +61,8 @@ class _Snapshot:
             if is_parameter or thing.is_leaf:
                 self.gradients.append((thing, thing.grad, thing.requires_grad))
             if is_parameter:
+                if type(thing.data) is Tensor:  # a shard frees and takes its storage as its library likes
+                    self.storages.append((thing, thing.data))
                 return ()
         way = _way(kind)
         if way is None and _has_attributes(kind):
@@ -75,6 +81,8 @@ class _Snapshot:
         for container in self.empty:
             if container:
                 container.clear()
+        for parameter, held in self.storages:
+            _restore_storage(parameter, held)
         for restore, thing, before in self.kept:
             restore(thing, before)
         for tensor, grad, requires_grad in self.gradients:
@@ -102,6 +110,22 @@ def _way(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]] |
     return next(
         ((duplicate, restore) for kinds, duplicate, restore in _WAYS if issubclass(kind, kinds)), None
     )
+
+
+def _renormalised(models: Iterable[nn.Module]) -> list[Tensor]:
+    """Weights that a forward pass rescales in place: those of embeddings with ``max_norm``."""
+    embeddings = [
+        m for model in models for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+    ]
+    return [m.weight for m in embeddings if m.max_norm is not None and not m.weight.is_meta]
+
+
+def _restore_storage(parameter: nn.Parameter, held: Tensor) -> None:
+    """Undo ``parameter.data = other``, by which people merge, average and swap weights."""
+    now = parameter.data
+    same = now.dtype == held.dtype and now.shape == held.shape and now.stride() == held.stride()
+    if not same or now.data_ptr() != held.data_ptr() or now.device != held.device:
+        parameter.data = held
 
 
 def _restore_tensor(tensor: Tensor, before: Tensor) -> None:
@@ -168,11 +192,11 @@ def untouched(
 
     Kept bit for bit: buffers, the identity of every ``.grad``, training flags, ``requires_grad``, hooks, attributes,
     and the global random state. Inside, every ``.grad`` is None, gradients are enabled and inference mode is off.
-    Parameters are the caller's to leave alone.
+    A parameter gets its storage back, but not values that were written into it: they are the caller's to leave alone.
 
     Args:
         models: the modules that will be run.
-        training: True or False puts the models into that mode; None leaves each module's flag as it is.
+        training: True or False sets the modules' flags (see :func:`set_mode`); None leaves each as it is.
         seed: seeds the global generators inside, so that dropout draws the same numbers every time.
         operation: named in errors.
 
@@ -198,10 +222,41 @@ def untouched(
                     parameter.grad = None
                 if training is not None:
                     for model in models:
-                        model.train(training)
+                        set_mode(model, training)
                 yield
         finally:
             snapshot.restore()
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Set the ``training`` flag of every module, without calling the model's own ``train()`` or ``eval()``.
+
+    An override of these may merge, fuse or swap weights, and need not undo it to the bit. Where there is one, it is
+    called on a copy, and the flags that it sets there are set here: layers that it keeps frozen stay frozen.
+    """
+    flags: dict[str, bool] = {}
+    if model.training is not training and changes_on_mode(model):
+        try:
+            with random_state_kept():
+                flags = {
+                    n: m.training for n, m in private_copy(model, "train").train(training).named_modules()
+                }
+        except Exception:  # an exported module refuses any mode; others hold what cannot be copied
+            flags = {}
+    elif changes_on_mode(model):
+        return  # the user has called it, and may have changed flags since
+    for name, module in model.named_modules():
+        module.training = flags.get(name, training)
+
+
+def changes_on_mode(model: nn.Module) -> bool:
+    """Whether a module overrides ``train()`` or ``eval()``, which may then do more than set flags."""
+    for module in model.modules():
+        own = getattr(module, "_orig_mod", module)  # a compiled module hands both on
+        for method, stock in ((own.train, nn.Module.train), (own.eval, nn.Module.eval)):
+            if getattr(method, "__func__", None) is not stock:
+                return True
+    return False
 
 
 def require_module(model: Any, operation: str) -> None:

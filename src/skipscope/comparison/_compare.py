@@ -17,7 +17,7 @@ from skipscope._calls import no_gradient
 from skipscope._data import as_batches, batch_size, inputs_of, read, rows
 from skipscope._errors import SkipscopeError, asked_as
 from skipscope._progress import say
-from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
+from skipscope._untouched import private_copy, random_state_kept, require_module, set_mode, untouched
 from skipscope._version import __version__
 from skipscope.comparison._measure import Clock, Probe, attempt
 from skipscope.comparison._options import require_size, require_whole
@@ -415,6 +415,7 @@ def measure_importance(
     """Which shortcuts matter, on the network that has them."""
     having = evidence.roles.having
     if having in networks and having in evidence.found and clock.fits("importance", 2.0):
-        answer = attempt(clock, f"importance: {having}", probe.importance, networks[having].eval())
+        set_mode(networks[having], False)
+        answer = attempt(clock, f"importance: {having}", probe.importance, networks[having])
         if answer is not None:
             evidence.importance[having] = answer

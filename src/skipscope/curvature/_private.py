@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective, forward, map_tensors
 from skipscope._errors import SkipscopeError
-from skipscope._untouched import private_copy, untouched
+from skipscope._untouched import private_copy, set_mode, untouched
 from skipscope.curvature._results import Layout
 
 Selection = str | Iterable[str] | None
@@ -28,7 +28,6 @@ class PrivateModel:
         names: of the chosen parameters.
         parameters: the chosen parameters, leaves that require a gradient; all others do not.
         objective: the loss.
-        training: the mode it runs in; None keeps each module's flag.
         seed: of the random numbers of the first batch; every pass over a batch draws the same.
         operation: named in errors.
     """
@@ -37,7 +36,6 @@ class PrivateModel:
     names: list[str]
     parameters: list[nn.Parameter]
     objective: Objective
-    training: bool | None
     seed: int
     operation: str
     _twin: PrivateModel | None = None
@@ -49,9 +47,7 @@ class PrivateModel:
 
     def running(self, index: int):
         """The context in which batch number ``index`` is run."""
-        return untouched(
-            self.module, training=self.training, seed=self.seed + index, operation=self.operation
-        )
+        return untouched(self.module, seed=self.seed + index, operation=self.operation)
 
     def output_and_loss(self, batch: Batch, index: int, *, output: bool = False) -> tuple[Any, Tensor]:
         """The loss of a batch, with its graph; and the model's output if it is asked for (else None)."""
@@ -174,7 +170,7 @@ def private_model(
         objective: the loss.
         operation: named in errors.
         parameters: names or patterns (``"layer1.*"``); None for all that require a gradient.
-        training: the mode to run in.
+        training: the mode to run in; None keeps each module's flag.
         seed: of the random numbers inside the model.
 
     Raises:
@@ -182,6 +178,8 @@ def private_model(
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper cannot be differentiated twice
     own = private_copy(model, operation)
+    if training is not None:
+        set_mode(own, training)
     chosen = _chosen(
         [n for n, p in model.named_parameters() if p.requires_grad], parameters, model, operation
     )
@@ -201,7 +199,7 @@ def private_model(
         parameter.requires_grad_(name in chosen)
         parameter.grad = None
     names = [name for name in found if name in chosen]
-    return PrivateModel(own, names, [found[n] for n in names], objective, training, seed, operation)
+    return PrivateModel(own, names, [found[n] for n in names], objective, seed, operation)
 
 
 def _chosen(available: list[str], wanted: Selection, model: nn.Module, operation: str) -> set[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from skipscope import _data
-from skipscope._untouched import random_state_kept
+from skipscope._untouched import random_state_kept, set_mode
 
 
 def recalibrate(twin: nn.Module, data: Any) -> nn.Module:
@@ -35,11 +35,11 @@ def recalibrate(twin: nn.Module, data: Any) -> nn.Module:
     momenta = [norm.momentum for norm in norms]
     single = isinstance(data, torch.Tensor)
     try:
-        twin.eval()
+        set_mode(twin, False)
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the plain average over batches
-            norm.train()
+            norm.training = True
         with random_state_kept(0), torch.no_grad():
             for batch in [(data,)] if single else _data.as_batches(data, "recalibrate", any_shape=True):
                 _data.call_model(twin, _data.inputs_of(batch))

@@ -18,7 +18,7 @@ from torch import nn
 from skipscope._data import Batch, Batches, Objective, mean_loss, read
 from skipscope._errors import SkipscopeError, asked_as
 from skipscope._sharding import refuse_spread
-from skipscope._untouched import private_copy, require_module, untouched
+from skipscope._untouched import private_copy, require_module, set_mode, untouched
 from skipscope._version import __version__
 from skipscope.curvature import How, Matrix, Wish, open_operator
 from skipscope.surfaces._directions import Direction
@@ -202,7 +202,8 @@ class _Plane:
                 apart.append(name)
                 moved = directions_for(model, self.settings, len(self.at))
             elif stale_statistics(first, model, centre, self._centre(model)):
-                model = private_copy(model, _OPERATION).eval()
+                model = private_copy(model, _OPERATION)
+                set_mode(model, False)
                 recalibrate(model, self.data)
                 notes.append(
                     f"{name}: batch-norm statistics measured anew (they were those of {first_name})."

@@ -76,12 +76,12 @@ def recalibrate(copy: nn.Module, data: Batches) -> None:
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None
-        layer.train()
+        layer.training = True
     for batch in data:
         forward(copy, batch, "landscape")
     for layer, momentum in zip(layers, momenta):
         layer.momentum = momentum
-        layer.eval()
+        layer.training = False
 
 
 # --- the plain loop, and loops like it -----------------------------------------------------------------------------

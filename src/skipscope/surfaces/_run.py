@@ -55,12 +55,12 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
     held, objective = read(
         first, held, loss, "landscape", weight=settings.weight, sample_loss=settings.sample_loss
     )
+    hashes = {name: weights_hash(model) for name, model in models.items()}
     with (
         untouched(*models.values(), training=False, seed=0, operation="landscape"),
         _precision(settings.precision, first),
         ExitStack() as opened,
     ):
-        hashes = {name: weights_hash(model) for name, model in models.items()}
         twins = opened.enter_context(_open_twins(models, held, objective, settings, len(at)))
         work = Work(twins, at)
         check_grid(int(np.prod(work.shape)), len(work.names))

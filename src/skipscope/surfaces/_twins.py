@@ -16,7 +16,7 @@ from torch import nn
 
 from skipscope._data import Batches, Objective
 from skipscope._errors import SkipscopeError
-from skipscope._untouched import private_copy
+from skipscope._untouched import private_copy, set_mode
 from skipscope.shortcuts import ablate
 from skipscope.surfaces import _directions as dirs
 from skipscope.surfaces._evaluate import Evaluator, Point, batch_norms, recalibrate
@@ -128,7 +128,9 @@ def _with_knob(model: nn.Module, settings: Settings) -> tuple[nn.Module, torch.T
         return model, None
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     knob = torch.ones((), device=place)
-    return ablate(model, settings.strength, strength=knob).eval(), knob
+    twin = ablate(model, settings.strength, strength=knob)
+    set_mode(twin, False)
+    return twin, knob
 
 
 def same_weights(first: nn.Module, other: nn.Module) -> bool:
