@@ -71,6 +71,30 @@ def shares_of(data: Batches, loss: Objective, operation: str) -> list[tuple[Batc
     return [(batch, weight / total) for batch, weight in weighed if weight]
 
 
+class _Arrivals:
+    """What the hooks on activations have read. It holds no tensor: autograd's nodes keep their hooks alive, and
+    Python's garbage collector does not see into autograd's nodes, so a hook that led back to the loss would keep the
+    whole graph, the batch and the model for ever.
+    """
+
+    def __init__(self, share: float, scale: float):
+        self.share, self.scale = share, scale
+        self.readings: dict[int, Reading] = {}
+        self.unit: float | None = None  # what one unit of a gradient is worth, once the seed is known
+
+    def hook(self, i: int) -> Callable[[Tensor | None], None]:
+        """The hook on the activation at boundary ``i``."""
+
+        def arrive(gradient: Tensor | None) -> None:
+            # The hooks also run while the seed is being found.
+            if self.unit is not None and gradient is not None:
+                self.readings.setdefault(i, Reading()).add(
+                    gradient, self.unit * self.share, self.unit * self.scale
+                )
+
+        return arrive
+
+
 class _Pass:
     """Forward and backward over one batch; nothing is kept in ``readings`` until it has gone well."""
 
@@ -78,14 +102,13 @@ class _Pass:
         self, model: nn.Module, batch: Batch, loss: Objective, share: float, scale: float, readings: Readings,
         accumulate: bool = False, spread: bool = False,
     ):  # fmt: skip
-        self.model, self.loss, self.share, self.scale = model, loss, share, scale
+        self.model, self.loss, self.share = model, loss, share
         self.batch = map_tensors(batch, _as_data)
         self.readings, self.accumulate, self.spread = readings, accumulate, spread
         self.activations: dict[int, Reading] = {}
         self.similarities: dict[int, float | None] = {}
-        self.gradients: dict[int, Reading] = {}
+        self.arrivals = _Arrivals(share, scale)
         self.leaves: list[Tensor] = []
-        self.unit: float | None = None  # what one unit of a gradient is worth, once the seed is known
 
     def touch(self, i: int, activation: Tensor) -> Tensor:
         if i not in self.activations:  # re-entrant checkpointing comes by twice
@@ -99,14 +122,8 @@ class _Pass:
             leaf = activation.detach().requires_grad_()
             self.leaves.append(leaf)
             activation = leaf.clone()  # a leaf could not be changed in place by what follows
-        activation.register_hook(lambda gradient: self.arrive(i, gradient))
+        activation.register_hook(self.arrivals.hook(i))
         return activation
-
-    def arrive(self, i: int, gradient: Tensor | None) -> None:
-        if self.unit is not None and gradient is not None:  # the hooks also run while the seed is being found
-            self.gradients.setdefault(i, Reading()).add(
-                gradient, self.unit * self.share, self.unit * self.scale
-            )
 
     def run(self, tap: Tap) -> None:
         outputs: list[Any] = []
@@ -122,7 +139,7 @@ class _Pass:
                 # Where weights are spread over ranks their gradient is the mean over ranks: all have one seed.
                 size = greatest(self.model, self.at_output) if self.spread else self.at_output
                 seed = seed_for(size, self.value.dtype)
-                self.unit = 1.0 / seed
+                self.arrivals.unit = 1.0 / seed
                 self.weights = self.backward(seed)
         finally:
             handle.remove()
@@ -141,14 +158,14 @@ class _Pass:
 
     def commit(self) -> None:
         to = self.readings
-        for kind, mine in ((to.activations, self.activations), (to.gradients, self.gradients)):
+        for kind, mine in ((to.activations, self.activations), (to.gradients, self.arrivals.readings)):
             for i, one in mine.items():
                 merge(kind[i], one)
         for i, value in self.similarities.items():
             to.similarities[i] = value
         for name, gradient in self.weights.items():
             if name in to.weights:
-                to.weights[name].add(gradient, self.unit or 1.0, self.share)
+                to.weights[name].add(gradient, self.arrivals.unit or 1.0, self.share)
         if self.accumulate:
             self.model.zero_grad(set_to_none=True)
         to.loss += self.share * float(self.value.detach())
