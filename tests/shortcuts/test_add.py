@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from skipscope import nn as shortcuts
 from skipscope._errors import SkipscopeError
 from skipscope.nn import registry
 from skipscope.shortcuts import ablate, add_shortcuts, find_shortcuts
@@ -72,3 +73,151 @@ def test_refusals():
         add_shortcuts(nn.Sequential(nn.Linear(8, 8)), features(), "skip")
     with pytest.raises(SkipscopeError, match="at least one layer"):
         add_shortcuts(nn.Sequential(nn.Linear(8, 8)), features(), span=0)
+
+
+# --- the twin runs, and the original's code runs in it -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_owner_that_reads_its_layers_attributes_finds_them(training):
+    x = torch.randn(2, 5, 16)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).train(training)
+    expected = x
+    for one in encoder.layers:
+        expected = expected + one(expected)
+    torch.testing.assert_close(add_shortcuts(encoder, x, report=None)(x), expected)
+
+
+class Owner(nn.Module):
+    """Calls its layers, and does something else with them that ``how`` says."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layers, self.how = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), how
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.how == "attribute":
+                x = torch.tanh(layer(x)) / layer.out_features**0.5
+            elif self.how == "default":
+                x = layer(x) * getattr(layer, "in_features", 1)
+            elif self.how == "class":
+                x = torch.tanh(layer(x)) if isinstance(layer, nn.Linear) else -layer(x)
+            elif self.how == "weights":
+                x = x @ self.layers[0][0].weight if isinstance(self.layers[0], nn.Sequential) else layer(x)
+            else:
+                x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("how", ["attribute", "default"])
+def test_attributes_of_a_wrapped_layer_are_its_own(how):
+    model, x = Owner(how), features()
+    y = x
+    for layer in model.layers:
+        y = torch.tanh(y + layer(y)) / 8**0.5 if how == "attribute" else (y + layer(y)) * 8
+    torch.testing.assert_close(add_shortcuts(model, x, report=None)(x), y)
+
+
+def test_layers_whose_owner_does_more_than_call_them_are_left_alone_and_told():
+    model, lines = nn.ModuleDict({"a": Owner("class"), "b": Owner("")}), []
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x):
+            return self.parts["b"](self.parts["a"](x))
+
+    twin = add_shortcuts(Both(), features(), report=lines.append)
+    assert [type(layer).__name__ for layer in twin.parts["a"].layers] == ["Linear"] * 3
+    assert [type(layer).__name__ for layer in twin.parts["b"].layers] == ["IdentityShortcut"] * 3
+    assert sum("its owner does more with it than to call it" in line for line in lines) == 3
+
+
+@pytest.mark.parametrize(
+    "kind, layer",
+    [
+        ("dense", "0"),
+        (lambda branch: shortcuts.PreNorm(branch, 7), "0"),
+        (lambda branch: nn.Linear(8, 7), "0"),
+    ],
+)
+def test_a_kind_whose_width_does_not_fit_is_refused_with_the_cure(kind, layer):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    with pytest.raises(SkipscopeError, match="does not fit here") as refusal:
+        add_shortcuts(model, features(), kind, report=None)
+    assert "keeps the width" in refusal.value.cure and f"layer:    {layer}" in str(refusal.value)
+
+
+# --- what a stretch is -------------------------------------------------------------------------------------------
+
+
+def vgg():
+    def layer(a, b):
+        return [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+
+    return nn.Sequential(
+        *layer(3, 8), *layer(8, 8), nn.MaxPool2d(2), *layer(8, 8), *layer(8, 8), nn.MaxPool2d(2)
+    )
+
+
+@pytest.mark.parametrize("span", [1, 3])
+def test_shortcuts_go_around_layer_norm_and_activation(span):
+    """Whether three children are asked for or one: never around a norm alone, and in step after a pool."""
+    model, x = vgg().eval(), torch.randn(2, 3, 8, 8)
+    y = model[:3](x)
+    for start in (3, 6, 7, 10):
+        y = model[6](y) if start == 6 else y + model[start : start + 3](y)
+    torch.testing.assert_close(add_shortcuts(model, x, span=span, report=None)(x), model[13](y))
+
+
+def test_before_activation_the_norm_comes_first():
+    layers = [[nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)] for _ in range(2)]
+    model, x = nn.Sequential(*layers[0], *layers[1]).eval(), torch.randn(2, 4, 6, 6)
+    twin = add_shortcuts(model, x, span=3, report=None)
+    assert [type(m).__name__ for m in twin][::3] == ["IdentityShortcut"] * 2
+
+
+# --- kinds by class, with their own arguments, and over depth ----------------------------------------------------------
+
+
+def test_a_class_is_a_kind_and_takes_its_own_arguments():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), features()
+    for kind in (shortcuts.LayerScale, "layer-scale"):
+        twin = add_shortcuts(model, x, kind, init=0.5, report=None)
+        assert twin[1].gamma.tolist() == [0.5] * 8
+    with pytest.raises(SkipscopeError, match="no such argument"):
+        add_shortcuts(model, x, "rezero", bias=3, report=None)
+
+
+def test_a_kind_that_spans_depth_is_made_over_the_chain():
+    """Trained hyper-connections: the streams live from the first layer to the last."""
+    layers = [seq(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]
+    model, x = nn.Sequential(*layers, nn.Linear(8, 3)), features()
+    twin = add_shortcuts(model, x, "hyper", streams=3, report=None)
+    chain = twin[0]
+    assert len(chain.layers) == 4 and not any(True for m in twin[1:4] for _ in m.parameters())
+    with torch.no_grad():
+        for layer in chain.layers:
+            for p in (layer.pre, layer.post, layer.residual):
+                p.add_(torch.randn_like(p))
+    X = x.expand(3, *x.shape)
+    for own, layer in zip(layers, chain.layers):
+        f = own(torch.einsum("s,snw->nw", layer.pre, X))
+        X = torch.einsum("ts,snw->tnw", layer.residual, X) + torch.einsum("t,nw->tnw", layer.post, f)
+    torch.testing.assert_close(twin(x), model[4](X.mean(0)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_kind_that_spans_depth_is_refused_where_nothing_follows():
+    with pytest.raises(SkipscopeError, match="joins layers that follow one another"):
+        add_shortcuts(Owner(""), features(), "hyper", report=None)
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in registry().items() if kind.spans_depth])
+def test_every_kind_that_spans_depth_joins_all_layers(kind):
+    model, x = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)]), features()
+    twin = add_shortcuts(model, x, kind, report=None)
+    assert sum(isinstance(m, nn.Identity) for m in twin) == 3 and twin(x).shape == x.shape

@@ -70,7 +70,8 @@ from skipscope.nn._random import DropoutShortcut as DropoutShortcut
 from skipscope.nn._random import StochasticDepth as StochasticDepth
 from skipscope.nn._random import dropout_shortcut as dropout_shortcut
 from skipscope.nn._random import stochastic_depth as stochastic_depth
-from skipscope.nn._registry import Factory as Factory
+from skipscope.nn._registry import Kind as Kind
+from skipscope.nn._registry import find_kind as find_kind
 from skipscope.nn._registry import registry as registry
 from skipscope.nn._residual_streams import ResidualStreams as ResidualStreams
 from skipscope.nn._residual_streams import residual_streams as residual_streams

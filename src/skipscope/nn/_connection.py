@@ -30,6 +30,16 @@ class Connection(nn.Module):
         super().__init__()
         self.branch = branch
 
+    def __getattr__(self, name: str) -> Any:
+        """What the module lacks is looked up in its branch, so that an owner who reads its layers' attributes finds them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            branch = self.__dict__.get("_modules", {}).get("branch")
+            if branch is None or name == "reset_parameters" or not hasattr(branch, name):
+                raise
+            return getattr(branch, name)
+
     def read(self, x: Tensor) -> Tensor:
         """The branch's input; ``x`` itself unless a family says otherwise."""
         return x

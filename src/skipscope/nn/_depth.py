@@ -8,6 +8,7 @@ B_i are the blocks of a network, with the shortcuts that they have; at the start
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +43,10 @@ class DepthAveraged(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.weights = nn.ParameterList(torch.eye(i + 2)[-1] for i in range(len(blocks)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[...]`` -> ``[...]``."""
+    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        """``[...]`` -> ``[...]``; what follows ``x`` goes to every block as it is."""
         outputs = [x]
         for block, weights in zip(self.blocks, self.weights):
-            outputs.append(block(x))
+            outputs.append(block(x, *args, **keywords))
             x = depth_average(outputs, weights)
         return x

@@ -9,6 +9,7 @@ network's output.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +55,12 @@ class DepthAttention(nn.Module):
         self.branches, self.dim = nn.ModuleList(branches), dim
         self.queries = nn.ParameterList(torch.zeros(width) for _ in branches)  # h_1 is x, whatever its query
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
+    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        """The same shape; what follows ``x`` goes to every branch as it is."""
         h = x.movedim(self.dim, -1)
         outputs = [h]
         for branch, query in zip(self.branches, self.queries):
-            outputs.append(branch(h.movedim(-1, self.dim)).movedim(self.dim, -1))
+            f = branch(h.movedim(-1, self.dim), *args, **keywords)
+            outputs.append(f.movedim(self.dim, -1))
             h = depth_attention(outputs, query)
         return h.movedim(-1, self.dim)

@@ -10,6 +10,7 @@ transformer's query, key, value and residual). At the start the network is what 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,13 +58,13 @@ class DynamicDense(nn.Module):
             self.outer.append(nn.Linear(out * size, out * size, bias=False))
             nn.init.zeros_(self.outer[i].weight)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[...]`` -> ``[...]``."""
+    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        """``[...]`` -> ``[...]``; what follows ``x`` goes to every block as it is."""
         outputs = [x.movedim(self.dim, -1)]
         inputs = outputs * self.ways
         for block, static, inner, outer in zip(self.blocks, self.static, self.inner, self.outer):
             read = [y.movedim(-1, self.dim) for y in inputs]
-            outputs.append(block(*read).movedim(self.dim, -1))
+            outputs.append(block(*read, *args, **keywords).movedim(self.dim, -1))
             weights = static + outer(F.gelu(inner(normed(outputs[-1])))).unflatten(-1, static.shape)
             inputs = [dynamic_dense(outputs, way) for way in weights.unbind(-2)]
         return inputs[0].movedim(-1, self.dim)

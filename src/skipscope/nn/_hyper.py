@@ -9,6 +9,7 @@ layer: then every stream is what a residual network's one stream would be.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +85,9 @@ class HyperConnected(nn.Module):
         self.layers = nn.ModuleList(connect(branch, streams, layer=i) for i, branch in enumerate(branches))
         self.kind = next((layer.kind for layer in self.layers), HyperConnection.kind)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[...]`` -> ``[...]``."""
+    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        """``[...]`` -> ``[...]``; what follows ``x`` goes to every branch as it is."""
         x = expand_streams(x, self.streams)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, *args, **keywords)
         return reduce_streams(x)

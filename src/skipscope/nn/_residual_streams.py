@@ -9,6 +9,8 @@ and neither skips anything.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from skipscope.nn._connection import WidthNorm
@@ -44,9 +46,9 @@ class ResidualStreams(nn.Module):
         self.norms = nn.ModuleList(WidthNorm(width, dim=dim) for _ in branches)
         self.norm_out = WidthNorm(width, dim=dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
+    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        """The same shape; what follows ``x`` goes to every branch as it is."""
         post = pre = x
         for branch, norm in zip(self.branches, self.norms):
-            post, pre = residual_streams(post, pre, branch(post), norm)
+            post, pre = residual_streams(post, pre, branch(post, *args, **keywords), norm)
         return post + self.norm_out(pre)

@@ -9,6 +9,7 @@ This is the equation; storing no activations, its purpose, is left to the caller
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,7 +41,8 @@ class Reversible(nn.Module):
     """Reversible layers between two streams, which begin as copies of one tensor and end as their mean.
 
     Args:
-        branches: F and G of each layer, in turn; one alone gets as its G a copy whose layers start anew.
+        branches: F and G of each layer, in turn; the last F of an odd number gets as its
+            G a copy with other weights of the same initialisation.
 
     Example:
         >>> import torch
@@ -56,9 +58,11 @@ class Reversible(nn.Module):
         branches = branches if len(branches) % 2 == 0 else (*branches, anew(branches[-1]))
         self.branches = nn.ModuleList(branches)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
+    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        """The same shape; what follows ``x`` goes to every branch as it is."""
         one = two = x
         for f, g in zip(self.branches[::2], self.branches[1::2]):
-            one, two = reversible(one, two, f, g)
+            one, two = reversible(
+                one, two, lambda h, f=f: f(h, *args, **keywords), lambda h, g=g: g(h, *args, **keywords)
+            )
         return (one + two) / 2

@@ -26,7 +26,7 @@ class ShakeShake(IdentityShortcut):
 
     Args:
         branch: F1.
-        other: F2; by default a copy of F1, whose layers start anew where they know how to.
+        other: F2; by default a copy of F1 with other weights of the same initialisation.
         mode: draw for each ``"row"`` (the paper's best) or once for the ``"batch"``.
     """
 
@@ -47,11 +47,13 @@ class ShakeShake(IdentityShortcut):
         return self.write(x, shake_shake(f1, f2, forward, backward))
 
 
+@torch.no_grad()
 def anew(branch: nn.Module) -> nn.Module:
-    """A copy of ``branch`` whose layers start anew where they know how to."""
+    """A copy of ``branch`` with other weights of the same initialisation: each tensor's columns are permuted."""
     other = copy.deepcopy(branch)
-    for module in other.modules():
-        reset: Any = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
+    for parameter in other.parameters():
+        columns = 1 if parameter.ndim > 1 and parameter.shape[1] > 1 else 0
+        if parameter.ndim:
+            order = torch.randperm(parameter.shape[columns], device=parameter.device)
+            parameter.copy_(parameter.index_select(columns, order))
     return other

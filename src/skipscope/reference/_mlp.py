@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -68,7 +67,7 @@ def deep_mlp(
         classes: outputs of the head.
         shortcut: ``"identity"`` is the lecture's rule: ``x + layer(x)`` where the shapes agree. Any other name of
             ``skipscope.nn.registry()`` that keeps the width wraps those layers in its module, which renames their
-            parameters.
+            parameters; a kind that spans depth makes one chain of them.
         scale: a factor on the branch: ``x + scale * layer(x)``; ``"depth"`` is ``1/sqrt(depth)``.
         init: ``"default"`` is torch's; ``"he"`` is He's normal initialisation with zero biases for the
             hidden layers (He et al. 2015, arXiv 1502.01852).
@@ -102,7 +101,14 @@ def deep_mlp(
             nn.init.zeros_(linear.bias)
     if shortcut is not None and shortcut != "identity":
         agree = [a == b for a, b in pairwise(sizes)]
-        wrap = partial(registry()[shortcut], width=width, depth=sum(agree))
-        layers = [wrap(layer) if fits else layer for layer, fits in zip(layers, agree)]
+        kind, fitting = registry()[shortcut], [layer for layer, fits in zip(layers, agree) if fits]
+        if kind.spans_depth:  # the layers that agree follow one another: only the first can change the width
+            layers = [layer for layer, fits in zip(layers, agree) if not fits]
+            layers += [kind(fitting, width)] if fitting else []
+        else:
+            layers = [
+                kind(layer, width, depth=len(fitting)) if fits else layer
+                for layer, fits in zip(layers, agree)
+            ]
     factor = 1 / math.sqrt(depth) if scale == "depth" else float(scale)
     return DeepMLP(layers, head, shortcut == "identity", factor)
