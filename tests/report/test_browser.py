@@ -53,18 +53,53 @@ def test_the_checks_of_the_browser_can_fail(browser, tmp_path):
 def test_turning_one_surface_turns_its_neighbour(browser, tmp_path):
     page = browser.open(samples.pair(points=9).save(tmp_path / "pair.html"))
     page.show_surfaces()
-    eye = "document.querySelectorAll('.canvas')[{}]._fullLayout.scene._scene.getCamera().eye"
-    before = page.run(f"JSON.stringify({eye.format(1)})")
+    camera = "document.querySelectorAll('.canvas canvas')[{}].dataset.camera"
+    before = page.run(camera.format(1))
     x, y = page.run(
         "(r => [r.x + r.width / 2, r.y + r.height / 2])(document.querySelector('.canvas').getBoundingClientRect())"
     )
     page.drag(x, y, x + 90, y)
-    page.wait(f"JSON.stringify({eye.format(1)}) !== '{before}'")
-    # The camera passes through a matrix on its way to the neighbour, which may round its last bit.
-    page.wait(
-        f"((a, b) => ['x', 'y', 'z'].every(i => Math.abs(a[i] - b[i]) < 1e-9))({eye.format(0)}, {eye.format(1)})"
-    )
+    page.wait(f"{camera.format(1)} !== '{before}'")
+    page.wait(f"{camera.format(0)} === {camera.format(1)}")
     assert page.complaints == []
+
+
+def test_arrow_keys_turn_a_surface_and_a_double_click_turns_it_back(browser, tmp_path):
+    page = browser.open(samples.pair(points=9).save(tmp_path / "pair.html"))
+    page.show_surfaces()
+    canvas = "document.querySelector('.canvas canvas')"
+    page.wait(f"Boolean({canvas}.dataset.camera)")
+    before = page.run(f"{canvas}.dataset.camera")
+    page.run(f"void {canvas}.dispatchEvent(new KeyboardEvent('keydown', {{key: 'ArrowLeft'}}))")
+    page.wait(f"{canvas}.dataset.camera !== '{before}'")
+    page.run(f"void {canvas}.dispatchEvent(new MouseEvent('dblclick'))")
+    page.wait(f"{canvas}.dataset.camera === '{before}'")
+
+
+def test_near_cells_hide_far_ones(browser, tmp_path):
+    """A ridge before a plateau: from the ridge's side the plateau, red, is hidden; from behind it is seen."""
+    values = np.full((21, 21), 0.1)
+    values[:, 8:11], values[:, 14:] = 1000.0, 0.1 * 10 ** (4 * 0.35)
+    surface = dataclasses.replace(samples.surface(21), values=values)
+    page = browser.open(surface.save(tmp_path / "s.html"))
+    page.show_surfaces()
+    red_pixels = """(azimuth => {
+        const canvas = document.createElement('canvas');
+        canvas.style.cssText = 'width:300px;height:300px;position:fixed;top:0;left:0';
+        document.body.append(canvas);
+        const data = JSON.parse(document.querySelector('.scenes script').textContent);
+        const ramp = Array.from({length: 65}, (_, i) => Math.abs(i - 22.4) < 2 ? [255, 0, 0] : [0, 0, 255]);
+        const look = {...data, ramp, ticks: [], texts: []};
+        Surface3D.draw(canvas, data.surfaces[0], look, {azimuth, elevation: 0.25}, {soft: '#888', hair: 'transparent'});
+        const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+        let red = 0;
+        for (let i = 0; i < pixels.length; i += 4) red += pixels[i] > 120 && pixels[i + 2] < 60 && pixels[i + 3] > 200;
+        canvas.remove();
+        return red;
+    })"""
+    front, behind = page.run(f"{red_pixels}(0)"), page.run(f"{red_pixels}(Math.PI)")
+    assert behind > 1000
+    assert front < behind / 10
 
 
 def test_a_surface_without_any_height_does_not_stop_its_neighbour(browser, tmp_path):
@@ -141,7 +176,7 @@ def test_in_print_the_charts_are_there_and_the_buttons_are_not(browser, report):
     assert len(page.pdf()) > 50_000
 
 
-def test_without_webgl_and_without_scripts_the_contours_remain(browser, report):
+def test_without_scripts_the_contours_remain(browser, report):
     page = browser.open(report)
     page.send("Emulation.setScriptExecutionDisabled", value=True)
     page.send("Page.reload")

@@ -278,10 +278,13 @@ def test_axes_are_not_exchanged():
     a, b = np.linspace(-1, 1, 5), np.linspace(-2, 2, 7)
     values = 1 + np.abs(a)[:, None] * 10 + np.abs(b)[None] * 100
     drawn = _terrain.payload(Surfaces([Surface(values, a, b)]))["surfaces"][0]
-    assert drawn["x"] == pytest.approx(a, abs=1e-4)
-    assert drawn["y"] == pytest.approx(b, abs=1e-4)
-    assert np.array(drawn["z"]).shape == (7, 5)
-    assert drawn["z"][0][2] == pytest.approx(np.log10(values[2, 0]), abs=1e-3)
+    heights = np.array(drawn["z"])
+    assert heights.shape == (len(drawn["y"]), len(drawn["x"]))
+    # The finer grid keeps the computed points, and what is measured there.
+    at_x, at_y = (np.abs(np.subtract.outer(end, drawn[axis])).argmin(1) for end, axis in ((a, "x"), (b, "y")))
+    assert np.array(drawn["x"])[at_x] == pytest.approx(a, abs=1e-4)
+    assert np.array(drawn["y"])[at_y] == pytest.approx(b, abs=1e-4)
+    np.testing.assert_allclose(heights[np.ix_(at_y, at_x)], np.log10(values).T, atol=2e-3)
 
 
 # --- the network ------------------------------------------------------------------------------------------------------

@@ -98,16 +98,19 @@ def test_the_policy_names_exactly_the_scripts_that_are_there(tmp_path):
     assert set(re.findall(r"'sha256-[^']+'", policy)) == hashes
     assert "default-src 'none'" in policy
     assert "unsafe-eval" not in policy
-    assert sum("plotly.js v" in t for t in runs) == 1
+    assert sum("const Surface3D" in t for t in runs) == 1
 
 
-def test_only_pages_that_turn_something_carry_plotly(tmp_path):
+def test_only_pages_that_turn_something_carry_the_renderer(tmp_path):
+    flow, surface = samples.flow().save(tmp_path / "f.html"), samples.surface().save(tmp_path / "s.html")
+    assert "const Surface3D" not in flow.read_text(encoding="utf-8")
+    assert "const Surface3D" in surface.read_text(encoding="utf-8")
+
+
+def test_a_page_stays_small(tmp_path):
     assert samples.flow().save(tmp_path / "f.html").stat().st_size < 200_000
-    assert samples.surface().save(tmp_path / "s.html").stat().st_size > 4_000_000
-
-
-def test_plotly_never_offers_to_send_data_away():
-    assert "showSendToCloud: false" in _page._asset("page.js")
+    assert samples.surface().save(tmp_path / "s.html").stat().st_size < 500_000
+    assert samples.comparison(points=31).save(tmp_path / "c.html").stat().st_size < 2_000_000
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,7 @@ def page(result: Result, story: Story, file: str = "report.html") -> str:
     """
     panels = [_panel(panel, f"s{i + 1}") for i, panel in enumerate(story.panels)]
     turning = any(_turns(chart) for panel in story.panels for chart in panel.charts)
-    scripts = [_plotly()] if turning else []
-    scripts.append(_asset("page.js"))
+    scripts = [*([_asset("surface3d.js")] if turning else []), _asset("page.js")]
     data = _safe_json(dumps(result))
     content = {
         "story": story, "panels": panels, "contents": [p for p in panels if p["claim"]] if len(panels) > 3 else [],
@@ -217,10 +216,3 @@ def _finalize(value: Any) -> Any:
 @functools.cache
 def _asset(name: str) -> str:
     return resources.files("skipscope.report").joinpath(name).read_text(encoding="utf-8")
-
-
-@functools.cache
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return get_plotlyjs()

@@ -216,10 +216,21 @@ def _lines(fine: np.ndarray, scale: Heights, x: float, y: float, side: float) ->
     lines: Any = [line for at in scale.levels() for line in made.lines(at)]
     return (
         "".join(
-            "M" + "L".join(f"{x + px:.1f} {y + py:.1f}" for px, py in line) for line in lines if len(line) > 2
+            "M" + "L".join(f"{x + px:.1f} {y + py:.1f}" for px, py in _thinned(line))
+            for line in lines
+            if len(line) > 2
         )
         or "M0 0"
     )
+
+
+def _thinned(line: np.ndarray, apart: float = 2.5) -> list[tuple[float, float]]:
+    """The points of a line that lie at least ``apart`` pixels from the last one kept, and both ends."""
+    kept = [line[0]]
+    for point in line[1:-1]:
+        if math.hypot(*(point - kept[-1])) >= apart:
+            kept.append(point)
+    return [*kept, line[-1]]
 
 
 def fine(level: np.ndarray, least: int = 61) -> np.ndarray:
@@ -247,7 +258,7 @@ def _png(
     level: np.ndarray, scale: Heights, signed: bool, broken: np.ndarray | None = None, pixels: int = 120
 ) -> str:
     """A smooth picture of heights ``[a, b]``: a to the right, b upward; what is unknown is transparent, or striped."""
-    import matplotlib.image
+    from PIL import Image
     from scipy.ndimage import map_coordinates
 
     low, high = scale.ends()
@@ -263,8 +274,9 @@ def _png(
             np.repeat(np.repeat(rgba, 3, 0), 3, 1), np.repeat(np.repeat(clear.T[::-1] <= 0.5, 3, 0), 3, 1)
         )
     buffer = io.BytesIO()
-    # copied: imsave wants contiguous bytes
-    matplotlib.image.imsave(buffer, np.ascontiguousarray(rgba), format="png")
+    # A palette takes a third of the bytes; the colours are at most 256 and a transparent one.
+    picture = Image.fromarray(np.ascontiguousarray(rgba)).quantize(256, Image.Quantize.FASTOCTREE)
+    picture.save(buffer, format="png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -303,17 +315,7 @@ def payload(chart: Surfaces) -> dict[str, Any]:
         [i / 15, "rgb({},{},{})".format(*colours(any(s.signed for s in chart.surfaces))[i * 17])]
         for i in range(16)
     ]
-    surfaces = [
-        {
-            "x": [round(float(v), 5) for v in s.alphas],
-            "y": [round(float(v), 5) for v in s.betas],
-            "z": [
-                [round(float(v), 3) if math.isfinite(v) else None for v in row]
-                for row in scale(np.asarray(s.values, dtype=float)).T
-            ],
-        }
-        for s in chart.surfaces
-    ]
+    surfaces = [_mesh(surface, scale(np.asarray(surface.values, dtype=float))) for surface in chart.surfaces]
     room = 0.01 * (high - low)  # rounded heights must not fall through the floor
     return {
         "surfaces": surfaces,
@@ -322,4 +324,17 @@ def payload(chart: Surfaces) -> dict[str, Any]:
         "ticks": values,
         "texts": texts,
         "scale": ramp,
+    }
+
+
+def _mesh(surface: Surface, level: np.ndarray) -> dict[str, list]:
+    """The axes and the heights of one surface, on the same finer grid as its map."""
+    smooth = fine(level, least=41)
+    x, y = (
+        np.linspace(axis[0], axis[-1], n) for axis, n in zip((surface.alphas, surface.betas), smooth.shape)
+    )
+    return {
+        "x": np.round(x, 5).tolist(),
+        "y": np.round(y, 5).tolist(),
+        "z": [[round(float(v), 3) if math.isfinite(v) else None for v in row] for row in smooth.T],
     }
