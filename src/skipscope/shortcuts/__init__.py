@@ -18,5 +18,8 @@ from skipscope.shortcuts._results import Shortcuts as Shortcuts
 from skipscope.shortcuts._taps import Merge as Merge
 from skipscope.shortcuts._taps import tap_boundaries as tap_boundaries
 from skipscope.shortcuts._taps import tap_merges as tap_merges
-from skipscope.shortcuts._trace import trace as trace
 from skipscope.shortcuts._twin import refuse_shared as refuse_shared
+from skipscope.shortcuts.trace import Trace as Trace
+from skipscope.shortcuts.trace import TracedCall as TracedCall
+from skipscope.shortcuts.trace import Value as Value
+from skipscope.shortcuts.trace import record as record

@@ -25,7 +25,7 @@ _PLUMBING = os.path.join(_MODULES, "module.py")
 # What runs between a call and a mode of ours.
 _OURS = tuple(
     os.path.join(os.path.dirname(__file__), name)
-    for name in ("_calls.py", "_twin.py", "_taps.py", "_recorder.py", "_mark.py")
+    for name in ("_calls.py", "_twin.py", "_taps.py", "_recorder.py", "_mark.py", "trace/_recorder.py")
 )
 _CHECKPOINT = os.path.join(TORCH, "utils", "checkpoint.py")
 _is_plumbing: dict[str, bool] = {}

@@ -1,0 +1,10 @@
+"""One recorded trace of a forward pass: every torch call in order, as plain data. See :class:`Trace`."""
+
+from skipscope.shortcuts.trace._recorder import record as record
+from skipscope.shortcuts.trace._trace import Hidden as Hidden
+from skipscope.shortcuts.trace._trace import ModuleRun as ModuleRun
+from skipscope.shortcuts.trace._trace import Operand as Operand
+from skipscope.shortcuts.trace._trace import Origin as Origin
+from skipscope.shortcuts.trace._trace import Trace as Trace
+from skipscope.shortcuts.trace._trace import TracedCall as TracedCall
+from skipscope.shortcuts.trace._trace import Value as Value

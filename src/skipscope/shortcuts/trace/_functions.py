@@ -1,0 +1,94 @@
+"""Names of torch functions: one name for each operation, however it is called.
+
+``x + y``, ``torch.add``, ``Tensor.add_`` and ``torch.ops.aten.add.Tensor`` are all ``"add"``. A property that gives a
+tensor (``x.T``) is named like the property.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Function(NamedTuple):
+    """What a torch function is called, and whether it writes into its first argument."""
+
+    name: str
+    in_place: bool
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# They read no values. Asked for thousands of times, so they are passed on at once.
+QUERIES = _words(
+    """shape size dim ndim dtype device layout is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_nested is_quantized
+    is_leaf requires_grad grad_fn numel nelement stride storage_offset is_contiguous is_floating_point is_complex
+    is_signed element_size data_ptr untyped_storage storage _version _is_view _base is_inference is_conj is_neg len
+    __len__ names itemsize nbytes get_device is_shared output_nr retains_grad type __repr__ __format__ __hash__
+    is_coalesced __deepcopy__ __reduce_ex__ register_hook is_tensor is_same_size result_type can_cast promote_types
+    is_grad_enabled _set_grad_enabled finfo iinfo set_default_dtype get_default_dtype is_set_to .grad dim_order
+    _backward_hooks _is_zerotensor has_names is_mkldnn is_sparse_csr is_maia is_ipu is_xla is_vulkan is_mtia is_hpu"""
+)
+# Functions whose result has a tensor's shape but nothing of its values.
+SHAPE_ONLY = _words(
+    """zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_full
+    new_empty new_tensor"""
+)
+# What may give a view of its first argument. Whether it did is seen by the memory of its result.
+VIEWS = _words(
+    """view reshape view_as reshape_as transpose t permute getitem select narrow slice unbind split split_with_sizes
+    chunk tensor_split hsplit vsplit dsplit expand expand_as squeeze unsqueeze flatten unflatten ravel detach alias
+    diagonal unfold movedim as_strided view_as_real view_as_complex real imag conj T mT H mH data contiguous to
+    type_as float double half bfloat16 adjoint broadcast_to take_along_dim atleast_1d atleast_2d atleast_3d cpu cuda
+    positive resolve_conj resolve_neg unsafe_split unsafe_chunk broadcast_tensors result"""
+)
+# Python functions of torch's whose sums and weights are recorded one by one.
+COMPOSITES = _words("multi_head_attention_forward")
+
+_SAME = {
+    "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "truediv": "div", "concat": "cat",
+    "concatenate": "cat", "negative": "neg", "absolute": "abs", "swapaxes": "transpose", "swapdims": "transpose",
+    "moveaxis": "movedim", "clip": "clamp", "rmul": "mul", "radd": "add", "rtruediv": "rdiv", "_unsafe_view": "view",
+    "_to_copy": "to", "arctan": "atan", "arcsinh": "asinh", "special_expit": "sigmoid", "special_softmax": "softmax",
+    "_softmax": "softmax", "native_layer_norm": "layer_norm", "native_group_norm": "group_norm",
+    "native_batch_norm": "batch_norm", "_native_batch_norm_legit": "batch_norm",
+    "_native_batch_norm_legit_no_training": "batch_norm", "native_dropout": "dropout", "log_softmax": "log_softmax",
+    "_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention",
+    "_scaled_dot_product_flash_attention": "scaled_dot_product_attention",
+    "_scaled_dot_product_efficient_attention": "scaled_dot_product_attention", "ger": "outer", "unsafe_split": "split",
+    "unsafe_chunk": "chunk", "split_with_sizes": "split", "_transformer_encoder_layer_fwd": "transformer_encoder_layer",
+}  # fmt: skip
+_known: dict[str, Function] = {}
+
+
+def function_of(func: Any) -> Function:
+    """What a function that a mode is handed is called."""
+    name = getattr(func, "__name__", "")
+    if name in {"__get__", "__set__", "__delete__"}:
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+        return Function(".grad" if name == "grad" else name, False)
+    known = _known.get(name)
+    if known is None:
+        known = _named(name)
+        if not name.startswith("marked "):  # such names are made without end
+            _known[name] = known
+    return known
+
+
+def _named(name: str) -> Function:
+    if name.startswith("marked "):
+        return Function(name, False)
+    plain = name.partition(".")[0]  # an overload: add.Tensor
+    in_place = plain.endswith("_") and not plain.endswith("__")
+    if plain.startswith("__") and plain.endswith("__"):
+        plain = plain[2:-2]
+        in_place = plain == "setitem" or (plain.startswith("i") and plain[1:] in _AUGMENTED)
+        plain = plain[1:] if plain != "setitem" and in_place else plain
+        plain = "matmul" if plain == "rmatmul" else plain
+    elif in_place:
+        plain = plain[:-1]
+    return Function(_SAME.get(plain, plain), in_place)
+
+
+_AUGMENTED = _words("add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift")

@@ -1,0 +1,106 @@
+"""Which value a tensor holds now, also after something was written into memory that it shares.
+
+Tensors are held by weak references only, so recording needs no memory for activations. A write through a view is
+written into the whole as well: the whole becomes a new value, computed from what it was and from what was written. Any
+other view of that memory is read again from the new whole when it is next met.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from skipscope.shortcuts.trace._trace import Operand, Trace
+
+
+def memory_of(tensor: Tensor) -> int | None:
+    """A number that tensors sharing memory have in common; None where a tensor has no memory of its own."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr() or -getattr(storage, "_cdata", 0) or None
+    except (RuntimeError, NotImplementedError, AttributeError):  # sparse, nested, transformed
+        return None
+
+
+class Memory:
+    """Values of live tensors.
+
+    Args:
+        trace: whose values they are.
+        infer: notes a call that was not made, and gives its result.
+    """
+
+    def __init__(self, trace: Trace, infer: Callable[..., int]):
+        self.trace, self.infer = trace, infer
+        self._values: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+        # By memory: the value of all of it, and when it was written.
+        self._wholes: dict[int, tuple[int, int]] = {}
+        # By what a write gave: what was there before.
+        self._before: dict[int, int] = {}
+        self._writes = 0
+
+    def get(self, tensor: Tensor) -> int | None:
+        """The value that a tensor holds now, or None where it has not been met."""
+        entry = self._values.get(id(tensor))
+        if entry is None or entry[0]() is not tensor:
+            return None
+        _, value, time = entry
+        if time < self._writes and value >= 0:
+            written = self._wholes.get(memory_of(tensor) or 0)
+            if written is not None and written[1] > time:
+                value = self._read_again(value, written[0])
+                self.set(tensor, value)
+        return value
+
+    def set(self, tensor: Tensor, value: int) -> None:
+        """Note that a tensor holds a value from now on."""
+        self._values[id(tensor)] = (weakref.ref(tensor), value, self._writes)
+
+    def wrote(self, tensor: Tensor, before: int, after: int) -> None:
+        """Note that a call has written into a tensor."""
+        memory = memory_of(tensor)
+        root, views = self._views(before)
+        self._before[after] = before
+        new = after
+        if views:
+            written = self._wholes.get(memory or 0)
+            whole = root if written is None or written[0] < root else written[0]
+            is_all = self.trace.values[root].numel == self.trace.values[before].numel
+            name, operands = ("write_all", (after,)) if is_all else ("write", (whole, after))
+            new = self.infer(name, tuple(map(Operand, operands)), operands, whole)
+        if memory is not None:
+            self._writes += 1
+            self._wholes[memory] = (new, self._writes)
+        self.set(tensor, after)
+
+    def _views(self, value: int) -> tuple[int, list[int]]:
+        """The value of which ``value`` is a view, and the views between them, the last first."""
+        values, calls, views = self.trace.values, self.trace.calls, []
+        while True:
+            call = values[value].call
+            if value in self._before:
+                value = self._before[value]
+            elif call is not None and calls[call].is_view:
+                views.append(value)
+                value = calls[call].operands[0]
+            else:
+                return value, views
+
+    def _read_again(self, value: int, whole: int) -> int:
+        """The same view of what the whole is now."""
+        values, now = self.trace.values, whole
+        for view in reversed(self._views(value)[1]):
+            call = self.trace.calls[values[view].call or 0]
+            arguments = _with_first(call.arguments, now)
+            operands = (now, *call.operands[1:])
+            now = self.infer(call.function, arguments, operands, view, call.keywords, values[view].position)
+        return now
+
+
+def _with_first(arguments: tuple[Any, ...], value: int) -> tuple[Any, ...]:
+    first = replace(arguments[0], value=value) if arguments and isinstance(arguments[0], Operand) else None
+    return arguments if first is None else (first, *arguments[1:])

@@ -1,0 +1,537 @@
+"""Recording a forward pass: one ``TorchFunctionMode`` that notes every call, and hooks that note which module runs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.overrides import TorchFunctionMode
+
+from skipscope import _data, _sharding
+from skipscope.shortcuts import _calls, _sites
+from skipscope.shortcuts.trace._functions import COMPOSITES, QUERIES, SHAPE_ONLY, VIEWS, Function, function_of
+from skipscope.shortcuts.trace._memory import Memory, memory_of
+from skipscope.shortcuts.trace._trace import Hidden, ModuleRun, Operand, Origin, Trace, TracedCall, Value
+
+_FUNCTION = os.path.join(_sites.TORCH, "autograd", "function.py")
+_CHECKPOINT = os.path.join(_sites.TORCH, "utils", "checkpoint.py")
+_TRANSFORMS = os.path.join(_sites.TORCH, "_functorch") + os.sep
+_MODULE = os.path.join(_sites.TORCH, "nn", "modules", "module.py")
+_DIFFERENTIATING = frozenset({"grad", "backward"})
+# One call that holds weights and joins activations inside.
+CELLS = frozenset(
+    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell transformer_encoder_layer".split()
+)
+IN_FUNCTION = "an autograd.Function: what it joins cannot be seen"
+CELL = "a fused recurrent cell: the gates in it cannot be seen"
+TRANSFORMED = "a function under torch.vmap or torch.func: what it joins cannot be tapped"
+
+
+class _NeedsGradients(BaseException):
+    """The model differentiates in its forward pass. No exception that a model's own code would catch."""
+
+
+def record(model: nn.Module, call: Callable[[], Any]) -> Trace:
+    """Run ``call`` once, and record every torch call that it makes.
+
+    The pass runs without gradients; where the model's own forward differentiates (forces, a gradient penalty) it is
+    run once more with them, and ``Trace.with_gradients`` says so. Call it inside ``untouched(model)``: hooks are set, and
+    buffers may change.
+
+    Args:
+        model: the eager module that ``call`` runs. What it is called with are the trace's inputs.
+        call: ``lambda: model(x)``, or ``lambda: loss(model(x), y)`` to record the loss too. It is run twice where the
+            model differentiates, so it must not use up its inputs.
+
+    Returns:
+        The trace. It holds no tensor.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.ones(1, 2)
+        >>> trace = record(model, lambda: model(x).square().mean())
+        >>> [(call.function, call.module) for call in trace.calls]
+        [('linear', '0'), ('relu', '1'), ('square', ''), ('mean', '')]
+        >>> sorted(trace.weights_of(trace.calls[0]))
+        ['0.bias', '0.weight']
+    """
+    try:
+        return _recorded(model, call, gradients=False)
+    except _NeedsGradients:
+        return _recorded(model, call, gradients=True)
+
+
+def _recorded(model: nn.Module, call: Callable[[], Any], gradients: bool) -> Trace:
+    recorder = Recorder(model, gradients)
+    # Compiled code runs as it is written. Who has compiled something has this module loaded; loading it takes seconds.
+    loaded = "torch._dynamo" in sys.modules
+    stance = torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+    try:
+        with stance, recorder.watching(), torch.set_grad_enabled(gradients), recorder:
+            result = call()
+            recorder.trace.result = recorder.values_in(result)
+        return recorder.trace
+    finally:
+        recorder.finish()
+
+
+class Recorder(TorchFunctionMode):
+    """Notes every torch call.
+
+    Args:
+        model: whose modules are told apart.
+        gradients: whether the pass is run with gradients.
+    """
+
+    def __init__(self, model: nn.Module, gradients: bool = False):
+        super().__init__()
+        self.model, self.trace = model, Trace(with_gradients=gradients)
+        self.memory, self.sites = Memory(self.trace, self._infer), _sites.Sites(model)
+        self.stack: list[ModuleRun] = []
+        self._times: Counter[str] = Counter()
+        self._steps: Counter[tuple[str, int, int, str]] = Counter()
+        self._weights: dict[int, tuple[str, Tensor]] = {}
+        # Values that were computed from an input or a parameter.
+        self._derived: set[int] = set()
+        # Calls that cannot be looked into: name and operands.
+        self._unseen: list[tuple[str, tuple[int, ...]]] = []
+        # The frame of the last call of an autograd.Function, and which of these calls it is.
+        self._applied: tuple[Any, int] | None = None
+        self._keys: list[TracedCall] = []
+        self._constants: set[int] = set()
+        self._composite = ""
+
+    # --- calls ---
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        function = function_of(func)
+        if function.name in QUERIES:
+            return func(*args, **kwargs)
+        if function.name in _DIFFERENTIATING and not self.trace.with_gradients:
+            raise _NeedsGradients
+        operation = _calls.OPERATIONS.get(getattr(func, "__name__", ""))
+        if operation is not None and operation.is_many:
+            return _calls.one_by_one(self, operation, func, args, kwargs)
+        if function.name in COMPOSITES and isinstance(func, FunctionType):
+            return self._opened(func, args, kwargs)
+        tensors = _tensors(args, kwargs)
+        frame = _sites.caller()
+        unseen = self._unseen_around(frame)
+        if unseen is not None:
+            return self._noted_unseen(unseen, func, function, args, kwargs)
+        operands = tuple(self.value_of(tensor) for tensor in tensors)
+        transformed = any(map(functorch.is_functorch_wrapped_tensor, tensors))
+        call = self._begun(function, operands, args, kwargs, frame)
+        if transformed:
+            call.inside = TRANSFORMED
+            self._unseen.append(("unseen", tuple(v for v in operands if v in self._derived)))
+        if operation is not None and not self._composite:
+            self._identify(call, operation, args, kwargs, frame)
+        output = func(*args, **kwargs)
+        if function.name not in SHAPE_ONLY or function.in_place:
+            self._note(call, tensors, args, kwargs, output)
+        elif isinstance(output, Tensor):
+            self.memory.set(output, self._new(output, Origin.CONSTANT).index)
+        return output
+
+    def _begun(
+        self, function: Function, operands: tuple[int, ...], args: Any, kwargs: Any, frame: Any
+    ) -> TracedCall:
+        run = self.stack[-1] if self.stack else None
+        path, code, at = run.path if run else "", frame.f_code, frame.f_lasti
+        site = (path, id(code), at, function.name)
+        step = self._steps[site]
+        self._steps[site] += 1
+        given = iter(operands)
+        return TracedCall(
+            -1, function.name, operands, (), tuple(_plain(a, given) for a in args),
+            {key: _plain(a, given) for key, a in kwargs.items()}, path, run.nth if run else 0, step,
+            in_place=function.in_place or bool(kwargs.get("inplace")), inside=self._composite or None, _code=code, _instruction=at,
+        )  # fmt: skip
+
+    def _identify(
+        self, call: TracedCall, operation: _calls.Operation, args: Any, kwargs: Any, frame: Any
+    ) -> None:
+        """Give a call that joins tensors its key."""
+        values = _calls.operands(operation, args, kwargs)
+        if _calls.tensor_operands(values) < 2:
+            return
+        if call.inside == TRANSFORMED:
+            self._hide("torch.func", TRANSFORMED, _sites.source_of(frame))
+            return
+        call.key, call.owner, call.checkpointed = self.sites.key(frame, operation.name)
+        self._keys.append(call)
+        call.zeroed = operation.name in _calls.PRODUCTS and self._is_zeroed(values)
+
+    def _note(self, call: TracedCall, tensors: list[Tensor], args: Any, kwargs: Any, output: Any) -> None:
+        """Note what a call gave, and what it wrote into."""
+        out = kwargs.get("out")
+        if call.in_place or out is not None:
+            self._note_write(call, out if isinstance(out, Tensor) else args[0] if args else tensors[0], args)
+            return
+        given = [output] if isinstance(output, Tensor) else _data.tensors_in(output)
+        before = {id(tensor) for tensor in tensors}
+        fresh = [tensor for tensor in given if id(tensor) not in before]
+        if not fresh:
+            return
+        call.is_view = bool(call.operands) and call.function in VIEWS and _shares(fresh[0], tensors[0])
+        self._append(call)
+        derived = any(v in self._derived for v in call.operands)
+        data = any(self.trace.values[v].from_data for v in call.operands)
+        results = []
+        for position, tensor in enumerate(given):
+            if id(tensor) in before:
+                continue
+            value = self._new(tensor, Origin.CALL, call.index, position)
+            value.from_data = data
+            if derived:
+                self._derived.add(value.index)
+            else:
+                value.number = _number(tensor)
+            self.memory.set(tensor, value.index)
+            if call.inside == TRANSFORMED:
+                self._unwrap(tensor, value.index)
+            results.append(value.index)
+        call.results = tuple(results)
+        if data and call.function in CELLS:
+            self._hide(call.function, CELL, call.source)
+
+    def _note_write(self, call: TracedCall, target: Any, args: Any) -> None:
+        if not isinstance(target, Tensor):
+            return
+        if call.function == "setitem" and isinstance(args[2], Tensor) and not _tensors((args[1],), None):
+            into = _indexed(target, args[1])
+            if into is not None and _same_place(into, args[2]):
+                return  # x[1:] += y ends by putting back what is there already
+        before = self.memory.get(target)
+        before = self.value_of(target) if before is None else before
+        self._append(call)
+        value = self._new(target, Origin.CALL, call.index)
+        value.from_data = any(self.trace.values[v].from_data for v in (before, *call.operands))
+        if before in self._derived or any(v in self._derived for v in call.operands):
+            self._derived.add(value.index)
+        call.results = (value.index,)
+        self.memory.wrote(target, before, value.index)
+
+    def _opened(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a Python function of torch's so that the calls inside it are recorded too."""
+        outer, self._composite = self._composite, self._composite or func.__name__
+        try:
+            with self:
+                return _body(func)(*args, **kwargs)
+        finally:
+            self._composite = outer
+
+    # --- values ---
+
+    def value_of(self, tensor: Tensor) -> int:
+        """The value that a tensor holds."""
+        value = self.memory.get(tensor)
+        if value is None:
+            return self._adopt(tensor)
+        return value if value >= 0 else self._emerged(-1 - value, tensor)
+
+    def values_in(self, nest: Any) -> tuple[int, ...]:
+        """The values of the tensors in a nest."""
+        return tuple(self.value_of(tensor) for tensor in _data.tensors_in(nest))
+
+    def _adopt(self, tensor: Tensor) -> int:
+        """A tensor that no recorded call gave: a weight, a constant, or what came out of a call that is not seen."""
+        known = self._weights.get(id(tensor))
+        if known is not None:
+            value = self._new(tensor, Origin.PARAMETER)
+            value.name = known[0]
+            self._derived.add(value.index)
+            self.trace.parameters[known[0]] = value.index
+        elif (alias := self._alias_of(tensor)) is not None:
+            return alias
+        elif self._unseen and id(tensor) not in self._constants and _is_float(tensor):
+            return self._emerged(len(self._unseen) - 1, tensor)
+        else:
+            value = self._new(tensor, Origin.CONSTANT)
+            value.number = _number(tensor)
+        self.memory.set(tensor, value.index)
+        return value.index
+
+    def _alias_of(self, tensor: Tensor) -> int | None:
+        """The value of the tensor of which this one is a view that no recorded call made."""
+        is_wrapped = functorch.is_functorch_wrapped_tensor(tensor)
+        base = functorch.get_unwrapped(tensor) if is_wrapped else tensor._base
+        value = None if base is None else self.memory.get(base)
+        if base is not None and value is None and is_wrapped and functorch.is_functorch_wrapped_tensor(base):
+            value = self._alias_of(base)
+        if value is None or base is None:
+            return None
+        if base.shape != tensor.shape:
+            value = self._infer("alias", (Operand(value),), (value,), None, tensor=tensor)
+        self.memory.set(tensor, value)
+        return value
+
+    def _unwrap(self, tensor: Tensor, value: int) -> None:
+        """What a transformation shows of a tensor is known by the tensor inside it when the transformation is over."""
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = functorch.get_unwrapped(tensor)
+            value = self._infer("alias", (Operand(value),), (value,), None, tensor=tensor)
+            self.memory.set(tensor, value)
+
+    def _emerged(self, unseen: int, tensor: Tensor) -> int:
+        """What came out of a call that cannot be looked into."""
+        name, operands = self._unseen[unseen]
+        index = self._infer(name, tuple(map(Operand, operands)), operands, None, tensor=tensor)
+        self.memory.set(tensor, index)
+        return index
+
+    def _new(self, tensor: Tensor, origin: Origin, call: int | None = None, position: int = 0) -> Value:
+        value = Value(len(self.trace.values), origin, tuple(tensor.shape), tensor.dtype, call, position)
+        self.trace.values.append(value)
+        return value
+
+    def _append(self, call: TracedCall) -> None:
+        call.index = len(self.trace.calls)
+        self.trace.calls.append(call)
+
+    def _infer(
+        self, function: str, arguments: tuple[Any, ...], operands: tuple[int, ...], like: int | None,
+        keywords: Mapping[str, Any] | None = None, position: int = 0, tensor: Tensor | None = None,
+    ) -> int:  # fmt: skip
+        """Note a call that was not made, and its result."""
+        values, run = self.trace.values, self.stack[-1] if self.stack else None
+        call = TracedCall(
+            -1, function, operands, (), arguments, dict(keywords or {}), run.path if run else "", run.nth if run else 0,
+            inferred=True, is_view=function in VIEWS,
+        )  # fmt: skip
+        self._append(call)
+        if tensor is not None:
+            value = self._new(tensor, Origin.CALL, call.index, position)
+        else:
+            model = values[operands[0] if like is None else like]
+            value = Value(len(values), Origin.CALL, model.shape, model.dtype, call.index, position)
+            values.append(value)
+        value.from_data = any(values[v].from_data for v in operands)
+        if any(v in self._derived for v in operands):
+            self._derived.add(value.index)
+        call.results = (value.index,)
+        return value.index
+
+    def _is_zeroed(self, values: list[Any]) -> bool:
+        """Whether one factor is zeros, and as large as the product: smaller, it is a gain (a frozen norm's may start at
+        0).
+        """
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        most = max(tensor.numel() for tensor in tensors)
+        constant = [
+            t for t in tensors
+            if t.numel() == most > 1 and not t.is_meta and self.value_of(t) not in self._derived
+        ]  # fmt: skip
+        with torch._C.DisableTorchFunction():
+            return any(not bool(tensor.any()) for tensor in constant)
+
+    # --- what cannot be seen ---
+
+    def _unseen_around(self, frame: Any) -> int | None:
+        """Which call of an ``autograd.Function`` a call is made in, or None."""
+        found = None
+        for _ in range(16):
+            frame = frame.f_back
+            if frame is None or frame.f_code.co_filename == _MODULE:
+                break
+            if frame.f_code.co_filename == _FUNCTION and frame.f_code.co_name == "apply":
+                kind = frame.f_locals.get("cls")
+                if getattr(kind, "__module__", "") != "torch.utils.checkpoint":
+                    found = frame, getattr(kind, "__name__", "Function")
+        return None if found is None else self._apply(*found)
+
+    def _apply(self, frame: Any, name: str) -> int:
+        """Note a call of an ``autograd.Function`` by its frame."""
+        if self._applied is not None and self._applied[0] is frame:
+            return self._applied[1]
+        given = [self.value_of(t) for t in _data.tensors_in(frame.f_locals.get("args", ()))]
+        self._unseen.append((name, tuple(given)))
+        self._applied = frame, len(self._unseen) - 1
+        is_data = [self.trace.values[v].from_data and self.trace.values[v].is_float for v in given]
+        is_derived = [v in self._derived for v in given]
+        if any(is_data) and sum(is_derived) > 1:
+            self._hide(name, IN_FUNCTION, _sites.source_of(frame.f_back))
+        return len(self._unseen) - 1
+
+    def _noted_unseen(self, unseen: int, func: Any, function: Function, args: Any, kwargs: Any) -> Any:
+        output = func(*args, **kwargs)
+        for tensor in _data.tensors_in(output):
+            if id(tensor) not in self._weights:
+                self.memory.set(tensor, -1 - unseen)
+        return output
+
+    def _hide(self, name: str, reason: str, source: str) -> None:
+        path = self.stack[-1].path if self.stack else ""
+        if not any((h.name, h.source, h.module) == (name, source, path) for h in self.trace.hidden):
+            self.trace.hidden.append(Hidden(name, reason, source, path))
+
+    # --- modules ---
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note, by hooks, which module runs, what it was given and what it returned."""
+        places = {id(module): path for path, module in self.model.named_modules()}
+
+        def hold(unit: nn.Module, *_: Any) -> None:
+            for module in unit.modules():
+                for name, weight in module._parameters.items():
+                    if weight is not None:
+                        path = places[id(module)]
+                        self._weights.setdefault(id(weight), (f"{path}.{name}" if path else name, weight))
+
+        hold(self.model)
+        for module in self.model.modules():
+            found = _data.tensors_in([v for k, v in vars(module).items() if k != "_modules"])
+            self._constants |= {id(tensor) for tensor in found} - self._weights.keys()
+        with ExitStack() as handles:
+            # Whole weights take the place of shards as a unit's forward begins.
+            for unit in _sharding.units(self.model):
+                handles.callback(unit.register_forward_pre_hook(hold).remove)
+            for path, module in self.model.named_modules():
+                enter, leave = functools.partial(self._enter, path), functools.partial(self._leave, path)
+                entered = module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+                handles.callback(entered.remove)
+                handles.callback(module.register_forward_hook(leave).remove)
+            yield
+
+    def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        run = ModuleRun(path, self._times[path], len(self.trace.calls))
+        self._times[path] += 1
+        if module is self.model and not self.trace.inputs:
+            self.trace.inputs = self._inputs((args, kwargs))
+        known = map(self.memory.get, _data.tensors_in((args, kwargs)))
+        run.inputs = tuple(value for value in known if value is not None)
+        self.trace.runs.append(run)
+        self.stack.append(run)
+
+    def _leave(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        self.sites.leave(path)
+        while self.stack:
+            run = self.stack.pop()
+            run.ends = len(self.trace.calls)
+            if run.path == path:
+                run.outputs = self.values_in(output)
+                if module is self.model:
+                    self.trace.outputs = run.outputs
+                return
+
+    def _inputs(self, nest: Any) -> tuple[int, ...]:
+        """The values of what the model is called with."""
+        found = []
+        for tensor in {id(t): t for t in _data.tensors_in(nest)}.values():
+            value = self._new(tensor, Origin.INPUT)
+            value.from_data = True
+            self._derived.add(value.index)
+            self.memory.set(tensor, value.index)
+            found.append(value.index)
+        return tuple(found)
+
+    def finish(self) -> None:
+        """Complete the keys of call sites, and let go of every frame and tensor."""
+        for call in self._keys:
+            if call.key is not None:
+                call.key = self.sites.complete(call.key)
+        self.sites.reset()
+        self._applied = None
+        self._weights.clear()
+        del self.memory
+
+
+def _body(func: FunctionType) -> FunctionType:
+    """A Python function of torch's that does not hand itself to the mode, but runs."""
+    plain = {name: _never for name in func.__code__.co_names if name.startswith("has_torch_function")}
+    copied = FunctionType(
+        func.__code__, {**func.__globals__, **plain}, func.__name__, func.__defaults__, func.__closure__
+    )
+    copied.__kwdefaults__ = func.__kwdefaults__
+    return copied
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors among the arguments of a call, in order."""
+    found: list[Tensor] = []
+    for argument in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, tuple | list):
+            found += _tensors(argument, None)
+        elif isinstance(argument, dict):
+            found += _tensors(argument.values(), None)
+    return found
+
+
+_ATOMS = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, type(Ellipsis))
+
+
+def _plain(argument: Any, values: Iterator[int]) -> Any:
+    """An argument as plain data."""
+    if isinstance(argument, Tensor):
+        return Operand(next(values))
+    if isinstance(argument, _ATOMS):
+        return argument
+    if isinstance(argument, slice):
+        return slice(*(_whole(end) for end in (argument.start, argument.stop, argument.step)))
+    if isinstance(argument, tuple | list):
+        return tuple(_plain(item, values) for item in argument)
+    if isinstance(argument, dict):
+        return {key: _plain(item, values) for key, item in argument.items()}
+    return type(argument).__name__
+
+
+_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _whole(end: Any) -> int | None:
+    return None if end is None else int(end)
+
+
+def _number(tensor: Tensor) -> int | None:
+    """The value of a single integer in the processor's own memory."""
+    if tensor.dtype not in _INTEGERS or tensor.numel() != 1 or tensor.device.type != "cpu":
+        return None
+    try:
+        with torch._C.DisableTorchFunction():
+            return int(tensor)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _shares(one: Tensor, other: Tensor) -> bool:
+    memory = memory_of(one)
+    return memory is not None and memory == memory_of(other)
+
+
+def _indexed(target: Tensor, index: Any) -> Tensor | None:
+    """What is at an index, where that is a view."""
+    try:
+        part = target[index]
+    except (RuntimeError, IndexError, TypeError):
+        return None
+    return part if _shares(part, target) else None
+
+
+def _same_place(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.shape == other.shape
+        and one.data_ptr() == other.data_ptr()
+        and one.stride() == other.stride()
+        and _shares(one, other)
+    )

@@ -1,0 +1,281 @@
+"""The record of one forward pass, as plain data: every torch call in order, and which values it took and gave.
+
+A *value* is one tensor at one time: an input, a parameter, a constant, or what a call gave. A call that writes into
+its argument gives a new value, and so does every view that shares its memory, when it is next read. Values and calls
+are numbered in order of execution, so a value is computed from values with smaller numbers only.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+import torch
+
+from skipscope.shortcuts._results import CallKey
+
+
+class Origin(enum.Enum):
+    """Where a value comes from."""
+
+    INPUT = "input"
+    PARAMETER = "parameter"
+    CONSTANT = "constant"
+    CALL = "call"
+
+
+@dataclass(slots=True, eq=False)
+class Value:
+    """One tensor at one time.
+
+    Attributes:
+        index: its number, an index of ``Trace.values``.
+        origin: input, parameter, constant, or result of a call.
+        shape: of the tensor.
+        dtype: of the tensor.
+        call: index of the call that gave it; None for any other origin.
+        position: which of the call's results it is.
+        name: of a parameter, its path.
+        from_data: whether it was computed from an input.
+        number: the value of a constant that is a single integer, as an index is.
+    """
+
+    index: int
+    origin: Origin
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    call: int | None = None
+    position: int = 0
+    name: str = ""
+    from_data: bool = False
+    number: int | None = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it has real or complex numbers, through which a gradient goes."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether it was computed from an input, and a gradient could go through it."""
+        return self.from_data and self.is_float
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it holds."""
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(slots=True, eq=False)
+class Operand:
+    """In the arguments of a call, a tensor: the value with this index."""
+
+    value: int
+
+
+@dataclass(slots=True, eq=False)
+class TracedCall:
+    """One call of a torch function.
+
+    Attributes:
+        index: its number, an index of ``Trace.calls``.
+        function: the operation, one name for all of its spellings: ``"add"`` for ``+``, ``torch.add`` and ``add_``.
+        operands: values of the tensors among the arguments, in order.
+        results: values that it gave.
+        arguments: positional arguments; each tensor as an :class:`Operand`, what is no plain data as its type's name.
+        keywords: the same for keyword arguments.
+        module: path of the innermost module that runs.
+        run: how many times that module had run before.
+        step: how many times this line had made this call before in this module: the time step of a recurrence.
+        in_place: whether it writes into its first operand.
+        is_view: whether its results share the memory of its first operand.
+        inferred: it stands for no call, but for what a write into shared memory does to another view of it.
+        inside: what it was made inside of, where no gradient can be followed or no edit made, or None.
+        key: identifier of the call site, for calls that join tensors; None for any other.
+        owner: path of the module whose code makes the call, for calls that join tensors.
+        checkpointed: it is run again in the backward pass, outside of any module's forward.
+        zeroed: a product with zeros of its own size that are no weights: a state that has not begun.
+    """
+
+    index: int
+    function: str
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    module: str
+    run: int
+    step: int = 0
+    in_place: bool = False
+    is_view: bool = False
+    inferred: bool = False
+    inside: str | None = None
+    key: CallKey | None = None
+    owner: str = ""
+    checkpointed: bool = False
+    zeroed: bool = False
+    _code: CodeType | None = None
+    _instruction: int = 0
+
+    @property
+    def source(self) -> str:
+        """``file.py:line`` of the code that makes the call."""
+        if self._code is None:
+            return ""
+        lines = (line for start, end, line in self._code.co_lines() if start <= self._instruction < end)
+        return f"{os.path.basename(self._code.co_filename)}:{next(lines, None)}"
+
+
+@dataclass(slots=True, eq=False)
+class ModuleRun:
+    """One run of a module.
+
+    Attributes:
+        path: of the module.
+        nth: how many times it had run before.
+        begins: number of the first call made inside.
+        ends: number of the first call made afterwards.
+        inputs: values of the tensors that it was given.
+        outputs: values of the tensors that it returned.
+    """
+
+    path: str
+    nth: int
+    begins: int
+    ends: int = -1
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Hidden:
+    """A call into which the trace cannot look.
+
+    Attributes:
+        name: what was called.
+        reason: why it cannot be looked into.
+        source: ``file.py:line``.
+        module: path of the innermost module that ran.
+    """
+
+    name: str
+    reason: str
+    source: str
+    module: str
+
+
+@dataclass(eq=False)
+class Trace:
+    """Every torch call of one forward pass, and the values between them.
+
+    Attributes:
+        values: every tensor at every time, in order.
+        calls: every torch call, in order.
+        runs: every run of a module, in the order in which they began.
+        inputs: values that the model was called with.
+        outputs: values that the model returned.
+        result: values that the recorded function returned: the loss, where it computes one.
+        parameters: value of each parameter that took part, by its path.
+        hidden: calls into which the trace cannot look.
+        with_gradients: the pass was run with gradients, because the model differentiates inside its forward.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    calls: list[TracedCall] = field(default_factory=list)
+    runs: list[ModuleRun] = field(default_factory=list)
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    result: tuple[int, ...] = ()
+    parameters: dict[str, int] = field(default_factory=dict)
+    hidden: list[Hidden] = field(default_factory=list)
+    with_gradients: bool = False
+    _weights: dict[int, frozenset[str]] = field(default_factory=dict)
+    _consumers: dict[int, list[int]] | None = None
+
+    def operands_of(self, value: int) -> tuple[int, ...]:
+        """The values that a value was computed from directly."""
+        call = self.values[value].call
+        return () if call is None else self.calls[call].operands
+
+    def ancestors(self, value: int) -> set[int]:
+        """Every value that ``value`` was computed from, itself among them."""
+        return _reached([value], self.operands_of)
+
+    def descendants(self, value: int) -> set[int]:
+        """Every value that was computed from ``value``, itself among them."""
+        return _reached([value], lambda v: [r for c in self.consumers(v) for r in self.calls[c].results])
+
+    def consumers(self, value: int) -> list[int]:
+        """The calls that take a value."""
+        if self._consumers is None:
+            self._consumers = {}
+            for call in self.calls:
+                for operand in dict.fromkeys(call.operands):
+                    self._consumers.setdefault(operand, []).append(call.index)
+        return self._consumers.get(value, [])
+
+    def weights_of(self, call: TracedCall) -> frozenset[str]:
+        """Paths of the parameters that enter at a call: its own, and those from which its other weights are computed."""
+        mine = (self._parameters_in(v) for v in call.operands if not self.values[v].from_data)
+        return frozenset().union(*mine)
+
+    def _parameters_in(self, value: int) -> frozenset[str]:
+        known = self._weights.get(value)
+        if known is None:
+            if self.values[value].origin is Origin.PARAMETER:
+                known = frozenset([self.values[value].name])
+            else:  # a value is computed from earlier ones, so this ends; chains of weights are short
+                above = [v for v in self.operands_of(value) if not self.values[v].from_data]
+                known = frozenset().union(*map(self._parameters_in, above))
+            self._weights[value] = known
+        return known
+
+    def addends(self, value: int) -> list[int]:
+        """The values whose sum ``value`` is, taken apart through sums, constant factors, means and stacks.
+
+        For the scalar loss these are the terms of the loss; ``[value]`` where it is no sum.
+        """
+        found, waiting = [], [value]
+        while waiting:
+            at = waiting.pop()
+            call = self.values[at].call
+            made = None if call is None else self.calls[call]
+            parts = [] if made is None else self._summands(made)
+            if parts:
+                waiting += reversed(parts)
+            else:
+                found.append(at)
+        return found
+
+    def _summands(self, call: TracedCall) -> list[int]:
+        """What a call adds up; nothing where it does something else."""
+        operands = [v for v in call.operands if self.values[v].from_data]
+        constant = len(operands) == 1 and not self.weights_of(call)
+        if call.function in {"add", "sub", "rsub", "stack", "cat"}:
+            return operands
+        if call.function in _SCALING:
+            scalar = constant and self._is_sum_of_scalars(operands[0])
+            return operands if scalar else []
+        return []
+
+    def _is_sum_of_scalars(self, value: int) -> bool:
+        """Whether a value is one number, or numbers that were stacked."""
+        call = self.values[value].call
+        stacked = call is not None and self.calls[call].function in {"stack", "cat"}
+        return self.values[value].numel == 1 or stacked
+
+
+_SCALING = frozenset("mul div neg mean sum reshape view squeeze to getitem".split())
+
+
+def _reached(starts: Iterable[int], following: Any) -> set[int]:
+    seen, waiting = set(starts), list(starts)
+    while waiting:
+        fresh = [v for v in following(waiting.pop()) if v not in seen]
+        seen.update(fresh)
+        waiting += fresh
+    return seen
