@@ -29,7 +29,17 @@ _MODULE = os.path.join(_sites.TORCH, "nn", "modules", "module.py")
 _DIFFERENTIATING = frozenset({"grad", "backward"})
 # One call that holds weights and joins activations inside.
 CELLS = frozenset(
-    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell transformer_encoder_layer".split()
+    [
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+        "lstm_cell",
+        "gru_cell",
+        "rnn_tanh_cell",
+        "rnn_relu_cell",
+        "transformer_encoder_layer",
+    ]
 )
 IN_FUNCTION = "an autograd.Function: what it joins cannot be seen"
 CELL = "a fused recurrent cell: the gates in it cannot be seen"

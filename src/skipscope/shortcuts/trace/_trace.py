@@ -269,7 +269,7 @@ class Trace:
         return self.values[value].numel == 1 or stacked
 
 
-_SCALING = frozenset("mul div neg mean sum reshape view squeeze to getitem".split())
+_SCALING = frozenset(["mul", "div", "neg", "mean", "sum", "reshape", "view", "squeeze", "to", "getitem"])
 
 
 def _reached(starts: Iterable[int], following: Any) -> set[int]:
