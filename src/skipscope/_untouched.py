@@ -25,6 +25,7 @@ from skipscope import _sharding
 from skipscope._errors import SkipscopeError
 from skipscope._random import random_state_kept as random_state_kept
 from skipscope._ranks import meet, ranks_of
+from skipscope._rebinding import rebind
 
 # Two threads of functional_call on one module corrupt its weights for good (seen), and the random state is one for
 # all threads: measurements take turns.
@@ -335,10 +336,12 @@ def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn
                 memo[id(tensor)] = tensor.detach().clone()
     try:
         with torch.no_grad():
-            return copy.deepcopy(model, memo)
+            copied = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a model holds that cannot be copied ends here
         raise SkipscopeError(
             operation,
             f"the model cannot be copied ({type(error).__name__}: {str(error)[:200]})",
             cure="keep open files, locks and tensors of a forward pass out of the model's attributes",
         ) from error
+    rebind(copied, memo, operation)
+    return copied

@@ -27,6 +27,7 @@ class CallKey:
         call: how many times this host's forward had run before.
         total: how many times this host is at this site in the whole pass.
         among: how many calls of the same operation this host's forward sees in this call of it.
+        runs: how many times this host's forward runs in the whole pass.
     """
 
     host: str
@@ -36,6 +37,7 @@ class CallKey:
     call: int = 0
     total: int = 1
     among: int = 0
+    runs: int = 1
 
 
 @dataclass(frozen=True)

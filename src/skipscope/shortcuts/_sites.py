@@ -21,7 +21,7 @@ from skipscope.shortcuts._results import CallKey
 
 TORCH = os.path.dirname(str(torch.__file__)) + os.sep
 _MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
-_PLUMBING = os.path.join(_MODULES, "module.py")
+PLUMBING = os.path.join(_MODULES, "module.py")
 # What runs between a call and a mode of ours.
 _OURS = tuple(
     os.path.join(os.path.dirname(__file__), name)
@@ -39,7 +39,7 @@ def caller() -> FrameType:
         plumbing = _is_plumbing.get(filename)
         if plumbing is None:
             in_torch = filename.startswith(TORCH)
-            plumbing = in_torch and (not filename.startswith(_MODULES) or filename == _PLUMBING)
+            plumbing = in_torch and (not filename.startswith(_MODULES) or filename == PLUMBING)
             _is_plumbing[filename] = plumbing = plumbing or filename in _OURS
         if not plumbing:
             return frame
@@ -88,8 +88,18 @@ def is_forward(frame: FrameType) -> bool:
     """Whether a frame that belongs to a module is its forward: a method named so, or called by ``Module.__call__``."""
     back = frame.f_back
     return frame.f_code.co_qualname.endswith(".forward") or (
-        back is not None and back.f_code.co_filename == _PLUMBING
+        back is not None and back.f_code.co_filename == PLUMBING
     )
+
+
+def _is_called_between(inner: FrameType, outer: FrameType) -> bool:
+    """Whether a module is called between two frames."""
+    frame = inner.f_back
+    while frame is not None and frame is not outer:
+        if frame.f_code.co_filename == PLUMBING:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @dataclass(eq=False)
@@ -121,6 +131,7 @@ class Sites:
         self.entered: dict[int, _Entered] = {}
         self._calls: dict[tuple[str, int], _Entered] = {}
         self._times: Counter[str] = Counter()
+        self._ended: Counter[str] = Counter()
         self._latest: dict[str, _Entered] = {}
 
     def owner_and_host(self, frame: FrameType | None) -> tuple[str, str, FrameType | None, bool]:
@@ -134,7 +145,7 @@ class Sites:
         while frame is not None:
             if frame.f_code.co_filename == _CHECKPOINT:
                 checkpointed = True
-            elif frame.f_code.co_filename != _PLUMBING:
+            elif frame.f_code.co_filename != PLUMBING:
                 path = self.paths.get(id(first_argument(frame)))
                 if path is not None:
                     owner = path if owner is None else owner
@@ -170,15 +181,21 @@ class Sites:
         if frame is not None and frame.f_back is not None:
             _, outer, outer_frame, _ = self.owner_and_host(frame.f_back)
             if outer_frame is not None:
-                self._enter(outer_frame, outer)
-        entered = self.entered[id(frame)] = _Entered(frame, path, self._times[path], dict(self.operations))
-        self._calls[path, self._times[path]] = entered
-        self._times[path] += 1
+                around = self._enter(outer_frame, outer)
+                if outer == path and not _is_called_between(frame, outer_frame):  # a decorated forward
+                    self.entered[id(frame)] = around
+                    return around
+        call = max(self._ended[path], self._times[path])  # runs without a merge count too
+        before = {} if frame is None else dict(self.operations)
+        entered = self.entered[id(frame)] = _Entered(frame, path, call, before)
+        self._calls[path, call] = entered
+        self._times[path] = call + 1
         self._latest[path] = entered
         return entered
 
     def leave(self, path: str) -> None:
         """A forward has ended."""
+        self._ended[path] += 1
         entered = self._latest.get(path)
         if entered is not None and entered.after is None:
             entered.after = dict(self.operations)
@@ -189,4 +206,5 @@ class Sites:
         entered = self._calls[key.host, key.call]
         among = 0 if entered.after is None else entered.after[operation] - entered.before.get(operation, 0)
         total = self.occurrences[key.host, key.site]
-        return CallKey(key.host, key.site, key.nth, key.index, key.call, total, among)
+        runs = max(self._ended[key.host], self._times[key.host])
+        return CallKey(key.host, key.site, key.nth, key.index, key.call, total, among, runs)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope._errors import SkipscopeError
+from skipscope._rebinding import eager
 from skipscope.shortcuts import _calls, _sites
 from skipscope.shortcuts._results import Boundary, Place
 
 _PLAN = "_skipscope_plan"
+_FORWARD = "_skipscope_forward"  # a forward that was set on the instance
 _eager = threading.local()
 
 
@@ -75,6 +78,8 @@ class Plan:
         everywhere: by site, where every occurrence is edited alike: loops that run longer than the traced one too.
         counted: by call of the host, operation and index in it, for compiled code.
         among: by operation, how many calls of it one run of the host makes.
+        calls: by site, in which calls of the host it is edited.
+        runs: how many times the host ran.
     """
 
     group: Group
@@ -82,13 +87,16 @@ class Plan:
     everywhere: dict[str, list[Rule]] = field(default_factory=dict)
     counted: dict[tuple[int, str, int], list[Rule]] = field(default_factory=dict)
     among: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, set[int]] = field(default_factory=dict)
+    runs: int = 1
     sites: frozenset[str] = frozenset()
     operations: frozenset[str] = frozenset()
 
     @property
     def every_call_alike(self) -> bool:
         """Whether the host's forward is edited alike in each of its calls."""
-        return len(self.everywhere) == len(self.sites)
+        every_call = set(range(self.runs))
+        return len(self.everywhere) == len(self.sites) and all(c == every_call for c in self.calls.values())
 
     def edits_in(self, call: int) -> int:
         """How many calls are edited in one run of the host."""
@@ -103,6 +111,8 @@ class Plan:
         self.sites |= {call.site}
         self.operations |= {operation}
         self.among[operation] = call.among
+        self.calls.setdefault(call.site, set()).add(call.call)
+        self.runs = call.runs
         alike = [
             [(r.place.operand, r.factor) for r in rules]
             for (s, _), rules in self.rules.items()
@@ -118,6 +128,9 @@ def follow(module: nn.Module, group: Group) -> Plan:
     plan = module.__dict__.get(_PLAN)
     if plan is None:
         plan = module.__dict__[_PLAN] = Plan(group)
+        own = module.__dict__.pop("forward", None)  # it would stand before the edited class's
+        if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+            module.__dict__[_FORWARD] = own
         module.__class__ = _edited_class(type(module))
     elif plan.group is not group:  # an edited twin is edited again: all its modules move to the new group
         for other in module.modules():
@@ -164,7 +177,22 @@ def refuse_shared(model: nn.Module, operation: str, layer: str | None = None) ->
 @functools.cache
 def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _run(self, original.forward, args, kwargs)
+        own = self.__dict__.get(_FORWARD)
+        if getattr(own, "__func__", None) is forward:
+            raise SkipscopeError(
+                "ablate", "the twin lost the forward that was set on its original: pickle knows a method by its name only",
+                got=type(self).__name__, cure="give the method to the model's class, or edit the model after loading it",
+            )  # fmt: skip
+        run = functools.partial(original.forward, self) if own is None else own
+        return _run(self, run, args, kwargs)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(original.__call__, self)
+        # Hooks may merge too. Compiled code edits itself in forward.
+        if torch.compiler.is_compiling() or self._compiled_call_impl is not None:
+            return run(*args, **kwargs)
+        with _seen_into(self.__dict__.get("forward"), forward):
+            return _run(self, run, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         inherited: Any = original.__reduce_ex__
@@ -187,6 +215,7 @@ def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
 
     namespace = {
         "forward": functools.wraps(original.forward)(forward),
+        "__call__": call,
         "__reduce_ex__": reduce,
         "_apply": apply,
         "load_state_dict": load,
@@ -197,6 +226,14 @@ def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
     }
     make: Any = type(original)
     return make(original.__name__, (original,), namespace)
+
+
+def _seen_into(own: Any, edited: Any) -> Any:
+    """A context in which a compiled forward that was set on a twin runs eagerly, unless it is the edited one."""
+    inside = None if own is None else eager(own)
+    if inside is own or getattr(inside, "__func__", None) is edited:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _refuse_if_shared(module: nn.Module, cure: str) -> None:
@@ -217,28 +254,40 @@ def _rebuild(make: Any, arguments: tuple[Any, ...], original: type[nn.Module]) -
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _run(module: nn.Module, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    plan = module.__dict__[_PLAN]
+def _run(module: nn.Module, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    plan: Plan | None = module.__dict__.get(_PLAN)
+    if plan is None:  # another instance, made by the twin's class
+        return run(*args, **kwargs)
     if torch.compiler.is_compiling():
-        return _run_compiled(module, plan, original, args, kwargs)
-    group, active = plan.group, getattr(_eager, "mode", None)
-    if active is not None and active.group is group:
-        return active.checked(module, plan, original, args, kwargs)
-    mode = _eager.mode = _Editing(group)
+        return _run_compiled(module, plan, run, args, kwargs)
+    active = getattr(_eager, "mode", None)
+    if active is not None and active.group is plan.group:
+        active.ran[id(module)] = plan
+        return run(*args, **kwargs)
+    mode = _eager.mode = _Editing(module, plan)
     try:
         with mode:
-            return mode.checked(module, plan, original, args, kwargs)
+            output = run(*args, **kwargs)
     finally:
         _eager.mode = active
+    mode.check()
+    return output
 
 
 class _Editing(TorchFunctionMode):
-    """Edits eager code: a call is known by its frames."""
+    """Edits one pass of eager code: a call is known by its frames.
 
-    def __init__(self, group: Group):
+    Args:
+        module: the outermost module of the pass.
+        plan: its plan.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan):
         super().__init__()
-        self.group = group
+        self.group, self.outermost = plan.group, module
+        self.members = set(map(id, module.modules()))
         self.counts: Counter[tuple[int, str]] = Counter()
+        self.ran = {id(module): plan}
         self.missed: dict[int, str] = {}
         self.hit: set[int] = set()
 
@@ -255,12 +304,16 @@ class _Editing(TorchFunctionMode):
         if _calls.tensor_operands(values) < 2:
             return func(*args, **kwargs)
         frame = _sites.caller()
-        host, plan = self._host(frame)
-        if plan is None or operation.name not in plan.operations:
+        if self._is_compiled(frame):
+            return func(*args, **kwargs)
+        host = self._host(frame)
+        plan = host.__dict__.get(_PLAN)
+        if plan is None or plan.group is not self.group or operation.name not in plan.operations:
             return func(*args, **kwargs)
         site = _sites.site_of(frame, operation.name)
         if site not in plan.sites:
-            self.missed.setdefault(id(host), site)
+            if len([v for v in values if isinstance(v, Tensor) and not isinstance(v, nn.Parameter)]) > 1:
+                self.missed.setdefault(id(host), site)
             return func(*args, **kwargs)
         self.hit.add(id(host))
         nth = self.counts[id(host), site]
@@ -270,23 +323,27 @@ class _Editing(TorchFunctionMode):
             func(*args, **kwargs) if rules is None else _edited(rules, operation, func, args, kwargs, values)
         )
 
-    def _host(self, frame: Any) -> tuple[nn.Module | None, Plan | None]:
-        """The module whose forward runs innermost, and its plan in this twin."""
-        while frame is not None:
-            if _sites.is_forward(frame):
-                module = _sites.first_argument(frame)
-                if isinstance(module, nn.Module):
-                    plan = module.__dict__.get(_PLAN)
-                    return module, plan if plan is not None and plan.group is self.group else None
-            frame = frame.f_back
-        return None, None
+    def _is_compiled(self, frame: Any) -> bool:
+        """Whether the call is in a graph that the eager backend of ``torch.compile`` runs: it has been edited."""
+        is_generated = frame.f_code.co_filename.startswith("<eval_with_key>")
+        return is_generated and id(_sites.first_argument(frame)) not in self.members
 
-    def checked(self, module: nn.Module, plan: Plan, original: Any, args: Any, kwargs: Any) -> Any:
-        """Run a forward, and refuse when it merged somewhere else than where its shortcuts were found."""
-        output = original(module, *args, **kwargs)
-        if plan.rules and id(module) in self.missed and id(module) not in self.hit:
-            _refuse(plan, f"only {self.missed[id(module)]}")
-        return output
+    def _host(self, frame: Any) -> nn.Module:
+        """The module whose forward runs innermost; by the same rule as when the shortcuts were found."""
+        while frame is not None:
+            if frame.f_code.co_filename != _sites.PLUMBING:
+                module = _sites.first_argument(frame)
+                if id(module) in self.members and _sites.is_forward(frame):
+                    return module
+            frame = frame.f_back
+        return self.outermost
+
+    def check(self) -> None:
+        """Refuse a pass in which a module merged somewhere else than where its shortcuts were found."""
+        for key, site in self.missed.items():
+            plan = self.ran.get(key)
+            if plan is not None and plan.rules and key not in self.hit:
+                _refuse(plan, f"only {site}")
 
 
 def _refuse(plan: Plan, got: str) -> None:
@@ -298,17 +355,21 @@ def _refuse(plan: Plan, got: str) -> None:
     )  # fmt: skip
 
 
-def _run_compiled(module: nn.Module, plan: Plan, original: Any, args: Any, kwargs: Any) -> Any:
+def _run_compiled(module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any) -> Any:
     group = plan.group
     if group.compiled is not None:
-        return group.compiled.run(module, plan, original, args, kwargs)
+        return group.compiled.run(module, plan, run, args, kwargs)
     mode = _CompiledEditing()
     group.compiled = mode
     try:
         with mode:
-            return mode.run(module, plan, original, args, kwargs)
+            output = mode.run(module, plan, run, args, kwargs)
     finally:
         group.compiled = None
+    for other, edited in mode.ran.values():
+        if other.rules and not edited:
+            _refuse(other, "no such call in compiled code")
+    return output
 
 
 class _CompiledEditing(TorchFunctionMode):
@@ -320,6 +381,7 @@ class _CompiledEditing(TorchFunctionMode):
         self.times: dict[int, int] = {}
         self.open: list[tuple[Plan, int, dict[str, int]]] = []
         self.edited = 0
+        self.ran: dict[int, tuple[Plan, int]] = {}  # by plan, how many calls were edited
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -347,13 +409,13 @@ class _CompiledEditing(TorchFunctionMode):
         self.times[id(module)] = time + 1
         return time
 
-    def run(self, module: nn.Module, plan: Plan, original: Any, args: Any, kwargs: Any) -> Any:
+    def run(self, module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any) -> Any:
         """Run a forward, and refuse when its calls were not those of the traced one."""
         # Looked at only where it is needed: code that depends on which module it is would be compiled for each block.
         call = 0 if plan.every_call_alike else self._count(module)
         before, edited = dict(self.counts), self.edited
         self.open.append((plan, call, before))
-        output = original(module, *args, **kwargs)
+        output = run(*args, **kwargs)
         self.open.pop()
         for operation, among in plan.among.items():
             made = self.counts.get(operation, 0) - before.get(operation, 0)
@@ -361,6 +423,9 @@ class _CompiledEditing(TorchFunctionMode):
                 _refuse(plan, f"{made} calls of {operation} in compiled code, {among} when they were found")
         if self.edited - edited < plan.edits_in(call):
             _refuse(plan, "no such call in compiled code")
+        if plan.rules:
+            before_this = self.ran[id(plan)][1] if id(plan) in self.ran else 0
+            self.ran[id(plan)] = plan, before_this + self.edited - edited
         return output
 
 
