@@ -94,6 +94,14 @@ def compare(
 
 
 @app.command
+def play(*, output: Output = Output()) -> None:
+    """The lecture, live in the browser: one offline page to experiment with."""
+    from skipscope.cli import _commands
+
+    _commands.play(output)
+
+
+@app.command
 def book(*, seeds: int = 1000, output: Output = Output()) -> None:
     """The lecture's experiment, printed as the lecture prints it, and what it does and does not show.
 

@@ -44,6 +44,21 @@ def compare(
     _deliver(result, "compare", output, folder)
 
 
+def play(output: Output) -> None:
+    """The live page."""
+    # The page needs nothing of what the other commands import.
+    from skipscope._files import write_whole
+    from skipscope.report import live_page
+
+    page = _folder(output) / "play.html"
+    write_whole(page, live_page())
+    if output.json:
+        print(json.dumps({"page": str(page.resolve())}))
+    else:
+        print(f"Page: {page.resolve()}")
+    _offer(page, output)
+
+
 def book(seeds: int, output: Output) -> None:
     """The lecture's experiment."""
     from skipscope import book as lecture

@@ -31,6 +31,7 @@ from skipscope.report import _view_shortcuts as _view_shortcuts
 from skipscope.report import _view_surfaces as _view_surfaces
 from skipscope.report import _view_training as _view_training
 from skipscope.report._charts import Lines
+from skipscope.report._live import live_page as live_page
 from skipscope.report._story import story as story
 from skipscope.shortcuts import Shortcuts
 from skipscope.surfaces import PairedSurfaces, Surface

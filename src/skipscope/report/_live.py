@@ -1,0 +1,70 @@
+"""The live page: the lecture's network to experiment with, computed in the browser, in one offline file.
+
+The modules of ``live/`` are ES modules, so that each can be read, and run, on its own. Here they are joined into two
+scripts: what computes (run by two workers) and what draws. A module's imports and exports only name what the others
+define, so joining leaves them out; no two modules define the same name.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import re
+import zlib
+
+import numpy as np
+from markupsafe import Markup
+
+from skipscope import reference
+from skipscope._version import __version__
+from skipscope.report._page import _asset, _environment, _policy
+
+MATHEMATICS = ("settings", "random", "layers", "network", "spectrum", "readings", "build", "data", "training", "surface", "worker")  # fmt: skip
+DRAWING = ("settings", "words", "address", "starts", "python", "draw", "relief", "controls", "page")
+
+
+def live_page() -> str:
+    """Render the live page.
+
+    Example:
+        >>> len(live_page()) < 400_000
+        True
+    """
+    mathematics, script = join_modules(MATHEMATICS), join_modules(DRAWING)
+    return (
+        _environment()
+        .get_template("live/page")
+        .render(
+            css=Markup(_asset("chart.css") + _asset("page.css") + _asset("live/page.css")),
+            policy=_policy([script]) + "; worker-src blob:",
+            mathematics=Markup(mathematics),
+            script=Markup(script),
+            chain_rule=_module("network"),
+            digits=packed_digits(),
+            version=__version__,
+        )
+    )
+
+
+def join_modules(names: tuple[str, ...]) -> str:
+    """One script from ES modules, in an order in which each comes after those that it imports."""
+    return '"use strict";\n' + "\n".join(_without_imports(_module(name)) for name in names)
+
+
+def _without_imports(source: str) -> str:
+    source = re.sub(r'^import \{[^}]*\} from "[^"]*";\n', "", source, flags=re.MULTILINE)
+    return re.sub(r"^export (\{[^}]*\};\n)?", "", source, flags=re.MULTILINE)
+
+
+@functools.cache
+def packed_digits() -> str:
+    """All digits, 64 bytes an image and then a byte for each class, as zlib in base64."""
+    inputs, target = reference.digits()
+    content = (inputs.numpy() * 16).round().astype(np.uint8).tobytes() + target.numpy().astype(
+        np.uint8
+    ).tobytes()
+    return base64.b64encode(zlib.compress(content, 9)).decode()
+
+
+def _module(name: str) -> str:
+    return _asset(f"live/{name}.js")

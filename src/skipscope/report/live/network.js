@@ -1,0 +1,74 @@
+// The network: forward, and the chain rule going back. Everything else on the page asks these two.
+//
+// A network is a row of blocks. A block is a branch F (layer norm if asked for, then linear maps with activations) with
+// a shortcut around it, or a branch alone where the widths differ:
+//     y = strength * x + scale * F(x)        y = F(x)
+// A boundary is where skipscope reads the gradient: the input, each block's output, and the linear map's output of a
+// block without a shortcut.
+
+import { ACTIVATIONS, layerNorm, layerNormBack, layerNormGradient, linear, linearBack, lossOf, weightGradient } from "./layers.js";
+
+// Runs the network; returns its output, and for each block what the way back needs.
+export function forward(network, x, rows) {
+  const blocks = network.blocks.map((block) => {
+    const seen = { x, norm: block.norm ? layerNorm(x, block.norm, rows) : null, inputs: [], sums: [] };
+    let value = seen.norm ? seen.norm.y : x;
+    for (const layer of block.layers) {
+      seen.inputs.push(value);
+      const sum = linear(value, layer, rows);
+      seen.sums.push(sum);
+      value = sum.map(ACTIVATIONS[block.activation][0]);
+    }
+    if (block.shortcut) {
+      for (let k = 0; k < value.length; k++) value[k] = network.strength * x[k] + network.scale * value[k];
+    }
+    x = value;
+    return seen;
+  });
+  return { output: x, blocks, rows };
+}
+
+// The chain rule through a block's branch, from its output to its input. Row r of the gradient belongs to sample
+// r % samples. `each` is given the gradient at every linear map's output, and `atNorm` the one at the norm's output.
+export function backThroughBranch(block, seen, gradient, rows, samples, each = null, atNorm = null) {
+  const slope = ACTIVATIONS[block.activation][1];
+  for (let i = block.layers.length - 1; i >= 0; i--) {
+    const sums = seen.sums[i], size = samples * block.layers[i].outputs, slopes = sums.map(slope);
+    const atSum = new Float64Array(gradient.length);
+    for (let k = 0; k < gradient.length; k++) atSum[k] = gradient[k] * slopes[k % size];
+    if (each) each(i, atSum);
+    gradient = linearBack(atSum, block.layers[i], rows);
+  }
+  if (!block.norm) return gradient;
+  if (atNorm) atNorm(gradient);
+  return layerNormBack(gradient, block.norm, seen.norm, rows, samples);
+}
+
+// The gradient at every boundary and of every weight, from the gradient at the output.
+export function backward(network, { blocks, rows }, gradient) {
+  const boundaries = [], weights = [], firstSums = [];
+  for (let b = network.blocks.length - 1; b >= 0; b--) {
+    const block = network.blocks[b], seen = blocks[b], own = { norm: null, layers: [] };
+    const here = gradient;
+    const toBranch = block.shortcut ? here.map((g) => network.scale * g) : here;
+    if (block.shortcut) boundaries.unshift(here);
+    const each = (i, atSum) => {
+      own.layers[i] = weightGradient(atSum, seen.inputs[i], block.layers[i], rows);
+      if (i === 0) firstSums[b] = atSum;
+      if (!block.shortcut) boundaries.unshift(atSum);
+    };
+    const atNorm = (g) => (own.norm = layerNormGradient(g, seen.norm, block.norm.inputs, rows));
+    gradient = backThroughBranch(block, seen, toBranch, rows, rows, each, atNorm);
+    if (block.shortcut) for (let k = 0; k < gradient.length; k++) gradient[k] += network.strength * here[k];
+    weights[b] = own;
+  }
+  boundaries.unshift(gradient);
+  return { boundaries, weights, firstSums };
+}
+
+// Loss and gradients of one batch.
+export function gradients(network, batch) {
+  const run = forward(network, batch.x, batch.rows);
+  const { loss, gradient } = lossOf(run.output, batch.target, network.loss, batch.rows);
+  return { run, loss, gradient, ...backward(network, run, gradient) };
+}
