@@ -20,7 +20,7 @@ from skipscope._version import __version__
 from skipscope.report._page import _asset, _environment, _policy
 
 MATHEMATICS = ("settings", "random", "layers", "network", "spectrum", "readings", "build", "data", "training", "surface", "worker")  # fmt: skip
-DRAWING = ("settings", "words", "address", "starts", "python", "draw", "relief", "controls", "page")
+DRAWING = ("settings", "words", "address", "starts", "python", "draw", "grid", "controls", "page")
 
 
 def live_page() -> str:
@@ -30,7 +30,7 @@ def live_page() -> str:
         >>> len(live_page()) < 400_000
         True
     """
-    mathematics, script = join_modules(MATHEMATICS), join_modules(DRAWING)
+    mathematics, script = join_modules(MATHEMATICS), _asset("surface3d.js") + join_modules(DRAWING)
     return (
         _environment()
         .get_template("live/page")

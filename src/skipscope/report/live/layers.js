@@ -27,52 +27,62 @@ export const ACTIVATIONS = {
 
 // y = x W^T + b, for each of the rows of x.
 export function linear(x, { weight, bias, inputs, outputs }, rows) {
-  const y = new Float64Array(rows * outputs);
-  for (let r = 0; r < rows; r++) {
-    const from = r * inputs, to = r * outputs;
-    let o = 0;
-    // Four outputs at a time read the row of x once.
-    for (; o + 4 <= outputs; o += 4) {
-      let a = 0, b = 0, c = 0, d = 0;
-      for (let i = 0, w = o * inputs; i < inputs; i++, w++) {
-        const value = x[from + i];
-        a += value * weight[w];
-        b += value * weight[w + inputs];
-        c += value * weight[w + 2 * inputs];
-        d += value * weight[w + 3 * inputs];
-      }
-      y[to + o] = a + bias[o];
-      y[to + o + 1] = b + bias[o + 1];
-      y[to + o + 2] = c + bias[o + 2];
-      y[to + o + 3] = d + bias[o + 3];
-    }
-    for (; o < outputs; o++) {
-      let sum = 0;
-      for (let i = 0; i < inputs; i++) sum += x[from + i] * weight[o * inputs + i];
-      y[to + o] = sum + bias[o];
-    }
-  }
+  const y = timesTransposed(x, weight, rows, inputs, outputs);
+  for (let r = 0, k = 0; r < rows; r++) for (let o = 0; o < outputs; o++, k++) y[k] += bias[o];
   return y;
 }
 
 // dL/dx = dL/dy W, for each of the rows.
 export function linearBack(gradient, { weight, inputs, outputs }, rows) {
-  const back = new Float64Array(rows * inputs);
-  for (let r = 0; r < rows; r++) {
-    const from = r * outputs, to = r * inputs;
-    let o = 0;
-    for (; o + 4 <= outputs; o += 4) {
-      const a = gradient[from + o], b = gradient[from + o + 1], c = gradient[from + o + 2], d = gradient[from + o + 3];
-      for (let i = 0, w = o * inputs; i < inputs; i++, w++) {
-        back[to + i] += a * weight[w] + b * weight[w + inputs] + c * weight[w + 2 * inputs] + d * weight[w + 3 * inputs];
+  const turned = new Float64Array(weight.length);
+  for (let o = 0; o < outputs; o++) for (let i = 0; i < inputs; i++) turned[i * outputs + o] = weight[o * inputs + i];
+  return timesTransposed(gradient, turned, rows, outputs, inputs);
+}
+
+// a b^T of a [rows, inner] and b [columns, inner]. Two rows and four columns at a time, so that what is read is used often.
+function timesTransposed(a, b, rows, inner, columns) {
+  const product = new Float64Array(rows * columns);
+  let r = 0;
+  for (; r + 2 <= rows; r += 2) {
+    const one = r * inner, two = one + inner;
+    let c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      let p = 0, q = 0, s = 0, t = 0, u = 0, v = 0, w = 0, x = 0;
+      for (let i = 0, k = c * inner; i < inner; i++, k++) {
+        const first = a[one + i], second = a[two + i];
+        const b1 = b[k], b2 = b[k + inner], b3 = b[k + 2 * inner], b4 = b[k + 3 * inner];
+        p += first * b1;
+        q += first * b2;
+        s += first * b3;
+        t += first * b4;
+        u += second * b1;
+        v += second * b2;
+        w += second * b3;
+        x += second * b4;
       }
+      const to = r * columns + c;
+      product[to] = p;
+      product[to + 1] = q;
+      product[to + 2] = s;
+      product[to + 3] = t;
+      product[to + columns] = u;
+      product[to + columns + 1] = v;
+      product[to + columns + 2] = w;
+      product[to + columns + 3] = x;
     }
-    for (; o < outputs; o++) {
-      const a = gradient[from + o];
-      for (let i = 0; i < inputs; i++) back[to + i] += a * weight[o * inputs + i];
+    for (; c < columns; c++) {
+      product[r * columns + c] = dot(a, one, b, c * inner, inner);
+      product[(r + 1) * columns + c] = dot(a, two, b, c * inner, inner);
     }
   }
-  return back;
+  for (; r < rows; r++) for (let c = 0; c < columns; c++) product[r * columns + c] = dot(a, r * inner, b, c * inner, inner);
+  return product;
+}
+
+function dot(a, fromA, b, fromB, length) {
+  let sum = 0;
+  for (let i = 0; i < length; i++) sum += a[fromA + i] * b[fromB + i];
+  return sum;
 }
 
 // dL/dW = (dL/dy)^T x and dL/db, summed over the samples.
@@ -193,7 +203,7 @@ export const INITIALISATIONS = {
 function makeOrthogonal(matrix, rows, columns) {
   const wide = rows < columns, vectors = Math.min(rows, columns), size = Math.max(rows, columns);
   const at = (v, i) => (wide ? v * columns + i : i * columns + v);
-  const dot = (u, v) => {
+  const along = (u, v) => {
     let sum = 0;
     for (let i = 0; i < size; i++) sum += matrix[at(u, i)] * matrix[at(v, i)];
     return sum;
@@ -202,11 +212,11 @@ function makeOrthogonal(matrix, rows, columns) {
   for (let v = 0; v < vectors; v++) {
     for (let pass = 0; pass < 2; pass++) {
       for (let u = 0; u < v; u++) {
-        const share = dot(u, v);
+        const share = along(u, v);
         for (let i = 0; i < size; i++) matrix[at(v, i)] -= share * matrix[at(u, i)];
       }
     }
-    const length = Math.sqrt(dot(v, v));
+    const length = Math.sqrt(along(v, v));
     for (let i = 0; i < size; i++) matrix[at(v, i)] /= length;
   }
 }

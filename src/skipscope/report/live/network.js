@@ -9,15 +9,16 @@
 import { ACTIVATIONS, layerNorm, layerNormBack, layerNormGradient, linear, linearBack, lossOf, weightGradient } from "./layers.js";
 
 // Runs the network; returns its output, and for each block what the way back needs.
-export function forward(network, x, rows) {
+export function forward(network, x, rows, withSlopes = true) {
   const blocks = network.blocks.map((block) => {
-    const seen = { x, norm: block.norm ? layerNorm(x, block.norm, rows) : null, inputs: [], sums: [] };
+    const seen = { x, norm: block.norm ? layerNorm(x, block.norm, rows) : null, inputs: [], slopes: [] };
+    const [activation, slope] = ACTIVATIONS[block.activation];
     let value = seen.norm ? seen.norm.y : x;
     for (const layer of block.layers) {
-      seen.inputs.push(value);
       const sum = linear(value, layer, rows);
-      seen.sums.push(sum);
-      value = sum.map(ACTIVATIONS[block.activation][0]);
+      seen.inputs.push(value);
+      seen.slopes.push(withSlopes ? sum.map(slope) : null);
+      value = sum.map(activation);
     }
     if (block.shortcut) {
       for (let k = 0; k < value.length; k++) value[k] = network.strength * x[k] + network.scale * value[k];
@@ -31,11 +32,11 @@ export function forward(network, x, rows) {
 // The chain rule through a block's branch, from its output to its input. Row r of the gradient belongs to sample
 // r % samples. `each` is given the gradient at every linear map's output, and `atNorm` the one at the norm's output.
 export function backThroughBranch(block, seen, gradient, rows, samples, each = null, atNorm = null) {
-  const slope = ACTIVATIONS[block.activation][1];
   for (let i = block.layers.length - 1; i >= 0; i--) {
-    const sums = seen.sums[i], size = samples * block.layers[i].outputs, slopes = sums.map(slope);
-    const atSum = new Float64Array(gradient.length);
-    for (let k = 0; k < gradient.length; k++) atSum[k] = gradient[k] * slopes[k % size];
+    const slopes = seen.slopes[i], atSum = new Float64Array(gradient.length);
+    for (let start = 0; start < gradient.length; start += slopes.length) {
+      for (let k = 0; k < slopes.length; k++) atSum[start + k] = gradient[start + k] * slopes[k];
+    }
     if (each) each(i, atSum);
     gradient = linearBack(atSum, block.layers[i], rows);
   }
@@ -44,9 +45,10 @@ export function backThroughBranch(block, seen, gradient, rows, samples, each = n
   return layerNormBack(gradient, block.norm, seen.norm, rows, samples);
 }
 
-// The gradient at every boundary and of every weight, from the gradient at the output.
+// The gradient at every boundary, of every weight, at the first linear map's output of every block (firstSums) and out of
+// every branch (branches), from the gradient at the output.
 export function backward(network, { blocks, rows }, gradient) {
-  const boundaries = [], weights = [], firstSums = [];
+  const boundaries = [], weights = [], firstSums = [], branches = [];
   for (let b = network.blocks.length - 1; b >= 0; b--) {
     const block = network.blocks[b], seen = blocks[b], own = { norm: null, layers: [] };
     const here = gradient;
@@ -58,12 +60,12 @@ export function backward(network, { blocks, rows }, gradient) {
       if (!block.shortcut) boundaries.unshift(atSum);
     };
     const atNorm = (g) => (own.norm = layerNormGradient(g, seen.norm, block.norm.inputs, rows));
-    gradient = backThroughBranch(block, seen, toBranch, rows, rows, each, atNorm);
-    if (block.shortcut) for (let k = 0; k < gradient.length; k++) gradient[k] += network.strength * here[k];
+    branches[b] = backThroughBranch(block, seen, toBranch, rows, rows, each, atNorm);
+    gradient = block.shortcut ? branches[b].map((g, k) => g + network.strength * here[k]) : branches[b];
     weights[b] = own;
   }
   boundaries.unshift(gradient);
-  return { boundaries, weights, firstSums };
+  return { boundaries, weights, firstSums, branches };
 }
 
 // Loss and gradients of one batch.

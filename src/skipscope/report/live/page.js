@@ -4,10 +4,10 @@ import { readAddress, writeAddress } from "./address.js";
 import { listenToControls, showSettings } from "./controls.js";
 import { boundaryAt, COLOURS, curves, layerChart, networkPicture, slicePicture, spectrumBars } from "./draw.js";
 import { asPython } from "./python.js";
-import { drawRelief, Relief, reliefRange } from "./relief.js";
+import { Grid, heightsOf } from "./grid.js";
 import { DEFAULTS, blocksOf, valid } from "./settings.js";
 import { STARTS } from "./starts.js";
-import { ACTIVATION_NAMES, because, boundaryName, boundaryWords, headline, number, spectrumWords, trainingWords, twinName } from "./words.js";
+import { ACTIVATION_NAMES, because, boundaryName, boundaryWords, headline, learning, number, spectrumWords, trainingWords, twinName } from "./words.js";
 
 const $ = (selector) => document.querySelector(selector);
 const FRAME = 1000 / 30;
@@ -29,13 +29,13 @@ class Helper {
 }
 
 const state = {
-  settings: readAddress(location.hash), twins: null, spectrum: null, selected: null, reading: "gradient",
-  history: null, training: "idle", waiting: null, asked: null, around: null, reliefs: null, turn: 0.7,
+  settings: readAddress(location.hash), shown: null, spectrum: null, selected: null, reading: "gradient",
+  history: null, training: "idle", waiting: null, asked: null, around: null, grids: null, camera: { azimuth: -0.82, elevation: 0.52 },
 };
 let explorer, trainer;
 
-const shownTwin = () => (state.settings.shortcut === "none" ? "without" : "with");
-const names = () => ({ with: twinName(state.settings, "with"), without: "without shortcuts" });
+const twinOf = (settings) => (settings.shortcut === "none" ? "without" : "with");
+const names = (settings) => ({ with: twinName(settings, "with"), without: "without shortcuts" });
 
 // --- settings
 
@@ -53,7 +53,7 @@ function apply(settings) {
   history.replaceState(null, "", writeAddress(settings));
   markStart();
   $("#code").textContent = asPython(settings);
-  if (JSON.stringify(before) !== JSON.stringify(settings) || !state.twins) forgetTraining();
+  if (JSON.stringify(before) !== JSON.stringify(settings)) forgetTraining();
   askFlow();
 }
 
@@ -65,7 +65,6 @@ function markStart() {
     $("#start-try").textContent = `${STARTS[current].attempt}.`;
   }
   $("#start").classList.toggle("left", current < 0);
-  $("#lecture").hidden = !(state.settings.data === "lecture");
 }
 
 // --- the flow and the spectrum, at the weights as drawn
@@ -88,10 +87,10 @@ function hearExplorer({ kind, answer }) {
       askFlow();
     }
     if (state.training === "idle") {
-      state.twins = answer.twins;
+      state.shown = answer;
       draw();
     }
-    if (!state.asked) explorer.ask("spectrum", { settings: state.settings, twin: shownTwin() });
+    if (!state.asked) explorer.ask("spectrum", { settings: state.settings, twin: twinOf(state.settings) });
     state.spectrumAsked = performance.now();
   } else {
     document.documentElement.dataset.spectrum = (performance.now() - state.spectrumAsked).toFixed(1);
@@ -103,14 +102,14 @@ function hearExplorer({ kind, answer }) {
 // --- drawing
 
 function draw() {
-  if (!state.twins) return;
-  const { settings, twins } = state, twin = shownTwin();
+  if (!state.shown) return;
+  const { settings, twins } = state.shown, twin = twinOf(settings);
   const [before, strong, after] = headline(settings, twins, twin);
   $("#headline").replaceChildren(before, Object.assign(document.createElement("b"), { textContent: strong }), after);
   $("#headline b").style.color = COLOURS[twin];
   $("#because").textContent = because(settings, twins, twin);
   const figure = $("#figure"), width = figure.clientWidth;
-  const view = { width, blocks: blocksOf(settings), twins, twin, selected: state.selected, reading: state.reading, names: names() };
+  const view = { width, settings, blocks: blocksOf(settings), twins, twin, selected: state.selected, reading: state.reading, names: names(settings) };
   for (const [id, picture] of [["#network", networkPicture(view)], ["#chart", layerChart(view)]]) {
     const svg = $(id);
     svg.setAttribute("viewBox", `0 0 ${width} ${picture.height}`);
@@ -119,13 +118,23 @@ function draw() {
   }
   $("#network").setAttribute("aria-label", `The network, input left, loss right. ${$("#headline").textContent}`);
   describeSelected(view);
-  drawLecture();
+  drawLecture(view);
   drawTable(view);
+  speak();
   document.documentElement.dataset.drawn = Number(document.documentElement.dataset.drawn ?? 0) + 1;
 }
 
-function describeSelected({ blocks, twins, twin }) {
-  const { selected, settings } = state, slider = $("#figure");
+// What a screen reader says: the sentence on top, once nothing has moved for a while.
+function speak() {
+  clearTimeout(state.speaking);
+  if (state.training === "running") return;
+  state.speaking = setTimeout(() => {
+    $("#spoken").textContent = [$("#headline"), $("#training-words")].map((element) => element.textContent).join(" ");
+  }, 700);
+}
+
+function describeSelected({ settings, blocks, twins, twin, selected }) {
+  const slider = $("#figure");
   slider.setAttribute("aria-valuemax", blocks.length + 1);
   slider.setAttribute("aria-valuenow", selected ?? 0);
   const words = selected === null ? "" : boundaryWords(settings, blocks, twins, twin, selected);
@@ -138,19 +147,20 @@ function drawSpectrum() {
   if (!state.spectrum) return;
   const svg = $("#spectrum"), width = svg.clientWidth, height = svg.clientHeight;
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  svg.innerHTML = spectrumBars(state.spectrum, width, height, shownTwin());
+  svg.innerHTML = spectrumBars(state.spectrum, width, height, state.spectrum.twin);
   const words = spectrumWords(state.spectrum);
   $("#spectrum-words").textContent = words;
   svg.setAttribute("aria-label", `How much gradient passes k branches. ${words}`);
 }
 
-function drawLecture() {
-  if ($("#lecture").hidden) return;
+function drawLecture({ settings, twins, names }) {
+  $("#lecture").hidden = settings.data !== "lecture";
+  if (settings.data !== "lecture") return;
   for (const twin of ["without", "with"]) {
-    const lines = state.twins[twin].weights.map((v, i) => `layers.${i}.0.weight has gradient mean of ${Number(v.toPrecision(10))}`);
+    const lines = twins[twin].weights.map((v, i) => `layers.${i}.0.weight has gradient mean of ${Number(v.toPrecision(10))}`);
     $(`#lecture-${twin}`).textContent = lines.join("\n");
   }
-  $("#lecture-with-name").textContent = names().with;
+  $("#lecture-with-name").textContent = names.with;
 }
 
 function drawTable({ blocks, twins, twin }) {
@@ -168,7 +178,7 @@ function forgetTraining() {
   state.training = "idle";
   state.history = null;
   state.around = null;
-  state.reliefs = null;
+  state.grids = null;
   trainer.ask("stop");
   state.waiting = null;
   drawTraining();
@@ -179,9 +189,15 @@ function startTraining(running) {
     trainer.ask("reset", { settings: state.settings });
     state.history = { steps: 0, with: emptyRecord(), without: emptyRecord() };
   }
-  state.around = state.reliefs = null;
+  state.around = state.grids = null;
   state.training = running ? "running" : "paused";
   askStep();
+}
+
+function pauseTraining() {
+  state.training = "paused";
+  drawTraining();
+  speak();
 }
 
 const emptyRecord = () => ({ loss: [], moved: [], accuracy: [] });
@@ -203,7 +219,7 @@ function hearTrainer({ kind, id, answer }) {
     record[twin].moved.push(moved[0]);
     if (accuracy !== undefined) record[twin].accuracy.push([answer.step, accuracy]);
   }
-  state.twins = answer.flow;
+  state.shown = { settings: state.settings, twins: answer.flow };
   drawTraining();
   draw();
   const rest = Math.max(0, FRAME - (performance.now() - state.waiting));
@@ -219,15 +235,16 @@ function drawTraining() {
   $("#training").classList.toggle("empty", !record);
   $("#look").disabled = !record || running;
   if (!state.around) $("#around").hidden = true;
-  const words = record ? trainingWords(settings, record, names()) : "";
+  const words = record ? trainingWords(settings, record, names(settings)) : "";
   $("#training-words").textContent = words;
-  $("#after").textContent = words && record.steps > 1 ? words : "";
+  const differ = record && learning(settings, record.with) !== learning(settings, record.without);
+  $("#after").textContent = differ ? words : "";
   if (!record) return;
   const width = $("#curve-loss").clientWidth, size = { width, height: 190 };
   const series = (pick) => Object.fromEntries(["without", "with"].map((twin) => [twin, pick(record[twin])]));
   const stepped = (values) => values.map((v, i) => [i, v]);
-  put("#curve-loss", curves({ ...size, log: true, series: series((r) => stepped(r.loss)) }), size, `Loss. ${words}`);
-  put("#curve-moved", curves({ ...size, log: true, series: series((r) => stepped(r.moved)) }), size, "How far the first layer's weights move in a step, as a share of their size.");
+  put("#curve-loss", curves({ ...size, log: true, most: 100, series: series((r) => stepped(r.loss)) }), size, `Loss. ${words}`);
+  put("#curve-moved", curves({ ...size, log: true, most: 1e4, series: series((r) => stepped(r.moved)) }), size, "How far the first layer's weights move in a step, as a share of their size.");
   $("#accuracy").hidden = settings.data === "lecture";
   if (settings.data !== "lecture") put("#curve-accuracy", curves({ ...size, from: 0, to: 1, label: (v) => `${100 * v} %`, series: series((r) => r.accuracy) }), size, "Share of test samples that are right.");
 }
@@ -242,6 +259,11 @@ function put(selector, svg, { width, height }, label) {
 // --- the loss around the weights
 
 function look() {
+  const { settings, history: record } = state;
+  for (const twin of ["with", "without"]) {
+    const outcome = learning(settings, record[twin]);
+    $(`#outcome-${twin}`).textContent = outcome === "learnt" ? "" : outcome === "overflowed" ? "overflowed: there is no surface" : `has ${outcome}: a flat surface says nothing`;
+  }
   state.around = "asked";
   trainer.ask("around");
   $("#around").hidden = false;
@@ -251,13 +273,13 @@ function hearAround(answer) {
   if (!state.around) return;
   if (answer.slices) {
     state.around = answer;
-    state.reliefs = { with: new Relief(answer.points), without: new Relief(answer.points) };
+    state.grids = { with: new Grid(answer.points), without: new Grid(answer.points) };
     drawSlice();
   }
   for (const [a, b, stride, ...losses] of answer.found ?? []) {
-    ["with", "without"].forEach((twin, i) => state.reliefs[twin].add(a, b, stride, losses[i]));
+    ["with", "without"].forEach((twin, i) => state.grids[twin].add(a, b, stride, losses[i]));
   }
-  drawReliefs();
+  drawSurfaces();
   $("#around-words").textContent = answer.done ? "Drag to turn; they turn together. Height and colour are the loss, on a log scale that both share." : "The surface fills in, from coarse to fine.";
   $("#around").dataset.done = answer.done ? "yes" : "no";
 }
@@ -267,31 +289,36 @@ function drawSlice() {
   put("#slice", slicePicture(state.around, size.width, size.height), size, "The loss along a random direction through the trained weights, of both networks.");
 }
 
-function drawReliefs() {
-  if (!state.reliefs) return;
-  const range = reliefRange(Object.values(state.reliefs));
-  for (const twin of ["with", "without"]) drawRelief($(`#relief-${twin}`), state.reliefs[twin], state.turn, range);
+function drawSurfaces() {
+  if (!state.grids) return;
+  const twins = Object.keys(state.grids), { shown, look } = heightsOf(Object.values(state.grids));
+  const style = getComputedStyle(document.body), ink = { soft: style.getPropertyValue("--soft"), hair: style.getPropertyValue("--hair") };
+  twins.forEach((twin, i) => Surface3D.draw($(`#surface-${twin}`), shown[i], look, state.camera, ink));
 }
 
+// Both turn together, by a drag or the arrow keys.
 function turnable(canvas) {
   let last = null;
+  const turn = (across, up) => {
+    state.camera.azimuth += across * 0.009;
+    state.camera.elevation = Math.max(0.06, Math.min(Math.PI / 2, state.camera.elevation + up * 0.009));
+    drawSurfaces();
+  };
   canvas.addEventListener("pointerdown", (event) => {
-    last = event.clientX;
+    last = event;
     canvas.setPointerCapture(event.pointerId);
   });
   canvas.addEventListener("pointermove", (event) => {
-    if (last === null) return;
-    state.turn += (event.clientX - last) / 140;
-    last = event.clientX;
-    drawReliefs();
+    if (!last) return;
+    turn(event.clientX - last.clientX, event.pointerType === "touch" ? 0 : event.clientY - last.clientY);
+    last = event;
   });
   for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => (last = null));
   canvas.addEventListener("keydown", (event) => {
-    const by = { ArrowLeft: -0.1, ArrowRight: 0.1 }[event.key];
-    if (!by) return;
-    state.turn += by;
+    const step = { ArrowLeft: [-12, 0], ArrowRight: [12, 0], ArrowUp: [0, 12], ArrowDown: [0, -12] }[event.key];
+    if (!step) return;
     event.preventDefault();
-    drawReliefs();
+    turn(...step);
   });
 }
 
@@ -305,18 +332,19 @@ function select(index) {
 
 function listen() {
   listenToControls(document, (name, value) => (name === "reading" ? ((state.reading = value), draw()) : change(name, value)));
-  const figure = $("#figure"), most = () => blocksOf(state.settings).length + 1;
-  const point = (event) => select(boundaryAt(blocksOf(state.settings), figure.clientWidth, event.clientX - figure.getBoundingClientRect().left));
+  const figure = $("#figure"), most = () => blocksOf(state.shown.settings).length + 1;
+  const point = (event) => state.shown && select(boundaryAt(blocksOf(state.shown.settings), figure.clientWidth, event.clientX - figure.getBoundingClientRect().left));
   figure.addEventListener("pointermove", point);
   figure.addEventListener("pointerdown", point);
   figure.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && select(null));
   figure.addEventListener("keydown", (event) => {
+    if (!state.shown) return;
     const at = state.selected ?? 0, to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: most(), Escape: null }[event.key];
     if (to === undefined) return;
     event.preventDefault();
     select(to === null ? null : Math.min(most(), Math.max(0, to)));
   });
-  $("#train").addEventListener("click", () => (state.training === "running" ? ((state.training = "paused"), drawTraining()) : startTraining(true)));
+  $("#train").addEventListener("click", () => (state.training === "running" ? pauseTraining() : startTraining(true)));
   $("#one").addEventListener("click", () => startTraining(false));
   $("#again").addEventListener("click", () => (forgetTraining(), askFlow()));
   $("#look").addEventListener("click", look);
@@ -327,12 +355,12 @@ function listen() {
     $("#more").setAttribute("aria-expanded", open);
     $("#more").textContent = open ? "Fewer controls" : "All controls";
   });
-  for (const twin of ["with", "without"]) turnable($(`#relief-${twin}`));
+  for (const twin of ["with", "without"]) turnable($(`#surface-${twin}`));
   addEventListener("hashchange", () => apply(readAddress(location.hash)));
   let resized = 0;
   addEventListener("resize", () => {
     cancelAnimationFrame(resized);
-    resized = requestAnimationFrame(() => (draw(), drawSpectrum(), drawTraining(), state.around?.slices && drawSlice(), drawReliefs()));
+    resized = requestAnimationFrame(() => (draw(), drawSpectrum(), drawTraining(), state.around?.slices && drawSlice(), drawSurfaces()));
   });
 }
 
@@ -364,7 +392,7 @@ async function begin() {
   trainer.hear = hearTrainer;
   $("#starts").innerHTML = STARTS.map((start, i) => `<li><a href="${writeAddress(valid(start.settings))}"><span>${i + 1}</span> ${start.name}</a></li>`).join("");
   listen();
-  apply(state.settings);
+  apply(readAddress(location.hash));
 }
 
 begin();

@@ -23,7 +23,7 @@ export const RANGES = {
 
 export const DEFAULTS = {
   depth: 30, width: 32, activation: "gelu", init: "default", gain: 1, norm: "none", shortcut: "none", strength: 1,
-  span: 1, seed: 123, data: "digits", batch: 16, optimizer: "sgd", rate: -1,
+  span: 1, seed: 123, data: "digits", batch: 16, optimizer: "sgd", rate: -1.5,
 };
 
 // The settings with everything that is missing or out of range put right.

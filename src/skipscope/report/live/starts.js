@@ -15,15 +15,15 @@ export const STARTS = [
   },
   {
     name: "Too much of a good thing",
-    words: "Every layer now adds a branch to what it was given, and with livelier weights the sum grows at each of sixty. The gradient explodes.",
-    attempt: "drag gain down until the gradient stays of a size",
-    settings: { shortcut: "identity", depth: 60, init: "he" },
+    words: "Now each of sixty layers adds its branch to what it was given. A factor a little above one, sixty times over, and the gradient explodes.",
+    attempt: "drag gain up, or depth down",
+    settings: { shortcut: "identity", depth: 60 },
   },
   {
     name: "Scaled: just right",
     words: "The same sixty layers, with each branch divided by the square root of their number. The sum stays of a size, at any depth.",
-    attempt: "train it, then choose “identity” and train again",
-    settings: { shortcut: "scaled", depth: 60, init: "he" },
+    attempt: "train both, then choose “identity” and train again",
+    settings: { shortcut: "scaled", depth: 60 },
   },
   {
     name: "Good initialisation does it too",

@@ -38,7 +38,7 @@ export function lossAround(network, along, batch) {
         layer.weight[k] = value;
       }
     });
-    return lossOf(forward(moved, batch.x, batch.rows).output, batch.target, network.loss, batch.rows).loss;
+    return lossOf(forward(moved, batch.x, batch.rows, false).output, batch.target, network.loss, batch.rows).loss;
   };
 }
 

@@ -53,7 +53,7 @@ export class Training {
 
 // The share of samples whose greatest output is that of their class.
 export function accuracy(network, data) {
-  const { output } = forward(network, data.x, data.rows), size = output.length / data.rows;
+  const { output } = forward(network, data.x, data.rows, false), size = output.length / data.rows;
   let right = 0;
   for (let r = 0; r < data.rows; r++) {
     const row = output.subarray(r * size, (r + 1) * size);

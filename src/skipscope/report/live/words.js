@@ -30,39 +30,48 @@ export function twinName(settings, twin) {
 
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
-// What becomes of the gradient from the last layer to the first: the number, and what is said of it.
+// What becomes of the gradient between the last hidden layer and the first, as text, a number that stands out, and text.
 function fate({ share, loss }) {
-  if (!Number.isFinite(loss) || !Number.isFinite(share)) {
-    return Number.isFinite(loss) ? ["no gradient", " leaves the loss"] : ["the numbers overflow", ": there is no gradient"];
-  }
-  if (share === 0) return ["nothing", " of the gradient reaches the first layer"];
-  if (share < 1 / 3) return [`one part in ${large(1 / share)}`, " of the gradient reaches the first layer"];
-  if (share <= 3) return [`${number(share)} times`, " the last layer's gradient reaches the first"];
-  return [`${large(share)}-fold`, " the last layer's gradient arrives at the first: it explodes"];
+  if (!Number.isFinite(loss)) return ["", "the numbers overflow", ": there is no gradient to follow"];
+  if (!Number.isFinite(share)) return ["", "no gradient", " leaves the loss"];
+  if (share === 0) return ["", "nothing", " of the gradient reaches the first layer"];
+  if (share < 1 / 3) return ["", `one part in ${large(1 / share)}`, " of the gradient reaches the first layer"];
+  if (share <= 3) return ["the first layer gets ", `${number(share)} times`, " the gradient of the last"];
+  return ["the first layer gets ", `${large(share)} times`, ` the gradient of the last: it ${share < 100 ? "grows" : "explodes"}`];
 }
 
-// The sentence on top, as text before, a number that stands out, and text after.
+// The sentence on top.
 export function headline(settings, twins, twin) {
-  const [strong, rest] = fate(twins[twin]);
-  const end = twins[twin].share > 3 && twins[twin].share < 100 ? rest.replace(": it explodes", ": it grows") : rest;
-  return [`${capital(twinName(settings, twin))}, `, strong, `${end}.`];
+  const [before, strong, after] = fate(twins[twin]);
+  return [`${capital(twinName(settings, twin))}, ${before}`, strong, `${after}.`];
+}
+
+// The same of the twin, in short.
+function aside(settings, { share, loss }, twin) {
+  const name = capital(twinName(settings, twin));
+  if (!Number.isFinite(loss)) return `${name}, the numbers overflow.`;
+  if (!(share > 0)) return `${name}, nothing arrives.`;
+  return share < 1 / 3 ? `${name}, one part in ${large(1 / share)} arrives.` : `${name}, ${number(share)} times as much arrives as left.`;
 }
 
 // Why, and what the twin does.
 export function because(settings, twins, twin) {
-  const other = twin === "with" ? "without" : "with", shown = twins[twin];
-  const [strong, rest] = fate(twins[other]);
-  const aside = `${capital(twinName(settings, other))}: ${strong}${rest.replace(" of the gradient reaches the first layer", "").replace(/ the last layer's gradient.*/, "")}.`;
-  if (!Number.isFinite(shown.loss)) return `Each layer enlarges what it is given until it is too large for a number. ${aside}`;
-  if (!Number.isFinite(shown.share) || shown.share === 0) return `Somewhere on its way back it is multiplied by exactly zero. ${aside}`;
-  const inner = shown.factor.slice(1, -1).filter((f) => f > 0), typical = geometric(inner);
+  const other = twin === "with" ? "without" : "with", shown = twins[twin], last = aside(settings, twins[other], other);
+  if (!Number.isFinite(shown.loss)) return `Each layer enlarges what it is given, until it is too large for a number. ${last}`;
+  if (!(shown.share > 0)) return `Somewhere on its way back it is multiplied by exactly zero. ${last}`;
+  const factors = shown.factor.slice(1, shown.hidden).filter((f) => f > 0);
+  if (!factors.length) return last;
+  const typical = geometric(factors), plain = twin === "without" || settings.strength === 0;
+  const each = settings.span > 1 && !plain ? "Each stretch with its shortcut" : "Each layer";
   const slope = geometric(shown.layers.map((l) => l.slope)), gain = geometric(shown.layers.slice(0, -1).map((l) => l.gain));
-  const count = inner.length;
-  if (!count) return aside;
-  const each = settings.span > 1 && twin === "with" ? "Each shortcut's stretch" : "Each layer";
-  const parts = twin === "without" || settings.strength === 0 ? ` (slope of its ${ACTIVATION_NAMES[settings.activation]} ${number(slope)}, gain of its weights ${number(gain)})` : "";
-  const product = typical < 0.95 ? "a product of small quantities is smaller still" : typical > 1.05 ? "a product of large ones is larger still" : "such a product neither shrinks nor grows much";
-  return `${each} passes on ${number(typical)} of it${parts}, ${count} times over: ${product}. ${aside}`;
+  const parts = plain ? ` (slope of its ${ACTIVATION_NAMES[settings.activation]} ${number(slope)}, gain of its weights ${number(gain)})` : "";
+  return `${each} passes on ${number(typical, typical > 0.9 && typical < 1.1 ? 3 : 2)} of it${parts}, ${factors.length} times over: ${productWords(typical, factors.length)}. ${last}`;
+}
+
+function productWords(factor, count) {
+  const product = factor ** count;
+  if (product < 1 / 3) return "a product of small quantities is smaller still";
+  return product > 3 ? "a product of quantities above one is larger still" : "their product stays near one";
 }
 
 export function geometric(values) {
@@ -95,7 +104,8 @@ export function boundaryWords(settings, blocks, twins, twin, index) {
 export function spectrumWords({ norms, meanLength }) {
   const total = norms.reduce((a, b) => a + b, 0), most = norms.length - 1;
   if (!(total > 0) || !Number.isFinite(total)) return "There is no gradient to take apart.";
-  if (most === 0) return "No shortcut: every path is the same.";
+  if (most === 0) return "No shortcut: there is one path.";
+  if (norms[most] > 0.999 * total) return `All of it passes all ${most} branches: there is no other path.`;
   let low = 0, high = most, sum = norms[0];
   while (sum < 0.05 * total) sum += norms[++low];
   sum = norms[most];
@@ -104,18 +114,26 @@ export function spectrumWords({ norms, meanLength }) {
   return `Nine tenths pass ${range} of ${most} branches; the mean is ${number(meanLength, 3)}.`;
 }
 
-// How the training goes: a twin has learnt where its loss has fallen well below the start's, or most samples are right.
+// Whether a network has learnt: its loss has fallen to a tenth, or it is at least half as far above chance as it can be.
+export function learning(settings, { loss, accuracy }) {
+  const last = loss.slice(-20).reduce((a, b) => a + b, 0) / Math.min(20, loss.length);
+  if (!Number.isFinite(last)) return "overflowed";
+  if (!accuracy.length) return last < 0.1 * loss[0] ? "learnt" : "not learnt";
+  const chance = settings.data === "digits" ? 0.1 : 0.5, part = (accuracy.at(-1)[1] - chance) / (1 - chance);
+  return part > 0.5 ? "learnt" : part > 0.12 ? "learnt a little" : "not learnt";
+}
+
+const LEARNING_WORDS = {
+  learnt: "has learnt", "learnt a little": "has learnt a little", "not learnt": "has not learnt", overflowed: "has overflowed",
+};
+
 export function trainingWords(settings, history, names) {
-  const { steps } = history;
-  if (!steps) return "";
-  const learnt = {};
-  for (const twin of ["with", "without"]) {
-    const { loss, accuracy } = history[twin], last = loss.slice(-20).reduce((a, b) => a + b, 0) / Math.min(20, loss.length);
-    const right = accuracy.length ? accuracy.at(-1)[1] : null, chance = settings.data === "digits" ? 0.1 : 0.5;
-    learnt[twin] = !Number.isFinite(last) ? "broken" : right === null ? last < 0.1 * loss[0] : right > chance + (1 - chance) / 2 ? true : right > chance + (1 - chance) / 8 ? "partly" : false;
-  }
-  const verb = (twin) => ({ true: "has learnt", false: "has not learnt", partly: "has learnt a little", broken: "has overflowed" })[learnt[twin]];
-  const right = (twin) => (history[twin].accuracy.length ? ` (${Math.round(100 * history[twin].accuracy.at(-1)[1])} % of test samples right)` : "");
-  const join = learnt.with === learnt.without ? "and" : "while";
-  return `After ${steps.toLocaleString("en")} steps the network ${names.with} ${verb("with")}${right("with")}, ${join} the one without ${verb("without")}${right("without")}.`;
+  const state = { with: learning(settings, history.with), without: learning(settings, history.without) };
+  const right = (twin) => {
+    const { accuracy } = history[twin];
+    return accuracy.length && state[twin] !== "overflowed" ? ` (${Math.round(100 * accuracy.at(-1)[1])} % of test samples right)` : "";
+  };
+  const join = state.with === state.without ? "and" : "while";
+  const steps = `${history.steps.toLocaleString("en")} step${history.steps === 1 ? "" : "s"}`;
+  return `After ${steps} the network ${names.with} ${LEARNING_WORDS[state.with]}${right("with")}, ${join} the one without ${LEARNING_WORDS[state.without]}${right("without")}.`;
 }

@@ -37,7 +37,7 @@ const ANSWERS = {
   flow({ settings }) {
     const started = performance.now(), batch = firstBatch(settings);
     const twins = Object.fromEntries(TWINS.map((twin) => [twin, readings(networkOf(settings, twin), batch)]));
-    return { twins, milliseconds: performance.now() - started };
+    return { settings, twins, milliseconds: performance.now() - started };
   },
 
   // Throws when a newer question has come.
@@ -47,7 +47,7 @@ const ANSWERS = {
       await pause();
       if (!current()) throw new Superseded();
     });
-    return { ...result, milliseconds: performance.now() - started };
+    return { ...result, twin, milliseconds: performance.now() - started };
   },
 
   // New twins, not yet trained.
