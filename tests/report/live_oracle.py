@@ -94,13 +94,42 @@ def optimizer(name: str, model: nn.Module, rate: float) -> torch.optim.Optimizer
     return torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9 if name == "momentum" else 0)
 
 
+def around(s: dict[str, Any], steps: int, points: int) -> tuple[list[float], float]:
+    """The loss along one direction after some steps of SGD, and at the corner (-1, -1) of the plane."""
+    model, (inputs, target) = network(s), data(s)
+    train(s, model, "sgd", 10 ** s["rate"], steps)
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    generator = torch.Generator().manual_seed(s["seed"])
+    directions = []
+    for _ in range(2):
+        drawn = [torch.empty_like(w).normal_(generator=generator) for w in weights]
+        directions.append(
+            [d * (w.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True)) for d, w in zip(drawn, weights)]
+        )
+
+    def at(a: float, b: float) -> float:
+        there = copy.deepcopy(model)
+        moved = [m.weight for m in there.modules() if isinstance(m, nn.Linear)]
+        with torch.no_grad():
+            for w, d, e in zip(moved, *directions):
+                w += a * d + b * e
+            return loss_of(s)(there(inputs[:64]), target[:64]).item()
+
+    return [at(a, 0) for a in np.linspace(-1, 1, points)], at(-1, -1)
+
+
 def losses(s: dict[str, Any], name: str, rate: float, steps: int = 20, off: float = 0.0) -> np.ndarray:
     """Of training steps from the drawn weights, each moved by ``off`` of itself at random."""
-    model, (inputs, target) = network(s), data(s)
+    model = network(s)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1 + off * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return train(s, model, name, rate, steps)
+
+
+def train(s: dict[str, Any], model: nn.Module, name: str, rate: float, steps: int) -> np.ndarray:
+    inputs, target = data(s)
     stepper, found = optimizer(name, model, rate), []
     for step in range(steps):
         rows = (torch.arange(s["batch"]) + step * s["batch"]) % len(target)

@@ -153,6 +153,80 @@ def test_the_command_writes_the_page(tmp_path):
     assert (tmp_path / "play.html").read_text(encoding="utf-8") == live_page()
 
 
+def press(page: Page, key: str) -> None:
+    code = {"ArrowRight": 39, "ArrowLeft": 37}[key]
+    for kind in ("keyDown", "keyUp"):
+        page.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+
+def test_keyboard_and_address_move_it_and_layers_are_told_in_words(browser, file):
+    page = browser.open(file)
+    page.wait("document.documentElement.dataset.spectrum !== undefined")
+    page.run("location.hash = '#shortcut=identity&strength=0.5&depth=8'")
+    page.wait("state.shown.settings.depth === 8 && state.shown.settings.strength === 0.5")
+    page.run("document.querySelector('[name=strength]').focus()")
+    press(page, "ArrowRight")
+    page.wait("state.shown.settings.strength === 0.55")
+    assert "strength=0.55" in page.run("location.hash")
+    assert page.run("document.querySelector('[name=strength]').getAttribute('aria-valuetext')") == "0.55"
+    page.run("document.querySelector('#figure').focus()")
+    press(page, "ArrowRight")
+    press(page, "ArrowRight")
+    said = page.run("document.querySelector('#figure').getAttribute('aria-valuetext')")
+    assert said.startswith("Layer 2: gradient") and "slope of GELU" in said
+    assert page.run("document.querySelector('#layer-words').textContent") == said
+    page.wait("document.querySelector('#spoken').textContent.includes('strength 0.55')")
+    page.run(
+        "location.hash = '#depth=nonsense&width=1e9&seed=-4&activation=evil'"
+    )  # put right, never believed
+    page.wait("state.shown.settings.width === 64 && state.shown.settings.depth === 30")
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [320, 375, 1280])
+def test_it_fits_every_width(browser, file, width, dark):
+    page = browser.open(file, width=width, height=700, phone=width < 600, dark=dark)
+    page.wait("document.documentElement.dataset.spectrum !== undefined")
+    page.run("document.querySelector('#more').click(), document.querySelector('#python').open = true")
+    assert page.run("document.documentElement.scrollWidth") <= width
+    if width < 600:  # the sheet of controls leaves the network in sight
+        top = page.run("document.querySelector('#controls').getBoundingClientRect().top")
+        assert page.run("document.querySelector('#network').getBoundingClientRect().top") < top - 60
+    assert page.complaints == []
+
+
+def test_twins_train_side_by_side_and_the_loss_around_them_is_measured(browser, file):
+    wanted = {"shortcut": "scaled", "depth": 4, "width": 8, "batch": 8, "seed": 5, "rate": -1}
+    page = browser.open(file)
+    page.wait("document.documentElement.dataset.spectrum !== undefined")
+    page.run(f"apply(valid({json.dumps(wanted)}))")
+    page.wait("state.shown.settings.depth === 4")
+    for steps in (1, 2, 3):
+        page.run("document.querySelector('#one').click()")
+        page.wait(f"state.history.steps === {steps} && state.waiting === null")
+    assert "After 3 steps the network with scaled shortcuts" in page.run(
+        "document.querySelector('#training-words').textContent"
+    )
+    page.run("document.querySelector('#look').click()")
+    page.wait("document.querySelector('#around').dataset.done === 'yes'")
+    found = json.loads(page.run("JSON.stringify([state.around.slices, state.grids.with.z, state.history])"))
+    for twin, shortcut in (("with", "scaled"), ("without", "none")):
+        s = {**json.loads(page.run("JSON.stringify(state.settings)")), "shortcut": shortcut}
+        assert far(found[2][twin]["loss"], oracle.losses(s, "sgd", 0.1, steps=3)) < LOSSES_CLOSE
+        slice_, corner = oracle.around(s, steps=3, points=61)
+        assert far(found[0][twin], slice_) < CLOSE
+        if twin == "with":
+            assert far(10 ** np.array(found[1][0][0]), np.array(corner)) < CLOSE
+    page.run("document.querySelector('#again').click()")
+    page.wait("document.querySelector('#training').className === 'empty'")
+    page.run("document.querySelector('#train').click()")
+    page.wait("state.history.steps > 3")
+    page.run("document.querySelector('#train').click()")
+    assert page.run("state.training") == "paused"
+    assert page.complaints == []
+
+
 @pytest.mark.slow
 def test_two_hundred_random_settings(page):
     optimizers, stable = [("sgd", -2), ("momentum", -2), ("adam", -3)], {}

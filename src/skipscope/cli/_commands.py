@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import skipscope as ss
 from skipscope import reference
 from skipscope._errors import SkipscopeError
+from skipscope._files import write_whole
 from skipscope._progress import progress
 from skipscope._result import Result, finite
 
@@ -46,17 +47,15 @@ def compare(
 
 def play(output: Output) -> None:
     """The live page."""
-    # The page needs nothing of what the other commands import.
-    from skipscope._files import write_whole
-    from skipscope.report import live_page
-
-    page = _folder(output) / "play.html"
-    write_whole(page, live_page())
-    if output.json:
-        print(json.dumps({"page": str(page.resolve())}))
-    else:
-        print(f"Page: {page.resolve()}")
+    page = _write_live_page(_folder(output))
+    print(json.dumps({"page": str(page.resolve())}) if output.json else f"Page: {page.resolve()}")
     _offer(page, output)
+
+
+def _write_live_page(folder: Path) -> Path:
+    from skipscope.report import LIVE_PAGE, live_page
+
+    return write_whole(folder / LIVE_PAGE, live_page())
 
 
 def book(seeds: int, output: Output) -> None:
@@ -179,6 +178,7 @@ def _deliver(result: Result, name: str, output: Output, folder: Path) -> None:
     else:
         print(result)
     data = result.save(folder / f"{name}.json")
+    _write_live_page(folder)  # the result's page links to it
     page = result.save(folder / f"{name}.html")
     print(f"\nPage: {page.resolve()}\nData: {data.resolve()}", file=sys.stderr if output.json else sys.stdout)
     _offer(page, output)

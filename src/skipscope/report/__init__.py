@@ -31,6 +31,7 @@ from skipscope.report import _view_shortcuts as _view_shortcuts
 from skipscope.report import _view_surfaces as _view_surfaces
 from skipscope.report import _view_training as _view_training
 from skipscope.report._charts import Lines
+from skipscope.report._live import LIVE_PAGE as LIVE_PAGE
 from skipscope.report._live import live_page as live_page
 from skipscope.report._story import story as story
 from skipscope.shortcuts import Shortcuts
@@ -95,7 +96,8 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
     path = Path(path)
     ending = path.suffix.lower().removeprefix(".")
     if ending == "html":
-        return write_whole(path, _page.page(result, story(result), path.name))
+        live = LIVE_PAGE if path.with_name(LIVE_PAGE).exists() else None
+        return write_whole(path, _page.page(result, story(result), path.name, live))
     if ending == "gif" and isinstance(result, Surface | PairedSurfaces):
         from skipscope.report._animation import gif
 

@@ -19,6 +19,7 @@ from skipscope import reference
 from skipscope._version import __version__
 from skipscope.report._page import _asset, _environment, _policy
 
+LIVE_PAGE = "play.html"  # its name beside other pages, which then link to it
 MATHEMATICS = ("settings", "random", "layers", "network", "spectrum", "readings", "build", "data", "training", "surface", "worker")  # fmt: skip
 DRAWING = ("settings", "words", "address", "starts", "python", "draw", "grid", "controls", "page")
 

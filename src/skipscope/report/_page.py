@@ -44,13 +44,14 @@ svg.register(Surfaces, functools.partial(both, _terrain.contours))
 svg.register(Network, functools.partial(both, _arcs.network))
 
 
-def page(result: Result, story: Story, file: str = "report.html") -> str:
+def page(result: Result, story: Story, file: str = "report.html", live: str | None = None) -> str:
     """A result as a page.
 
     Args:
         result: carried along, so that the page can be loaded.
         story: what is told of it.
         file: the page's name, for the line that says how to load it.
+        live: address of the live page, where it lies beside this one.
 
     Raises:
         SkipscopeError: it would be larger than a browser should be given.
@@ -61,7 +62,7 @@ def page(result: Result, story: Story, file: str = "report.html") -> str:
     data = _safe_json(dumps(result))
     content = {
         "story": story, "panels": panels, "contents": [p for p in panels if p["claim"]] if len(panels) > 3 else [],
-        "facts": [(name, _cell(value)) for name, value in story.facts.items()], "file": file, "version": __version__,
+        "facts": [(name, _cell(value)) for name, value in story.facts.items()], "file": file, "version": __version__, "live": live,
         "css": Markup(_asset("chart.css") + _asset("page.css")),
         "scripts": [Markup(script) for script in scripts], "policy": _policy(scripts),
     }  # fmt: skip

@@ -90,7 +90,7 @@ function logScale(values, top, bottom, most = 30) {
 }
 
 function tickLabel(leading, exponent) {
-  if (exponent >= -2 && exponent <= 3) return String(Number((leading * 10 ** exponent).toPrecision(3)));
+  if (exponent >= -3 && exponent <= 3) return String(Number((leading * 10 ** exponent).toPrecision(3)));
   return leading === 1 ? powerOfTen(exponent) : `${leading} × ${powerOfTen(exponent)}`;
 }
 

@@ -10,7 +10,7 @@ import { STARTS } from "./starts.js";
 import { ACTIVATION_NAMES, because, boundaryName, boundaryWords, headline, learning, number, spectrumWords, trainingWords, twinName } from "./words.js";
 
 const $ = (selector) => document.querySelector(selector);
-const FRAME = 1000 / 30;
+const FRAME = 1000 / 30, SPECTRUM_EVERY = 30;
 
 // A worker, and the answers that are awaited from it.
 class Helper {
@@ -90,13 +90,19 @@ function hearExplorer({ kind, answer }) {
       state.shown = answer;
       draw();
     }
-    if (!state.asked) explorer.ask("spectrum", { settings: state.settings, twin: twinOf(state.settings) });
-    state.spectrumAsked = performance.now();
-  } else {
-    document.documentElement.dataset.spectrum = (performance.now() - state.spectrumAsked).toFixed(1);
-    state.spectrum = answer;
-    drawSpectrum();
-  }
+    if (!state.asked) askSpectrum(explorer);
+  } else if (state.training === "idle") hearSpectrum(answer);
+}
+
+function askSpectrum(helper) {
+  state.spectrumAsked = performance.now();
+  helper.ask("spectrum", { settings: state.settings, twin: twinOf(state.settings) });
+}
+
+function hearSpectrum(answer) {
+  document.documentElement.dataset.spectrum = (performance.now() - state.spectrumAsked).toFixed(1);
+  state.spectrum = answer;
+  drawSpectrum();
 }
 
 // --- drawing
@@ -186,7 +192,7 @@ function forgetTraining() {
 
 function startTraining(running) {
   if (state.training === "idle") {
-    trainer.ask("reset", { settings: state.settings });
+    state.since = trainer.ask("reset", { settings: state.settings });
     state.history = { steps: 0, with: emptyRecord(), without: emptyRecord() };
   }
   state.around = state.grids = null;
@@ -197,6 +203,7 @@ function startTraining(running) {
 function pauseTraining() {
   state.training = "paused";
   drawTraining();
+  askSpectrum(trainer);
   speak();
 }
 
@@ -209,8 +216,11 @@ function askStep() {
 }
 
 function hearTrainer({ kind, id, answer }) {
+  // What was asked before the twins were made anew is of no use.
+  if (state.training === "idle" || id < state.since) return;
   if (kind === "around") return hearAround(answer);
-  if (kind !== "step" || state.training === "idle" || id !== trainer.id) return;
+  if (kind === "spectrum") return hearSpectrum(answer);
+  if (kind !== "step") return;
   const record = state.history;
   record.steps = answer.step + 1;
   for (const twin of ["with", "without"]) {
@@ -224,6 +234,7 @@ function hearTrainer({ kind, id, answer }) {
   draw();
   const rest = Math.max(0, FRAME - (performance.now() - state.waiting));
   state.waiting = null;
+  if (state.training === "paused" || record.steps % SPECTRUM_EVERY === 0) askSpectrum(trainer);
   if (state.training === "running") setTimeout(() => state.training === "running" && askStep(), rest);
 }
 

@@ -40,10 +40,11 @@ const ANSWERS = {
     return { settings, twins, milliseconds: performance.now() - started };
   },
 
-  // Throws when a newer question has come.
+  // Of the network as drawn or, where one is trained, as it is now. Throws when a newer question has come.
   async spectrum({ settings, twin }, current) {
     const started = performance.now();
-    const result = await spectrum(networkOf(settings, twin), firstBatch(settings), async () => {
+    const network = training ? copyNetwork(training.twins[twin].network) : networkOf(settings, twin);
+    const result = await spectrum(network, firstBatch(settings), async () => {
       await pause();
       if (!current()) throw new Superseded();
     });
@@ -98,7 +99,7 @@ const ANSWERS = {
     return { found, done: true };
   },
 
-  stop: () => null,
+  stop: () => (training = null),
 };
 
 class Superseded extends Error {}
