@@ -6,10 +6,13 @@ re-iterable of batches. A list or tuple is always one batch; what could be read 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 from skipscope._errors import SkipscopeError
 from skipscope._random import drawn_apart
@@ -82,6 +85,12 @@ def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches
         return Batches([data], single=True)
     if isinstance(data, list | tuple):
         return Batches([_one_batch(data, operation, any_shape)], single=True)
+    if _is_dataset(data):
+        raise SkipscopeError(
+            operation, "the data is a dataset: it gives samples, not batches",
+            expected="a DataLoader, one batch, or ss.batches([...])", got=type(data).__name__,
+            cure="torch.utils.data.DataLoader(dataset, batch_size=32)",
+        )  # fmt: skip
     if isinstance(data, Iterator) or not isinstance(data, Iterable):
         raise SkipscopeError(
             operation, "the data can be read only once" if isinstance(data, Iterator) else "this is not data",
@@ -98,6 +107,12 @@ def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches
         got=f"an empty {type(data).__name__}",
         cure="check what fills it",
     )
+
+
+def _is_dataset(data: Any) -> bool:
+    """A map-style dataset of torch's, or one of Hugging Face's."""
+    torchs = isinstance(data, Dataset) and not isinstance(data, IterableDataset)
+    return torchs or (type(data).__module__.partition(".")[0] == "datasets" and hasattr(data, "__getitem__"))
 
 
 def _one_batch(data: Sequence[Any], operation: str, any_shape: bool) -> Batch:
@@ -124,6 +139,28 @@ def _one_batch(data: Sequence[Any], operation: str, any_shape: bool) -> Batch:
             cure="for several inputs pass ((x1, x2), target); for several batches ss.batches([...])",
         )  # fmt: skip
     return data
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a model is called with, where that is positional and keyword arguments.
+
+    Attributes:
+        positional: in order.
+        keywords: by name.
+    """
+
+    positional: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+
+    def plain(self) -> Any:
+        """The simplest form of the same call: a tensor, a tuple or a Mapping where these can say it."""
+        if self.positional and self.keywords:
+            return self
+        if self.keywords:
+            return self.keywords
+        alone = len(self.positional) == 1 and isinstance(self.positional[0], Tensor)
+        return self.positional[0] if alone else self.positional
 
 
 def inputs_of(batch: Batch) -> Any:
@@ -153,6 +190,11 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, list | tuple):
         items = [map_tensors(item, function) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+        mapped = copy.copy(value)
+        for name in value.__dataclass_fields__:
+            object.__setattr__(mapped, name, map_tensors(getattr(value, name), function))  # it may be frozen
+        return mapped
     return value
 
 

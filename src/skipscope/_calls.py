@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipscope._batches import Arguments as Arguments
 from skipscope._batches import Batch, inputs_of, tensors_in
 from skipscope._errors import SkipscopeError
 
@@ -16,7 +17,9 @@ _MISFITS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, As
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model`` with a tensor, a tuple (positional) or a Mapping (keywords)."""
+    """Call ``model`` with a tensor, a tuple (positional), a Mapping (keywords), or :class:`Arguments` (both)."""
+    if isinstance(inputs, Arguments):
+        return model(*inputs.positional, **inputs.keywords)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, tuple | list):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipscope._batches import Arguments as Arguments
 from skipscope._batches import Batch as Batch
 from skipscope._batches import Batches as Batches
 from skipscope._batches import as_batches as as_batches
@@ -64,6 +65,13 @@ class Objective:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.function(model, batch)
+
+    def run(self, model: nn.Module, batch: Batch) -> None:
+        """Run the model on a batch, and nothing more than that where the loss is a function of its output."""
+        if self.from_output is not None:
+            forward(model, batch, "loss")
+        else:
+            self.function(model, batch)
 
 
 def objective(

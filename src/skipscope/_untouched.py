@@ -31,6 +31,9 @@ from skipscope._rebinding import rebind
 # all threads: measurements take turns.
 _turn = threading.RLock()
 
+# The snapshots of :func:`one_snapshot`, by the id of the model; touched in turn only.
+_shared: dict[int, _Snapshot] = {}
+
 
 class _Snapshot:
     """Everything that can change and be reached from the modules' attributes, apart from the values of parameters.
@@ -77,6 +80,10 @@ class _Snapshot:
         before = duplicate(thing)
         self.kept.append((restore, thing, before))
         return before.values() if isinstance(before, dict) else before if isinstance(before, list) else ()
+
+    def clear_gradients(self) -> None:
+        for parameter, _, _ in self.gradients:
+            parameter.grad = None
 
     def restore(self) -> None:
         for container in self.empty:
@@ -215,18 +222,55 @@ def untouched(
     for model in models:
         require_module(model, operation)
         meet(operation, ranks_of(model))
-    with _turn, random_state_kept(seed), torch.inference_mode(False), torch.enable_grad():
-        snapshot = _Snapshot(models)
+    with _running(seed):
+        snapshots = [_shared[id(model)] for model in models if id(model) in _shared]
+        rest = [model for model in models if id(model) not in _shared]
+        snapshots += [_Snapshot(rest)] if rest else []
         try:
             with _sharding.as_found(models):  # before the modules get the parameters back that they held
-                for parameter, _, _ in snapshot.gradients:
-                    parameter.grad = None
+                for snapshot in snapshots:
+                    snapshot.clear_gradients()
                 if training is not None:
                     for model in models:
                         set_mode(model, training)
                 yield
         finally:
-            snapshot.restore()
+            for snapshot in snapshots:
+                snapshot.restore()
+
+
+@contextmanager
+def throwaway(model: nn.Module, seed: int | None) -> Iterator[None]:
+    """Run a copy of ours inside, as in :func:`untouched`; it stays as it is then.
+
+    Where it shares parameters with a model of the user's, that is held by :func:`untouched` around this.
+    """
+    with _running(seed):
+        for parameter in model.parameters():
+            parameter.grad = None
+        yield
+
+
+@contextmanager
+def _running(seed: int | None) -> Iterator[None]:
+    with _turn, random_state_kept(seed), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def one_snapshot(*models: nn.Module) -> Iterator[None]:
+    """Take a snapshot of each model once: each :func:`untouched` inside restores this, instead of taking its own.
+
+    Inside, the models change within :func:`untouched` alone.
+    """
+    with _turn:
+        new = {id(model): _Snapshot([model]) for model in models if id(model) not in _shared}
+        _shared.update(new)
+        try:
+            yield
+        finally:
+            for key in new:
+                del _shared[key]
 
 
 def set_mode(model: nn.Module, training: bool) -> None:

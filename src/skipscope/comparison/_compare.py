@@ -14,19 +14,29 @@ import torch
 from torch import nn
 
 from skipscope._calls import no_gradient
-from skipscope._data import as_batches, batch_size, inputs_of, read, rows
+from skipscope._data import batch_size, rows
 from skipscope._errors import SkipscopeError, asked_as
 from skipscope._progress import say
-from skipscope._untouched import private_copy, random_state_kept, require_module, set_mode, untouched
+from skipscope._subject import Subject, prepare
+from skipscope._untouched import one_snapshot, private_copy, random_state_kept, require_module, set_mode
 from skipscope._version import __version__
-from skipscope.comparison._measure import Clock, Probe, attempt
+from skipscope.comparison._measure import Clock, attempt, strength_sweep
 from skipscope.comparison._options import require_size, require_whole
 from skipscope.comparison._results import Comparison, Rung, StrengthSweep, Training, Twin
 from skipscope.comparison._threads import fitting_threads
 from skipscope.comparison._train import RATES, train_and_keep
 from skipscope.comparison._words import claims, methods, summary
-from skipscope.flow import GradientFlow, GradientSplit, Importance, PathSpectrum
-from skipscope.shortcuts import Shortcuts, ablate, add_shortcuts, recalibrate
+from skipscope.flow import (
+    GradientFlow,
+    GradientSplit,
+    Importance,
+    PathSpectrum,
+    flow_of,
+    importance_of,
+    paths_of,
+    split_of,
+)
+from skipscope.shortcuts import Shortcuts, ablate, add_shortcuts
 from skipscope.surfaces import PairedSurfaces, paired_landscapes
 
 Factory = Callable[[], nn.Module]
@@ -199,32 +209,34 @@ def _compare_own(
     weight,
 ) -> Comparison:
     base = _ready(model, settings.seed)
-    batches, objective = read(base, data, loss, "compare", weight=weight)
-    _refuse_bad_loss(base, batches, objective)
-    probe = Probe(_some(batches.first(), settings.samples), loss, weight)
-    with clock.stage("find"):
-        found = probe.find(base)
-    networks, makers, roles, meanings = _twins(
-        model, base, found, inputs_of(probe.batch), variants, settings, clock
-    )
+    whole = prepare(base, data, loss, "compare", weight=weight)
+    batch = _some(whole.data.first(), settings.samples)
+    subject = whole.on(batch)
     label = name or type(base).__name__
-    evidence = Evidence(roles, describe(networks, meanings, label))
-    with fitting_threads(copy.deepcopy(base), objective, probe.batch):
-        measure_flow(evidence, networks, probe, clock)
-        trained: dict[str, nn.Module] = {}
-        if settings.train:
-            trained = measure_training(evidence, makers, data, loss, settings, clock, weight)
-        subjects = trained or networks
-        if not trained:
-            clock.notes.append(
-                "nothing was trained: surfaces and importance are those of the weights as they were given"
-            )
-        measure_surfaces(evidence, subjects, data, loss, settings, clock, weight)
-        measure_importance(evidence, subjects, probe, clock)
+    with one_snapshot(base):
+        _refuse_bad_loss(whole)
+        with clock.stage("find"):
+            subjects, makers, roles, meanings = _twins(model, subject, variants, settings, clock)
+        evidence = Evidence(roles, describe(subjects, meanings, label))
+        with (
+            one_snapshot(*(one.model for one in subjects.values())),
+            fitting_threads(copy.deepcopy(base), whole.loss, batch),
+        ):
+            measure_flow(evidence, subjects, clock)
+            trained: dict[str, nn.Module] = {}
+            if settings.train:
+                trained = measure_training(evidence, makers, data, loss, settings, clock, weight)
+            if not trained:
+                clock.notes.append(
+                    "nothing was trained: surfaces and importance are those of the weights as they were given"
+                )
+            subjects = {
+                name: subjects[name].twin(one, owned=False) for name, one in trained.items()
+            } or subjects
+            measure_surfaces(evidence, subjects, settings, clock)
+            measure_importance(evidence, subjects, clock)
     details = "".join(f"{sentence[0].upper()}{sentence[1:]}. " for sentence in about)
-    return evidence.finish(
-        f"{label}, measured on {batch_size(probe.batch)} samples", settings, clock, details
-    )
+    return evidence.finish(f"{label}, measured on {batch_size(batch)} samples", settings, clock, details)
 
 
 def _ready(model: Any, seed: int) -> nn.Module:
@@ -244,77 +256,80 @@ def _some(batch: Any, samples: int) -> Any:
     return rows(batch, slice(0, samples)) if batch_size(batch) > samples else batch
 
 
-def _refuse_bad_loss(model: nn.Module, batches: Any, objective: Any) -> None:
-    with untouched(model, seed=0, operation="compare"):
-        value = objective(model, batches.first())
+def _refuse_bad_loss(subject: Subject) -> None:
+    with subject.running(0):
+        value = subject.loss(subject.model, subject.data.first())
     if not torch.isfinite(value.detach()):
         raise SkipscopeError(
             "compare", "the loss is not finite on the first batch", expected="a finite loss", got=float(value.detach()),
             cure="look for NaN in the data or the weights: skipscope flow MODEL says where they begin",
         )  # fmt: skip
     if not value.requires_grad:
-        raise no_gradient("compare", model)
+        raise no_gradient("compare", subject.model)
 
 
-def _twins(model, base, found, inputs, variants, settings: Settings, clock: Clock):
+def _twins(model, subject: Subject, variants, settings: Settings, clock: Clock):
     """The networks to compare, how to make each anew, who plays which part, and what each one is."""
+    base, found = subject.model, subject.found
     again = model if not isinstance(model, nn.Module) else None
     if len(found):
-        networks = {"with": base, "without": ablate(base, found, how="remove")}
+        plain = ablate(base, found, how="remove")
+        subjects = {"with": subject, "without": subject.twin(plain, owned=False)}
         makers: dict[str, Any] = {"with": again or base}
-        makers["without"] = (lambda: ablate(again(), found, how="remove")) if again else networks["without"]
+        makers["without"] = (lambda: ablate(again(), found, how="remove")) if again else plain
         roles, meanings = Roles("with", "without"), {"with": "as built", "without": "removed"}
     else:
-        added = add_shortcuts(base, inputs, report=None)
-        networks, makers = {"without": base, "with": added}, {"without": again or base}
-        makers["with"] = (lambda: add_shortcuts(again(), inputs, report=None)) if again else added
+        added = add_shortcuts(base, subject.inputs, report=None)
+        subjects = {"without": subject, "with": subject.other(added, owned=False)}
+        makers = {"without": again or base}
+        makers["with"] = (lambda: add_shortcuts(again(), subject.inputs, report=None)) if again else added
         roles, meanings = Roles("with", "without"), {"without": "as built", "with": "shortcuts added"}
         clock.notes.append(
             "the model has no shortcuts of its own: its twin has the lecture's, added where shapes agree"
         )
     for name, variant in variants.items():
-        networks[name], makers[name], meanings[name] = _ready(variant, settings.seed), variant, "variant"
-    return networks, makers, roles, meanings
+        subjects[name] = subject.other(_ready(variant, settings.seed), owned=False)
+        makers[name], meanings[name] = variant, "variant"
+    return subjects, makers, roles, meanings
 
 
-def describe(networks: Mapping[str, nn.Module], meanings: Mapping[str, str], label: str) -> dict[str, Twin]:
+def describe(subjects: Mapping[str, Subject], meanings: Mapping[str, str], label: str) -> dict[str, Twin]:
     """One line of description for each network."""
     return {
         name: Twin(
-            name, meanings[name], f"{label}, {meanings[name]}", sum(p.numel() for p in model.parameters())
+            name, meanings[name], f"{label}, {meanings[name]}", sum(p.numel() for p in one.model.parameters())
         )
-        for name, model in networks.items()
+        for name, one in subjects.items()
     }
 
 
-def measure_flow(evidence: Evidence, networks: Mapping[str, nn.Module], probe: Probe, clock: Clock) -> None:
+def measure_flow(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clock) -> None:
     """Flow of every network; for those with shortcuts also removed and detached, split, paths and strength."""
     say("gradient flow, paths and shortcut strength")
     removed = {name for name, twin in evidence.twins.items() if twin.meaning == "removed"}
-    for name, model in networks.items():
-        found = probe.find(model) if name not in removed else ()
+    for name, subject in subjects.items():
         with clock.stage("flow"):
-            evidence.flow[name] = probe.flow(model)
-        if not len(found):
+            evidence.flow[name] = flow_of(subject)
+        if name in removed or not len(subject.found):
             continue
-        assert isinstance(found, Shortcuts)
-        evidence.found[name] = found
+        evidence.found[name] = subject.found
         twins = {"detached": "detach"} if removed else {"removed": "remove", "detached": "detach"}
         for word, how in twins.items():
-            flow = attempt(clock, f"flow: {name}, {word}", _flow_of_twin, probe, model, found, how)
+            flow = attempt(clock, f"flow: {name}, {word}", _flow_of_twin, subject, how)
             if flow is not None:
                 evidence.flow[f"{name}, {word}"] = flow
-        for question, store in (("split", evidence.split), ("paths", evidence.paths)):
-            answer = attempt(clock, f"{question}: {name}", getattr(probe, question), model)
+        questions = ("split", split_of, evidence.split), ("paths", paths_of, evidence.paths)
+        for question, measure, store in questions:
+            answer = attempt(clock, f"{question}: {name}", measure, subject)
             if answer is not None:
                 store[name] = answer
-        sweep = attempt(clock, f"strength: {name}", probe.strength, model, found, name)
+        sweep = attempt(clock, f"strength: {name}", strength_sweep, subject, name)
         if sweep is not None:
             evidence.strength[name] = sweep
 
 
-def _flow_of_twin(probe: Probe, model: nn.Module, found: Shortcuts, how: str) -> GradientFlow:
-    return probe.flow(ablate(model, found, how=how))  # type: ignore[arg-type]
+def _flow_of_twin(subject: Subject, how: str) -> GradientFlow:
+    return flow_of(subject.twin(ablate(subject.model, subject.found, how=how)))
 
 
 def measure_training(
@@ -377,27 +392,22 @@ def seconds_a_step(makers, data, loss, settings: Settings, weight) -> float:
 
 
 def measure_surfaces(
-    evidence: Evidence,
-    networks: Mapping[str, nn.Module],
-    data,
-    loss,
-    settings: Settings,
-    clock: Clock,
-    weight,
+    evidence: Evidence, subjects: Mapping[str, Subject], settings: Settings, clock: Clock
 ) -> None:
     """Each network's own surface; and, from shared weights, with against removed."""
-    say(f"loss surfaces of {len(networks)} networks, {settings.grid} x {settings.grid} points each")
+    say(f"loss surfaces of {len(subjects)} networks, {settings.grid} x {settings.grid} points each")
     if not clock.fits("the loss surfaces", 2.0):
         return
-    sample = _some(as_batches(data, "compare", any_shape=True).first(), settings.samples)
     having = evidence.roles.having
+    networks = {name: subject.model for name, subject in subjects.items()}
+    subject = subjects[having]
 
     def surfaces_of(models: dict[str, nn.Module]) -> PairedSurfaces:
-        return paired_landscapes(models, sample, loss, grid=settings.grid, seed=settings.seed, weight=weight)
+        return paired_landscapes(models, subject.data, subject.loss, grid=settings.grid, seed=settings.seed)
 
     def with_and_removed() -> PairedSurfaces:
         twin = ablate(networks[having], evidence.found[having], how="remove")
-        recalibrate(twin, sample)
+        subject.recalibrate(twin)
         return surfaces_of({having: networks[having], f"{having}, removed": twin})
 
     questions: dict[str, Callable[[], PairedSurfaces]] = {"trained": lambda: surfaces_of(dict(networks))}
@@ -409,13 +419,13 @@ def measure_surfaces(
             evidence.surfaces[name] = answer
 
 
-def measure_importance(
-    evidence: Evidence, networks: Mapping[str, nn.Module], probe: Probe, clock: Clock
-) -> None:
+def measure_importance(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clock) -> None:
     """Which shortcuts matter, on the network that has them."""
     having = evidence.roles.having
-    if having in networks and having in evidence.found and clock.fits("importance", 2.0):
-        set_mode(networks[having], False)
-        answer = attempt(clock, f"importance: {having}", probe.importance, networks[having])
+    if having in subjects and having in evidence.found and clock.fits("importance", 2.0):
+        model = private_copy(subjects[having].model, "compare")
+        set_mode(model, False)
+        subject = subjects[having].twin(model, owned=False)
+        answer = attempt(clock, f"importance: {having}", importance_of, subject)
         if answer is not None:
             evidence.importance[having] = answer

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from skipscope import reference
-from skipscope._data import read
 from skipscope._progress import say
-from skipscope._untouched import random_state_kept
+from skipscope._subject import Subject, prepare
+from skipscope._untouched import one_snapshot, random_state_kept
 from skipscope.comparison._compare import (
     Evidence,
     Factory,
@@ -27,10 +27,11 @@ from skipscope.comparison._compare import (
     seconds_a_step,
     trained_alike,
 )
-from skipscope.comparison._measure import Clock, Probe
+from skipscope.comparison._measure import Clock
 from skipscope.comparison._results import Comparison, Rung, Training
 from skipscope.comparison._threads import fitting_threads
 from skipscope.comparison._train import train_and_keep
+from skipscope.flow import flow_of
 
 DEPTHS = (8, 12, 16, 30)
 TARGET = 0.5  # well below 2.303, the loss of guessing among ten digits
@@ -76,13 +77,17 @@ def compare_lecture(settings: Settings, clock: Clock, *, quick: bool, steps: int
         seeds=2 if quick else 3, steps=steps, batch_size=64, grid=15 if quick else 31, samples=256,
         train=settings.train, target=TARGET, seed=settings.seed,
     )  # fmt: skip
-    probe = Probe(reference.digits(settings.samples), F.cross_entropy)
     deepest = build(depths[-1], settings.seed)
-    evidence = Evidence(ROLES, describe(deepest, MEANINGS, f"{depths[-1]} hidden layers of width 64"))
-    _, objective = read(deepest[ROLES.lacking], probe.batch, F.cross_entropy, "compare")
-    with fitting_threads(build(depths[-1], settings.seed)[ROLES.lacking], objective, probe.batch):
+    batch = reference.digits(settings.samples)
+    plain = prepare(deepest[ROLES.lacking], batch, F.cross_entropy, "compare")
+    subjects = {name: plain.other(model, owned=False) for name, model in deepest.items()}
+    evidence = Evidence(ROLES, describe(subjects, MEANINGS, f"{depths[-1]} hidden layers of width 64"))
+    with (
+        one_snapshot(*deepest.values()),
+        fitting_threads(build(depths[-1], settings.seed)[ROLES.lacking], plain.loss, batch),
+    ):
         say(_estimate(depths, settings))
-        rung = _measure(evidence, deepest, depths, probe, settings, clock)
+        rung = _measure(evidence, subjects, depths, settings, clock)
     subject = f"The lecture's network, {depths[-1]} hidden layers deep, on 1,797 real digits"
     details = DETAILS + (
         f"Flow, paths and strength are those of {depths[-1]} hidden layers at initialisation; curves, surfaces and "
@@ -95,27 +100,29 @@ def compare_lecture(settings: Settings, clock: Clock, *, quick: bool, steps: int
 
 def _measure(
     evidence: Evidence,
-    deepest: dict[str, nn.Module],
+    deepest: dict[str, Subject],
     depths: tuple[int, ...],
-    probe: Probe,
     settings: Settings,
     clock: Clock,
 ) -> int:
     """Everything that is measured; returns the depth that was trained in full."""
     data = reference.digits()
-    measure_flow(evidence, deepest, probe, clock)
+    measure_flow(evidence, deepest, clock)
     with clock.stage("ladder"):
-        evidence.ladder = [_rung(depth, probe, data, settings) for depth in depths]
+        evidence.ladder = [_rung(depth, deepest[ROLES.lacking], data, settings) for depth in depths]
     trained, rung = deepest, depths[-1]
     if settings.train:
         rung = deepest_where_both_learn(evidence.ladder)
         with clock.stage("training"):
             evidence.training, kept = _train(rung, data, settings, settings.seeds)
-        trained = trained_alike(evidence.training, kept)
+        trained = {
+            name: deepest[name].other(model, owned=False)
+            for name, model in trained_alike(evidence.training, kept).items()
+        }
     else:
         clock.notes.append("nothing was trained: the surfaces are those of the initial weights")
-    measure_surfaces(evidence, trained, probe.batch, F.cross_entropy, settings, clock, None)
-    measure_importance(evidence, trained, probe, clock)
+    measure_surfaces(evidence, trained, settings, clock)
+    measure_importance(evidence, trained, clock)
     return rung
 
 
@@ -142,9 +149,9 @@ def _train(depth: int, data, settings: Settings, seeds: int, *, stop_at_target: 
     )  # fmt: skip
 
 
-def _rung(depth: int, probe: Probe, data, settings: Settings) -> Rung:
+def _rung(depth: int, subject: Subject, data, settings: Settings) -> Rung:
     say(f"{depth} hidden layers")
-    flows = {name: probe.flow(model) for name, model in build(depth, settings.seed).items()}
+    flows = {name: flow_of(subject.other(model)) for name, model in build(depth, settings.seed).items()}
     fall = {name: flow.verdict.fall_decades or 0.0 for name, flow in flows.items()}
     state = {name: flow.verdict.state for name, flow in flows.items()}
     if not settings.train:

@@ -9,23 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from skipscope._data import inputs_of
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
+from skipscope._subject import Subject
 from skipscope.comparison._results import StrengthSweep
-from skipscope.flow import (
-    GradientFlow,
-    GradientSplit,
-    Importance,
-    PathSpectrum,
-    gradient_flow,
-    gradient_split,
-    importance,
-    path_spectrum,
-)
-from skipscope.shortcuts import Shortcuts, ablate, find_shortcuts
+from skipscope.flow import flow_of
+from skipscope.shortcuts import ablate
 
 STRENGTHS = np.linspace(0.0, 1.0, 11)
 
@@ -69,53 +59,19 @@ class Clock:
         return False
 
 
-@dataclass
-class Probe:
-    """One batch and a loss, and everything that is asked of a network with them.
-
-    Attributes:
-        batch: the batch on which gradients are measured.
-        loss: the loss.
-        weight: what a batch counts for, where the user said so.
-    """
-
-    batch: Any
-    loss: Any
-    weight: Callable[[Any], float] | None = None
-
-    def find(self, model: nn.Module) -> Shortcuts:
-        """The shortcuts of ``model``."""
-        return find_shortcuts(model, inputs_of(self.batch))
-
-    def flow(self, model: nn.Module) -> GradientFlow:
-        """The gradient flow of ``model``."""
-        return gradient_flow(model, self.batch, self.loss, weight=self.weight)
-
-    def split(self, model: nn.Module) -> GradientSplit:
-        """Branch against shortcut at each merge."""
-        return gradient_split(model, self.batch, self.loss, weight=self.weight)
-
-    def paths(self, model: nn.Module) -> PathSpectrum:
-        """The exact path spectrum."""
-        return path_spectrum(model, self.batch, self.loss, weight=self.weight)
-
-    def importance(self, model: nn.Module) -> Importance:
-        """Each shortcut removed alone, each branch lesioned alone."""
-        return importance(model, self.batch, self.loss, weight=self.weight)
-
-    def strength(self, model: nn.Module, found: Shortcuts, name: str) -> StrengthSweep:
-        """The flow at each strength of all shortcuts."""
-        flows = [
-            self.flow(ablate(model, found, strength=float(s), share=True))
-            for s in track(STRENGTHS, f"shortcut strength of {name}")
-        ]
-        return StrengthSweep(
-            strengths=STRENGTHS,
-            names=tuple(b.name for b in flows[0].boundaries),
-            gradient_rms=np.array([[_number(b.gradient_rms) for b in f.boundaries] for f in flows]),
-            fall_decades=np.array([_number(f.verdict.fall_decades) for f in flows]),
-            states=tuple(f.verdict.state for f in flows),
-        )
+def strength_sweep(subject: Subject, name: str) -> StrengthSweep:
+    """The flow at each strength of all shortcuts."""
+    twins = (ablate(subject.model, subject.found, strength=float(s), share=True) for s in STRENGTHS)
+    flows = [
+        flow_of(subject.twin(twin)) for twin in track(twins, f"shortcut strength of {name}", len(STRENGTHS))
+    ]
+    return StrengthSweep(
+        strengths=STRENGTHS,
+        names=tuple(b.name for b in flows[0].boundaries),
+        gradient_rms=np.array([[_number(b.gradient_rms) for b in f.boundaries] for f in flows]),
+        fall_decades=np.array([_number(f.verdict.fall_decades) for f in flows]),
+        states=tuple(f.verdict.state for f in flows),
+    )
 
 
 def _number(value: float | None) -> float:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from skipscope._calls import no_gradient
 from skipscope._data import Batch, batch_size, tensors_in
 from skipscope._errors import SkipscopeError, asked_as
+from skipscope._subject import prepare
 from skipscope.flow._results import GradientCorrelation
-from skipscope.flow._running import asked, places, running
 from skipscope.flow._seed import backward_error
 from skipscope.shortcuts import tap_boundaries
 
@@ -64,11 +64,10 @@ def gradient_correlation(
         raise SkipscopeError(
             "gradient_correlation", "unknown quantity", expected='of="output" or "loss"', got=repr(of)
         )
-    model, batches, objective = asked(model, data, loss, "gradient_correlation", weight)
-    _, points = places(model, batches, "gradient_correlation")
-    batch = batches.first()
-    with running(model, seed, "gradient_correlation"):
-        inputs, gradients = _gradients(model, batch, objective, points[0], of, seed)
+    subject = prepare(model, data, loss, "gradient_correlation", weight=weight)
+    points, batch = subject.boundaries, subject.data.first()
+    with subject.running(seed):
+        inputs, gradients = _gradients(subject.model, batch, subject.loss, points[0], of, seed)
     n = min(inputs.shape[0], batch_size(batch))
     if n < 2:
         raise SkipscopeError(

@@ -11,12 +11,12 @@ from torch import nn
 from skipscope._data import Batch, Batches, Objective, tensors_in
 from skipscope._errors import asked_as
 from skipscope._numbers import short
-from skipscope._ranks import greatest, ranks_of
+from skipscope._ranks import greatest
+from skipscope._subject import Subject, prepare
 from skipscope.flow._clues import clues
 from skipscope.flow._flow_results import BoundaryFlow, GradientFlow, LayerGradient, Verdict
 from skipscope.flow._measure import Tap, measure
 from skipscope.flow._readings import Readings
-from skipscope.flow._running import asked, places, running
 from skipscope.flow._verdict import Clue, Point, judge
 from skipscope.flow._zeros import boundary_state, layer, second_opinion
 from skipscope.shortcuts import meaning, tap_boundaries
@@ -62,18 +62,22 @@ def gradient_flow(
         >>> flow.verdict.state, flow.verdict.cause
         ('vanishing', 'gain')
     """
-    model, batches, objective = asked(model, data, loss, "gradient_flow", weight)
-    _, points = places(model, batches, "gradient_flow", found)
-    scale = float(scaler.get_scale()) if scaler is not None else 1.0
+    subject = prepare(model, data, loss, "gradient_flow", weight=weight, found=found)
+    return flow_of(subject, seed, scale=float(scaler.get_scale()) if scaler is not None else 1.0)
+
+
+def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientFlow:
+    """:func:`gradient_flow` of what is prepared; ``scale`` is what training multiplies the loss by. Local, or collective."""
+    model, batches, objective, points = subject.model, subject.data, subject.loss, subject.boundaries
 
     def tap(touch):
         return tap_boundaries(model, points, touch)
 
-    with running(model, seed, "gradient_flow"):
+    with subject.running(seed):
         mode = mode_of(model)
         readings = measure(model, batches, objective, len(points), tap, scale=scale)
-    spread = bool(ranks_of(model))
-    exact, notes = second_opinion(readings, model, batches, objective, points, seed)
+    spread = bool(subject.ranks)
+    exact, notes = second_opinion(readings, subject, seed)
     if exact is not None and readings.output_gradient == 0:
         readings.output_gradient = exact.output_gradient
     flow = [boundary_state(readings, exact, i) for i in range(len(points))]
@@ -87,7 +91,7 @@ def gradient_flow(
     verdict = judge(seen, residual=residual, dtype=_dtype_name(readings), culprit=culprit)
     why_is_open = _asks_why(verdict, seen, residual)
     if greatest(model, why_is_open) if spread else why_is_open:  # all ranks together, or none
-        with running(model, seed, "gradient_flow"):
+        with subject.running(seed):
             every = _clues(model, batches.first(), objective, len(points), tap)
         why = [clue for clue, (state, _) in zip(every, flow) if state != "not_met"]
         verdict = judge(seen, why, residual=residual, dtype=_dtype_name(readings))

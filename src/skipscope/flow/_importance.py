@@ -11,10 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError, asked_as
 from skipscope._progress import track
-from skipscope.flow._flow import gradient_flow
+from skipscope._subject import Subject, prepare
+from skipscope._untouched import one_snapshot, untouched
+from skipscope.flow._flow import flow_of
 from skipscope.flow._flow_results import GradientFlow
 from skipscope.flow._results import Cost, Importance, ImportanceOf
-from skipscope.flow._running import asked, places
 from skipscope.shortcuts import ablate
 
 
@@ -50,11 +51,20 @@ def importance(
         >>> len(rank), rank.ranked[0].removed.loss_cost is not None
         (4, True)
     """
-    model, batches, objective = asked(model, data, loss, "importance", weight)
-    every, _ = places(model, batches, "importance")
-    chosen = every if found is None else found
-    options = {"found": every, "seed": seed, "weight": weight}
-    before = gradient_flow(model, batches, objective, **options)
+    return importance_of(prepare(model, data, loss, "importance", weight=weight), found, seed)
+
+
+def importance_of(subject: Subject, found: Any = None, seed: int = 0) -> Importance:
+    """:func:`importance` of what is prepared: of the shortcuts in ``found``, or all. Local."""
+    model, chosen = subject.model, subject.found if found is None else found
+    # The twins share the model's parameters: it is held as found around them all.
+    with one_snapshot(model), untouched(model, seed=seed, operation="importance"):
+        return _importance(subject, chosen, seed)
+
+
+def _importance(subject: Subject, chosen: Any, seed: int) -> Importance:
+    model = subject.model
+    before = flow_of(subject, seed)
     stale = any(
         isinstance(m, _BatchNorm) and m.track_running_stats and not m.training for m in model.modules()
     )
@@ -63,10 +73,10 @@ def importance(
         costs, reasons = {}, []
         for how in ("remove", "lesion"):
             try:
-                twin = ablate(
-                    model, chosen[i : i + 1], how=how, share=True, recalibrate=batches if stale else None
-                )
-                costs[how] = cost(before, gradient_flow(twin, batches, objective, **options))
+                twin = ablate(model, chosen[i : i + 1], how=how, share=True)
+                if stale:
+                    subject.recalibrate(twin)
+                costs[how] = cost(before, flow_of(subject.twin(twin), seed))
             except SkipscopeError as error:
                 reasons.append(f"{how}: {error.problem}")
         one = chosen[i]

@@ -15,6 +15,7 @@ from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective
 from skipscope._errors import SkipscopeError, asked_as
 from skipscope._progress import track
+from skipscope._subject import Subject, prepare
 from skipscope._untouched import random_state_kept
 from skipscope.flow._angles import MOST, AngleWalk
 from skipscope.flow._cuts import Stack, Walk, cut_forward
@@ -22,7 +23,6 @@ from skipscope.flow._flow import mode_of
 from skipscope.flow._measure import shares_of
 from skipscope.flow._readings import norm_of
 from skipscope.flow._results import PathSpectrum
-from skipscope.flow._running import asked, places, running
 from skipscope.flow._seed import backward_error
 from skipscope.shortcuts import meaning, tap_boundaries
 
@@ -77,12 +77,26 @@ def path_spectrum(
         >>> len(paths.norms), paths.residual < 1e-5
         (5, True)
     """
-    model, batches, objective = asked(model, data, loss, "path_spectrum", weight)
-    found, points = places(model, batches, "path_spectrum", found)
+    subject = prepare(model, data, loss, "path_spectrum", weight=weight, found=found)
+    return paths_of(subject, wrt, batched=batched, max_bytes=max_bytes, exact=exact, seed=seed)
+
+
+def paths_of(
+    subject: Subject,
+    wrt: Any = None,
+    *,
+    batched: bool | None = None,
+    max_bytes: int = 2**28,
+    exact: bool | None = None,
+    seed: int = 0,
+) -> PathSpectrum:
+    """:func:`path_spectrum` of what is prepared. Local, or collective."""
+    model, batches, objective = subject.model, subject.data, subject.loss
+    found, points = subject.found, subject.boundaries
     target, parameter = _target(model, points, wrt)
     estimate = exact is False or (exact is None and len(found) > MOST)
     sums = _Sums(parameter is not None, len(found))
-    with running(model, seed, "path_spectrum"), _sharding.whole(model):
+    with subject.running(seed), _sharding.whole(model):
         mode = mode_of(model)
         for i, (batch, share) in enumerate(track(shares_of(batches, objective, "path_spectrum"), "paths")):
             with random_state_kept(seed + i):

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipscope._data import Batch, Batches, Objective, inputs_of
+from skipscope._data import Batch
 from skipscope._errors import SkipscopeError, asked_as
 from skipscope._numbers import short
 from skipscope._progress import track
+from skipscope._subject import Subject, as_written, prepare
 from skipscope._untouched import private_copy, random_state_kept
-from skipscope.flow._flow import gradient_flow
+from skipscope.flow._flow import flow_of
 from skipscope.flow._remedies import Candidate, candidates
 from skipscope.flow._results import Prescription, Remedy
-from skipscope.flow._running import as_written, asked, places
 
 # The rates under which each copy is trained for a few steps; its best one counts.
 RATES: tuple[tuple[str, type[torch.optim.Optimizer], float], ...] = (
@@ -59,20 +59,20 @@ def prescribe(
         >>> advice.before.state, advice.remedies[0].state
         ('vanishing', 'healthy')
     """
-    model, batches, objective = asked(model, data, loss, "prescribe", weight)
+    subject = prepare(model, data, loss, "prescribe", weight=weight)
+    model = subject.model
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SkipscopeError(
             "prescribe", "no parameter requires a gradient: there is nothing to train", got=type(model).__name__,
             cure="pass the model before it is frozen or quantised",
         )  # fmt: skip
-    found, _ = places(model, batches, "prescribe")
-    inputs = inputs_of(batches.first())
-    tools = _Tools(batches, objective, steps, seed, weight)
+    found = subject.found
+    tools = _Tools(subject, steps, seed)
     before = tools.measure("as it is", "", private_copy(model, "prescribe"))
     tried, refused = [], []
     for one in track(candidates(len(found)), "remedies"):
         try:
-            tried.append(tools.attempt(one, model, inputs))
+            tried.append(tools.attempt(one))
         except (SkipscopeError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             problem = error.problem if isinstance(error, SkipscopeError) else str(error).splitlines()[0][:120]
             refused.append(f"Not tried: {one.name}: {problem}.")
@@ -84,22 +84,16 @@ def prescribe(
 class _Tools:
     """What every copy is measured with."""
 
-    def __init__(self, batches: Batches, objective: Objective, steps: int, seed: int, weight: Any):
-        self.batches, self.objective, self.steps, self.seed, self.weight = (
-            batches,
-            objective,
-            steps,
-            seed,
-            weight,
-        )
+    def __init__(self, subject: Subject, steps: int, seed: int):
+        self.subject, self.steps, self.seed = subject, steps, seed
 
-    def attempt(self, one: Candidate, model: nn.Module, inputs: Any) -> Remedy:
+    def attempt(self, one: Candidate) -> Remedy:
         with random_state_kept(self.seed), as_written():
-            changed = one.apply(private_copy(model, "prescribe"), inputs)
+            changed = one.apply(private_copy(self.subject.model, "prescribe"), self.subject.inputs)
         return self.measure(one.name, one.code, changed)
 
     def measure(self, name: str, code: str, model: nn.Module) -> Remedy:
-        flow = gradient_flow(model, self.batches, self.objective, seed=self.seed, weight=self.weight)
+        flow = flow_of(self.subject.other(private_copy(model, "prescribe")), self.seed)
         reached, rate = self.train(model) if self.steps else (None, "")
         verdict = flow.verdict
         return Remedy(
@@ -123,15 +117,15 @@ class _Tools:
         stepper = optimizer(parameters, lr=rate)  # type: ignore[call-arg]
         done = 0
         while done < self.steps:
-            for batch in self.batches:
+            for batch in self.subject.data:
                 stepper.zero_grad()
-                self.objective(model, batch).backward()
+                self.subject.loss(model, batch).backward()
                 stepper.step()
                 done += 1
                 if done == self.steps:
                     break
         with torch.no_grad():
-            value = float(self.objective(model, self.batches.first()))
+            value = float(self.subject.loss(model, self.subject.data.first()))
         return value if math.isfinite(value) else math.inf
 
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective, map_tensors
 from skipscope._errors import asked_as
+from skipscope._subject import Subject, prepare
 from skipscope.flow._flow import mode_of
 from skipscope.flow._measure import shares_of
 from skipscope.flow._readings import norm_of
 from skipscope.flow._results import GradientSplit, SplitAt
-from skipscope.flow._running import asked, places, running
 from skipscope.flow._seed import backward_error
 from skipscope.flow._ways import Edge, Ways, edge_of
 from skipscope.shortcuts import meaning, tap_merges
@@ -66,11 +66,15 @@ def gradient_split(
         >>> len(split), split[0].shortcut_rms > 0
         (4, True)
     """
-    model, batches, objective = asked(model, data, loss, "gradient_split", weight)
-    found, _ = places(model, batches, "gradient_split", found)
+    return split_of(prepare(model, data, loss, "gradient_split", weight=weight, found=found), seed)
+
+
+def split_of(subject: Subject, seed: int = 0) -> GradientSplit:
+    """:func:`gradient_split` of what is prepared. Local, or collective."""
+    model, batches, objective, found = subject.model, subject.data, subject.loss, subject.found
     forks = [_Fork() for _ in found]
     value = 0.0
-    with running(model, seed, "gradient_split"):
+    with subject.running(seed):
         mode = mode_of(model)
         for batch, share in shares_of(batches, objective, "gradient_split"):
             value += share * _one_batch(model, batch, objective, found, forks, share)

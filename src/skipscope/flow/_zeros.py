@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from skipscope._data import Batches, Objective, map_tensors
-from skipscope._ranks import ranks_of, whole
+from skipscope._data import Batches, map_tensors
+from skipscope._ranks import whole
+from skipscope._subject import Subject
 from skipscope.flow._flow_results import LayerGradient
 from skipscope.flow._measure import measure
 from skipscope.flow._readings import Readings, WeightReading, least, norm_of
-from skipscope.flow._running import running
 from skipscope.shortcuts import tap_boundaries
 
 ROUNDING = (
@@ -25,12 +24,12 @@ UNCERTAIN = "What is exactly 0 here may be too small for its dtype instead: no c
 
 
 def second_opinion(
-    readings: Readings, model: nn.Module, data: Batches, loss: Objective, points: Any, seed: int
+    readings: Readings, subject: Subject, seed: int
 ) -> tuple[Readings | None, tuple[str, ...]]:
     """The same readings in float64 where something arrived as zero that is too small for its dtype; and what to note."""
     if not _doubtful(readings):
         return None, ()
-    exact = None if ranks_of(model) else _in_float64(model, data, loss, points, seed)
+    exact = None if subject.ranks else _in_float64(subject, seed)
     if exact is None:
         return None, (UNCERTAIN,)
     return (None, (ROUNDING,)) if _is_rounding(readings, exact) else (exact, ())
@@ -61,19 +60,26 @@ def _is_rounding(readings: Readings, exact: Readings) -> bool:
     return bool(pairs) and all(value > 1e6 * least(dtype) for dtype, value in pairs)
 
 
-def _in_float64(model: nn.Module, data: Batches, loss: Objective, points: Any, seed: int) -> Readings | None:
+def _in_float64(subject: Subject, seed: int) -> Readings | None:
     """The same readings from a copy in float64, whose range is 300 decades; None where no such copy can be run."""
 
     def wide(value: Tensor) -> Tensor:
         return value.double() if value.is_floating_point() else value
 
-    with running(model, seed, "gradient_flow"):
+    points = subject.boundaries
+    with subject.running(seed):
         try:
-            twin = copy.deepcopy(model).double()
-            batches = Batches([map_tensors(batch, wide) for batch in data], single=data.single)
+            twin = copy.deepcopy(subject.model).double()
+            batches = Batches(
+                [map_tensors(batch, wide) for batch in subject.data], single=subject.data.single
+            )
             with torch.autocast(next(twin.parameters()).device.type, enabled=False):
                 return measure(
-                    twin, batches, loss, len(points), lambda touch: tap_boundaries(twin, points, touch)
+                    twin,
+                    batches,
+                    subject.loss,
+                    len(points),
+                    lambda touch: tap_boundaries(twin, points, touch),
                 )
         except (
             Exception

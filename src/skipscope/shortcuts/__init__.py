@@ -11,6 +11,7 @@ from skipscope.shortcuts._edit import boundaries as boundaries
 from skipscope.shortcuts._edit import meaning as meaning
 from skipscope.shortcuts._find import find_shortcuts as find_shortcuts
 from skipscope.shortcuts._mark import mark_shortcut as mark_shortcut
+from skipscope.shortcuts._recalibrate import average_statistics as average_statistics
 from skipscope.shortcuts._recalibrate import recalibrate as recalibrate
 from skipscope.shortcuts._results import Boundary as Boundary
 from skipscope.shortcuts._results import Shortcut as Shortcut

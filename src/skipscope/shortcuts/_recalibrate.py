@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,6 +27,17 @@ def recalibrate(twin: nn.Module, data: Any) -> nn.Module:
         >>> net.running_mean
         tensor([1., 6.])
     """
+    single = isinstance(data, torch.Tensor)
+    batches = [(data,)] if single else _data.as_batches(data, "recalibrate", any_shape=True)
+    return average_statistics(
+        twin, batches, lambda model, batch: _data.call_model(model, _data.inputs_of(batch))
+    )
+
+
+def average_statistics(
+    twin: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], object]
+) -> nn.Module:
+    """Set every batch norm's running statistics to the average over ``run(twin, batch)``, in place (local)."""
     norms = [
         m for m in twin.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
@@ -33,7 +45,6 @@ def recalibrate(twin: nn.Module, data: Any) -> nn.Module:
         return twin
     flags = {m: m.training for m in twin.modules()}
     momenta = [norm.momentum for norm in norms]
-    single = isinstance(data, torch.Tensor)
     try:
         set_mode(twin, False)
         for norm in norms:
@@ -41,8 +52,8 @@ def recalibrate(twin: nn.Module, data: Any) -> nn.Module:
             norm.momentum = None  # the plain average over batches
             norm.training = True
         with random_state_kept(0), torch.no_grad():
-            for batch in [(data,)] if single else _data.as_batches(data, "recalibrate", any_shape=True):
-                _data.call_model(twin, _data.inputs_of(batch))
+            for batch in batches:
+                run(twin, batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

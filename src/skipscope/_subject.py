@@ -1,0 +1,182 @@
+"""The subject of a public call: a model, its data and its loss, checked and read once, and what is found in them.
+
+:func:`prepare` is what a public call does first. What it returns is handed down; inner functions take it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._data import Arguments, Batch, Batches, Objective, inputs_of, map_tensors, read
+from skipscope._errors import SkipscopeError
+from skipscope._ranks import meet, ranks_of
+from skipscope._untouched import require_module, throwaway, untouched
+from skipscope.shortcuts import Boundary, Shortcuts, average_statistics, boundaries, find_shortcuts
+from skipscope.shortcuts._unwrap import unwrapped
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model with its data and its loss. Shortcuts and boundaries are found at first use, and kept.
+
+    Attributes:
+        model: out of its wrappers.
+        data: the batches.
+        loss: the objective.
+        operation: the public call, named in errors.
+        ranks: those without which the model cannot run; empty for most.
+        owned: the model is a throwaway copy, so nothing is restored after it has run.
+        given: shortcuts that are known already.
+        given_inputs: what the model is called with, where that is known already.
+    """
+
+    model: nn.Module
+    data: Batches
+    loss: Objective
+    operation: str
+    ranks: tuple[int, ...] = ()
+    owned: bool = False
+    given: Shortcuts | None = None
+    given_inputs: Any = None
+
+    @cached_property
+    def inputs(self) -> Any:
+        """What the model is called with for the first batch: a tensor, a tuple, a Mapping or :class:`Arguments`.
+
+        An ``@objective`` calls the model as it likes: one run of it, which ends at that call, tells.
+
+        Raises:
+            SkipscopeError: the objective never calls the model.
+        """
+        if self.given_inputs is not None:
+            return self.given_inputs
+        batch = self.data.first()
+        return inputs_of(batch) if self.loss.from_output is not None else self._first_call(batch)
+
+    @cached_property
+    def found(self) -> Shortcuts:
+        """The model's shortcuts."""
+        if self.given is not None:
+            return self.given
+        with as_written():
+            return find_shortcuts(self.model, self.inputs)
+
+    @cached_property
+    def boundaries(self) -> tuple[Boundary, ...]:
+        """Where the flow is read; an edited twin has its original's.
+
+        Raises:
+            SkipscopeError: the model has no float activation at all.
+        """
+        with as_written():
+            points = boundaries(self.model, self.inputs, found=self.found)
+        if not points:
+            raise SkipscopeError(
+                self.operation, "no float activation was seen in a forward pass",
+                expected="a float input, or an embedding", got=f"a model of type {type(self.model).__name__}",
+                cure="pass the inputs that the model is trained on",
+            )  # fmt: skip
+        return points
+
+    @contextmanager
+    def running(self, seed: int) -> Iterator[None]:
+        """Run the model inside, in the modes its modules are in, with a seed; outside nothing has changed."""
+        if self.owned:
+            left = throwaway(self.model, seed)
+        else:
+            left = untouched(self.model, seed=seed, operation=self.operation)
+        with left, as_written():
+            yield
+
+    def twin(self, model: nn.Module, *, owned: bool = True) -> Subject:
+        """The same data and loss for a copy of the model, edited, trained or neither, with the same shortcuts."""
+        return replace(self, model=model, owned=owned, given=self.found, given_inputs=self.inputs)
+
+    def other(self, model: nn.Module, *, owned: bool = True) -> Subject:
+        """The same data and loss for another network, whose shortcuts are its own."""
+        return replace(self, model=unwrapped(model), owned=owned, given=None, given_inputs=None)
+
+    def on(self, batch: Batch) -> Subject:
+        """The same model and loss on one batch."""
+        return replace(self, data=Batches([batch], single=True))
+
+    def recalibrate(self, twin: nn.Module) -> nn.Module:
+        """Measure the batch-norm statistics of a twin anew on the data (as ``skipscope.recalibrate`` does)."""
+        return average_statistics(twin, self.data, self.loss.run)
+
+    def _first_call(self, batch: Batch) -> Any:
+        calls: list[Any] = []
+
+        def note(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            calls.append(Arguments(positional, keywords).plain())
+            raise _Called
+
+        with self.running(0):
+            handle = self.model.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+            try:
+                self.loss(self.model, batch)
+            except _Called:
+                pass
+            finally:
+                handle.remove()
+        if not calls:
+            raise SkipscopeError(
+                self.operation, "the objective never calls the model, so nothing tells what it is called with",
+                expected="model(...) somewhere in it", got=self.loss.name,
+                cure="call the model itself in the objective, not a method or a part of it",
+            )  # fmt: skip
+        return map_tensors(calls[0], _without_history)
+
+
+class _Called(BaseException):
+    """Ends a run of an objective once the model is called; not an Exception, which people catch."""
+
+
+def _without_history(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_inference() else tensor.detach()
+
+
+def prepare(
+    model: nn.Module,
+    data: Any,
+    loss: Any,
+    operation: str,
+    *,
+    weight: Callable[[Batch], float] | None = None,
+    found: Shortcuts | None = None,
+) -> Subject:
+    """Check and read what a public call was given.
+
+    Args:
+        model: as the user gave it.
+        data: as the user gave it.
+        loss: as the user gave it.
+        operation: the public call, named in errors.
+        weight: what a batch counts for in the mean over batches.
+        found: shortcuts that are known already; found at first use by default.
+
+    Raises:
+        SkipscopeError: model, data or loss cannot be read, or a rank stays away from a collective call.
+    """
+    require_module(model, operation)
+    ranks = ranks_of(model)
+    meet(operation, ranks)
+    model = unwrapped(model)
+    batches, objective = read(model, data, loss, operation, weight=weight)
+    return Subject(model, batches, objective, operation, ranks, given=found)
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Compiled modules run as their code is written: hooks set after compilation would silently not be called."""
+    # Whoever has compiled something has this module loaded; loading it otherwise takes seconds.
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
