@@ -118,8 +118,9 @@ class _Pass:
                 self.similarities[i] = similarity(activation.detach())
         if not torch.is_grad_enabled():
             return activation
-        if not activation.requires_grad:
-            leaf = activation.detach().requires_grad_()
+        if activation.is_leaf:
+            # Autograd goes back to a leaf only where it is asked for; some objectives make their inputs leaves.
+            leaf = activation if activation.requires_grad else activation.detach().requires_grad_()
             self.leaves.append(leaf)
             activation = leaf.clone()  # a leaf could not be changed in place by what follows
         activation.register_hook(self.arrivals.hook(i))
