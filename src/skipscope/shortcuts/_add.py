@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from skipscope import _data
 from skipscope import nn as connections
 from skipscope._errors import SkipscopeError
-from skipscope._untouched import private_copy, untouched
+from skipscope._untouched import private_copy, require_module, untouched
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -73,6 +73,7 @@ def add_shortcuts(
     chosen = (
         partial(fnmatch.fnmatchcase, pat=where) if isinstance(where, str) else where or (lambda path: True)
     )
+    require_module(model, "add_shortcuts")
     twin = private_copy(model, "add_shortcuts")
     runs = _Runs(model, inputs)
     plan = _Plan(runs.shapes, maker, span)
