@@ -32,7 +32,7 @@ SMALL = [
 # Asks the page's own workers, as the page does, and waits for all answers.
 ASK = """(async (wanted, optimizers) => {
   const settings = valid(wanted), twin = settings.shortcut === "none" ? "without" : "with";
-  const worker = globalThis.tested ??= new Helper(document.querySelector("#mathematics").textContent, await unpack(document.querySelector("#digits")));
+  const worker = globalThis.tested ??= new WorkerClient(document.querySelector("#mathematics").textContent, await unpack(document.querySelector("#digits")));
   const ask = (kind, request) => new Promise((done) => { worker.hear = (data) => done(data.answer); worker.ask(kind, request); });
   const flow = await ask("flow", { settings }), spectrum = await ask("spectrum", { settings, twin }), losses = {};
   for (const [optimizer, rate] of optimizers) {
@@ -183,8 +183,7 @@ def test_keyboard_and_address_move_it_and_layers_are_told_in_words(browser, file
     assert page.complaints == []
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [320, 375, 1280])
+@pytest.mark.parametrize(("width", "dark"), [(320, False), (375, True), (1280, True)])
 def test_it_fits_every_width(browser, file, width, dark):
     page = browser.open(file, width=width, height=700, phone=width < 600, dark=dark)
     page.wait("document.documentElement.dataset.spectrum !== undefined")

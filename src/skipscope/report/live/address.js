@@ -1,4 +1,4 @@
-// The settings in the page's address, so that they can be linked to; only what differs from the defaults is written.
+// The settings in the page's address, so that they can be linked to. Only settings that differ from the defaults are written.
 
 import { DEFAULTS, valid } from "./settings.js";
 

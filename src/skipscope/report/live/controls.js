@@ -4,7 +4,7 @@ import { RANGES, learningRate } from "./settings.js";
 
 const SHOWN = { rate: learningRate, gain: (s) => s.gain.toFixed(2), strength: (s) => s.strength.toFixed(2) };
 
-// Calls back with the name and the new value of whatever is moved.
+// Calls back with the name and the new value of each control that changes.
 export function listenToControls(root, change) {
   const read = (event) => {
     const { name, type, value, checked } = event.target;
@@ -16,7 +16,7 @@ export function listenToControls(root, change) {
   root.addEventListener("change", read);
 }
 
-// Puts the controls where the settings are.
+// Sets the controls to the settings.
 export function showSettings(root, settings) {
   for (const input of root.querySelectorAll("[name]")) {
     const value = settings[input.name];

@@ -1,4 +1,4 @@
-// What the network sees: the lecture's one input, handwritten digits, or two spirals.
+// The data: the lecture's single input, handwritten digits, or two spirals.
 
 import { Generator, permutation } from "./random.js";
 

@@ -34,9 +34,9 @@ export function linear(x, { weight, bias, inputs, outputs }, rows) {
 
 // dL/dx = dL/dy W, for each of the rows.
 export function linearBack(gradient, { weight, inputs, outputs }, rows) {
-  const turned = new Float64Array(weight.length);
-  for (let o = 0; o < outputs; o++) for (let i = 0; i < inputs; i++) turned[i * outputs + o] = weight[o * inputs + i];
-  return timesTransposed(gradient, turned, rows, outputs, inputs);
+  const transposed = new Float64Array(weight.length);
+  for (let o = 0; o < outputs; o++) for (let i = 0; i < inputs; i++) transposed[i * outputs + o] = weight[o * inputs + i];
+  return timesTransposed(gradient, transposed, rows, outputs, inputs);
 }
 
 // a b^T of a [rows, inner] and b [columns, inner]. Two rows and four columns at a time, so that what is read is used often.
@@ -122,14 +122,14 @@ export function layerNormBack(gradient, { weight, inputs: size }, { normal, inve
   const back = new Float64Array(rows * size);
   for (let r = 0; r < rows; r++) {
     const at = r * size, seen = (r % samples) * size;
-    let mean = 0, along = 0;
+    let mean = 0, projection = 0;
     for (let i = 0; i < size; i++) {
       const g = gradient[at + i] * weight[i];
       mean += g / size;
-      along += (g * normal[seen + i]) / size;
+      projection += (g * normal[seen + i]) / size;
     }
     for (let i = 0; i < size; i++) {
-      back[at + i] = (gradient[at + i] * weight[i] - mean - along * normal[seen + i]) * inverse[r % samples];
+      back[at + i] = (gradient[at + i] * weight[i] - mean - projection * normal[seen + i]) * inverse[r % samples];
     }
   }
   return back;
@@ -203,7 +203,7 @@ export const INITIALISATIONS = {
 function makeOrthogonal(matrix, rows, columns) {
   const wide = rows < columns, vectors = Math.min(rows, columns), size = Math.max(rows, columns);
   const at = (v, i) => (wide ? v * columns + i : i * columns + v);
-  const along = (u, v) => {
+  const product = (u, v) => {
     let sum = 0;
     for (let i = 0; i < size; i++) sum += matrix[at(u, i)] * matrix[at(v, i)];
     return sum;
@@ -212,11 +212,11 @@ function makeOrthogonal(matrix, rows, columns) {
   for (let v = 0; v < vectors; v++) {
     for (let pass = 0; pass < 2; pass++) {
       for (let u = 0; u < v; u++) {
-        const share = along(u, v);
-        for (let i = 0; i < size; i++) matrix[at(v, i)] -= share * matrix[at(u, i)];
+        const projection = product(u, v);
+        for (let i = 0; i < size; i++) matrix[at(v, i)] -= projection * matrix[at(u, i)];
       }
     }
-    const length = Math.sqrt(along(v, v));
+    const length = Math.sqrt(product(v, v));
     for (let i = 0; i < size; i++) matrix[at(v, i)] /= length;
   }
 }

@@ -1,4 +1,4 @@
-// The page: settings go to the workers, what they answer is drawn. Nothing else is kept.
+// The page: settings go to the workers, and their answers are drawn.
 
 import { readAddress, writeAddress } from "./address.js";
 import { listenToControls, showSettings } from "./controls.js";
@@ -12,8 +12,8 @@ import { ACTIVATION_NAMES, because, boundaryName, boundaryWords, headline, learn
 const $ = (selector) => document.querySelector(selector);
 const FRAME = 1000 / 30, SPECTRUM_EVERY = 30;
 
-// A worker, and the answers that are awaited from it.
-class Helper {
+// A worker made from the page's own source.
+class WorkerClient {
   constructor(source, digits) {
     this.worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
     this.worker.onmessage = ({ data }) => this.hear?.(data);
@@ -62,7 +62,7 @@ function markStart() {
   document.querySelectorAll("#starts a").forEach((link, i) => (i === current ? link.setAttribute("aria-current", "step") : link.removeAttribute("aria-current")));
   if (current >= 0) {
     $("#start-words").textContent = STARTS[current].words;
-    $("#start-try").textContent = `${STARTS[current].attempt}.`;
+    $("#start-try").textContent = `${STARTS[current].tryThis}.`;
   }
   $("#start").classList.toggle("left", current < 0);
 }
@@ -90,13 +90,13 @@ function hearExplorer({ kind, answer }) {
       state.shown = answer;
       draw();
     }
-    if (!state.asked) askSpectrum(explorer);
+    if (!state.asked) askSpectrum(explorer, false);
   } else if (state.training === "idle") hearSpectrum(answer);
 }
 
-function askSpectrum(helper) {
+function askSpectrum(worker, trained) {
   state.spectrumAsked = performance.now();
-  helper.ask("spectrum", { settings: state.settings, twin: twinOf(state.settings) });
+  worker.ask("spectrum", { settings: state.settings, twin: twinOf(state.settings), trained });
 }
 
 function hearSpectrum(answer) {
@@ -130,7 +130,7 @@ function draw() {
   document.documentElement.dataset.drawn = Number(document.documentElement.dataset.drawn ?? 0) + 1;
 }
 
-// What a screen reader says: the sentence on top, once nothing has moved for a while.
+// Announce the sentence on top to screen readers, once nothing has changed for a while.
 function speak() {
   clearTimeout(state.speaking);
   if (state.training === "running") return;
@@ -203,7 +203,7 @@ function startTraining(running) {
 function pauseTraining() {
   state.training = "paused";
   drawTraining();
-  askSpectrum(trainer);
+  askSpectrum(trainer, true);
   speak();
 }
 
@@ -216,7 +216,7 @@ function askStep() {
 }
 
 function hearTrainer({ kind, id, answer }) {
-  // What was asked before the twins were made anew is of no use.
+  // Answers to requests from before the reset are stale.
   if (state.training === "idle" || id < state.since) return;
   if (kind === "around") return hearAround(answer);
   if (kind === "spectrum") return hearSpectrum(answer);
@@ -234,7 +234,7 @@ function hearTrainer({ kind, id, answer }) {
   draw();
   const rest = Math.max(0, FRAME - (performance.now() - state.waiting));
   state.waiting = null;
-  if (state.training === "paused" || record.steps % SPECTRUM_EVERY === 0) askSpectrum(trainer);
+  if (state.training === "paused" || record.steps % SPECTRUM_EVERY === 0) askSpectrum(trainer, true);
   if (state.training === "running") setTimeout(() => state.training === "running" && askStep(), rest);
 }
 
@@ -269,7 +269,7 @@ function put(selector, svg, { width, height }, label) {
 
 // --- the loss around the weights
 
-function look() {
+function measureAround() {
   const { settings, history: record } = state;
   for (const twin of ["with", "without"]) {
     const outcome = learning(settings, record[twin]);
@@ -308,7 +308,7 @@ function drawSurfaces() {
 }
 
 // Both turn together, by a drag or the arrow keys.
-function turnable(canvas) {
+function makeTurnable(canvas) {
   let last = null;
   const turn = (across, up) => {
     state.camera.azimuth += across * 0.009;
@@ -333,7 +333,7 @@ function turnable(canvas) {
   });
 }
 
-// --- hands on the page
+// --- events
 
 function select(index) {
   if (index === state.selected) return;
@@ -358,7 +358,7 @@ function listen() {
   $("#train").addEventListener("click", () => (state.training === "running" ? pauseTraining() : startTraining(true)));
   $("#one").addEventListener("click", () => startTraining(false));
   $("#again").addEventListener("click", () => (forgetTraining(), askFlow()));
-  $("#look").addEventListener("click", look);
+  $("#look").addEventListener("click", measureAround);
   $("#numbers").addEventListener("toggle", draw);
   $("#copy").addEventListener("click", copyCode);
   $("#more").addEventListener("click", () => {
@@ -366,7 +366,7 @@ function listen() {
     $("#more").setAttribute("aria-expanded", open);
     $("#more").textContent = open ? "Fewer controls" : "All controls";
   });
-  for (const twin of ["with", "without"]) turnable($(`#surface-${twin}`));
+  for (const twin of ["with", "without"]) makeTurnable($(`#surface-${twin}`));
   addEventListener("hashchange", () => apply(readAddress(location.hash)));
   let resized = 0;
   addEventListener("resize", () => {
@@ -397,8 +397,8 @@ async function unpack(element) {
 
 async function begin() {
   const source = $("#mathematics").textContent, digits = await unpack($("#digits"));
-  explorer = new Helper(source, digits);
-  trainer = new Helper(source, digits);
+  explorer = new WorkerClient(source, digits);
+  trainer = new WorkerClient(source, digits);
   explorer.hear = hearExplorer;
   trainer.hear = hearTrainer;
   $("#starts").innerHTML = STARTS.map((start, i) => `<li><a href="${writeAddress(valid(start.settings))}"><span>${i + 1}</span> ${start.name}</a></li>`).join("");

@@ -9,13 +9,13 @@ const rms = (values) => l2(values) / Math.sqrt(values.length);
 // weights: mean |dL/dW| of each linear map. share: the gradient at the first linear map's output, over that at the last
 // hidden boundary (L2 norms).
 export function readings(network, batch) {
-  const { run, loss, gradient, boundaries, weights, firstSums, branches } = gradients(network, batch);
+  const { run, loss, gradient, boundaries, weights, preactivations, branches } = gradients(network, batch);
   const unit = l2(gradient) || 1, size = boundaries.map((g) => rms(g) / unit);
   const factor = size.map((g, i) => (i + 1 < size.length && size[i + 1] ? g / size[i + 1] : null));
   const means = weights.flatMap(({ layers }) => layers.map(({ weight }) => mean(weight)));
   // The last hidden boundary: the one before the output, or the last one where an activation follows it.
   const hidden = boundaries.length - (network.blocks.at(-1).activation === "linear" ? 2 : 1);
-  const share = l2(firstSums[0]) / l2(boundaries[hidden]);
+  const share = l2(preactivations[0]) / l2(boundaries[hidden]);
   // How much gradient arrives at a block's input through its branch and through its shortcut (RMS, in the same unit).
   const arrivals = network.blocks.map((block, b) => ({
     branch: rms(branches[b]) / unit,

@@ -1,4 +1,4 @@
-// What can be set, within which limits; and what follows from it.
+// The settings, their ranges, and what follows from them.
 
 export const CHOICES = {
   activation: ["gelu", "relu", "tanh", "sigmoid", "linear"],
@@ -26,7 +26,7 @@ export const DEFAULTS = {
   span: 1, seed: 123, data: "digits", batch: 16, optimizer: "sgd", rate: -1.5,
 };
 
-// The settings with everything that is missing or out of range put right.
+// Settings with defaults for what is missing or unknown, and every number within its range.
 export function valid(wanted) {
   const settings = { ...DEFAULTS };
   for (const [name, choices] of Object.entries(CHOICES)) {

@@ -27,14 +27,14 @@ export function directions(network, seed, count) {
 }
 
 // A function of the distances along the directions: the loss there.
-export function lossAround(network, along, batch) {
+export function lossAround(network, directions, batch) {
   const moved = copyNetwork(network);
   const from = network.blocks.flatMap((block) => block.layers), to = moved.blocks.flatMap((block) => block.layers);
   return (...distances) => {
     to.forEach((layer, i) => {
       for (let k = 0; k < layer.weight.length; k++) {
         let value = from[i].weight[k];
-        for (let d = 0; d < along.length; d++) value += distances[d] * along[d][i][k];
+        for (let d = 0; d < directions.length; d++) value += distances[d] * directions[d][i][k];
         layer.weight[k] = value;
       }
     });
@@ -42,7 +42,7 @@ export function lossAround(network, along, batch) {
   };
 }
 
-// Points of a square grid, coarse ones first, so that the picture is there at once and grows finer.
+// Points of a square grid, coarse ones first, each with the spacing of its level.
 export function progressive(points) {
   const order = [], seen = new Set();
   for (let stride = 8; stride >= 1; stride /= 2) {

@@ -1,4 +1,4 @@
-// What the page says in words: always true of what is shown.
+// The page's sentences, made from the numbers that are shown.
 
 const SUPERSCRIPTS = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
 export const ACTIVATION_NAMES = { gelu: "GELU", relu: "ReLU", tanh: "tanh", sigmoid: "sigmoid", linear: "linear" };
@@ -31,7 +31,7 @@ export function twinName(settings, twin) {
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
 // What becomes of the gradient between the last hidden layer and the first, as text, a number that stands out, and text.
-function fate({ share, loss }) {
+function gradientWords({ share, loss }) {
   if (!Number.isFinite(loss)) return ["", "the numbers overflow", ": there is no gradient to follow"];
   if (!Number.isFinite(share)) return ["", "no gradient", " leaves the loss"];
   if (share === 0) return ["", "nothing", " of the gradient reaches the first layer"];
@@ -42,12 +42,12 @@ function fate({ share, loss }) {
 
 // The sentence on top.
 export function headline(settings, twins, twin) {
-  const [before, strong, after] = fate(twins[twin]);
+  const [before, strong, after] = gradientWords(twins[twin]);
   return [`${capital(twinName(settings, twin))}, ${before}`, strong, `${after}.`];
 }
 
-// The same of the twin, in short.
-function aside(settings, { share, loss }, twin) {
+// The same about the twin, in short.
+function twinWords(settings, { share, loss }, twin) {
   const name = capital(twinName(settings, twin));
   if (!Number.isFinite(loss)) return `${name}, the numbers overflow.`;
   if (!(share > 0)) return `${name}, nothing arrives.`;
@@ -56,7 +56,7 @@ function aside(settings, { share, loss }, twin) {
 
 // Why, and what the twin does.
 export function because(settings, twins, twin) {
-  const other = twin === "with" ? "without" : "with", shown = twins[twin], last = aside(settings, twins[other], other);
+  const other = twin === "with" ? "without" : "with", shown = twins[twin], last = twinWords(settings, twins[other], other);
   if (!Number.isFinite(shown.loss)) return `Each layer enlarges what it is given, until it is too large for a number. ${last}`;
   if (!(shown.share > 0)) return `Somewhere on its way back it is multiplied by exactly zero. ${last}`;
   const factors = shown.factor.slice(1, shown.hidden).filter((f) => f > 0);
@@ -88,16 +88,13 @@ export function boundaryName(blocks, index) {
 
 // One boundary in words.
 export function boundaryWords(settings, blocks, twins, twin, index) {
-  const shown = twins[twin], parts = [`gradient ${number(shown.gradient[index], 3)}`];
-  if (index <= blocks.length && shown.factor[index] !== null) parts.push(`factor to the next ${number(shown.factor[index], 3)}`);
-  if (index > 0) {
-    const first = blocks.slice(0, index - 1).reduce((sum, b) => sum + b.layers, 0);
-    const { slope, gain } = shown.layers[Math.min(first, shown.layers.length - 1)];
-    const active = index <= blocks.length || settings.data === "lecture";
-    if (active) parts.push(`slope of ${ACTIVATION_NAMES[settings.activation]} ${number(slope)}`);
-    parts.push(`gain of the weights ${number(gain)}`, `a weight gets ${number(shown.weights[Math.min(first, shown.weights.length - 1)], 3)}`);
-  }
-  return `${boundaryName(blocks, index)}: ${parts.join("; ")}.`;
+  const shown = twins[twin], name = boundaryName(blocks, index), gradient = `gradient ${number(shown.gradient[index], 3)}`;
+  const factor = shown.factor[index] === null ? "" : `, factor ${number(shown.factor[index], 3)}`;
+  if (index === 0) return `${name}: ${gradient}${factor}.`;
+  const first = Math.min(shown.layers.length - 1, blocks.slice(0, index - 1).reduce((sum, b) => sum + b.layers, 0));
+  const active = index <= blocks.length || settings.data === "lecture", { slope, gain } = shown.layers[first];
+  const parts = `${active ? `slope of ${ACTIVATION_NAMES[settings.activation]} ${number(slope)}, ` : ""}weights’ gain ${number(gain)}`;
+  return `${name}: ${gradient}${factor} (${parts}); a weight gets ${number(shown.weights[first])}.`;
 }
 
 // How many branches the gradient passes.

@@ -1,5 +1,5 @@
-// Computes what the page asks for, away from the page itself. One instance answers every change of a setting, another
-// trains. A newer question of a kind ends the older one.
+// Computes outside the page's own thread. One instance answers every change of a setting, another trains. A newer request
+// of a kind cancels the older one.
 
 import { buildNetwork, copyNetwork } from "./build.js";
 import { batchOf, decodeDigits, loadData } from "./data.js";
@@ -14,7 +14,7 @@ const SLICE = 61, SURFACE = 25, SURFACE_SAMPLES = 64, TEST_EVERY = 10;
 const weights = { key: "", network: null };
 let digits = null, training = null, latest = {};
 
-// Lets waiting messages in; setTimeout would wait four milliseconds each time.
+// Lets waiting messages be handled; nested timeouts would each take at least four milliseconds.
 const channel = new MessageChannel();
 const pause = () =>
   new Promise((resolve) => {
@@ -40,10 +40,10 @@ const ANSWERS = {
     return { settings, twins, milliseconds: performance.now() - started };
   },
 
-  // Of the network as drawn or, where one is trained, as it is now. Throws when a newer question has come.
-  async spectrum({ settings, twin }, current) {
+  // Of the network as drawn, or as trained so far. Throws once a newer request has come.
+  async spectrum({ settings, twin, trained }, current) {
     const started = performance.now();
-    const network = training ? copyNetwork(training.twins[twin].network) : networkOf(settings, twin);
+    const network = trained ? copyNetwork(training.twins[twin].network) : networkOf(settings, twin);
     const result = await spectrum(network, firstBatch(settings), async () => {
       await pause();
       if (!current()) throw new Superseded();
@@ -73,7 +73,7 @@ const ANSWERS = {
     return { step, twins, flow };
   },
 
-  // The loss around the weights as they are now: a slice, then a surface from coarse to fine, reported as it grows.
+  // The loss around the current weights: a slice, then a surface from coarse to fine, reported in parts.
   async around(request, current) {
     const batch = batchOf(training.train, 0, SURFACE_SAMPLES);
     const losses = Object.fromEntries(
@@ -111,7 +111,7 @@ onmessage = async ({ data: request }) => {
     digits = decodeDigits(request.bytes);
     return;
   }
-  // What trains and what looks around are one after the other: either ends the other.
+  // Training and measuring the surface share a slot: either cancels the other.
   const slot = request.kind === "flow" || request.kind === "spectrum" ? request.kind : "training";
   latest[slot] = request.id;
   if (request.kind === "flow") latest.spectrum = request.id;
