@@ -149,7 +149,7 @@ def _of(name: str, training: Training, rounds: int) -> list[dict]:
             training.step()
         turns = in_turns(training.step, switch(training.optimizer), rounds)
         judge = seconds(monitor._judge, training.step)
-        hook = seconds(monitor._steppers[0]._measure, training.step)
+        hook = seconds(monitor._recorders[0]._measure, training.step)
         read = seconds(lambda: [p.grad.sum() for p in training.model.parameters()], training.step)
     with ss.watch(training.model, training.optimizer, every=10):
         training.step()
@@ -190,9 +190,9 @@ def _of(name: str, training: Training, rounds: int) -> list[dict]:
 
 def _hooks_alone(monitor: Any, optimizer: torch.optim.Optimizer) -> None:
     """What the monitor does at an optimizer's step, without the step."""
-    for stepper in monitor._steppers:
-        stepper._before(optimizer, (optimizer,), {})
-        stepper._after()
+    for recorder in monitor._recorders:
+        recorder._before(optimizer, (optimizer,), {})
+        recorder._after()
 
 
 def _memory() -> dict:

@@ -243,7 +243,7 @@ def hook_time(run: Training) -> dict[str, float]:
     monitor = ss.watch(run.model, run.optimizer)
     for _ in range(40):
         run.step()
-    stepper = monitor._steppers[0]
+    recorder = monitor._recorders[0]
     host, device = [], []
     for _ in range(30):
         run.step()
@@ -251,7 +251,7 @@ def hook_time(run: Training) -> dict[str, float]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         start = time.perf_counter()
-        stepper._measure()
+        recorder._measure()
         host.append(time.perf_counter() - start)
         end.record()
         torch.cuda.synchronize()

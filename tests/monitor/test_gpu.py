@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import skipscope as ss
-from skipscope.monitor import _norms
+from skipscope.monitor import _gradient_norms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")]
 
@@ -24,29 +24,29 @@ def exact(grads):
 def test_sums_equal_those_of_float64(dtype):
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(shape, generator=generator).to(dtype).cuda() for shape in SHAPES]
-    torch.testing.assert_close(_norms.on_device(grads), exact(grads), rtol=1e-6, atol=0)
+    torch.testing.assert_close(_gradient_norms.on_device(grads), exact(grads), rtol=1e-6, atol=0)
     if dtype.is_floating_point:
-        assert _norms._kernel(grads[0].device, dtype) is not None
-        torch.testing.assert_close(_norms.on_device(grads), exact(grads), rtol=1e-12, atol=0)
+        assert _gradient_norms._kernel(grads[0].device, dtype) is not None
+        torch.testing.assert_close(_gradient_norms.on_device(grads), exact(grads), rtol=1e-12, atol=0)
 
 
 def test_addresses_that_are_not_aligned_and_layouts_that_are_not_contiguous():
     flat = torch.randn(100_001, device="cuda")
     views = [flat[1:50_000], flat[50_003:]]
-    torch.testing.assert_close(_norms.on_device(views), exact(views), rtol=1e-12, atol=0)
+    torch.testing.assert_close(_gradient_norms.on_device(views), exact(views), rtol=1e-12, atol=0)
     laid = [torch.randn(8, 16, 3, 3, device="cuda").to(memory_format=torch.channels_last), flat]
-    torch.testing.assert_close(_norms.on_device(laid), exact(laid), rtol=1e-5, atol=0)
+    torch.testing.assert_close(_gradient_norms.on_device(laid), exact(laid), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e25])
 def test_what_float32_cannot_square(size):
     grads = [torch.full((1000,), size, device="cuda")]
-    torch.testing.assert_close(_norms.on_device(grads), exact(grads), rtol=1e-12, atol=0)
+    torch.testing.assert_close(_gradient_norms.on_device(grads), exact(grads), rtol=1e-12, atol=0)
     odd = [
         torch.tensor([1.0, float("nan")], device="cuda"),
         torch.tensor([1.0, -float("inf")], device="cuda"),
     ]
-    found = _norms.on_device(odd).cpu().numpy()
+    found = _gradient_norms.on_device(odd).cpu().numpy()
     assert np.isnan(found[:, 0]).all() and np.isinf(found[:, 1]).all()
 
 

@@ -16,7 +16,7 @@ import skipscope as ss
 from skipscope import reference
 from skipscope.flow._verdict import FALL, GROWTH
 from skipscope.monitor import STATES, read_history, watch
-from skipscope.monitor._judge import judge_flow, judge_gradients
+from skipscope.monitor._live_verdict import judge_flow, judge_gradients
 
 from ._loops import loss_of, network
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from skipscope.monitor import STATES, _judge
+from skipscope.monitor import STATES, _live_verdict
 
 
 def plainly(column):
@@ -23,7 +23,7 @@ def plainly(column):
 @settings(max_examples=100, deadline=None)
 @given(hnp.arrays(float, (4, 3), elements=st.sampled_from([*map(float, range(len(STATES))), math.nan])))
 def test_a_state_lasts(codes):
-    assert _judge._lasting(codes) == [plainly(column) for column in codes.T]
+    assert _live_verdict._lasting(codes) == [plainly(column) for column in codes.T]
 
 
 @settings(max_examples=100, deadline=None)
@@ -34,4 +34,4 @@ def test_a_state_lasts(codes):
 def test_medians_of_what_is_finite(values):
     kept = [[v for v in column if math.isfinite(v)] for column in values.T]
     right = [statistics.median(column) if column else math.nan for column in kept]
-    np.testing.assert_array_equal(_judge._medians(values), right)
+    np.testing.assert_array_equal(_live_verdict._medians(values), right)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipscope.monitor import _norms
-from skipscope.monitor._columns import Rows, read_rows
+from skipscope.monitor import _gradient_norms
+from skipscope.monitor._row_files import Rows, read_rows
 
 
 def exact(tensor):
@@ -29,8 +29,8 @@ def gradients(dtype):
 def test_on_the_host(dtype):
     expected = [exact(grad) for grad in gradients(dtype)]
     tolerance = 3e-6 if dtype == torch.bfloat16 else 1e-6
-    np.testing.assert_allclose(_norms.on_host(gradients(dtype)).T, expected, rtol=tolerance)
-    assert _norms.on_host([]).shape == (2, 0)
+    np.testing.assert_allclose(_gradient_norms.on_host(gradients(dtype)).T, expected, rtol=tolerance)
+    assert _gradient_norms.on_host([]).shape == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -38,19 +38,21 @@ def test_on_the_host(dtype):
 )
 def test_the_accelerators_way(dtype):
     grads = gradients(dtype)
-    found = _norms.on_device(grads)
+    found = _gradient_norms.on_device(grads)
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found.numpy().T, [exact(g) for g in grads], rtol=2e-5)
 
 
 def test_the_accelerators_way_with_several_dtypes():
     grads = [g for kinds in zip(gradients(torch.float32), gradients(torch.float64)) for g in kinds]
-    np.testing.assert_allclose(_norms.on_device(grads).numpy().T, [exact(g) for g in grads], rtol=2e-5)
+    np.testing.assert_allclose(
+        _gradient_norms.on_device(grads).numpy().T, [exact(g) for g in grads], rtol=2e-5
+    )
 
 
 def test_half_precision_neither_overflows_nor_rounds():
     grads = [torch.full((1000,), 200.0, dtype=torch.float16)]
-    np.testing.assert_allclose(_norms.on_device(grads)[:, 0], [200 * 1000**0.5, 200e3], rtol=1e-5)
+    np.testing.assert_allclose(_gradient_norms.on_device(grads)[:, 0], [200 * 1000**0.5, 200e3], rtol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,7 +61,7 @@ def test_any_finite_float32(values):
     grad = torch.tensor(values, dtype=torch.float32)
     norm, total = exact(grad)
     if total < 3e38:
-        for found in (_norms.one_on_host(grad), _norms.on_host([grad, grad])[:, 1]):
+        for found in (_gradient_norms.one_on_host(grad), _gradient_norms.on_host([grad, grad])[:, 1]):
             np.testing.assert_allclose(found, (norm, total), rtol=3e-6, atol=2e-45)  # float32's least
 
 
@@ -104,12 +106,12 @@ def test_any_bytes_are_rows_or_a_value_error(data):
 @pytest.mark.parametrize("size", [1e-30, 1e25])
 def test_what_float32_cannot_square_is_unknown_once_and_then_right(monkeypatch, size):
     """The accelerator's way, on the CPU: never a zero or an infinity that is none."""
-    from skipscope.monitor import STATES, _stepper, watch
+    from skipscope.monitor import STATES, _step_recorder, watch
 
-    def sums(roster, grads, wide):
-        return [(list(range(len(grads))), _norms.on_device(grads, wide).numpy())]
+    def sums(tracked, grads, wide):
+        return [(list(range(len(grads))), _gradient_norms.on_device(grads, wide).numpy())]
 
-    monkeypatch.setattr(_stepper, "local_sums", sums)
+    monkeypatch.setattr(_step_recorder, "local_sums", sums)
     model = torch.nn.Linear(4, 4, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     model.weight.grad = torch.full((4, 4), size)

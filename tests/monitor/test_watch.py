@@ -160,9 +160,9 @@ def test_memory_is_bounded_and_the_folder_keeps_all(tmp_path):
 
 
 def test_a_long_run_is_read_in_part_and_says_so(tmp_path, monkeypatch):
-    from skipscope.monitor import _columns, read_history
+    from skipscope.monitor import _row_files, read_history
 
-    monkeypatch.setattr(_columns, "_ROOM", 0)
+    monkeypatch.setattr(_row_files, "_ROOM", 0)
     model = network(depth=1)
     optimizer = Spy(model.parameters())
     with watch(model, optimizer, folder=tmp_path / "run") as monitor:

@@ -1,16 +1,16 @@
 """Live recording of the gradients an optimizer receives, and of the flow behind them.
 
-``watch`` listens where the optimizer steps (``_stepper``), reads the gradients in one pass (``_norms``,
-``_gradients``), keeps them in columns (``_columns``, ``_store``) and judges them by the flow room's rule (``_judge``).
+``watch`` listens where the optimizer steps (``_step_recorder``), reads the gradients in one pass (``_gradient_norms``,
+``_step_row``), keeps them in columns (``_row_files``, ``_run_store``) and judges them by the flow room's rule (``_live_verdict``).
 """
 
-from skipscope.monitor._read import read_history as read_history
-from skipscope.monitor._results import STATES as STATES
-from skipscope.monitor._results import History as History
-from skipscope.monitor._results import LiveVerdict as LiveVerdict
-from skipscope.monitor._results import VerdictEvent as VerdictEvent
+from skipscope.monitor._history import STATES as STATES
+from skipscope.monitor._history import History as History
+from skipscope.monitor._history import LiveVerdict as LiveVerdict
+from skipscope.monitor._history import VerdictEvent as VerdictEvent
+from skipscope.monitor._history_reader import read_history as read_history
+from skipscope.monitor._record import Record as Record
 from skipscope.monitor._sinks import JsonLines as JsonLines
-from skipscope.monitor._sinks import Record as Record
 from skipscope.monitor._sinks import Sink as Sink
 from skipscope.monitor._sinks import Terminal as Terminal
 from skipscope.monitor._watch import Monitor as Monitor

@@ -6,63 +6,13 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
-import numpy as np
-
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
-from skipscope.monitor._gradients import SCALARS
-from skipscope.monitor._read import states_of
-from skipscope.monitor._results import STATES, History, LiveVerdict, VerdictEvent, total_of
-from skipscope.monitor._roster import Roster
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """One recorded step, as sinks get it.
-
-    Attributes:
-        optimizer, step, seconds: which optimizer, its step, seconds since the watch began.
-        names: of its parameters; ``[P]``.
-        rms, mean_abs, norm_before_clip: of each gradient; NaN where there is none, or where it is unknown; ``[P]``.
-        states: in words; ``[P]``.
-        total_norm: L2 norm of all gradients together.
-        total_before_clip: what ``clip_grad_norm_`` found; NaN where unknown.
-        loss_scale: GradScaler's, already divided out; NaN without one.
-        skipped: GradScaler skipped this step.
-        verdict: as it was before this step.
-    """
-
-    optimizer: int
-    step: int
-    seconds: float
-    names: tuple[str, ...]
-    rms: np.ndarray
-    mean_abs: np.ndarray
-    norm_before_clip: np.ndarray
-    states: tuple[str, ...]
-    total_norm: float
-    total_before_clip: float
-    loss_scale: float
-    skipped: bool
-    verdict: LiveVerdict
-
-    @classmethod
-    def of(cls, optimizer: int, roster: Roster, row: np.ndarray, verdict: LiveVerdict) -> Record:
-        """From a row of the history."""
-        P, S = len(roster.names), len(SCALARS)
-        norm, mean, before = (row[S + k * P : S + (k + 1) * P] for k in range(3))
-        scalars = dict(zip(SCALARS, row.tolist()))
-        states = states_of(mean, np.array(roster.tiny))
-        return cls(
-            optimizer, int(scalars["step"]), scalars["seconds"], roster.names,
-            norm / np.sqrt(roster.sizes), np.where(mean < 0, np.nan, mean), before,
-            tuple(STATES[int(code)] for code in states), float(total_of(norm, states)),
-            scalars["total_before_clip"], scalars["loss_scale"], bool(scalars["skipped"]), verdict,
-        )  # fmt: skip
+from skipscope.monitor._history import History, VerdictEvent
+from skipscope.monitor._record import Record
 
 
 @runtime_checkable
@@ -189,26 +139,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def scalars(record: Record, *, parameters: bool) -> dict[str, float]:
-    """A record as loggers of scalars take it; what is not finite is left out, for most cannot draw it.
-
-    Args:
-        record: a step.
-        parameters: each parameter's RMS and mean |g| as well.
-    """
-    which = f"optimizer{record.optimizer}/" if record.optimizer else ""
-    values = {
-        f"gradients/{which}total_norm": record.total_norm,
-        f"gradients/{which}total_norm_before_clip": record.total_before_clip,
-        f"gradients/{which}loss_scale": record.loss_scale,
-        f"gradients/{which}skipped": float(record.skipped),
-    }
-    if parameters:
-        for name, rms, mean in zip(record.names, record.rms.tolist(), record.mean_abs.tolist()):
-            values[f"gradient_rms/{name}"], values[f"gradient_mean_abs/{name}"] = rms, mean
-    return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
 def as_sink(sink: Sink | str) -> Sink:

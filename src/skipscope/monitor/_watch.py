@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import meet, world
-from skipscope.monitor import _judge, _patches
-from skipscope.monitor._flow import FlowReader
-from skipscope.monitor._gradients import Step
-from skipscope.monitor._results import History, LiveVerdict, VerdictEvent
-from skipscope.monitor._roster import named_models, unwrapped
-from skipscope.monitor._sinks import Record, Sink, Terminal, as_sink
-from skipscope.monitor._start import check, notes_on
-from skipscope.monitor._stepper import Stepper
-from skipscope.monitor._store import Store
+from skipscope.monitor import _live_verdict, _torch_patches
+from skipscope.monitor._flow_reader import FlowReader
+from skipscope.monitor._history import History, LiveVerdict, VerdictEvent
+from skipscope.monitor._record import Record
+from skipscope.monitor._run_store import Store
+from skipscope.monitor._sinks import Sink, Terminal, as_sink
+from skipscope.monitor._start_checks import check, notes_on
+from skipscope.monitor._step_recorder import StepRecorder
+from skipscope.monitor._step_row import Step
+from skipscope.monitor._tracked_parameters import named_models, unwrapped
 
 _log = logging.getLogger("skipscope.monitor")
 # The verdict is judged anew at rows 1, 2, 4, 8, ..., then at every so many; at once when a gradient is not finite.
@@ -45,7 +46,7 @@ class Monitor:
         rank = world()[0]
         self._first = rank == 0
         self._sinks, self._on_verdict = list(sinks) if self._first else [], tuple(on_verdict)
-        self._verdict = _judge.UNKNOWN
+        self._verdict = _live_verdict.UNKNOWN
         self._rows, self._judged = 0, 0
         self._open = True
         self._flow = (
@@ -53,15 +54,15 @@ class Monitor:
             if flow_every is None
             else FlowReader(next(iter(models.values())), flow_every, self._deliver_flow)
         )
-        self._steppers = [
-            Stepper(
+        self._recorders = [
+            StepRecorder(
                 optimizer, i, models, every, self._deliver, None if i or not self._flow else self._stepped
             )
             for i, optimizer in enumerate(optimizers)
         ]
-        self._roster = self._steppers[0].roster
-        self._store = Store(keep, folder if self._first else None, notes_on(models, self._steppers))
-        _patches.listen(self)
+        self._tracked = self._recorders[0].tracked
+        self._store = Store(keep, folder if self._first else None, notes_on(models, self._recorders))
+        _torch_patches.register(self)
         for sink in list(self._sinks):
             self._tell(sink, "open", self._store.notes)
         if self._flow is not None:
@@ -86,11 +87,11 @@ class Monitor:
         if not self._open:
             return
         self._open = False
-        _patches.forget(self)
+        _torch_patches.unregister(self)
         if self._flow is not None:
             self._flow.close()
-        for stepper in self._steppers:
-            stepper.close()
+        for recorder in self._recorders:
+            recorder.close()
         self._judge()
         history = self._store.history(self._verdict, complete=True) if self._sinks else None
         for sink in list(self._sinks):
@@ -112,31 +113,31 @@ class Monitor:
 
     def wants_clips(self) -> bool:
         """Whether the coming step of an optimizer is recorded."""
-        return any(stepper.due_next() for stepper in self._steppers)
+        return any(recorder.due_next() for recorder in self._recorders)
 
     def clipped(self, parameters: list[Tensor], factor: Tensor, total: Tensor) -> None:
         """``clip_grad_norm_`` was called."""
-        for stepper in self._steppers:
-            stepper.clipped(parameters, factor, total)
+        for recorder in self._recorders:
+            recorder.clipped(parameters, factor, total)
 
     def clipped_by_value(self, parameters: list[Tensor]) -> None:
         """``clip_grad_value_`` was called."""
-        for stepper in self._steppers:
-            stepper.clipped(parameters, None, None)
+        for recorder in self._recorders:
+            recorder.clipped(parameters, None, None)
 
     def scaled_step(self, optimizer: Any, scale: Tensor, step: Callable[[], Any]) -> Any:
         """``GradScaler.step`` was called."""
-        for stepper in self._steppers:
-            if stepper.optimizer is optimizer or getattr(optimizer, "optimizer", None) is stepper.optimizer:
-                return stepper.scaled_step(scale, step)
+        for recorder in self._recorders:
+            if recorder.optimizer is optimizer or getattr(optimizer, "optimizer", None) is recorder.optimizer:
+                return recorder.scaled_step(scale, step)
         return step()
 
     def _stepped(self, step: int, scale: Tensor | None) -> None:
         assert self._flow is not None
-        if self._steppers[0].refusal is None:
+        if self._recorders[0].refusal is None:
             self._flow.end(step, scale)
-            if self._steppers[0].roster is not self._roster:
-                self._roster = self._steppers[0].roster
+            if self._recorders[0].tracked is not self._tracked:
+                self._tracked = self._recorders[0].tracked
                 self._flow.forget_points()
             if self._flow.problem is not None and self._flow.problem not in self._store.notes:
                 self._store.notes.append(self._flow.problem)
@@ -150,12 +151,12 @@ class Monitor:
         if self._rows:
             self._judge()
 
-    def _deliver(self, stepper: Stepper, step: Step) -> None:
+    def _deliver(self, recorder: StepRecorder, step: Step) -> None:
         row = step.row()
-        self._store.add_gradients(stepper.index, step.roster, row)
+        self._store.add_gradients(recorder.index, step.tracked, row)
         self._rows += 1
         if self._sinks:
-            record = Record.of(stepper.index, step.roster, row, self._verdict)
+            record = Record.of(recorder.index, step.tracked, row, self._verdict)
             for sink in list(self._sinks):
                 self._tell(sink, "step", record)
         n = self._rows
@@ -163,8 +164,8 @@ class Monitor:
             self._judge()
 
     def _catch_up(self) -> None:
-        for stepper in self._steppers:
-            stepper.hand_over(wait=True)
+        for recorder in self._recorders:
+            recorder.hand_over(wait=True)
         if self._flow is not None:
             self._flow.hand_over(wait=True)
         if self._open and self._judged != self._rows:
@@ -172,10 +173,10 @@ class Monitor:
 
     def _judge(self) -> None:
         self._judged = self._rows
-        refusal = next((s.refusal for s in self._steppers if s.refusal), None)
+        refusal = next((s.refusal for s in self._recorders if s.refusal), None)
         before = self._verdict.state
         if refusal is not None:
-            self._verdict = _judge.refused(refusal, max(s.step for s in self._steppers))
+            self._verdict = _live_verdict.refused(refusal, max(s.step for s in self._recorders))
         elif self._rows:
             self._verdict = self._store.verdict(before)
         if self._verdict.state != before:
@@ -203,7 +204,7 @@ class Monitor:
 
 def _is_bad(step: Step, row: Any) -> bool:
     """Whether a gradient that should be there is not finite: judged at once."""
-    P = len(step.roster.names)
+    P = len(step.tracked.names)
     there = step.codes > 0
     return bool(there.any()) and not float(row[-2 * P : -P][there].sum()) < float("inf")
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from skipscope._errors import MissingExtra
-from skipscope.monitor._results import History, VerdictEvent
-from skipscope.monitor._sinks import Record, scalars
+from skipscope.monitor._history import History, VerdictEvent
+from skipscope.monitor._record import Record, scalars
 from skipscope.monitor._watch import Monitor, watch
 
 try:

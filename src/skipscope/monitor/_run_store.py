@@ -14,11 +14,11 @@ import numpy as np
 from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
 from skipscope._version import __version__
-from skipscope.monitor._columns import Rows, most_rows
-from skipscope.monitor._gradients import SCALARS
-from skipscope.monitor._read import ABOUT, EVENTS, WINDOW, assemble, verdict_of
-from skipscope.monitor._results import History, LiveVerdict, VerdictEvent
-from skipscope.monitor._roster import Roster, about
+from skipscope.monitor._history import History, LiveVerdict, VerdictEvent
+from skipscope.monitor._history_reader import ABOUT, EVENTS, WINDOW, assemble, verdict_of
+from skipscope.monitor._row_files import Rows, most_rows
+from skipscope.monitor._step_row import SCALARS
+from skipscope.monitor._tracked_parameters import TrackedParameters, about
 
 
 class Store:
@@ -33,18 +33,18 @@ class Store:
     def __init__(self, keep: int | None, folder: Path | None, notes: list[str]):
         self.keep, self.folder, self.notes = keep, folder, notes
         self.events: list[VerdictEvent] = []
-        self._gradients: dict[int, list[tuple[Roster, Rows]]] = {}
+        self._gradients: dict[int, list[tuple[TrackedParameters, Rows]]] = {}
         self._flow: list[tuple[tuple[str, ...], Rows]] = []
         if folder is not None:
             _begin(folder, notes)
 
-    def add_gradients(self, index: int, roster: Roster, row: np.ndarray) -> None:
+    def add_gradients(self, index: int, tracked: TrackedParameters, row: np.ndarray) -> None:
         """A row of one optimizer."""
         sets = self._gradients.setdefault(index, [])
-        if not sets or sets[-1][0] is not roster:
-            width = len(SCALARS) + 3 * len(roster.names)
-            name, keep = f"gradients-{index}-{len(sets):03d}", most_rows(len(roster.names))
-            sets.append((roster, self._rows(name, width, keep, about(roster, index))))
+        if not sets or sets[-1][0] is not tracked:
+            width = len(SCALARS) + 3 * len(tracked.names)
+            name, keep = f"gradients-{index}-{len(sets):03d}", most_rows(len(tracked.names))
+            sets.append((tracked, self._rows(name, width, keep, about(tracked, index))))
         sets[-1][1].append(row)
 
     def add_flow(self, names: tuple[str, ...], step: int, rms: np.ndarray) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipscope.monitor import _norms, _ranks
-from skipscope.monitor._results import STATES
-from skipscope.monitor._roster import Roster
+from skipscope.monitor import _gradient_norms, _rank_sums
+from skipscope.monitor._history import STATES
+from skipscope.monitor._tracked_parameters import TrackedParameters
 
 # The first numbers of a row; then come norm, mean |g| and the norm before clipping, each [P].
 SCALARS = ("step", "seconds", "evaluations", "skipped", "loss_scale", "total_before_clip")
@@ -49,10 +49,10 @@ class Clip:
 
 
 def clip_of(
-    parameters: Sequence[Tensor], roster: Roster, factor: Tensor | None, total: Tensor | None
+    parameters: Sequence[Tensor], tracked: TrackedParameters, factor: Tensor | None, total: Tensor | None
 ) -> Clip | None:
-    """What a clipping call did to the roster's gradients; None when it did not concern them."""
-    mine = {id(p) for p in roster.parameters}
+    """What a clipping call did to the tracked's gradients; None when it did not concern them."""
+    mine = {id(p) for p in tracked.parameters}
     touched = [p for p in parameters if id(p) in mine and p.grad is not None]
     if not touched:
         return None
@@ -67,7 +67,7 @@ class Step:
     """One step's numbers, some perhaps still on their way from an accelerator.
 
     Attributes:
-        roster, step, seconds: whose, which, when.
+        tracked, step, seconds: whose, which, when.
         codes: 1 where there is a gradient, else minus its state; ``[P]``.
         parts: the sums.
         squares: whether the first line of a part is a sum of squares instead of a norm.
@@ -79,7 +79,7 @@ class Step:
         too_narrow: an accelerator's float32 could not hold a sum of squares (known once the row is made).
     """
 
-    roster: Roster
+    tracked: TrackedParameters
     step: int
     seconds: float
     codes: np.ndarray
@@ -94,18 +94,18 @@ class Step:
     def ready(self) -> bool:
         """Whether every number has arrived."""
         numbers = [*(part for _, part in self.parts), *self.extras.values()]
-        return not self.open and all(n.ready() for n in numbers if isinstance(n, _norms.Reading))
+        return not self.open and all(n.ready() for n in numbers if isinstance(n, _gradient_norms.Reading))
 
     def row(self) -> np.ndarray:
         """The row for the history, ``[len(SCALARS) + 3 P]``; waits for numbers still on their way."""
-        P, S = len(self.roster.parameters), len(SCALARS)
+        P, S = len(self.tracked.parameters), len(SCALARS)
         row = np.full(S + 3 * P, np.nan)
         norm, mean, before = row[S : S + P], row[S + P : S + 2 * P], row[S + 2 * P :]
         mean[:] = self.codes
         for places, part in self.parts:
             values = _arrived(part)
             norm[places] = np.sqrt(values[0]) if self.squares else values[0]
-            mean[places] = values[1] / self.roster.sizes[places]
+            mean[places] = values[1] / self.tracked.sizes[places]
         extras = {key: float(_arrived(value)) for key, value in self.extras.items()}
         there = self.codes > 0
         lost = there & (mean > 0) & (mean < np.inf) & ((norm == 0) | (norm == np.inf))
@@ -127,10 +127,10 @@ class Step:
 
     def _clipping(self, extras: dict[str, float]) -> tuple[np.ndarray, float]:
         """(what each gradient was multiplied by, NaN where unknown; the total norm before)."""
-        factors = np.full(len(self.roster.parameters), np.nan)
+        factors = np.full(len(self.tracked.parameters), np.nan)
         squares = 0.0
         for k, clip in enumerate(self.clips):
-            covered = np.array([id(p) in clip.members for p in self.roster.parameters])
+            covered = np.array([id(p) in clip.members for p in self.tracked.parameters])
             so_far = np.where(np.isnan(factors), 1.0, factors)
             factors = np.where(covered, so_far * extras.get(f"factor{k}", np.nan), factors)
             squares += extras.get(f"total{k}", np.nan) ** 2
@@ -140,63 +140,67 @@ class Step:
 
 
 def _arrived(number: Any) -> Any:
-    return number.array() if isinstance(number, _norms.Reading) else number
+    return number.array() if isinstance(number, _gradient_norms.Reading) else number
 
 
 def on_its_way(number: Any) -> Any:
     """A 0-dim tensor as a number: at once from the host, later from an accelerator."""
     if not isinstance(number, Tensor):
         return float(number)
-    return float(number) if number.device.type == "cpu" else _norms.Reading(number.detach())
+    return float(number) if number.device.type == "cpu" else _gradient_norms.Reading(number.detach())
 
 
-def codes_of(roster: Roster, grads: Sequence[Tensor | None]) -> np.ndarray:
+def codes_of(tracked: TrackedParameters, grads: Sequence[Tensor | None]) -> np.ndarray:
     """1 where there is a gradient; else minus the state: frozen, or not connected. ``[P]``."""
     codes = np.ones(len(grads))
     for i in [i for i, grad in enumerate(grads) if grad is None]:
-        codes[i] = _NOT_CONNECTED if roster.parameters[i].requires_grad else _FROZEN
+        codes[i] = _NOT_CONNECTED if tracked.parameters[i].requires_grad else _FROZEN
     return codes
 
 
-def local_sums(roster: Roster, grads: Sequence[Tensor | None], wide: bool) -> Parts:
+def local_sums(tracked: TrackedParameters, grads: Sequence[Tensor | None], wide: bool) -> Parts:
     """L2 norms and sums of |g| of what lies on this rank, a part for each device.
 
     Args:
-        roster: whose gradients.
+        tracked: whose gradients.
         grads: ``[P]``.
         wide: sum squares in float64 on accelerators too, where float32 has been too small for them.
     """
-    if roster.device is not None and roster.device.type != "cpu" and set(map(type, grads)) == {Tensor}:
+    if tracked.device is not None and tracked.device.type != "cpu" and set(map(type, grads)) == {Tensor}:
         with contextlib.suppress(RuntimeError):  # sparse gradients cannot go this short way
-            return [(slice(None), _norms.Reading(_norms.on_device(grads, wide)))]  # type: ignore[arg-type]
+            return [(slice(None), _gradient_norms.Reading(_gradient_norms.on_device(grads, wide)))]  # type: ignore[arg-type]
     places: dict[torch.device, list[int]] = {}
     for i, grad in enumerate(grads):
         if grad is not None:
-            places.setdefault(roster.device or grad.device, []).append(i)
+            places.setdefault(tracked.device or grad.device, []).append(i)
     parts: Parts = []
     for device, at in places.items():
-        plain = [_norms.plain(grads[i]) for i in at]  # type: ignore[arg-type]
+        plain = [_gradient_norms.plain(grads[i]) for i in at]  # type: ignore[arg-type]
         where = slice(None) if len(at) == len(grads) else at
         if device.type == "cpu":
-            parts.append((where, _norms.on_host(plain)))
+            parts.append((where, _gradient_norms.on_host(plain)))
         else:
-            parts.append((where, _norms.Reading(_norms.on_device(plain, wide))))
+            parts.append((where, _gradient_norms.Reading(_gradient_norms.on_device(plain, wide))))
     return parts
 
 
 def whole_sums(grads: Sequence[Tensor | None], size: int, wide: bool) -> Parts:
     """Sums of squares and of |g| over all ranks, each element counted once: one all-reduce (collective)."""
-    grads = [None if grad is None else _ranks.whole(grad) for grad in grads]
+    grads = [None if grad is None else _rank_sums.whole(grad) for grad in grads]
     device = next((grad.device for grad in grads if grad is not None), torch.device("cpu"))
-    weights = tuple(0.0 if grad is None else _ranks.weight_of(grad, size) for grad in grads)
+    weights = tuple(0.0 if grad is None else _rank_sums.weight_of(grad, size) for grad in grads)
     nothing = torch.zeros(0, device=device)
-    plain = [nothing if grad is None else _norms.plain(grad) for grad in grads]
+    plain = [nothing if grad is None else _gradient_norms.plain(grad) for grad in grads]
     on_host = device.type == "cpu"
-    sums = torch.from_numpy(_norms.on_host(plain)) if on_host else _norms.on_device(plain, wide)
+    sums = (
+        torch.from_numpy(_gradient_norms.on_host(plain))
+        if on_host
+        else _gradient_norms.on_device(plain, wide)
+    )
     sums[0].square_()
     sums *= _on_device(weights, device)
-    _ranks.all_reduced(sums)
-    return [(slice(None), sums.numpy() if on_host else _norms.Reading(sums))]
+    _rank_sums.all_reduced(sums)
+    return [(slice(None), sums.numpy() if on_host else _gradient_norms.Reading(sums))]
 
 
 @functools.lru_cache(maxsize=16)

@@ -13,19 +13,19 @@ from skipscope._errors import SkipscopeError
 from skipscope._ranks import world
 from skipscope._sharding import refuse_flattened
 from skipscope._untouched import require_module
-from skipscope.monitor._roster import names_of
-from skipscope.monitor._stepper import Stepper
+from skipscope.monitor._step_recorder import StepRecorder
+from skipscope.monitor._tracked_parameters import names_of
 from skipscope.shortcuts import refuse_shared
 
 
-def notes_on(models: Mapping[str, nn.Module], steppers: Sequence[Stepper]) -> list[str]:
+def notes_on(models: Mapping[str, nn.Module], recorders: Sequence[StepRecorder]) -> list[str]:
     notes = []
     size = world()[1]
-    held = {id(p) for s in steppers for p in s.roster.parameters}
+    held = {id(p) for s in recorders for p in s.tracked.parameters}
     names = names_of(models)
     left_out = [name for key, (_, name) in names.items() if key not in held]
-    foreign = sum(len(s.roster.parameters) for s in steppers) - sum(
-        id(p) in names for s in steppers for p in s.roster.parameters
+    foreign = sum(len(s.tracked.parameters) for s in recorders) - sum(
+        id(p) in names for s in recorders for p in s.tracked.parameters
     )
     if left_out:
         notes.append(f"{len(left_out)} parameters are in none of the watched optimizers: {_few(left_out)}.")
@@ -34,7 +34,7 @@ def notes_on(models: Mapping[str, nn.Module], steppers: Sequence[Stepper]) -> li
     if size > 1:
         how = (
             "summed over their shards"
-            if any(s.sharded for s in steppers)
+            if any(s.sharded for s in recorders)
             else "reduced by the training itself"
         )
         notes.append(f"{size} ranks; the gradients are {how}.")

@@ -18,7 +18,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.
 
 
 @dataclass(frozen=True, eq=False)
-class Roster:
+class TrackedParameters:
     """The parameters of one optimizer at one time, in the model's order.
 
     Attributes:
@@ -70,7 +70,7 @@ def names_of(models: Mapping[str, nn.Module]) -> dict[int, tuple[int, str]]:
     return names
 
 
-def take_roster(optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.Module]) -> Roster:
+def track(optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.Module]) -> TrackedParameters:
     """Read an optimizer's parameters; those of no model get a name from their place, and stand last."""
     names = names_of(models)
     entries = []
@@ -82,7 +82,7 @@ def take_roster(optimizer: torch.optim.Optimizer, index: int, models: Mapping[st
     entries.sort(key=lambda entry: entry[:2])
     roles = _roles(models)
     kinds = {(entry[4].device, entry[4].dtype) for entry in entries}
-    return Roster(
+    return TrackedParameters(
         parameters=tuple(e[4] for e in entries),
         names=tuple(e[2] for e in entries),
         shapes=tuple(tuple(e[4].shape) for e in entries),
@@ -108,20 +108,20 @@ def _roles(models: Mapping[str, nn.Module]) -> dict[int, str]:
     return roles
 
 
-def about(roster: Roster, index: int) -> dict[str, Any]:
+def about(tracked: TrackedParameters, index: int) -> dict[str, Any]:
     """What the columns of an optimizer's rows are, as plain data."""
     return {
-        "optimizer": index, "names": list(roster.names), "shapes": [list(shape) for shape in roster.shapes],
-        "groups": list(roster.groups), "tiny": list(roster.tiny), "order": list(roster.order),
-        "roles": list(roster.roles),
+        "optimizer": index, "names": list(tracked.names), "shapes": [list(shape) for shape in tracked.shapes],
+        "groups": list(tracked.groups), "tiny": list(tracked.tiny), "order": list(tracked.order),
+        "roles": list(tracked.roles),
     }  # fmt: skip
 
 
-def same_members(roster: Roster, optimizer: torch.optim.Optimizer) -> bool:
+def same_members(tracked: TrackedParameters, optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer still updates exactly these parameters, and they still lie where they lay."""
     now = [p for group in optimizer.param_groups for p in group["params"]]
-    same = len(now) == len(roster.members) and all(map(operator.is_, now, roster.members))
-    return same and (roster.device is None or roster.parameters[0].device == roster.device)
+    same = len(now) == len(tracked.members) and all(map(operator.is_, now, tracked.members))
+    return same and (tracked.device is None or tracked.parameters[0].device == tracked.device)
 
 
 def unwrapped(optimizer: object) -> torch.optim.Optimizer:

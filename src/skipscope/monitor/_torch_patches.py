@@ -43,7 +43,7 @@ _originals: list[tuple[Any, str, Any, Any]] = []  # (where, name, torch's own, o
 _lock = threading.RLock()
 
 
-def listen(listener: Listener) -> None:
+def register(listener: Listener) -> None:
     """Begin to tell ``listener``; it is not kept alive by it."""
     with _lock:
         _listeners.add(listener)
@@ -55,7 +55,7 @@ def listen(listener: Listener) -> None:
             _wrap(torch.amp.GradScaler, "step", _scaler_step)
 
 
-def forget(listener: Listener) -> None:
+def unregister(listener: Listener) -> None:
     """Stop telling it; with the last one torch is as it was."""
     with _lock:
         _listeners.discard(listener)

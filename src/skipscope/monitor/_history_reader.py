@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from skipscope._errors import SkipscopeError
-from skipscope.monitor import _judge
-from skipscope.monitor._columns import most_rows, read_rows
-from skipscope.monitor._gradients import SCALARS
-from skipscope.monitor._results import STATES, History, LiveVerdict, VerdictEvent
+from skipscope.monitor import _live_verdict
+from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
+from skipscope.monitor._row_files import most_rows, read_rows
+from skipscope.monitor._step_row import SCALARS
 
 # How many of the last steps a verdict from parameter gradients looks at.
 WINDOW = 8
@@ -65,7 +65,7 @@ def assemble(
         roles=tuple(of(key, "roles") if "roles" in place[key][2] else "" for key in keys),
         steps=step, seconds=seconds, optimizers=owner, norm=norm, mean_abs=mean, norm_before_clip=before,
         states=states, total_before_clip=total, loss_scale=scale, skipped=skipped, evaluations=evaluations,
-        boundaries=names, flow_steps=flow_rows[:, 0], flow=flow_rows[:, 1:], verdict=verdict or _judge.UNKNOWN,
+        boundaries=names, flow_steps=flow_rows[:, 0], flow=flow_rows[:, 1:], verdict=verdict or _live_verdict.UNKNOWN,
         events=tuple(events), notes=tuple(notes), complete=complete,
     )  # fmt: skip
     return history if verdict is not None else _judged(history)
@@ -121,13 +121,13 @@ def verdict_of(history: History, was: str = "unknown") -> LiveVerdict:
     step = int(history.flow_steps[-1])
     if of_parameters.step > step and of_parameters.state in {"nonfinite", "dead", "unconnected"}:
         return of_parameters  # the flow was last read before this happened
-    return _judge.judge_flow(history.boundaries, history.flow[-1], step, was)
+    return _live_verdict.judge_flow(history.boundaries, history.flow[-1], step, was)
 
 
 def _verdict_of_parameters(history: History, was: str) -> LiveVerdict:
     """From the biases of linear maps and convolutions, where there are some to compare; else from the weights."""
     if not len(history):
-        return _judge.UNKNOWN
+        return _live_verdict.UNKNOWN
     everyone = range(len(history.shapes))
     matrices = [i for i in everyone if len(history.shapes[i]) > 1]
     # The gradient of an embedding is that of a few rows, by chance of the shape of other weights.
@@ -158,7 +158,7 @@ def _judged_by(history: History, chosen: list[int], alike: Sequence[Any], was: s
         at = own[:, None], np.array([chosen[k] for k in its], dtype=int)
         rms[-len(own) :, its], states[-len(own) :, its] = everything[at], history.states[at]
     names = [history.parameters[i] for i in chosen]
-    return _judge.judge_gradients(names, alike, rms, states, int(history.steps[-1]), was, what)
+    return _live_verdict.judge_gradients(names, alike, rms, states, int(history.steps[-1]), was, what)
 
 
 def read_history(path: Path, *, all_rows: bool = False) -> History | None:

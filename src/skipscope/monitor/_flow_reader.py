@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from skipscope import _data
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import world
-from skipscope.monitor import _norms, _ranks
-from skipscope.monitor._gradients import on_its_way
+from skipscope.monitor import _gradient_norms, _rank_sums
+from skipscope.monitor._step_row import on_its_way
 from skipscope.shortcuts import Boundary, boundaries, tap_boundaries
 
 Deliver = Callable[[tuple[str, ...], int, np.ndarray], None]
@@ -97,7 +97,7 @@ class FlowReader:
         sums = sums.to(device)
         for i, norms in self._norms.items():
             sums[0, i] = sum(v**2 for v in norms)
-        _ranks.all_reduced(sums)
+        _rank_sums.all_reduced(sums)
         squares, counts, seen = sums.cpu().numpy()
         at = np.flatnonzero(seen)
         if counts.any():
@@ -108,7 +108,7 @@ class FlowReader:
         """Whether all ranks have the same boundaries (collective): else they would wait for each other, or add apples
         to pears. A rank that has not run the model yet is waited for until the next reading.
         """
-        every = _ranks.gathered((tuple(point.name for point in points), self.problem))
+        every = _rank_sums.gathered((tuple(point.name for point in points), self.problem))
         self.problem = next((problem for _, problem in every if problem), None)
         if self.problem is None and len({names for names, _ in every if names}) > 1:
             self.problem = "the flow at boundaries cannot be read: not every rank has the same boundaries"
@@ -119,12 +119,14 @@ class FlowReader:
         """Deliver the readings that have arrived."""
         while self._waiting:
             names, step, counts, norms, scale = self._waiting[0]
-            on_the_way = [n for n in (norms, scale) if isinstance(n, _norms.Reading)]
+            on_the_way = [n for n in (norms, scale) if isinstance(n, _gradient_norms.Reading)]
             if not (wait or all(n.ready() for n in on_the_way)):
                 return
             self._waiting.popleft()
-            values = norms.array() if isinstance(norms, _norms.Reading) else np.array(norms, dtype=float)
-            factor = float(scale.array()) if isinstance(scale, _norms.Reading) else scale
+            values = (
+                norms.array() if isinstance(norms, _gradient_norms.Reading) else np.array(norms, dtype=float)
+            )
+            factor = float(scale.array()) if isinstance(scale, _gradient_norms.Reading) else scale
             with np.errstate(invalid="ignore", divide="ignore"):
                 rms = values / factor / np.sqrt(counts)
             rms[~np.isfinite(rms)] = np.inf  # NaN says that none arrived, and nothing else
@@ -177,9 +179,9 @@ class FlowReader:
         return activation
 
     def _arrive(self, i: int, gradient: Tensor) -> None:
-        grad = _norms.plain(gradient)
+        grad = _gradient_norms.plain(gradient)
         if grad.device.type == "cpu":
-            norm: Any = _norms.one_on_host(grad)[0]
+            norm: Any = _gradient_norms.one_on_host(grad)[0]
         else:
             norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
         self._norms.setdefault(i, []).append(norm)
@@ -214,7 +216,7 @@ class FlowReader:
         device = next((v for v in norms if isinstance(v, Tensor)), None)
         if device is not None:
             norms = [v if isinstance(v, Tensor) else device.new_tensor(v) for v in norms]
-            on_the_way: Any = _norms.Reading(torch.stack(norms))
+            on_the_way: Any = _gradient_norms.Reading(torch.stack(norms))
         else:
             on_the_way = norms
         factor = 1.0 if scale is None else on_its_way(scale)
@@ -227,7 +229,7 @@ def _root(norms: list[Any] | None) -> Any:
         return 0.0
     if isinstance(norms[0], Tensor):
         return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
-    return _norms.nrm2_of(norms)
+    return _gradient_norms.nrm2_of(norms)
 
 
 def _innermost(model: nn.Module) -> nn.Module:

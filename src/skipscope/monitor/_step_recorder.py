@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._ranks import world
-from skipscope.monitor import _ranks
-from skipscope.monitor._gradients import Clip, Step, clip_of, codes_of, local_sums, on_its_way, whole_sums
-from skipscope.monitor._roster import same_members, take_roster
+from skipscope.monitor import _rank_sums
+from skipscope.monitor._step_row import Clip, Step, clip_of, codes_of, local_sums, on_its_way, whole_sums
+from skipscope.monitor._tracked_parameters import same_members, track
 
 # How many steps' numbers may be on their way from an accelerator before the oldest is waited for.
 _IN_FLIGHT = 64
 
 
-class Stepper:
+class StepRecorder:
     """Listens to one optimizer.
 
     Args:
@@ -43,7 +43,7 @@ class Stepper:
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.Module], every: int,
-        deliver: Callable[[Stepper, Step], None], stepped: Callable[[int, Tensor | None], None] | None = None,
+        deliver: Callable[[StepRecorder, Step], None], stepped: Callable[[int, Tensor | None], None] | None = None,
     ):  # fmt: skip
         self.optimizer, self.index, self.models, self.every = optimizer, index, models, every
         self.deliver, self.stepped = deliver, stepped
@@ -55,18 +55,18 @@ class Stepper:
         self._clips: list[Clip] = []
         self._steps: deque[Step] = deque()
         self._begun = time.perf_counter()
-        self._take_roster()
+        self._track()
         self._checked = self.ranks == 1 or self.sharded
         # Of a compiled optimizer.step the hooks are not compiled.
         before: Any = torch.compiler.disable(self._before)
         after: Any = torch.compiler.disable(self._after)
         self._hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
 
-    def _take_roster(self) -> None:
-        self.roster = take_roster(self.optimizer, self.index, self.models)
-        self.sharded = self.ranks > 1 and any(hasattr(p, "placements") for p in self.roster.parameters)
-        for name, parameter in zip(self.roster.names, self.roster.parameters):
-            _ranks.check_mesh(name, parameter, self.ranks)
+    def _track(self) -> None:
+        self.tracked = track(self.optimizer, self.index, self.models)
+        self.sharded = self.ranks > 1 and any(hasattr(p, "placements") for p in self.tracked.parameters)
+        for name, parameter in zip(self.tracked.names, self.tracked.parameters):
+            _rank_sums.check_mesh(name, parameter, self.ranks)
 
     def due(self, step: int) -> bool:
         """Whether this step is recorded."""
@@ -126,7 +126,7 @@ class Stepper:
     def clipped(self, parameters: Sequence[Tensor], factor: Tensor | None, total: Tensor | None) -> None:
         """Some gradients have just been clipped."""
         if self.due_next():
-            clip = clip_of(parameters, self.roster, factor, total)
+            clip = clip_of(parameters, self.tracked, factor, total)
             if clip is not None:
                 self._clips.append(clip)
 
@@ -148,14 +148,14 @@ class Stepper:
 
     @torch.no_grad()
     def _measure(self, *, skipped: bool = False, open: bool = False) -> None:
-        if not same_members(self.roster, self.optimizer):
-            self._take_roster()
-        grads = [p.grad for p in self.roster.parameters]
+        if not same_members(self.tracked, self.optimizer):
+            self._track()
+        grads = [p.grad for p in self.tracked.parameters]
         clips = [clip for clip in self._clips if clip.still_true()]
         step = Step(
-            self.roster, self.step, time.perf_counter() - self._begun, codes_of(self.roster, grads),
+            self.tracked, self.step, time.perf_counter() - self._begun, codes_of(self.tracked, grads),
             whole_sums(grads, self.ranks, self._wide) if self.sharded
-            else local_sums(self.roster, grads, self._wide), self.sharded,
+            else local_sums(self.tracked, grads, self._wide), self.sharded,
             self._extras(clips, skipped), clips, open=open,
         )  # fmt: skip
         if not self._checked:
@@ -181,8 +181,8 @@ class Stepper:
     def _check_ranks(self, step: Step) -> None:
         """At the first step: is the gradient the same on every rank? (collective)."""
         row = step.row()
-        P = len(self.roster.parameters)
-        problem = _ranks.disagreement(self.roster.names, np.nan_to_num(row[-3 * P : -2 * P]))
+        P = len(self.tracked.parameters)
+        problem = _rank_sums.disagreement(self.tracked.names, np.nan_to_num(row[-3 * P : -2 * P]))
         self._checked = True
         if problem is not None:
             self.refusal = problem

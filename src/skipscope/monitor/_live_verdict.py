@@ -20,7 +20,7 @@ import numpy as np
 
 from skipscope._numbers import short
 from skipscope.flow._verdict import FALL, GROWTH, Point, judge
-from skipscope.monitor._results import FLOW, GRADIENTS, STATES, LiveVerdict
+from skipscope.monitor._history import FLOW, GRADIENTS, STATES, LiveVerdict
 
 # dL/dW was seen to fall 1.4 decades where dL/dx grew: ask for more than of a flow, and for more still where no weights
 # of equal shape can be compared.
