@@ -30,6 +30,13 @@ from skipscope._rebinding import rebind
 # Two threads of functional_call on one module corrupt its weights for good (seen), and the random state is one for
 # all threads: measurements take turns.
 _turn = threading.RLock()
+_thread = threading.local()
+
+
+def is_measuring() -> bool:
+    """Whether this thread runs a model for a measurement: its passes belong to no training."""
+    return getattr(_thread, "depth", 0) > 0
+
 
 # The snapshots of :func:`one_snapshot`, by the id of the model; touched in turn only.
 _shared: dict[int, _Snapshot] = {}
@@ -254,7 +261,11 @@ def throwaway(model: nn.Module, seed: int | None) -> Iterator[None]:
 @contextmanager
 def _running(seed: int | None) -> Iterator[None]:
     with _turn, random_state_kept(seed), torch.inference_mode(False), torch.enable_grad():
-        yield
+        _thread.depth = getattr(_thread, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            _thread.depth -= 1
 
 
 @contextmanager

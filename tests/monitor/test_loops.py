@@ -475,17 +475,34 @@ def test_a_scheduler_that_wraps_the_step():
     agrees(monitor.history, optimizer.received)
 
 
-def test_two_monitors_at_once_and_one_after_another():
+def test_a_later_watch_of_the_same_optimizer_takes_over():
+    """As when a notebook cell is run twice."""
     model = network()
     optimizer = Spy(model.parameters())
-    with watch(model, optimizer) as outer:
-        train(model, optimizer, 1)
-        with watch(model, optimizer, every=2) as inner:
-            train(model, optimizer, 3, lambda: clip_grad_norm_(model.parameters(), 1e-3))
-        train(model, optimizer, 1)
-    agrees(outer.history, optimizer.received)
-    agrees(inner.history, optimizer.received[1:4:2])
-    assert np.isfinite(inner.history.norm_before_clip).all()
+    first = watch(model, optimizer, flow_every=1)
+    train(model, optimizer, 2)
+    second = watch(model, optimizer, every=2, flow_every=1)
+    train(model, optimizer, 3, lambda: clip_grad_norm_(model.parameters(), 1e-3))
+    second.close()
+    train(model, optimizer, 1)
+    agrees(first.history, optimizer.received[:2])
+    agrees(second.history, optimizer.received[2:5:2])
+    assert np.isfinite(second.history.norm_before_clip).all()
+    assert any("took over" in note for note in first.history.notes) and not second.history.notes
+    assert list(first.history.flow_steps) == [1, 2] and list(second.history.flow_steps) == [1, 2, 3]
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_monitors_of_two_optimizers_stand_side_by_side():
+    one, two = network(), network(seed=1)
+    first, second = Spy(one.parameters()), Spy(two.parameters())
+    with watch(one, first, flow_every=1) as a, watch(two, second, flow_every=1) as b:
+        train(one, first, 3)
+        train(two, second, 2)
+    agrees(a.history, first.received)
+    agrees(b.history, second.received)
+    assert len(a.history.flow_steps) == 3 and len(b.history.flow_steps) == 2
 
 
 # --- torch.compile ---

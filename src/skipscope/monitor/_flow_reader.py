@@ -1,9 +1,11 @@
 """The flow at boundaries, read from the training's own forward and backward passes, every so many steps.
 
-For the step that is read (and only for it) a hook waits at the model; its forward pass runs under a tap, which hangs a
-hook on the activation of each boundary. Nothing is run a second time, but for finding the boundaries at the start.
-A compiled model runs that one step as written (``torch.compiler.set_stance``): its hooks would not be seen, or break
-its graph.
+While a step is read (and only then) a global hook of torch's waits for the model to be called; that forward pass runs
+under a tap, which hangs a hook on the activation of each boundary. Nothing is set on the model or its parameters, so a
+copy or a file of the model made meanwhile holds nothing of ours. Of the backward passes those count whose gradients the
+optimizer receives (``_backward_passes``); gradients of several passes through one activation are added before they are
+squared. Nothing is run a second time, but for finding the boundaries at the start. A compiled model runs the step that is
+read as written (``torch.compiler.set_stance``): its hooks would not be seen, or break its graph.
 """
 
 from __future__ import annotations
@@ -11,24 +13,67 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
+import math
 from collections import deque
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from skipscope import _data
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import world
-from skipscope.monitor import _gradient_norms, _rank_sums
+from skipscope._untouched import is_measuring
+from skipscope.monitor import _gradient_norms, _rank_sums, _torch_internals
+from skipscope.monitor._backward_passes import BackwardPass, BackwardPasses, inside_backward
 from skipscope.monitor._step_row import on_its_way
+from skipscope.monitor._wrappers import innermost
 from skipscope.shortcuts import Boundary, boundaries, tap_boundaries
 
-Deliver = Callable[[tuple[str, ...], int, np.ndarray], None]
+
+@dataclass(frozen=True, eq=False)
+class FlowRow:
+    """The flow at one step.
+
+    Attributes:
+        owner: the optimizer whose step it is.
+        step: its number.
+        names: of the boundaries.
+        norm: L2 norm of dL/d(activation) over the whole batch; inf where a gradient is not finite, NaN where none
+            arrived.
+        elements: that it is of, so that the RMS is ``norm / sqrt(elements)``.
+    """
+
+    owner: int
+    step: int
+    names: tuple[str, ...]
+    norm: np.ndarray
+    elements: np.ndarray
+
+
+@dataclass(eq=False)
+class _Activation:
+    """What arrived at one boundary's activation of one forward pass, by backward pass."""
+
+    boundary: int
+    elements: int
+    arrived: dict[BackwardPass, Any] = field(default_factory=dict)  # a norm; [gradient] where more may follow
+
+
+@dataclass(frozen=True, eq=False)
+class _Pending:
+    """A row whose numbers are on their way from an accelerator."""
+
+    owner: int
+    step: int
+    names: tuple[str, ...]
+    elements: np.ndarray
+    norms: Any
+    scale: Any
 
 
 class FlowReader:
@@ -36,77 +81,192 @@ class FlowReader:
 
     Args:
         model: the model, in whatever a trainer wrapped it.
+        parameters: for each optimizer that updates parameters of the model, by its number, these parameters.
         every: steps from one reading to the next; the first step is read.
-        deliver: called with the boundaries' names, the step and the RMS at each: inf where a gradient is not finite, NaN
-            where none arrived.
+        deliver: called with each :class:`FlowRow`.
+        first_step: steps made before.
+        ended: called when the step that was read is over, outside of the backward pass.
 
     Attributes:
         problem: why there is no flow; None while all is well.
+        root: the part of the model in which the flow is read instead.
+        found: steps that were read; ``rows`` of them gave a flow.
+        ran: forward passes in them all; ``cleared``: backward passes in them whose gradients were cleared.
     """
 
-    def __init__(self, model: nn.Module, every: int, deliver: Deliver):
-        self.model, self.every, self.deliver = _innermost(model), every, deliver
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[int, Sequence[Tensor]], every: int,
+        deliver: Callable[[FlowRow], None], ended: Callable[[], None], first_step: int = 0,
+    ):  # fmt: skip
+        self.model, self.every, self.deliver, self.ended = innermost(model), every, deliver, ended
         self.problem: str | None = None
+        self.root = ""
+        self.found = self.rows = self.ran = self.cleared = self.forwards = 0
+        self.parameters = parameters
+        self.passes = BackwardPasses(parameters)
+        self.first_step = first_step
+        self.steps = dict.fromkeys(parameters, first_step)
         self._points: tuple[Boundary, ...] | None = None
-        self._hook: Any = None
-        self._stance: Any = None
-        self._busy = False
+        self._whole = self.model
+        self._parts: set[int] = set()
+        self._running: list[int] = []
+        self._called: dict[str, nn.Module] = {}
+        self._reading = self._at_end = False
+        self._is_eager = False
+        self._hooks: list[Any] = []
+        self._activations: list[_Activation] = []
+        self._left: set[int] = set()
+        self._received: dict[int, tuple[int, Any]] = {}
         self._ranks, self._agreed = world()[1], False
-        self._seen: set[int] = set()
-        self._norms: dict[int, list[Any]] = {}
-        self._counts: dict[int, int] = {}
-        self._waiting: deque[tuple[tuple[str, ...], int, np.ndarray, Any, Any]] = deque()
+        self._waiting: deque[_Pending] = deque()
 
     # --- once a step ---
 
-    def begin(self, step: int) -> None:
-        """Before the passes of this step: wait at the model if it is one to be read."""
-        if self.problem is not None or (step - 1) % self.every:
+    def begin(self) -> None:
+        """Before the passes of a step: wait for the model if the step is one to be read."""
+        step = max(self.steps.values(), default=self.first_step) - self.first_step
+        if self.problem is not None or step % self.every or self._reading:
             return
-        self._seen, self._norms, self._counts = set(), {}, {}
-        if "torch._dynamo" in sys.modules:
-            self._stance = torch.compiler.set_stance("force_eager")
-        self._hook = self.model.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
+        self._reading, self._left, self._received = True, set(self.parameters), {}
+        self._activations, self.forwards = [], 0
+        self._running = []
+        self.passes = BackwardPasses(self.parameters)
+        self._is_eager = _torch_internals.eager.begin()
+        self._hooks = [
+            _torch_internals.quiet_about_global_hooks(),
+            module_hooks.register_module_forward_pre_hook(self._called_before),
+        ]
+        if not self.rows:  # until the model has been seen running, parts of it may be what the training calls
+            self._parts = {id(part) for part in self._whole.modules()} - {id(self.model)}
+            self._hooks.append(
+                module_hooks.register_module_forward_hook(self._called_after, always_call=True)
+            )
 
-    def end(self, step: int, scale: Tensor | None) -> None:
-        """After the optimizer's step: what has arrived is this step's flow."""
-        if self._hook is None:
+    def received(self, owner: int, scale: Tensor | None) -> None:
+        """An optimizer is about to use its gradients: what they hold now is its step's flow."""
+        if not self._reading or owner not in self.steps:
             return
+        if inside_backward():
+            self.passes.stepped_inside(owner)
+            self._received[owner] = self.steps[owner] + 1, scale
+            self._when_backward_ends()
+        elif owner not in self._received:
+            self._received[owner] = self.steps[owner] + 1, scale
+            self._cut(owner, self.passes.counted(owner), scale)
+            if len(self.parameters) == 1:
+                self._unhook()  # a closure may be evaluated again: the gradient of the step is that of the first time
+
+    def stepped(self, owner: int, step: int) -> None:
+        """An optimizer has stepped."""
+        if owner not in self.steps:
+            return
+        self.steps[owner] = step
+        if inside_backward():
+            if not self._reading:
+                self._when_backward_ends()
+            return
+        if self._reading:
+            if self.forwards or len(self.parameters) == 1:
+                self._left.discard(owner)
+            self._received.pop(owner, None)
+            if self._left:
+                return
+            self._end()
+        self.begin()
+
+    def _when_backward_ends(self) -> None:
+        """Optimizers that step inside the backward pass have made one step when it is over."""
+        if not self._at_end:
+            self._at_end = True
+            _torch_internals.at_end_of_backward(self._backward_ended)
+
+    def _backward_ended(self) -> None:
+        self._at_end = False
+        if self._reading and self._received:
+            owner, (_, scale) = next(reversed(self._received.items()))
+            self._cut(owner, self.passes.counted(owner), scale)
+            self._end()
+        self.begin()
+
+    def _end(self) -> None:
+        self.found += 1
+        self.ran += self.forwards
+        self.cleared += self.passes.cleared
+        self._follow_what_is_called()
         self._let_go()
-        points = self._points or ()
-        if self._ranks > 1:
-            self._end_on_all_ranks(points, step, scale)
-        elif self._norms:
-            at = [i for i in range(len(points)) if i in self._seen]
-            norms = [_root(self._norms.get(i)) for i in at]
-            counts = np.array([self._counts.get(i, 0) for i in at], dtype=float)
-            self._wait_for(tuple(points[i].name for i in at), step, counts, norms, scale)
-        self._norms = {}
         self.hand_over()
+        self.ended()
 
-    def _end_on_all_ranks(self, points: tuple[Boundary, ...], step: int, scale: Tensor | None) -> None:
+    def _follow_what_is_called(self) -> None:
+        """Where only one part of the model is ever called, as in a LightningModule, read the flow there."""
+        if self.rows or self.forwards or not self._called or self.model is not self._whole:
+            return
+        if len(self._called) == 1:
+            self.root, self.model = next(iter(self._called.items()))
+
+    def why_nothing(self) -> str | None:
+        """Why no flow was read though steps were made; None where some was, or nothing is known."""
+        if self.problem is not None or self.rows or not self.found:
+            return None
+        if not self.ran:
+            called = ", ".join(self._called)
+            cure = (
+                f"It calls parts of it: {called}. Watch one." if called else "Watch the module that it calls."
+            )
+            return f"No flow was read: the training never calls the model's forward. {cure}"
+        if self.cleared:
+            return "No flow was read: the gradients were cleared between backward() and step()."
+        return "No flow was read: no backward pass reached the optimizer's parameters."
+
+    def _cut(self, owner: int, counted: Sequence[BackwardPass], scale: Any) -> None:
+        """Take what the counted passes brought as the row of this step."""
+        self.passes.forget(counted)
+        step, points = self.steps[owner] + (not inside_backward()), self._points or ()
+        if counted and all(p.certain for p in counted):
+            step = max(self.steps.values())
+        norms: dict[int, list[Any]] = {}
+        elements = np.zeros(len(points))
+        for activation in self._activations:
+            value = _norm_of([activation.arrived[p] for p in counted if p in activation.arrived])
+            if value is not None:
+                norms.setdefault(activation.boundary, []).append(value)
+                elements[activation.boundary] += activation.elements
+        seen = {activation.boundary for activation in self._activations}
+        if len(self.parameters) > 1 and not any(p.certain for p in counted):
+            seen &= set(norms)  # another optimizer's loss may lead elsewhere
+        elif any(p.partial for p in counted):
+            seen &= set(norms)
+        if self._ranks > 1:
+            self._cut_on_all_ranks(owner, step, points, norms, elements, seen, scale)
+        elif norms:
+            at = sorted(seen)
+            values = [_root(norms.get(i)) for i in at]
+            self._wait_for(owner, step, tuple(points[i].name for i in at), elements[at], values, scale)
+
+    def _cut_on_all_ranks(
+        self, owner: int, step: int, points: tuple[Boundary, ...], norms: dict[int, list[Any]],
+        elements: np.ndarray, seen: set[int], scale: Any,
+    ) -> None:  # fmt: skip
         """Sum squares and counts over ranks (collective); the loss is the mean of theirs, so each holds 1/ranks of it."""
         if not (self._agreed or self._all_agree(points)):
             return
-        device = next(
-            (v.device for norms in self._norms.values() for v in norms if isinstance(v, Tensor)), "cpu"
-        )
+        device = next((v.device for values in norms.values() for v in values if isinstance(v, Tensor)), "cpu")
         sums = torch.zeros(3, len(points), dtype=torch.float64)
         for i in range(len(points)):
-            sums[1, i], sums[2, i] = self._counts.get(i, 0), i in self._seen
+            sums[1, i], sums[2, i] = elements[i], i in seen
         sums = sums.to(device)
-        for i, norms in self._norms.items():
-            sums[0, i] = sum(v**2 for v in norms)
+        for i, values in norms.items():
+            sums[0, i] = sum(v**2 for v in values)
         _rank_sums.all_reduced(sums)
-        squares, counts, seen = sums.cpu().numpy()
-        at = np.flatnonzero(seen)
+        squares, counts, met = sums.cpu().numpy()
+        at = np.flatnonzero(met)
         if counts.any():
-            norms = [float(v) for v in np.sqrt(squares[at]) / self._ranks]
-            self._wait_for(tuple(points[i].name for i in at), step, counts[at], norms, scale)
+            values = [float(v) for v in np.sqrt(squares[at]) / self._ranks]
+            self._wait_for(owner, step, tuple(points[i].name for i in at), counts[at], values, scale)
 
     def _all_agree(self, points: tuple[Boundary, ...]) -> bool:
-        """Whether all ranks have the same boundaries (collective): else they would wait for each other, or add apples
-        to pears. A rank that has not run the model yet is waited for until the next reading.
+        """Whether all ranks have the same boundaries (collective): else they would wait for each other, or add up
+        different quantities. A rank that has not run the model yet is waited for until the next reading.
         """
         every = _rank_sums.gathered((tuple(point.name for point in points), self.problem))
         self.problem = next((problem for _, problem in every if problem), None)
@@ -118,37 +278,54 @@ class FlowReader:
     def hand_over(self, *, wait: bool = False) -> None:
         """Deliver the readings that have arrived."""
         while self._waiting:
-            names, step, counts, norms, scale = self._waiting[0]
-            on_the_way = [n for n in (norms, scale) if isinstance(n, _gradient_norms.Reading)]
+            row = self._waiting[0]
+            on_the_way = [n for n in (row.norms, row.scale) if isinstance(n, _gradient_norms.Reading)]
             if not (wait or all(n.ready() for n in on_the_way)):
                 return
             self._waiting.popleft()
-            values = (
-                norms.array() if isinstance(norms, _gradient_norms.Reading) else np.array(norms, dtype=float)
-            )
-            factor = float(scale.array()) if isinstance(scale, _gradient_norms.Reading) else scale
+            is_reading = isinstance(row.norms, _gradient_norms.Reading)
+            values = row.norms.array() if is_reading else np.array(row.norms, dtype=float)
+            factor = float(row.scale.array()) if isinstance(row.scale, _gradient_norms.Reading) else row.scale
             with np.errstate(invalid="ignore", divide="ignore"):
-                rms = values / factor / np.sqrt(counts)
-            rms[~np.isfinite(rms)] = np.inf  # NaN says that none arrived, and nothing else
-            self.deliver(names, step, np.where(counts > 0, rms, np.nan))
+                norm = values / factor
+            norm[~np.isfinite(norm)] = np.inf  # NaN says that none arrived, and nothing else
+            norm = np.where(row.elements > 0, norm, np.nan)
+            self.rows += 1
+            self.deliver(FlowRow(row.owner, row.step, row.names, norm, row.elements))
 
-    def forget_points(self) -> None:
-        """The model has changed: find its boundaries anew."""
+    def replace_parameters(self, parameters: Mapping[int, Sequence[Tensor]]) -> None:
+        """The model or what its optimizers update has changed: find its boundaries again."""
+        self.parameters = parameters
+        self.steps = {owner: self.steps.get(owner, self.first_step) for owner in parameters}
         self._points, self._agreed = None, False
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Leave torch and the user's tensors as they were."""
         self._let_go()
-        self._norms = {}
         self.hand_over(wait=True)
 
     # --- while the step runs ---
 
-    def _forward_begins(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self._busy or self.problem is not None or not torch.is_grad_enabled():
+    def _called_before(self, module: nn.Module, args: Any) -> Any:
+        if is_measuring() or self.problem is not None or not torch.is_grad_enabled():
             return None
-        if self._points is None and not self._find(args, kwargs):
+        if module is self.model:
+            return self._forward_begins(module, args, _torch_internals.keywords_of_call())
+        if id(module) in self._parts and not self.forwards:
+            if not self._running and any(True for _ in module.parameters()):
+                name = next(name for name, part in self._whole.named_modules() if part is module)
+                self._called[name] = module
+            self._running.append(id(module))
+        return None
+
+    def _called_after(self, module: nn.Module, *_: Any) -> None:
+        if self._running and self._running[-1] == id(module):
+            self._running.pop()
+
+    def _forward_begins(self, model: nn.Module, args: Any, keywords: dict[str, Any]) -> Any:
+        if self._points is None and not self._find(args, keywords):
             return None
+        self.forwards += 1
         points = self._points or ()
         stack = contextlib.ExitStack()
         inner = tuple(p for p in points if p.key.site != "input")  # our own hook is the one at the input
@@ -159,60 +336,66 @@ class FlowReader:
         # Called also when the forward pass raises: the tap must not outlive it.
         after = model.register_forward_hook(lambda *_: stack.close(), always_call=True)
         stack.callback(after.remove)
+        given = dict(keywords)
         for i, point in enumerate(points):
             if point.key.site == "input":
-                replaced = functools.partial(_replace_nth, point.key.nth, functools.partial(self._touch, i))
-                args, kwargs = replaced((args, kwargs))
-        return args, kwargs
+                touch = functools.partial(self._touch, i, is_input=True)
+                args, given = _replace_nth(point.key.nth, touch, (args, given))
+        keywords.update(given)
+        return args
 
-    def _touch(self, i: int, activation: Tensor) -> Tensor:
-        if (
-            not torch.is_grad_enabled()
-        ):  # inside re-entrant checkpointing: cannot be seen, which is not a zero
+    def _touch(self, i: int, activation: Tensor, is_input: bool = False) -> Tensor:
+        if not torch.is_grad_enabled():  # inside re-entrant checkpointing: not seen, which is not a zero
             return activation
-        self._seen.add(i)
         if not activation.requires_grad:
-            activation = (
-                activation.detach().requires_grad_().clone()
-            )  # a clone may be changed in place downstream
-        activation.register_hook(functools.partial(self._arrive, i))
+            # A clone may be changed in place downstream.
+            activation = activation.detach().requires_grad_().clone()
+        elif is_input or activation.is_leaf:
+            activation = activation.view_as(activation)  # the user's own tensor gets no hook
+        arrived = _Activation(i, 0)
+        self._activations.append(arrived)
+        self._hooks.append(activation.register_hook(functools.partial(self._arrive, arrived)))
         return activation
 
-    def _arrive(self, i: int, gradient: Tensor) -> None:
-        grad = _gradient_norms.plain(gradient)
-        if grad.device.type == "cpu":
-            norm: Any = _gradient_norms.one_on_host(grad)[0]
+    def _arrive(self, activation: _Activation, gradient: Tensor) -> None:
+        current = self.passes.under_way() if self._reading else None
+        if current is None:
+            return
+        grad = _gradient_norms.plain(gradient).detach()
+        activation.elements = grad.numel()
+        if _torch_internals.keeps_graph() or activation.arrived:
+            # Another pass through the same graph may follow, and autograd may add to this tensor in place.
+            activation.arrived[current] = [grad.clone()]
         else:
-            norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
-        self._norms.setdefault(i, []).append(norm)
-        self._counts[i] = self._counts.get(i, 0) + grad.numel()
+            activation.arrived[current] = _norm(grad)
 
-    def _find(self, args: Any, kwargs: Any) -> bool:
+    def _find(self, args: Any, keywords: dict[str, Any]) -> bool:
         """Find the boundaries with the inputs at hand; when that fails the flow is given up, the training goes on."""
-        self._busy = True
         try:
-            points = boundaries(self.model, _as_inputs(self.model, args, kwargs))
+            points = boundaries(self.model, _as_inputs(self.model, args, keywords))
             self._points = tuple(replace(point) for point in points)
         except Exception as error:  # any model may come; a monitor must not end a training
             first = (error.problem if isinstance(error, SkipscopeError) else str(error)).splitlines()
             self.problem = (
                 f"the flow at boundaries cannot be read: {first[0] if first else type(error).__name__}"
             )
-        finally:
-            self._busy = False
         return self.problem is None
 
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._activations = [], []
+
     def _let_go(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        self._reading = False
+        self._unhook()
+        if self._is_eager:
+            self._is_eager = False
+            _torch_internals.eager.end()
 
     def _wait_for(
-        self, names: tuple[str, ...], step: int, counts: np.ndarray, norms: list[Any], scale: Tensor | None
-    ) -> None:
+        self, owner: int, step: int, names: tuple[str, ...], elements: np.ndarray, norms: list[Any], scale: Any
+    ) -> None:  # fmt: skip
         device = next((v for v in norms if isinstance(v, Tensor)), None)
         if device is not None:
             norms = [v if isinstance(v, Tensor) else device.new_tensor(v) for v in norms]
@@ -220,40 +403,45 @@ class FlowReader:
         else:
             on_the_way = norms
         factor = 1.0 if scale is None else on_its_way(scale)
-        self._waiting.append((names, step, counts, on_the_way, factor))
+        self._waiting.append(_Pending(owner, step, names, elements, on_the_way, factor))
+
+
+def _norm_of(arrived: list[Any]) -> Any:
+    """The norm of what several backward passes through one activation brought, added up; None for nothing."""
+    if not arrived:
+        return None
+    if not isinstance(arrived[-1], list):
+        return arrived[-1]
+    gradients = [grad for (grad,) in arrived]
+    return _norm(gradients[0] if len(gradients) == 1 else sum(grad.double() for grad in gradients))
+
+
+def _norm(grad: Tensor) -> Any:
+    if grad.device.type == "cpu":
+        return _gradient_norms.one_on_host(grad)[0]
+    return torch.linalg.vector_norm(grad, dtype=torch.float64)
 
 
 def _root(norms: list[Any] | None) -> Any:
-    """The norm over several backward passes of one step."""
+    """The norm over several forward passes of one step."""
     if not norms:
         return 0.0
     if isinstance(norms[0], Tensor):
         return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
-    return _gradient_norms.nrm2_of(norms)
+    return math.hypot(*norms)
 
 
-def _innermost(model: nn.Module) -> nn.Module:
-    """The module whose forward is the user's: inside DDP and torch.compile's wrapper."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def _as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _as_inputs(model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """The call's arguments in one of the forms that ``inputs`` has."""
-    if not kwargs:
+    if not keywords:
         return args
     if not args:
-        return kwargs
-    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+        return dict(keywords)
+    return dict(inspect.signature(model.forward).bind(*args, **keywords).arguments)
 
 
 def _replace_nth(which: int, touch: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same nest, its ``which``-th float tensor replaced."""
+    """The same nested value, its ``which``-th float tensor replaced."""
     count = -1
 
     def visit(tensor: Tensor) -> Tensor:

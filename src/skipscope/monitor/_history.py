@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,11 @@ class LiveVerdict:
         fall_decades: log10(last / first) of the profile it rests on; positive: shrinks going back.
         slope: decades per boundary (or weight), same sign.
         slope_interval: its 95 % interval.
+        advice: what to do about it; empty where nothing need be done.
+        hinders: the kinds of optimizer that it keeps from learning, of ``"SGD"`` and ``"Adam"``: judged for the one
+            that is watched where its kind is known, so empty where that one bears it.
+        chain: the model, or the optimizer, whose loss it is about; empty where there is only one.
+        chains: one verdict for each of them; empty where there is only one. The whole has the worst state of them.
     """
 
     state: str
@@ -50,10 +55,16 @@ class LiveVerdict:
     fall_decades: float | None = None
     slope: float | None = None
     slope_interval: tuple[float, float] | None = None
+    advice: str = ""
+    hinders: tuple[str, ...] = ()
+    chain: str = ""
+    chains: tuple[LiveVerdict, ...] = ()
 
     def __str__(self) -> str:
         where = f" at {self.where}" if self.where else ""
-        return f"step {self.step}: {self.state}{where} (from {self.basis}): {self.reason}"
+        of = f" {self.chain}:" if self.chain else ""
+        advice = f". {self.advice}" if self.advice else ""
+        return f"step {self.step}:{of} {self.state}{where} (from {self.basis}): {self.reason}{advice}"
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,11 @@ class History(Result):
         notes: what else a reader should know.
         complete: False when read from a folder whose run has not been closed.
         roles: ``"table"`` of an embedding, ``"bias"`` of a linear map or a convolution, else ``""``; ``[P]``.
+        chains: the model, or the optimizer, whose loss the parameter belongs to; ``[P]``.
+        kinds: ``"SGD"`` or ``"Adam"`` by how the parameter's optimizer scales its step, ``""`` where unknown; ``[P]``.
+        flow_norm: L2 norm of dL/d(activation) over the whole batch, as ``flow``: a change of width leaves it alone;
+            -1 where the boundary was no part of the pass; ``[flow rows, B]``.
+        flow_owners: the optimizer whose step it was; ``[flow rows]``.
     """
 
     parameters: tuple[str, ...]
@@ -131,6 +147,10 @@ class History(Result):
     notes: tuple[str, ...] = ()
     complete: bool = True
     roles: tuple[str, ...] = ()
+    chains: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    flow_norm: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    flow_owners: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ import numpy as np
 from skipscope._errors import SkipscopeError
 from skipscope.monitor import _live_verdict
 from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
+from skipscope.monitor._missing_gradients import MissingGradients
 from skipscope.monitor._row_files import most_rows, read_rows
 from skipscope.monitor._step_row import SCALARS
 
 # How many of the last steps a verdict from parameter gradients looks at.
 WINDOW = 8
+# In flow_norm, where a boundary was not part of the pass that a row is of.
+NOT_RUN = -1.0
 ABOUT = "monitor.json"
 EVENTS = "events.jsonl"
 
@@ -52,7 +55,7 @@ def assemble(
     P, S = len(keys), len(SCALARS) + 1
     norm, mean, before, states = (joined[:, S + k * P : S + (k + 1) * P] for k in range(4))
     step, seconds, evaluations, skipped, scale, total, owner = joined[:, :S].T
-    names, flow_rows = _flow(flow)
+    names, flow_rows, flow_owners, flow_norm = _flow(flow)
 
     def of(key: tuple[int, str], what: str) -> Any:
         about, i = place[key][2:]
@@ -67,8 +70,10 @@ def assemble(
         states=states, total_before_clip=total, loss_scale=scale, skipped=skipped, evaluations=evaluations,
         boundaries=names, flow_steps=flow_rows[:, 0], flow=flow_rows[:, 1:], verdict=verdict or _live_verdict.UNKNOWN,
         events=tuple(events), notes=tuple(notes), complete=complete,
+        chains=tuple(of(key, "chains") if "chains" in place[key][2] else "" for key in keys),
+        kinds=tuple(place[key][2].get("kind", "") for key in keys), flow_norm=flow_norm, flow_owners=flow_owners,
     )  # fmt: skip
-    return history if verdict is not None else _judged(history)
+    return history if verdict is not None else replace(history, verdict=verdict_of(history))
 
 
 def _block(about: dict[str, Any], rows: np.ndarray, column: dict[tuple[int, str], int]) -> np.ndarray:
@@ -101,64 +106,133 @@ def states_of(mean: np.ndarray, tiny: np.ndarray) -> np.ndarray:
     return states
 
 
-def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray]:
-    """The flow's boundaries and ``[rows, 1 + B]``; when the boundaries changed, of the last set."""
-    if not flow:
-        return (), np.empty((0, 1))
-    about, rows = flow[-1]
-    return tuple(about["names"]), rows
+def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:
+    """The boundaries of all sets, nearest the input first; ``[rows, 1 + B]`` of step and RMS; owners; norms ``[rows, B]``."""
+    names: list[str] = []
+    for about, _ in reversed(flow):
+        place = 0
+        for name in about["names"]:
+            if name not in names:
+                names.insert(place, name)
+            place = names.index(name) + 1
+    blocks, owners, norms = [], [], []
+    for about, rows in flow:
+        own, B = about["names"], len(about["names"])
+        at = [names.index(name) for name in own]
+        block, norm = np.full((len(rows), 1 + len(names)), np.nan), np.full((len(rows), len(names)), NOT_RUN)
+        block[:, 0] = rows[:, 0]
+        block[:, [1 + i for i in at]] = rows[:, 1 : 1 + B]
+        norm[:, at] = rows[:, 1 + B :] if rows.shape[1] == 1 + 2 * B else rows[:, 1:]
+        blocks.append(block)
+        norms.append(norm)
+        owners.append(np.full(len(rows), float(about.get("optimizer", 0))))
+    if not blocks:
+        return (), np.empty((0, 1)), np.empty(0), np.empty((0, 0))
+    joined = np.concatenate(blocks)
+    order = np.argsort(joined[:, 0], kind="stable")
+    return tuple(names), joined[order], np.concatenate(owners)[order], np.concatenate(norms)[order]
 
 
-def _judged(history: History) -> History:
-    return replace(history, verdict=verdict_of(history))
+def verdict_of(
+    history: History, was: LiveVerdict = _live_verdict.UNKNOWN, found: Mapping[int, MissingGradients] | None = None,
+    *, is_early: bool = False,
+) -> LiveVerdict:  # fmt: skip
+    """The verdict on a history: one for each chain, and the worst of them for the whole.
+
+    Args:
+        history: its last rows are looked at.
+        was: the verdict so far, so that a state is not left by a hair.
+        found: by optimizer, why gradients are missing, where that is known.
+        is_early: zeros and missing gradients are not judged yet: parts may start at zero by design.
+    """
+    names = list(dict.fromkeys(history.chains or ("",) * len(history.parameters)))
+    before = {v.chain: v.state for v in was.chains} or {"": was.state}
+    verdicts = []
+    for name in names or [""]:
+        part = [i for i in range(len(history.parameters)) if not history.chains or history.chains[i] == name]
+        verdict = _verdict_of_chain(
+            history, part, before.get(name, was.state if len(names) < 2 else "unknown"), found or {}, is_early
+        )
+        kinds = {history.kinds[i] for i in part} if history.kinds else {""}
+        verdicts.append(_live_verdict.for_optimizer(verdict, kinds, name))
+    if len(verdicts) == 1:
+        return replace(verdicts[0], chain="")
+    worst = max(verdicts, key=lambda v: _live_verdict.badness(v.state))
+    return replace(worst, chains=tuple(verdicts))
 
 
-def verdict_of(history: History, was: str = "unknown") -> LiveVerdict:
-    """The verdict on a history: from its flow where it has one, else from its parameters' gradients."""
-    of_parameters = _verdict_of_parameters(history, was)
-    if not len(history.flow_steps):
+def _verdict_of_chain(
+    history: History, part: Sequence[int], was: str, found: Mapping[int, MissingGradients], is_early: bool
+) -> LiveVerdict:  # fmt: skip
+    """From the flow where it was read on this chain, else from its parameters' gradients."""
+    owners = {history.owners[i] for i in part}
+    causes = [cause for owner in owners if (cause := found.get(owner)) is not None]
+    unused = {name for cause in causes for name in cause.unused}
+    part = [i for i in part if history.parameters[i] not in unused]
+    of_parameters = _verdict_of_parameters(history, part, was, is_early)
+    for cause in causes:
+        if of_parameters.state in {"dead", "unconnected"} and cause.cause != "unused":
+            of_parameters = replace(of_parameters, reason=cause.reason, advice=cause.advice)
+    first = {}
+    for i, owner in enumerate(history.owners):
+        first.setdefault(owner, history.chains[i] if history.chains else "")
+    mine = [
+        k for k, owner in enumerate(history.flow_owners.tolist())
+        if owner in owners and part and first.get(int(owner)) == (history.chains[part[0]] if history.chains else "")
+    ]  # fmt: skip
+    if not mine:
         return of_parameters
-    step = int(history.flow_steps[-1])
+    step = int(history.flow_steps[mine[-1]])
     if of_parameters.step > step and of_parameters.state in {"nonfinite", "dead", "unconnected"}:
         return of_parameters  # the flow was last read before this happened
-    return _live_verdict.judge_flow(history.boundaries, history.flow[-1], step, was)
+    values = history.flow_norm[mine[-1]]
+    own = np.flatnonzero(values != NOT_RUN)
+    return _live_verdict.judge_flow(
+        [history.boundaries[i] for i in own], values[own], step, was, is_early=is_early or step == 1
+    )
 
 
-def _verdict_of_parameters(history: History, was: str) -> LiveVerdict:
+def _verdict_of_parameters(history: History, part: Sequence[int], was: str, is_early: bool) -> LiveVerdict:
     """From the biases of linear maps and convolutions, where there are some to compare; else from the weights."""
-    if not len(history):
+    if not len(history) or not part:
         return _live_verdict.UNKNOWN
-    everyone = range(len(history.shapes))
-    matrices = [i for i in everyone if len(history.shapes[i]) > 1]
+    matrices = [i for i in part if len(history.shapes[i]) > 1]
     # The gradient of an embedding is that of a few rows, by chance of the shape of other weights.
-    weights = [i for i in matrices if history.roles[i] != "table"] or matrices or list(everyone)
+    weights = [i for i in matrices if history.roles[i] != "table"] or matrices or list(part)
     # What is not finite counts wherever it is.
     broken = (history.states[-WINDOW:] == STATES.index("nonfinite")).any(axis=0)
-    weights = [i for i in everyone if i in set(weights) or broken[i]]
-    of_weights = _judged_by(history, weights, [history.shapes[i] for i in weights], was, "weights")
+    weights = [i for i in part if i in set(weights) or broken[i]]
+    shapes = [history.shapes[i] for i in weights]
+    of_weights = _judged_by(history, weights, shapes, was, "weights", is_early)
     if of_weights.state in {"nonfinite", "dead", "unconnected"}:
         return of_weights
-    biases = [i for i in everyone if history.roles[i] == "bias"]
+    biases = [i for i in part if history.roles[i] == "bias"]
     alike = [(history.shapes[i], re.sub(r"\d+", "#", history.parameters[i])) for i in biases]
-    of_biases = _judged_by(history, biases, alike, was, "biases")
+    of_biases = _judged_by(history, biases, alike, was, "biases", is_early)
     return of_weights if of_biases.state in {"unknown", "nonfinite", "dead", "unconnected"} else of_biases
 
 
-def _judged_by(history: History, chosen: list[int], alike: Sequence[Any], was: str, what: str) -> LiveVerdict:
+def _judged_by(
+    history: History, chosen: list[int], alike: Sequence[Any], was: str, what: str, is_early: bool
+) -> LiveVerdict:  # fmt: skip
     """The verdict from the last steps of some parameters; those with the same entry in ``alike`` can be compared."""
     rms, states = np.full((WINDOW, len(chosen)), np.nan), np.full((WINDOW, len(chosen)), np.nan)
     everything = history.rms
-    for owner in set(history.owners):
+    last = 0
+    for owner in {history.owners[i] for i in chosen}:
         own = np.flatnonzero((history.optimizers == owner) & (history.skipped == 0))[-WINDOW:]
         if not len(own):
             own = np.flatnonzero(history.optimizers == owner)[-WINDOW:]
             if len(own) < WINDOW:
                 continue  # a scaler skips its first few steps while it looks for its scale
+        last = max(last, int(history.steps[own[-1]]))
         its = [k for k, i in enumerate(chosen) if history.owners[i] == owner]
         at = own[:, None], np.array([chosen[k] for k in its], dtype=int)
         rms[-len(own) :, its], states[-len(own) :, its] = everything[at], history.states[at]
     names = [history.parameters[i] for i in chosen]
-    return _live_verdict.judge_gradients(names, alike, rms, states, int(history.steps[-1]), was, what)
+    return _live_verdict.judge_gradients(
+        names, alike, rms, states, last or int(history.steps[-1]), was, what, is_early=is_early
+    )
 
 
 def read_history(path: Path, *, all_rows: bool = False) -> History | None:
@@ -180,9 +254,14 @@ def read_history(path: Path, *, all_rows: bool = False) -> History | None:
         notes = list(json.loads((path / ABOUT).read_text(encoding="utf-8"))["notes"])
         gradients = _files(path, "gradients", all_rows, notes)
         flow = _files(path, "flow", all_rows, [])
-        events, closed = _events(path / EVENTS)
-        notes += [] if closed else ["The run that writes this is not over, or was cut short."]
-        return assemble(gradients, flow, events, notes, complete=closed)
+        events, end = _events(path / EVENTS)
+        notes += (
+            ["The run that writes this is not over, or was cut short."]
+            if end is None
+            else [note for note in end.get("notes", ()) if note not in notes]
+        )
+        verdict = None if end is None or "verdict" not in end else _verdict_from(end["verdict"])
+        return assemble(gradients, flow, events, notes, verdict=verdict, complete=end is not None)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise SkipscopeError(
             "load", f"{path} is a monitor's folder, but damaged ({type(error).__name__}: {error})"
@@ -192,13 +271,19 @@ def read_history(path: Path, *, all_rows: bool = False) -> History | None:
 def _files(
     folder: Path, kind: str, all_rows: bool, notes: list[str]
 ) -> list[tuple[dict[str, Any], np.ndarray]]:
-    found = []
+    found: list[tuple[dict[str, Any], np.ndarray]] = []
     for file in sorted(folder.glob(f"{kind}-*.rows")):
         with open(file, "rb") as begun:
             first = begun.readline()
         if not first.endswith(b"\n"):
             continue  # just begun
         about, rows, whole = read_rows(file, None if all_rows else most_rows(len(json.loads(first)["names"])))
+        if (resumed := about.get("resumed_at")) is not None:
+            # Steps after the checkpoint that was resumed from were made again.
+            found = [
+                (other, kept[kept[:, 0] <= resumed] if other.get("resumed_at", -1) < resumed else kept)
+                for other, kept in found
+            ]
         found.append((about, rows))
         if len(rows) < whole:
             notes.append(
@@ -208,19 +293,25 @@ def _files(
     return found
 
 
-def _events(file: Path) -> tuple[list[VerdictEvent], bool]:
-    """(events, whether the monitor was closed); a torn last line is left out."""
-    events, closed = [], False
+def _events(file: Path) -> tuple[list[VerdictEvent], dict[str, Any] | None]:
+    """(events, what the monitor wrote when it was closed); a torn last line is left out."""
+    events, end = [], None
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     for line in text.splitlines(keepends=True):
         if not line.endswith("\n"):
             break
         entry = json.loads(line)
-        if entry.get("closed"):
-            closed = True
+        if "closed" in entry or "resumed" in entry:
+            end = entry if "closed" in entry else None
             continue
-        found = dict(entry["verdict"])
-        if found.get("slope_interval") is not None:
-            found["slope_interval"] = tuple(float(v) for v in found["slope_interval"])
-        events.append(VerdictEvent(entry["step"], entry["before"], LiveVerdict(**found)))
-    return events, closed
+        events.append(VerdictEvent(entry["step"], entry["before"], _verdict_from(entry["verdict"])))
+    return events, end
+
+
+def _verdict_from(entry: dict[str, Any]) -> LiveVerdict:
+    found = dict(entry)
+    if found.get("slope_interval") is not None:
+        found["slope_interval"] = tuple(float(v) for v in found["slope_interval"])
+    found["hinders"] = tuple(found.get("hinders", ()))
+    found["chains"] = tuple(_verdict_from(chain) for chain in found.get("chains", ()))
+    return LiveVerdict(**found)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,9 +32,45 @@ _STATE_WORDS = np.array(["ok" if state == "underflow" else state for state in ST
 UNKNOWN = LiveVerdict("unknown", GRADIENTS, 0, "no step has been recorded yet")
 
 
-def judge_flow(names: Sequence[str], rms: np.ndarray, step: int, was: str) -> LiveVerdict:
-    """The verdict on the flow at boundaries, nearest the input first; NaN where none arrived."""
-    points = [Point(name, *_flow_state(value)) for name, value in zip(names, rms)]
+_BADNESS = ("unknown", "healthy", "vanishing", "exploding", "unconnected", "dead", "nonfinite")
+_EARLY = "not every gradient has arrived yet; parts that start at zero are judged after the first steps"
+
+
+def badness(state: str) -> int:
+    """The place of a state from unknown and healthy to the worst."""
+    return _BADNESS.index(state)
+
+
+def for_optimizer(verdict: LiveVerdict, kinds: Collection[str], chain: str) -> LiveVerdict:
+    """The verdict for the kinds of optimizer in use: which of them it hinders, and in words."""
+    if verdict.state not in {"vanishing", "exploding"}:
+        return replace(verdict, chain=chain)
+    known = sorted(kind for kind in kinds if kind)
+    hinders = tuple(kind for kind in verdict.hinders if kind in known) if known else verdict.hinders
+    words = {
+        (): f"; the optimizer in use ({' and '.join(known)}) mostly bears it",
+        ("SGD",): "; it hinders SGD" + ("" if known else ", Adam mostly bears it"),
+    }.get(hinders, "")
+    return replace(verdict, chain=chain, hinders=hinders, reason=verdict.reason + words)
+
+
+def judge_flow(
+    names: Sequence[str], values: np.ndarray, step: int, was: str, *, is_early: bool = False
+) -> LiveVerdict:
+    """The verdict on the flow at boundaries.
+
+    Args:
+        names: of the boundaries, nearest the input first.
+        values: the gradient's size there: norms, so that widths do not matter; NaN where none arrived.
+        step: when it was read.
+        was: the state so far.
+        is_early: boundaries without a gradient are left out.
+    """
+    points = [Point(name, *_flow_state(value)) for name, value in zip(names, values)]
+    if is_early:
+        points = [p for p in points if p.state not in {"not_connected", "exact_zero"}]
+        if not points:
+            return LiveVerdict("unknown", FLOW, step, _EARLY)
     return _live(points, "boundaries", step, was, None)
 
 
@@ -46,6 +82,8 @@ def judge_gradients(
     step: int,
     was: str,
     what: str = "weights",
+    *,
+    is_early: bool = False,
 ) -> LiveVerdict:
     """The verdict on the gradients of weights, or of biases.
 
@@ -57,8 +95,11 @@ def judge_gradients(
         step: the last of these steps.
         was: the state so far.
         what: ``"weights"``; or ``"biases"``, where some must be comparable.
+        is_early: weights without a gradient are left out.
     """
     state = _lasting(states)
+    if is_early:
+        state = ["absent" if s in {"exact_zero", "not_connected"} else s for s in state]
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log10(np.where(rms > 0, rms, np.nan))
     level = _medians(logs)
@@ -69,7 +110,8 @@ def judge_gradients(
     ]  # fmt: skip
     points = [p for p in points if p.state != "ok" or p.log_flow is not None]
     if not points:
-        return LiveVerdict("unknown", GRADIENTS, step, "no weight has a gradient that can be compared", None)
+        reason = _EARLY if is_early else "no weight has a gradient that can be compared"
+        return LiveVerdict("unknown", GRADIENTS, step, reason)
     equal = Counter(shape for shape, use in zip(shapes, compared) if use)
     alike = max(equal.values(), default=0) >= 3
     if what == "biases" and not alike:
@@ -97,9 +139,10 @@ def _live(points: list[Point], of: str, step: int, was: str, of_weights: float |
             state, where, reason = "healthy", None, change + hint
         elif state == "healthy":
             state, where, reason = trouble, points[0].name, f"{change}, hardly less than before"
-    if state in {"vanishing", "exploding"} and found.hinders == ("SGD",):
-        reason += "; it hinders SGD, Adam mostly bears it"
-    return LiveVerdict(state, basis, step, reason, where, fall, found.slope, found.slope_interval)
+    hinders = found.hinders if state != "healthy" else ()
+    return LiveVerdict(
+        state, basis, step, reason, where, fall, found.slope, found.slope_interval, hinders=hinders
+    )
 
 
 def _flow_state(value: float) -> tuple[str, float | None]:

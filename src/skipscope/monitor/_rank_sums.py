@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from skipscope._errors import SkipscopeError
+from skipscope._ranks import world
 
 
 def weight_of(grad: Tensor, size: int) -> float:
@@ -70,6 +71,11 @@ def gathered(mine: Any) -> list[Any]:
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     return every
+
+
+def from_first_rank(value: Any) -> Any:
+    """Rank 0's value on every rank (collective); the value itself without ranks."""
+    return gathered(value)[0] if world()[1] > 1 else value
 
 
 def all_reduced(sums: Tensor) -> Tensor:

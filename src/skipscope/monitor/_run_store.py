@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import numpy as np
 from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
 from skipscope._version import __version__
+from skipscope.monitor._flow_reader import FlowRow
 from skipscope.monitor._history import History, LiveVerdict, VerdictEvent
 from skipscope.monitor._history_reader import ABOUT, EVENTS, WINDOW, assemble, verdict_of
-from skipscope.monitor._row_files import Rows, most_rows
+from skipscope.monitor._missing_gradients import MissingGradients
+from skipscope.monitor._row_files import Rows, most_rows, read_rows
 from skipscope.monitor._step_row import SCALARS
-from skipscope.monitor._tracked_parameters import TrackedParameters, about
+from skipscope.monitor._tracked_parameters import TrackedParameters, about_columns
 
 
 class Store:
@@ -26,34 +29,48 @@ class Store:
 
     Args:
         keep: most rows in memory of each kind; None for what a history should hold.
-        folder: where to write them as they come; None for nowhere. It must not hold a history already.
+        folder: where to write them as they come, as :func:`begin_folder` left it; None for nowhere.
         notes: what a reader should know.
+        before: what the folder holds already, where its run goes on.
+        first_step: steps made before.
     """
 
-    def __init__(self, keep: int | None, folder: Path | None, notes: list[str]):
+    def __init__(
+        self, keep: int | None, folder: Path | None, notes: list[str], before: Recorded | None, first_step: int
+    ):  # fmt: skip
         self.keep, self.folder, self.notes = keep, folder, notes
         self.events: list[VerdictEvent] = []
         self._gradients: dict[int, list[tuple[TrackedParameters, Rows]]] = {}
-        self._flow: list[tuple[tuple[str, ...], Rows]] = []
-        if folder is not None:
-            _begin(folder, notes)
+        self._flow: list[tuple[tuple[tuple[str, ...], int], Rows]] = []
+        self._before, self._first_step = before, first_step
+        if folder is not None and before is None:
+            content = {"skipscope": __version__, "format": 2, "kind": "monitor", "notes": notes}
+            write_whole(folder / ABOUT, json.dumps(content), operation="watch")
+        elif before is not None:
+            self._line({"resumed": first_step})
 
-    def add_gradients(self, index: int, tracked: TrackedParameters, row: np.ndarray) -> None:
+    def add_gradients(
+        self, index: int, tracked: TrackedParameters, row: np.ndarray, chains: Sequence[str]
+    ) -> None:
         """A row of one optimizer."""
         sets = self._gradients.setdefault(index, [])
         if not sets or sets[-1][0] is not tracked:
             width = len(SCALARS) + 3 * len(tracked.names)
-            name, keep = f"gradients-{index}-{len(sets):03d}", most_rows(len(tracked.names))
-            sets.append((tracked, self._rows(name, width, keep, about(tracked, index))))
+            name, keep = f"gradients-{index}", most_rows(len(tracked.names))
+            sets.append((tracked, self._rows(name, width, keep, about_columns(tracked, index, chains))))
         sets[-1][1].append(row)
 
-    def add_flow(self, names: tuple[str, ...], step: int, rms: np.ndarray) -> None:
-        """The flow at the boundaries ``names``."""
-        if not self._flow or self._flow[-1][0] != names:
-            name, keep = f"flow-{len(self._flow):03d}", most_rows(len(names))
-            rows = self._rows(name, 1 + len(names), keep, {"names": list(names)})
-            self._flow.append((names, rows))
-        self._flow[-1][1].append(np.array([step, *rms], dtype=float))
+    def add_flow(self, row: FlowRow) -> None:
+        """The flow at one step."""
+        key = row.names, row.owner
+        rows = next((rows for known, rows in self._flow if known == key), None)
+        if rows is None:
+            about = {"names": list(row.names), "optimizer": row.owner}
+            rows = self._rows("flow", 1 + 2 * len(row.names), most_rows(2 * len(row.names)), about)
+            self._flow.append((key, rows))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            rms = row.norm / np.sqrt(row.elements)
+        rows.append(np.array([row.step, *rms, *row.norm], dtype=float))
 
     def add_event(self, event: VerdictEvent) -> None:
         """The state changed."""
@@ -64,17 +81,19 @@ class Store:
         """Everything in memory."""
         return self._assembled(None, verdict, complete)
 
-    def verdict(self, was: str) -> LiveVerdict:
+    def verdict(
+        self, was: LiveVerdict, found: Mapping[int, MissingGradients], *, is_early: bool
+    ) -> LiveVerdict:
         """The verdict on the last few rows."""
-        return verdict_of(self._assembled(WINDOW, LiveVerdict(was, "", 0, ""), False), was)
+        return verdict_of(self._assembled(WINDOW, was, False), was, found, is_early=is_early)
 
-    def close(self) -> None:
+    def close(self, verdict: LiveVerdict) -> None:
         """Say on disk that the run is over, where all of it is there, and let go of the files."""
         every = [rows for _, rows in [*(r for sets in self._gradients.values() for r in sets), *self._flow]]
         for rows in every:
             rows.close()
         if not any(rows.cut for rows in every):
-            self._line({"closed": True})
+            self._line({"closed": True, "verdict": asdict(verdict), "notes": self.notes})
         self.folder = None
 
     def _assembled(self, last: int | None, verdict: LiveVerdict | None, complete: bool) -> History:
@@ -90,7 +109,12 @@ class Store:
         return assemble(sets, flow, self.events, self.notes, verdict=verdict, complete=complete)
 
     def _rows(self, name: str, width: int, keep: int, what: dict[str, Any]) -> Rows:
-        path = None if self.folder is None else self.folder / f"{name}.rows"
+        path = None
+        if self.folder is not None:
+            number = sum(1 for _ in self.folder.glob(f"{name}-*.rows"))
+            path = self.folder / f"{name}-{number:03d}.rows"
+        if self._before is not None:
+            what = {**what, "resumed_at": self._first_step}
         return Rows(width, self.keep or keep, path, what)
 
     def _line(self, entry: dict[str, Any]) -> None:
@@ -103,22 +127,41 @@ class Store:
             warnings.warn(f"skipscope: an event could not be written: {error}", stacklevel=4)
 
 
-def _begin(folder: Path, notes: list[str]) -> None:
-    with contextlib.suppress(FileExistsError):
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            raise SkipscopeError(
-                "watch",
-                f"cannot make the folder {folder}: {error.strerror}",
-                cure="choose one that can be written",
-            ) from error
-    if (folder / ABOUT).exists():
+@dataclass(frozen=True)
+class Recorded:
+    """What a folder holds already: the last step, and when it was made."""
+
+    step: int
+    seconds: float
+
+
+def begin_folder(folder: Path, *, resume: bool) -> Recorded | None:
+    """Make the folder of a run, or find where the run that it holds ended.
+
+    Returns:
+        What it holds; None for a new run.
+
+    Raises:
+        SkipscopeError: it cannot be made, or holds a history that is not to be resumed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SkipscopeError(
+            "watch", f"cannot make the folder {folder}: {error.strerror}", cure="choose one that can be written"
+        ) from error  # fmt: skip
+    if not (folder / ABOUT).exists():
+        return None
+    if not resume:
         raise SkipscopeError(
             "watch", f"{folder} already holds a history", expected="a new or empty folder",
-            cure="give each run a folder of its own",
+            cure="give each run a folder of its own, or go on with this one: resume=True",
         )  # fmt: skip
-    content = {"skipscope": __version__, "format": 1, "kind": "monitor", "notes": notes}
-    write_whole(folder / ABOUT, json.dumps(content), operation="watch")
+    step, seconds = 0, 0.0
+    for file in folder.glob("gradients-*.rows"):
+        with contextlib.suppress(ValueError):  # begun, and without a whole row
+            rows = read_rows(file, 2)[1]
+            if len(rows):
+                step = max(step, int(rows[-1, SCALARS.index("step")]))
+                seconds = max(seconds, float(rows[-1, SCALARS.index("seconds")]))
+    return Recorded(step, seconds)

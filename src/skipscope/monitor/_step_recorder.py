@@ -34,27 +34,40 @@ class StepRecorder:
         models: the models, by prefix.
         every: record each such step; the first one always.
         deliver: called with this and each finished :class:`Step`, in order.
-        stepped: called after each step, recorded or not, with its number and GradScaler's scale (None without one).
+        outer: wrappers around it.
+        first_step: steps made before the watch.
+        begun: when the watch began, on ``time.perf_counter``'s clock: one clock for all optimizers.
 
     Attributes:
-        step: how many steps it has made, skipped ones included.
+        step: how many steps it has made, skipped ones and ``first_step`` included.
+        rows: how many of them were recorded.
         refusal: why nothing is recorded any more; None while all is well.
+        received: called with ``index`` and GradScaler's scale (None without one) at each step, recorded or not, when
+            the gradients are what the optimizer uses.
+        stepped: called with this after each step.
+        outer: wrappers around the optimizer, whose ``step`` ends in its own.
+        late: another step pre-hook was registered after ours.
     """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.Module], every: int,
-        deliver: Callable[[StepRecorder, Step], None], stepped: Callable[[int, Tensor | None], None] | None = None,
+        deliver: Callable[[StepRecorder, Step], None], begun: float, outer: Sequence[Any] = (),
+        first_step: int = 0,
     ):  # fmt: skip
         self.optimizer, self.index, self.models, self.every = optimizer, index, models, every
-        self.deliver, self.stepped = deliver, stepped
+        self.deliver, self.outer = deliver, tuple(outer)
+        self.received: Callable[[int, Tensor | None], None] | None = None
+        self.stepped: Callable[[StepRecorder], None] | None = None
         self.ranks = world()[1]
-        self.step = self._depth = 0
+        self.step = self.first_step = first_step
+        self._depth = self.rows = 0
         self.refusal: str | None = None
         self._wide = False
         self.scale: Tensor | None = None
         self._clips: list[Clip] = []
         self._steps: deque[Step] = deque()
-        self._begun = time.perf_counter()
+        self._begun = begun
+        self.late = self._is_late = False
         self._track()
         self._checked = self.ranks == 1 or self.sharded
         # Of a compiled optimizer.step the hooks are not compiled.
@@ -70,7 +83,7 @@ class StepRecorder:
 
     def due(self, step: int) -> bool:
         """Whether this step is recorded."""
-        return (step - 1) % self.every == 0 and self.refusal is None
+        return (step - self.first_step - 1) % self.every == 0 and self.refusal is None
 
     def due_next(self) -> bool:
         """Whether the coming step is recorded, or, inside a closure, the one under way."""
@@ -87,20 +100,29 @@ class StepRecorder:
         if self._depth > 1:
             return None
         self.step += 1
-        if not self.due(self.step):
-            return None
+        due = self.due(self.step)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._measure()
+            # A pre-hook that runs after ours may change the gradients: then they are read after the step.
+            self._is_late = next(reversed(optimizer._optimizer_step_pre_hooks)) != self._hooks[0].id
+            self._receive()
+            if due and not self._is_late:
+                self._measure()
+            return None
+        if not due and self.received is None:
             return None
         self._drop_open()  # a step that raised before it was over
+        evaluated = False
 
         def observed() -> Any:
+            nonlocal evaluated
             result = closure()
-            if not self._open_step():
-                self._measure(
-                    open=True
-                )  # the gradient at the point where the step begins; later ones are only counted
+            # The gradient at the point where the step begins; later ones are only counted.
+            if not evaluated:
+                evaluated = True
+                self._receive()
+                if due:
+                    self._measure(open=True)
             if step := self._open_step():
                 step.evaluations += 1
             return result
@@ -113,15 +135,28 @@ class StepRecorder:
         self._depth -= 1
         if self._depth > 0:
             return
+        if self._is_late:
+            self._is_late, self.late = False, True
+            if self.due(self.step):
+                self._measure()
+            self.optimizer._optimizer_step_pre_hooks.move_to_end(self._hooks[0].id)
         if step := self._open_step():
             step.open = False
             self.hand_over()
         self._over()
 
+    def _receive(self) -> None:
+        if self.received is not None:
+            self.received(self.index, self.scale)
+
     def _over(self) -> None:
         self._clips.clear()
         if self.stepped is not None:
-            self.stepped(self.step, self.scale)
+            self.stepped(self)
+
+    def is_step_of(self, optimizer: Any) -> bool:
+        """Whether a step of ``optimizer``, perhaps a wrapper, is a step of this one."""
+        return optimizer is self.optimizer or any(optimizer is outer for outer in self.outer)
 
     def clipped(self, parameters: Sequence[Tensor], factor: Tensor | None, total: Tensor | None) -> None:
         """Some gradients have just been clipped."""
@@ -137,6 +172,7 @@ class StepRecorder:
             result = step()
             if self.step == before:
                 self.step += 1
+                self._receive()
                 if self.due(self.step):
                     self._measure(skipped=True)
                 self._over()

@@ -55,6 +55,11 @@ def register(listener: Listener) -> None:
             _wrap(torch.amp.GradScaler, "step", _scaler_step)
 
 
+def registered() -> list[Any]:
+    """All that are open."""
+    return list(_listeners)
+
+
 def unregister(listener: Listener) -> None:
     """Stop telling it; with the last one torch is as it was."""
     with _lock:

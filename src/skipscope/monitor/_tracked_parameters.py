@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from skipscope._errors import SkipscopeError
 
 # What wrappers put in front of, or into, a parameter's name.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_WRAPPERS = ("_orig_mod.", "_forward_module.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,8 @@ class TrackedParameters:
         roles: ``"table"`` of an embedding, ``"bias"`` of a linear map or a convolution, else ``""``.
         members: the parameters in the optimizer's own order.
         device: where all of them lie, if they share device and dtype; else None.
+        models: the prefix of the model that each belongs to; ``""`` where there is one model, or none holds it.
+        kind: how the optimizer scales its step: ``"SGD"`` (with the gradient), ``"Adam"`` (not), ``""`` for unknown.
     """
 
     parameters: tuple[Tensor, ...]
@@ -42,6 +45,8 @@ class TrackedParameters:
     roles: tuple[str, ...]
     members: list[Tensor]
     device: torch.device | None
+    models: tuple[str, ...]
+    kind: str
 
 
 def named_models(models: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -82,6 +87,7 @@ def track(optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.
     entries.sort(key=lambda entry: entry[:2])
     roles = _roles(models)
     kinds = {(entry[4].device, entry[4].dtype) for entry in entries}
+    held = {prefix: {id(p) for p in model.parameters()} for prefix, model in models.items()}
     return TrackedParameters(
         parameters=tuple(e[4] for e in entries),
         names=tuple(e[2] for e in entries),
@@ -93,6 +99,8 @@ def track(optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.
         roles=tuple(roles.get(id(e[4]), "") for e in entries),
         members=members,
         device=next(iter(kinds))[0] if len(kinds) == 1 else None,
+        models=tuple(next((key for key, ids in held.items() if id(e[4]) in ids), "") for e in entries),
+        kind=kind_of(optimizer),
     )
 
 
@@ -108,12 +116,31 @@ def _roles(models: Mapping[str, nn.Module]) -> dict[int, str]:
     return roles
 
 
-def about(tracked: TrackedParameters, index: int) -> dict[str, Any]:
+_PROPORTIONAL = re.compile(r"SGD|LBFGS|Momentum|Nesterov", re.IGNORECASE)
+_NORMALIZED = re.compile(
+    r"Adam|Adagrad|Adadelta|RMSprop|Rprop|Lion|Muon|Adafactor|LAMB|LARS|Shampoo|SOAP|Sophia|NovoGrad|Yogi|Prodigy|"
+    r"Adan|GaLore", re.IGNORECASE,
+)  # fmt: skip
+
+
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    """``"SGD"`` where a step is proportional to the gradient, ``"Adam"`` where its size does not follow the gradient's.
+
+    Example:
+        >>> kind_of(torch.optim.AdamW([torch.zeros(1)]))
+        'Adam'
+    """
+    names = " ".join(kind.__name__ for kind in type(optimizer).__mro__ if kind is not torch.optim.Optimizer)
+    normalized = bool(_NORMALIZED.search(names))
+    return "SGD" if _PROPORTIONAL.search(names) and not normalized else "Adam" if normalized else ""
+
+
+def about_columns(tracked: TrackedParameters, index: int, chains: Sequence[str]) -> dict[str, Any]:
     """What the columns of an optimizer's rows are, as plain data."""
     return {
         "optimizer": index, "names": list(tracked.names), "shapes": [list(shape) for shape in tracked.shapes],
         "groups": list(tracked.groups), "tiny": list(tracked.tiny), "order": list(tracked.order),
-        "roles": list(tracked.roles),
+        "roles": list(tracked.roles), "chains": list(chains), "kind": tracked.kind,
     }  # fmt: skip
 
 
@@ -122,29 +149,3 @@ def same_members(tracked: TrackedParameters, optimizer: torch.optim.Optimizer) -
     now = [p for group in optimizer.param_groups for p in group["params"]]
     same = len(now) == len(tracked.members) and all(map(operator.is_, now, tracked.members))
     return same and (tracked.device is None or tracked.parameters[0].device == tracked.device)
-
-
-def unwrapped(optimizer: object) -> torch.optim.Optimizer:
-    """The torch optimizer inside what a trainer wraps around it; refuses one whose steps cannot be seen.
-
-    Raises:
-        SkipscopeError: not an optimizer, or one whose ``step`` does not run torch's step hooks.
-    """
-    while not hasattr(optimizer, "_optimizer_step_pre_hooks") or type(optimizer).__name__ in _OUTER:
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None or inner is optimizer:
-            raise SkipscopeError(
-                "watch", "this optimizer's steps cannot be seen",
-                expected="a torch.optim.Optimizer, or a trainer's wrapper with one in .optimizer",
-                got=type(optimizer).__name__, cure="pass the torch optimizer inside it",
-            )  # fmt: skip
-        optimizer = inner
-    if not getattr(type(optimizer).step, "hooked", False):  # type: ignore[attr-defined]
-        raise SkipscopeError(
-            "watch", "this optimizer's step() does not run torch's step hooks, so its steps cannot be seen",
-            got=type(optimizer).__name__, cure="its __init__ must call torch.optim.Optimizer.__init__",
-        )  # fmt: skip
-    return optimizer  # type: ignore[return-value]
-
-
-_OUTER = {"AcceleratedOptimizer", "LightningOptimizer", "FabricOptimizer", "_FabricOptimizer"}

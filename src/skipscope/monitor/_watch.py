@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +15,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipscope._asked import is_whole
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import meet, world
-from skipscope.monitor import _live_verdict, _torch_patches
-from skipscope.monitor._flow_reader import FlowReader
-from skipscope.monitor._history import History, LiveVerdict, VerdictEvent
+from skipscope.monitor import _live_verdict, _torch_internals, _torch_patches
+from skipscope.monitor._backward_passes import inside_backward
+from skipscope.monitor._flow_reader import FlowReader, FlowRow
+from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
+from skipscope.monitor._missing_gradients import GradientSearch, MissingGradients
+from skipscope.monitor._rank_sums import from_first_rank
 from skipscope.monitor._record import Record
-from skipscope.monitor._run_store import Store
+from skipscope.monitor._run_store import Store, begin_folder
 from skipscope.monitor._sinks import Sink, Terminal, as_sink
 from skipscope.monitor._start_checks import check, notes_on
 from skipscope.monitor._step_recorder import StepRecorder
-from skipscope.monitor._step_row import Step
-from skipscope.monitor._tracked_parameters import named_models, unwrapped
+from skipscope.monitor._step_row import SCALARS, Step
+from skipscope.monitor._tracked_parameters import TrackedParameters, named_models
+from skipscope.monitor._wrappers import inner_optimizers, innermost
 
 _log = logging.getLogger("skipscope.monitor")
 # The verdict is judged anew at rows 1, 2, 4, 8, ..., then at every so many; at once when a gradient is not finite.
 _JUDGE_EVERY = 64
+# In so many recorded steps a tensor that starts at zero by design may hold gradients back, and missing ones are looked into.
+_EARLY_ROWS, _SEARCHES = 8, 3
 
 
 class Monitor:
@@ -39,34 +49,49 @@ class Monitor:
     """
 
     def __init__(
-        self, models: Mapping[str, nn.Module], optimizers: Sequence[torch.optim.Optimizer], *, every: int, keep: int | None,
+        self, models: Mapping[str, nn.Module],
+        optimizers: Sequence[tuple[torch.optim.Optimizer, tuple[Any, ...]]], *, every: int, keep: int | None,
         sinks: Sequence[Sink], folder: Path | None, on_verdict: Sequence[Callable[[VerdictEvent], Any]],
-        flow_every: int | None,
+        flow_every: int | None, first_step: int | None, resume: bool,
     ):  # fmt: skip
-        rank = world()[0]
-        self._first = rank == 0
+        self._first = world()[0] == 0
         self._sinks, self._on_verdict = list(sinks) if self._first else [], tuple(on_verdict)
         self._verdict = _live_verdict.UNKNOWN
-        self._rows, self._judged = 0, 0
+        self._rows, self._judged, self._judge_at_end = 0, 0, False
         self._open = True
-        self._flow = (
-            None
-            if flow_every is None
-            else FlowReader(next(iter(models.values())), flow_every, self._deliver_flow)
-        )
+        self._models = models
+        before = begin_folder(folder, resume=resume) if folder is not None and self._first else None
+        first_step = (before.step if before is not None else 0) if first_step is None else first_step
+        first_step = from_first_rank(first_step)
+        begun = time.perf_counter() - (before.seconds if before is not None else 0.0)
         self._recorders = [
-            StepRecorder(
-                optimizer, i, models, every, self._deliver, None if i or not self._flow else self._stepped
-            )
-            for i, optimizer in enumerate(optimizers)
+            StepRecorder(optimizer, i, models, every, self._deliver, begun, outer, first_step)
+            for i, (optimizer, outer) in enumerate(optimizers)
         ]
-        self._tracked = self._recorders[0].tracked
-        self._store = Store(keep, folder if self._first else None, notes_on(models, self._recorders))
+        self._flow = None
+        if flow_every is not None:
+            self._flow = FlowReader(
+                next(iter(models.values())), self._parameters_of_flow(), flow_every, self._deliver_flow,
+                self._flow_read, first_step,
+            )  # fmt: skip
+        for recorder in self._recorders:
+            recorder.received, recorder.stepped = self._received, self._stepped
+        self._tracked = [recorder.tracked for recorder in self._recorders]
+        self._inside: set[int] = set()
+        self._search: dict[int, GradientSearch] = {}
+        self._to_search: set[int] = set()
+        self._searched: dict[int, int] = {}
+        self._missing: dict[int, MissingGradients] = {}
+        self._zeros: dict[int, list[Tensor]] | None = None
+        self._versions = [p._version for r in self._recorders for p in r.tracked.parameters[:8]]
+        self._store = Store(
+            keep, folder if self._first else None, notes_on(models, self._recorders), before, first_step
+        )
         _torch_patches.register(self)
         for sink in list(self._sinks):
             self._tell(sink, "open", self._store.notes)
         if self._flow is not None:
-            self._flow.begin(1)
+            self._flow.begin()
 
     # --- what the user reads ---
 
@@ -90,13 +115,57 @@ class Monitor:
         _torch_patches.unregister(self)
         if self._flow is not None:
             self._flow.close()
+        for search in self._search.values():
+            search.close()
         for recorder in self._recorders:
             recorder.close()
+        self._say_what_is_missing()
         self._judge()
         history = self._store.history(self._verdict, complete=True) if self._sinks else None
         for sink in list(self._sinks):
             self._tell(sink, "close", history)
-        self._store.close()
+        self._store.close(self._verdict)
+
+    def watches(self, optimizer: Any) -> bool:
+        """Whether a step of ``optimizer``, perhaps a wrapper, is recorded here."""
+        return self._open and any(recorder.is_step_of(optimizer) for recorder in self._recorders)
+
+    def reads_flow_of(self, model: nn.Module) -> bool:
+        """Whether the flow of ``model`` is read here."""
+        return self._open and self._flow is not None and self._flow.model is innermost(model)
+
+    def replaced(self) -> None:
+        """Close, for a later ``watch`` takes over."""
+        self._note("A later watch of the same optimizer or model took over, and this one was closed.")
+        self.close()
+
+    def _say_what_is_missing(self) -> None:
+        """What was not recorded, and why: a note for each, and a line in the log."""
+        total = sum(recorder.step - recorder.first_step for recorder in self._recorders)
+        if not total:
+            now = [p._version for r in self._recorders for p in r.tracked.parameters[:8]]
+            names = " and ".join(sorted({type(r.optimizer).__name__ for r in self._recorders}))
+            reason = f"no step was recorded: step() of the watched {names} was never called"
+            advice = ""
+            if now != self._versions:
+                reason += ", though the parameters changed"
+                advice = "Watch the optimizer whose step() is called, or call step()."
+            self._verdict = replace(self._verdict, reason=reason, advice=advice)
+            if advice:
+                self._note(f"{reason[0].upper()}{reason[1:]}. {advice}", loud=True)
+            return
+        for recorder in self._recorders if len(self._recorders) > 1 else ():
+            if recorder.step == recorder.first_step:
+                self._note(f"Optimizer {recorder.index} ({type(recorder.optimizer).__name__}) made no step.")
+        why = self._flow.why_nothing() if self._flow is not None else None
+        if why is not None:
+            self._note(why, loud=True)
+
+    def _note(self, text: str, *, loud: bool = False) -> None:
+        if text not in self._store.notes:
+            self._store.notes.append(text)
+            if loud and self._first:
+                _log.warning("%s", text)
 
     def __repr__(self) -> str:
         # What is known already: to print a monitor waits for nothing.
@@ -128,40 +197,121 @@ class Monitor:
     def scaled_step(self, optimizer: Any, scale: Tensor, step: Callable[[], Any]) -> Any:
         """``GradScaler.step`` was called."""
         for recorder in self._recorders:
-            if recorder.optimizer is optimizer or getattr(optimizer, "optimizer", None) is recorder.optimizer:
+            if recorder.is_step_of(optimizer):
                 return recorder.scaled_step(scale, step)
         return step()
 
-    def _stepped(self, step: int, scale: Tensor | None) -> None:
+    def _received(self, owner: int, scale: Tensor | None) -> None:
+        if self._flow is not None and self._recorders[owner].refusal is None:
+            self._flow.received(owner, scale)
+        search = self._search.pop(owner, None)
+        if search is not None:
+            found = search.conclude()
+            if found is None:
+                self._missing.pop(owner, None)
+            else:
+                self._missing[owner] = found
+                self._note(f"{found.reason[0].upper()}{found.reason[1:]}. {found.advice}")
+            self._judge_soon()
+
+    def _stepped(self, recorder: StepRecorder) -> None:
+        if inside_backward():
+            self._inside.add(recorder.index)
+        if recorder.late:
+            self._note(
+                "A step pre-hook was registered after the watch began. Gradients are recorded after it; at its first "
+                "step they were read after the step."
+            )
+        if recorder.tracked is not self._tracked[recorder.index]:
+            self._tracked[recorder.index] = recorder.tracked
+            if self._flow is not None:
+                self._flow.replace_parameters(self._parameters_of_flow())
+        if recorder.index in self._to_search and self._open and not inside_backward():
+            self._to_search.discard(recorder.index)
+            self._search[recorder.index] = GradientSearch(recorder.tracked, self._models)
+        if self._flow is not None and recorder.refusal is None:
+            self._flow.stepped(recorder.index, recorder.step)
+
+    def _flow_read(self) -> None:
         assert self._flow is not None
-        if self._recorders[0].refusal is None:
-            self._flow.end(step, scale)
-            if self._recorders[0].tracked is not self._tracked:
-                self._tracked = self._recorders[0].tracked
-                self._flow.forget_points()
-            if self._flow.problem is not None and self._flow.problem not in self._store.notes:
-                self._store.notes.append(self._flow.problem)
-                warnings.warn(f"skipscope: {self._flow.problem}", stacklevel=2)
-            self._flow.begin(step + 1)
+        if self._flow.problem is not None and self._flow.problem not in self._store.notes:
+            self._note(self._flow.problem)
+            warnings.warn(f"skipscope: {self._flow.problem}", stacklevel=2)
+        if self._flow.root:
+            self._note(
+                f"The flow is read in {self._flow.root}, the part of the model that the training calls."
+            )
+
+    def _parameters_of_flow(self) -> dict[int, list[Tensor]]:
+        """By optimizer, the parameters that it updates of the model whose flow is read."""
+        own = {id(p) for p in next(iter(self._models.values())).parameters()}
+        found = {r.index: [p for p in r.tracked.parameters if id(p) in own] for r in self._recorders}
+        return {owner: parameters for owner, parameters in found.items() if parameters}
 
     # --- what comes of it ---
 
-    def _deliver_flow(self, names: tuple[str, ...], step: int, rms: np.ndarray) -> None:
-        self._store.add_flow(names, step, rms)
+    def _deliver_flow(self, row: FlowRow) -> None:
+        self._store.add_flow(row)
         if self._rows:
-            self._judge()
+            self._judge_soon()
 
     def _deliver(self, recorder: StepRecorder, step: Step) -> None:
         row = step.row()
-        self._store.add_gradients(recorder.index, step.tracked, row)
+        self._store.add_gradients(recorder.index, step.tracked, row, self._chains_of(recorder, step.tracked))
         self._rows += 1
+        recorder.rows += 1
         if self._sinks:
             record = Record.of(recorder.index, step.tracked, row, self._verdict)
             for sink in list(self._sinks):
                 self._tell(sink, "step", record)
-        n = self._rows
+        if recorder.rows <= _EARLY_ROWS:
+            self._look_for_zeros(recorder, step, row)
+        n = recorder.rows
         if n % _JUDGE_EVERY == 0 or (n < _JUDGE_EVERY and n & (n - 1) == 0) or _is_bad(step, row):
-            self._judge()
+            self._judge_soon()
+
+    def _chains_of(self, recorder: StepRecorder, tracked: TrackedParameters) -> list[str]:
+        """The loss that each parameter belongs to: its model's, or its optimizer's where several update one model.
+
+        Optimizers that step inside one backward pass share its loss.
+        """
+        updates = Counter(prefix for r in self._recorders for prefix in set(r.tracked.models))
+        alone = recorder.index in self._inside or inside_backward()
+        return [
+            prefix.rstrip(".") if updates[prefix] < 2 or alone
+            else f"{prefix.rstrip('.')} optimizer {recorder.index}".strip()
+            for prefix in tracked.models
+        ]  # fmt: skip
+
+    def _look_for_zeros(self, recorder: StepRecorder, step: Step, row: np.ndarray) -> None:
+        """In the first steps: parts that are zero by design, and gradients that are missing."""
+        P = len(step.tracked.names)
+        mean = row[-2 * P : -P]
+        empty = (step.codes == -STATES.index("not_connected")) | ((step.codes > 0) & (mean == 0))
+        if not empty.any():
+            return
+        if self._zeros is None:
+            self._zeros = {r.index: _zero_by_design(r.tracked) for r in self._recorders}
+        if not row[SCALARS.index("skipped")] and self._searched.get(recorder.index, 0) < _SEARCHES:
+            self._searched[recorder.index] = self._searched.get(recorder.index, 0) + 1
+            self._to_search.add(recorder.index)
+
+    def _is_early(self) -> bool:
+        """Whether zeros and missing gradients are not judged yet: before the second step of each optimizer that has
+        stepped, and for a few more while tensors that started at zero by design are still exactly zero.
+        """
+        rows = [recorder.rows for recorder in self._recorders if recorder.rows]
+        if not self._open or not rows:
+            return False
+        if min(rows) < 2:
+            return True
+        if self._zeros is None or min(rows) > _EARLY_ROWS:
+            return False
+        waiting = any(not bool((p.detach() != 0).any()) for ps in self._zeros.values() for p in ps)
+        if not waiting and any(self._zeros.values()):
+            self._zeros = {owner: [] for owner in self._zeros}
+            return True  # what they held back arrives with the next step
+        return waiting
 
     def _catch_up(self) -> None:
         for recorder in self._recorders:
@@ -171,6 +321,19 @@ class Monitor:
         if self._open and self._judged != self._rows:
             self._judge()
 
+    def _judge_soon(self) -> None:
+        """Judge; inside a backward pass when it is over, for until then only a part of the step is known."""
+        if not inside_backward():
+            self._judge()
+        elif not self._judge_at_end:
+            self._judge_at_end = True
+            _torch_internals.at_end_of_backward(self._judge_at_end_of_backward)
+
+    def _judge_at_end_of_backward(self) -> None:
+        self._judge_at_end = False
+        if self._open:
+            self._judge()
+
     def _judge(self) -> None:
         self._judged = self._rows
         refusal = next((s.refusal for s in self._recorders if s.refusal), None)
@@ -178,7 +341,7 @@ class Monitor:
         if refusal is not None:
             self._verdict = _live_verdict.refused(refusal, max(s.step for s in self._recorders))
         elif self._rows:
-            self._verdict = self._store.verdict(before)
+            self._verdict = self._store.verdict(self._verdict, self._missing, is_early=self._is_early())
         if self._verdict.state != before:
             self._announce(VerdictEvent(self._verdict.step, before, self._verdict))
 
@@ -209,15 +372,25 @@ def _is_bad(step: Step, row: Any) -> bool:
     return bool(there.any()) and not float(row[-2 * P : -P][there].sum()) < float("inf")
 
 
+def _zero_by_design(tracked: TrackedParameters) -> list[Tensor]:
+    """Trained tensors, biases apart, that are exactly 0: gates, zero-initialised norms, LoRA's B."""
+    return [
+        p for p, name, role in zip(tracked.parameters, tracked.names, tracked.roles)
+        if p.requires_grad and role != "bias" and not name.endswith("bias") and not bool((p.detach() != 0).any())
+    ]  # fmt: skip
+
+
 def watch(
     model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     *,
     every: int = 1,
     flow_every: int | None = None,
-    sinks: Iterable[Sink | str] = (),
+    sinks: Iterable[Sink | str | Callable[[int, dict[str, float]], Any]] = (),
     on_verdict: Callable[[VerdictEvent], Any] | Sequence[Callable[[VerdictEvent], Any]] = (),
     folder: str | Path | None = None,
+    resume: bool = False,
+    first_step: int | None = None,
     keep: int | None = None,
     timeout: float = 60.0,
 ) -> Monitor:
@@ -227,6 +400,9 @@ def watch(
     under DDP, whole under FSDP2, after clipping; and the norm before clipping where torch's ``clip_grad_norm_`` did
     it. Nothing in the loop changes.
 
+    An optimizer is watched by one monitor at a time: a later ``watch`` of it closes the earlier monitor, as when a
+    notebook cell is run twice. A copy or a file of the model made meanwhile holds nothing of skipscope.
+
     Collective where ``torch.distributed`` is in use: every rank calls it. Only rank 0 prints and writes; the numbers
     and the verdict are the same on all.
 
@@ -235,12 +411,17 @@ def watch(
         optimizer: the optimizer that trains it, or several.
         every: record each such step, the first one always.
         flow_every: read the flow at the boundaries at each such step as well (of the first model), from the training's
-            own passes; a compiled model runs those steps uncompiled.
-        sinks: where to report as well: ``"terminal"``, ``"run.jsonl"``, ``"tensorboard:FOLDER"``, ``"wandb"``, or
-            objects with ``open``, ``step``, ``event`` and ``close`` (see :class:`skipscope.monitor.Sink`).
+            own passes; a compiled model runs those steps uncompiled. Passes whose gradients the optimizer never
+            receives do not count. Where the training calls only a part of the model, it is read there.
+        sinks: where to report as well: ``"terminal"``, ``"run.jsonl"``, ``"run.csv"``, ``"tensorboard:FOLDER"``,
+            ``"wandb"``, ``"mlflow"``, ``"trackio"``, any ``callable(step, values)``, or objects with ``open``,
+            ``step``, ``event`` and ``close`` (see :class:`skipscope.monitor.Sink`).
         on_verdict: called with a :class:`VerdictEvent` when the state changes, on every rank.
         folder: where the history is written as it goes; read it with ``skipscope.load`` or ``skipscope show``, also
             while the run goes on or after it was killed. By default it is kept in memory only.
+        resume: go on with the history that ``folder`` already holds; by default such a folder is refused.
+        first_step: steps that the training has made before, so that a resumed one goes on counting there; by default
+            those in the folder that is resumed, else 0.
         keep: most rows in memory; when they are full every second is dropped. By default as many as take about 2 MB
             (405 of a GPT's 148 parameters, at most 1,000). The folder keeps all.
         timeout: seconds to wait for the other ranks' call.
@@ -266,12 +447,25 @@ def watch(
         (3, 4)
     """
     models = named_models(model)
-    optimizers = [unwrapped(o) for o in (optimizer if isinstance(optimizer, list | tuple) else [optimizer])]
-    check(models, optimizers, every, flow_every, keep)
+    given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    optimizers = list({id(o): (o, outer) for each in given for o, outer in inner_optimizers(each)}.values())
+    check(models, [o for o, _ in optimizers], every, flow_every, keep)
+    if first_step is not None and not is_whole(first_step, 0):
+        raise SkipscopeError(
+            "watch", "first_step is the number of steps already made", expected="0 or more", got=repr(first_step),
+            cure="first_step=trainer.global_step",
+        )  # fmt: skip
     meet("watch", tuple(range(world()[1])), timeout)
     callbacks = on_verdict if isinstance(on_verdict, Sequence) else [on_verdict]
     first = world()[0] == 0
+    made = [as_sink(s) for s in sinks] if first else []
+    for other in _torch_patches.registered():
+        if isinstance(other, Monitor) and (
+            any(other.watches(o) for o, _ in optimizers)
+            or (flow_every is not None and other.reads_flow_of(next(iter(models.values()))))
+        ):
+            other.replaced()
     return Monitor(
-        models, optimizers, every=every, keep=keep, sinks=[as_sink(s) for s in sinks] if first else [],
-        folder=None if folder is None else Path(folder), on_verdict=callbacks, flow_every=flow_every,
+        models, optimizers, every=every, keep=keep, sinks=made, folder=None if folder is None else Path(folder),
+        on_verdict=callbacks, flow_every=flow_every, first_step=first_step, resume=resume,
     )  # fmt: skip

@@ -1,0 +1,181 @@
+"""Which backward passes end up in the gradients that an optimizer receives.
+
+Between two steps a model may be run backward for other reasons: an attack on the inputs, a generator's step through
+its discriminator, a sharpness-aware first pass. Such a pass either computes no gradient of the optimizer's parameters,
+or its gradients are cleared before the step. Both are seen here from ``p.grad`` alone, without hooks on parameters: its
+identity and version when a pass begins, when it ends, and when the optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipscope.monitor import _torch_internals
+
+# What p.grad is: the tensor (kept, so that its id stays its own) and its version; None without a gradient.
+GradientState = tuple[Tensor, int] | None
+
+
+@dataclass(eq=False)
+class BackwardPass:
+    """One backward pass through the model.
+
+    Attributes:
+        by_hand: it was ``torch.autograd.grad`` with respect to parameters; only the user knows what became of it.
+        partial: it computes only the gradients that were asked for, perhaps not that of the model's input.
+        before: ``p.grad`` of each parameter when it began.
+        touched: parameters whose gradients it changed and that still hold what it added; None while it runs.
+        certain: an optimizer stepped while it ran.
+        nonzero: a parameter that it touched, and whether its gradient was anything but 0 when the pass ended.
+    """
+
+    by_hand: bool
+    partial: bool
+    before: list[GradientState]
+    touched: set[int] | None = None
+    certain: set[int] = field(default_factory=set)
+    nonzero: tuple[int, Any] | None = None
+
+
+class BackwardPasses:
+    """The passes since the last step.
+
+    Args:
+        parameters: for each optimizer, by its number, the parameters of the model that it updates.
+    """
+
+    def __init__(self, parameters: Mapping[int, Sequence[Tensor]]):
+        self.parameters = [p for group in parameters.values() for p in group]
+        self.owners = [owner for owner, group in parameters.items() for _ in group]
+        self.cleared = 0  # passes whose gradients were cleared before the step
+        self._nodes: list[Any] = []
+        self._by_task: dict[int, BackwardPass | None] = {}
+        self._finished: list[BackwardPass] = []
+        self._last: list[GradientState] | None = None
+
+    # --- while a pass runs ---
+
+    def under_way(self) -> BackwardPass | None:
+        """The pass that is running now; None where it computes no gradient of the parameters."""
+        task = _torch_internals.graph_task()
+        if task not in self._by_task:
+            self._by_task[task] = self._begin(task)
+        return self._by_task[task]
+
+    def stepped_inside(self, owner: int) -> BackwardPass | None:
+        """An optimizer steps while a pass runs: that pass is what it receives."""
+        current = self.under_way()
+        if current is not None:
+            current.certain.add(owner)
+        return current
+
+    def _begin(self, task: int) -> BackwardPass | None:
+        kind = self._kind()
+        if kind is None:
+            return None
+        now = self._states()
+        self._drop_cleared(now)
+        begun = BackwardPass(kind == "by hand", not _torch_internals.runs_whole_graph(), now)
+        _torch_internals.at_end_of_backward(lambda: self._end(task))
+        return begun
+
+    def _kind(self) -> str | None:
+        """``"backward"``, ``"by hand"`` (``torch.autograd.grad`` of parameters), or None for one of inputs only."""
+        if not self._nodes:
+            self._nodes = [_torch_internals.accumulator(p) for p in self.parameters if p.requires_grad]
+        for node in self._nodes:
+            found = _torch_internals.will_run(node)
+            if found is not False:
+                return "backward" if found else "by hand"
+        return None
+
+    def _end(self, task: int) -> None:
+        current = self._by_task.pop(task, None)
+        if current is None:
+            return
+        now = self._states()
+        self._finish(current, now)
+        self._finished.append(current)
+        self._last = now
+
+    def _finish(self, current: BackwardPass, now: list[GradientState]) -> None:
+        touched = {
+            i for i, (a, b) in enumerate(zip(current.before, now)) if b is not None and not _same(a, b)
+        }
+        current.touched = touched
+        for i in sorted(touched, key=lambda i: self.parameters[i].numel()):
+            grad = now[i][0]  # type: ignore[index]
+            nonzero = _any(grad)
+            current.nonzero = (i, nonzero)
+            if isinstance(nonzero, Tensor) or nonzero:
+                break
+
+    # --- when the gradients are received ---
+
+    def counted(self, owner: int) -> list[BackwardPass]:
+        """The passes whose gradients the optimizer ``owner`` is about to use, or has used while they ran."""
+        now = self._states()
+        self._drop_cleared(now)
+        inside = [p for p in (*self._by_task.values(), *self._finished) if p is not None and p.certain]
+        if inside:
+            return inside
+        its = {i for i, o in enumerate(self.owners) if o == owner}
+        found = [p for p in self._finished if p.touched and p.touched & its]
+        if not found and any(now[i] is not None for i in its):
+            # No backward() filled the gradients: the user assigned what torch.autograd.grad gave.
+            found = [p for p in self._finished if p.by_hand]
+        return found
+
+    def forget(self, passes: Sequence[BackwardPass]) -> None:
+        """These passes have been counted."""
+        self._finished = [p for p in self._finished if p not in passes]
+
+    def _drop_cleared(self, now: list[GradientState]) -> None:
+        last, self._last = self._last, now
+        if last is None or not self._finished:
+            return
+        changed = {i for i, (a, b) in enumerate(zip(last, now)) if not _same(a, b)}
+        for p in self._finished:
+            if not p.touched and not p.by_hand:  # FSDP2 hands its gradients over after our end of the pass
+                self._finish(p, now)
+            elif p.touched and p.touched & changed:
+                p.touched = {i for i in p.touched if now[i] is not None}
+                if p.touched and self._zeroed(p, now):
+                    p.touched = set()
+                self.cleared += not p.touched and not p.by_hand
+        self._finished = [p for p in self._finished if p.touched or p.by_hand or p.certain]
+
+    def _zeroed(self, p: BackwardPass, now: list[GradientState]) -> bool:
+        """Whether the gradients have been set to 0 since the pass ended; those of a dead network were 0 already."""
+        assert p.touched is not None
+        if p.nonzero is None or not bool(p.nonzero[1]):
+            return False
+        first = [p.nonzero[0]] if p.nonzero[0] in p.touched else []
+        return not any(bool(_any(now[i][0])) for i in [*first, *sorted(p.touched)])  # type: ignore[index]
+
+    def _states(self) -> list[GradientState]:
+        return [None if (g := p.grad) is None else (g, g._version) for p in self.parameters]
+
+
+def _same(a: GradientState, b: GradientState) -> bool:
+    return a is b or (a is not None and b is not None and a[0] is b[0] and a[1] == b[1])
+
+
+def _any(grad: Tensor) -> Any:
+    """Whether any element is not 0: a bool on the host; on an accelerator a tensor that nobody waits for."""
+    local: Tensor = grad.to_local() if hasattr(grad, "to_local") else grad  # type: ignore[operator]
+    local = local.detach()
+    if local.is_sparse:
+        local = local._values()
+    found = (local != 0).any()
+    return bool(found) if local.device.type == "cpu" else found
+
+
+def inside_backward() -> bool:
+    """Whether this thread is in a backward pass: an optimizer that steps here steps from a gradient hook."""
+    return _torch_internals.graph_task() != -1 and not torch.compiler.is_compiling()
