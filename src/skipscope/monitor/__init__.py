@@ -10,6 +10,7 @@ from skipscope.monitor._history import LiveVerdict as LiveVerdict
 from skipscope.monitor._history import VerdictEvent as VerdictEvent
 from skipscope.monitor._history_reader import read_history as read_history
 from skipscope.monitor._record import Record as Record
+from skipscope.monitor._sinks import Csv as Csv
 from skipscope.monitor._sinks import JsonLines as JsonLines
 from skipscope.monitor._sinks import Sink as Sink
 from skipscope.monitor._sinks import Terminal as Terminal

@@ -413,7 +413,7 @@ def _norm_of(arrived: list[Any]) -> Any:
     if not isinstance(arrived[-1], list):
         return arrived[-1]
     gradients = [grad for (grad,) in arrived]
-    return _norm(gradients[0] if len(gradients) == 1 else sum(grad.double() for grad in gradients))
+    return _norm(gradients[0] if len(gradients) == 1 else torch.stack(gradients).double().sum(dim=0))
 
 
 def _norm(grad: Tensor) -> Any:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope.monitor._history import History, VerdictEvent
-from skipscope.monitor._record import Record
+from skipscope.monitor._record import Record, scalars
 
 
 @runtime_checkable
@@ -85,14 +87,7 @@ class JsonLines:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        try:
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise SkipscopeError(
-                "watch",
-                f"cannot write {path}: {error.strerror}",
-                cure="choose a file in a folder that exists",
-            ) from error
+        self._file = _opened(path)
 
     def open(self, notes: list[str]) -> None:
         """The notes."""
@@ -135,13 +130,89 @@ class JsonLines:
         self._file.flush()
 
 
+def _opened(path: str | os.PathLike[str]) -> IO[str]:
+    try:
+        return open(path, "a", encoding="utf-8", newline="")
+    except OSError as error:
+        raise SkipscopeError(
+            "watch", f"cannot write {path}: {error.strerror}", cure="choose a file in a folder that exists"
+        ) from error  # fmt: skip
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_sink(sink: Sink | str) -> Sink:
+class Csv:
+    """A table that pandas reads at once: a line for each parameter of each recorded step, and one for the whole.
+
+    In the whole's line ``parameter`` is empty and ``rms`` holds the total norm.
+
+    Args:
+        path: the file; appended to.
+    """
+
+    COLUMNS = ("step", "optimizer", "seconds", "parameter", "rms", "mean_abs", "norm_before_clip", "state")
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._file = _opened(path)
+        self._rows = csv.writer(self._file)
+        if not self._file.tell():
+            self._rows.writerow(self.COLUMNS)
+
+    def open(self, notes: list[str]) -> None:
+        """Nothing to say."""
+
+    def step(self, record: Record) -> None:
+        """The lines of one step."""
+        start = (record.step, record.optimizer, f"{record.seconds:.3f}")
+        self._rows.writerow(
+            [*start, "", record.total_norm, "", record.total_before_clip, record.verdict.state]
+        )
+        self._rows.writerows(
+            [*start, *line]
+            for line in zip(
+                record.names, record.rms.tolist(), record.mean_abs.tolist(), record.norm_before_clip.tolist(),
+                record.states,
+            )
+        )  # fmt: skip
+        self._file.flush()
+
+    def event(self, event: VerdictEvent) -> None:
+        """Nothing: the state stands in the whole's line."""
+
+    def close(self, history: History) -> None:
+        """The file is closed."""
+        self._file.close()
+
+
+class Function:
+    """A sink of one function.
+
+    Args:
+        call: called with the step and its numbers by name at every recorded step.
+    """
+
+    def __init__(self, call: Callable[[int, dict[str, float]], Any]):
+        self.call = call
+
+    def open(self, notes: list[str]) -> None:
+        """Nothing to say."""
+
+    def step(self, record: Record) -> None:
+        """The numbers."""
+        self.call(record.step, scalars(record, parameters=True))
+
+    def event(self, event: VerdictEvent) -> None:
+        """Nothing: events are no numbers."""
+
+    def close(self, history: History) -> None:
+        """Nothing to close."""
+
+
+def as_sink(sink: Sink | str | Callable[[int, dict[str, float]], Any]) -> Sink:
     """A sink, or what its short name stands for.
 
     Raises:
@@ -151,17 +222,19 @@ def as_sink(sink: Sink | str) -> Sink:
     if not isinstance(sink, str):
         if isinstance(sink, Sink):
             return sink
+        if callable(sink) and not isinstance(sink, type):
+            return Function(sink)
         raise SkipscopeError(
-            "watch",
-            "this is not a sink",
-            expected="an object with open, step, event and close",
-            got=type(sink).__name__,
-        )
+            "watch", "this is not a sink", expected="callable(step, values), or an object with open, step, event and close",
+            got=repr(sink)[:60], cure='sinks=["terminal"], or sinks=[lambda step, values: ...]',
+        )  # fmt: skip
     kind, _, rest = sink.partition(":")
     if sink == "terminal":
         return Terminal()
     if sink.endswith(".jsonl"):
         return JsonLines(sink)
+    if sink.endswith(".csv"):
+        return Csv(sink)
     if kind == "tensorboard":
         from skipscope.monitor.tensorboard import TensorBoard
 
@@ -170,8 +243,17 @@ def as_sink(sink: Sink | str) -> Sink:
         from skipscope.monitor.wandb import WandB
 
         return WandB()
+    if kind == "mlflow":
+        from skipscope.monitor.mlflow import MLflow
+
+        return MLflow()
+    if kind == "trackio":
+        from skipscope.monitor.trackio import Trackio
+
+        return Trackio()
     raise SkipscopeError(
         "watch",
         f"there is no sink {sink!r}",
-        expected="terminal, FILE.jsonl, tensorboard:FOLDER, wandb, or an object",
+        expected="terminal, FILE.jsonl, FILE.csv, tensorboard:FOLDER, wandb, mlflow, trackio, or an object",
+        cure='sinks=["terminal"]',
     )

@@ -139,7 +139,8 @@ class StepRecorder:
             self._is_late, self.late = False, True
             if self.due(self.step):
                 self._measure()
-            self.optimizer._optimizer_step_pre_hooks.move_to_end(self._hooks[0].id)
+            hooks = self.optimizer._optimizer_step_pre_hooks
+            hooks[self._hooks[0].id] = hooks.pop(self._hooks[0].id)  # the last one from now on
         if step := self._open_step():
             step.open = False
             self.hand_over()

@@ -61,18 +61,18 @@ class Monitor:
         self._open = True
         self._models = models
         before = begin_folder(folder, resume=resume) if folder is not None and self._first else None
-        first_step = (before.step if before is not None else 0) if first_step is None else first_step
-        first_step = from_first_rank(first_step)
+        found = from_first_rank(0 if before is None else before.step)
+        begun_at = found if first_step is None else first_step
         begun = time.perf_counter() - (before.seconds if before is not None else 0.0)
         self._recorders = [
-            StepRecorder(optimizer, i, models, every, self._deliver, begun, outer, first_step)
+            StepRecorder(optimizer, i, models, every, self._deliver, begun, outer, begun_at)
             for i, (optimizer, outer) in enumerate(optimizers)
         ]
         self._flow = None
         if flow_every is not None:
             self._flow = FlowReader(
                 next(iter(models.values())), self._parameters_of_flow(), flow_every, self._deliver_flow,
-                self._flow_read, first_step,
+                self._flow_read, begun_at,
             )  # fmt: skip
         for recorder in self._recorders:
             recorder.received, recorder.stepped = self._received, self._stepped
@@ -85,7 +85,7 @@ class Monitor:
         self._zeros: dict[int, list[Tensor]] | None = None
         self._versions = [p._version for r in self._recorders for p in r.tracked.parameters[:8]]
         self._store = Store(
-            keep, folder if self._first else None, notes_on(models, self._recorders), before, first_step
+            keep, folder if self._first else None, notes_on(models, self._recorders), before, begun_at
         )
         _torch_patches.register(self)
         for sink in list(self._sinks):
