@@ -118,7 +118,7 @@ def _roles(models: Mapping[str, nn.Module]) -> dict[int, str]:
 
 _PROPORTIONAL = re.compile(r"SGD|LBFGS|Momentum|Nesterov", re.IGNORECASE)
 _NORMALIZED = re.compile(
-    r"Adam|Adagrad|Adadelta|RMSprop|Rprop|Lion|Muon|Adafactor|LAMB|LARS|Shampoo|SOAP|Sophia|NovoGrad|Yogi|Prodigy|"
+    r"Adam|ADOPT|Adagrad|Adadelta|RMSprop|Rprop|Lion|Muon|Adafactor|LAMB|LARS|Shampoo|SOAP|Sophia|NovoGrad|Yogi|Prodigy|"
     r"Adan|GaLore", re.IGNORECASE,
 )  # fmt: skip
 

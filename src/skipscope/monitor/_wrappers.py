@@ -76,9 +76,10 @@ def _inside(
 
 
 def _steps_for(inner: Any, outer: Any) -> bool:
-    """Whether ``inner`` is an optimizer of the parameters that ``outer`` seems to update."""
+    """Whether ``inner`` is an optimizer of the parameters that ``outer`` seems to update, or a wrapper around one."""
     if not isinstance(inner, torch.optim.Optimizer):
-        return False
+        held = (getattr(inner, name, None) for name in _INNER if inner is not None)
+        return any(one is not inner and one is not outer and _steps_for(one, outer) for one in held)
     theirs = _members(outer)
     return not theirs or bool(_members(inner) & theirs)
 

@@ -9,6 +9,7 @@ from torch import nn
 from skipscope._errors import MissingExtra
 from skipscope.monitor._history import History, VerdictEvent
 from skipscope.monitor._record import Record, scalars
+from skipscope.monitor._trainer_runs import options_of_run
 from skipscope.monitor._watch import Monitor, watch
 
 try:
@@ -44,10 +45,17 @@ class WatchTracker(GeneralTracker):
         """The :class:`Monitor`; None before :meth:`watch`."""
         return self.monitor
 
-    def watch(self, model: nn.Module, optimizer: Any) -> Monitor:
-        """Begin, with what ``accelerator.prepare`` returned (collective)."""
+    def watch(self, model: nn.Module, optimizer: Any, first_step: int = 0) -> Monitor:
+        """Begin, with what ``accelerator.prepare`` returned (collective).
+
+        Args:
+            model: the prepared model.
+            optimizer: the prepared optimizer, or several.
+            first_step: steps made before, of a training that is resumed: the history in ``folder`` then goes on; else
+                a folder that holds one already is left, for ``folder/2``, ``folder/3``, ...
+        """
         self.finish()
-        self.monitor = watch(model, optimizer, **self.options)
+        self.monitor = watch(model, optimizer, **options_of_run(self.options, first_step))
         return self.monitor
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:

@@ -7,10 +7,10 @@ no line changed: ``SKIPSCOPE_WATCH=1`` reports on the terminal, any other value 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from skipscope._errors import MissingExtra
+from skipscope.monitor._trainer_runs import LastNumbers, options_of_run
 from skipscope.monitor._watch import Monitor, watch
 
 try:
@@ -23,24 +23,38 @@ class WatchCallback(Callback):
     """Watches the module and its optimizers from the start of training to its end, also when it fails.
 
     The numbers are what each optimizer receives: after Lightning's accumulation, unscaling and clipping, the norm
-    before clipping beside it (Lightning clips by torch's ``clip_grad_norm_``, which is seen).
+    before clipping beside it (Lightning clips by torch's ``clip_grad_norm_``, which is seen). Steps are counted as the
+    trainer counts them; where it resumes from a checkpoint, the history in ``folder`` goes on. A second ``fit`` from
+    the start is a new run, in ``folder/2``, ``folder/3``, ...; ``resume=True`` or ``False`` decides it otherwise.
 
     Args:
+        log: hand the total norms to ``self.log``, for the trainer's own logger and progress bar.
         options: as for ``skipscope.watch``.
 
     Attributes:
         monitor: the :class:`Monitor`; None before training.
     """
 
-    def __init__(self, **options: Any):
+    def __init__(self, *, log: bool = True, **options: Any):
         super().__init__()
-        self.options = options
+        self.log, self.options = log, options
         self.monitor: Monitor | None = None
+        self._numbers = LastNumbers()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Optimizers exist, and the model is where it will train."""
         self._close()
-        self.monitor = watch(pl_module, list(trainer.optimizers), **self.options)
+        optimizers = list(trainer.optimizers)
+        # The trainer counts the steps of all optimizers together.
+        options = options_of_run(self.options, trainer.global_step // max(1, len(optimizers)))
+        options["sinks"] = [*options.get("sinks", ()), *([self._numbers] if self.log else [])]
+        self.monitor = watch(pl_module, optimizers, **options)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Log what was recorded."""
+        values = self._numbers.take()
+        if values:
+            pl_module.log_dict(values, rank_zero_only=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Over."""
@@ -62,13 +76,4 @@ def callbacks_from_environment() -> list[Any]:
         return []
     if where == "1":
         return [WatchCallback(sinks=["terminal"])]
-    return [WatchCallback(sinks=["terminal"], folder=_unused(Path(where)))]
-
-
-def _unused(folder: Path) -> Path:
-    """The folder, or the first of ``folder/2``, ``folder/3``, ... that holds no history yet."""
-    taken, n = folder, 1
-    while (taken / "monitor.json").exists():
-        n += 1
-        taken = folder / str(n)
-    return taken
+    return [WatchCallback(sinks=["terminal"], folder=where)]

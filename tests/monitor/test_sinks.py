@@ -1,0 +1,72 @@
+"""Sinks that need no package: a function, a table; what is none is refused."""
+
+import csv
+
+import numpy as np
+import pytest
+
+import skipscope as ss
+from skipscope.monitor import watch
+
+from ._loops import Spy, agrees, loss_of, network
+
+
+def train(model, optimizer, n=3):
+    for _ in range(n):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+
+
+def test_any_function_of_step_and_values_is_a_sink():
+    model = network()
+    optimizer, heard = Spy(model.parameters()), []
+    with watch(model, optimizer, sinks=[lambda step, values: heard.append((step, values))]) as monitor:
+        train(model, optimizer)
+    assert [step for step, _ in heard] == [1, 2, 3]
+    np.testing.assert_allclose(
+        [v["gradients/total_norm"] for _, v in heard], monitor.history.total_norm, rtol=1e-12
+    )
+    assert heard[0][1]["gradient_rms/0.weight"] == monitor.history.rms[0, 0]
+    assert all(isinstance(value, float) for _, values in heard for value in values.values())
+
+
+def test_a_function_that_fails_is_dropped_and_the_training_goes_on():
+    def fails(step, values):
+        raise RuntimeError("no connection")
+
+    model = network()
+    optimizer = Spy(model.parameters())
+    with pytest.warns(UserWarning, match="no connection"), watch(model, optimizer, sinks=[fails]) as monitor:
+        train(model, optimizer)
+    agrees(monitor.history, optimizer.received)
+
+
+def test_a_table_has_a_line_for_each_parameter_and_one_for_the_whole(tmp_path):
+    model = network()
+    optimizer = Spy(model.parameters())
+    with watch(model, optimizer, sinks=[str(tmp_path / "run.csv")]) as monitor:
+        train(model, optimizer)
+    rows = list(csv.DictReader((tmp_path / "run.csv").open(encoding="utf-8")))
+    history = monitor.history
+    assert len(rows) == 3 * (1 + len(history.parameters))
+    whole = [float(row["rms"]) for row in rows if not row["parameter"]]
+    np.testing.assert_array_equal(whole, history.total_norm)
+    named = [row for row in rows if row["parameter"] == "2.weight"]
+    np.testing.assert_array_equal([float(row["rms"]) for row in named], history.rms[:, 2])
+    assert {row["state"] for row in named} == {"ok"}
+
+
+@pytest.mark.parametrize("sink", [3, dict, "nowhere", None])
+def test_what_is_no_sink_is_refused_with_the_cure(sink):
+    model = network()
+    with pytest.raises(ss.SkipscopeError) as refusal:
+        watch(model, Spy(model.parameters()), sinks=[sink])
+    assert refusal.value.cure and "sink" in str(refusal.value)
+
+
+def test_a_sink_written_in_a_folder_that_is_not_there_is_refused(tmp_path):
+    model = network()
+    for name in ("log.csv", "log.jsonl"):
+        with pytest.raises(ss.SkipscopeError, match="cannot write"):
+            watch(model, Spy(model.parameters()), sinks=[str(tmp_path / "none" / name)])
