@@ -191,8 +191,6 @@ def counts(monkeypatch):
             ):
                 monkeypatch.setattr(module, name, wrapper)
 
-    import skipscope.comparison
-    import skipscope.curvature
     import skipscope.surfaces  # so that every name is there to be replaced  # noqa: F401
 
     count(_find, "find_shortcuts", "finds")

@@ -151,6 +151,12 @@ def test_the_command_writes_the_page(tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "play.html") in done.stdout
     assert (tmp_path / "play.html").read_text(encoding="utf-8") == live_page()
+    # Pages beside it link to it; others name the command.
+    result = book.experiment(seeds=1)
+    assert 'href="play.html"' in result.save(tmp_path / "book.html").read_text(encoding="utf-8")
+    (tmp_path / "alone").mkdir()
+    alone = result.save(tmp_path / "alone" / "book.html").read_text(encoding="utf-8")
+    assert "play.html" not in alone and "skipscope play" in alone
 
 
 def press(page: Page, key: str) -> None:
@@ -167,7 +173,7 @@ def test_keyboard_and_address_move_it_and_layers_are_told_in_words(browser, file
     page.run("document.querySelector('[name=strength]').focus()")
     press(page, "ArrowRight")
     page.wait("state.shown.settings.strength === 0.55")
-    assert "strength=0.55" in page.run("location.hash")
+    page.wait("location.hash.includes('strength=0.55')")
     assert page.run("document.querySelector('[name=strength]').getAttribute('aria-valuetext')") == "0.55"
     page.run("document.querySelector('#figure').focus()")
     press(page, "ArrowRight")
@@ -180,6 +186,51 @@ def test_keyboard_and_address_move_it_and_layers_are_told_in_words(browser, file
         "location.hash = '#depth=nonsense&width=1e9&seed=-4&activation=evil'"
     )  # put right, never believed
     page.wait("state.shown.settings.width === 64 && state.shown.settings.depth === 30")
+    assert page.complaints == []
+
+
+EXTREMES = [
+    {
+        "depth": 60,
+        "gain": 3,
+        "shortcut": "identity",
+        "strength": 1.5,
+        "activation": "linear",
+        "init": "he",
+        "width": 64,
+    },
+    {"depth": 60, "gain": 0.1, "activation": "sigmoid", "width": 3},
+    {"depth": 2, "width": 3, "data": "lecture", "activation": "relu", "span": 4, "seed": 3},
+    {"depth": 60, "width": 4, "activation": "relu", "init": "he", "batch": 1, "seed": 2},
+    {
+        "depth": 40,
+        "gain": 3,
+        "shortcut": "scaled",
+        "strength": 0,
+        "norm": "layer",
+        "data": "spirals",
+        "activation": "tanh",
+    },
+    {"depth": 30, "gain": 3, "shortcut": "identity", "init": "orthogonal", "activation": "relu", "batch": 1},
+]
+
+
+def test_no_setting_makes_it_say_or_draw_what_is_not_a_number(browser, file):
+    page = browser.open(file)
+    page.wait("document.documentElement.dataset.spectrum !== undefined")
+    page.run("document.querySelector('#numbers').open = true")
+    for wanted in EXTREMES:
+        page.run("state.shown = null, state.spectrum = null, state.selected = 1")
+        page.run(f"apply(valid({json.dumps(wanted)}))")
+        page.wait("state.shown !== null && state.spectrum !== null")
+        for reading in ("gradient", "factor", "weights"):
+            drawn = page.run(
+                f"state.reading = '{reading}', select(1), draw(), document.querySelector('main').outerHTML + document.querySelector('header').innerHTML"
+            )
+            assert not re.search("NaN|undefined|Infinity", drawn), (
+                wanted,
+                re.search(".{80}(NaN|undefined|Infinity).{40}", drawn),
+            )
     assert page.complaints == []
 
 

@@ -50,7 +50,8 @@ function apply(settings) {
   state.settings = settings;
   state.selected = null;
   showSettings(document, settings);
-  history.replaceState(null, "", writeAddress(settings));
+  clearTimeout(state.addressing); // browsers limit how often an address may change
+  state.addressing = setTimeout(() => history.replaceState(null, "", writeAddress(state.settings)), 200);
   markStart();
   $("#code").textContent = asPython(settings);
   if (JSON.stringify(before) !== JSON.stringify(settings)) forgetTraining();

@@ -10,7 +10,7 @@ const rms = (values) => l2(values) / Math.sqrt(values.length);
 // hidden boundary (L2 norms).
 export function readings(network, batch) {
   const { run, loss, gradient, boundaries, weights, preactivations, branches } = gradients(network, batch);
-  const unit = l2(gradient) || 1, size = boundaries.map((g) => rms(g) / unit);
+  const output = l2(gradient), unit = output || 1, size = boundaries.map((g) => rms(g) / unit);
   const factor = size.map((g, i) => (i + 1 < size.length && size[i + 1] ? g / size[i + 1] : null));
   const means = weights.flatMap(({ layers }) => layers.map(({ weight }) => mean(weight)));
   // The last hidden boundary: the one before the output, or the last one where an activation follows it.
@@ -21,7 +21,7 @@ export function readings(network, batch) {
     branch: rms(branches[b]) / unit,
     shortcut: block.shortcut ? (Math.abs(network.strength) * rms(boundaries[b + 1])) / unit : 0,
   }));
-  return { loss, gradient: size, factor, weights: means, unit, share, hidden, layers: layerFacts(network, run), arrivals };
+  return { loss, gradient: size, factor, weights: means, unit, output, share, hidden, layers: layerFacts(network, run), arrivals };
 }
 
 function mean(values) {

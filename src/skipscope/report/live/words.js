@@ -31,9 +31,10 @@ export function twinName(settings, twin) {
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
 // What becomes of the gradient between the last hidden layer and the first, as text, a number that stands out, and text.
-function gradientWords({ share, loss }) {
+function gradientWords({ share, loss, output }) {
   if (!Number.isFinite(loss)) return ["", "the numbers overflow", ": there is no gradient to follow"];
-  if (!Number.isFinite(share)) return ["", "no gradient", " leaves the loss"];
+  if (output === 0) return ["the loss passes ", "no gradient", " on"];
+  if (!Number.isFinite(share)) return ["", "no gradient", " reaches the last layer"];
   if (share === 0) return ["", "nothing", " of the gradient reaches the first layer"];
   if (share < 1 / 3) return ["", `one part in ${large(1 / share)}`, " of the gradient reaches the first layer"];
   if (share <= 3) return ["the first layer gets ", `${number(share)} times`, " the gradient of the last"];
@@ -47,9 +48,10 @@ export function headline(settings, twins, twin) {
 }
 
 // The same about the twin, in short.
-function twinWords(settings, { share, loss }, twin) {
+function twinWords(settings, { share, loss, output }, twin) {
   const name = capital(twinName(settings, twin));
   if (!Number.isFinite(loss)) return `${name}, the numbers overflow.`;
+  if (output === 0) return `${name}, the loss passes no gradient on.`;
   if (!(share > 0)) return `${name}, nothing arrives.`;
   return share < 1 / 3 ? `${name}, one part in ${large(1 / share)} arrives.` : `${name}, ${number(share)} times as much arrives as left.`;
 }
@@ -58,6 +60,7 @@ function twinWords(settings, { share, loss }, twin) {
 export function because(settings, twins, twin) {
   const other = twin === "with" ? "without" : "with", shown = twins[twin], last = twinWords(settings, twins[other], other);
   if (!Number.isFinite(shown.loss)) return `Each layer enlarges what it is given, until it is too large for a number. ${last}`;
+  if (shown.output === 0) return `Every sample is right beyond rounding, or the output is saturated. ${last}`;
   if (!(shown.share > 0)) return `Somewhere on its way back it is multiplied by exactly zero. ${last}`;
   const factors = shown.factor.slice(1, shown.hidden).filter((f) => f > 0);
   if (!factors.length) return last;
@@ -65,7 +68,7 @@ export function because(settings, twins, twin) {
   const each = settings.span > 1 && !plain ? "Each stretch with its shortcut" : "Each layer";
   const slope = geometric(shown.layers.map((l) => l.slope)), gain = geometric(shown.layers.slice(0, -1).map((l) => l.gain));
   const parts = plain ? ` (slope of its ${ACTIVATION_NAMES[settings.activation]} ${number(slope)}, gain of its weights ${number(gain)})` : "";
-  return `${each} passes on ${number(typical, typical > 0.9 && typical < 1.1 ? 3 : 2)} of it${parts}, ${factors.length} times over: ${productWords(typical, factors.length)}. ${last}`;
+  return `${each} passes on ${number(typical, typical > 0.9 && typical < 1.1 ? 3 : 2)} of it${parts}${factors.length === 1 ? "" : `, ${factors.length} times over: ${productWords(typical, factors.length)}`}. ${last}`;
 }
 
 function productWords(factor, count) {
@@ -102,13 +105,13 @@ export function spectrumWords({ norms, meanLength }) {
   const total = norms.reduce((a, b) => a + b, 0), most = norms.length - 1;
   if (!(total > 0) || !Number.isFinite(total)) return "There is no gradient to take apart.";
   if (most === 0) return "No shortcut: there is one path.";
-  if (norms[most] > 0.999 * total) return `All of it passes all ${most} branches: there is no other path.`;
+  if (norms[most] > 0.999 * total) return `All of it passes ${most === 1 ? "the one branch" : `all ${most} branches`}: there is no other path.`;
   let low = 0, high = most, sum = norms[0];
   while (sum < 0.05 * total) sum += norms[++low];
   sum = norms[most];
   while (sum < 0.05 * total) sum += norms[--high];
   const range = low === high ? `${low}` : `${low} to ${high}`;
-  return `Nine tenths pass ${range} of ${most} branches; the mean is ${number(meanLength, 3)}.`;
+  return `Nine tenths pass ${range} of ${most} branch${most === 1 ? "" : "es"}; the mean is ${number(meanLength, 3)}.`;
 }
 
 // Whether a network has learnt: its loss has fallen to a tenth, or it is at least half as far above chance as it can be.
