@@ -14,7 +14,6 @@ from torch import nn
 
 import skipscope as ss
 from skipscope.shortcuts import Shortcuts, ablate, boundaries, find_shortcuts, mark_shortcut
-from skipscope.shortcuts._trace import trace
 
 sys.path.insert(0, str(Path(__file__).parent))  # the compact families lie beside their tests
 from architectures import CASES, Basic, Layer, Lecture, ResNet, features, images, seq, sequences
@@ -232,12 +231,6 @@ def test_the_model_is_left_as_found():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not model._forward_hooks and all(p.grad is None for p in model.parameters())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
-
-
-def test_trace_serves_on_its_own():
-    model = Layer()
-    record = trace(model, sequences())
-    assert any(call.name == "add" for call in record.calls) and record.output.requires_grad
 
 
 # --- boundaries ---------------------------------------------------------------------------------------------------------

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from skipscope.shortcuts import ablate, find_shortcuts
-from skipscope.shortcuts._nodes import Step, node_of, output_of
-from skipscope.shortcuts._parts import part_after, whole
+from skipscope.shortcuts import ablate, find_shortcuts, record
+from skipscope.shortcuts.finding._parts import part_after, whole
 
 SHAPE = (4, 3, 6)
 CUTS = {
@@ -40,27 +39,31 @@ CUTS = {
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(list(CUTS)), st.integers(0, 5), st.integers(0, 5)), max_size=6))
 def test_a_part_is_the_elements_that_it_has(steps):
-    x = torch.arange(float(math.prod(SHAPE))).reshape(SHAPE).requires_grad_()
-    y, ways = x * 1, []
-    begin = node_of(y)
-    for name, d, i in steps:
-        if y.ndim:
-            y = CUTS[name](y, d % y.ndim, i)
-    at = node_of(y)
-    while at is not begin:
+    class Cutting(nn.Module):
+        def forward(self, x):
+            for name, d, i in steps:
+                if x.ndim:
+                    x = CUTS[name](x, d % x.ndim, i)
+            return x
+
+    x, model, kept = torch.arange(float(math.prod(SHAPE))).reshape(SHAPE), Cutting(), []
+    trace = record(model, lambda: kept.append(model(x)))
+    (y,) = kept
+    (at,) = trace.outputs
+    ways = []
+    while at not in trace.inputs:
         ways.append(at)
-        (edge,) = (edge for edge in at.next_functions if edge[0] is not None)
-        at = at.node if isinstance(at, Step) else output_of(*edge)
+        at = trace.operands_of(at)[0]
     part = whole(SHAPE)
-    for node in reversed(ways):
-        part = part_after(node, part)
+    for value in reversed(ways):
+        part = part_after(trace, value, part)
         assert part is not None
     has = torch.ones(SHAPE, dtype=torch.bool)
     for axis, run in part.limits.items():
         here = torch.zeros(SHAPE[axis], dtype=torch.bool)
         here[list(run)] = True
         has &= here.reshape([-1 if k == axis else 1 for k in range(3)])
-    assert set(y.detach().flatten().tolist()) == set(x.detach()[has].tolist())
+    assert set(y.flatten().tolist()) == set(x[has].tolist())
     assert part.shape == tuple(y.shape)
 
 

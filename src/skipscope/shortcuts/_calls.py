@@ -94,6 +94,11 @@ def _operations() -> dict[str, Operation]:
     for name in ("add", "sub", "mul", "lerp"):
         for end in ("", "_"):
             table[f"_foreach_{name}{end}"] = Operation(name + end, is_many=True)
+    # As torch.ops.aten and exported graphs call them: add.Tensor, cat.default.
+    overloads = ("Tensor", "Scalar", "default", "self", "two")
+    table |= {
+        f"{name}.{end}": one for name, one in list(table.items()) for end in overloads if not one.is_many
+    }
     return table | {"__setitem__": Operation("setitem", ((0, ""), (2, "")))}
 
 

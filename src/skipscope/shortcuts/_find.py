@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import functools
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from skipscope import _data
 from skipscope._sharding import class_name, refuse_flattened
 from skipscope._untouched import untouched
 from skipscope.shortcuts._bits import bits
-from skipscope.shortcuts._boundaries import boundaries_of
-from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._judge import Judge
-from skipscope.shortcuts._names import fork_name, home_of, merge_name, unique_names
-from skipscope.shortcuts._record import Call, Trace
 from skipscope.shortcuts._results import Layer, Rejected, Shortcut, Shortcuts
-from skipscope.shortcuts._streams import learned_streams
-from skipscope.shortcuts._trace import trace
 from skipscope.shortcuts._unwrap import unwrapped
-from skipscope.shortcuts._verdict import PARALLEL, Verdict
+from skipscope.shortcuts.finding._boundaries import boundaries_of
+from skipscope.shortcuts.finding._candidate import Candidate, Reason
+from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._judge import Judge
+from skipscope.shortcuts.finding._merge import Merge
+from skipscope.shortcuts.finding._names import fork_name, home_of, merge_name, unique_names
+from skipscope.shortcuts.finding._streams import learned_streams
+from skipscope.shortcuts.trace import Trace, record
 
 
 def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
@@ -55,63 +54,78 @@ def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
         [('0', 'identity', 'input'), ('1', 'identity', '0')]
     """
     refuse_flattened(model, "find_shortcuts")
-    with _collector_paused(), untouched(model, seed=0, operation="find_shortcuts"):
-        graph = Graph(trace(unwrapped(model), inputs))
-        try:
-            return read(graph)
-        finally:
-            graph.release()
+    with untouched(model, seed=0, operation="find_shortcuts"):
+        model = unwrapped(model)
+        return read(traced(model, inputs), model)
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Python's collector would go through the graph of a long network again and again as it is built."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
+def traced(model: nn.Module, inputs: Any) -> Trace:
+    """The trace of one forward pass on copies of the inputs; on the meta device if the model is there."""
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("meta") if on_meta else tensor.detach().clone()
+
+    def forward() -> Any:
+        return _data.forward(model, (_data.map_tensors(inputs, copied), None), "find_shortcuts")
+
+    return record(model, forward)
 
 
-def read(graph: Graph) -> Shortcuts:
-    """The shortcuts in the graph of a trace."""
-    record, judge = graph.record, Judge(graph)
-    verdicts = [(call, judge.verdict(call)) for call in record.calls]
-    if not record.streams:
-        record.streams = learned_streams(graph, verdicts)
-        if record.streams:
-            again = Graph(record)
-            try:
-                return read(again)
-            finally:
-                again.release()
-    parts = {id(part) for _, v in verdicts if isinstance(v, Verdict) for part in v.parts}
-    found = _with_addends(graph, judge, [(c, v) for c, v in verdicts if id(c) not in parts])
-    runs_at: dict[Any, list[int]] = {}
-    for i, run in enumerate(record.runs):
-        runs_at.setdefault(graph.position.get(run.node), []).append(i)
+def read(trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = None) -> Shortcuts:
+    """The shortcuts in a trace."""
+    graph = Graph(trace, model, streams)
+    judge = Judge(graph)
+    verdicts = [(call, judge.verdict(call)) for call in graph.merges]
+    if streams is None and (begun := learned_streams(graph, verdicts)):
+        return read(trace, model, begun)
+    parts = {id(part) for _, v in verdicts if isinstance(v, Candidate) for part in v.parts}
+    found = _with_addends(judge, [(c, v) for c, v in verdicts if id(c) not in parts])
+    runs_at: dict[int | None, list[int]] = {}
+    for i, run in enumerate(graph.runs):
+        runs_at.setdefault(graph.node_of(run.outputs[0]) if run.outputs else None, []).append(i)
     homes = [home_of(graph, item) for item in found]
     names = unique_names(graph, found, homes)
-    merges = {id(item.call.output): name for item, name in zip(found, names, strict=True)}
+    merges = {item.call.output: name for item, name in zip(found, names, strict=True)}
     for item, name in zip(found, names, strict=True):
         if item.mixture is not None:
-            merges[id(graph.nodes[item.mixture.end])] = name
+            merges[item.mixture.end] = name
     return Shortcuts(
         entries=tuple(
             _entry(graph, item, name, merges, runs_at) for item, name in zip(found, names, strict=True)
         ),
         rejected=_rejected(verdicts, found, parts),
-        boundaries=boundaries_of(graph, list(zip(found, names, homes, strict=True))),
-        layers=_layers(record),
-        opaque=tuple(Rejected(*item) for item in graph.opaque()),
-        model=class_name(record.model),
+        boundaries=boundaries_of(graph, model, list(zip(found, names, homes, strict=True))),
+        layers=_layers(graph, model),
+        opaque=tuple(Rejected(h.name, h.reason, h.source) for h in trace.hidden),
+        model=class_name(model),
+        not_run=_not_run(trace, model),
+        passed=_passed(graph, judge, verdicts, runs_at, merges),
     )
 
 
+def _not_run(trace: Trace, model: nn.Module) -> tuple[str, ...]:
+    """Paths of the modules with weights that took no part in a pass."""
+    ran = {run.path for run in trace.runs} | {name.rpartition(".")[0] for name in trace.parameters}
+    return tuple(path for path, module in model.named_modules() if module._parameters and path not in ran)
+
+
+def _passed(
+    graph: Graph,
+    judge: Judge,
+    verdicts: Sequence[tuple[Merge, Candidate | Reason | None]],
+    runs_at: Mapping[int | None, list[int]],
+    merges: Mapping[int | None, str],
+) -> tuple[Shortcut, ...]:
+    """The decoder skips that pass a block with weights."""
+    judged = [judge.passed(call) for call, verdict in verdicts if isinstance(verdict, Reason)]
+    items = [item for item in judged if item is not None]
+    names = unique_names(graph, items, [f"{item.call.owner}.passed".lstrip(".") for item in items])
+    return tuple(_entry(graph, item, name, merges, runs_at) for item, name in zip(items, names, strict=True))
+
+
 def _rejected(
-    verdicts: Sequence[tuple[Call, Verdict | str | None]], found: Sequence[Verdict], parts: set[int]
+    verdicts: Sequence[tuple[Merge, Candidate | Reason | None]], found: Sequence[Candidate], parts: set[int]
 ) -> tuple[Rejected, ...]:
     """The merges that are none of ``found``, each with its reason."""
     merging, others = {id(item.call) for item in found}, []
@@ -119,53 +133,57 @@ def _rejected(
         if verdict is None or id(call) in merging:
             continue
         # A verdict that came to nothing: its branch is one more of the shortcut before it.
-        reason = PARALLEL if isinstance(verdict, Verdict) else verdict
-        reason = "part of a gate" if id(call) in parts else reason
-        others.append(Rejected(merge_name(call), reason, call.source))
+        reason = Reason.PARALLEL if isinstance(verdict, Candidate) else verdict
+        reason = Reason.PART_OF_A_GATE if id(call) in parts else reason
+        others.append(Rejected(merge_name(call), reason.value, call.source))
     return tuple(others)
 
 
 def _with_addends(
-    graph: Graph, judge: Judge, verdicts: Sequence[tuple[Call, Verdict | str | None]]
-) -> list[Verdict]:
+    judge: Judge, verdicts: Sequence[tuple[Merge, Candidate | Reason | None]]
+) -> list[Candidate]:
     """The shortcuts; what is added to the sum of one later, and made from the same x, is of its branch."""
-    found: list[Verdict] = []
+    found: list[Candidate] = []
     last: dict[int, int] = {}  # by the node of a sum, its shortcut
 
-    def sum_at(node: int) -> Verdict | None:
+    def sum_at(node: int) -> Candidate | None:
         return found[last[node]] if node in last else None
 
     for call, verdict in verdicts:
         # What updates another part of a sum may share its branch with the first, and then looks like a shortcut of its own.
-        may_add = verdict == PARALLEL or (verdict is not None and call.whole is not None)
+        may_add = verdict is Reason.PARALLEL or (verdict is not None and call.whole is not None)
         if may_add and (more := judge.gates.with_addend(call, sum_at)) is not None:
             which = last[more[0]]
             found[which] = more[1]
-        elif isinstance(verdict, Verdict):
+        elif isinstance(verdict, Candidate):
             which = len(found)
             found.append(verdict)
         else:
             continue
-        last |= {graph.position[node]: which for node in (call.output, call.written) if node is not None}
+        last |= {node: which for node in (call.output, call.written) if node is not None}
     return found
 
 
-def _layers(record: Trace) -> tuple[Layer, ...]:
-    modules = record.modules
+def _layers(graph: Graph, model: nn.Module) -> tuple[Layer, ...]:
+    modules = dict(model.named_modules())
 
     @functools.cache
     def size(path: str) -> int:
         return sum(p.numel() for p in modules[path]._parameters.values() if p is not None)
 
-    return tuple(Layer(run.path, class_name(modules[run.path]), size(run.path)) for run in record.runs)
+    return tuple(Layer(run.path, class_name(modules[run.path]), size(run.path)) for run in graph.runs)
 
 
 def _entry(
-    graph: Graph, item: Verdict, name: str, merges: dict[int, str], runs_at: dict[Any, list[int]]
+    graph: Graph,
+    item: Candidate,
+    name: str,
+    merges: Mapping[int | None, str],
+    runs_at: Mapping[int | None, list[int]],
 ) -> Shortcut:
     branch = graph.modules_in(item.region)
     runs = sorted(i for v in bits(item.region) for i in runs_at.get(v, ()))
-    runs = runs or [i for i, run in enumerate(graph.record.runs) if run.path in branch] or [0]
+    runs = runs or [i for i, run in enumerate(graph.runs) if run.path in branch] or [0]
     tensors = [i for i, is_tensor in enumerate(item.call.tensors) if is_tensor]
     return Shortcut(
         name=name,
@@ -185,12 +203,12 @@ def _entry(
     )
 
 
-def _side(item: Verdict, i: int) -> str:
+def _side(item: Candidate, i: int) -> str:
     return "both" if i in item.both else "shortcut" if i in item.shortcut_operands else "branch"
 
 
-def _blocked(item: Verdict) -> str | None:
-    if item.call.checkpointed:
+def _blocked(item: Candidate) -> str | None:
+    if item.call.traced.checkpointed:
         return "checkpointing runs its code again outside of any module's forward: checkpoint whole modules instead"
     if item.mixture is not None and not item.mixture.alone:
         return "what it stacks makes something else too, such as the weights of the sum: write w * x + v * F"

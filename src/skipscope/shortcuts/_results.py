@@ -145,6 +145,9 @@ class Shortcuts(Result, Sequence):
         layers: the modules with weights, in order of execution, for drawing.
         opaque: what could not be looked into (fused kernels, foreign autograd functions), and where.
         model: class name of the model.
+        not_run: modules with weights that this pass did not call (LayerDrop, an expert that was not chosen), by path.
+        passed: concatenations of a decoder whose skip passes a block with weights of its own: no shortcuts by the rule,
+            and editable like them.
     """
 
     entries: tuple[Shortcut, ...]
@@ -153,6 +156,8 @@ class Shortcuts(Result, Sequence):
     layers: tuple[Layer, ...]
     opaque: tuple[Rejected, ...] = ()
     model: str = ""
+    not_run: tuple[str, ...] = ()
+    passed: tuple[Shortcut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -186,6 +191,12 @@ class Shortcuts(Result, Sequence):
             [f"{len(self.rejected)} other merges are no shortcuts: see .rejected"] if self.rejected else []
         )
         notes += [f"could not look into {o.name} ({o.source}): {o.reason}" for o in self.opaque]
+        if self.not_run:
+            names = ", ".join(self.not_run[:3]) + ", ..." * (len(self.not_run) > 3)
+            notes.append(
+                f"{len(self.not_run)} modules did not run in this pass, and nothing is known of them: {names}"
+            )
+        notes += [f"{s.name} ({s.source}) passes a block with weights: see .passed" for s in self.passed]
         notes += [f"{s.name} cannot be edited: {s.blocked}" for s in self.entries if s.blocked]
         title = f"{self.model}: {len(self)} shortcut{'' if len(self) == 1 else 's'}"
         return Table(title, ["name", "kind", "forks at", "merges at", "source"], rows, notes)

@@ -55,6 +55,7 @@ class _Tap(TorchFunctionMode):
         self.sites, self.tapes = _sites.Sites(model), tapes
         self.handlers = {(key.host, key.site, key.nth): handler for key, handler in handlers.items()}
         self.wanted = {key.site for key in handlers}
+        self.lookups = {key.site.rpartition(":")[2] for key in handlers} - _calls.OPERATIONS.keys()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -74,7 +75,7 @@ class _Tap(TorchFunctionMode):
         return output
 
     def _handler(self, name: str, operation: Operation | None, args: Any, kwargs: Any) -> Handler | None:
-        if operation is None and name != "embedding":
+        if operation is None and name not in self.lookups:
             return None
         frame, label = _sites.caller(), name if operation is None else operation.name
         if _sites.site_of(frame, label) not in self.wanted:

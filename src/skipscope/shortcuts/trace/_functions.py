@@ -25,7 +25,7 @@ QUERIES = _words(
     """shape size dim ndim dtype device layout is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_nested is_quantized
     is_leaf requires_grad grad_fn numel nelement stride storage_offset is_contiguous is_floating_point is_complex
     is_signed element_size data_ptr untyped_storage storage _version _is_view _base is_inference is_conj is_neg len
-    __len__ names itemsize nbytes get_device is_shared output_nr retains_grad type __repr__ __format__ __hash__
+    __len__ names itemsize nbytes get_device is_shared output_nr retains_grad __repr__ __format__ __hash__
     is_coalesced __deepcopy__ __reduce_ex__ register_hook is_tensor is_same_size result_type can_cast promote_types
     is_grad_enabled _set_grad_enabled finfo iinfo set_default_dtype get_default_dtype is_set_to .grad dim_order
     _backward_hooks _is_zerotensor has_names is_mkldnn is_sparse_csr is_maia is_ipu is_xla is_vulkan is_mtia is_hpu"""
@@ -43,6 +43,17 @@ VIEWS = _words(
     type_as float double half bfloat16 adjoint broadcast_to take_along_dim atleast_1d atleast_2d atleast_3d cpu cuda
     positive resolve_conj resolve_neg unsafe_split unsafe_chunk broadcast_tensors result"""
 )
+# Functions that make an activation of token ids and a weight, however the ids come.
+LOOKUPS = _words("embedding embedding_bag index_select getitem gather take take_along_dim index")
+# Linear maps: of one-hot ids they are lookups too.
+LINEAR = _words(
+    """linear matmul mm bmm addmm baddbmm addbmm mv einsum tensordot inner bilinear convolution conv1d conv2d conv3d
+    conv_transpose1d conv_transpose2d conv_transpose3d"""
+)
+# In place they keep nothing of what was there before.
+OVERWRITES = _words(
+    "copy fill zero normal uniform bernoulli random exponential cauchy log_normal geometric set"
+)
 # Python functions of torch's whose sums and weights are recorded one by one.
 COMPOSITES = _words("multi_head_attention_forward")
 
@@ -57,7 +68,8 @@ _SAME = {
     "_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention",
     "_scaled_dot_product_flash_attention": "scaled_dot_product_attention",
     "_scaled_dot_product_efficient_attention": "scaled_dot_product_attention", "ger": "outer", "unsafe_split": "split",
-    "unsafe_chunk": "chunk", "split_with_sizes": "split", "_transformer_encoder_layer_fwd": "transformer_encoder_layer",
+    "unsafe_chunk": "chunk", "float": "to", "double": "to", "half": "to", "bfloat16": "to", "type_as": "to", "type": "to",
+    "cpu": "to", "cuda": "to", "split_with_sizes": "split", "_transformer_encoder_layer_fwd": "transformer_encoder_layer",
 }  # fmt: skip
 _known: dict[str, Function] = {}
 

@@ -60,22 +60,27 @@ class Memory:
         """Note that a tensor holds a value from now on."""
         self._values[id(tensor)] = (weakref.ref(tensor), value, self._writes)
 
-    def wrote(self, tensor: Tensor, before: int, after: int) -> None:
-        """Note that a call has written into a tensor."""
+    def wrote(self, tensor: Tensor, before: int, after: int) -> tuple[int, int] | None:
+        """Note that a call has written into a tensor.
+
+        Returns:
+            Where the tensor is a part of another: the value of all of that, before and after. Else None.
+        """
         memory = memory_of(tensor)
         root, views = self._views(before)
         self._before[after] = before
-        new = after
+        new, whole, is_part = after, before, False
         if views:
             written = self._wholes.get(memory or 0)
             whole = root if written is None or written[0] < root else written[0]
-            is_all = self.trace.values[root].numel == self.trace.values[before].numel
-            name, operands = ("write_all", (after,)) if is_all else ("write", (whole, after))
+            is_part = self.trace.values[root].numel != self.trace.values[before].numel
+            name, operands = ("write", (whole, after)) if is_part else ("write_all", (after,))
             new = self.infer(name, tuple(map(Operand, operands)), operands, whole)
         if memory is not None:
             self._writes += 1
             self._wholes[memory] = (new, self._writes)
         self.set(tensor, after)
+        return (whole, new) if is_part else None
 
     def _views(self, value: int) -> tuple[int, list[int]]:
         """The value of which ``value`` is a view, and the views between them, the last first."""

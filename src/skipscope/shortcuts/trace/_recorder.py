@@ -18,7 +18,17 @@ from torch.overrides import TorchFunctionMode
 
 from skipscope import _data, _sharding
 from skipscope.shortcuts import _calls, _sites
-from skipscope.shortcuts.trace._functions import COMPOSITES, QUERIES, SHAPE_ONLY, VIEWS, Function, function_of
+from skipscope.shortcuts.trace._functions import (
+    COMPOSITES,
+    LINEAR,
+    LOOKUPS,
+    OVERWRITES,
+    QUERIES,
+    SHAPE_ONLY,
+    VIEWS,
+    Function,
+    function_of,
+)
 from skipscope.shortcuts.trace._memory import Memory, memory_of
 from skipscope.shortcuts.trace._trace import Hidden, ModuleRun, Operand, Origin, Trace, TracedCall, Value
 
@@ -142,10 +152,13 @@ class Recorder(TorchFunctionMode):
         transformed = any(map(functorch.is_functorch_wrapped_tensor, tensors))
         call = self._begun(function, operands, args, kwargs, frame)
         if transformed:
-            call.inside = TRANSFORMED
+            call.transformed = True
             self._unseen.append(("unseen", tuple(v for v in operands if v in self._derived)))
         if operation is not None and not self._composite:
             self._identify(call, operation, args, kwargs, frame)
+        elif not self._composite and self._looks_up(call):
+            call.key, call.owner, call.checkpointed = self.sites.key(frame, _label(func, call))
+            self._keys.append(call)
         output = func(*args, **kwargs)
         if function.name not in SHAPE_ONLY or function.in_place:
             self._note(call, tensors, args, kwargs, output)
@@ -165,7 +178,7 @@ class Recorder(TorchFunctionMode):
         return TracedCall(
             -1, function.name, operands, (), tuple(_plain(a, given) for a in args),
             {key: _plain(a, given) for key, a in kwargs.items()}, path, run.nth if run else 0, step,
-            in_place=function.in_place or bool(kwargs.get("inplace")), inside=self._composite or None, _code=code, _instruction=at,
+            in_place=function.in_place or bool(kwargs.get("inplace")), inside=self._composite, _code=code, _instruction=at,
         )  # fmt: skip
 
     def _identify(
@@ -175,12 +188,23 @@ class Recorder(TorchFunctionMode):
         values = _calls.operands(operation, args, kwargs)
         if _calls.tensor_operands(values) < 2:
             return
-        if call.inside == TRANSFORMED:
+        if call.transformed:
             self._hide("torch.func", TRANSFORMED, _sites.source_of(frame))
             return
         call.key, call.owner, call.checkpointed = self.sites.key(frame, operation.name)
         self._keys.append(call)
+        call.joins = operation.name
+        call.joined = tuple(self.value_of(v) if isinstance(v, Tensor) else None for v in values)
         call.zeroed = operation.name in _calls.PRODUCTS and self._is_zeroed(values)
+
+    def _looks_up(self, call: TracedCall) -> bool:
+        """Whether a call may make an activation of ids."""
+        if call.function == "embedding":
+            return True
+        if call.function not in LOOKUPS and call.function not in LINEAR:
+            return False
+        given = [self.trace.values[v] for v in call.operands]
+        return any(v.is_code for v in given) and not any(v.is_activation for v in given)
 
     def _note(self, call: TracedCall, tensors: list[Tensor], args: Any, kwargs: Any, output: Any) -> None:
         """Note what a call gave, and what it wrote into."""
@@ -193,27 +217,41 @@ class Recorder(TorchFunctionMode):
         fresh = [tensor for tensor in given if id(tensor) not in before]
         if not fresh:
             return
+        call.lists_index = call.function == "getitem" and isinstance(args[1], list)
         call.is_view = bool(call.operands) and call.function in VIEWS and _shares(fresh[0], tensors[0])
         self._append(call)
-        derived = any(v in self._derived for v in call.operands)
-        data = any(self.trace.values[v].from_data for v in call.operands)
         results = []
         for position, tensor in enumerate(given):
             if id(tensor) in before:
                 continue
             value = self._new(tensor, Origin.CALL, call.index, position)
-            value.from_data = data
-            if derived:
-                self._derived.add(value.index)
-            else:
+            self._inherit(value, call)
+            if value.index not in self._derived:
                 value.number = _number(tensor)
             self.memory.set(tensor, value.index)
-            if call.inside == TRANSFORMED:
+            if call.transformed:
                 self._unwrap(tensor, value.index)
             results.append(value.index)
         call.results = tuple(results)
-        if data and call.function in CELLS:
+        if call.function in CELLS and any(self.trace.values[v].from_data for v in results):
             self._hide(call.function, CELL, call.source)
+
+    def _inherit(self, value: Value, call: TracedCall) -> None:
+        """What a value is by what it was computed from."""
+        given = [self.trace.values[v] for v in call.operands]
+        if any(v.index in self._derived for v in given):
+            self._derived.add(value.index)
+        value.from_data = any(v.from_data for v in given)
+        if not value.from_data:
+            return
+        if not value.is_float:
+            value.is_code = True
+        elif not any(v.is_activation for v in given):
+            has_weight = any(v.index in self._derived and not v.from_data for v in given)
+            looks_up = call.function in LOOKUPS and given[0].is_float and not given[0].from_data
+            maps = has_weight and (call.function in LINEAR or looks_up)
+            value.starts = maps or call.function.startswith("embedding")
+            value.is_code = not value.starts
 
     def _note_write(self, call: TracedCall, target: Any, args: Any) -> None:
         if not isinstance(target, Tensor):
@@ -222,15 +260,16 @@ class Recorder(TorchFunctionMode):
             into = _indexed(target, args[1])
             if into is not None and _same_place(into, args[2]):
                 return  # x[1:] += y ends by putting back what is there already
-        before = self.memory.get(target)
-        before = self.value_of(target) if before is None else before
+        before = self.value_of(target)
+        if call.function in OVERWRITES or not call.in_place:
+            call.operands = tuple(v for v in call.operands if v != before)
         self._append(call)
         value = self._new(target, Origin.CALL, call.index)
-        value.from_data = any(self.trace.values[v].from_data for v in (before, *call.operands))
-        if before in self._derived or any(v in self._derived for v in call.operands):
-            self._derived.add(value.index)
+        self._inherit(value, call)
         call.results = (value.index,)
-        self.memory.wrote(target, before, value.index)
+        parts = self.memory.wrote(target, before, value.index)
+        if parts is not None:
+            call.whole, call.written = parts
 
     def _opened(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a Python function of torch's so that the calls inside it are recorded too."""
@@ -326,9 +365,7 @@ class Recorder(TorchFunctionMode):
             model = values[operands[0] if like is None else like]
             value = Value(len(values), Origin.CALL, model.shape, model.dtype, call.index, position)
             values.append(value)
-        value.from_data = any(values[v].from_data for v in operands)
-        if any(v in self._derived for v in operands):
-            self._derived.add(value.index)
+        self._inherit(value, call)
         call.results = (value.index,)
         return value.index
 
@@ -440,7 +477,7 @@ class Recorder(TorchFunctionMode):
         found = []
         for tensor in {id(t): t for t in _data.tensors_in(nest)}.values():
             value = self._new(tensor, Origin.INPUT)
-            value.from_data = True
+            value.from_data, value.starts, value.is_code = True, value.is_float, not value.is_float
             self._derived.add(value.index)
             self.memory.set(tensor, value.index)
             found.append(value.index)
@@ -465,6 +502,11 @@ def _body(func: FunctionType) -> FunctionType:
     )
     copied.__kwdefaults__ = func.__kwdefaults__
     return copied
+
+
+def _label(func: Any, call: TracedCall) -> str:
+    """What a tap, which sees the function only, calls it."""
+    return getattr(func, "__name__", call.function)
 
 
 def _never(*_: Any) -> bool:

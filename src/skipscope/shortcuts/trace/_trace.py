@@ -41,6 +41,9 @@ class Value:
         position: which of the call's results it is.
         name: of a parameter, its path.
         from_data: whether it was computed from an input.
+        is_code: whether it is integers or truth values of the data (token ids, masks), or computed from those without
+            weights (one-hot ids, additive masks).
+        starts: whether activations begin here: an input with numbers, or what a weight makes of token ids.
         number: the value of a constant that is a single integer, as an index is.
     """
 
@@ -52,6 +55,8 @@ class Value:
     position: int = 0
     name: str = ""
     from_data: bool = False
+    is_code: bool = False
+    starts: bool = False
     number: int | None = None
 
     @property
@@ -62,7 +67,7 @@ class Value:
     @property
     def is_activation(self) -> bool:
         """Whether it was computed from an input, and a gradient could go through it."""
-        return self.from_data and self.is_float
+        return self.from_data and self.is_float and not self.is_code
 
     @property
     def numel(self) -> int:
@@ -94,10 +99,16 @@ class TracedCall:
         in_place: whether it writes into its first operand.
         is_view: whether its results share the memory of its first operand.
         inferred: it stands for no call, but for what a write into shared memory does to another view of it.
-        inside: what it was made inside of, where no gradient can be followed or no edit made, or None.
-        key: identifier of the call site, for calls that join tensors; None for any other.
+        inside: the composite function of torch's that makes it, or empty; no edit can be made there.
+        transformed: it is made under ``torch.vmap`` or ``torch.func``: its tensors are not the model's own.
+        key: identifier of the call site, for calls that join tensors or make activations of ids; None for any other.
+        joins: for a call that joins tensors, the operation; else empty.
+        joined: the operands that it joins: values, or None for what is no tensor.
+        whole: for a write into a part of a tensor, all of that tensor before; else None.
+        written: the same afterwards.
         owner: path of the module whose code makes the call, for calls that join tensors.
         checkpointed: it is run again in the backward pass, outside of any module's forward.
+        lists_index: its index is a list: ``x[[1]]``, which the arguments have as a tuple like ``x[1,]``.
         zeroed: a product with zeros of its own size that are no weights: a state that has not begun.
     """
 
@@ -113,11 +124,17 @@ class TracedCall:
     in_place: bool = False
     is_view: bool = False
     inferred: bool = False
-    inside: str | None = None
+    inside: str = ""
+    transformed: bool = False
     key: CallKey | None = None
+    joins: str = ""
+    joined: tuple[int | None, ...] = ()
+    whole: int | None = None
+    written: int | None = None
     owner: str = ""
     checkpointed: bool = False
     zeroed: bool = False
+    lists_index: bool = False
     _code: CodeType | None = None
     _instruction: int = 0
 
@@ -128,6 +145,17 @@ class TracedCall:
             return ""
         lines = (line for start, end, line in self._code.co_lines() if start <= self._instruction < end)
         return f"{os.path.basename(self._code.co_filename)}:{next(lines, None)}"
+
+    @property
+    def site(self) -> tuple[int, int]:
+        """The same for every call that one instruction of the code makes."""
+        return id(self._code), self._instruction
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by its position or its keyword."""
+        if position < len(self.arguments):
+            return self.arguments[position]
+        return self.keywords.get(name, default)
 
 
 @dataclass(slots=True, eq=False)

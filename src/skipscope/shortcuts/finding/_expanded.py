@@ -11,14 +11,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations
 
-from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._record import Call
 from skipscope.shortcuts._results import Place
-from skipscope.shortcuts._sides import WHOLE, signs_of
-from skipscope.shortcuts._verdict import Verdict
+from skipscope.shortcuts.finding._candidate import Candidate
+from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._kinds import WHOLE
+from skipscope.shortcuts.finding._merge import Merge
+from skipscope.shortcuts.finding._sides import signs_of
 
 _SUMS = frozenset({"add", "sub", "rsub", "addcmul"})
-_SPREAD = WHOLE | {"Expand"}
+_SPREAD = WHOLE | {"expand", "expand_as", "broadcast_to"}
 _MOST = 8  # addends of one gate
 
 
@@ -44,12 +45,12 @@ class _Addend:
 class Expanded:
     """Reads multiplied-out gates in one graph."""
 
-    def __init__(self, graph: Graph, made: Mapping[int, Call]):
+    def __init__(self, graph: Graph, made: Mapping[int, Merge]):
         self.graph, self.made = graph, made
         self._gates: set[int] = set()  # nodes that are whole gates: addends, and no sums, of what comes after
         self._has_products = any(call.name in {"mul", "addcmul"} for call in made.values())
 
-    def gate(self, call: Call) -> Verdict | None:
+    def gate(self, call: Merge) -> Candidate | None:
         """The gate whose last sum a call is; its parts are the sums before."""
         if not self._has_inner(call):
             return None
@@ -65,7 +66,7 @@ class Expanded:
                 rest = [a for a in addends if a is not alone and a is not product]
                 gate = self._by_h(alone, product, rest) or self._by_x(base, [alone.place, at], rest)
                 if gate is not None:
-                    self._gates.add(self.graph.position[call.output])
+                    self._gates.add(call.output)
                     kind = "gated" if product.factors[1 - k][0] < self.graph.activations else "scaled"
                     return self._verdict(call, parts, kind, *gate)
         return None
@@ -96,28 +97,28 @@ class Expanded:
 
     def _verdict(
         self,
-        call: Call,
-        parts: list[Call],
+        call: Merge,
+        parts: list[Merge],
         kind: str,
         x: int,
         shortcut: list[Place],
         branch: list[Place],
         ends: list[int],
-    ) -> Verdict:
+    ) -> Candidate:
         graph, region = self.graph, 0
         for end in ends:
             region |= graph.on_the_way(x, end)
         operands = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor)
-        return Verdict(
+        return Candidate(
             call, kind, (x,), operands, operands, region, 0, tuple(shortcut), tuple(branch), tuple(parts), operands
         )  # fmt: skip
 
     # --- the addends ---
 
-    def _addends(self, call: Call) -> tuple[list[_Addend], list[Call]]:
+    def _addends(self, call: Merge) -> tuple[list[_Addend], list[Merge]]:
         """The addends of a sum and of the sums that are its addends, and these sums."""
         found: list[_Addend] = []
-        parts: list[Call] = []
+        parts: list[Merge] = []
         waiting = [(call, 1)]
         while waiting and len(found) <= _MOST:
             outer, sign = waiting.pop()
@@ -131,45 +132,44 @@ class Expanded:
                     found.append(self._addend(place, its, nodes))
         return found, parts
 
-    def _has_inner(self, call: Call) -> bool:
+    def _has_inner(self, call: Merge) -> bool:
         """Whether an operand is a sum that goes nowhere else."""
-        graph = self.graph
         if not self._has_products or not self._is_sum(call):
             return False
         for node in call.operands:
-            at, _ = self._seen_through(graph.position[node], 1, only=True)
+            at, _ = self._seen_through(node, 1, only=True)
             if self._inner(at) is not None:
                 return True
         return False
 
-    def _inner(self, at: int) -> Call | None:
+    def _inner(self, at: int) -> Merge | None:
         """The sum that a node is, if it goes nowhere else."""
-        call = self.made.get(id(self.graph.nodes[at]))
+        call = self.made.get(at)
         is_sum = call is not None and self._is_sum(call) and at not in self._gates
         return call if is_sum and self._is_only_here(at) else None
 
-    def _is_sum(self, call: Call) -> bool:
+    def _is_sum(self, call: Merge) -> bool:
         return call.name in _SUMS and None not in call.operands and call.whole is None
 
-    def _operands(self, call: Call, sign: int) -> Iterator[tuple[Place, int, tuple[int, ...]]]:
+    def _operands(self, call: Merge, sign: int) -> Iterator[tuple[Place, int, tuple[int, ...]]]:
         """Of each operand, or product of operands, where it comes in, its sign, and its nodes."""
         if not self._is_sum(call):
             return
         signs = signs_of(call)
-        at = [self.graph.position[node] for node in call.operands]
+        at = [node for node in call.operands if node is not None]
         yield Place(call.key, 0), sign * signs[0], (at[0],)
         yield Place(call.key, 1), sign * signs[1], tuple(at[1:])
 
     def _addend(self, place: Place, sign: int, nodes: tuple[int, ...]) -> _Addend:
-        graph, factors, alone = self.graph, [], None
+        factors, alone = [], None
         inputs: list[tuple[int, Place]] = []
         if len(nodes) == 2:
             inputs = [(nodes[k], Place(place.call, k + 1)) for k in range(2)]
         else:
             alone, sign = self._seen_through(nodes[0], sign)
-            product = self.made.get(id(graph.nodes[alone]))
+            product = self.made.get(alone)
             if product is not None and product.name == "mul" and None not in product.operands:
-                inputs = [(graph.position[n], Place(product.key, k)) for k, n in enumerate(product.operands)]
+                inputs = [(n, Place(product.key, k)) for k, n in enumerate(product.operands) if n is not None]
         for node, at in inputs:
             node, sign = self._seen_through(node, sign, _SPREAD)
             factors.append((node, at))
@@ -182,11 +182,11 @@ class Expanded:
         graph = self.graph
         while True:
             kind, parents = graph.kind(at), graph.parents[at]
-            if len(parents) != 1 or not (kind in kinds or kind in {"Neg", "Add"}):
+            if len(parents) != 1 or not (kind in kinds or kind in {"neg", "add"}):
                 return at, sign
             if only and not self._is_only_here(at):
                 return at, sign
-            sign = -sign if kind == "Neg" else sign
+            sign = -sign if kind == "neg" else sign
             at = parents[0]
 
     def _is_only_here(self, at: int) -> bool:

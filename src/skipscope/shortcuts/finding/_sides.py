@@ -15,71 +15,43 @@ from operator import or_
 from typing import Any, NamedTuple
 
 from skipscope.shortcuts._bits import bits
-from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._nodes import shape_of
-from skipscope.shortcuts._record import Call
+from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._kinds import (
+    ELEMENTWISE,
+    LINEAR,
+    MATRIX_PRODUCTS,
+    MATRIX_SUMS,
+    NORM,
+    PRODUCT,
+    SHAPE,
+)
+from skipscope.shortcuts.finding._merge import Merge
 
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# What moves, resizes, pools or copies values: y is linear in x, with constant coefficients.
-SHAPE = _words(
-    """View UnsafeView ReshapeAlias Transpose T Permute Slice Select Index Expand Clone Squeeze Unsqueeze ToCopy
-    ConstantPadNd Roll Flip Unfold AsStrided Split SplitWithSizes Unbind Cat Stack Repeat Gather IndexSelect CopySlices
-    Copy CopyBackwards ReflectionPad1D ReflectionPad2D ReplicationPad2D AvgPool1D AvgPool2D AvgPool3D Mean
-    AdaptiveAvgPool1D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D MaxPool2DWithIndices
-    MaxPool3DWithIndices MkldnnMaxPool2D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleBilinear2D
-    UpsampleBicubic2D UpsampleLinear1D UpsampleTrilinear3D PixelShuffle PixelUnshuffle Add Sub Rsub Neg Sum Contiguous
-    Narrow Max Min Amax Amin SliceScatter SelectScatter LiftFresh MaskedFill Tril Triu Where Col2Im Im2Col IndexPut IndexAdd ScatterAdd"""
-)
-PRODUCT = _words("Mul Div Lerp Addcmul Addcdiv NativeDropout FusedDropout Bmm Mm Addmm Addbmm Baddbmm Mv Dot")
-# Of these, what keeps every value, once, under another shape.
-WHOLE = _words("View UnsafeView ReshapeAlias Transpose T Permute Clone Squeeze Unsqueeze ToCopy")
-ELEMENTWISE = _words("Mul Div Addcmul Lerp")
-MAX_POOLS = _words("MaxPool2DWithIndices MaxPool3DWithIndices MkldnnMaxPool2D AdaptiveMaxPool2D")
-# What makes an activation function: each value by itself; the first of them bend nothing.
-STRAIGHT_POINTWISE = WHOLE | ELEMENTWISE | _words("Add Sub Rsub Neg Addcdiv")
-POINTWISE = STRAIGHT_POINTWISE | _words(
-    """Pow Exp Exp2 Expm1 Log Log1P Sqrt Rsqrt Reciprocal Abs Sgn Sin Cos Sinh Cosh Tanh
-        Atan Asinh Erf Erfc Sigmoid LogSigmoid LogSigmoidForward Softplus Relu Gelu Silu LeakyRelu Elu Hardswish Mish
-        PreluKernel Hardtanh Hardsigmoid Celu Threshold Selu Where Minimum Maximum Clamp ClampMin ClampMax MaskedFill"""
-)
-NORM = _words(
-    """NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeLayerNorm NativeGroupNorm FusedRmsNorm RmsNorm
-    InstanceNorm BatchNormBackward"""
-)
-LINEAR = _words(
-    """Addmm Mm Linear Convolution MkldnnConvolution Bmm ThnnConv2D SlowConvDilated2D CudnnConvolution
-    ConvolutionOverrideable Baddbmm MkldnnLinear Einsum"""
-)
-# What makes a branch of a single matrix more than another linear map beside the first.
-BENT = _words(
-    """Relu Gelu Silu LeakyRelu Elu Tanh Hardswish Mish PreluKernel Hardtanh Celu Threshold Selu RreluWithNoise Softmax
-    ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention ScaledDotProductEfficientAttention"""
-)
-MATRIX_SUMS = _words("addmm baddbmm addbmm addmv addr")
-_MATRIX_PRODUCTS = _words("Bmm Mm")
 _STRAIGHT, _PAIRING = SHAPE | PRODUCT | NORM | LINEAR, PRODUCT | LINEAR
 _FACTORS = {**dict.fromkeys(MATRIX_SUMS, (1, 2)), "addcmul": (1, 2), "addcdiv": (1,)}
 
 
-def factors_of(call: Call) -> tuple[int, ...]:
+def factors_of(call: Merge) -> tuple[int, ...]:
     """Which operands a call multiplies with each other before it adds."""
     return _FACTORS.get(call.name, ())
 
 
-def signs_of(call: Call) -> tuple[int, ...]:
+def signs_of(call: Merge) -> tuple[int, ...]:
     """The sign that each operand of a sum comes out with."""
-    node = call.output
-    scale = next(
-        (v for a in ("_saved_alpha", "_saved_value") if (v := getattr(node, a, None)) is not None), 1
-    )
+    scale = call.traced.keywords.get("alpha", call.traced.keywords.get("value", 1))
     sign = 1 if not isinstance(scale, int | float) or scale >= 0 else -1
     if call.name == "rsub":
         return -sign, 1
     return 1, *[-sign if call.name == "sub" else sign] * 2
+
+
+def is_scaled(call: Merge, i: int) -> bool:
+    """Whether the call itself multiplies an operand by a number: ``add(F, x, alpha=0.5)``."""
+    name = "alpha" if (call.name, i) in _SCALED else "beta" if call.name in MATRIX_SUMS and i == 0 else None
+    return name is not None and call.traced.keywords.get(name, 1) not in {1, -1}
+
+
+_SCALED = {("add", 1), ("sub", 1), ("rsub", 0)}
 
 
 class Side(NamedTuple):
@@ -87,7 +59,8 @@ class Side(NamedTuple):
 
     Attributes:
         fork: index of the fork's node, or None where no common ancestor is bypassed.
-        how: ``identity``, ``scaled``, ``projection`` or ``gated``; ``branch``; or ``bent``: weightless, not linear.
+        how: ``identity``, ``scaled``, ``projection`` or ``gated``; ``linear maps``: several, and nothing bent between
+            them; ``branch``; or ``bent``: weightless, not linear.
         region: bit set of the operand's own nodes.
         products: the products on the way, the nearest to the fork first.
         is_sum: it comes from other common nodes too, that depend on the fork: x + F(x), say.
@@ -108,9 +81,9 @@ class Sides:
         factors: which operands are multiplied with each other inside the call, before they are added.
     """
 
-    def __init__(self, graph: Graph, call: Call):
+    def __init__(self, graph: Graph, call: Merge):
         self.graph, self.call = graph, call
-        self.at = [None if node is None else graph.position[node] for node in call.operands]
+        self.at = call.operands
         self.active = [i for i, at in enumerate(self.at) if at is not None and at < graph.activations]
         self.factors = factors_of(call)
 
@@ -126,11 +99,11 @@ class Sides:
 
         With None: whether it was made by one operation, and not put together slice by slice.
         """
-        graph, at = self.graph, self.graph.position.get(self.call.whole)
+        graph, at = self.graph, self.call.whole
         if at is None or at >= graph.activations:
             return False
         if fork is None:
-            return graph.kind(at) != "CopySlices"
+            return graph.kind(at) not in {"write", "setitem"}
         others = [j for j in self.active if j != self.call.part]
         common = reduce(or_, (graph.ancestors[self.position(j)] for j in others), 0)
         walk = _Walk(graph, common)
@@ -187,13 +160,15 @@ class Sides:
         if fork is not None and walk.mixed:
             return Side(fork, "projection", own)
         if fork is not None:
-            if walk.bent:
+            if walk.is_bent(at):
                 return Side(fork, "bent", own)
             how = "gated" if walk.gate else "scaled" if walk.products else "identity"
             return Side(fork, how, own, tuple(walk.products), len(reached) > 1)
         fork = walk.nearest(graph.entries(own, common))
         if fork is not None and self._is_linear(fork, own):
-            return Side(fork, "projection" if graph.matrices_in(own, enough=1) else "scaled", own)
+            count = graph.matrices_in(own, enough=2).bit_count()
+            if count < 2 or graph.entries(own, common) == {fork}:
+                return Side(fork, ("scaled", "projection", "linear maps")[count], own)
         return Side(fork, "branch", own)
 
     def _carried(self, rivals: list[int], i: int) -> frozenset[int]:
@@ -205,7 +180,7 @@ class Sides:
         if any(a & b for k, a in enumerate(above) for b in above[:k]):
             return frozenset()
         carried = [c for c in rivals if any(self._enters_weights(c, end) for end in ends)]
-        sizes = [prod(shape_of(graph.nodes[c]) or ()) for c in carried]
+        sizes = [prod(graph.shape(c)) for c in carried]
         largest = [c for c, size in zip(carried, sizes, strict=True) if size == max(sizes)]
         return frozenset(largest if len(largest) == 1 else ())
 
@@ -221,10 +196,8 @@ class Sides:
         return touched[end]
 
     def _is_linear(self, fork: int, own: int) -> bool:
-        """At most one matrix, no bent operation and no product of activations between fork and operand."""
+        """No bent operation and no product of activations between fork and operand."""
         graph, reaches = self.graph, self.graph.ancestors.reaches
-        if graph.matrices_in(own, enough=2).bit_count() > 1:
-            return False
         if any(reaches(fork, v) for v in bits(own & ~graph.of_kinds(_STRAIGHT))):
             return False
         pairing = bits(own & graph.of_kinds(_PAIRING))
@@ -241,8 +214,13 @@ class _Walk:
     def __init__(self, graph: Graph, common: int):
         self.graph, self.common = graph, common
         self.products: list[int] = []
-        self.gate = self.bent = self.mixed = self.has_rivals = False
+        self.gate = self.mixed = self.has_rivals = False
         self._seen: dict[int, frozenset[int]] = {}
+        self._bent: set[int] = set()
+
+    def is_bent(self, v: int) -> bool:
+        """Whether the way back from a node, which has been walked, passes something that is not linear."""
+        return v in self._bent
 
     def weightless(self, v: int) -> frozenset[int]:
         """The common nodes that ``v`` reaches without weights; empty where a weight or a weighted addend is met."""
@@ -277,14 +255,14 @@ class _Walk:
             reached.append((yield parent))
             if not reached[-1]:
                 return frozenset()
-        self.bent = self.bent or kind not in SHAPE
+        if kind not in SHAPE or any(parent in self._bent for parent in parents):
+            self._bent.add(v)
         return frozenset().union(*reached)
 
     def _through_product(self, v: int, kind: str, parents: list[int]) -> _Steps:
         graph = self.graph
-        if graph.matrices[v] and kind not in {"Mul", "Div"}:
+        if graph.matrices[v] and kind not in {"mul", "div"}:
             return frozenset()
-        before = self.bent
         reached = {}
         for parent in parents:
             reached[parent] = yield parent
@@ -294,9 +272,9 @@ class _Walk:
         if len(parents) > 1:
             # One factor carries, the other is a gate, bent or not. Where both lead to the common part the gate is the
             # one that depends on the other; where neither does, as in attention's scores, it is no gate.
-            self.gate, self.bent = True, before
+            self.gate = True
             first = self.first(entered)
-            if kind in _MATRIX_PRODUCTS and sum(map(bool, reached.values())) == 1:
+            if kind in MATRIX_PRODUCTS and sum(map(bool, reached.values())) == 1:
                 # x times a matrix that depends on the data, by weights: dynamic hyper-connections mix streams so.
                 self.mixed = True
                 return frozenset(first) if len(first) == 1 else frozenset()
@@ -304,6 +282,9 @@ class _Walk:
                 return frozenset()
             self.has_rivals = self.has_rivals or len(first) > 1
             entered = frozenset(first)
+        # A gate may be bent; what is bent and multiplied by a branch alone, std(x) F(x), carries nothing.
+        if all(parent in self._bent for parent in parents if reached[parent] & entered):
+            self._bent.add(v)
         self.products.append(v)
         return entered
 

@@ -10,13 +10,14 @@ from dataclasses import replace
 from itertools import permutations
 
 from skipscope.shortcuts._bits import bits
-from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._record import Call
 from skipscope.shortcuts._results import Place
-from skipscope.shortcuts._sides import ELEMENTWISE, PRODUCT, SHAPE, WHOLE, Side, Sides, signs_of
-from skipscope.shortcuts._verdict import Verdict
+from skipscope.shortcuts.finding._candidate import Candidate, Reason
+from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._kinds import ELEMENTWISE, PRODUCT, SHAPE, WHOLE
+from skipscope.shortcuts.finding._merge import Merge
+from skipscope.shortcuts.finding._sides import Side, Sides, signs_of
 
-_SUMS = frozenset({"Add", "Sub", "Rsub"})
+_SUMS = frozenset({"add", "sub", "rsub"})
 # What adds one tensor to another, or to a part of it.
 _ADDING = frozenset({"add", "index_add", "index_put", "scatter_add", "scatter_reduce"})
 
@@ -24,11 +25,11 @@ _ADDING = frozenset({"add", "index_add", "index_put", "scatter_add", "scatter_re
 class Gates:
     """Reads gates, and sums of more than two, in one graph."""
 
-    def __init__(self, graph: Graph, made: Mapping[int, Call]):
+    def __init__(self, graph: Graph, made: Mapping[int, Merge]):
         self.graph, self.made = graph, made
         self._has_differences = any(call.name in {"sub", "rsub"} for call in made.values())
 
-    def product(self, sides: dict[int, Side]) -> str | None:
+    def product(self, sides: dict[int, Side]) -> Reason | None:
         """The reason why a product is none: x times a side with weights. None for any other product."""
         free = [s for s in sides.values() if s.how == "identity" and s.fork is not None]
         held = [
@@ -36,7 +37,7 @@ class Gates:
             for s in sides.values()
             if s.how in {"branch", "projection"} and self.graph.has_weights(s.region)
         ]
-        return "a gate: a product, not a sum" if free and held else None
+        return Reason.GATE if free and held else None
 
     def reaches_past_gates(self, starts: list[int], end: int, nodes: int) -> bool:
         """Whether ``end`` depends on ``starts`` other than by a sigmoid that multiplies what does not."""
@@ -44,8 +45,8 @@ class Gates:
         for v in bits(nodes):
             parents = [p for p in graph.parents[v] if p in reached]
             free = [p for p in graph.active_parents(v) if not nodes >> p & 1 and p not in starts]
-            gates = all(graph.kind(p) in {"Sigmoid", "Hardsigmoid"} for p in parents)
-            if parents and not (graph.kind(v) == "Mul" and free and gates):
+            gates = all(graph.kind(p) in {"sigmoid", "hardsigmoid"} for p in parents)
+            if parents and not (graph.kind(v) == "mul" and free and gates):
                 reached.add(v)
         return end in reached
 
@@ -59,13 +60,13 @@ class Gates:
             parents = [p for p in graph.parents[v] if p in reached]
             free = [p for p in graph.active_parents(v) if not nodes >> p & 1 and p not in starts]
             touched = bool(graph.weights[v]) or any(reached[p] for p in parents)
-            if parents and not (graph.kind(v) == "Mul" and free and not touched):
+            if parents and not (graph.kind(v) == "mul" and free and not touched):
                 reached[v] = touched
         return end in reached
 
     def difference(
         self, reader: Sides, i: int, branches: tuple[int, ...]
-    ) -> tuple[Call, int, tuple[int, ...], str] | None:
+    ) -> tuple[Merge, int, tuple[int, ...], str] | None:
         """In x + t (H - x): the call of H - x, which of its operands is x, the operands that carry both sides, and the
         kind: scaled where t does not depend on the data.
         """
@@ -81,7 +82,7 @@ class Gates:
                 return *inner[:2], both, _kind(reader, inner[3])
         return None
 
-    def crossed(self, reader: Sides) -> Verdict | None:
+    def crossed(self, reader: Sides) -> Candidate | None:
         """H + c (x - H), as recurrent cells have it: here the operand that stands alone is the branch."""
         if not self._has_differences:
             return None
@@ -92,7 +93,8 @@ class Gates:
             if inner is None or inner[2] * signs[j] != -signs[i]:
                 continue
             part, h, _, is_gate = inner
-            x = graph.position[part.operands[1 - h]]
+            x = part.operands[1 - h]
+            assert x is not None
             region = graph.on_the_way(x, end)
             if not graph.has_weights(region):
                 continue
@@ -100,10 +102,12 @@ class Gates:
             both = reader.factors if j in reader.factors else (j,)
             at = Place(part.key, 1 - h), Place(call.key, i), Place(part.key, h)
             kind = _kind(reader, is_gate)
-            return Verdict(call, kind, (x,), (j,), both, region, 0, at[:1], at[1:], (part,), both)
+            return Candidate(call, kind, (x,), (j,), both, region, 0, at[:1], at[1:], (part,), both)
         return None
 
-    def with_addend(self, call: Call, sum_at: Callable[[int], Verdict | None]) -> tuple[int, Verdict] | None:
+    def with_addend(
+        self, call: Merge, sum_at: Callable[[int], Candidate | None]
+    ) -> tuple[int, Candidate] | None:
         """In (x + a) + b, with b made from x too: the shortcut of the inner sum, with b in its branch. Each may be added to
         a part of x only.
 
@@ -119,7 +123,7 @@ class Gates:
             if i != call.part and (call.whole is not None or call.name != "add"):
                 continue
             at, end = (
-                reader.position(i) if call.whole is None else graph.position[call.whole],
+                reader.position(i) if call.whole is None else call.whole,
                 reader.position(j),
             )
             while sum_at(at) is None and graph.kind(at) in WHOLE:
@@ -134,12 +138,14 @@ class Gates:
                 return at, replace(inner, region=inner.region | region, branch_at=branch_at)
         return None
 
-    def _holds_weights(self, node: object, x: int) -> bool:
-        """Whether a weight enters between node ``x`` and ``node``, or ``node`` does not come from there."""
-        at, graph = self.graph.position[node], self.graph
-        return not graph.ancestors.reaches(x, at) or graph.has_weights(graph.on_the_way(x, at))
+    def _holds_weights(self, at: int | None, x: int) -> bool:
+        """Whether a weight enters between nodes ``x`` and ``at``, or ``at`` does not come from there."""
+        graph = self.graph
+        return at is not None and (
+            not graph.ancestors.reaches(x, at) or graph.has_weights(graph.on_the_way(x, at))
+        )
 
-    def _inner(self, at: int, x: int) -> tuple[Call, int, int, bool] | None:
+    def _inner(self, at: int, x: int) -> tuple[Merge, int, int, bool] | None:
         """Back through gates and views to a difference with node ``x``: its call, which operand is x, x's sign, and
         whether a gate was passed that depends on the data.
         """
@@ -148,18 +154,18 @@ class Gates:
             if not waiting:
                 return None
             at, sign = waiting.pop(0)
-            call = self.made.get(id(graph.nodes[at]))
+            call = self.made.get(at)
             if call is not None and call.name in {"sub", "rsub"} and None not in call.operands:
                 for k, node in enumerate(call.operands):
-                    if graph.position[node] == x:
+                    if node == x:
                         return call, k, sign if (k == 0) == (call.name == "sub") else -sign, is_gate
             kind = graph.kind(at)
             if kind in ELEMENTWISE or (kind in PRODUCT | SHAPE - _SUMS and not graph.weights[at]):
                 parents = graph.active_parents(at)
                 is_gate = is_gate or (kind in PRODUCT and len(parents) > 1)
-                sign = -sign if kind == "Neg" else sign
+                sign = -sign if kind == "neg" else sign
                 # Of several factors one may bring the sign: x + (-t) (x - H).
-                negative = {p for p in parents if len(parents) > 1 and graph.kind(p) == "Neg"}
+                negative = {p for p in parents if len(parents) > 1 and graph.kind(p) == "neg"}
                 waiting += [(p, -sign if negative - {p} else sign) for p in parents]
         return None
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._bits import bits
-from skipscope.shortcuts._couplings import Couplings
-from skipscope.shortcuts._gates import Gates
-from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._parts import Part
-from skipscope.shortcuts._sides import MATRIX_SUMS, POINTWISE, STRAIGHT_POINTWISE, WHOLE, Side, Sides
-from skipscope.shortcuts._verdict import NO_WEIGHTS
+from skipscope.shortcuts.finding._candidate import Reason
+from skipscope.shortcuts.finding._couplings import Couplings
+from skipscope.shortcuts.finding._gates import Gates
+from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._kinds import (
+    ELEMENTWISE,
+    LINEAR,
+    MATRIX_SUMS,
+    POINTWISE,
+    STRAIGHT_POINTWISE,
+    WHOLE,
+)
+from skipscope.shortcuts.finding._merge import joined_axis
+from skipscope.shortcuts.finding._parts import Part
+from skipscope.shortcuts.finding._sides import Side, Sides
 
 
 class Branches:
@@ -24,9 +33,25 @@ class Branches:
     def __init__(self, graph: Graph, gates: Gates, couplings: Couplings):
         self.graph, self.gates, self.couplings = graph, gates, couplings
 
+    def before_parting(self, reader: Sides, sides: dict[int, Side]) -> dict[int, Side]:
+        """The sides, where one linear map makes both and is then taken apart: W x + F(V x), with both in one product, forks
+        at x and is a projection.
+        """
+        found = dict(sides)
+        for i, side in sides.items():
+            fork = side.fork
+            if fork is None or side.how not in {"identity", "scaled"} or reader.call.name in _calls.LISTS:
+                continue
+            above = self.graph.active_parents(fork)
+            if self.graph.kind(fork) in LINEAR and self.graph.matrices[fork] and len(above) == 1:
+                others = [j for j in reader.active if j != i]
+                if all(self._between(reader, side, fork, j) == Reason.OTHER_PARTS for j in others):
+                    found[i] = Side(above[0], "projection", side.region | 1 << fork)
+        return found
+
     def of(
         self, reader: Sides, sides: dict[int, Side], bypassing: tuple[int, ...], sharing: bool = False
-    ) -> tuple[int, tuple[int, ...] | str]:
+    ) -> tuple[int, tuple[int, ...] | Reason]:
         """The branch's nodes and the operands it comes in by, or why there is none.
 
         With ``sharing`` a bypassing operand of a list may itself depend on the branch (a gate of it).
@@ -35,14 +60,14 @@ class Branches:
         is_list, past = call.name in _calls.LISTS, 0
         for i in bypassing if is_list and not sharing else ():
             past |= graph.ancestors[reader.position(i)]
-        region, branches, reason = 0, [], NO_WEIGHTS
+        region, branches, reason = 0, [], Reason.NO_WEIGHTS
         for j in reader.active:
             if j in bypassing or any(i in reader.factors and j in reader.factors for i in bypassing):
                 continue
             nodes = 0
             for i in bypassing:
                 passed = self._passed(reader, sides[i], j)
-                if isinstance(passed, str):
+                if isinstance(passed, Reason):
                     reason = passed
                 else:
                     nodes |= passed & ~past
@@ -50,33 +75,37 @@ class Branches:
                 region |= nodes
                 branches.append(j)
         if is_list and not sharing and branches and self._repeats(reader, region, bypassing):
-            return region, "steps of one recurrence, side by side"
+            return region, Reason.RECURRENCE
+        if branches and not region and call.output is not None:
+            region = graph.bit(call.output)  # addmm(x, x, W): the branch is inside the call
+        elif branches and self._is_gain(region):
+            return region, Reason.BOTH_LINEAR
         if branches and self._is_activation_function(region):
-            return region, "an activation function with weights of its own"
+            return region, Reason.ACTIVATION_FUNCTION
         return region, tuple(branches) or reason
 
-    def _passed(self, reader: Sides, side: Side, j: int) -> int | str:
+    def _passed(self, reader: Sides, side: Side, j: int) -> int | Reason:
         """The nodes between the fork of a bypassing operand and operand j, or why they do not count."""
         graph, fork = self.graph, side.fork
         if fork is None:
-            return "no common ancestor (position embedding, or separate inputs)"
+            return Reason.UNRELATED
         nodes = self._between(reader, side, fork, j)
-        while not isinstance(nodes, str) and not graph.has_weights(nodes) and graph.kind(fork) in WHOLE:
+        while not isinstance(nodes, Reason) and not graph.has_weights(nodes) and graph.kind(fork) in WHOLE:
             # A mere view is no place to part: the branch may have left before it.
             (fork,) = graph.active_parents(fork)
             nodes = self._between(reader, side, fork, j)
         return nodes
 
-    def _between(self, reader: Sides, side: Side, fork: int, j: int) -> int | str:
+    def _between(self, reader: Sides, side: Side, fork: int, j: int) -> int | Reason:
         graph, end = self.graph, reader.position(j)
         starts = [fork]
         taken = self._taken(reader, side, fork)
         if taken and all(part.limits for part in taken):  # then only the same parts are bypassed
             starts = [v for v in graph.leaving(fork, taken) if graph.ancestors.reaches(v, end)]
             if not starts and all(len(run) == 1 for part in taken for run in part.limits.values()):
-                return "other steps of one sequence"
+                return Reason.OTHER_PARTS if self._is_made_once(fork) else Reason.OTHER_STEPS
             if not starts and not self.couplings.puts_back(reader.call, fork):
-                return "other parts of one tensor"
+                return Reason.OTHER_PARTS
             starts = starts or [fork]
         nodes = graph.between(starts, end) & ~(1 << fork)
         if (
@@ -84,10 +113,14 @@ class Branches:
             and nodes
             and not self.gates.reaches_past_gates(starts, end, nodes)
         ):
-            return "only a gate depends on it"
+            return Reason.ONLY_A_GATE
         if side.how == "gated" and nodes and not self.gates.reaches_by_a_weight(starts, end, nodes):
-            return "only a factor depends on it"
+            return Reason.ONLY_A_FACTOR
         return nodes
+
+    def _is_made_once(self, fork: int) -> bool:
+        """Whether one product with weights makes a tensor by mixing along an axis, as that of streams is."""
+        return self.graph.kind(fork) == "einsum" and bool(self.graph.matrices[fork])
 
     def _taken(self, reader: Sides, side: Side, fork: int) -> list[Part]:
         """The parts of the fork that a side takes. In a list part beside part, along the axis that they are parts of, is
@@ -97,8 +130,17 @@ class Branches:
         if not side.region & graph.children_of(fork):
             return []
         taken = graph.parts_taken(fork, side.region)
-        dim = getattr(call.output, "_saved_dim", None) if call.name in _calls.LISTS - {"stack"} else None
+        dim = joined_axis(call, graph) if call.name != "stack" else None
         return [] if dim is not None and any(part.axis_along(dim) for part in taken) else taken
+
+    def _is_gain(self, region: int) -> bool:
+        """Whether each value goes through by itself and is multiplied by weights at most: x + (m - 1) x is m x."""
+        curves = region & ~self.graph.of_kinds(STRAIGHT_POINTWISE)
+        return not curves and not self._multiplies_activations(region)
+
+    def _multiplies_activations(self, region: int) -> bool:
+        products = bits(region & self.graph.of_kinds(ELEMENTWISE))
+        return any(len(self.graph.active_parents(v)) > 1 for v in products)
 
     def _is_activation_function(self, region: int) -> bool:
         """Whether each value goes through by itself, and what it meets are single numbers, or shape how it is bent.

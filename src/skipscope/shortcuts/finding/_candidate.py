@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
-from skipscope.shortcuts._mixtures import Mixture
-from skipscope.shortcuts._record import Call
 from skipscope.shortcuts._results import Place
+from skipscope.shortcuts.finding._merge import Merge
+from skipscope.shortcuts.finding._mixtures import Mixture
 
-# Reasons why a merge is no shortcut that are asked for again: another call, or another reading, may make it one.
-PARALLEL, NO_WEIGHTS = "parallel branches", "no weights on either side"
+
+class Reason(enum.Enum):
+    """Why a merge is no shortcut, in words for people."""
+
+    ACTIVATION_FUNCTION = "an activation function with weights of its own"
+    BENT = "a side without weights that is not linear"
+    BOTH_LINEAR = "both sides are linear maps"
+    GATE = "a gate: a product, not a sum"
+    LOW_RANK = "a low-rank update of the same linear map"
+    NOWHERE = "it leads to no output of the model"
+    NO_WEIGHTS = "no weights on either side"
+    ONLY_A_FACTOR = "only a factor depends on it"
+    ONLY_A_GATE = "only a gate depends on it"
+    OTHER_PARTS = "other parts of one tensor"
+    OTHER_STEPS = "other steps of one sequence"
+    PARALLEL = "parallel branches"
+    PART_OF_A_GATE = "part of a gate"
+    RECURRENCE = "steps of one recurrence, side by side"
+    SCORES = "a sum of attention scores"
+    STACKED = "stacked side by side"
+    UNRELATED = "no common ancestor (position embedding, or separate inputs)"
+    WEIGHT = "an activation and a weight (position embedding or bias)"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Candidate:
     """A shortcut before it has a name.
 
     Attributes:
@@ -31,7 +52,7 @@ class Verdict:
         mixture: how what the call stacks is summed, or None.
     """
 
-    call: Call
+    call: Merge
     kind: str
     forks: tuple[int, ...]
     bypassing: tuple[int, ...]
@@ -40,7 +61,7 @@ class Verdict:
     side_region: int
     shortcut_at: tuple[Place, ...]
     branch_at: tuple[Place, ...]
-    parts: tuple[Call, ...] = ()
+    parts: tuple[Merge, ...] = ()
     both: tuple[int, ...] = ()
     mixture: Mixture | None = None
 

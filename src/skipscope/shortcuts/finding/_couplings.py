@@ -11,34 +11,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from skipscope.shortcuts import _calls
-from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._nodes import shape_of
-from skipscope.shortcuts._parts import Axis, Part
-from skipscope.shortcuts._record import Call
-from skipscope.shortcuts._sides import WHOLE
+from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._kinds import WHOLE
+from skipscope.shortcuts.finding._merge import Merge, joined_axis
+from skipscope.shortcuts.finding._parts import Axis, Part
 
 # What carries a part on: a stream of sums, and gates on it.
-_CARRYING = WHOLE | {"Add", "Sub", "Mul", "Div"}
+_CARRYING = WHOLE | {"add", "sub", "mul", "div"}
 
 
 class Couplings:
     """Reads couplings in one graph."""
 
-    def __init__(self, graph: Graph, made: Mapping[int, Call]):
+    def __init__(self, graph: Graph, made: Mapping[int, Merge]):
         self.graph, self.made = graph, made
 
-    def puts_back(self, call: Call, fork: int) -> bool:
+    def puts_back(self, call: Merge, fork: int) -> bool:
         """Whether a sum with a part of ``fork`` is put together with its other parts, so that none is missing."""
-        at = self.graph.position[call.output]
-        for end in self.graph.onward([at], _CARRYING, frozenset({"Cat"})):
-            joined = self.made.get(id(self.graph.nodes[end]))
+        at = call.output
+        for end in [] if at is None else self.graph.onward([at], _CARRYING, _calls.LISTS):
+            joined = self.made.get(end)
             if joined is not None and joined.name in _calls.LISTS and self._covers(joined, fork):
                 return True
         return False
 
-    def _covers(self, joined: Call, fork: int) -> bool:
+    def _covers(self, joined: Merge, fork: int) -> bool:
         """Whether what is put together comes from parts of ``fork``, along the same axis, that are all of it."""
-        whole, dim = self.graph.parts_of(fork).get(fork), getattr(joined.output, "_saved_dim", None)
+        whole, dim = self.graph.parts_of(fork).get(fork), joined_axis(joined, self.graph)
         if whole is None or dim is None:
             return False
         taken: dict[Axis, list[range]] = {}
@@ -52,10 +51,12 @@ class Couplings:
             isinstance(axis, int) and sum(map(len, runs)) == whole.shape[axis] for axis, runs in taken.items()
         )
 
-    def _parts_carried(self, node: object, fork: int) -> list[Part]:
+    def _parts_carried(self, node: int | None, fork: int) -> list[Part]:
         """The parts of ``fork``, in the shape of ``node``, that it may carry on."""
-        graph, parts, shape = self.graph, self.graph.parts_of(fork), shape_of(node)
-        waiting = [] if node is None else [graph.position[node]]
+        if node is None:
+            return []
+        graph, parts, shape = self.graph, self.graph.parts_of(fork), self.graph.shape(node)
+        waiting = [node]
         seen, found = set(waiting), []
         while waiting:
             at = waiting.pop()

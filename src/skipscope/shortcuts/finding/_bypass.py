@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._bits import bits
-from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._record import Call
-from skipscope.shortcuts._sides import BENT, LINEAR, MAX_POOLS, PRODUCT, SHAPE, Side
-from skipscope.shortcuts._verdict import PARALLEL
+from skipscope.shortcuts.finding._candidate import Reason
+from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._kinds import BENT, DROPOUT, LINEAR, MAX_POOLS, PRODUCT, SHAPE
+from skipscope.shortcuts.finding._merge import Merge
+from skipscope.shortcuts.finding._sides import Side
 
-FREE, SCALED, GATED, NORMED, PROJECTED = range(5)  # of several ways past a branch, the first is the shortcut
+FREE, SCALED, GATED, NORMED, PROJECTED, CHAINED = range(
+    6
+)  # of several ways past a branch, the first is the shortcut
 _LINEAR = SHAPE | PRODUCT | LINEAR
-_PASSING = SHAPE | frozenset({"Mul", "Div", "NativeDropout"})
+_PASSING = SHAPE | DROPOUT | {"mul", "div"}
+_MATRIX_PRODUCTS = frozenset({"bmm", "mm", "matmul", "einsum", "mv", "dot", "tensordot"})
 
 
 class Bypass:
@@ -24,29 +28,37 @@ class Bypass:
     def __init__(self, graph: Graph):
         self.graph = graph
 
-    def operands(self, call: Call, sides: dict[int, Side]) -> tuple[int, ...] | str:
+    def operands(self, call: Merge, sides: dict[int, Side]) -> tuple[int, ...] | Reason:
         """The operands that skip: those without weights; else scaled; else gated; else normed; else projected."""
         rank = {i: r for i, side in sides.items() if (r := self.rank(side)) is not None}
         if call.name in _calls.LISTS:
             straight = (i for i, r in rank.items() if r <= GATED and not self._takes_largest(sides[i]))
-            return tuple(straight) or PARALLEL
+            return tuple(straight) or Reason.PARALLEL
         if not rank:
             bent = any(side.how == "bent" for side in sides.values())
-            return "a side without weights that is not linear" if bent else PARALLEL
+            return Reason.BENT if bent else Reason.PARALLEL
         best = min(rank.values())
         chosen = tuple(i for i, r in rank.items() if r == best)
         rest = [side for i, side in sides.items() if i not in chosen]
         if call.name == "where" and best > GATED:
-            return PARALLEL
+            return Reason.PARALLEL
         if best == NORMED and not any(self.graph.matrices_in(side.region, enough=1) for side in rest):
-            return PARALLEL
+            return Reason.PARALLEL
         if best == PROJECTED:
-            if not any(side.how == "branch" and self.is_deeper(side.region) for side in rest):
-                return PARALLEL
+            if not any(
+                side.how in {"branch", "linear maps"} and self.is_deeper(side.region) for side in rest
+            ):
+                return Reason.PARALLEL
             if any(self._is_low_rank(side, sides[chosen[0]]) for side in rest):
-                return "a low-rank update of the same linear map"
-            if self._is_score(self.graph.position[call.output if call.whole is None else call.written]):
-                return "a sum of attention scores"
+                return Reason.LOW_RANK
+            if self._is_score(call.output if call.whole is None else call.written):
+                return Reason.SCORES
+        if best == CHAINED and not any(side.how == "branch" and self._bends(side.region) for side in rest):
+            return (
+                Reason.BOTH_LINEAR
+                if all(side.how == "linear maps" for side in sides.values())
+                else Reason.PARALLEL
+            )
         return self.the_first(sides, chosen)
 
     def the_first(self, sides: dict[int, Side], chosen: tuple[int, ...]) -> tuple[int, ...]:
@@ -63,8 +75,8 @@ class Bypass:
         """How a side bypasses; None where it does not."""
         if side.fork is None or side.how in {"branch", "bent"}:
             return None
-        if side.how == "projection":
-            return PROJECTED
+        if side.how in {"projection", "linear maps"}:
+            return PROJECTED if side.how == "projection" else CHAINED
         if not self.graph.has_weights(side.region):
             return FREE
         return NORMED if not side.products else GATED if side.how == "gated" else SCALED
@@ -88,14 +100,16 @@ class Bypass:
         """Whether only the largest values come through: one more of Inception's parallel branches."""
         return bool(side.region & self.graph.of_kinds(MAX_POOLS))
 
-    def _is_score(self, at: int) -> bool:
+    def _is_score(self, at: int | None) -> bool:
         """Whether a softmax makes of it, shifted and scaled at most, one factor of a matrix product; or of v . tanh of it,
         as in additive attention, one factor of a product.
         """
-        softmaxes, ends = self.graph.onward([at], _PASSING, frozenset({"Softmax"})), {"Bmm", "Mm"}
+        if at is None:
+            return False
+        softmaxes, ends = self.graph.onward([at], _PASSING, frozenset({"softmax"})), _MATRIX_PRODUCTS
         if not softmaxes:
-            softmaxes, ends = self._additive_scores(at), {"Bmm", "Mm", "Mul"}
-        return bool(self.graph.onward(softmaxes, _PASSING, frozenset(ends)))
+            softmaxes, ends = self._additive_scores(at), _MATRIX_PRODUCTS | {"mul"}
+        return bool(self.graph.onward(softmaxes, _PASSING, ends))
 
     def _additive_scores(self, at: int) -> list[int]:
         """The softmax of v . tanh(sum), where that is all the sum is for."""
@@ -103,12 +117,12 @@ class Bypass:
         while len(children := self.graph.children[at]) == 1:
             (at,) = children
             kind = self.graph.kind(at)
-            if kind == "Softmax" and passed == "tanh, v":
+            if kind == "softmax" and passed == "tanh, v":
                 return [at]
             passed = (
-                "tanh" if kind == "Tanh" else "tanh, v" if kind in LINEAR and passed == "tanh" else passed
+                "tanh" if kind == "tanh" else "tanh, v" if kind in LINEAR and passed == "tanh" else passed
             )
-            if kind not in SHAPE | LINEAR | {"Tanh"}:
+            if kind not in SHAPE | LINEAR | {"tanh"}:
                 break
         return []
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._record import Call
-from skipscope.shortcuts._verdict import Verdict
+from skipscope.shortcuts.finding._candidate import Candidate
+from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._merge import Merge
 
 
-def home_of(graph: Graph, item: Verdict) -> str:
+def home_of(graph: Graph, item: Candidate) -> str:
     """The module that is the branch: the smallest that holds its matrices, lifted while nothing else comes in.
 
     It is not lifted above the module that merges. A branch without matrices is named by its vectors; one without a
@@ -32,7 +32,7 @@ def home_of(graph: Graph, item: Verdict) -> str:
     return path
 
 
-def unique_names(graph: Graph, found: Sequence[Verdict], homes: Sequence[str]) -> list[str]:
+def unique_names(graph: Graph, found: Sequence[Candidate], homes: Sequence[str]) -> list[str]:
     """Names in order; where one is taken twice the merging module's path, or a running number."""
     names = [home or item.call.name for item, home in zip(found, homes, strict=True)]
     count, taken = Counter(names), set(names)
@@ -48,7 +48,7 @@ def unique_names(graph: Graph, found: Sequence[Verdict], homes: Sequence[str]) -
     return names
 
 
-def merge_name(call: Call) -> str:
+def merge_name(call: Merge) -> str:
     """The module that merges, and the operation."""
     name = call.name.split()[1].rpartition(".")[2] if call.name.startswith("marked ") else call.name
     return f"{call.owner} {name}" if call.owner else name
@@ -60,21 +60,18 @@ def fork_name(graph: Graph, fork: int, merges: dict[int, str]) -> str:
     Args:
         graph: the dataflow.
         fork: index of its node.
-        merges: names of shortcuts by the id of their merge's node.
+        merges: names of shortcuts by the node of their merge.
     """
-    record = graph.record
     while True:
-        node = graph.nodes[fork]
-        if node in record.sources or node in record.streams:
-            return record.sources.get(node) or record.streams[node]
-        if record.producers.get(node):
-            return record.producers[node]
-        if id(node) in merges:
-            return f"{merges[id(node)]} (merged)"
+        if graph.sources.get(fork) == "input" or graph.values[fork] in graph.streams:
+            return graph.sources[fork]
+        if graph.producers.get(fork):
+            return graph.producers[fork]
+        if fork in merges:
+            return f"{merges[fork]} (merged)"
         parents = graph.active_parents(fork)
         if not parents:
-            embedded = [owner for other, _, owner in record.embeddings if other is node]
-            return (embedded[0] if embedded else "") or "input"
+            return graph.sources.get(fork, "input")
         fork = max(parents)
 
 

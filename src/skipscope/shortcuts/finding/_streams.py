@@ -7,42 +7,46 @@ whose sum is read by the branch alone, is told apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-from skipscope.shortcuts._graph import Graph
-from skipscope.shortcuts._nodes import Step
-from skipscope.shortcuts._record import Call
-from skipscope.shortcuts._sides import NORM, WHOLE
-from skipscope.shortcuts._verdict import Verdict
+from skipscope.shortcuts.finding._candidate import Candidate, Reason
+from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._kinds import DROPOUT, NORM, WHOLE
+from skipscope.shortcuts.finding._merge import Merge
 
-_CARRYING = WHOLE | NORM | {"NativeDropout"}
+_CARRYING = WHOLE | NORM | DROPOUT
 
 
-def learned_streams(graph: Graph, verdicts: Iterable[tuple[Call, Verdict | str | None]]) -> dict[Any, str]:
-    """The nodes where such streams meet what was made from them and the data, each with the module it comes from."""
+def learned_streams(
+    graph: Graph, verdicts: Iterable[tuple[Merge, Candidate | Reason | None]]
+) -> dict[int, str]:
+    """The values where such streams meet what was made from them and the data, each with the module it comes from."""
     verdicts = list(verdicts)
-    forks = {fork for _, verdict in verdicts if isinstance(verdict, Verdict) for fork in verdict.forks}
-    sums = {graph.position[c.output]: c for c, _ in verdicts if c.name == "add" and None not in c.operands}
+    forks = {fork for _, verdict in verdicts if isinstance(verdict, Candidate) for fork in verdict.forks}
+    sums = {
+        c.output: c
+        for c, _ in verdicts
+        if c.name == "add" and c.output is not None and None not in c.operands
+    }
     found = {}
     for call, verdict in verdicts:
-        if not isinstance(verdict, str) or call.name != "add" or None in call.operands:
-            continue
-        begins, made = sorted((graph.position[node] for node in call.operands), reverse=True)
-        is_learned = begins >= graph.activations > made and _is_table(graph.nodes[begins])
         if (
-            is_learned
-            and _carried(graph, graph.position[call.output], forks)
-            and _depends(graph, made, begins)
+            not isinstance(verdict, Reason)
+            or call.name != "add"
+            or call.output is None
+            or None in call.operands
         ):
-            node = graph.nodes[begins := _root(graph, begins, sums)]
-            found[node] = (
-                graph.record.producers.get(node) or (*graph.modules_above(begins), "")[0] or "weights"
-            )
+            continue
+        begins, made = sorted((node for node in call.operands if node is not None), reverse=True)
+        is_learned = begins >= graph.activations > made and _is_table(graph, begins)
+        if is_learned and _carried(graph, call.output, forks) and _depends(graph, made, begins):
+            begins = _root(graph, begins, sums)
+            path = graph.producers.get(begins) or (*graph.modules_above(begins), "")[0] or "weights"
+            found[graph.values[begins]] = path
     return found
 
 
-def _root(graph: Graph, at: int, sums: dict[int, Call]) -> int:
+def _root(graph: Graph, at: int, sums: Mapping[int, Merge]) -> int:
     """Where a stream that node ``at`` carries begins: past the sums that no data has reached yet."""
     while True:
         back = at
@@ -50,21 +54,16 @@ def _root(graph: Graph, at: int, sums: dict[int, Call]) -> int:
             back = graph.parents[back][0]  # of a norm, what it norms
         if back not in sums:
             return at
-        one, two = (graph.position[node] for node in sums[back].operands)
+        one, two = (node for node in sums[back].operands if node is not None)
         one, two = (one, two) if _depends(graph, two, one) else (two, one)
         if not _depends(graph, two, one):
             return at
         at = one
 
 
-def _is_table(node: Any) -> bool:
+def _is_table(graph: Graph, node: int) -> bool:
     """Whether it is more than a vector: tokens, each with its features."""
-    while isinstance(node, Step):
-        node = node.node
-    weight = getattr(node, "variable", None)
-    about = getattr(node, "_input_metadata", None)
-    shape = weight.shape if weight is not None else about[0].shape if about else ()
-    return sum(size > 1 for size in shape) > 1
+    return sum(size > 1 for size in graph.shape(node)) > 1
 
 
 def _carried(graph: Graph, at: int, forks: set[int]) -> bool:

@@ -1,0 +1,1 @@
+"""Finding shortcuts: rules over the recorded trace of one forward pass."""

@@ -1,0 +1,111 @@
+"""Where the flow is read: the first float activation, each merge, and modules outside every branch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from skipscope.shortcuts._results import Boundary, CallKey
+from skipscope.shortcuts.finding._candidate import Candidate
+from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.trace import ModuleRun
+
+
+def boundaries_of(
+    graph: Graph, model: nn.Module, found: Sequence[tuple[Candidate, str, str]]
+) -> tuple[Boundary, ...]:
+    """The points of a model in order of execution.
+
+    Args:
+        graph: the dataflow.
+        model: the model.
+        found: each shortcut, its name, and the module that is its branch.
+    """
+    first, begins = _first(graph)
+    # Nothing of the data reaches the output: then every module that ran is a point.
+    severed = not graph.activations
+    points = [
+        (item.call.order + 0.5, Boundary(name, 0, "merge", item.call.key, item.is_summed))
+        for item, name, _ in found
+    ]
+    modules = dict(model.named_modules())
+    cover = _Cover(graph, found)
+    for run in graph.runs:
+        node = graph.node_of(run.outputs[0]) if run.outputs else None
+        if (run.path, run.nth) == begins or _looks_up(graph, run) or not _is_layer(modules[run.path]):
+            continue
+        if severed or (graph.can_be_tapped(node) and not cover.holds(run.path, node)):
+            key = CallKey(run.path, "output", run.nth)
+            points.append((run.ends, Boundary(run.path or "output", 0, "module", key)))
+    points.sort(key=lambda point: point[0])
+    ordered = [*first, *(boundary for _, boundary in points)]
+    return tuple(Boundary(b.name, depth, b.kind, b.key, b.summed) for depth, b in enumerate(ordered))
+
+
+def _looks_up(graph: Graph, run: ModuleRun) -> bool:
+    """Whether a module's output is an embedding of token ids: activations begin there, and it is no layer."""
+    node = graph.node_of(run.outputs[0]) if run.outputs else None
+    return (
+        node in graph.sources
+        and graph.sources[node] != "input"
+        and node is not None
+        and graph.kind(node) in _LOOKUPS
+    )
+
+
+_LOOKUPS = frozenset({"embedding", "embedding_bag"})
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it holds a matrix of its own, and nothing below it does."""
+    own = any(p is not None and p.ndim >= 2 for p in module._parameters.values())
+    return own and not any(p.ndim >= 2 for child in module.children() for p in child.parameters())
+
+
+class _Cover:
+    """What lies inside some branch or shortcut, or feeds one from the side (cross-attention)."""
+
+    def __init__(self, graph: Graph, found: Sequence[tuple[Candidate, str, str]]):
+        self.graph, self.region = graph, 0
+        self.homes: dict[str, list[Candidate]] = {}
+        for item, _, home in found:
+            self.region |= item.region | item.side_region
+            self.homes.setdefault(home, []).append(item)
+
+    def holds(self, path: str, node: int | None) -> bool:
+        """Whether a module's output, an activation, is there."""
+        if self.region & self.graph.bit(node):
+            return True
+        assert node is not None
+        at, reaches = node, self.graph.ancestors.reaches
+        while path:
+            for item in self.homes.get(path, ()):
+                if not any(reaches(at, fork) for fork in item.forks):
+                    return True
+            path = path.rpartition(".")[0]
+        return False
+
+
+def _first(graph: Graph) -> tuple[list[Boundary], tuple[str, int] | None]:
+    """Where activations begin: at an input with numbers, else where token ids are looked up. And, where that is the
+    output of a module, which run of it.
+    """
+    values = graph.trace.values
+    floats = [v for v in graph.trace.inputs if values[v].is_float]
+    reached = [i for i, v in enumerate(floats) if v in graph.node] or (
+        [] if graph.sources else list(range(len(floats)))
+    )
+    if reached:
+        return [Boundary("input", 0, "input", CallKey("", "input", reached[0]))], None
+    for value in values:
+        if not value.starts or value.call is None or (graph.sources and value.index not in graph.node):
+            continue
+        call = graph.trace.calls[value.call]
+        run = next((r for r in graph.runs if r.outputs[:1] == (value.index,)), None)
+        if run is not None and call.function not in _LOOKUPS:
+            key = CallKey(run.path, "output", run.nth)
+            return [Boundary(run.path or "input", 0, "input", key)], (run.path, run.nth)
+        if call.key is not None:
+            return [Boundary(call.owner or "input", 0, "input", call.key)], None
+    return [], None

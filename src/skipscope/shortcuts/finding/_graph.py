@@ -1,0 +1,441 @@
+"""The dataflow of a trace, as the rules of finding read it: which activation depends on which, and on which weights.
+
+A node is a value of the trace. Activations come first in the numbering, so that a set of them is a Python integer
+without gaps, used as a bit set; then come values that are computed from weights alone. Constants, token ids and masks are
+no nodes. What does not lead to an output of the model is left out, unless the same line of code leads there at another
+time (the last step of a loop).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from skipscope.shortcuts import _calls
+from skipscope.shortcuts._bits import Ancestors, as_bits, bits, chosen
+from skipscope.shortcuts._results import Place
+from skipscope.shortcuts.finding._merge import Merge
+from skipscope.shortcuts.finding._parts import Cuts, Part, part_after, takes_everything, whole
+from skipscope.shortcuts.trace import Origin, Trace, TracedCall, Value
+
+
+class Graph:
+    """The dataflow of a trace.
+
+    Args:
+        trace: of one forward pass.
+        model: the model that was traced.
+        streams: values where activations begin in weights, and the module that they come from.
+
+    Attributes:
+        values: for each node its value in the trace: activations first; among them, what one was computed from comes
+            before it.
+        node: value of the trace -> its node.
+        parents: for each node those it was computed from.
+        activations: how many activations there are: node i is one where ``i < activations``.
+        merges: the calls that join tensors, in order.
+        modules: module paths that own weights; bit i of a weight set stands for ``modules[i]``.
+        weights: for each node the set of modules whose weights enter there.
+        matrices: the same, only where a weight of two or more dimensions enters.
+        ancestors: for each activation the bit set of those it was computed from, itself among them.
+        producers: node -> path of the innermost module that returned it.
+        sources: nodes where activations begin: ``"input"``, or the path of the module that looks ids up.
+        runs: runs of modules with weights of their own, in the order in which they ended.
+    """
+
+    def __init__(self, trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = None):
+        self.trace, self.streams = trace, dict(streams or {})
+        self._name_modules(model)
+        self._same = self._seen_through()
+        active, weights, matrices = self._weigh()
+        kept = self._leading_out(active, weights)
+        order = [v for v in kept if active[v]] + [v for v in kept if not active[v]]
+        self.values = order
+        self.node = {value: i for i, value in enumerate(order)}
+        self.activations = n = sum(active[v] for v in kept)
+        self._kinds = [self._kind(trace.values[v]) for v in order]
+        self._masks: dict[frozenset[str], int] = {}
+        self._used: dict[int, dict[int, int]] = {}
+        self.parents = [tuple(self.node[p] for p in self._operands(v, active, weights)) for v in order]
+        self.weights, self.matrices = [weights[v] for v in order], [matrices[v] for v in order]
+        self._active_parents = [[p for p in above if p < n] for above in self.parents]
+        self.ancestors = Ancestors(self.parents[:n])
+        self.weighted = as_bits(self.weights[:n])
+        self._count_uses()
+        self._sets: dict[int, int] = {}
+        self._known_cuts: dict[int, Cuts] = {}
+        self.producers = self._returned()
+        self.sources = self._starts()
+        self.merges = self._merges()
+        own = {path for path, module in model.named_modules() if module._parameters}
+        runs = trace.runs
+        self.runs = [runs[i] for i in self._ended() if runs[i].path in own]
+
+    # --- from the trace ---
+
+    def node_of(self, value: int | None) -> int | None:
+        """The node of a value, or None where it is a constant, or leads nowhere."""
+        return None if value is None else self.node.get(self._same[value])
+
+    def call_at(self, node: int) -> TracedCall | None:
+        """The call that made a node."""
+        call = self.trace.values[self.values[node]].call
+        return None if call is None else self.trace.calls[call]
+
+    def shape(self, node: int) -> tuple[int, ...]:
+        """Of a node's tensor."""
+        return self.trace.values[self.values[node]].shape
+
+    def _kind(self, value: Value) -> str:
+        return "" if value.call is None else self.trace.calls[value.call].function
+
+    def _seen_through(self) -> list[int]:
+        """For each value the one that it is all of: x[:], and x.detach(), are x."""
+        same = list(range(len(self.trace.values)))
+        for call in self.trace.calls:
+            if call.is_view and call.results and takes_everything(call, self.trace):
+                same[call.results[0]] = same[call.operands[0]]
+        return same
+
+    def _starts_at(self, value: Value) -> bool:
+        return value.starts or value.index in self.streams
+
+    def _weigh(self) -> tuple[list[bool], list[int], list[int]]:
+        """Which values are activations, and the modules whose weights, and matrices, enter at each of them."""
+        values, calls, same = self.trace.values, self.trace.calls, self._same
+        active, every, matrices = [], [], []
+        for value in values:
+            starts = self._starts_at(value)
+            call = None if value.call is None else calls[value.call]
+            all_weights = only_matrices = 0
+            is_active = starts
+            if value.origin is Origin.PARAMETER:
+                all_weights = self._owner(value.name)
+                only_matrices = all_weights if len(value.shape) >= 2 else 0
+            elif call is not None:
+                dead = call.zeroed
+                for operand in call.operands:
+                    above = same[operand]
+                    if active[above]:
+                        is_active = is_active or (value.is_float and not dead)
+                    else:
+                        all_weights |= every[above]
+                        only_matrices |= matrices[above]
+            active.append(is_active)
+            every.append(0 if starts else all_weights)
+            matrices.append(0 if starts else only_matrices)
+        return active, every, matrices
+
+    def _operands(self, value: int, active: list[bool], weights: list[int]) -> list[int]:
+        """What a value was computed from: activations and weights. What starts activations begins anew."""
+        if self._starts_at(self.trace.values[value]):
+            return []
+        above = [self._same[v] for v in self.trace.operands_of(value)]
+        return [v for v in above if active[v] or weights[v]]
+
+    def _leading_out(self, active: list[bool], weights: list[int]) -> list[int]:
+        """The values that lead to an output of the model, in order."""
+        calls, same = self.trace.calls, self._same
+        reached = [False] * len(active)
+
+        def reach(ends: Iterable[int]) -> None:
+            waiting = [v for v in map(same.__getitem__, ends) if not reached[v]]
+            while waiting:
+                at = waiting.pop()
+                if not reached[at]:
+                    reached[at] = True
+                    above = (
+                        same[v] for v in self.trace.operands_of(at)
+                    )  # also by way of ids that were looked up
+                    waiting += [v for v in above if self.trace.values[v].from_data or active[v] or weights[v]]
+
+        ends = self.trace.outputs or tuple(
+            v.index for v in self.trace.values if not self.trace.consumers(v.index)
+        )
+        reach(ends)
+        sites = {c.site for c in calls if c.joins and any(reached[same[r]] for r in c.results)}
+        reach(r for c in calls if c.joins and c.site in sites for r in c.results)
+        return [v for v, is_reached in enumerate(reached) if is_reached and (active[v] or weights[v])]
+
+    def _ended(self) -> list[int]:
+        """The runs of modules in the order in which they ended."""
+        runs = self.trace.runs
+        return sorted(range(len(runs)), key=lambda i: (runs[i].ends, -i))
+
+    def _returned(self) -> dict[int, str]:
+        """For each node the innermost module that returned it."""
+        found: dict[int, str] = {}
+        for i in self._ended():
+            for value in self.trace.runs[i].outputs:
+                if (node := self.node_of(value)) is not None:
+                    found.setdefault(node, self.trace.runs[i].path)
+        return found
+
+    def _starts(self) -> dict[int, str]:
+        found = {}
+        for value in self.trace.values:
+            if value.starts and (node := self.node.get(value.index)) is not None:
+                call = self.call_at(node)
+                found[node] = "input" if call is None else call.owner or call.module or "input"
+        return found | {self.node[v]: path for v, path in self.streams.items() if v in self.node}
+
+    def _merges(self) -> list[Merge]:
+        """The calls that join tensors; of those that update a part of a tensor, also what they update."""
+        found, made = [], {}
+        for call in self.trace.calls:
+            if call.joins == "setitem" or (call.function == "setitem" and call.key is not None):
+                self._assigned(call, made)
+            elif call.joins:
+                nodes = tuple(map(self.node_of, call.joined))
+                output = self.node_of(call.results[0]) if call.results else None
+                merge = Merge(call, call.joins, nodes, tuple(v is not None for v in call.joined), output)
+                merge.whole, merge.written = self.node_of(call.whole), self.node_of(call.written)
+                found.append(merge)
+                made |= dict.fromkeys(call.results, merge)
+        return found
+
+    def _assigned(self, call: TracedCall, made: Mapping[int, Merge]) -> None:
+        """``target[index] = value``: where that was computed from the part of the target, it updates it."""
+        target, value = call.operands[0], call.operands[-1]
+        merge = made.get(self._same[value])
+        if merge is None or call.key is None:
+            return
+        root = self._root(target)
+        for i, operand in enumerate(merge.traced.joined):
+            if operand is not None and self._taken_from(operand) == root:
+                if merge.whole is None:
+                    merge.whole = self.node_of(target if call.whole is None else call.whole)
+                    merge.part, merge.assigned_at = i, Place(call.key, _calls.WHOLE)
+                merge.written = self.node_of(call.results[0] if call.written is None else call.written)
+                return
+
+    def _root(self, value: int) -> int:
+        """The value of which one is a view, or was written into."""
+        values, calls = self.trace.values, self.trace.calls
+        while (at := values[value].call) is not None:
+            call = calls[at]
+            if not (call.is_view or call.in_place or call.function in {"write", "write_all"}):
+                break
+            value = call.operands[0]
+        return value
+
+    def _taken_from(self, value: int) -> int | None:
+        """The tensor of which a value is a part: a slice, or a copy of some of it."""
+        at = self.trace.values[value].call
+        call = None if at is None else self.trace.calls[at]
+        if call is None or not (call.is_view or call.function in {"getitem", "index_select"}):
+            return None
+        return self._root(call.operands[0])
+
+    # --- which weights enter where ---
+
+    def _name_modules(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        self.modules = list(modules)
+        self._index = {path: i for i, path in enumerate(self.modules)}
+        self._shapes: dict[int, list[tuple[int, ...]]] = {}
+        self._below: dict[str, set[str]] = {}
+        self._scalar = 0
+        for i, (path, module) in enumerate(modules.items()):
+            own = [p for p in module._parameters.values() if p is not None]
+            if all(p.numel() == 1 for p in own):
+                self._scalar |= 1 << i
+            if any(p.ndim >= 2 for p in own):
+                self._shapes[i] = [tuple(p.shape) for p in own if p.ndim >= 2]
+            parent = path
+            while own:
+                self._below.setdefault(parent, set()).add(path)
+                if not parent:
+                    break
+                parent = parent.rpartition(".")[0]
+
+    def _owner(self, parameter: str) -> int:
+        """The set of the module that holds a parameter."""
+        return 1 << self._index[parameter.rpartition(".")[0]]
+
+    def _count_uses(self) -> None:
+        self._uses: Counter[int] = Counter()
+        self._where: dict[int, list[int]] = {}
+        for i in bits(self.weighted):
+            self._uses.update(bits(self.weights[i]))
+            for m in bits(self.matrices[i]):
+                self._where.setdefault(m, []).append(i)
+
+    def modules_in(self, region: int) -> list[str]:
+        """Paths of the modules whose weights enter in a set of nodes, in order of execution."""
+        return [self.modules[m] for m in self._used_in(region)]
+
+    def modules_above(self, i: int) -> list[str]:
+        """Paths of the modules whose weights a node is computed from that depends on no data."""
+        return [self.modules[m] for m in bits(self.weights[i])]
+
+    def modules_only_in(self, region: int) -> set[str]:
+        """Of these, the modules whose weights enter nowhere else."""
+        return {self.modules[m] for m, times in self._used_in(region).items() if times == self._uses[m]}
+
+    def _used_in(self, region: int) -> dict[int, int]:
+        found = self._used.get(region)
+        if found is None:
+            found = self._used[region] = {}
+            for i in bits(region & self.weighted):
+                for m in bits(self.weights[i]):
+                    found[m] = found.get(m, 0) + 1
+        return found
+
+    def modules_below(self, path: str) -> set[str]:
+        """Paths of the modules with weights of their own that are ``path`` or inside it."""
+        return self._below.get(path, set())
+
+    def has_weights(self, region: int) -> bool:
+        """Whether a weight enters anywhere in a set of nodes."""
+        return bool(region & self.weighted)
+
+    def matrices_in(self, region: int, enough: int | None = None) -> int:
+        """The set of modules whose matrices enter in a set of nodes, or the first ``enough`` of them."""
+        mask = 0
+        for i in bits(region & self.weighted):
+            mask |= self.matrices[i]
+            if enough is not None and mask.bit_count() >= enough:
+                break
+        return mask
+
+    def depth(self, region: int) -> int:
+        """How many matrices come one after the other in a set of nodes, at most."""
+        depths: dict[int, int] = {}
+        for v in bits(region):
+            above = [depths[p] for p in self._active_parents[v] if p in depths]
+            depths[v] = max(above, default=0) + bool(self.matrices[v])
+        return max(depths.values(), default=0)
+
+    def has_matrix(self, path: str) -> bool:
+        """Whether a module owns a weight of two or more dimensions."""
+        return self._index[path] in self._shapes
+
+    def has_only_scalars(self, region: int) -> bool:
+        """Whether every weight that enters in a set of nodes is of a module that holds single numbers only."""
+        return all(not self.weights[i] & ~self._scalar for i in bits(region & self.weighted))
+
+    def matrix_shapes(self, region: int) -> list[tuple[int, ...]]:
+        """Shapes of the matrices that enter in a set of nodes."""
+        return [shape for m in bits(self.matrices_in(region)) for shape in self._shapes.get(m, [])]
+
+    def nodes_of_matrix(self, m: int) -> list[int]:
+        """Activations where a matrix of module ``m`` enters."""
+        return self._where.get(m, [])
+
+    # --- what depends on what ---
+
+    def active_parents(self, i: int) -> list[int]:
+        """The activations that node ``i`` was computed from."""
+        return self._active_parents[i]
+
+    @functools.cached_property
+    def children(self) -> list[list[int]]:
+        """For each activation those computed from it, in order."""
+        found: list[list[int]] = [[] for _ in range(self.activations)]
+        for child in range(self.activations):
+            for parent in dict.fromkeys(self._active_parents[child]):
+                found[parent].append(child)
+        return found
+
+    def children_of(self, i: int) -> int:
+        """The set of activations computed from node ``i``."""
+        if i not in self._sets:
+            first = self.children[i][0] if self.children[i] else 0
+            self._sets[i] = sum(1 << child - first for child in self.children[i]) << first
+        return self._sets[i]
+
+    def entries(self, region: int, common: int) -> set[int]:
+        """Nodes of ``common`` from which some node of ``region`` was computed; the smaller set is gone through."""
+        if region.bit_count() < common.bit_count():
+            return {p for v in bits(region) for p in self.active_parents(v) if common >> p & 1}
+        return {p for p in bits(common) if any(region >> v & 1 for v in self.children[p])}
+
+    def leaving(self, fork: int, parts: list[Part]) -> list[int]:
+        """What was computed from ``fork``, but for what takes other parts of it than these."""
+        return self._cuts(fork).overlapping(parts)
+
+    def parts_taken(self, fork: int, region: int) -> list[Part]:
+        """The parts of ``fork`` from which the nodes of a set were computed; at its end, the part that it is."""
+        cuts, found = self._cuts(fork), []
+        for v in bits(region):
+            if v in cuts.parts:
+                found += [] if region & self.children_of(v) else [cuts.parts[v]]
+            else:
+                found += [cuts.parts[p] for p in self._active_parents[v] if p in cuts.parts]
+        return found
+
+    def parts_of(self, fork: int) -> Mapping[int, Part]:
+        """Of each node that is a part of ``fork``, which; the fork itself among them."""
+        return self._cuts(fork).parts
+
+    def _cuts(self, fork: int) -> Cuts:
+        """What is cut out of a node, and computed from that. Cutting out and turning about are no computing."""
+        known = self._known_cuts.get(fork)
+        if known is not None:
+            return known
+        cuts = self._known_cuts[fork] = Cuts()
+        waiting = [(fork, whole(self.shape(fork)))]
+        while waiting:
+            at, part = waiting.pop()
+            cuts.parts[at] = part
+            for child in self.children[at]:
+                is_view = len(self._active_parents[child]) == 1 and not self.weights[child]
+                after = part_after(self.trace, self.values[child], part) if is_view else None
+                if after is None:
+                    cuts.add(child, part)
+                else:
+                    waiting.append((child, after))
+        return cuts
+
+    def between(self, starts: list[int], end: int) -> int:
+        """The set of nodes on the ways from any of ``starts`` to ``end``, these among them."""
+        first, reaches = min(starts), self.ancestors.reaches
+        window = self.ancestors[end] >> first
+        if len(starts) == 1:
+            inside = [reaches(first, first + v) for v in bits(window)]
+        else:
+            inside = [any(reaches(s, first + v) for s in starts) for v in bits(window)]
+        return chosen(window, inside) << first
+
+    def on_the_way(self, start: int, end: int) -> int:
+        """The set of nodes on the ways from ``start``, without it, to ``end``; empty where none leads there."""
+        return self.between([start], end) & ~(1 << start) if self.ancestors.reaches(start, end) else 0
+
+    def onward(self, starts: Iterable[int], through: frozenset[str], ends: frozenset[str]) -> list[int]:
+        """The nodes of kinds ``ends`` that are computed from ``starts`` by nodes of kinds ``through``."""
+        waiting, seen, found = list(starts), set(), []
+        while waiting:
+            for child in self.children[waiting.pop()]:
+                if child not in seen:
+                    seen.add(child)
+                    kind = self.kind(child)
+                    found += [child] if kind in ends else []
+                    waiting += [child] if kind in through else []
+        return found
+
+    def bit(self, node: int | None) -> int:
+        """The set of one activation; empty for any other node."""
+        return 0 if node is None or node >= self.activations else 1 << node
+
+    def can_be_tapped(self, node: int | None) -> bool:
+        """Whether a node is an activation of the pass itself, and of no transformation (``torch.vmap``) inside it."""
+        if node is None or node >= self.activations:
+            return False
+        call = self.call_at(node)
+        return call is None or not call.transformed
+
+    # --- what a node does ---
+
+    def kind(self, i: int) -> str:
+        """The operation of node ``i``."""
+        return self._kinds[i]
+
+    def of_kinds(self, kinds: frozenset[str]) -> int:
+        """The set of activations that are of certain kinds."""
+        if kinds not in self._masks:
+            self._masks[kinds] = as_bits([kind in kinds for kind in self._kinds[: self.activations]])
+        return self._masks[kinds]

@@ -1,0 +1,287 @@
+"""The verdict on one merge: a shortcut of some kind, or the reason why it is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import or_
+
+from skipscope.shortcuts import _calls
+from skipscope.shortcuts._results import Place
+from skipscope.shortcuts.finding._branch import Branches
+from skipscope.shortcuts.finding._bypass import CHAINED, PROJECTED, Bypass
+from skipscope.shortcuts.finding._candidate import Candidate, Reason
+from skipscope.shortcuts.finding._couplings import Couplings
+from skipscope.shortcuts.finding._expanded import Expanded
+from skipscope.shortcuts.finding._gates import Gates
+from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._kinds import ENLARGING
+from skipscope.shortcuts.finding._merge import Merge
+from skipscope.shortcuts.finding._mixtures import Mixtures
+from skipscope.shortcuts.finding._sides import Side, Sides, is_scaled
+
+_BY_WEIGHT = ("identity", "scaled", "gated")
+
+
+@dataclass(eq=False)
+class _Case:
+    """One merge, and what the rules before have found of it.
+
+    Attributes:
+        reader: reads its operands.
+        sides: of each operand that is an activation.
+        bypassing: the operands that skip.
+        branches: the operands by which the branch comes in.
+        region: bit set of the branch's nodes.
+    """
+
+    reader: Sides
+    sides: dict[int, Side] = field(default_factory=dict)
+    bypassing: tuple[int, ...] = ()
+    branches: tuple[int, ...] = ()
+    region: int = 0
+
+    @property
+    def call(self) -> Merge:
+        """The merge."""
+        return self.reader.call
+
+    @property
+    def is_declared(self) -> bool:
+        """Whether its author said which side is which."""
+        return self.call.name.startswith("marked ")
+
+
+class Judge:
+    """Judges the merges of one graph, by the rules in ``RULES``, one after the other.
+
+    Attributes:
+        gates: what judges several calls together.
+    """
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.made = {call.output: call for call in graph.merges if call.output is not None}
+        self.gates, self.expanded = Gates(graph, self.made), Expanded(graph, self.made)
+        self.mixtures, self.bypass = Mixtures(graph, self.made), Bypass(graph)
+        self.branches = Branches(graph, self.gates, Couplings(graph, self.made))
+
+    def verdict(self, call: Merge) -> Candidate | Reason | None:
+        """Classify one merge.
+
+        Returns:
+            What the first rule that decides returns: a candidate, or the reason why it is none. None if fewer than two
+            operands are activations, or a product is no gate.
+        """
+        case = _Case(Sides(self.graph, call))
+        if len(case.reader.active) < 2:
+            is_addition = call.name == "add" and case.reader.active and None not in call.operands
+            return Reason.WEIGHT if is_addition else None
+        for rule in RULES:
+            if (decided := rule(self, case)) is not None:
+                return decided
+        return None
+
+    # --- the rules, in order ---
+
+    def leads_out(self, case: _Case) -> Reason | None:
+        """What is only looked at, for a log or a stopping test, joins nothing."""
+        return Reason.NOWHERE if case.call.output is None else None
+
+    def multiplied_out_gate(self, case: _Case) -> Candidate | None:
+        """X - t x + t H in several sums."""
+        return self.expanded.gate(case.call)
+
+    def stacked(self, case: _Case) -> Reason | None:
+        """A stack that is not summed over joins nothing."""
+        return Reason.STACKED if case.call.name == "stack" and self.mixtures.of(case.call) is None else None
+
+    def related(self, case: _Case) -> Reason | None:
+        """A product is a gate at most; operands that share no ancestor bypass nothing."""
+        case.sides = self.branches.before_parting(case.reader, case.reader.read())
+        if case.call.name in _calls.PRODUCTS:
+            return self.gates.product(case.sides)
+        return Reason.UNRELATED if all(side.fork is None for side in case.sides.values()) else None
+
+    def crossed_gate(self, case: _Case) -> Candidate | None:
+        """H + c (x - H), where the operand that stands alone is the branch."""
+        if case.call.name in _calls.LISTS | _calls.PRODUCTS | {"where"}:
+            return None
+        return self.gates.crossed(case.reader)
+
+    def bypassed(self, case: _Case) -> Reason | None:
+        """Some operand has to skip what the others went through."""
+        if case.call.name in _calls.PRODUCTS:
+            return None
+        found = (0,) if case.is_declared else self.bypass.operands(case.call, case.sides)
+        if isinstance(found, Reason):
+            return found
+        case.bypassing = found
+        return None
+
+    def branch(self, case: _Case) -> Reason | None:
+        """What it skips has to hold weights."""
+        if not case.bypassing:
+            return None
+        case.region, branches = self.branches.of(case.reader, case.sides, case.bypassing)
+        if branches is Reason.NO_WEIGHTS and case.call.name in _calls.LISTS:
+            # Several may come from one branch, and share its weights: x is what comes from none of the others.
+            first = self.bypass.the_first(case.sides, case.bypassing)
+            case.bypassing = tuple(i for i in first if not case.sides[i].is_sum)
+            case.region, branches = self.branches.of(case.reader, case.sides, case.bypassing, sharing=True)
+        if isinstance(branches, Reason):
+            return branches
+        case.branches = branches
+        return None
+
+    def deeper_than_a_projection(self, case: _Case) -> Reason | None:
+        """g(c) h(x) + b(c) is two linear maps of c, side by side."""
+        if not case.bypassing or case.is_declared:
+            return None
+        is_projection = self.bypass.rank(case.sides[case.bypassing[0]]) in {PROJECTED, CHAINED}
+        return Reason.PARALLEL if is_projection and not self.bypass.is_deeper(case.region) else None
+
+    def shortcut(self, case: _Case) -> Candidate | None:
+        """What no rule has rejected."""
+        if not case.bypassing:
+            return None
+        return self._shortcut(case.reader, case.sides, case.bypassing, case.branches, case.region)
+
+    # --- beside the rules ---
+
+    def passed(self, call: Merge) -> Candidate | None:
+        """A concatenation in a decoder whose skip passes a block with weights of its own (UNETR, DeepLabV3+), or None.
+
+        The deeper side is made larger again on its way, and the skip passes fewer weights one after the other.
+        """
+        reader = Sides(self.graph, call)
+        if call.name not in _calls.LISTS - {"stack"} or len(reader.active) != 2 or call.output is None:
+            return None
+        sides = reader.read()
+        depths = {i: self.graph.depth(side.region) for i, side in sides.items()}
+        skip, deep = sorted(reader.active, key=depths.__getitem__)
+        fork, end = sides[skip].fork, reader.position(deep)
+        if fork is None or not 0 < depths[skip] < depths[deep] or not self.graph.ancestors.reaches(fork, end):
+            return None
+        region = self.graph.on_the_way(fork, end)
+        if not region & self.graph.of_kinds(ENLARGING):
+            return None
+        at, branch = Place(call.key, skip), Place(call.key, deep)
+        return Candidate(
+            call, "concat", (fork,), (skip,), (skip,), region, sides[skip].region, (at,), (branch,)
+        )
+
+    def _shortcut(
+        self,
+        reader: Sides,
+        sides: dict[int, Side],
+        bypassing: tuple[int, ...],
+        branches: tuple[int, ...],
+        region: int,
+    ) -> Candidate:
+        call = reader.call
+        shortcut_at = tuple(self._place(call, i, sides[i]) for i in bypassing)
+        branch_at = tuple(Place(call.key, j) for j in self._lesioned(reader, branches))
+        if call.whole is not None:
+            shortcut_at = self._widened(reader, shortcut_at, sides[bypassing[0]].fork)
+            branch_at = self._widened(reader, branch_at, None)
+        how = sides[bypassing[0]].how
+        how = "scaled" if how == "identity" and is_scaled(call, bypassing[0]) else how
+        how = "projection" if how == "linear maps" else how
+        plain = Candidate(
+            call=call,
+            kind="concat" if call.name in _calls.LISTS else how,
+            forks=tuple(f for i in bypassing if (f := sides[i].fork) is not None),
+            bypassing=bypassing,
+            shortcut_operands=tuple(sorted({*bypassing, *self._multiplied(reader, bypassing)})),
+            region=region,
+            side_region=reduce(or_, (sides[i].region for i in bypassing)),
+            shortcut_at=shortcut_at,
+            branch_at=branch_at,
+        )
+        return self._as_written(reader, sides, branches, plain)
+
+    def _as_written(
+        self, reader: Sides, sides: dict[int, Side], branches: tuple[int, ...], plain: Candidate
+    ) -> Candidate:
+        """The verdict, where the way in which the merge is written says more than that it adds its operands."""
+        call, bypassing = reader.call, plain.bypassing
+        if call.name == "where":
+            return replace(plain, kind="gated")
+        if call.name == "lerp":
+            kind = "gated" if 2 in reader.active else "scaled"
+            return replace(plain, kind=kind, both=(2,) if call.tensors[2] else ())
+        if call.name in _calls.LISTS and (mixture := self.mixtures.of(call)) is not None:
+            kind = max(mixture.kind, *(sides[i].how for i in bypassing), key=_BY_WEIGHT.index)
+            both = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor and mixture.alone)
+            return replace(plain, kind=kind, both=both, mixture=mixture)
+        if plain.kind in {"branch", "bent"}:  # declared by its author, whatever leads to it
+            return replace(plain, kind="identity")
+        if plain.kind == "identity" and (found := self.gates.difference(reader, bypassing[0], branches)):
+            part, x, both, kind = found
+            at = (*plain.shortcut_at, Place(part.key, x))
+            return replace(
+                plain,
+                kind=kind,
+                shortcut_at=at,
+                branch_at=(Place(part.key, 1 - x),),
+                parts=(part,),
+                both=both,
+            )
+        return replace(plain, both=self._multiplied(reader, bypassing)) if plain.kind == "gated" else plain
+
+    def _multiplied(self, reader: Sides, bypassing: tuple[int, ...]) -> tuple[int, ...]:
+        """What the call multiplies with a bypassing operand, and that itself."""
+        return reader.factors if set(bypassing) & set(reader.factors) else ()
+
+    def _lesioned(self, reader: Sides, branches: tuple[int, ...]) -> tuple[int, ...]:
+        """Of operands that the call multiplies one is enough; a gate inside ``lerp`` stays."""
+        if reader.call.name == "lerp":
+            return tuple(j for j in branches if j < 2)
+        multiplied = [j for j in branches if j in reader.factors]
+        return tuple(j for j in branches if j not in multiplied[1:])
+
+    def _place(self, call: Merge, i: int, side: Side) -> Place:
+        """Where x is met before its factor: the factor stays as built, and its gradient live."""
+        for product in side.products:
+            made = self.made.get(product)
+            if made is not None:
+                for k, node in enumerate(made.operands):
+                    if node is not None and self._comes_straight(node, side):
+                        return Place(made.key, k)
+        return Place(call.key, i)
+
+    def _widened(self, reader: Sides, places: tuple[Place, ...], fork: int | None) -> tuple[Place, ...]:
+        """An addition to a part of x is x + F, where F is zero outside the part: all of x is the operand."""
+        call = reader.call
+        part = Place(call.key, call.part)
+        if part not in places or not reader.carries_whole(fork):
+            return places
+        if call.assigned_at is not None:
+            return (*places, call.assigned_at)
+        return tuple(Place(call.key, _calls.WHOLE) if p == part else p for p in places)
+
+    def _comes_straight(self, at: int, side: Side) -> bool:
+        """Whether a node comes from the fork without weights and gates."""
+        graph = self.graph
+        while at != side.fork:
+            parents = graph.active_parents(at)
+            if graph.weights[at] or len(parents) != 1 or not side.region >> at & 1:
+                return False
+            at = parents[0]
+        return True
+
+
+# Each returns a candidate, a reason why there is none, or None where it does not decide.
+RULES: tuple[Callable[[Judge, _Case], Candidate | Reason | None], ...] = (
+    Judge.leads_out,
+    Judge.multiplied_out_gate,
+    Judge.stacked,
+    Judge.related,
+    Judge.crossed_gate,
+    Judge.bypassed,
+    Judge.branch,
+    Judge.deeper_than_a_projection,
+    Judge.shortcut,
+)

@@ -1,0 +1,72 @@
+"""Kinds of operations, by what the rules of finding need to know of them."""
+
+from __future__ import annotations
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text as a set."""
+    return frozenset(text.split())
+
+
+# What cuts a tensor into several along one axis.
+SPLITS = words("unbind split chunk tensor_split hsplit vsplit dsplit")
+# What keeps every value, once, under another shape.
+WHOLE = words(
+    """view reshape view_as reshape_as transpose t T mT H mH adjoint permute movedim clone contiguous squeeze unsqueeze
+    flatten unflatten ravel to detach data alias copy write_all atleast_1d atleast_2d atleast_3d positive lift_fresh"""
+)
+_POOLS = words(
+    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean"
+)
+# Where only the largest values come through.
+MAX_POOLS = words(
+    """max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"""
+)
+# What moves, resizes, pools or copies values: y is linear in x, with constant coefficients.
+SHAPE = (
+    WHOLE
+    | SPLITS
+    | _POOLS
+    | MAX_POOLS
+    | words(
+        """select slice narrow getitem index expand expand_as broadcast_to broadcast_tensors cat concat stack hstack vstack
+        dstack column_stack repeat tile repeat_interleave gather index_select take_along_dim write setitem pad
+        constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d roll rot90 flip unfold fold im2col col2im
+        as_strided diagonal interpolate upsample upsample_nearest2d upsample_bilinear2d pixel_shuffle pixel_unshuffle
+        channel_shuffle native_channel_shuffle add sub rsub neg sum max min amax amin slice_scatter select_scatter
+        masked_fill tril triu where index_put index_add index_copy scatter scatter_add scatter_reduce masked_scatter
+        max_unpool2d view_as_real view_as_complex real"""
+    )
+)
+PRODUCT = words(
+    "mul div lerp addcmul addcdiv dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout linear matmul bmm mm addmm "
+    "addbmm baddbmm mv dot einsum tensordot inner"
+)
+# What makes images larger in a decoder.
+ENLARGING = words(
+    """interpolate upsample upsample_nearest2d upsample_bilinear2d pixel_shuffle max_unpool2d conv_transpose1d
+    conv_transpose2d conv_transpose3d"""
+)
+DROPOUT = words("dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout")
+ELEMENTWISE = words("mul div addcmul lerp")
+# What makes an activation function: each value by itself; the first of them bend nothing.
+STRAIGHT_POINTWISE = WHOLE | ELEMENTWISE | words("add sub rsub neg addcdiv")
+POINTWISE = STRAIGHT_POINTWISE | words(
+    """pow rpow float_power square exp exp2 expm1 log log1p log2 log10 sqrt rsqrt reciprocal rdiv abs sign sgn sin cos
+    sinh cosh tanh atan asinh erf erfc sigmoid logsigmoid softplus softsign relu relu6 gelu silu leaky_relu elu hardswish
+    mish prelu rrelu hardtanh hardsigmoid celu threshold selu where minimum maximum clamp clamp_min clamp_max masked_fill
+    tanhshrink softshrink hardshrink"""
+)
+NORM = words("batch_norm layer_norm group_norm instance_norm rms_norm _fused_rms_norm")
+CONVOLUTION = words(
+    "convolution _convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc"
+)
+LINEAR = CONVOLUTION | words("linear addmm mm matmul bmm baddbmm einsum mv tensordot inner bilinear")
+# What makes a branch of a single matrix more than another linear map beside the first.
+BENT = words(
+    """relu relu6 gelu silu leaky_relu elu tanh hardswish mish prelu hardtanh celu threshold selu rrelu softmax
+    scaled_dot_product_attention"""
+)
+MATRIX_SUMS = words("addmm baddbmm addbmm addmv addr")
+MATRIX_PRODUCTS = words("linear matmul bmm mm einsum tensordot inner")

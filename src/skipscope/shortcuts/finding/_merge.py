@@ -1,0 +1,76 @@
+"""What a rule of finding looks at: one call that joins activations, by the nodes of the dataflow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from skipscope.shortcuts import _calls
+from skipscope.shortcuts._results import CallKey, Place
+from skipscope.shortcuts.trace import TracedCall
+
+if TYPE_CHECKING:
+    from skipscope.shortcuts.finding._graph import Graph
+
+
+@dataclass(eq=False, slots=True)
+class Merge:
+    """One call that joins tensors.
+
+    Attributes:
+        traced: the call in the trace.
+        name: the operation.
+        operands: for each operand its node, or None where it is a constant or no tensor.
+        tensors: which operands are tensors.
+        output: node of its result, or None where the result does not come from the data.
+        whole: for a call that updates a part of a tensor, the node of all of it before; else None.
+        written: the same after it.
+        part: the operand that is the part.
+        assigned_at: where the updated part is put back, if another call does that: x[a:b] = x[a:b] + F.
+    """
+
+    traced: TracedCall
+    name: str
+    operands: tuple[int | None, ...]
+    tensors: tuple[bool, ...]
+    output: int | None
+    whole: int | None = None
+    written: int | None = None
+    part: int = 0
+    assigned_at: Place | None = None
+
+    @property
+    def key(self) -> CallKey:
+        """Identifier of the call site."""
+        assert self.traced.key is not None
+        return self.traced.key
+
+    @property
+    def owner(self) -> str:
+        """Path of the module whose code makes the call."""
+        return self.traced.owner
+
+    @property
+    def source(self) -> str:
+        """``file.py:line``."""
+        return self.traced.source
+
+    @property
+    def order(self) -> int:
+        """Position among all calls."""
+        return self.traced.index
+
+
+def joined_axis(merge: Merge, graph: Graph) -> int | None:
+    """The axis along which a call puts tensors side by side, counted from the front; None for any other call."""
+    if merge.output is None or merge.name not in _calls.LISTS:
+        return None
+    ndim = len(graph.shape(merge.output))
+    if merge.name in _AXES:
+        return min(_AXES[merge.name], ndim - 1)
+    call = merge.traced
+    dim = call.argument(1, "dim", call.keywords.get("axis", 0))
+    return dim % ndim if isinstance(dim, int) and ndim else None
+
+
+_AXES = {"hstack": 1, "column_stack": 1, "vstack": 0, "dstack": 2}
