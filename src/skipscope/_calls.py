@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,14 +19,52 @@ _MISFITS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, As
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model`` with a tensor, a tuple (positional), a Mapping (keywords), or :class:`Arguments` (both)."""
+    """Call ``model`` with a tensor, a tuple (positional), a Mapping (keywords), or :class:`Arguments` (both).
+
+    Objects that hold state, such as a key-value cache, are copied: each pass sees the same, the user's stay as found.
+    """
     if isinstance(inputs, Arguments):
-        return model(*inputs.positional, **inputs.keywords)
+        positional, keywords = with_own_state(tuple(inputs.positional)), with_own_state(dict(inputs.keywords))
+        return model(*positional, **keywords)
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return model(**{key: with_own_state(value) for key, value in inputs.items()})
     if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
+        return model(*map(with_own_state, inputs))
+    return model(with_own_state(inputs))
+
+
+def with_own_state(value: Any) -> Any:
+    """The same value, with copies of what a model may write into; tensors are themselves.
+
+    Example:
+        >>> cache = [1]
+        >>> with_own_state((cache, 2))[0] is cache
+        False
+    """
+    if isinstance(value, Tensor | nn.Module) or value is None:
+        return value
+    if isinstance(value, list):
+        return type(value)(map(with_own_state, value)) if type(value) is list else _copied(value)
+    if isinstance(value, dict):
+        copied = {key: with_own_state(item) for key, item in value.items()}
+        return copied if type(value) is dict else _copied(value)
+    if isinstance(value, tuple):
+        items = [with_own_state(item) for item in value]
+        same = all(new is old for new, old in zip(items, value, strict=True))
+        return value if same else type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    package = type(value).__module__.partition(".")[0]
+    if package in {"torch", "numpy"} or package in sys.stdlib_module_names or callable(value):
+        return value
+    return _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    """A copy of an object, with tensors of its own; the object itself where it cannot be copied."""
+    try:
+        with torch.no_grad():
+            return copy.deepcopy(value)
+    except Exception:  # whatever a user's object raises: an open file, a lock, a tensor with a history
+        return value
 
 
 def forward(model: nn.Module, batch: Batch, operation: str) -> Any:

@@ -233,6 +233,31 @@ def test_the_model_is_left_as_found():
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
 
 
+class Appending(nn.Module):
+    """Appends to the cache that it is given, as transformers' models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x, cache):
+        cache.seen.append(self.f(x))
+        return x * torch.stack(cache.seen).mean(0) + self.f(x).tanh()
+
+
+class Cache:
+    def __init__(self):
+        self.seen = [torch.ones(3, 8)]
+
+
+def test_a_users_cache_is_the_same_for_each_pass_and_left_as_found():
+    model, cache, x = Appending(), Cache(), features().float()
+    find_shortcuts(model, (x, cache))
+    split = ss.path_spectrum(model, ((x, cache), x), nn.functional.mse_loss)
+    one, other = (ss.importance(model, ((x, cache), x), nn.functional.mse_loss).loss for _ in range(2))
+    assert len(cache.seen) == 1 and split.residual < 1e-6 and one == other
+
+
 # --- boundaries ---------------------------------------------------------------------------------------------------------
 
 

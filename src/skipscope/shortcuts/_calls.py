@@ -154,5 +154,5 @@ def one_by_one(
 
 
 def tensor_operands(values: Sequence[Any]) -> int:
-    """How many operands are floating tensors."""
-    return len([v for v in values if isinstance(v, Tensor) and v.is_floating_point()])
+    """How many operands are tensors of real or complex numbers."""
+    return len([v for v in values if isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())])

@@ -1,0 +1,193 @@
+"""Shortcuts as other people write them: each kind of writing as the smallest network that has it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import skipscope as ss
+
+
+class Net(nn.Module):
+    """A network of one function of itself and x."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.f, self.g, self.h, self.wide = (nn.Linear(6, n) for n in (6, 6, 6, 12))
+        self.w, self.m, self.mix = (nn.Parameter(torch.randn(shape)) for shape in ((6, 6), (6,), (3, 2)))
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def copied_then_added(n, x):
+    out = torch.empty_like(x).copy_(x)
+    return out.add_(n.f(x).tanh())
+
+
+def hyper_connections(n, x):
+    mixed = torch.einsum("sn,nbd->sbd", n.mix, x)
+    return mixed[1:] + n.f(mixed[0]).tanh()
+
+
+def fused(n, x):
+    a, b = n.wide(x).chunk(2, -1)
+    return b + n.f(a.tanh())
+
+
+def dora(n, x):
+    y = n.f(x)
+    scale = n.m / n.f.weight.norm(dim=1)
+    return y + ((scale - 1) * y + scale * n.g(n.h(x)))
+
+
+def looked_at(n, x):
+    y = x - n.f(x).tanh()
+    n.far = float((y - x).abs().max())
+    return y
+
+
+def gated_by_itself(bend):
+    return lambda n, x: bend(x) * n.f(x).tanh() + n.g(x).tanh()
+
+
+WRITINGS = {
+    "an aten overload": (lambda n, x: torch.ops.aten.add.Tensor(x, n.f(x).tanh()), ["identity"]),
+    "copied, then added": (copied_then_added, ["identity"]),
+    "scaled by alpha": (lambda n, x: torch.add(n.f(x).tanh(), x, alpha=0.5), ["scaled"]),
+    "the branch scaled by alpha": (lambda n, x: torch.add(x, n.f(x).tanh(), alpha=0.5), ["identity"]),
+    "addmm of x itself": (lambda n, x: torch.addmm(x, x, n.w), ["identity"]),
+    "scaled by beta": (lambda n, x: torch.addmm(x, x, n.w, beta=0.5, alpha=0.5), ["scaled"]),
+    "streams mixed at once": (hyper_connections, ["projection"]),
+    "both sides in one product": (fused, ["projection"]),
+    "two maps, one after the other": (lambda n, x: n.h(n.g(x)) + n.f(n.f(x).relu()), ["projection"]),
+    "two maps, side by side": (
+        lambda n, x: torch.cat([n.g(x)[:, :3], n.h(x)[:, 3:]], -1) + n.f(n.f(x).relu()),
+        ["projection"],
+    ),
+    "a gain on a linear map and a low-rank update": (dora, []),
+    "a factor std(x)": (gated_by_itself(lambda x: x.std(1, keepdim=True)), []),
+    "a factor sigmoid(x)": (gated_by_itself(torch.sigmoid), []),
+    "only looked at": (looked_at, ["identity"]),
+}
+
+
+@pytest.mark.parametrize("name", WRITINGS)
+def test_the_kind_does_not_depend_on_the_writing(name):
+    function, kinds = WRITINGS[name]
+    model, x = Net(function), torch.randn(2, 4, 6) if "streams" in name else torch.randn(4, 6)
+    found = ss.find_shortcuts(model, x)
+    assert [s.kind for s in found] == kinds, [(r.reason, r.source) for r in found.rejected]
+    if kinds and "streams" not in name:
+        assert torch.equal(ss.ablate(model, found, "detach")(x), model(x))
+        assert not torch.equal(ss.ablate(model, found)(x), model(x))
+
+
+def test_what_is_only_looked_at_leaves_the_true_shortcut_whole():
+    model, x = Net(looked_at), torch.randn(4, 6)
+    found = ss.find_shortcuts(model, x)
+    assert [r.reason for r in found.rejected] == ["it leads to no output of the model"]
+    torch.testing.assert_close(ss.ablate(model, found)(x), -model.f(x).tanh())
+
+
+class Tokens(nn.Module):
+    """Token ids that enter by what is not an embedding."""
+
+    def __init__(self, enter):
+        super().__init__()
+        self.table, self.first = nn.Parameter(torch.randn(20, 6)), nn.Linear(20, 6)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.enter = enter
+
+    def forward(self, ids):
+        x = self.enter(self, ids)
+        for block in self.blocks:
+            x = x + block(x).relu()
+        return x
+
+
+ENTRIES = {
+    "indexing": lambda n, ids: n.table[ids],
+    "index_select": lambda n, ids: n.table.index_select(0, ids.flatten()).view(*ids.shape, 6),
+    "one-hot": lambda n, ids: n.first(F.one_hot(ids, 20).float()),
+    "one-hot, by a product": lambda n, ids: F.one_hot(ids, 20).float() @ n.table,
+    "embedding": lambda n, ids: F.embedding(ids, n.table),
+}
+
+
+@pytest.mark.parametrize("enter", ENTRIES)
+def test_token_ids_count_however_they_enter(enter):
+    torch.manual_seed(0)
+    model, ids = Tokens(ENTRIES[enter]), torch.randint(0, 20, (4, 7))
+    found = ss.find_shortcuts(model, ids)
+    assert [s.name for s in found] == ["blocks.0", "blocks.1", "blocks.2"]
+    first, *rest = found.boundaries
+    assert first.kind == "input" and [b.name for b in rest] == ["blocks.0", "blocks.1", "blocks.2"]
+    flow = ss.gradient_flow(model, (ids, torch.zeros(4, 7, 6)), F.mse_loss)
+    assert len(flow.boundaries) == 4 and all(b.gradient_rms for b in flow.boundaries)
+
+
+class LayerDrop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = x if self.training and i % 2 else x + layer(x).tanh()
+        return x
+
+
+def test_what_did_not_run_is_listed():
+    model, x = LayerDrop(), torch.randn(4, 6)
+    found = ss.find_shortcuts(model.train(), x)
+    assert found.not_run == ("layers.1", "layers.3") and "did not run" in str(found)
+    assert ss.find_shortcuts(model.eval(), x).not_run == ()
+
+
+class Decoder(nn.Module):
+    """DeepLabV3+: low features pass a block of their own before they meet the enlarged high ones."""
+
+    def __init__(self):
+        super().__init__()
+        conv = [
+            nn.Conv2d(a, b, 3, s, 1) for a, b, s in ((3, 4, 1), (4, 6, 2), (6, 6, 1), (4, 2, 1), (8, 2, 1))
+        ]
+        self.low, self.down, self.high, self.reduce, self.head = conv
+
+    def forward(self, x):
+        low = self.low(x).relu()
+        high = F.interpolate(self.high(self.down(low).relu()).relu(), scale_factor=2.0)
+        return self.head(torch.cat([self.reduce(low).relu(), high], 1))
+
+
+def test_a_decoder_skip_that_passes_a_block_is_listed_apart():
+    torch.manual_seed(0)
+    model, x = Decoder(), torch.randn(1, 3, 8, 8)
+    found = ss.find_shortcuts(model, x)
+    (passed,) = found.passed
+    assert not len(found) and passed.shortcut == ("reduce",) and passed.kind == "concat"
+    low = model.low(x).relu()
+    high = F.interpolate(model.high(model.down(low).relu()).relu(), scale_factor=2.0)
+    by_hand = model.head(torch.cat([torch.zeros(1, 2, 8, 8), high], 1))
+    torch.testing.assert_close(ss.ablate(model, passed)(x), by_hand)
+
+
+def test_a_gradient_set_inside_the_model():
+    def forward(n, x):
+        x.requires_grad = True
+        return x + n.f(x).tanh()
+
+    x = torch.randn(4, 6)
+    assert [s.kind for s in ss.find_shortcuts(Net(forward), x)] == ["identity"] and not x.requires_grad
+
+
+def test_complex_activations():
+    model = Net(lambda n, x: x + (n.m * x).tanh() * n.w[0])
+    assert [s.kind for s in ss.find_shortcuts(model, torch.randn(4, 6, dtype=torch.complex64))] == [
+        "identity"
+    ]
