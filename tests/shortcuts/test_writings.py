@@ -187,7 +187,7 @@ def test_a_gradient_set_inside_the_model():
 
 
 def test_complex_activations():
-    model = Net(lambda n, x: x + (n.m * x).tanh() * n.w[0])
+    model = Net(lambda n, x: x + x.tanh() @ n.w.to(x.dtype))
     assert [s.kind for s in ss.find_shortcuts(model, torch.randn(4, 6, dtype=torch.complex64))] == [
         "identity"
     ]

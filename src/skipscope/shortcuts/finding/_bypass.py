@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._bits import bits
 from skipscope.shortcuts.finding._candidate import Reason
@@ -16,6 +18,12 @@ FREE, SCALED, GATED, NORMED, PROJECTED, CHAINED = range(
 _LINEAR = SHAPE | PRODUCT | LINEAR
 _PASSING = SHAPE | DROPOUT | {"mul", "div"}
 _MATRIX_PRODUCTS = frozenset({"bmm", "mm", "matmul", "einsum", "mv", "dot", "tensordot"})
+
+
+def _unbent(sides: Sequence[Side]) -> Reason:
+    """The reason why what is beside a linear map is no branch."""
+    linear = sides and all(side.how in {"projection", "linear maps"} for side in sides)
+    return Reason.BOTH_LINEAR if linear else Reason.PARALLEL
 
 
 class Bypass:
@@ -45,20 +53,14 @@ class Bypass:
         if best == NORMED and not any(self.graph.matrices_in(side.region, enough=1) for side in rest):
             return Reason.PARALLEL
         if best == PROJECTED:
-            if not any(
-                side.how in {"branch", "linear maps"} and self.is_deeper(side.region) for side in rest
-            ):
-                return Reason.PARALLEL
             if any(self._is_low_rank(side, sides[chosen[0]]) for side in rest):
                 return Reason.LOW_RANK
+            if not any(side.how == "branch" and self.is_deeper(side.region) for side in rest):
+                return _unbent(rest)
             if self._is_score(call.output if call.whole is None else call.written):
                 return Reason.SCORES
         if best == CHAINED and not any(side.how == "branch" and self._bends(side.region) for side in rest):
-            return (
-                Reason.BOTH_LINEAR
-                if all(side.how == "linear maps" for side in sides.values())
-                else Reason.PARALLEL
-            )
+            return _unbent(rest)
         return self.the_first(sides, chosen)
 
     def the_first(self, sides: dict[int, Side], chosen: tuple[int, ...]) -> tuple[int, ...]:
