@@ -57,6 +57,7 @@ raise_on_import = None
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
     (folder / "mine.py").write_text(MODELS)
+    (folder / "ends.py").write_text("import sys\ndef make():\n    sys.exit(3)\n")
     (folder / "broken.py").write_text("import a_package_that_is_not_there\n")
     return folder
 
@@ -103,6 +104,15 @@ BAD = {
         "this is no grid",
     ),
     "nothing saved": (["show", "nowhere.json"], "nowhere.json"),
+    "no such loss of one's own": (
+        ["flow", "mine:make", "--data", "mine:batch", "--loss", "mine:los"],
+        "no such name",
+    ),
+    "no such device": (
+        ["flow", "mine:make", "--data", "mine:batch", "--device", "gpu"],
+        "cannot be moved to gpu",
+    ),
+    "it ends the program": (["flow", "ends:make", "--data", "mine:batch"], "__name__ == '__main__'"),
     "no weights": (["flow", "mine:make", "--data", "mine:batch", "--weights", "no.pt"], "no.pt"),
 }
 
@@ -213,3 +223,98 @@ def test_of_several_ranks_one_speaks(folder):
     assert all(rank.returncode == 0 for rank in ranks), notes + nothing
     assert "loss surface" in said and "guessed" in notes
     assert "loss surface" not in silent + nothing and "guessed" not in nothing
+
+
+def test_the_first_line_does_not_wait_for_torch(folder):
+    code = (
+        "import sys, builtins\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'torch': print('importing torch', file=sys.stderr)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "sys.argv = ['skipscope', 'find', 'mine:make', '--input', '4x8', '--out', 'first']\n"
+        "from skipscope.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=280
+    )
+    lines = done.stderr.splitlines()
+    assert lines[0] == "skipscope find mine:make ..." and "importing torch" in lines[1:]
+
+
+def test_each_command_and_model_has_a_folder_and_nothing_is_overwritten(folder):
+    for _ in range(2):
+        done = skipscope(folder, "find", "mine:make", "--input", "4x8", "--save", "arcs.svg")
+        assert done.returncode == 0, done.stderr
+    made = sorted(p.name for p in (folder / "skipscope-out" / "find-mine-make").iterdir())
+    assert made == ["find-2.html", "find-2.json", "find.html", "find.json"]
+    assert (folder / "arcs.svg").read_text().startswith("<?xml")
+    shown = skipscope(folder, "show", *(f"skipscope-out/find-mine-make/{n}.json" for n in ("find", "find-2")))
+    assert shown.returncode == 0, shown.stderr
+    assert "They agree in every number" in shown.stdout
+
+
+def test_json_is_alone_on_standard_output_whatever_a_factory_prints(folder):
+    (folder / "loud.py").write_text(
+        "from mine import *\ndef loud():\n    print('hello')\n    return make()\n"
+    )
+    done = skipscope(folder, "find", "loud:loud", "--input", "4x8", "--json")
+    assert len(json.loads(done.stdout)["entries"]) == 2
+    assert "hello" in done.stderr
+
+
+def test_a_file_and_a_loss_of_ones_own(folder):
+    (folder / "own.py").write_text("def loss(output, target):\n    return output.square().mean()\n")
+    done = skipscope(
+        folder,
+        "flow",
+        "mine.py:make",
+        "--data",
+        "mine.py:batch",
+        "--loss",
+        "own:loss",
+        "--device",
+        "cpu",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["boundaries"]
+
+
+def test_work_is_kept_when_standard_output_is_full_or_closed(folder):
+    command = [sys.executable, "-m", "skipscope", "find", "mine:make", "--input", "4x8", "--out"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, "full"], cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True, timeout=280
+        )
+    assert done.returncode == 1 and "the results are saved" in done.stderr
+    assert (folder / "full" / "find.json").exists()
+
+
+def test_control_characters_never_reach_the_terminal(folder):
+    escape = chr(27)
+    (folder / "sly.py").write_text(
+        "import torch\nfrom torch import nn\nfrom mine import batch\n"
+        "def make():\n    m = nn.Sequential()\n"
+        f"    m.add_module('a{escape}[2J{escape}]52;c;cm0K{chr(7)}', nn.Linear(8, 3))\n    return m\n"
+        f"def fails():\n    raise ValueError('{escape}[2J')\n"
+    )
+    for words in (
+        ["flow", "sly:make", "--data", "mine:batch"],
+        ["flow", "sly:fails", "--data", "mine:batch"],
+    ):
+        done = skipscope(folder, *words, "--out", "sly")
+        assert escape not in done.stdout + done.stderr
+    assert skipscope(folder, "flow", f"a{escape}[2J", "--data", "mine:batch").stderr.count(escape) == 0
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+def test_what_is_no_file_is_not_shown(folder, kind):
+    path = folder / kind
+    if kind == "fifo" and not path.exists():
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir(exist_ok=True)
+    done = skipscope(folder, "show", "/dev/zero" if kind == "device" else str(path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -141,7 +141,7 @@ def test_errors_cross_process_borders_whole():
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error)
     assert (again.layer, again.cure) == ("a.b", "do this")
-    assert 'pip install "skipscope[hf]"' in str(MissingExtra("compare", "transformers", "hf"))
+    assert "pip install transformers" in str(MissingExtra("compare", "transformers"))
 
 
 def test_a_title_is_not_folded_at_the_width_of_its_table():
@@ -157,3 +157,87 @@ def test_a_narrow_terminal_cuts_no_word_into_pieces():
     )
     text = table.text(40)
     assert all(word in text for word in ("boundary", "activation", "layers.0", "0.0300"))
+
+
+# --- tables in other formats, files that changed -----------------------------------------------------------------------
+
+
+def test_a_table_in_every_format(tmp_path):
+    from csv import reader
+
+    result = sample()
+    assert "| a | 0.250 |" in result.save(tmp_path / "t.md").read_text()
+    rows = list(reader(result.save(tmp_path / "t.csv").open()))
+    assert rows == [["name", "value"], ["a", "0.25"], ["[red]b[/red]", ""]]
+    assert r"\begin{tabular}{lr}" in result.save(tmp_path / "t.tex").read_text()
+    with np.load(result.save(tmp_path / "t.npz")) as arrays:
+        assert arrays["value"][0] == 0.25 and np.isnan(arrays["value"][1])
+        assert arrays["name"].tolist() == ["a", "[red]b[/red]"]
+
+
+def test_to_dataframe():
+    pandas = pytest.importorskip("pandas")
+    frame = sample().to_dataframe()
+    assert isinstance(frame, pandas.DataFrame) and frame["value"][0] == 0.25
+
+
+@pytest.mark.parametrize("sly", ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1"])
+def test_a_cell_of_text_is_no_formula(sly):
+    line = Table("t", ["a"], [[sly]]).csv().splitlines()[1]
+    assert not line.lstrip('"').startswith(("=", "+", "-", "@", "\t", "\r"))
+
+
+@pytest.mark.parametrize("sly", ["\n", "\r", "\u2028", "\x0b", "\x85"])
+def test_a_comment_of_latex_ends_where_its_line_ends(sly):
+    text = Table(
+        f"title{sly}\\input{{x}}", ["a"], [[f"cell{sly}\\input{{x}}"]], [f"note{sly}\\input{{x}}"]
+    ).latex()
+    assert not any(line.startswith("\\input") for line in text.splitlines())
+
+
+@pytest.mark.parametrize("code", [*range(32), *range(127, 160), 0x202E, 0x2066])
+def test_no_control_character_is_printed(code):
+    name = f"a{chr(code)}b"
+    text = Table(name, [name], [[name]], [f"x{chr(code)}y" if code != 10 else "x"]).text(80)
+    assert chr(code) not in text.replace("\n", "")
+
+
+def test_a_file_that_changed_is_said_and_one_of_the_future_refused(tmp_path):
+    import warnings
+
+    path = sample().save(tmp_path / "s.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ss.load(path)
+    whole = path.read_text()
+    path.write_text(whole.replace("0.25", "0.35"))
+    with pytest.warns(UserWarning, match="has changed since it was saved"):
+        ss.load(path)
+    path.write_text(whole.replace('"format": 1', '"format": 99'))
+    with pytest.raises(SkipscopeError, match="later skipscope"):
+        ss.load(path)
+
+
+def test_in_a_notebook_an_error_is_the_users_line_and_the_message():
+    def refused():
+        raise SkipscopeError("ablate", "no", cure="do this")
+
+    try:
+        refused()
+    except SkipscopeError as error:
+        shown = "\n".join(error._render_traceback_())
+    assert shown.endswith("SkipscopeError: ablate: no\n  cure:     do this") and "Traceback" not in shown
+    try:
+        ss.load("nowhere.json")
+    except SkipscopeError as error:
+        shown = error._render_traceback_()
+    assert shown[0].endswith('ss.load("nowhere.json")')
+
+
+def test_in_a_notebook_a_table_is_text_alone(monkeypatch):
+    """There rich displays what it prints; then print(result) would show everything twice."""
+    shown = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *parts: shown.append(parts))
+    assert str(sample()).startswith("a sample")
+    assert shown == []

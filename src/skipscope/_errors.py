@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import linecache
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
 
 
 class SkipscopeError(ValueError):
@@ -43,6 +48,16 @@ class SkipscopeError(ValueError):
         lines += [f"  {key + ':':<9} {value}" for key, value in details.items() if value is not None]
         super().__init__("\n".join(lines))
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback: the user's line that made the call, and the message."""
+        frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(self.__traceback__)]
+        first = next((i for i, (file, _) in enumerate(frames) if file.startswith(_PACKAGE)), len(frames))
+        shown = [f"{type(self).__name__}: {self}"]
+        if first:
+            file, line = frames[first - 1]
+            shown = [f"line {line}: {linecache.getline(file, line).strip()}", "", *shown]
+        return shown
+
     def __reduce__(self):
         # Keyword arguments are lost by the default, and errors cross process borders under torchrun and Ray.
         return _rebuild, (type(self), self.operation, self.problem, self.layer, str(self), self.cure)
@@ -71,9 +86,7 @@ def _rebuild(kind, operation, problem, layer, text, cure):
 class MissingExtra(SkipscopeError, ImportError):
     """An optional package is not installed; the message is the command that installs it."""
 
-    def __init__(self, operation: str, package: str, extra: str):
+    def __init__(self, operation: str, package: str):
         super().__init__(
-            operation,
-            f"the package {package} is not installed",
-            cure=f'python -m pip install "skipscope[{extra}]"',
+            operation, f"the package {package} is not installed", cure=f"python -m pip install {package}"
         )

@@ -1,8 +1,8 @@
 """One progress display, however deep the work is nested.
 
-Work announces itself with :func:`track`; nothing is shown unless someone turned a display on with
-:func:`progress` (the command line does). There is never more than one live display: a nested piece of work is a
-second row of the first. Without a terminal each piece of work prints a line when it starts and when it ends.
+Work announces itself with :func:`track`. At a terminal and in IPython a display appears by itself once a call takes
+longer than a moment; in a pipe or a log file nothing is shown. :func:`progress` turns a display on or off explicitly.
+There is never more than one live display: nested work is a second row of the first.
 """
 
 from __future__ import annotations
@@ -11,40 +11,76 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar
 
 Item = TypeVar("Item")
-_display = None
+_PATIENCE = 2.0  # seconds that a call may take before a display appears by itself
+_display: Any = None
+_silent = False
 
 
 class _Lines:
     """What a log file or a pipe gets: plain lines."""
 
-    def __init__(self, file):
+    def __init__(self, file: TextIO):
         self.file = file
 
-    def start(self, what, total):
+    def start(self, what: str, total: int | None) -> Any:
         print(f"{what} ({total} step{'s' * (total != 1)})" if total else what, file=self.file, flush=True)
         return what, time.perf_counter()
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         print(text, file=self.file, flush=True)
 
-    def step(self, row, n):
+    def step(self, row: Any, n: int) -> None:
         pass
 
-    def end(self, row):
+    def end(self, row: Any) -> None:
         what, start = row
         print(f"{what}: {time.perf_counter() - start:.1f} s", file=self.file, flush=True)
 
-    def close(self):
+    def close(self) -> None:
         pass
+
+
+class _OneLine:
+    """What a notebook gets: one line that is rewritten, of the innermost work under way."""
+
+    def __init__(self, file: TextIO):
+        self.file = file
+        self.rows: list[list[Any]] = []
+
+    def start(self, what: str, total: int | None) -> Any:
+        self.rows.append([what, total, 0])
+        self._write()
+        return self.rows[-1]
+
+    def say(self, text: str) -> None:
+        self.file.write(f"\r{text:<79.79}")
+        self.file.flush()
+
+    def step(self, row: Any, n: int) -> None:
+        row[2] += n
+        self._write()
+
+    def end(self, row: Any) -> None:
+        self.rows.remove(row)
+        self._write()
+
+    def close(self) -> None:
+        self.say("")
+        self.file.write("\r")
+
+    def _write(self) -> None:
+        if self.rows:
+            what, total, done = self.rows[-1]
+            self.say(f"{what}: {done} of {total}" if total else what)
 
 
 class _Bars:
     """What a terminal gets: rich's bars, a row for each piece of work under way."""
 
-    def __init__(self, file):
+    def __init__(self, file: TextIO):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -53,47 +89,54 @@ class _Bars:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            console=Console(file=file),
+            console=Console(file=file, force_jupyter=False),
             transient=True,
         )
         self.bars.start()
 
-    def start(self, what, total):
+    def start(self, what: str, total: int | None) -> Any:
         return self.bars.add_task(what, total=total)
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         self.bars.console.print(text, markup=False, highlight=False)
 
-    def step(self, row, n):
+    def step(self, row: Any, n: int) -> None:
         self.bars.advance(row, n)
 
-    def end(self, row):
+    def end(self, row: Any) -> None:
         self.bars.remove_task(row)
 
-    def close(self):
+    def close(self) -> None:
         self.bars.stop()
 
 
 @contextmanager
-def progress(show: bool = True, *, file=None) -> Iterator[None]:
-    """Show the progress of everything that runs inside.
+def progress(show: bool = True, *, file: TextIO | None = None) -> Iterator[None]:
+    """Show the progress of everything that runs inside, or with ``show=False`` nothing at all.
 
-    Bars on a terminal, plain lines elsewhere. Nested uses keep the first display. Local.
+    Bars at a terminal, one rewritten line in a notebook, plain lines elsewhere. Nested uses keep the first display. Local.
 
     Args:
-        show: False is a way to say nothing without a second code path.
+        show: False silences what runs inside, also at a terminal.
         file: where to; standard error by default, so that a command's output can be piped.
 
     Example:
         >>> with progress(show=False):
         ...     total = sum(track(range(3), "adding"))
     """
-    global _display
-    if not show or _display is not None:
+    global _display, _silent
+    if not show:
+        before, _silent = _silent, True
+        try:
+            yield
+        finally:
+            _silent = before
+        return
+    if _display is not None:
         yield
         return
     file = file or sys.stderr
-    _display = (_Bars if file.isatty() else _Lines)(file)
+    _display = _live(file) or _Lines(file)
     try:
         yield
     finally:
@@ -101,24 +144,50 @@ def progress(show: bool = True, *, file=None) -> Iterator[None]:
         display.close()
 
 
+def _live(file: TextIO) -> Any:
+    """A display that rewrites itself. Returns None if ``file`` is a pipe or a log."""
+    if file.isatty():
+        return _Bars(file)
+    return _OneLine(file) if _in_notebook() else None
+
+
+def _in_notebook() -> bool:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and hasattr(shell, "kernel")
+
+
 def say(text: str) -> None:
-    """One line for whoever watches the progress: an estimate, what comes next."""
-    if _display is not None:
+    """Show one line to whoever watches the progress: an estimate, what comes next."""
+    if _display is not None and not _silent:
         _display.say(text)
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """Iterate over ``items``, showing how far it has come if a display is on."""
+    """Iterate over ``items`` and show how far the work has come, if a display is on or appears by itself."""
+    global _display
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
-    display = _display
-    if display is None:
+    if _silent:
         yield from items
         return
-    row = display.start(what, total)
+    begun, own, row = time.perf_counter(), None, None
+    if _display is not None:
+        row = _display.start(what, total)
     try:
-        for item in items:
+        for done, item in enumerate(items, 1):
             yield item
-            display.step(row, 1)
+            if row is None and _display is None and time.perf_counter() - begun > _PATIENCE:
+                if (own := _live(sys.stderr)) is None:
+                    begun = float("inf")
+                    continue
+                _display = own
+                row = own.start(what, total)
+                own.step(row, done - 1)
+            if row is not None:
+                _display.step(row, 1)
     finally:
-        display.end(row)
+        if row is not None and _display is not None:
+            _display.end(row)
+        if own is not None:
+            _display = None
+            own.close()

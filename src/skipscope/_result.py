@@ -8,67 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
-from skipscope._numbers import short
+from skipscope._table import Table as Table
+from skipscope._table import printable
 from skipscope._version import __version__
 
 _kinds: dict[str, type[Result]] = {}
 _readers: list[str] = []
 _drawer: str | None = None
-# In less than so many columns words and numbers are cut into pieces: a narrower terminal had better wrap the lines.
-_NARROWEST = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table as plain data: what every result prints, and what stands beside every chart.
-
-    Attributes:
-        title: one line above.
-        columns: the headings.
-        rows: one list of cells a row; numbers stay numbers, so that each reader formats them its own way.
-        notes: sentences below.
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[list[Any]]
-    notes: list[str] = dataclasses.field(default_factory=list)
-
-    def text(self, width: int | None = None) -> str:
-        """The table as text that fits ``width`` columns (default: the terminal's; at least 60, to be legible)."""
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
-        for i, column in enumerate(self.columns):
-            numeric = any(isinstance(row[i], int | float) for row in self.rows) and not any(
-                isinstance(row[i], str) for row in self.rows
-            )
-            table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
-        for row in self.rows:
-            table.add_row(*(Text(cell if isinstance(cell, str) else short(cell)) for cell in row))
-        console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-        console.width = max(console.width, _NARROWEST)
-        with console.file:
-            console.print(
-                Text(self.title, style="bold")
-            )  # not the table's own: that is folded at the table's width
-            if self.columns:
-                console.print(table)
-            for note in self.notes:
-                console.print(Text(note))
-        return "\n".join(line.rstrip() for line in console.export_text().splitlines()).strip("\n")
+_DRAWN = (".html", ".png", ".svg", ".pdf", ".gif")
+_TABLE_FORMATS = {".csv": Table.csv, ".tex": Table.latex, ".md": Table.markdown, ".npz": Table.npz}
 
 
 class Result:
@@ -96,6 +55,14 @@ class Result:
         """The result as plain data: dicts, lists, strings, numbers, None. Arrays become nested lists."""
         return _plain(self)
 
+    def to_dataframe(self) -> Any:
+        """The result's table as a ``pandas.DataFrame``.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        return self.table().dataframe()
+
     def plot(self, ax: Any = None, **options: Any) -> Any:
         """Draw the result with matplotlib, into ``ax`` if one is given; returns the axes."""
         return _draw("plot", self, ax=ax, **options)
@@ -104,7 +71,8 @@ class Result:
         """Write the result to a file, whole or not at all; the ending says how.
 
         ``.json`` holds everything and is read back by ``skipscope.load``. ``.html`` is one self-contained page (it
-        carries the data too, and loads as well); ``.png``, ``.svg`` and ``.pdf`` are pictures.
+        carries the data too, and loads as well); ``.png``, ``.svg`` and ``.pdf`` are pictures; ``.csv``, ``.tex``,
+        ``.md`` and ``.npz`` hold the table.
 
         Raises:
             SkipscopeError: an unknown ending, or a place that cannot be written.
@@ -113,12 +81,14 @@ class Result:
         ending = path.suffix.lower()
         if ending == ".json":
             return write_whole(path, dumps(self))
-        if ending in {".html", ".png", ".svg", ".pdf", ".csv", ".npz", ".tex", ".gif"}:
+        if ending in _TABLE_FORMATS and not options:
+            return write_whole(path, _TABLE_FORMATS[ending](self.table()))
+        if ending in _DRAWN:
             return _draw("save", self, path, **options)
         raise SkipscopeError(
             "save",
             f"unknown kind of file {path.name}",
-            expected=".json, .html, .png, .svg or .pdf",
+            expected=", ".join([".json", *_DRAWN, *_TABLE_FORMATS]),
             got=ending or "no ending",
         )
 
@@ -149,19 +119,43 @@ def _draw(what: str, *args: Any, **options: Any) -> Any:
 
 def dumps(result: Result) -> str:
     """A result as JSON text that any strict reader accepts: what is not finite is written as a string."""
+    data = finite(result.to_dict())
     content = {
         "skipscope": __version__,
         "format": Result.FORMAT,
         "result": type(result).__name__,
-        "data": finite(result.to_dict()),
+        "sha256": _checksum(data),
+        "data": data,
     }
     return json.dumps(content, allow_nan=False)
 
 
+def _checksum(data: Any) -> str:
+    """The SHA-256 of plain data, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 def loads(text: str, source: str = "text") -> Result:
-    """The inverse of :func:`dumps`. Only results of skipscope are built; nothing in a file is ever run."""
+    """The inverse of :func:`dumps`. Only results of skipscope are built; nothing in a file is ever run.
+
+    Warns:
+        UserWarning: the data are not those that were saved: a bit was flipped, or the file was edited.
+
+    Raises:
+        SkipscopeError: the text is no saved result, was cut short, or was written in a later format.
+    """
     try:
         content = json.loads(text)
+        if (written := content.get("format", Result.FORMAT)) > Result.FORMAT:
+            raise SkipscopeError(
+                "load", f"{source} was written by a later skipscope ({content.get('skipscope')})",
+                expected=f"format {Result.FORMAT} or earlier", got=f"format {written}", cure="update skipscope",
+            )  # fmt: skip
+        if content.get("sha256", _checksum(content["data"])) != _checksum(content["data"]):
+            warnings.warn(
+                f"{printable(source)} has changed since it was saved: its checksum is not that of its data",
+                stacklevel=3,
+            )
         kind = _kinds[content["result"]] if content["result"] in _kinds else _import_kind(content["result"])
         return _converter().structure(content["data"], kind)
     except SkipscopeError:
@@ -183,6 +177,10 @@ def load(path: str | os.PathLike[str]) -> Result:
         SkipscopeError: no such file, or not one of ours.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise SkipscopeError(
+            "load", f"{path} is a pipe, a socket or a device", expected="a file written by result.save(...)"
+        )
     for reader in _readers:
         module, _, name = reader.partition(":")
         result = getattr(importlib.import_module(module), name)(path)

@@ -12,7 +12,6 @@ from torch import nn
 import skipscope as ss
 from skipscope._result import Table
 from skipscope.surfaces import trajectory_plane
-from skipscope.surfaces._exports import tex
 
 X, Y = torch.randn(30, 4), torch.randn(30, 2)
 
@@ -147,7 +146,7 @@ def test_pictures_and_files_of_every_kind(case, tmp_path, ending):
 
 def test_cells_of_a_latex_table():
     cells = ["0.5 +- 0.03", ">= 1.2", "1.23e-07", 1234, "nan", "97 %", "a_b & 3 | 4", "-inf", "-", True, None]
-    line = tex(Table("t", ["what"] * len(cells), [cells])).splitlines()[5]
+    line = Table("t", ["what"] * len(cells), [cells]).latex().splitlines()[5]
     assert line.removesuffix(r" \\").split(" & ")[:6] == [
         r"$0.5 \pm 0.03$", r"$\geq 1.2$", r"$1.23 \times 10^{-7}$", "$1{,}234$", r"$\mathrm{nan}$", r"$97\ \%$"
     ]  # fmt: skip

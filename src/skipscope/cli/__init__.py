@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import importlib
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from cyclopts import App, Group, Parameter
+from cyclopts import App, Group, Parameter, validators
 
 from skipscope._errors import SkipscopeError
+from skipscope._table import printable
 from skipscope._version import __version__
 
 app = App(
@@ -30,9 +34,10 @@ class Source:
 
     Attributes:
         data: module:callable that returns one batch (inputs, target) or a re-iterable of batches.
-        loss: a loss of torch.nn.functional, such as cross_entropy; guessed from the target when left out.
+        loss: a loss of torch.nn.functional, such as cross_entropy, or module:callable; guessed from the target when left out.
         weights: a file of weights (safetensors, or a state_dict read with weights_only).
         input: shape of random inputs where no data are given, e.g. 1x3x224x224.
+        device: where to run, e.g. cuda or cuda:1.
         seed: seeds a factory's initialisation and everything drawn.
     """
 
@@ -40,7 +45,8 @@ class Source:
     loss: str | None = None
     weights: Path | None = None
     input: str | None = None
-    seed: int = 0
+    device: str | None = None
+    seed: Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**63))] = 0
 
 
 @Parameter(name="*", group=_output)
@@ -49,12 +55,14 @@ class Output:
     """Where results go.
 
     Attributes:
-        out: folder for the page and the data.
+        out: folder for the page and the data; by default one for each command and model. Nothing is overwritten.
+        save: also write this file: a picture (.svg, .png, .pdf) or a table (.csv, .tex, .md, .npz).
         json: print plain data on standard output, and nothing else.
         open: open the page when done; asked at a terminal when left out.
     """
 
     out: Path | None = None
+    save: Path | None = None
     json: bool = False
     open: bool | None = None
 
@@ -88,17 +96,13 @@ def compare(
         steps: optimizer steps a run; more where neither twin has learnt in the default.
         budget: seconds to stay within; parts that do not fit are left out and named.
     """
-    from skipscope.cli import _commands
-
-    _commands.compare(model, source, output, quick=quick, train=train, steps=steps, budget=budget)
+    _run("compare", model, output, model, source, quick=quick, train=train, steps=steps, budget=budget)
 
 
 @app.command
 def play(*, output: Output = Output()) -> None:
     """The lecture, live in the browser: one offline page to experiment with."""
-    from skipscope.cli import _commands
-
-    _commands.play(output)
+    _run("play", None, output)
 
 
 @app.command
@@ -108,9 +112,7 @@ def book(*, seeds: int = 1000, output: Output = Output()) -> None:
     Args:
         seeds: initialisations in the distribution below the lecture's own.
     """
-    from skipscope.cli import _commands
-
-    _commands.book(seeds, output)
+    _run("book", None, output, seeds)
 
 
 @app.command
@@ -126,17 +128,13 @@ def find(
     Args:
         list_models: list the networks that need no MODEL of yours.
     """
-    from skipscope.cli import _commands
-
-    _commands.find(model, source, output, list_models=list_models)
+    _run("find", model, output, model, source, list_models=list_models)
 
 
 @app.command
 def flow(model: Model, *, source: Source = Source(), output: Output = Output()) -> None:
     """Its gradient flow, boundary by boundary, and the verdict."""
-    from skipscope.cli import _commands
-
-    _commands.flow(model, source, output)
+    _run("flow", model, output, model, source)
 
 
 @app.command
@@ -148,9 +146,7 @@ def paths(
     Args:
         wrt: a boundary or parameter; default: the first boundary.
     """
-    from skipscope.cli import _commands
-
-    _commands.paths(model, source, output, wrt=wrt)
+    _run("paths", model, output, model, source, wrt=wrt)
 
 
 @app.command
@@ -186,48 +182,75 @@ def landscape(
         strategy: auto takes the fastest; plain has the same bits on every run.
         engine: auto, or ray (extra).
     """
-    from skipscope.cli import _commands
-
     options = {
         "span": span, "tolerance": tolerance, "samples": samples, "normalize": normalize, "batch_norm": batch_norm, "l2": l2,
         "precision": precision, "strategy": strategy, "engine": engine,
     }  # fmt: skip
-    _commands.landscape(model, source, output, grid=grid, line=line, **options)
+    _run("landscape", model, output, model, source, grid=grid, line=line, **options)
 
 
 @app.command
-def show(file: Path, *, output: Output = Output()) -> None:
-    """Any saved result, or a monitor's history, also while it is being written.
+def show(*files: Path, output: Output = Output()) -> None:
+    """Any saved result, or a monitor's history, also while it is being written; several results side by side.
 
     Args:
-        file: what a result, a page, a monitor or a landscape was saved as.
+        files: what results, pages, monitors or landscapes were saved as.
     """
-    from skipscope.cli import _commands
+    _run("show", None, output, files)
 
-    _commands.show(file, output)
+
+def _run(command: str, model: str | None, output: Output, *arguments: Any, **options: Any) -> None:
+    """Run one command of :mod:`skipscope.cli._commands`, after a first line that does not wait for torch."""
+    if not output.json and os.environ.get("RANK", "0") == "0":
+        print(f"skipscope {command} {printable(model or '')}".rstrip() + " ...", file=sys.stderr, flush=True)
+    # With --json nothing but JSON reaches standard output, whatever the user's own functions print.
+    with contextlib.redirect_stdout(sys.stderr) if output.json else contextlib.nullcontext():
+        commands = importlib.import_module("skipscope.cli._commands")
+        getattr(commands, command)(*arguments, output=output, **options)
 
 
 def main() -> None:
-    """The entry point: what a user can put right is told in words, never as a traceback."""
-    sys.path.insert(0, os.getcwd())  # module:callable means the user's own folder first, as for `python -m`
+    """The entry point: an error that the user can cure is reported in words, never as a traceback."""
+    # module:callable means the user's own folder first, as for `python -m`.
+    sys.path.insert(0, os.getcwd())
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         app()
+        sys.stdout.flush()
     except SkipscopeError as error:
-        print(f"skipscope {error}", file=sys.stderr)
+        _complain(f"skipscope {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\nskipscope: stopped; finished parts are kept where this command keeps them", file=sys.stderr)
+        _complain("\nskipscope: stopped; finished parts are kept where this command keeps them")
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # `skipscope ... | head` is not an error
+        # `skipscope ... | head` is not an error: the results are saved before they are printed.
+        _discard_output()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            _unexpected(error)
+        _complain("skipscope: nothing more can be printed (no space left); the results are saved")
+        _discard_output()
+        sys.exit(1)
     except Exception as error:
-        if os.environ.get("SKIPSCOPE_DEBUG"):
-            raise
-        print(
-            f"skipscope: unexpected {type(error).__name__}: {error}\n  cure:     set SKIPSCOPE_DEBUG=1 to see where, and "
-            "please report it",
-            file=sys.stderr,
-        )
-        sys.exit(70)
+        _unexpected(error)
+
+
+def _complain(text: str) -> None:
+    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _unexpected(error: Exception) -> None:
+    if os.environ.get("SKIPSCOPE_DEBUG"):
+        raise error
+    _complain(
+        f"skipscope: unexpected {type(error).__name__}: {error}\n  cure:     set SKIPSCOPE_DEBUG=1 to see where, and "
+        "please report it"
+    )
+    sys.exit(70)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import sys
 import webbrowser
 from pathlib import Path
@@ -15,6 +17,8 @@ from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
 from skipscope._progress import progress
 from skipscope._result import Result, finite
+from skipscope._table import printable
+from skipscope.report import side_by_side
 
 if TYPE_CHECKING:
     from skipscope.cli import Output, Source
@@ -24,14 +28,14 @@ DEFAULT_FOLDER = Path("skipscope-out")
 
 
 def compare(
-    model: str | None, source: Source, output: Output, *, quick: bool, train: bool, budget: float | None,
+    model: str | None, source: Source, *, output: Output, quick: bool, train: bool, budget: float | None,
     steps: int | None,
 ) -> None:  # fmt: skip
-    """The main job, with its page."""
-    folder = _folder(output)
+    """Run the main job and write its page."""
+    folder = _folder(output, "compare", model)
     with progress(not output.json):
         if model is None:
-            if source.data or source.weights or source.input or source.loss:
+            if source.data or source.weights or source.input or source.loss or source.device:
                 raise SkipscopeError(
                     "compare", "data without a model", cure="skipscope compare MODULE:CALLABLE --data ..."
                 )
@@ -45,10 +49,13 @@ def compare(
     _deliver(result, "compare", output, folder)
 
 
-def play(output: Output) -> None:
-    """The live page."""
-    page = _write_live_page(_folder(output))
-    print(json.dumps({"page": str(page.resolve())}) if output.json else f"Page: {page.resolve()}")
+def play(*, output: Output) -> None:
+    """Write the live page."""
+    page = _write_live_page(_folder(output, "play", None))
+    if output.json:
+        print(json.dumps({"page": str(page.resolve())}), file=sys.__stdout__)
+    else:
+        print(printable(f"Page: {page.resolve()}"))
     _offer(page, output)
 
 
@@ -58,39 +65,37 @@ def _write_live_page(folder: Path) -> Path:
     return write_whole(folder / LIVE_PAGE, live_page())
 
 
-def book(seeds: int, output: Output) -> None:
-    """The lecture's experiment."""
+def book(seeds: int, *, output: Output) -> None:
+    """Run the lecture's experiment."""
     from skipscope import book as lecture
 
-    folder = _folder(output)
+    folder = _folder(output, "book", None)
     with progress(not output.json):
         result = lecture.experiment(seeds=seeds)
     _deliver(result, "book", output, folder)
 
 
-def find(model: str | None, source: Source, output: Output, *, list_models: bool) -> None:
-    """The shortcuts of a model, drawn as arcs."""
+def find(model: str | None, source: Source, *, output: Output, list_models: bool) -> None:
+    """Find the shortcuts of a model and draw them as arcs."""
     if list_models:
         print("\n".join(reference.networks()))
         return
-    folder = _folder(output)
-    subject = _subject(_required(model), source)
+    folder = _folder(output, "find", model)
+    subject = _subject(_required(model), source, uses_loss=False)
     found = ss.find_shortcuts(subject.model, subject.inputs)
-    if not output.json:
-        print(found.draw("text"))
-    _deliver(found, "find", output, folder)
+    _deliver(found, "find", output, folder, before=found.draw("text"))
 
 
-def flow(model: str | None, source: Source, output: Output) -> None:
-    """The gradient flow and its verdict."""
-    folder = _folder(output)
+def flow(model: str | None, source: Source, *, output: Output) -> None:
+    """Measure the gradient flow and judge it."""
+    folder = _folder(output, "flow", model)
     subject = _subject(_required(model), source)
     _deliver(ss.gradient_flow(subject.model, subject.data, subject.loss), "flow", output, folder)
 
 
-def paths(model: str | None, source: Source, output: Output, *, wrt: str | None) -> None:
-    """The path-length spectrum."""
-    folder = _folder(output)
+def paths(model: str | None, source: Source, *, output: Output, wrt: str | None) -> None:
+    """Measure the path-length spectrum."""
+    folder = _folder(output, "paths", model)
     subject = _subject(_required(model), source)
     with progress(not output.json):
         result = ss.path_spectrum(subject.model, subject.data, subject.loss, wrt=wrt)
@@ -98,12 +103,12 @@ def paths(model: str | None, source: Source, output: Output, *, wrt: str | None)
 
 
 def landscape(
-    model: str | None, source: Source, output: Output, *, grid: str, line: bool, **options: Any
+    model: str | None, source: Source, *, output: Output, grid: str, line: bool, **options: Any
 ) -> None:
-    """The loss surface, kept point by point so that it can be resumed; of several ranks the first one speaks."""
+    """Compute the loss surface. Checkpointed after every point, so an interrupted run resumes. Only rank 0 prints."""
     sizes = _sizes(grid, line)
-    folder, leads = _folder(output), int(os.environ.get("RANK", "0")) == 0
-    subject = _subject(_required(model), source, speaks=leads)
+    folder, leads = _folder(output, "landscape", model), os.environ.get("RANK", "0") == "0"
+    subject = _subject(_required(model), source, quiet=not leads)
     with progress(leads and not output.json):
         result = ss.landscape(
             subject.model, subject.data, subject.loss,
@@ -122,14 +127,19 @@ def _sizes(grid: str, line: bool) -> tuple[int, ...]:
     return sizes if line or len(sizes) == 2 else sizes * 2
 
 
-def show(file: Path, output: Output) -> None:
-    """Anything that was saved."""
-    result = ss.load(file)
+def show(files: tuple[Path, ...], *, output: Output) -> None:
+    """Print or draw saved results; several side by side."""
+    if not files:
+        raise SkipscopeError(
+            "show", "no file was named", cure="skipscope show skipscope-out/flow-resnet20/flow.json"
+        )
+    result = ss.load(files[0]) if len(files) == 1 else side_by_side({str(f): ss.load(f) for f in files})
     if output.json:
         _print_json(result)
     elif output.out:
-        _deliver(result, file.stem or "result", output, _folder(output))
+        _deliver(result, files[0].stem or "result", output, _folder(output, "show", None))
     else:
+        _save_picture(result, output)
         print(result)
 
 
@@ -146,18 +156,21 @@ def _required(model: str | None) -> str:
     return model
 
 
-def _subject(model: str, source: Source, samples: int = 128, speaks: bool = True) -> Subject:
+def _subject(
+    model: str, source: Source, samples: int = 128, *, quiet: bool = False, uses_loss: bool = True
+) -> Subject:
     from skipscope.cli._subject import load_subject
 
-    subject = load_subject(model, source, samples)
-    for sentence in subject.said if speaks else ():
-        print(f"({sentence})", file=sys.stderr)
+    subject = load_subject(model, source, samples, uses_loss=uses_loss)
+    for sentence in () if quiet else subject.said:
+        print(f"({printable(sentence)})", file=sys.stderr)
     return subject
 
 
-def _folder(output: Output) -> Path:
-    """The folder results go to, made before the work so that a place that cannot be written costs nothing."""
-    folder = output.out or DEFAULT_FOLDER
+def _folder(output: Output, command: str, model: str | None) -> Path:
+    """Make the folder for the results before the work, so that a place that cannot be written costs nothing."""
+    name = "-".join([command, *([re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")] if model else [])])
+    folder = output.out or DEFAULT_FOLDER / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -169,19 +182,51 @@ def _folder(output: Output) -> Path:
     return folder
 
 
-def _deliver(result: Result, name: str, output: Output, folder: Path) -> None:
-    """Print the result, write it, say where it went, and offer to open the page."""
+def _unused(folder: Path, name: str) -> str:
+    """``name``, or ``name-2``, ``name-3``, ...: the first of which the folder holds no page and no data."""
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(n for n in names if not any((folder / f"{n}.{end}").exists() for end in ("json", "html")))
+
+
+def _deliver(result: Result, name: str, output: Output, folder: Path, before: str = "") -> None:
+    """Write the result, print it, say where it went, and offer to open the page.
+
+    It is written first: whatever becomes of the terminal, the work is kept.
+    """
+    if output.json and output.out is None:
+        _save_picture(result, output)
+        _print_json(result)
+        return
+    name = _unused(folder, name)
+    data, page = result.save(folder / f"{name}.json"), result.save(folder / f"{name}.html")
+    _save_picture(result, output)
     if output.json:
         _print_json(result)
-        if output.out is None:
-            return
     else:
-        print(result)
-    data = result.save(folder / f"{name}.json")
-    _write_live_page(folder)  # the result's page links to it
-    page = result.save(folder / f"{name}.html")
-    print(f"\nPage: {page.resolve()}\nData: {data.resolve()}", file=sys.stderr if output.json else sys.stdout)
+def play(*, output: Output) -> None:
+    """Write the live page."""
+    page = _write_live_page(_folder(output, "play", None))
+    if output.json:
+        print(json.dumps({"page": str(page.resolve())}), file=sys.__stdout__)
+    else:
+        print(printable(f"Page: {page.resolve()}"))
     _offer(page, output)
+
+
+def _write_live_page(folder: Path) -> Path:
+    from skipscope.report import LIVE_PAGE, live_page
+
+    return write_whole(folder / LIVE_PAGE, live_page())
+
+
+def book(seeds: int, *, output: Output) -> None:
+    """Run the lecture's experiment."""
+    _offer(page, output)
+
+
+def _save_picture(result: Result, output: Output) -> None:
+    if output.save is not None:
+        print(printable(f"Saved: {result.save(output.save).resolve()}"), file=sys.stderr)
 
 
 def _offer(page: Path, output: Output) -> None:
@@ -193,5 +238,7 @@ def _offer(page: Path, output: Output) -> None:
 
 
 def _print_json(result: Any) -> None:
-    json.dump(finite(result.to_dict()), sys.stdout, indent=1, allow_nan=False)
-    print()
+    # The work runs with standard output sent to standard error; this alone goes to the real one.
+    out = sys.__stdout__
+    json.dump(finite(result.to_dict()), out, indent=1, allow_nan=False)
+    print(file=out, flush=True)

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import pkgutil
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,11 @@ def called(found: Callable[[], Any], name: str, what: str) -> Any:
         return found()
     except SkipscopeError:
         raise
+    except SystemExit as error:
+        raise SkipscopeError(
+            what, f"{name} ended the program (sys.exit)", got=_place(error),
+            cure="guard what is meant for the command line with: if __name__ == '__main__'",
+        ) from error  # fmt: skip
     except Exception as error:  # the user's own function may fail in any way
         if isinstance(error, TypeError) and len(traceback.extract_tb(error.__traceback__)) == 1:
             raise SkipscopeError(
@@ -52,6 +58,12 @@ def _as_module(name: str) -> str | None:
         return None
     module = ".".join(part for part in Path(path).with_suffix("").parts if part not in {".", "/"})
     return f"a module, not a file: {module}:{rest}"
+
+
+def _file_of(name: str) -> Path | None:
+    """The file that ``train.py:make`` names. Returns None if there is no such file."""
+    path = Path(name.rpartition(":")[0])
+    return path if path.suffix == ".py" and path.stem.isidentifier() and path.is_file() else None
 
 
 def factory(found: Any, name: str) -> Callable[[], nn.Module]:
@@ -87,6 +99,9 @@ def named_model(name: str, said: list[str]) -> Any:
 
 def resolve(name: str, what: str) -> Any:
     """Import ``module:callable``; only the command line does this, never a file that is read."""
+    if (file := _file_of(name)) is not None:
+        sys.path.insert(0, str(file.parent.resolve()))
+        name = f"{file.stem}:{name.rpartition(':')[2]}"
     if not _OBJECT.fullmatch(name):
         raise SkipscopeError(
             what,
@@ -130,7 +145,7 @@ def _timm(name: str, said: list[str]) -> Callable[[], nn.Module]:
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
-        raise MissingExtra("model", "timm", "timm") from error
+        raise MissingExtra("model", "timm") from error
     said.append(f"timm:{name} has random weights (nothing is downloaded)")
     return lambda: _built("timm", name, lambda: timm.create_model(name, pretrained=False))
 
@@ -139,7 +154,7 @@ def _torchvision(name: str, said: list[str]) -> Callable[[], nn.Module]:
     try:
         models = importlib.import_module("torchvision.models")
     except (ImportError, RuntimeError) as error:
-        raise MissingExtra("model", "torchvision", "torchvision") from error
+        raise MissingExtra("model", "torchvision") from error
     said.append(f"torchvision:{name} has random weights (nothing is downloaded)")
     return lambda: _built("torchvision", name, lambda: models.get_model(name, weights=None))
 
@@ -148,7 +163,7 @@ def _hf(name: str, said: list[str]) -> Callable[[], nn.Module]:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
-        raise MissingExtra("model", "transformers", "hf") from error
+        raise MissingExtra("model", "transformers") from error
     if name in transformers.CONFIG_MAPPING:
         said.append(f"hf:{name} is the default configuration with random weights")
 

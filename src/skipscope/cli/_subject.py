@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skipscope import reference
-from skipscope._data import as_batches, call_model, forward, inputs_of, objective, target_of, tensors_in
+from skipscope._data import (
+    as_batches,
+    call_model,
+    forward,
+    inputs_of,
+    map_tensors,
+    objective,
+    target_of,
+    tensors_in,
+)
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import random_state_kept, untouched
 from skipscope.cli._named import called, factory, named_model, resolve
@@ -50,13 +59,14 @@ class Subject:
         return inputs_of(as_batches(self.data, self.name, any_shape=True).first())
 
 
-def load_subject(name: str, source: Source, samples: int = 128) -> Subject:
+def load_subject(name: str, source: Source, samples: int = 128, *, uses_loss: bool = True) -> Subject:
     """Build what the command line names.
 
     Args:
         name: the MODEL.
         source: the options that go with it.
         samples: how many of skipscope's own data, for its own networks.
+        uses_loss: whether the command needs a loss; if not, none is guessed.
 
     Raises:
         SkipscopeError: no such module, callable, network, file or loss; each with the cure.
@@ -70,8 +80,22 @@ def load_subject(name: str, source: Source, samples: int = 128) -> Subject:
     if source.weights:
         _load_weights(model, source.weights)
         make = None  # weights from a file are one model, not a family of initialisations
+    if source.device:
+        model, make = _moved(model, source.device), None
     data, loss = _data(name, model, source, samples, said)
+    if not uses_loss:
+        loss, said = None, [sentence for sentence in said if not sentence.startswith("loss:")]
     return Subject(name, make, model, data, loss, said)
+
+
+def _moved(model: nn.Module, device: str) -> nn.Module:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise SkipscopeError(
+            "device", f"the model cannot be moved to {device} ({str(error).splitlines()[0][:200]})",
+            expected="cpu, cuda, cuda:1, mps, ...", got=device,
+        ) from error  # fmt: skip
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -102,17 +126,40 @@ def _data(name: str, model: nn.Module, source: Source, samples: int, said: list[
         if callable(found) and not isinstance(found, Tensor):
             with random_state_kept(source.seed):  # the same data when the command is run again
                 found = called(found, source.data, "data")
+        found = _on_device(found, source.device)
         return found, _loss(model, found, source.loss, said)
     if source.input:
-        return _random_data(source.input, model, source, said)
+        inputs, loss = _random_data(source.input, model, source, said)
+        return _on_device(inputs, source.device), loss
     if name in reference.networks():
-        data = reference.data_for(name, samples)
+        data = _on_device(reference.data_for(name, samples), source.device)
         said.append(f"data: {samples} {_text_or_digits(data)}")
         return data, _loss(model, data, source.loss, said)
     raise SkipscopeError(
         "data", "nothing says what the model is to be called with", expected="--data module:callable, or --input SHAPE",
         cure="--data my_package.data:make_batch, or --input 8x3x224x224 for random data",
     )  # fmt: skip
+
+
+class _OnDevice:
+    """Batches that are moved to a device as they are read."""
+
+    def __init__(self, batches: Any, device: str):
+        self.batches, self.device = batches, device
+
+    def __iter__(self) -> Iterator[Any]:
+        return (map_tensors(batch, lambda t: t.to(self.device)) for batch in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _on_device(data: Any, device: str | None) -> Any:
+    if device is None:
+        return data
+    if isinstance(data, Tensor | Mapping | list | tuple):
+        return map_tensors(data, lambda t: t.to(device))
+    return _OnDevice(data, device)
 
 
 def _text_or_digits(data: tuple[Tensor, Tensor]) -> str:
@@ -155,6 +202,8 @@ def _random_data(shape: str, model: nn.Module, source: Source, said: list[str]) 
 
 
 def _loss(model: nn.Module, data: Any, name: str | None, said: list[str]) -> Any:
+    if name and ":" in name:
+        return resolve(name, "loss")
     if name:
         found = getattr(F, name, None) if re.fullmatch(r"[a-z]\w*", name) else None
         if not callable(found) or not (name.endswith("_loss") or "entropy" in name):
@@ -168,7 +217,9 @@ def _loss(model: nn.Module, data: Any, name: str | None, said: list[str]) -> Any
             raise SkipscopeError(
                 "loss",
                 f"there is no loss called {name!r:.60}",
-                expected="one of torch.nn.functional: " + ", ".join(known),
+                expected="one of torch.nn.functional: "
+                + ", ".join(known)
+                + "; or your own as module:callable",
             )
         return found
     batch = as_batches(data, "data", any_shape=True).first()

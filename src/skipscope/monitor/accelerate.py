@@ -15,7 +15,7 @@ from skipscope.monitor._watch import Monitor, watch
 try:
     from accelerate.tracking import GeneralTracker
 except ImportError as error:
-    raise MissingExtra("watch", "accelerate", "accelerate") from error
+    raise MissingExtra("watch", "accelerate") from error
 
 
 class WatchTracker(GeneralTracker):

@@ -16,7 +16,7 @@ from skipscope.monitor._watch import Monitor, watch
 try:
     from lightning.pytorch import Callback
 except ImportError as error:
-    raise MissingExtra("watch", "lightning", "lightning") from error
+    raise MissingExtra("watch", "lightning") from error
 
 
 class WatchCallback(Callback):

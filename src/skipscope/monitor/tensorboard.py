@@ -27,7 +27,7 @@ class TensorBoard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise MissingExtra("watch", "tensorboard", "tensorboard") from error
+                raise MissingExtra("watch", "tensorboard") from error
             to = SummaryWriter(str(to))
         self.writer: Any = to
 

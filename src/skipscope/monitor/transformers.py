@@ -11,7 +11,7 @@ from skipscope.monitor._watch import Monitor, watch
 try:
     from transformers import TrainerCallback
 except ImportError as error:
-    raise MissingExtra("watch", "transformers", "hf") from error
+    raise MissingExtra("watch", "transformers") from error
 
 
 class WatchCallback(TrainerCallback):  # type: ignore[misc]

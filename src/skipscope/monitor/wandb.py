@@ -28,7 +28,7 @@ class WandB:
         try:
             wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
-            raise MissingExtra("watch", "wandb", "wandb") from error
+            raise MissingExtra("watch", "wandb") from error
         run = run or wandb.run
         self._own = run is None
         self.run = run or wandb.init()

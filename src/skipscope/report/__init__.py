@@ -33,6 +33,8 @@ from skipscope.report import _view_training as _view_training
 from skipscope.report._charts import Lines
 from skipscope.report._live import LIVE_PAGE as LIVE_PAGE
 from skipscope.report._live import live_page as live_page
+from skipscope.report._side_by_side import SideBySide as SideBySide
+from skipscope.report._side_by_side import side_by_side as side_by_side
 from skipscope.report._story import story as story
 from skipscope.shortcuts import Shortcuts
 from skipscope.surfaces import PairedSurfaces, Surface

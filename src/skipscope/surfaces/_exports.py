@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from skipscope._files import write_whole
-from skipscope._result import Result, Table
+from skipscope._result import Result
+from skipscope._table import Table, plain_text
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Exported(Result):
         """As :meth:`Result.save`, and ``.npz``, ``.csv`` (one line a point) and ``.tex`` (a table of the scores)."""
         path, ending = Path(path), Path(path).suffix.lower()
         if ending == ".tex":
-            return write_whole(path, tex(self.paper_table()))
+            return write_whole(path, self.paper_table().latex())
         layers = list(self.layers()) if ending in {".npz", ".csv"} else []
         if layers:
             return write_whole(path, _npz(layers) if ending == ".npz" else _csv(layers))
@@ -84,56 +84,9 @@ def _csv(layers: list[Layer]) -> str:
             place = (i, j) if layer.betas.size else (i,)
             at = [repr(float(layer.alphas[i])), repr(float(layer.betas[j])) if layer.betas.size else ""]
             cells = [_cell(layer.columns[n][place]) if n in layer.columns else "" for n in heads]
-            writer.writerow([layer.name, *at, *cells])
+            writer.writerow([plain_text(layer.name), *at, *cells])
     return lines.getvalue()
 
 
 def _cell(value: Any) -> str:
     return str(int(value)) if isinstance(value, np.bool_) else repr(float(value))
-
-
-# --- LaTeX ---------------------------------------------------------------------------------------------------------
-
-_NUMBER = r"-?(?:[\d,]+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
-_MATHS = re.compile(rf"(>= )?({_NUMBER})(?: \+- ({_NUMBER}))?( %)?")
-
-
-def tex(table: Table) -> str:
-    """A table as a LaTeX tabular that needs no package; its title and notes are comments above it."""
-    rows = [[_tex_cell(cell) for cell in row] for row in table.rows]
-    sides = "".join(
-        "r" if any(row[k].startswith("$") for row in rows) else "l" for k in range(len(table.columns))
-    )
-    heads = [_escaped(head) for head in table.columns]
-    return "\n".join([
-        *(f"% {line}" for line in (table.title, *table.notes)),
-        rf"\begin{{tabular}}{{{sides}}}", r"\hline", " & ".join(heads) + r" \\", r"\hline",
-        *(" & ".join(row) + r" \\" for row in rows), r"\hline", r"\end{tabular}", "",
-    ])  # fmt: skip
-
-
-def _tex_cell(cell: Any) -> str:
-    from skipscope._numbers import short
-
-    text = cell if isinstance(cell, str) else short(cell)
-    found = _MATHS.fullmatch(text)
-    if found is None:
-        return _escaped(text)
-    bound, value, error, percent = found.groups()
-    bounded = (r"\geq " if bound else "") + _tex_number(value)
-    return (
-        f"${bounded}" + (rf" \pm {_tex_number(error)}" if error else "") + (r"\ \%" if percent else "") + "$"
-    )
-
-
-def _tex_number(text: str) -> str:
-    if text.lstrip("-") in {"nan", "inf"}:
-        return text.replace("nan", r"\mathrm{nan}").replace("inf", r"\infty")
-    mantissa, _, power = text.partition("e")
-    return mantissa.replace(",", "{,}") + (rf" \times 10^{{{int(power)}}}" if power else "")
-
-
-def _escaped(text: str) -> str:
-    special = {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}"}
-    special |= {"|": r"$|$", "<": "$<$", ">": "$>$"}
-    return "".join(special.get(c, c) for c in text)

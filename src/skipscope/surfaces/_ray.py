@@ -77,7 +77,7 @@ def on_ray(job: Job) -> Remote:
     try:
         import ray
     except ImportError as error:
-        raise MissingExtra("landscape", "ray", "ray") from error
+        raise MissingExtra("landscape", "ray") from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
     cluster = ray.cluster_resources()

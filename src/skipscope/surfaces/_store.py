@@ -184,7 +184,7 @@ def _zarr() -> Any:
     try:
         import zarr
     except ImportError as error:
-        raise MissingExtra("landscape", "zarr", "all") from error
+        raise MissingExtra("landscape", "zarr") from error
     return zarr
 
 

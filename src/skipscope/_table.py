@@ -1,0 +1,179 @@
+"""Tables as plain data, and as text, Markdown, LaTeX, CSV, NumPy arrays and pandas data frames."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+import re
+from typing import Any
+
+from skipscope._errors import MissingExtra
+from skipscope._numbers import short
+
+# Narrower than this, words and numbers would be cut into pieces; a narrower terminal wraps the lines instead.
+_NARROWEST = 60
+# C0 and C1 control characters, and those that reverse the direction of what follows. A name may hold any of them.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# A spreadsheet takes a cell that begins with one of these for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def printable(text: str) -> str:
+    """Replace control characters, so that a name cannot move a terminal's cursor or end a comment.
+
+    Example:
+        >>> printable("layer" + chr(27) + "[31m")
+        'layer�[31m'
+    """
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table as plain data: what every result prints, and what stands beside every chart.
+
+    Attributes:
+        title: the line above the table.
+        columns: the headings.
+        rows: the cells, row by row; numbers stay numbers, so that each format writes them its own way.
+        notes: sentences below the table.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[Any]]
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def numeric(self, column: int) -> bool:
+        """Whether a column holds numbers only."""
+        cells = [row[column] for row in self.rows]
+        return any(isinstance(c, int | float) for c in cells) and not any(isinstance(c, str) for c in cells)
+
+    def text(self, width: int | None = None) -> str:
+        """The table as text that fits ``width`` columns (default: the terminal's; at least 60, to be legible)."""
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
+        for i, column in enumerate(self.columns):
+            justify = "right" if self.numeric(i) else "left"
+            table.add_column(Text(printable(column)), justify=justify, overflow="fold")
+        for row in self.rows:
+            table.add_row(*(Text(_words(cell)) for cell in row))
+        # In a notebook rich would display the table itself, and the caller's print would show it a second time.
+        with open(os.devnull, "w") as nowhere:
+            console = Console(width=width, record=True, file=nowhere, force_jupyter=False)
+            console.width = max(console.width, _NARROWEST)
+            # The title is printed apart: the table's own would be folded at the table's width.
+            console.print(Text(printable(self.title), style="bold"))
+            if self.columns:
+                console.print(table)
+            for note in self.notes:
+                console.print(Text("\n".join(map(printable, note.splitlines()))))
+        return "\n".join(line.rstrip() for line in console.export_text().splitlines()).strip("\n")
+
+    def markdown(self) -> str:
+        """The table in GitHub's Markdown."""
+        heads = ["---:" if self.numeric(i) else "---" for i in range(len(self.columns))]
+        lines = [self.columns, heads, *self.rows]
+        rows = ["| " + " | ".join(_words(cell).replace("|", r"\|") for cell in line) + " |" for line in lines]
+        notes = [printable(note) for note in self.notes]
+        return "\n\n".join([f"**{printable(self.title)}**", "\n".join(rows), *notes]) + "\n"
+
+    def csv(self) -> str:
+        """The rows as comma-separated values: numbers in full, text so that no spreadsheet runs it as a formula."""
+        lines = io.StringIO()
+        writer = csv.writer(lines)
+        writer.writerow([plain_text(column) for column in self.columns])
+        for row in self.rows:
+            writer.writerow([plain_text(cell) if isinstance(cell, str) else cell for cell in row])
+        return lines.getvalue()
+
+    def latex(self) -> str:
+        """The table as a LaTeX tabular that needs no package; its title and notes are comments above it."""
+        rows = [[_latex_cell(cell) for cell in row] for row in self.rows]
+        sides = "".join(
+            "r" if any(row[k].startswith("$") for row in rows) else "l" for k in range(len(self.columns))
+        )
+        heads = [_latex_text(head) for head in self.columns]
+        return "\n".join([
+            *(f"% {printable(line)}" for line in (self.title, *self.notes)),
+            rf"\begin{{tabular}}{{{sides}}}", r"\hline", " & ".join(heads) + r" \\", r"\hline",
+            *(" & ".join(row) + r" \\" for row in rows), r"\hline", r"\end{tabular}", "",
+        ])  # fmt: skip
+
+    def npz(self) -> bytes:
+        """The columns as NumPy arrays under their headings, compressed; a missing number is NaN."""
+        import numpy as np
+
+        columns = {}
+        for i, name in enumerate(self.columns):
+            cells = [row[i] for row in self.rows]
+            columns[name.replace("/", "|")] = (
+                np.array([np.nan if cell is None else cell for cell in cells], dtype=float)
+                if self.numeric(i)
+                else np.array([_words(cell) for cell in cells], dtype=str)
+            )
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **columns)
+        return buffer.getvalue()
+
+    def dataframe(self) -> Any:
+        """The rows as a ``pandas.DataFrame``.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtra("to_dataframe", "pandas") from error
+        return pandas.DataFrame(self.rows, columns=self.columns)
+
+
+def plain_text(text: str) -> str:
+    """Text for a cell of a CSV file: printable, and never read as a formula."""
+    text = printable(text)
+    return "'" + text if text.startswith(_FORMULA) else text
+
+
+def _words(cell: Any) -> str:
+    return printable(cell if isinstance(cell, str) else short(cell))
+
+
+# --- LaTeX ------------------------------------------------------------------------------------------------------------
+
+_NUMBER = r"-?(?:[\d,]+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
+_MATHS = re.compile(rf"(>= )?({_NUMBER})(?: \+- ({_NUMBER}))?( %)?")
+
+
+def _latex_cell(cell: Any) -> str:
+    text = _words(cell)
+    found = _MATHS.fullmatch(text)
+    if found is None:
+        return _latex_text(text)
+    bound, value, error, percent = found.groups()
+    bounded = (r"\geq " if bound else "") + _latex_number(value)
+    return (
+        f"${bounded}"
+        + (rf" \pm {_latex_number(error)}" if error else "")
+        + (r"\ \%" if percent else "")
+        + "$"
+    )
+
+
+def _latex_number(text: str) -> str:
+    if text.lstrip("-") in {"nan", "inf"}:
+        return text.replace("nan", r"\mathrm{nan}").replace("inf", r"\infty")
+    mantissa, _, power = text.partition("e")
+    return mantissa.replace(",", "{,}") + (rf" \times 10^{{{int(power)}}}" if power else "")
+
+
+def _latex_text(text: str) -> str:
+    special = {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}"}
+    special |= {"|": r"$|$", "<": "$<$", ">": "$>$"}
+    return "".join(special.get(c, c) for c in printable(text))
