@@ -136,6 +136,32 @@ def test_a_pointer_is_told_the_numbers(browser, tmp_path):
     assert flow.boundaries[0].name in page.run("document.querySelector('.tip').textContent")
 
 
+def test_a_word_is_explained_on_hover_focus_and_tap(browser, report):
+    page = browser.open(report)
+    term = "document.querySelector('abbr.term')"
+    tip = "document.querySelector('.tip')"
+    for event in ("new PointerEvent('pointerover', {bubbles: true, pointerType: 'touch'})", None):
+        page.run(f"void ({term}.{f'dispatchEvent({event})' if event else 'focus()'})")
+        page.wait(f"{tip}.hidden === false && {tip}.textContent === {term}.dataset.tip")
+        page.run("void document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))")
+        page.wait(f"{tip}.hidden === true")
+
+
+def test_a_charts_points_are_reached_by_keyboard(browser, tmp_path):
+    page = browser.open(samples.flow(12).save(tmp_path / "f.html"))
+    chart = "document.querySelector('.wide svg.chart, svg.chart.wide, svg.chart')"
+    page.run(f"void {chart}.focus()")
+    page.run(
+        f"void {chart}.dispatchEvent(new KeyboardEvent('keydown', {{key: 'ArrowRight', bubbles: true}}))"
+    )
+    page.wait("document.querySelector('.tip').hidden === false")
+    first = page.run("document.querySelector('.tip').textContent")
+    page.run(
+        f"void {chart}.dispatchEvent(new KeyboardEvent('keydown', {{key: 'ArrowRight', bubbles: true}}))"
+    )
+    page.wait(f"document.querySelector('.tip').textContent !== {first!r}")
+
+
 @pytest.mark.parametrize("width", [320, 360, 768, 1280])
 def test_nothing_is_wider_than_the_screen(browser, report, width):
     page = browser.open(report, width, 740, phone=width < 700)

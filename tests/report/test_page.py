@@ -183,6 +183,8 @@ def test_no_claim_of_the_comparison_is_left_out(tmp_path):
     for claim in result.claims:
         assert claim.claim in text
         assert claim.finding in text
+        assert claim.limits in text
+        assert claim.why in text
         assert claim.see in text
     assert [p.verdict for p in story(result).panels if p.claim] == [c.answer for c in result.claims]
     assert result.methods.split(".")[0] in text
@@ -249,3 +251,21 @@ def test_long_tables_are_cut_and_say_so(tmp_path):
     assert np.isclose(
         ss.load(tmp_path / "x.html").boundaries[999].gradient_rms, result.boundaries[999].gradient_rms
     )
+
+
+def test_a_word_of_the_glossary_carries_its_meaning_once_and_never_inside_a_tag():
+    from skipscope.report._glossary import GLOSSARY, with_terms
+
+    made = str(with_terms("Two branches and a branch lose 3 decades; <b>decade</b> by decade-long"))
+    assert made.count("<abbr") == 2
+    assert GLOSSARY["decade"] in made and "&lt;b&gt;" in made
+    assert "decade-long" in made
+    marked = str(with_terms(_page.stress("It falls 8.3 decades")))
+    assert marked.count("<abbr") == 1 and "<b>8.3 <abbr" in marked
+
+
+def test_every_meaning_is_short():
+    from skipscope.report._glossary import GLOSSARY
+
+    assert len(GLOSSARY) >= 12
+    assert all(len(meaning.split()) <= 25 for meaning in GLOSSARY.values())

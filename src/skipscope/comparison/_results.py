@@ -168,10 +168,12 @@ class Claim:
     """One claim of the lecture, held against the measurement.
 
     Attributes:
-        key: "smaller", "product", "stagnate", "path", "surface", "which" or "strength": where it stands on the page.
+        key: "smaller", "product", "stagnate", "path", "strength", "surface" or "which": its place on the page.
         claim: the claim in the lecture's words.
-        answer: "holds", "half true" or "does not hold here", or "not measured".
-        finding: one or two sentences with the numbers.
+        answer: "holds", "holds in part", "does not hold here" or "not measured".
+        finding: what is true here, in at most 25 words.
+        limits: what does not follow from it, in at most 25 words; "" where nothing was measured.
+        why: the numbers behind it.
         see: what to look at in the chart.
     """
 
@@ -179,7 +181,9 @@ class Claim:
     claim: str
     answer: str
     finding: str
-    see: str
+    limits: str = ""
+    why: str = ""
+    see: str = ""
 
 
 def _learns(optimizer: str, curves: Curves) -> str:
@@ -198,7 +202,7 @@ class Comparison(Result):
 
     Attributes:
         subject: the network and the data in one line.
-        summary: three sentences, each with its number, to be read aloud.
+        summary: up to four sentences, each with its number, to be read aloud.
         claims: the lecture's claims, each with its finding.
         twins: the networks compared.
         found: the shortcuts of each twin that has any.

@@ -1,6 +1,7 @@
-"""The words around the numbers: three sentences to read aloud, each claim of the lecture, and how it was measured.
+"""The words around the numbers: the answer, each claim of the lecture, and how everything was measured.
 
-Every sentence is built from what was measured; where a claim is only half true the sentence says so.
+Every sentence is built from what was measured on the network and at the depth that it names. A claim has two lines:
+what is true here, and what does not follow from it. Numbers that a reader may want stand in ``why``, below.
 """
 
 from __future__ import annotations
@@ -13,44 +14,73 @@ import numpy as np
 from skipscope._numbers import short
 from skipscope.comparison._results import Claim, Curves, Training
 from skipscope.flow import GradientFlow
-from skipscope.surfaces import Scores
+from skipscope.surfaces import Scores, Surface
 
 if TYPE_CHECKING:
     from skipscope.comparison._compare import Evidence, Roles, Settings
+
+HOLDS, PART, FAILS, UNKNOWN = "holds", "holds in part", "does not hold here", "not measured"
+# A surface is called chaotic from this roughness on, or below this convex share; both shares of the plane's points.
+CHAOTIC_ROUGHNESS, CHAOTIC_CONVEXITY = 0.05, 0.5
+
+
+# --- sizes in words
+
+
+def share(decades: float) -> str:
+    """What a loss of so many decades leaves, in words.
+
+    Example:
+        >>> share(0.1), share(2.0), share(16.6), share(-1.54)
+        ('all', 'one part in 100', 'one part in 10^17', '35 times as much')
+    """
+    if abs(decades) < math.log10(2):
+        return "all"
+    factor = 10 ** abs(decades)
+    size = (
+        f"10^{abs(decades):.0f}"
+        if abs(decades) >= 6
+        else f"{factor:,.0f}"
+        if factor >= 10
+        else short(factor, 2)
+    )
+    return f"one part in {size}" if decades > 0 else f"{size} times as much"
+
+
+def arrival(flow: GradientFlow) -> str:
+    """How much of the gradient reaches the first layer, as a clause."""
+    fall = flow.verdict.fall_decades
+    if fall is None or not math.isfinite(fall):
+        return f"the gradient is {flow.verdict.state}"
+    what = share(fall)
+    if what == "all":
+        return "the gradient reaches the first layer at full size"
+    if fall > 0:
+        return f"{what} of the gradient reaches the first layer"
+    return f"the gradient reaches the first layer {what.removesuffix(' as much')} larger"
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 # --- the answer
 
 
 def summary(evidence: Evidence) -> tuple[str, ...]:
-    """Three sentences, each with its number: the gradient, the training, the way it takes."""
-    sentences = [_flow_sentence(evidence), _training_sentence(evidence), _path_sentence(evidence)]
+    """Up to four sentences for the top of the page: the gradient without and with, the training, the paths."""
+    sentences = [*_flow_sentences(evidence), _training_sentence(evidence), _path_sentence(evidence)]
     return tuple(sentence for sentence in sentences if sentence)
 
 
-def _flow_sentence(evidence: Evidence) -> str:
+def _flow_sentences(evidence: Evidence) -> list[str]:
     roles, flow = evidence.roles, evidence.flow
     if not {roles.having, roles.lacking} <= flow.keys():
-        return ""
-    having, lacking = flow[roles.having], flow[roles.lacking]
-    return (
-        f"Without shortcuts the gradient {_travel(lacking)} on its way back through {len(lacking.boundaries)} boundaries; "
-        f"with them it {_travel(having)}."
-    )
-
-
-def _travel(flow: GradientFlow) -> str:
-    """What happens to the gradient between the last and the first boundary, as a factor people can picture."""
-    fall = flow.verdict.fall_decades
-    if fall is None or not math.isfinite(fall):
-        return f"does not arrive ({flow.verdict.state})"
-    if abs(fall) < math.log10(2):
-        return f"keeps its size ({short(10**-fall, 2)} of it arrives)"
-    return f"shrinks {_factor(fall)}" if fall > 0 else f"grows {_factor(-fall)}"
-
-
-def _factor(decades: float) -> str:
-    return f"{10**decades:,.0f}-fold" if decades < 6 else f"by {short(decades, 2)} decades"
+        return []
+    return [
+        f"Without shortcuts, {arrival(flow[roles.lacking])}.",
+        f"With shortcuts, {arrival(flow[roles.having])}.",
+    ]
 
 
 def _training_sentence(evidence: Evidence) -> str:
@@ -58,24 +88,165 @@ def _training_sentence(evidence: Evidence) -> str:
     if training is None:
         return ""
     optimizers = list(training.curves[roles.having])
-    if not any(_tells(training, roles, optimizer) for optimizer in optimizers):
-        return (
-            f"Neither network reaches a loss of {training.target:.3g} in {training.steps} steps, each at its best rate: they end at "
-            + ", and ".join(f"{_ends(training, roles, optimizer)} under {optimizer}" for optimizer in optimizers) + "."
-        )  # fmt: skip
-    parts = []
-    for optimizer in optimizers:
-        counts = [training.steps_text(name, optimizer) for name in (roles.having, roles.lacking)]
-        parts.append(f"{counts[0]} steps with shortcuts and {counts[1]} without under {optimizer}")
-    return f"To reach a loss of {training.target:.3g} it takes {', and '.join(parts)}, each at its best rate."
-
-
-def _ends(training: Training, roles: Roles, optimizer: str) -> str:
-    """Where the smoothed loss ends, with shortcuts and without."""
-    having, lacking = (
-        short(training.curves[name][optimizer].final_loss) for name in (roles.having, roles.lacking)
+    told = [optimizer for optimizer in optimizers if _tells(training, roles, optimizer)]
+    if not told:
+        return f"Neither network reaches a loss of {short(training.target)} in {training.steps} steps."
+    best = min(
+        told, key=lambda o: min(_middle(training.curves[name][o]) for name in (roles.having, roles.lacking))
     )
-    return f"{having} with shortcuts and {lacking} without"
+    with_, without = (_middle(training.curves[name][best]) for name in (roles.having, roles.lacking))
+    goal = f"a loss of {short(training.target)} under {best}"
+    if math.isinf(without):
+        return f"With shortcuts training reaches {goal} in {with_:.0f} steps; without, never in {training.steps}."
+    if math.isinf(with_):
+        return f"Without shortcuts training reaches {goal} in {without:.0f} steps; with, never in {training.steps}."
+    return f"Training reaches {goal} in {with_:.0f} steps with shortcuts, in {without:.0f} without."
+
+
+def _path_sentence(evidence: Evidence) -> str:
+    paths = evidence.paths.get(evidence.roles.having)
+    if paths is None or not paths.branches:
+        return ""
+    middle = int(np.searchsorted(np.cumsum(paths.shares), 0.5))
+    return f"With shortcuts, half of the gradient passes at most {middle} of the {paths.branches} branches on its way back."
+
+
+# --- the lecture's claims
+
+
+def claims(evidence: Evidence) -> tuple[Claim, ...]:
+    """Each claim of the lecture with what was found; first what a reader can move, then the lecture's order."""
+    return tuple(claim(evidence) for claim in CLAIMS)
+
+
+_SMALLER = "Gradients become progressively smaller as we go back through the network."
+
+
+def _claim_smaller(evidence: Evidence) -> Claim:
+    roles, flow = evidence.roles, evidence.flow
+    lacking, having = flow[roles.lacking], flow[roles.having]
+    shrinks = lacking.verdict.state == "vanishing"
+    healthy = [
+        name
+        for name in (*roles.controls, roles.having)
+        if name in flow and flow[name].verdict.state == "healthy"
+    ]
+    without_shortcuts = [name for name in healthy if name.startswith(roles.lacking)]
+    answer = FAILS if not shrinks else PART if without_shortcuts else HOLDS
+    if without_shortcuts:
+        limits = f"It does not come from depth alone: {without_shortcuts[0]!r} is as deep, has no shortcut, and keeps its gradient."
+    elif healthy:
+        limits = f"Depth need not cost the gradient: {healthy[0]!r} is as deep and keeps it."
+    elif shrinks:
+        limits = f"The other extreme is no cure: with shortcuts, {arrival(having)}."
+    else:
+        limits = "This says nothing of deeper networks, or of other initialisations."
+    why = [f"{_capital(name)}: {f.verdict}." for name, f in flow.items()]
+    detached = flow.get(f"{roles.having}, detached")
+    if detached is not None:
+        why.append("Detached: the same forward pass, with no gradient through the shortcuts.")
+    return Claim(
+        "smaller", _SMALLER, answer, f"Without shortcuts, {arrival(lacking)}.", limits, " ".join(why),
+        "Each line is one network. Read it from right (the loss) to left (the input). A straight line is a product of equal factors.",
+    )  # fmt: skip
+
+
+_PRODUCT = "It becomes extremely small because it is a product of small quantities."
+
+
+def _claim_product(evidence: Evidence) -> Claim:
+    flow = evidence.flow[evidence.roles.lacking]
+    factors = np.array([b.factor for b in flow.boundaries if b.factor], dtype=float)
+    if not len(factors) or not np.isfinite(factors).all():
+        return _not_measured("product", _PRODUCT, "There are no two boundaries with a gradient between them.")
+    typical, product = float(np.exp(np.log(factors).mean())), float(np.prod(factors))
+    below = float((factors < 1).mean())
+    answer = HOLDS if below > 0.5 and product < 0.5 else PART if product < 1 else FAILS
+    smallest = float(factors.min())
+    # One factor explains more than half of the fall, in decades.
+    alone = product < 1 and math.log10(smallest) < 0.5 * math.log10(product)
+    limits = (
+        f"It is no even product: one step alone multiplies the gradient by {short(smallest)}."
+        if alone
+        else f"No single layer is to blame: the smallest factor is {short(smallest)}."
+    )
+    why = f"Without shortcuts there are {len(factors)} factors; {below:.0%} of them are below 1; their product is {short(product)}."
+    having = evidence.flow.get(evidence.roles.having)
+    if having is not None and having.product is not None:
+        per = having.product ** (1 / max(1, len(having.boundaries) - 1))
+        why += f" With shortcuts the mean factor is {short(per)} and the product {short(having.product)}."
+    true = f"Without shortcuts each step back multiplies the gradient by {short(typical)} on average, {len(factors)} times over."
+    return Claim(
+        "product", _PRODUCT, answer, true, limits, why,
+        "Each dot is the factor of one step back. Below the line at 1 the gradient shrinks there.",
+    )  # fmt: skip
+
+
+_STAGNATE = "The weight updates stagnate, learning becomes stagnant, and convergence is delayed."
+
+
+def _claim_stagnate(evidence: Evidence) -> Claim:
+    training, roles = evidence.training, evidence.roles
+    if training is None:
+        return _not_measured("stagnate", _STAGNATE, "The networks were not trained.")
+    optimizers = list(training.curves[roles.having])
+    told = [optimizer for optimizer in optimizers if _tells(training, roles, optimizer)]
+    slower = [_slower(training, roles, optimizer) for optimizer in told]
+    cures = [
+        name
+        for name in roles.controls
+        if name.startswith(roles.lacking)
+        and any(curves.learns for curves in training.curves.get(name, {}).values())
+    ]
+    answer = (
+        UNKNOWN if not told else FAILS if not any(slower) else PART if cures or not all(slower) else HOLDS
+    )
+    lost = [o for o in optimizers if o in told and math.isinf(_middle(training.curves[roles.having][o]))]
+    lost = lost or [o for o in optimizers if not training.curves[roles.having][o].learns]
+    if not told:
+        limits = "Who is slower is not known: more steps would tell (steps=, --steps)."
+    elif cures:
+        limits = f"A shortcut is not the only cure: {cures[0]!r} learns too, without one."
+    elif lost:
+        limits = f"Shortcuts alone are not always enough: under {lost[0]} the network with them does not learn either."
+    else:
+        limits = "It is a matter of speed here: both networks learn, each at its best rate."
+        if any(math.isinf(_middle(training.curves[roles.lacking][o])) for o in told):
+            limits = (
+                "That the network without them can never learn is not shown: these are a few hundred steps."
+            )
+    return Claim(
+        "stagnate", _STAGNATE, answer, _training_sentence(evidence), limits, _training_numbers(evidence, told),
+        "Bands are the range over seeds. Look where each curve leaves the plateau of guessing.",
+    )  # fmt: skip
+
+
+def _training_numbers(evidence: Evidence, told: list[str]) -> str:
+    """Steps and update sizes of both networks under each optimizer, and where a verdict was contradicted."""
+    training, roles = evidence.training, evidence.roles
+    assert training is not None
+    why = [f"Steps to a loss of {short(training.target)}, each at its best rate."]
+    for optimizer in training.curves[roles.having]:
+        with_, without = (training.curves[name][optimizer] for name in (roles.having, roles.lacking))
+        counts = [training.steps_text(name, optimizer) for name in (roles.having, roles.lacking)]
+        if optimizer in told:
+            why.append(f"{optimizer}: {counts[0]} with shortcuts, {counts[1]} without.")
+        else:
+            why.append(
+                f"{optimizer}: neither arrives in {training.steps}; the losses end at {short(with_.final_loss)} with "
+                f"shortcuts and {short(without.final_loss)} without."
+            )
+        why.append(
+            f"A step moves the weights by {short(_update(with_))} of their size with, {short(_update(without))} without."
+        )
+    for name, by in training.curves.items():
+        hindered = evidence.flow[name].verdict.hinders if name in evidence.flow else ()
+        wrong = [optimizer for optimizer in hindered if optimizer in by and by[optimizer].learns]
+        if wrong:
+            why.append(
+                f"The verdict expected {' and '.join(wrong)} to fail on {name!r}; it learns all the same."
+            )
+    return " ".join(why)
 
 
 def _tells(training: Training, roles: Roles, optimizer: str) -> bool:
@@ -84,149 +255,10 @@ def _tells(training: Training, roles: Roles, optimizer: str) -> bool:
     return any(math.isfinite(_middle(curves)) for curves in both)
 
 
-def _path_sentence(evidence: Evidence) -> str:
-    paths = evidence.paths.get(evidence.roles.having)
-    if paths is None:
-        return ""
-    middle = int(np.searchsorted(np.cumsum(paths.shares), 0.5))
-    reach = int(np.searchsorted(np.cumsum(paths.shares), 0.95))
-    return (
-        f"Of the {paths.branches} branches a gradient could pass, the paths that carry it pass {short(paths.mean_length)} "
-        f"on average: half of it takes paths through at most {middle}, 95 % through at most {reach}."
-    )
-
-
-# --- the lecture's claims
-
-
-def claims(evidence: Evidence) -> tuple[Claim, ...]:
-    """Each claim of the lecture with what was found, in the lecture's order."""
-    tellers = (_smaller, _product, _stagnate, _alternative, _landscape, _which, _strength)
-    return tuple(teller(evidence) for teller in tellers)
-
-
-def _smaller(evidence: Evidence) -> Claim:
-    roles, flow = evidence.roles, evidence.flow
-    lacking, having = flow[roles.lacking], flow[roles.having]
-    controls = [(name, flow[name]) for name in roles.controls if name in flow]
-    falls = lacking.verdict.fall_decades
-    shrinks = lacking.verdict.state == "vanishing"
-    kept = [name for name, f in controls if f.verdict.state == "healthy" and name.startswith(roles.lacking)]
-    answer = "half true" if shrinks and kept else "holds" if shrinks else "does not hold here"
-    finding = f"Without shortcuts: {lacking.verdict}. With them: {having.verdict}."
-    if kept:
-        fall = flow[kept[0]].verdict.fall_decades
-        finding += f" But depth alone does not do it: {kept[0]} has no shortcut either and falls {short(fall, 2)} decades."
-    elif falls is not None and not shrinks:
-        finding += " Its gradients do arrive, with or without shortcuts."
-    detached = flow.get(f"{roles.having}, detached")
-    if detached is not None:
-        finding += f" Same forward pass, shortcuts closed to the gradient: {_plain_fall(detached)}."
-    see = "Each line is one network; read it from right (the loss) to left (the input). A straight line down is a product of equal factors."
-    return Claim(
-        "smaller",
-        "Gradients become progressively smaller as we go back through the network.",
-        answer,
-        finding,
-        see,
-    )
-
-
-def _plain_fall(flow: GradientFlow) -> str:
-    fall = flow.verdict.fall_decades
-    return flow.verdict.state if fall is None else f"{flow.verdict.state}, fall {short(fall, 3)} decades"
-
-
-def _product(evidence: Evidence) -> Claim:
-    flow = evidence.flow[evidence.roles.lacking]
-    factors = np.array([b.factor for b in flow.boundaries if b.factor], dtype=float)
-    if not len(factors) or not np.isfinite(factors).all():
-        return Claim(
-            "product",
-            _PRODUCT,
-            "not measured",
-            "There are no two boundaries with a gradient between them.",
-            "",
-        )
-    typical, product = float(np.exp(np.log(factors).mean())), float(np.prod(factors))
-    below = float((factors < 1).mean())
-    answer = (
-        "holds" if below > 0.5 and product < 0.5 else "half true" if product < 1 else "does not hold here"
-    )
-    finding = (
-        f"Without shortcuts the {len(factors)} factors have a geometric mean of {short(typical)} ({below:.0%} of them are "
-        f"below 1); their product, {short(product)}, is what reaches the first boundary."
-    )
-    having = evidence.flow.get(evidence.roles.having)
-    if having is not None and having.product is not None:
-        per = having.product ** (1 / max(1, len(having.boundaries) - 1))
-        finding += f" With shortcuts the mean factor is {short(per)} and the product {short(having.product)}."
-    return Claim(
-        "product",
-        _PRODUCT,
-        answer,
-        finding,
-        "Each dot is the factor at one boundary; below the line at 1 the gradient shrinks there.",
-    )
-
-
-_PRODUCT = "It becomes extremely small because it is a product of small quantities."
-_STAGNATE = "The weight updates stagnate, learning becomes stagnant, and convergence is delayed."
-
-
-def _stagnate(evidence: Evidence) -> Claim:
-    training, roles = evidence.training, evidence.roles
-    if training is None:
-        return Claim("stagnate", _STAGNATE, "not measured", "The networks were not trained.", "")
-    optimizers = training.curves[roles.having]
-    told = [optimizer for optimizer in optimizers if _tells(training, roles, optimizer)]
-    slower = [_slower(training, roles, optimizer) for optimizer in told]
-    texts = [_steps(training, roles, optimizer, optimizer in told) for optimizer in optimizers]
-    finding = f"Steps to a loss of {training.target:.3g}, best rate each. " + "; ".join(texts) + "."
-    rescued = {
-        name: [optimizer for optimizer, curves in training.curves[name].items() if curves.learns]
-        for name in roles.controls
-        if name.startswith(roles.lacking) and name in training.curves
-    }
-    cures = [f"{name!r} learns under {' and '.join(by)}" for name, by in rescued.items() if by]
-    if cures:
-        finding += f" It can also be cured without a shortcut: {'; '.join(cures)}."
-    if not told:
-        finding += " More steps would tell who is slower (steps=, --steps)."
-    answer = (
-        "not measured"
-        if not told
-        else "does not hold here"
-        if not any(slower)
-        else "half true"
-        if cures or not all(slower)
-        else "holds"
-    )
-    deeper = _deeper(evidence)
-    return Claim(
-        "stagnate",
-        _STAGNATE,
-        answer,
-        finding + deeper,
-        "Bands are the range over seeds. Look where each curve leaves the plateau of guessing.",
-    )
-
-
 def _slower(training: Training, roles: Roles, optimizer: str) -> bool:
     return _middle(training.curves[roles.lacking][optimizer]) > _middle(
         training.curves[roles.having][optimizer]
     )
-
-
-def _steps(training: Training, roles: Roles, optimizer: str, told: bool) -> str:
-    """What both networks took under one optimizer; where they end, when neither came to the target."""
-    with_, without = (training.curves[name][optimizer] for name in (roles.having, roles.lacking))
-    updates = f"updates of {short(_update(with_))} and {short(_update(without))} of the weights' size"
-    if not told:
-        ends = _ends(training, roles, optimizer)
-        return f"{optimizer}: neither in {training.steps} steps, which end at {ends} ({updates})"
-    counts = [training.steps_text(name, optimizer) for name in (roles.having, roles.lacking)]
-    return f"{optimizer}: {counts[0]} steps with shortcuts, {counts[1]} without ({updates})"
 
 
 def _middle(curves: Curves) -> float:
@@ -238,152 +270,205 @@ def _update(curves: Curves) -> float:
     return float(np.nanmedian(curves.update_ratio))
 
 
-def _deeper(evidence: Evidence) -> str:
-    """What the ladder says beyond the rung that was trained in full."""
-    roles = evidence.roles
-    stuck = [r for r in evidence.ladder if r.learns and not any(r.learns[roles.lacking].values())]
-    return (
-        f" At {stuck[0].depth} hidden layers and more the plain network does not get there on the first seed, at any rate tried."
-        if stuck and stuck[-1] is evidence.ladder[-1]
-        else ""
-    )
+_PATH = "Shortcut connections create an alternative path for the gradient by skipping layers."
 
 
-_ALTERNATIVE = "Shortcut connections create an alternative path for the gradient by skipping layers."
-
-
-def _alternative(evidence: Evidence) -> Claim:
+def _claim_path(evidence: Evidence) -> Claim:
     roles = evidence.roles
     split, paths = evidence.split.get(roles.having), evidence.paths.get(roles.having)
-    if split is None or paths is None:
-        return Claim(
-            "path", _ALTERNATIVE, "not measured", "The split or the path spectrum could not be had.", ""
-        )
-    shares = np.array([s.share for s in split if s.share is not None])
-    finding = (
-        f"At the {len(split)} forks the shortcut carries {short(100 * float(np.median(shares)), 3)} % of the gradient (median; "
-        f"the branch the rest). Taken apart by path, exactly: the mean path passes {short(paths.mean_length)} of "
-        f"{paths.branches} branches; the path that passes none carries {short(100 * float(paths.shares[0]))} %, and the "
-        f"parts add up to the plain gradient with an error of {short(paths.residual)}."
+    shares = np.array([s.share for s in split if s.share is not None]) if split is not None else np.array([])
+    if not len(shares) or paths is None:
+        return _not_measured("path", _PATH, "The split or the path spectrum could not be measured.")
+    carried, empty = float(np.median(shares)), 100 * float(paths.shares[0])
+    why = (
+        f"Over {len(shares)} forks the shortcut's share is {100 * float(shares.min()):.0f} to {100 * float(shares.max()):.0f} %. "
+        f"Taken apart by path, exactly: the mean path passes {short(paths.mean_length)} of {paths.branches} branches; the parts "
+        f"add up to the plain gradient with an error of {short(paths.residual)}."
     )
-    carried = float(np.median(shares))
-    answer = "holds" if carried >= 0.5 else "half true"
-    if carried < 0.5:
-        finding += " Here the branches carry more than the shortcuts."
     return Claim(
-        "path",
-        _ALTERNATIVE,
-        answer,
-        finding,
-        "Height: norm of the gradient that passed exactly k branches, on a log scale. Most of it has taken short ways.",
-    )
+        "path", _PATH, HOLDS if carried >= 0.5 else PART,
+        f"At a typical fork {100 * carried:.0f} % of the gradient comes back through the shortcut.",
+        f"It does not bypass everything: the path that skips every branch carries {short(empty, 2)} % of the gradient.",
+        why,
+        "Height: size of the gradient that passed exactly k branches, on a log scale.",
+    )  # fmt: skip
 
 
 _SURFACE = "Shortcuts change the loss surface (Li et al. 2018): smooth with them, chaotic without."
 
 
-def _landscape(evidence: Evidence) -> Claim:
+def _claim_surface(evidence: Evidence) -> Claim:
     trained, roles = evidence.surfaces.get("trained"), evidence.roles
     if trained is None or not {roles.having, roles.lacking} <= trained.surfaces.keys():
-        return Claim("surface", _SURFACE, "not measured", "The surfaces could not be had.", "")
+        return _not_measured("surface", _SURFACE, "The surfaces could not be computed.")
     having, lacking = (trained.surfaces[name] for name in (roles.having, roles.lacking))
-    parts = [
-        f"{name!r} {'is ' * bool(s.label)}{s.label or _shape(s.scores)}"
-        for name, s in trained.surfaces.items()
-    ]
-    finding = (
-        "Share of the surface that curves up in both directions, and of its ups and downs that one valley would not need: "
-        + "; ".join(parts) + "."
-    )  # fmt: skip
-    if having.label or lacking.label:
-        answer = "not measured"
-        finding += " Nothing about smoothness follows from the surface of a network that has not learnt; often it is flat."
-    else:
-        smoother = having.scores.roughness < lacking.scores.roughness
-        rounder = having.scores.convexity_share > lacking.scores.convexity_share
-        answer = (
-            "holds" if smoother and rounder else "half true" if smoother or rounder else "does not hold here"
-        )
-    paired = evidence.surfaces.get("paired")
-    if paired is not None and paired.difference is not None:
-        before, after = (surface.scores.centre for surface in paired.surfaces.values())
-        finding += (
-            f" The trained weights with shortcuts have a loss of {short(before)}; take the shortcuts out of them and it is "
-            f"{short(after)} (over the plane the median change is {short(float(np.nanmedian(paired.difference)))})."
-        )
+    why = [f"{_capital(name)}: {s.label or _shape(s.scores)}." for name, s in trained.surfaces.items()]
+    why.append(
+        "Convex share: points of the plane that curve up in both directions. Roughness: how much the surface goes up and down "
+        f"more than one valley would. Chaotic here means a roughness of {CHAOTIC_ROUGHNESS:.0%} or more, or a convex share "
+        f"below {CHAOTIC_CONVEXITY:.0%}."
+    )
+    why.append(_paired_numbers(evidence))
+    answer, true, limits = _compare_surfaces(having, lacking)
     return Claim(
-        "surface",
-        _SURFACE,
-        answer,
-        finding,
-        "A bowl is easy to walk down; look for ridges, and for ground so flat that no step leads anywhere.",
+        "surface", _SURFACE, answer, true, limits, " ".join(filter(None, why)),
+        "A bowl is easy to walk down. Look for ridges, and for ground so flat that no step leads anywhere.",
+    )  # fmt: skip
+
+
+def _compare_surfaces(having: Surface, lacking: Surface) -> tuple[str, str, str]:
+    """The answer, what is true, and what does not follow."""
+    unlearnt = [word for word, s in (("with", having), ("without", lacking)) if s.label]
+    if unlearnt:
+        return (
+            UNKNOWN,
+            f"The network {unlearnt[-1]} shortcuts has not learnt: its surface is flat, not chaotic.",
+            "Nothing on smoothness follows from the surface of a network that has not learnt.",
+        )
+    beyond = _beyond(lacking.scores, having.scores, "roughness") or _beyond(
+        having.scores, lacking.scores, "convexity_share"
+    )
+    if not _chaotic(lacking.scores):
+        true = (
+            "Neither surface is chaotic."
+            if not _chaotic(having.scores)
+            else "The surface with shortcuts is the chaotic one."
+        )
+        limits = (
+            "The paper's networks were far deeper, and convolutional: this neither confirms nor refutes it."
+        )
+        return FAILS, true, limits
+    if _chaotic(having.scores) or not beyond:
+        return (
+            FAILS,
+            "Both surfaces are alike within their errors.",
+            "One pair of directions is not the whole surface.",
+        )
+    return (
+        HOLDS,
+        "The surface is chaotic without shortcuts and smooth with them.",
+        "One pair of directions through one pair of networks is not the whole surface.",
+    )
+
+
+def _chaotic(scores: Scores) -> bool:
+    return scores.roughness >= CHAOTIC_ROUGHNESS or scores.convexity_share < CHAOTIC_CONVEXITY
+
+
+def _beyond(more: Scores, less: Scores, name: str) -> bool:
+    """Whether a score is greater by more than the 95 % interval of the difference."""
+    error = math.hypot(*(scores.errors.get(name) or 0.0 for scores in (more, less)))
+    return getattr(more, name) - getattr(less, name) > 1.96 * error
+
+
+def _paired_numbers(evidence: Evidence) -> str:
+    paired = evidence.surfaces.get("paired")
+    if paired is None or paired.difference is None:
+        return ""
+    before, after = (surface.scores.centre for surface in paired.surfaces.values())
+    return (
+        f"The trained weights with shortcuts have a loss of {short(before)}; take the shortcuts out of them and it is "
+        f"{short(after)}; over the plane the median change is {short(float(np.nanmedian(paired.difference)))}."
     )
 
 
 def _shape(scores: Scores) -> str:
-    """Convexity and roughness, each with its standard error."""
+    """Convex share and roughness, each with its standard error."""
     words = []
-    for name in ("convexity_share", "roughness"):
+    for name, label in (("convexity_share", "convex share"), ("roughness", "roughness")):
         error = scores.errors.get(name)
         words.append(
-            f"{100 * getattr(scores, name):.1f} %" + (f" ± {100 * error:.1f}" if error is not None else "")
+            f"{label} {100 * getattr(scores, name):.1f} %"
+            + (f" ± {100 * error:.1f}" if error is not None else "")
         )
-    return " and ".join(words)
+    return ", ".join(words)
 
 
-_WHICH = "They play a crucial role in preserving the flow of gradients."
+_CRUCIAL = "They play a crucial role in preserving the flow of gradients."
 
 
-def _which(evidence: Evidence) -> Claim:
-    ranking = evidence.importance.get(evidence.roles.having)
-    ranked = [i for i in ranking.ranked if i.removed is not None] if ranking is not None else []
-    if not ranked:
-        return Claim("which", _WHICH, "not measured", "No shortcut could be taken out alone.", "")
-    costs = np.array([i.removed.loss_cost for i in ranked if i.removed is not None])
-    lesions = np.array([i.lesioned.loss_cost for i in ranked if i.lesioned is not None])
-    first, last = ranked[0], ranked[-1]
-    assert first.removed is not None
-    assert last.removed is not None
-    finding = (
-        f"Taking out one shortcut alone raises the loss by {short(first.removed.loss_cost)} at {first.name} and by "
-        f"{short(last.removed.loss_cost)} at {last.name} (median {short(float(np.median(costs)))})"
-    )
-    if len(lesions):
-        finding += f"; taking out one branch alone costs {short(float(np.median(lesions)))} (median)"
-    answer = "holds" if len(lesions) and np.median(costs) > np.median(lesions) else "half true"
+def _claim_crucial(evidence: Evidence) -> Claim:
+    """Decided by the flow: what remains of it when the shortcuts are taken out of the same weights."""
+    roles, flow = evidence.roles, evidence.flow
+    removed = flow.get(f"{roles.having}, removed")
+    if removed is None and evidence.twins[roles.lacking].meaning == "removed":
+        removed = flow[roles.lacking]
+    if removed is None:
+        return _not_measured("which", _CRUCIAL, "The flow without the shortcuts could not be measured.")
+    lost, kept = removed.verdict, flow[roles.having].verdict
+    broken = lost.state in {"vanishing", "dead"} and kept.state not in {"vanishing", "dead"}
+    true = f"With all shortcuts taken out of the same weights, {arrival(removed)}."
+    limits, why = _single_shortcuts(evidence)
     return Claim(
-        "which",
-        _WHICH,
-        answer,
-        finding + ".",
+        "which", _CRUCIAL, HOLDS if broken else FAILS, true, limits, why,
         "The longest bar is the shortcut this network can least do without.",
+    )  # fmt: skip
+
+
+def _single_shortcuts(evidence: Evidence) -> tuple[str, str]:
+    """What one shortcut alone does: the limit of the claim, and the numbers."""
+    ranking = evidence.importance.get(evidence.roles.having)
+    removed = (
+        [(i.name, i.removed) for i in ranking.ranked if i.removed is not None] if ranking is not None else []
     )
+    if not removed:
+        return "What each single shortcut does was not measured.", ""
+    flows = [cost.flow_cost for _, cost in removed if cost.flow_cost is not None]
+    losses = np.array([cost.loss_cost for _, cost in removed])
+    limits = "No single one decides it: which matters most is another question."
+    if flows:
+        limits = f"No single shortcut is crucial for it: any of them alone costs a factor of {short(10 ** max(0.0, *flows), 2)} at most."
+        if max(flows) > 2:
+            limits = f"They are not alike: taking out one alone costs a factor of {share(max(flows)).removeprefix('one part in ')}."
+    (first, dearest), (last, cheapest) = removed[0], removed[-1]
+    why = (
+        f"Each shortcut was taken out alone. The loss changes by {short(dearest.loss_cost)} at {first} and by "
+        f"{short(cheapest.loss_cost)} at {last} (median {short(float(np.median(losses)))})."
+    )
+    lesions = (
+        [i.lesioned.loss_cost for i in ranking.ranked if i.lesioned is not None]
+        if ranking is not None
+        else []
+    )
+    if lesions:
+        why += f" Taking out one branch alone costs {short(float(np.median(lesions)))} (median)."
+    return limits, why
 
 
 _STRENGTH = "The effect is the shortcut's: turn it up and the gradient comes through."
 
 
-def _strength(evidence: Evidence) -> Claim:
+def _claim_strength(evidence: Evidence) -> Claim:
     sweep = evidence.strength.get(evidence.roles.having)
     if sweep is None or not np.isfinite(sweep.fall_decades[[0, -1]]).all():
-        return Claim("strength", _STRENGTH, "not measured", "The strength could not be varied.", "")
+        return _not_measured("strength", _STRENGTH, "The strength could not be varied.")
     start, end = (float(sweep.fall_decades[i]) for i in (0, -1))
     healthy = [float(s) for s, state in zip(sweep.strengths, sweep.states) if state == "healthy"]
-    finding = f"The fall goes from {short(start)} decades at strength 0 to {short(end)} at strength 1"
-    if not healthy:
-        finding += "; it is healthy at none of the strengths tried."
-    elif len(healthy) == 1:
-        finding += f"; of the strengths tried only {healthy[0]:.1f} is healthy."
+    rises = start - end > 0.3
+    answer = FAILS if not rises else HOLDS if sweep.states[-1] == "healthy" else PART
+    if not rises:
+        limits = "Turning the shortcuts up changes little here."
+    elif not healthy:
+        limits = "None of the strengths tried gives a healthy flow."
+    elif sweep.states[-1] != "healthy":
+        limits = f"More is not always better: the flow is healthy at a strength of {healthy[0]:.1f}, no longer at 1."
     else:
-        finding += f"; the verdict is healthy from {healthy[0]:.1f} to {healthy[-1]:.1f}."
-    answer = (
-        "holds"
-        if start - end > 0.3 and sweep.states[-1] == "healthy"
-        else "half true"
-        if start - end > 0.3
-        else "does not hold here"
-    )
-    return Claim("strength", _STRENGTH, answer, finding, "Move the slider from 0 (removed) to 1 (as built).")
+        limits = f"Full strength is not needed: the flow is healthy from a strength of {healthy[0]:.1f} on."
+    return Claim(
+        "strength", _STRENGTH, answer,
+        f"At strength 0, {share(start)} of the gradient reaches the first layer; at 1, {share(end)}.",
+        limits, f"The fall goes from {short(start)} decades at strength 0 to {short(end)} at strength 1.",
+        "Move the slider from 0 (removed) to 1 (as built).",
+    )  # fmt: skip
+
+
+def _not_measured(key: str, claim: str, reason: str) -> Claim:
+    return Claim(key, claim, UNKNOWN, reason)
+
+
+CLAIMS = (
+    _claim_strength, _claim_surface, _claim_smaller, _claim_product, _claim_stagnate, _claim_path, _claim_crucial
+)  # fmt: skip
 
 
 # --- methods

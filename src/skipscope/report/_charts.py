@@ -205,8 +205,10 @@ class Panel:
         caption: what to see in it.
         tables: the numbers behind it.
         claim: the sentence of the lecture that it weighs, or "".
-        verdict: one word on the claim ("holds", "half true"), or "".
-        finding: what was found, with its numbers, said before the chart.
+        verdict: one word on the claim ("holds", "holds in part"), or "".
+        finding: what was found, in a sentence before the chart.
+        limits: what does not follow from it, or "".
+        why: the reason and the numbers behind the finding, folded away at first, or "".
         parts: more charts, each with its own heading and caption, where the claim has several sides.
     """
 
@@ -218,6 +220,8 @@ class Panel:
     verdict: str = ""
     finding: str = ""
     parts: Sequence[Panel] = field(default=())
+    limits: str = ""
+    why: str = ""
 
     @property
     def charts(self) -> list[Chart]:
@@ -234,6 +238,7 @@ class Story:
         title: the question or the name.
         lead: one line under the title.
         answer: the sentences that come first.
+        names: name -> what it is, of the networks that the page speaks of.
         panels: the evidence.
         methods: paragraphs: how the numbers came about.
         credits: whose data and ideas were used.
@@ -247,3 +252,4 @@ class Story:
     methods: Sequence[str] = ()
     credits: Sequence[str] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)

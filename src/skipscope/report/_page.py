@@ -24,6 +24,7 @@ from skipscope._result import Result, Table, dumps
 from skipscope._version import __version__
 from skipscope.report import _arcs, _svg_bars, _svg_heat, _svg_lines, _terrain
 from skipscope.report._charts import Bars, Chart, Heat, Lines, Network, Panel, Story, Surfaces
+from skipscope.report._glossary import with_terms
 from skipscope.report._markup import clean
 from skipscope.report._svg import both
 
@@ -108,8 +109,8 @@ def alone(drawing: Markup) -> str:
 def _panel(panel: Panel, name: str) -> dict[str, Any]:
     return {
         "anchor": name, "heading": panel.heading, "finding": panel.finding, "claim": panel.claim, "verdict": panel.verdict,
-        "mood": {"holds": "holds", "half true": "half", "does not hold here": "fails"}.get(panel.verdict, ""),
-        "caption": panel.caption, "figure": None if panel.chart is None else _figure(panel.chart, f"{name}-f"),
+        "mood": {"holds": "holds", "holds in part": "half", "half true": "half", "does not hold here": "fails"}.get(panel.verdict, ""),
+        "limits": panel.limits, "why": panel.why, "caption": panel.caption, "figure": None if panel.chart is None else _figure(panel.chart, f"{name}-f"),
         "tables": [_table(t) for t in panel.tables], "parts": [_panel(part, f"{name}-{i + 1}") for i, part in enumerate(panel.parts)],
     }  # fmt: skip
 
@@ -207,6 +208,7 @@ def _environment() -> Environment:
         loader=FunctionLoader(lambda name: _asset(f"{name}.html")),
     )  # fmt: skip
     made.filters["stress"] = stress
+    made.filters["terms"] = with_terms
     return made
 
 

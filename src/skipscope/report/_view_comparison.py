@@ -215,6 +215,8 @@ def _claim_panel(result: Comparison, claim: Claim, style: dict[str, int]) -> Pan
         claim.answer,
         claim.finding,
         parts,
+        claim.limits,
+        claim.why,
     )
 
 
@@ -258,4 +260,5 @@ def _(result: Comparison) -> Story:
         [result.methods, *result.notes],
         credits,
         result.provenance,
+        {twin.name: twin.description for twin in result.twins},
     )

@@ -13,15 +13,43 @@
     title.parentElement.dataset.tip = title.textContent;
     title.remove();
   }
-  document.addEventListener("pointerover", (event) => {
-    const owner = event.target.closest && event.target.closest("[data-tip]");
+  for (const term of document.querySelectorAll("abbr[title]")) {
+    term.dataset.tip = term.title;
+    term.setAttribute("aria-label", `${term.textContent}: ${term.title}`);
+    term.removeAttribute("title");
+  }
+  const show = (owner, x, y) => {
     tip.hidden = !owner;
     if (!owner) return;
     tip.textContent = owner.dataset.tip;
-    const width = root.clientWidth;
-    tip.style.left = Math.max(4, Math.min(event.pageX + 12, width - tip.offsetWidth - 8)) + "px";
-    tip.style.top = event.pageY + 16 + "px";
-  });
+    tip.style.left = Math.max(4, Math.min(x + 12, root.clientWidth - tip.offsetWidth - 8)) + "px";
+    tip.style.top = y + 16 + "px";
+  };
+  const below = (owner) => {
+    const box = owner.getBoundingClientRect();
+    show(owner, box.left + scrollX, box.bottom + scrollY - 8);
+  };
+  const owner = (target) => target.closest && target.closest("[data-tip]");
+  document.addEventListener("pointerover", (event) => show(owner(event.target), event.pageX, event.pageY));
+  document.addEventListener("focusin", (event) => { if (owner(event.target)) below(owner(event.target)); });
+  document.addEventListener("focusout", () => show(null));
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") show(null); });
+
+  // A chart's points by keyboard: tab to the chart, then the arrow keys.
+  for (const chart of document.querySelectorAll("svg.chart")) {
+    const points = [...chart.querySelectorAll("[data-tip]")];
+    if (!points.length) continue;
+    chart.tabIndex = 0;
+    let at = -1;
+    chart.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      at = (at + step + points.length) % points.length;
+      below(points[at]);
+      chart.setAttribute("aria-description", points[at].dataset.tip);
+    });
+  }
 
   // The slider: one line strong, the others in the background.
   for (const slider of document.querySelectorAll(".slider")) {
