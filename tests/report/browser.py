@@ -131,7 +131,8 @@ class Page:
             time.sleep(0.1)
 
     def show_surfaces(self) -> int:
-        """Scroll to every surface and wait until it is drawn; returns how many there are."""
+        """Open what is folded, scroll to every surface and wait until it is drawn; returns how many there are."""
+        self.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
         count = self.run("document.querySelectorAll('.scenes').length")
         for i in range(count):
             self.run(f"document.querySelectorAll('.scenes')[{i}].scrollIntoView({{behavior: 'instant'}})")

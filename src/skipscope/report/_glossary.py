@@ -30,7 +30,8 @@ GLOSSARY = {
     "strength": "A factor on every shortcut: 0 takes it out, 1 leaves it as built.",
     "vanishing": "The gradient shrinks on its way back until the first layers get next to nothing.",
 }  # fmt: skip
-_PLURALS = {"boundary": "boundaries", "branch": "branches"}
+# "It falls" is a verb: the noun is explained in the singular alone.
+_PLURALS = {"boundary": "boundaries", "branch": "branches", "fall": "fall"}
 _FORMS = {form: word for word in GLOSSARY for form in (word, _PLURALS.get(word, word + "s"))}
 _WORDS = re.compile(
     r"(?<![\w-])(" + "|".join(sorted(map(re.escape, _FORMS), key=len, reverse=True)) + r")(?![\w-])"
