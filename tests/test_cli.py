@@ -248,7 +248,7 @@ def test_each_command_and_model_has_a_folder_and_nothing_is_overwritten(folder):
         done = skipscope(folder, "find", "mine:make", "--input", "4x8", "--save", "arcs.svg")
         assert done.returncode == 0, done.stderr
     made = sorted(p.name for p in (folder / "skipscope-out" / "find-mine-make").iterdir())
-    assert made == ["find-2.html", "find-2.json", "find.html", "find.json"]
+    assert made == ["find-2.html", "find-2.json", "find.html", "find.json", "play.html"]
     assert (folder / "arcs.svg").read_text().startswith("<?xml")
     shown = skipscope(folder, "show", *(f"skipscope-out/find-mine-make/{n}.json" for n in ("find", "find-2")))
     assert shown.returncode == 0, shown.stderr

@@ -198,29 +198,19 @@ def _deliver(result: Result, name: str, output: Output, folder: Path, before: st
         _print_json(result)
         return
     name = _unused(folder, name)
-    data, page = result.save(folder / f"{name}.json"), result.save(folder / f"{name}.html")
+    data = result.save(folder / f"{name}.json")
+    # Written first: the result's page links to it.
+    _write_live_page(folder)
+    page = result.save(folder / f"{name}.html")
     _save_picture(result, output)
     if output.json:
         _print_json(result)
     else:
-def play(*, output: Output) -> None:
-    """Write the live page."""
-    page = _write_live_page(_folder(output, "play", None))
-    if output.json:
-        print(json.dumps({"page": str(page.resolve())}), file=sys.__stdout__)
-    else:
-        print(printable(f"Page: {page.resolve()}"))
-    _offer(page, output)
-
-
-def _write_live_page(folder: Path) -> Path:
-    from skipscope.report import LIVE_PAGE, live_page
-
-    return write_whole(folder / LIVE_PAGE, live_page())
-
-
-def book(seeds: int, *, output: Output) -> None:
-    """Run the lecture's experiment."""
+        print(before + "\n" * bool(before) + str(result))
+    places = "\n".join(
+        printable(f"{word}: {path.resolve()}") for word, path in (("Page", page), ("Data", data))
+    )
+    print("\n" + places, file=sys.stderr if output.json else sys.stdout)
     _offer(page, output)
 
 
