@@ -73,8 +73,8 @@ function boundaryX(shape, x, index) {
 
 const marker = (x, from, to) => `<path class="pick" d="M${x.toFixed(1)} ${from}V${to}"/>`;
 
-// A log scale for these values, over at most so many decades: where each value lies, and ticks with their labels.
-function logScale(values, top, bottom, most = 30) {
+// A log scale for these values, over at most so many decades from the largest: where each value lies, and labelled ticks.
+function logScale(values, top, bottom, most = 60) {
   const logs = values.filter((v) => v > 0 && Number.isFinite(v)).map(Math.log10);
   let [low, high] = logs.length ? [Math.min(...logs), Math.max(...logs)] : [-1, 1];
   const narrow = high - low < 1.2;
@@ -86,7 +86,7 @@ function logScale(values, top, bottom, most = 30) {
     for (const leading of narrow ? [1, 2, 5] : [1]) if (t + Math.log10(leading) >= low && t + Math.log10(leading) <= high) ticks.push([leading, t]);
   }
   const at = (v) => bottom - ((Math.min(high, Math.max(low, v > 0 ? Math.log10(v) : low)) - low) / (high - low)) * (bottom - top);
-  return { at, ticks: ticks.map(([leading, t]) => [leading * 10 ** t, tickLabel(leading, t)]) };
+  return { at, low, ticks: ticks.map(([leading, t]) => [leading * 10 ** t, tickLabel(leading, t)]) };
 }
 
 function tickLabel(leading, exponent) {
@@ -125,7 +125,7 @@ export function layerChart(view) {
   const scale = logScale(all, top, bottom);
   const place = reading === "weights" ? (i) => x(i + 0.5) : (i) => boundaryX(shape, x, i);
   out.push(...gridLines(scale.ticks, scale.at, LEFT, width - RIGHT + 12));
-  const points = (values) => values.map((v, i) => [place(i), scale.at(v), v]).filter(([, , v]) => Number.isFinite(v));
+  const points = (values) => values.map((v, i) => [place(i), scale.at(v), v]).filter(([, , v]) => Number.isFinite(v) && v >= 10 ** scale.low * 0.99);
   if (reading === "factor") {
     out.push(`<path class="level" d="M${LEFT} ${scale.at(1).toFixed(1)}H${width - RIGHT + 12}"/>`);
     out.push(`<g class="product" style="--own:${COLOURS[twin]}"><path class="series" d="${path(points(products(twin)))}"/></g>`);

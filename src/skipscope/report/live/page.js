@@ -369,6 +369,7 @@ function listen() {
   });
   for (const twin of ["with", "without"]) makeTurnable($(`#surface-${twin}`));
   addEventListener("hashchange", () => apply(readAddress(location.hash)));
+  new ResizeObserver(drawSpectrum).observe($("#spectrum"));
   let resized = 0;
   addEventListener("resize", () => {
     cancelAnimationFrame(resized);
