@@ -35,14 +35,14 @@ from zoo import ZOO, Net
 
 CALLS: dict[str, Callable[[nn.Module, Any, Any], Any]] = {
     "find_shortcuts": lambda model, data, loss: ss.find_shortcuts(model, inputs_of(data)),
-    "ablate": lambda model, data, loss: [ss.ablate(model, inputs=inputs_of(data), how=how) for how in ("remove", "detach", "lesion")],
-    "ablate_sharing": lambda model, data, loss: ss.ablate(model, inputs=inputs_of(data), strength=0.5, share=True),
+    "ablate": lambda model, data, loss: [ss.ablate(model, inputs=inputs_of(data), how=how, allow_empty=True) for how in ("remove", "detach", "lesion")],
+    "ablate_sharing": lambda model, data, loss: ss.ablate(model, inputs=inputs_of(data), strength=0.5, share=True, allow_empty=True),
     "add_shortcuts": lambda model, data, loss: ss.add_shortcuts(model, inputs_of(data)),
-    "recalibrate": lambda model, data, loss: ss.recalibrate(ss.ablate(model, inputs=inputs_of(data)), data),
+    "recalibrate": lambda model, data, loss: ss.recalibrate(ss.ablate(model, inputs=inputs_of(data), allow_empty=True), data),
     "gradient_flow": lambda model, data, loss: ss.gradient_flow(model, data, loss),
     "gradient_split": lambda model, data, loss: ss.gradient_split(model, data, loss),
     "path_spectrum": lambda model, data, loss: ss.path_spectrum(model, data, loss),
-    "importance": lambda model, data, loss: ss.importance(model, data, loss),
+    "importance": lambda model, data, loss: ss.importance(model, data, loss, allow_empty=True),
     "landscape": lambda model, data, loss: ss.landscape(model, data, loss, grid=3),
     "paired_landscapes": lambda model, data, loss: ss.paired_landscapes({"a": model, "b": model}, data, loss, grid=3),
     "extreme_eigenvalues": lambda model, data, loss: ss.extreme_eigenvalues(model, data, loss, tol=0.5, max_products=4),

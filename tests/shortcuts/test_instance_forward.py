@@ -209,6 +209,23 @@ def test_a_forward_that_was_set_on_a_block(set_forward):
     assert not torch.equal(twin(X), net(X))
 
 
+@pytest.mark.parametrize("set_forward", [as_accelerate_hooks, as_closure_over_the_old_forward, as_compiled])
+def test_a_forward_that_was_set_on_every_module(set_forward):
+    net: Any = nn.Sequential(*(Net() for _ in range(6)))
+    expected = X
+    for block in net:
+        expected = without(block, expected)
+    for module in list(net.modules()):
+        module.forward = types.MethodType(type(module).forward, module)
+        set_forward(module)
+    found = find_shortcuts(net, X)
+    assert len(found) == 18
+    torch._dynamo.reset()
+    twin = ablate(net, found)
+    torch.testing.assert_close(twin(X), expected)
+    torch.testing.assert_close(torch.compile(twin, backend="eager")(X), expected)
+
+
 @pytest.mark.parametrize("set_forward", [as_method, as_partial, as_accelerate_hooks, as_compiled])
 def test_such_a_twin_is_compiled_and_copied(set_forward):
     net = Net()

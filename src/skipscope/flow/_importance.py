@@ -16,7 +16,7 @@ from skipscope._untouched import one_snapshot, untouched
 from skipscope.flow._flow import flow_of
 from skipscope.flow._flow_results import GradientFlow
 from skipscope.flow._results import Cost, Importance, ImportanceOf
-from skipscope.shortcuts import ablate
+from skipscope.shortcuts import ablate, refuse_another_architecture
 
 
 @asked_as("importance")
@@ -28,6 +28,7 @@ def importance(
     found: Any = None,
     seed: int = 0,
     weight: Callable[[Batch], float] | None = None,
+    allow_empty: bool = False,
 ) -> Importance:
     """Remove each shortcut alone, lesion each branch alone (Veit et al. 2016), and measure what either costs.
 
@@ -40,9 +41,11 @@ def importance(
         found: the shortcuts to try; all that are found by default.
         seed: of the random numbers drawn inside (dropout).
         weight: what a batch counts for in the mean over batches.
+        allow_empty: where there is no shortcut to try, return an empty ranking instead of refusing.
 
     Raises:
-        SkipscopeError: data, loss or model cannot be read, or the loss has no gradient.
+        SkipscopeError: data, loss or model cannot be read; the loss has no gradient; there is no shortcut to try, or
+            those given were found on another architecture.
 
     Example:
         >>> import torch, skipscope as ss
@@ -51,7 +54,16 @@ def importance(
         >>> len(rank), rank.ranked[0].removed.loss_cost is not None
         (4, True)
     """
-    return importance_of(prepare(model, data, loss, "importance", weight=weight), found, seed)
+    subject = prepare(model, data, loss, "importance", weight=weight)
+    chosen = subject.found if found is None else found
+    if not len(chosen) and not allow_empty:
+        raise SkipscopeError(
+            "importance", "there is no shortcut to try", expected="at least one shortcut",
+            got=f"{type(subject.model).__name__}: {len(subject.found)} found, none chosen",
+            cure="look at ss.find_shortcuts(model, inputs); allow_empty=True gives an empty ranking",
+        )  # fmt: skip
+    refuse_another_architecture(subject.model, chosen, "importance")
+    return importance_of(subject, chosen, seed)
 
 
 def importance_of(subject: Subject, found: Any = None, seed: int = 0) -> Importance:

@@ -9,6 +9,7 @@ from skipscope.shortcuts._bits import bits as bits
 from skipscope.shortcuts._edit import ablate as ablate
 from skipscope.shortcuts._edit import boundaries as boundaries
 from skipscope.shortcuts._edit import meaning as meaning
+from skipscope.shortcuts._edit import refuse_another_architecture as refuse_another_architecture
 from skipscope.shortcuts._find import find_shortcuts as find_shortcuts
 from skipscope.shortcuts._mark import mark_shortcut as mark_shortcut
 from skipscope.shortcuts._recalibrate import average_statistics as average_statistics
@@ -19,8 +20,8 @@ from skipscope.shortcuts._results import Shortcuts as Shortcuts
 from skipscope.shortcuts._taps import Merge as Merge
 from skipscope.shortcuts._taps import tap_boundaries as tap_boundaries
 from skipscope.shortcuts._taps import tap_merges as tap_merges
-from skipscope.shortcuts._twin import refuse_shared as refuse_shared
 from skipscope.shortcuts.trace import Trace as Trace
 from skipscope.shortcuts.trace import TracedCall as TracedCall
 from skipscope.shortcuts.trace import Value as Value
 from skipscope.shortcuts.trace import record as record
+from skipscope.shortcuts.twin import refuse_shared as refuse_shared

@@ -1,23 +1,23 @@
 """Edited twins: a module goes in, a module comes out whose shortcuts are removed, detached, lesioned or scaled.
 
 Each operand that carries the shortcut (or the branch) becomes zeros, its detached self, or itself times a strength.
-The twin runs the model's own code otherwise; ``_twin`` says how.
+The twin runs the model's own code otherwise; the folder ``twin`` says how.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import private_copy, require_module
-from skipscope.shortcuts import _twin
 from skipscope.shortcuts._find import find_shortcuts
 from skipscope.shortcuts._recalibrate import recalibrate as recalibrate_norms
 from skipscope.shortcuts._results import Boundary, Shortcut, Shortcuts
 from skipscope.shortcuts._unwrap import unwrapped
+from skipscope.shortcuts.twin import Group, Rule, edits_of, follow, follow_callers, remembered_boundaries
 
 
 def ablate(
@@ -29,6 +29,7 @@ def ablate(
     inputs: Any = None,
     share: bool = False,
     recalibrate: Any = None,
+    allow_empty: bool = False,
 ) -> nn.Module:
     """A twin of ``model`` in which shortcuts are edited, exactly as the table in definitions.md has it.
 
@@ -47,10 +48,12 @@ def ablate(
         share: share the Parameter objects with ``model`` instead of copying them, for measuring without memory. Such
             a twin refuses ``.to()``, ``.half()``, ``load_state_dict`` and to be trained.
         recalibrate: data to recalibrate batch-norm statistics with (see :func:`recalibrate`).
+        allow_empty: where there is no shortcut to edit, return a copy instead of refusing.
 
     Raises:
-        SkipscopeError: nothing says which shortcuts, or one cannot be edited; the model is sharded; also when the twin runs and meets code
-            that is not the code its shortcuts were found in.
+        SkipscopeError: nothing says which shortcuts, or there are none; one cannot be edited; they are of another
+            architecture; the model is sharded. Also when the twin runs code that is not the code its shortcuts were
+            found in, and when a method of its own merges by code in which none were looked for.
 
     Example:
         >>> import torch
@@ -75,12 +78,17 @@ def ablate(
             "ablate", "two edits at once", expected="how=, or strength= (a factor on the shortcut)",
             got=f"how={how!r} and strength=", cure="ablate the twin again: edits of edits compose",
         )  # fmt: skip
-    chosen, points = _chosen(model, found, inputs)
+    chosen, every = _chosen(model, found, inputs)
+    if not chosen and not allow_empty:
+        raise _nothing_to_edit(model, found)
+    refuse_another_architecture(model, chosen if every is None else every, "ablate")
+    points = remembered_boundaries(model) or (every.boundaries if every is not None else ())
     factor = strength if strength is not None else None if how == "detach" else 0.0
     twin = private_copy(model, "ablate", share=share)
-    group = _twin.Group(points, share)
-    group.edits = (*_twin.edits_of(model), _in_words(how, strength, len(chosen), points))
-    _twin.follow(twin, group)
+    group = Group(points, share, (*edits_of(model), _in_words(how, strength, len(chosen), points, every)))
+    if every is not None:
+        group.known = frozenset(item.source for item in (*every.entries, *every.rejected))
+    group.root = follow(twin, group)
     modules = dict(twin.named_modules())
     for shortcut in chosen:
         if shortcut.blocked:
@@ -89,14 +97,18 @@ def ablate(
             )
         lesion = how == "lesion" and strength is None
         for place in shortcut.branch_at if lesion else shortcut.shortcut_at:
-            host = modules.get(place.call.host)
-            if host is None:
-                raise _of_another_architecture(shortcut, place.call.host)
-            _twin.follow(host, group).add(_twin.Rule(place, factor, shortcut.name))
+            follow(modules[place.call.host], group).add(Rule(place, factor, shortcut.name))
+    follow_callers(twin, group)
     return twin if recalibrate is None else recalibrate_norms(twin, recalibrate)
 
 
-def _in_words(how: str, strength: float | Tensor | None, count: int, points: tuple[Boundary, ...]) -> str:
+def _in_words(
+    how: str,
+    strength: float | Tensor | None,
+    count: int,
+    points: tuple[Boundary, ...],
+    every: Shortcuts | None,
+) -> str:
     if isinstance(strength, Tensor):
         words = "strength learned" if getattr(strength, "requires_grad", False) else "strength set"
     elif strength is not None:
@@ -104,23 +116,62 @@ def _in_words(how: str, strength: float | Tensor | None, count: int, points: tup
     else:
         words = {"remove": "removed", "detach": "detached", "lesion": "lesioned"}[how]
     total = sum(point.kind == "merge" for point in points)
-    return words if count >= total else f"{words} ({count} of {total})"
+    words = words if count >= total else f"{words} ({count} of {total})"
+    not_run = _not_run(every)
+    return f"{words}, unknown in {len(not_run)} modules that did not run" if not_run else words
+
+
+def _not_run(every: Shortcuts | None) -> tuple[str, ...]:
+    """Names of the modules with weights that were not called when the shortcuts were found."""
+    return tuple(getattr(item, "name", item) for item in getattr(every, "not_run", ()))
 
 
 def meaning(model: nn.Module) -> str:
     """What a result on this model is about (local): ``"as built"``, or what :func:`ablate` did to it, e.g. ``"removed"``."""
-    return ", ".join(_twin.edits_of(model)) or "as built"
+    return ", ".join(edits_of(model)) or "as built"
 
 
-def _of_another_architecture(shortcut: Shortcut, host: str) -> SkipscopeError:
+def refuse_another_architecture(model: nn.Module, found: Sequence[Shortcut], operation: str) -> None:
+    """Refuse shortcuts that were found on another model than this one: of another class, deeper or shallower.
+
+    Raises:
+        SkipscopeError: as said.
+    """
+    modules = dict(model.named_modules())
+
+    def refuse(shortcut: str | None, expected: str, got: str) -> NoReturn:
+        raise SkipscopeError(
+            operation, "these shortcuts were found on another architecture than this model's",
+            layer=shortcut, expected=expected, got=got, cure="find them again: ss.find_shortcuts(model, inputs)",
+        )  # fmt: skip
+
+    for shortcut in found:
+        hosts = (place.call.host for place in (*shortcut.shortcut_at, *shortcut.branch_at))
+        for path in (*hosts, *shortcut.branch, *shortcut.shortcut):
+            if path not in modules:
+                refuse(shortcut.name, f"a module {path}", f"{type(model).__name__} has none")
+    if not isinstance(found, Shortcuts) or not hasattr(found, "not_run"):
+        return
+    seen = {layer.name for layer in found.layers} | set(_not_run(found))
+    with_weights = {path for path, module in modules.items() if module._parameters}
+    for path in sorted(with_weights - seen):
+        # One more of those that stand in a row; modules that were put in otherwise (an adapter) are no other depth.
+        parent, _, last = path.rpartition(".")
+        if last.isdigit() and any(other.rpartition(".")[0] == parent for other in seen & with_weights):
+            refuse(None, f"no module {path}", f"{type(model).__name__} has it")
+
+
+def _nothing_to_edit(model: nn.Module, found: Any) -> SkipscopeError:
+    name = type(model).__name__
     return SkipscopeError(
-        "ablate", "the model has no such module: these shortcuts are of another architecture",
-        layer=shortcut.name, expected=host, cure="find them again: ss.find_shortcuts(model, inputs)",
+        "ablate", "there is no shortcut to edit, so the twin would be the model as built",
+        expected="at least one shortcut", got=f"an empty selection for {name}" if found is not None else f"none in {name}",
+        cure="look at ss.find_shortcuts(model, inputs); allow_empty=True gives a copy",
     )  # fmt: skip
 
 
-def _chosen(model: nn.Module, found: Any, inputs: Any) -> tuple[Sequence[Shortcut], tuple[Boundary, ...]]:
-    known = _twin.remembered_boundaries(model)
+def _chosen(model: nn.Module, found: Any, inputs: Any) -> tuple[Sequence[Shortcut], Shortcuts | None]:
+    """The shortcuts to edit, and all that were found with them, where these are known."""
     if found is None:
         if inputs is None:
             raise SkipscopeError(
@@ -129,7 +180,7 @@ def _chosen(model: nn.Module, found: Any, inputs: Any) -> tuple[Sequence[Shortcu
             )  # fmt: skip
         found = find_shortcuts(model, inputs)
     if isinstance(found, Shortcuts):
-        return found.entries, known or found.boundaries
+        return found.entries, found
     chosen = [found] if isinstance(found, Shortcut) else list(found)
     for item in chosen:
         if not isinstance(item, Shortcut):
@@ -137,9 +188,8 @@ def _chosen(model: nn.Module, found: Any, inputs: Any) -> tuple[Sequence[Shortcu
                 "ablate", "this is not a shortcut", expected="what ss.find_shortcuts returned, or some of it",
                 got=f"{type(item).__name__}: {item!r:.60}", cure='found.select(name="layer1.*")',
             )  # fmt: skip
-    if known is None and inputs is not None:
-        known = find_shortcuts(model, inputs).boundaries
-    return chosen, known or ()
+    knows = inputs is None or remembered_boundaries(model) is not None
+    return chosen, None if knows else find_shortcuts(model, inputs)
 
 
 def boundaries(model: nn.Module, inputs: Any, *, found: Shortcuts | None = None) -> tuple[Boundary, ...]:
@@ -153,7 +203,7 @@ def boundaries(model: nn.Module, inputs: Any, *, found: Shortcuts | None = None)
         inputs: what it is called with.
         found: its shortcuts, where they are known already.
     """
-    known = _twin.remembered_boundaries(unwrapped(model))
+    known = remembered_boundaries(unwrapped(model))
     if known is None:
         known = (found or find_shortcuts(model, inputs)).boundaries
     return known

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
+from skipscope._errors import SkipscopeError
 from skipscope._result import Result, Table, _draw
 
 KINDS = ("identity", "scaled", "projection", "gated", "concat")
@@ -134,6 +136,12 @@ class Rejected:
     source: str
 
 
+def _nearest(asked: str, names: Sequence[str]) -> str | None:
+    """A cure that names what may have been meant."""
+    near = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
+    return "did you mean " + " or ".join(map(repr, near)) + "?" if near else None
+
+
 @dataclass(frozen=True)
 class Shortcuts(Result, Sequence):
     """The shortcuts of a model in order of execution; a sequence.
@@ -175,10 +183,26 @@ class Shortcuts(Result, Sequence):
         Args:
             name: a pattern such as ``"layer1.*"``.
             kind: a kind or several; None for all.
+
+        Raises:
+            SkipscopeError: an unknown kind, or a pattern that no name matches.
         """
         kinds = KINDS if kind is None else (kind,) if isinstance(kind, str) else tuple(kind)
-        chosen = (s for s in self.entries if fnmatch.fnmatchcase(s.name, name) and s.kind in kinds)
-        return replace(self, entries=tuple(chosen))
+        for one in kinds:
+            if one not in KINDS:
+                raise SkipscopeError(
+                    "select", f"there is no kind {one!r}", expected="one of " + ", ".join(KINDS), got=repr(one),
+                    cure=_nearest(str(one), KINDS),
+                )  # fmt: skip
+        named = [s for s in self.entries if fnmatch.fnmatchcase(s.name, name)]
+        if not named and name != "*":
+            names = [s.name for s in self.entries]
+            raise SkipscopeError(
+                "select", f"no shortcut of {self.model} has a name that matches", got=repr(name),
+                expected=f"a pattern for one of the {len(names)} names" if names else "none: there are no shortcuts",
+                cure=_nearest(name, names) or (f"the names begin with {names[0]}" if names else None),
+            )  # fmt: skip
+        return replace(self, entries=tuple(s for s in named if s.kind in kinds))
 
     def draw(self, form: Literal["text", "svg", "html"] = "text", **options: Any) -> str:
         """The network as a line of layers with its shortcuts as arcs."""

@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any
 
@@ -23,10 +23,12 @@ TORCH = os.path.dirname(str(torch.__file__)) + os.sep
 _MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
 PLUMBING = os.path.join(_MODULES, "module.py")
 # What runs between a call and a mode of ours.
-_OURS = tuple(
-    os.path.join(os.path.dirname(__file__), name)
-    for name in ("_calls.py", "_twin.py", "_taps.py", "_recorder.py", "_mark.py", "trace/_recorder.py")
-)
+_ROOM = os.path.dirname(__file__)
+_OURS = {
+    os.path.join(_ROOM, name)
+    for name in ("_calls.py", "_taps.py", "_recorder.py", "_mark.py", os.path.join("trace", "_recorder.py"))
+}
+_TWIN = os.path.join(_ROOM, "twin") + os.sep  # what runs around the methods of an edited module
 _CHECKPOINT = os.path.join(TORCH, "utils", "checkpoint.py")
 _is_plumbing: dict[str, bool] = {}
 
@@ -40,7 +42,7 @@ def caller() -> FrameType:
         if plumbing is None:
             in_torch = filename.startswith(TORCH)
             plumbing = in_torch and (not filename.startswith(_MODULES) or filename == PLUMBING)
-            _is_plumbing[filename] = plumbing = plumbing or filename in _OURS
+            _is_plumbing[filename] = plumbing = plumbing or filename in _OURS or filename.startswith(_TWIN)
         if not plumbing:
             return frame
         frame = frame.f_back
@@ -84,9 +86,17 @@ def first_argument(frame: FrameType) -> Any:
     return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
 
 
+def is_model_code(frame: FrameType) -> bool:
+    """Whether a frame is neither that of a module's call nor one around the methods of an edited module."""
+    filename = frame.f_code.co_filename
+    return filename != PLUMBING and not filename.startswith(_TWIN)
+
+
 def is_forward(frame: FrameType) -> bool:
     """Whether a frame that belongs to a module is its forward: a method named so, or called by ``Module.__call__``."""
     back = frame.f_back
+    while back is not None and back.f_code.co_filename.startswith(_TWIN):
+        back = back.f_back
     return frame.f_code.co_qualname.endswith(".forward") or (
         back is not None and back.f_code.co_filename == PLUMBING
     )
@@ -145,7 +155,7 @@ class Sites:
         while frame is not None:
             if frame.f_code.co_filename == _CHECKPOINT:
                 checkpointed = True
-            elif frame.f_code.co_filename != PLUMBING:
+            elif is_model_code(frame):
                 path = self.paths.get(id(first_argument(frame)))
                 if path is not None:
                     owner = path if owner is None else owner
@@ -183,7 +193,9 @@ class Sites:
             if outer_frame is not None:
                 around = self._enter(outer_frame, outer)
                 if outer == path and not _is_called_between(frame, outer_frame):  # a decorated forward
-                    self.entered[id(frame)] = around
+                    self.entered[id(frame)] = replace(
+                        around, frame=frame
+                    )  # keeps it, so that its id stays its own
                     return around
         call = max(self._ended[path], self._times[path])  # runs without a merge count too
         before = {} if frame is None else dict(self.operations)

@@ -1,0 +1,13 @@
+"""Edited twins: modules that run their class's own code with some operands of some calls rewritten.
+
+``_plan`` says what is edited, ``_eager_pass`` and ``_compiled_pass`` rewrite the calls of one pass, and
+``_edited_class`` makes the classes whose methods begin such a pass.
+"""
+
+from skipscope.shortcuts.twin._edited_class import follow as follow
+from skipscope.shortcuts.twin._edited_class import follow_callers as follow_callers
+from skipscope.shortcuts.twin._plan import Group as Group
+from skipscope.shortcuts.twin._plan import Rule as Rule
+from skipscope.shortcuts.twin._plan import edits_of as edits_of
+from skipscope.shortcuts.twin._plan import refuse_shared as refuse_shared
+from skipscope.shortcuts.twin._plan import remembered_boundaries as remembered_boundaries

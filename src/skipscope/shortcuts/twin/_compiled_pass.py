@@ -1,0 +1,112 @@
+"""Edits in code that is being compiled, which has no frames: a call is known by how many of its operation came before.
+
+They are counted from where the host's forward began, and what it counted is checked when that forward ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from skipscope._errors import SkipscopeError
+from skipscope.shortcuts import _calls
+from skipscope.shortcuts.twin._plan import Plan, edited
+
+
+def run_forward(module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any) -> Any:
+    """Compile the forward of an edited module.
+
+    Raises:
+        SkipscopeError: its calls are not those of the pass in which the shortcuts were found.
+    """
+    group = plan.group
+    if group.compiled is not None:
+        return group.compiled.run(module, plan, run, args, kwargs)
+    compiled_pass = _CompiledPass()
+    group.compiled = compiled_pass
+    try:
+        with compiled_pass:
+            output = compiled_pass.run(module, plan, run, args, kwargs)
+    finally:
+        group.compiled = None
+    for other, count in compiled_pass.ran.values():
+        if other.rules and not count:
+            other.refuse("no such call in compiled code")
+    return output
+
+
+def run_method(plan: Plan, run: Any, args: Any, kwargs: Any) -> Any:
+    """Compile another method of an edited module.
+
+    Raises:
+        SkipscopeError: it may hold merges that are edited, of which nobody counts the calls.
+    """
+    root = plan.group.root
+    for near in (plan,) if root is None else (plan, root):
+        for site in near.calls:
+            if plan.group.compiled is None and ".forward:" not in site:
+                raise SkipscopeError(
+                    "ablate", "in a method other than forward, compiled by itself, edits cannot be told apart",
+                    got=f"an edited merge at {site}", cure="compile the twin, or call the method of the twin uncompiled",
+                )  # fmt: skip
+    return run(*args, **kwargs)
+
+
+class _CompiledPass(TorchFunctionMode):
+    """Edits the calls of one pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: dict[str, int] = {}
+        self.times: dict[int, int] = {}
+        self.open: list[tuple[Plan, int, dict[str, int]]] = []
+        self.edited = 0
+        self.ran: dict[int, tuple[Plan, int]] = {}  # by plan, how many calls were edited
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "unflatten":
+            func = torch.unflatten  # the tensor's method is Python that torch 2.6 cannot trace from in here
+        operation = _calls.OPERATIONS.get(name)
+        if operation is None:
+            return func(*args, **kwargs)
+        values = _calls.operands(operation, args, kwargs)
+        if _calls.tensor_operands(values) < 2:
+            return func(*args, **kwargs)
+        count = self.counts.get(operation.name, 0)
+        self.counts[operation.name] = count + 1
+        for plan, call, before in self.open:
+            rules = plan.counted.get((call, operation.name, count - before.get(operation.name, 0)))
+            if rules is not None:
+                self.edited += 1
+                return edited(rules, operation, func, args, kwargs, values)
+        return func(*args, **kwargs)
+
+    def _count(self, module: nn.Module) -> int:
+        """How many times a module's forward had run before."""
+        time = self.times.get(id(module), 0)
+        self.times[id(module)] = time + 1
+        return time
+
+    def run(self, module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any) -> Any:
+        """Run a forward, and refuse when its calls were not those of the traced one."""
+        # Looked at only where it is needed: code that depends on which module it is would be compiled for each block.
+        call = 0 if plan.every_call_alike else self._count(module)
+        before, already = dict(self.counts), self.edited
+        self.open.append((plan, call, before))
+        output = run(*args, **kwargs)
+        self.open.pop()
+        for operation, among in plan.among.items():
+            made = self.counts.get(operation, 0) - before.get(operation, 0)
+            if among and made != among:
+                plan.refuse(f"{made} calls of {operation} in compiled code, {among} when they were found")
+        count = self.edited - already
+        if count < plan.edits_in(call):
+            plan.refuse("no such call in compiled code")
+        if plan.rules:
+            self.ran[id(plan)] = plan, count + (self.ran[id(plan)][1] if id(plan) in self.ran else 0)
+        return output

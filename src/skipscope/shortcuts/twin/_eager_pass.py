@@ -1,0 +1,192 @@
+"""Edits in eager code: a call is known by its frames, which loops of any length leave right.
+
+A pass begins with the outermost call of an edited module. When it ends, it is checked: a pass in which merges ran and
+none of the edits was met is refused, or reported where the edited modules did not run at all.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from skipscope._errors import SkipscopeError
+from skipscope.shortcuts import _calls, _sites
+from skipscope.shortcuts.twin._plan import Plan, Rule, edited, plan_of
+
+# What may join a shortcut and a branch, and is no product or choice, of which any code is full.
+_MERGES = {one.name for one in _calls.OPERATIONS.values()} - {*_calls.PRODUCTS, "where", "setitem"}
+_thread = threading.local()
+
+
+def run_module(
+    module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any, method: str | None = None
+) -> Any:
+    """Run an edited module: within the pass that is under way, or in a pass of its own.
+
+    Args:
+        module: the edited module.
+        plan: its plan.
+        run: what to run: its forward, its call or another method.
+        args: what that is called with.
+        kwargs: the same by name.
+        method: the name of the other method.
+
+    Raises:
+        SkipscopeError: the pass ran other code than that in which the shortcuts were found.
+    """
+    around: _EagerPass | None = getattr(_thread, "current", None)
+    if around is not None and around.group is plan.group:
+        begins_anew = method is None and plan is plan.group.root and not around.is_whole
+        if not begins_anew:
+            around.ran[id(module)] = plan
+            return run(*args, **kwargs)
+    this = _thread.current = _EagerPass(module, plan, method)
+    try:
+        with this:
+            output = run(*args, **kwargs)
+    finally:
+        _thread.current = around
+    if around is not None and around.group is plan.group:
+        around.met |= this.met
+    this.check()
+    return output
+
+
+class _EagerPass(TorchFunctionMode):
+    """Edits the calls of one pass.
+
+    Args:
+        module: the outermost module.
+        plan: its plan.
+        method: the method that was called, or None for the forward.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan, method: str | None):
+        super().__init__()
+        self.group, self.outermost, self.method = plan.group, module, method
+        self.is_whole = method is None and plan is plan.group.root
+        self.members = set(map(id, module.modules()))
+        self.ran = {id(module): plan}
+        self.counts: Counter[tuple[int, str]] = Counter()
+        self.met: set[int] = set()  # plans of which an edit was met
+        self.unknown: dict[int, str] = {}  # by plan, a merge that was not seen when the shortcuts were found
+        self.merged = self.used_weights = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # A compiled block inside eager code is traced under this mode, and edits itself.
+        if torch.compiler.is_compiling() or _thread.current is not self:
+            return func(*args, **kwargs)
+        if self.method is not None and not self.used_weights:
+            self.used_weights = any(isinstance(argument, nn.Parameter) for argument in args)
+        operation = _calls.OPERATIONS.get(getattr(func, "__name__", ""))
+        if operation is None:
+            return func(*args, **kwargs)
+        if operation.is_many:
+            return _calls.one_by_one(self, operation, func, args, kwargs)
+        values = _calls.operands(operation, args, kwargs)
+        if _calls.tensor_operands(values) < 2:
+            return func(*args, **kwargs)
+        rules = self._rules(operation, values)
+        if rules is None:
+            return func(*args, **kwargs)
+        return edited(rules, operation, func, args, kwargs, values)
+
+    def _rules(self, operation: _calls.Operation, values: list[Any]) -> list[Rule] | None:
+        """What is edited in the call that the model's code makes now; None where nothing is."""
+        if operation.name not in _MERGES and operation.name not in self.group.operations:
+            return None
+        frame = _sites.caller()
+        if self._is_compiled(frame):
+            return None
+        host, site = self._host(frame), _sites.site_of(frame, operation.name)
+        plan = self._plan(host, site)
+        if plan is None or site not in plan.calls:
+            if operation.name in _MERGES and self._joins_activations(values):
+                self.merged = True
+                if plan is not None and _sites.source_of(frame) not in self.group.known:
+                    self.unknown.setdefault(id(plan), site)
+            return None
+        self.met.add(id(plan))
+        nth = self.counts[id(plan), site]
+        self.counts[id(plan), site] += 1
+        if site in plan.everywhere:
+            return plan.everywhere[site]
+        if not self.is_whole and (host is None or plan.runs > 1):
+            _refuse_ambiguous(plan, site)
+        return plan.rules.get((site, nth))
+
+    def _host(self, frame: Any) -> nn.Module | None:
+        """The module whose forward runs innermost, by the same rule as when the shortcuts were found."""
+        while frame is not None:
+            if _sites.is_model_code(frame):
+                module = _sites.first_argument(frame)
+                if id(module) in self.members and _sites.is_forward(frame):
+                    return module
+            frame = frame.f_back
+        return None
+
+    def _plan(self, host: nn.Module | None, site: str) -> Plan | None:
+        """The plan by which a call is edited; outside of every forward that is the outermost module's or the twin's."""
+        if host is not None:
+            plan = plan_of(host)
+            return plan if plan is not None and plan.group is self.group else None
+        own, root = plan_of(self.outermost), self.group.root
+        return root if root is not None and site in root.calls else own
+
+    def _is_compiled(self, frame: Any) -> bool:
+        """Whether the call is in a graph that the eager backend of ``torch.compile`` runs: it has been edited."""
+        is_generated = frame.f_code.co_filename.startswith("<eval_with_key>")
+        return is_generated and id(_sites.first_argument(frame)) not in self.members
+
+    def _joins_activations(self, values: list[Any]) -> bool:
+        """Whether a call joins at least two tensors that are no weights, and, outside of a forward, no losses."""
+        least = 0 if self.method is None else 2
+        return (
+            sum(isinstance(v, Tensor) and not isinstance(v, nn.Parameter) and v.ndim >= least for v in values)
+            > 1
+        )
+
+    def check(self) -> None:
+        """Refuse a pass that was not edited, or say so."""
+        group = self.group
+        outside = self.unknown.pop(id(self._plan(None, "")), None) if self.method is not None else None
+        for plan in self.ran.values():
+            if plan.calls and id(plan) not in self.met and id(plan) in self.unknown:
+                plan.refuse(f"only {self.unknown[id(plan)]}")
+        if self.met or not group.sites:
+            return
+        if self.method is not None and self.used_weights and outside is not None:
+            _refuse_method(self.method, outside)
+        if self.is_whole and self.merged and not group.has_warned:
+            group.has_warned = True
+            warnings.warn(
+                "ablate: none of the edited shortcuts was met in this pass of the twin, so what it returned is the "
+                "output of the network as built. Find the shortcuts with inputs of this kind and in this mode: "
+                "ss.find_shortcuts(twin, inputs).",
+                stacklevel=4,
+            )
+
+
+def _refuse_ambiguous(plan: Plan, site: str) -> NoReturn:
+    raise SkipscopeError(
+        "ablate", "a part of the twin was run by itself, and which of its merges are edited can be told only where the "
+        "twin runs as a whole", layer=plan.rules_at(site)[0].name,
+        expected="a call of the twin, or edits of all merges made by one line", got=f"the merge at {site}",
+        cure="call the twin itself, or edit every shortcut of this line",
+    )  # fmt: skip
+
+
+def _refuse_method(method: str, site: str) -> NoReturn:
+    raise SkipscopeError(
+        "ablate", f"the method {method} merges by code of its own, in which no shortcuts were looked for",
+        expected="a method that runs the code in which the shortcuts were found", got=f"a merge at {site}",
+        cure="call the twin itself; or find and edit them in a module whose forward is that method: class Part("
+        f"nn.Module) with forward(self, *args): return self.model.{method}(*args)",
+    )  # fmt: skip
