@@ -41,7 +41,7 @@ def fused(n, x):
 
 def dora(n, x):
     y = n.f(x)
-    scale = n.m / n.f.weight.norm(dim=1)
+    scale = n.m / (n.f.weight + n.g.weight @ n.h.weight).norm(dim=1).detach()
     return y + ((scale - 1) * y + scale * n.g(n.h(x)))
 
 

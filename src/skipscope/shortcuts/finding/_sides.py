@@ -166,7 +166,7 @@ class Sides:
             return Side(fork, how, own, tuple(walk.products), len(reached) > 1)
         fork = walk.nearest(graph.entries(own, common))
         if fork is not None and self._is_linear(fork, own):
-            count = graph.matrices_in(own, enough=2).bit_count()
+            count = min(graph.matrices_in(own, enough=2).bit_count(), 2)
             if count < 2 or graph.entries(own, common) == {fork}:
                 return Side(fork, ("scaled", "projection", "linear maps")[count], own)
         return Side(fork, "branch", own)
