@@ -79,6 +79,16 @@ def test_the_same_in_another_process():
     assert other.strip() == str(find_shortcuts(make(), inputs).to_dict())
 
 
+def test_nothing_is_imported_that_an_answer_does_not_need():
+    code = (
+        "import sys, torch, skipscope as ss\n"
+        "ss.find_shortcuts(torch.nn.Linear(2, 2), torch.ones(1, 2))\n"
+        "print({'torch._dynamo', 'scipy.stats', 'matplotlib'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_a_sequence_that_selects_prints_and_survives_a_file(tmp_path):
     found = find_shortcuts(resnet(), images())
     assert len(found.select(kind="projection")) == 1
