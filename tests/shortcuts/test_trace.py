@@ -14,7 +14,7 @@ from torch import nn
 
 from skipscope import _data
 from skipscope._untouched import untouched
-from skipscope.shortcuts import Trace, record
+from skipscope.shortcuts import Trace, find_shortcuts, record
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import CASES, Layer, features, sequences
@@ -277,6 +277,29 @@ def test_a_trace_holds_no_activation():
     trace = record(model, lambda: model(features(3, 4)))
     assert isinstance(trace, Trace) and len(alive) == 10 and all(ref() is None for ref in alive)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def most_alive(model, run):
+    """How many outputs of modules are alive at once, at most."""
+    outputs, most = [], 0
+
+    def count(module, args, output):
+        nonlocal most
+        outputs.append(weakref.ref(output))
+        most = max(most, sum(ref() is not None for ref in outputs))
+
+    handles = [module.register_forward_hook(count) for module in model.modules()]
+    run()
+    for handle in handles:
+        handle.remove()
+    return most
+
+
+def test_finding_keeps_no_more_activations_than_a_forward_pass_without_gradients():
+    model, x = nn.Sequential(*[Layer() for _ in range(8)]), sequences()
+    with torch.no_grad():
+        expected = most_alive(model, lambda: model(x))
+    assert most_alive(model, lambda: find_shortcuts(model, x)) <= expected + 1
 
 
 def test_nothing_is_left_of_a_trace():

@@ -177,6 +177,12 @@ def test_a_decoder_skip_that_passes_a_block_is_listed_apart():
     torch.testing.assert_close(ss.ablate(model, passed)(x), by_hand)
 
 
+@pytest.mark.parametrize("join", [torch.maximum, torch.minimum, torch.logaddexp])
+def test_what_is_joined_otherwise_than_by_a_sum_is_listed(join):
+    found = ss.find_shortcuts(Net(lambda n, x: join(x, n.f(x).tanh())), torch.randn(4, 6))
+    assert not len(found) and [r.name for r in found.rejected] == [join.__name__]
+
+
 def test_a_gradient_set_inside_the_model():
     def forward(n, x):
         x.requires_grad = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def read(trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = Non
         entries=tuple(
             _entry(graph, item, name, merges, runs_at) for item, name in zip(found, names, strict=True)
         ),
-        rejected=_rejected(verdicts, found, parts),
+        rejected=(*_rejected(verdicts, found, parts), *_joined_otherwise(graph)),
         boundaries=boundaries_of(graph, model, list(zip(found, names, homes, strict=True))),
         layers=_layers(graph, model),
         opaque=tuple(Rejected(h.name, h.reason, h.source) for h in trace.hidden),
@@ -137,6 +137,17 @@ def _rejected(
         reason = Reason.PART_OF_A_GATE if id(call) in parts else reason
         others.append(Rejected(merge_name(call), reason.value, call.source))
     return tuple(others)
+
+
+_NO_SUMS = frozenset({"maximum", "minimum", "fmax", "fmin", "logaddexp", "logaddexp2", "hypot"})
+
+
+def _joined_otherwise(graph: Graph) -> Iterator[Rejected]:
+    """What joins activations, and is no sum of theirs."""
+    for call in graph.trace.calls if graph.activations else ():
+        nodes = [graph.node_of(v) for v in call.operands] if call.function in _NO_SUMS else []
+        if sum(bool(graph.bit(node)) for node in nodes) > 1:
+            yield Rejected(f"{call.module} {call.function}".strip(), Reason.NO_SUM.value, call.source)
 
 
 def _with_addends(

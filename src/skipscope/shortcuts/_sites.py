@@ -210,7 +210,10 @@ class Sites:
         self._ended[path] += 1
         entered = self._latest.get(path)
         if entered is not None and entered.after is None:
-            entered.after = dict(self.operations)
+            entered.after, entered.frame = dict(self.operations), None
+            # A frame holds its variables, and they the activations: of a forward that is over none is kept.
+            over = (path, entered.call)
+            self.entered = {at: e for at, e in self.entered.items() if (e.path, e.call) != over}
 
     def complete(self, key: CallKey) -> CallKey:
         """The key with what is known only when the forward pass is over."""
