@@ -17,6 +17,7 @@ import pytest
 from browser import CHROMIUM, Browser, Page
 
 from skipscope import book
+from skipscope.cli import Output, play
 from skipscope.report import live_page
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -144,12 +145,9 @@ def test_the_last_start_prints_the_ten_numbers_of_the_lecture(browser, file):
         )
 
 
-def test_the_command_writes_the_page(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "skipscope", "play", "--out", str(tmp_path)], capture_output=True, text=True, timeout=120
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert str(tmp_path / "play.html") in done.stdout
+def test_the_command_writes_the_page(tmp_path, capsys):
+    play(output=Output(out=tmp_path, open=False))
+    assert str(tmp_path / "play.html") in capsys.readouterr().out
     assert (tmp_path / "play.html").read_text(encoding="utf-8") == live_page()
     # Pages beside it link to it; others name the command.
     result = book.experiment(seeds=1)
