@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import skipscope as ss
 from skipscope._data import read
+from skipscope.comparison._engines import Course, Maker, Run, train_one_by_one, train_stacked
+from skipscope.comparison._optimizers import choices
 from skipscope.comparison._stream import Stream
-from skipscope.comparison._train import Run, _Course, _train_one_by_one, _train_stacked
 
 
 class Residual(nn.Module):
@@ -109,18 +110,15 @@ def test_compare_takes_a_loader_whose_last_batch_is_shorter():
 @pytest.mark.parametrize("form", FORMS)
 def test_both_engines_train_alike_on_batches_of_several_shapes(form):
     """Three seeds, so that the batches of one step have different shapes: each network's loss is on its own batch."""
-    starts = {}
-    for seed in range(3):
-        torch.manual_seed(seed)
-        starts[seed] = FORMS[form]()[0].double()
     _, data, loss, weight = FORMS[form]()
+    make = Maker(lambda: Residual(form != "a shorter last batch").double())
     if form == "a shorter last batch":
         data = ss.batches([(x.double(), y) for x, y in data])
-    batches, objective = read(starts[0], data, loss, "test", weight=weight)
-    course = _Course(Stream(batches), objective, 12)
+    batches, objective = read(make(0), data, loss, "test", weight=weight)
+    course, choice = Course(Stream(batches), objective, 12), choices("test", {"SGD": 0.1})["SGD"]
     runs = [Run(seed, 0.1) for seed in range(3)]
-    together = _train_stacked(starts, runs, "SGD", course, "t")
-    alone = _train_one_by_one(starts, runs, "SGD", course, "t")
+    together = train_stacked(make, runs, choice, course, "t")
+    alone = train_one_by_one(make, runs, choice, course, "t")
     for run in runs:
         np.testing.assert_allclose(together[run].losses, alone[run].losses, rtol=1e-9)
 
@@ -135,9 +133,9 @@ def test_what_is_no_tensor_in_a_batch_goes_with_its_own_batch():
         return (model(batch[0]) * batch[1]).square().mean()
 
     batches, objective = read(model, ss.batches(pairs), scaled, "test")
-    course = _Course(Stream(batches), objective, 9)
-    starts, runs = {0: model, 1: model}, [Run(0, 0.01), Run(1, 0.01)]
-    together = _train_stacked(starts, runs, "SGD", course, "t")
-    alone = _train_one_by_one(starts, runs, "SGD", course, "t")
+    course, choice = Course(Stream(batches), objective, 9), choices("test", {"SGD": 0.01})["SGD"]
+    make, runs = Maker(lambda: copy.deepcopy(model)), [Run(0, 0.01), Run(1, 0.01)]
+    together = train_stacked(make, runs, choice, course, "t")
+    alone = train_one_by_one(make, runs, choice, course, "t")
     for run in runs:
         np.testing.assert_allclose(together[run].losses, alone[run].losses, rtol=1e-9)

@@ -336,7 +336,7 @@ def measure_training(
     evidence, makers, data, loss, settings: Settings, clock: Clock, weight
 ) -> dict[str, nn.Module]:
     """Train the twins side by side; returns one trained network each, under the optimizer that most of them like."""
-    runs = len(makers) * sum(len(r) + settings.seeds - 1 for r in settings.optimizers.values())
+    runs = len(makers) * sum(len(r) + settings.seeds for r in settings.optimizers.values())
     steps, per_step = settings.steps, seconds_a_step(makers, data, loss, settings, weight)
     if clock.budget is not None:
         steps = int(min(steps, max(0.0, (clock.budget - clock.spent) * 0.6) / (runs * per_step)))
@@ -352,6 +352,7 @@ def measure_training(
         evidence.training, kept = train_and_keep(
             makers, data, loss, seeds=range(settings.seed, settings.seed + settings.seeds), steps=steps,
             batch_size=settings.batch_size, optimizers=settings.optimizers, target=settings.target, weight=weight,
+            extend=clock.budget is None,
         )  # fmt: skip
     return trained_alike(evidence.training, kept)
 

@@ -145,7 +145,7 @@ def _train(depth: int, data, settings: Settings, seeds: int, *, stop_at_target: 
     return train_and_keep(
         makers(depth), data, F.cross_entropy, seeds=range(settings.seed, settings.seed + seeds),
         steps=settings.steps, batch_size=settings.batch_size, optimizers=settings.optimizers, target=TARGET,
-        stop_at_target=stop_at_target,
+        stop_at_target=stop_at_target, extend=False,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from skipscope._asked import is_finite, is_whole
@@ -42,26 +42,3 @@ def seeds_of(operation: str, seeds: int | Sequence[int]) -> tuple[int, ...]:
             got=repr(seeds)[:60], cure="seeds=3",
         )  # fmt: skip
     return chosen
-
-
-def rates_of(
-    operation: str, optimizers: Any, known: Mapping[str, Sequence[float]]
-) -> dict[str, tuple[float, ...]]:
-    """The rates to try with each optimizer; ``known`` are those there are, with their defaults."""
-    if optimizers is None:
-        return {name: tuple(values) for name, values in known.items()}
-    rates = {name: tuple(values) for name, values in dict(optimizers).items()}
-    for name, values in rates.items():
-        if name not in known:
-            raise SkipscopeError(
-                operation, "unknown optimizer", expected=" or ".join(f'"{one}"' for one in known), got=name,
-                cure=f'optimizers={{"{next(iter(known))}": [0.1, 0.01]}}',
-            )  # fmt: skip
-        for rate in values:
-            require_size(operation, **{f"a rate of {name}": rate})
-    if not rates or not all(rates.values()):
-        raise SkipscopeError(
-            operation, "there is no rate to train with", expected='e.g. {"SGD": [0.1, 0.01]}', got=repr(optimizers)[:60],
-            cure="leave optimizers out for the default",
-        )  # fmt: skip
-    return rates

@@ -20,11 +20,14 @@ class Curves:
 
     Attributes:
         rate: the learning rate that won the sweep.
-        sweep: learning rate -> smoothed final loss on the first seed; inf where training diverged.
+        sweep: learning rate -> smoothed final loss on ``sweep_seed``; inf where training diverged. Empty where there
+            was one rate only.
         losses: training loss, [seeds, steps].
         update_ratio: |update| / |weights| over all weights, [seeds, steps].
         steps_to_target: first step at which each seed's smoothed loss is at or below the target; None: never.
         learns: the smoothed loss of every seed ends at or below the target.
+        is_at_edge: the best rate is the greatest or the smallest that was tried: one beyond may be better.
+        sweep_seed: the seed on which the rates were tried; not one of those reported.
     """
 
     rate: float
@@ -33,6 +36,8 @@ class Curves:
     update_ratio: np.ndarray
     steps_to_target: tuple[int | None, ...]
     learns: bool
+    is_at_edge: bool = False
+    sweep_seed: int | None = None
 
     @property
     def final_loss(self) -> float:
@@ -41,12 +46,11 @@ class Curves:
 
 
 def smoothed(losses: np.ndarray, span: int = 10) -> np.ndarray:
-    """Exponential moving average over about ``span`` steps along the last axis, started at the first value."""
-    keep = 1 - 1 / span
-    out = np.array(losses, dtype=float)
-    for step in range(1, out.shape[-1]):
-        out[..., step] = keep * out[..., step - 1] + (1 - keep) * out[..., step]
-    return out
+    """Mean over the last ``span`` steps along the last axis; over those there are, at the start."""
+    padding = [(0, 0)] * (losses.ndim - 1) + [(span - 1, 0)]
+    padded = np.pad(np.asarray(losses, dtype=float), padding)
+    sums = np.lib.stride_tricks.sliding_window_view(padded, span, axis=-1).sum(-1)
+    return sums / np.minimum(np.arange(losses.shape[-1]) + 1, span)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +65,7 @@ class Training(Result):
         seeds: the seeds; ``varies`` says what differs between them.
         varies: "initialisation and batch order", or "batch order only" (a ready model was given).
         engine: "stacked" (all rates and seeds as one batch of networks) or "one by one", for each twin.
+        notes: what is worth knowing of how the twins were trained.
     """
 
     curves: dict[str, dict[str, Curves]]
@@ -70,6 +75,7 @@ class Training(Result):
     seeds: tuple[int, ...]
     varies: str
     engine: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def learners(self, optimizer: str) -> list[str]:
         """The twins that learn under ``optimizer``."""
@@ -94,9 +100,19 @@ class Training(Result):
             f"training: {len(self.seeds)} seeds, {self.steps} steps, batches of {self.batch_size}",
             ["twin", "optimizer", "best rate", "final loss", f"steps to {short(self.target)}", "update size", "learns"],
             rows,
-            [f"Seeds vary {self.varies}. Each twin has its best rate out of the same sweep. 'learns': every seed's "
-             f"smoothed loss ends at or below {short(self.target)}."],
+            [f"Seeds vary {self.varies}. Each twin has its best rate out of the same sweep, on a seed of its own. "
+             f"'learns': every seed's smoothed loss (mean over 10 steps) ends at or below {short(self.target)}.",
+             *self._edges(), *self.notes],
         )  # fmt: skip
+
+    def _edges(self) -> list[str]:
+        """A sentence for each best rate at the edge of its sweep."""
+        return [
+            f"The best rate of {twin} under {optimizer}, {short(c.rate)}, is at the edge of the rates tried: one beyond may be better."
+            for twin, by in self.curves.items()
+            for optimizer, c in by.items()
+            if c.is_at_edge
+        ]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,73 +1,59 @@
 """Twins trained side by side: the same batches, the same seeds, each with its best rate out of one small sweep.
 
-The rates of a sweep, and then the seeds, are trained at once, as one batch of networks (the parameters stacked, the forward pass
-under ``torch.vmap``, one backward pass for all), where the model allows it; one after the other where it does not
-(batch norm in training mode, control flow on data). The optimizer is torch's own in both cases.
+The sweep runs on a seed of its own, so that the runs that are reported did not choose the rate. A best rate at the
+edge of what was tried extends it.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
+from torch import nn
 
 from skipscope._calls import no_gradient
-from skipscope._data import Objective, map_tensors, read
+from skipscope._data import read
 from skipscope._errors import SkipscopeError, asked_as
-from skipscope._progress import track
 from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
-from skipscope.comparison._options import rates_of, require_whole, seeds_of
+from skipscope.comparison._engines import (
+    Course,
+    Log,
+    Maker,
+    Run,
+    is_stackable,
+    train_one_by_one,
+    train_stacked,
+)
+from skipscope.comparison._optimizers import RATES as RATES
+from skipscope.comparison._optimizers import OptimizerChoice, choices
+from skipscope.comparison._options import require_size, require_whole, seeds_of
 from skipscope.comparison._results import Curves, Training, smoothed
 from skipscope.comparison._stream import Stream
 from skipscope.comparison._threads import fitting_threads
 from skipscope.shortcuts import refuse_shared
 
-RATES: dict[str, tuple[float, ...]] = {"SGD": (0.1, 0.03, 0.01, 0.003), "Adam": (0.01, 0.003, 0.001, 0.0003)}
+# A sweep whose best rate is its greatest or smallest is extended by two rates, at most so many times.
+EXTENSIONS = 3
+
+# A loss has come down when it fell by this share of its first value.
+FALLEN = 0.01
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training run: which seed, which rate."""
-
-    seed: int
-    rate: float
-
-
-@dataclass(frozen=True)
-class _Course:
-    """What every run goes through.
+class Recipe:
+    """How each network is trained, beside its optimizer.
 
     Attributes:
-        stream: where its batches come from.
-        objective: the loss.
-        steps: how many, at most.
-        stop_at: stop as soon as the smoothed loss of one of the networks trained together is here, and half way if
-            none of them has come down by a hundredth; None: go on.
+        schedule, clip_norm, autocast: see :func:`train_twins`.
     """
 
-    stream: Stream
-    objective: Objective
-    steps: int
-    stop_at: float | None = None
-
-    def is_over(self, losses: np.ndarray) -> bool:
-        """Whether the losses so far, [networks, steps], are enough (looked at every tenth step)."""
-        if self.stop_at is None or losses.shape[1] % 10:
-            return False
-        curve = smoothed(losses)
-        is_there = bool((curve <= self.stop_at).any())
-        is_stuck = losses.shape[1] >= self.steps // 2 and not (curve[:, -1] < 0.99 * curve[:, 0]).any()
-        return is_there or is_stuck
+    schedule: Callable[[int], float] | None = None
+    clip_norm: float | None = None
+    autocast: torch.dtype | None = None
 
 
 @asked_as("train_twins")
@@ -79,32 +65,45 @@ def train_twins(
     seeds: int | Sequence[int] = 3,
     steps: int = 400,
     batch_size: int | None = None,
-    optimizers: Mapping[str, Sequence[float]] | None = None,
+    optimizers: Any = None,
+    schedule: Callable[[int], float] | None = None,
+    clip_norm: float | None = None,
+    autocast: torch.dtype | None = None,
     target: float | None = None,
     weight: Callable[[Any], float] | None = None,
 ) -> Training:
     """Train networks side by side and tell how fast each one learns.
 
     Every twin sees the same batches in the same order for a given seed, and has its best learning rate out of the
-    same sweep (on the first seed). The models given are not trained: their copies are. Local.
+    same sweep, on a seed that is not among those reported; where the best is the greatest or smallest rate tried,
+    the sweep goes on, and what is still at the edge then is named. Each run is what a plain loop gives: seed, make
+    the network, train it, in the modes in which it was made (a ready module wholly in evaluation mode is put in
+    training mode). The models given are not trained: their copies are. Local.
 
     Args:
-        twins: name -> factory (called anew for every seed, after seeding) or ready module (seeds then vary the batch
+        twins: name -> factory (called anew for every run, after seeding) or ready module (seeds then vary the batch
             order only, and the result says so).
         data: training data; one large batch is cut into random batches.
         loss: see ``skipscope.gradient_flow``.
         seeds: how many, or which.
         steps: optimizer steps a run.
         batch_size: samples a step, where the data is one batch; default 64.
-        optimizers: "SGD" (momentum 0.9) and "Adam", each with the rates to try.
-        target: the loss whose first crossing is counted; default: half of the lowest first loss of any twin.
+        optimizers: names out of "SGD" (momentum 0.9), "Adam" and "AdamW" (decay 0.01), or name -> rates to try, or
+            name -> factory ``f(parameters)`` of any optimizer, or name -> ``(f, rates)`` with ``f(parameters, rate)``.
+            A factory may return ``(optimizer, scheduler)``. Default: SGD and Adam.
+        schedule: a factor on the rate at each step, from 0 on.
+        clip_norm: scale a longer gradient down to this norm.
+        autocast: ``torch.bfloat16`` or ``torch.float16`` (with a gradient scaler); None: full precision.
+        target: the loss whose first crossing is counted; default: half of the lowest first loss of any twin. Where a
+            loss falls to zero or below: half way from there to the lowest loss that any twin reaches.
         weight: see ``skipscope.gradient_flow``.
 
     Returns:
         :class:`Training`.
 
     Raises:
-        SkipscopeError: no twins, an unknown optimizer, numbers out of range, a loss that cannot be differentiated, data that cannot be read.
+        SkipscopeError: no twins, an unknown optimizer, numbers out of range, a loss that cannot be differentiated,
+            data that cannot be read, or a ready module with hooks that a copy cannot have.
 
     Example:
         >>> from skipscope import reference
@@ -114,7 +113,8 @@ def train_twins(
         (2, 30)
     """
     return train_and_keep(
-        twins, data, loss, seeds=seeds, steps=steps, batch_size=batch_size, optimizers=optimizers, target=target, weight=weight
+        twins, data, loss, seeds=seeds, steps=steps, batch_size=batch_size, optimizers=optimizers, target=target, weight=weight,
+        recipe=Recipe(schedule, clip_norm, autocast),
     )[0]  # fmt: skip
 
 
@@ -126,15 +126,18 @@ def train_and_keep(
     seeds: int | Sequence[int] = 3,
     steps: int = 400,
     batch_size: int | None = None,
-    optimizers: Mapping[str, Sequence[float]] | None = None,
+    optimizers: Any = None,
     target: float | None = None,
     weight: Callable[[Any], float] | None = None,
+    recipe: Recipe = Recipe(),
     stop_at_target: bool = False,
+    extend: bool = True,
 ) -> tuple[Training, dict[str, dict[str, nn.Module]]]:
     """As :func:`train_twins`, and the trained networks: twin -> optimizer -> the first seed's at its best rate.
 
     With ``stop_at_target`` a sweep ends when its first rate has reached the target, which must then be given: enough
-    to tell in how many steps the best rate gets there.
+    to tell in how many steps the best rate gets there. Neither then nor without ``extend`` does a sweep go on past
+    the rates given.
     """
     if not isinstance(twins, Mapping) or not twins:
         raise SkipscopeError(
@@ -142,6 +145,7 @@ def train_and_keep(
             got=f"{twins!r:.60}", cure="name each network",
         )  # fmt: skip
     require_whole("train_twins", steps=steps, batch_size=batch_size)
+    require_size("train_twins", clip_norm=recipe.clip_norm)
     if target is not None and not math.isfinite(target):
         raise SkipscopeError(
             "train_twins",
@@ -150,16 +154,18 @@ def train_and_keep(
             got=target,
             cure="leave target out",
         )
+    if recipe.autocast not in {None, torch.bfloat16, torch.float16}:
+        raise SkipscopeError(
+            "train_twins", "autocast is no dtype that torch.autocast trains in", expected="torch.bfloat16 or torch.float16",
+            got=repr(recipe.autocast)[:60], cure="autocast=torch.bfloat16",
+        )  # fmt: skip
     chosen = seeds_of("train_twins", seeds)
-    rates = rates_of("train_twins", optimizers, RATES)
-    makers = {name: _maker(name, twin) for name, twin in twins.items()}
-    varies = (
-        "batch order only"
-        if any(isinstance(t, nn.Module) for t in twins.values())
-        else "initialisation and batch order"
-    )
+    chosen_optimizers = choices("train_twins", optimizers)
     models = [twin for twin in twins.values() if isinstance(twin, nn.Module)]
-    logs: dict[str, dict[str, dict[Run, _Log]]] = {}
+    notes: dict[str, None] = {}
+    makers = {name: _maker(name, twin, notes) for name, twin in twins.items()}
+    varies = "batch order only" if models else "initialisation and batch order"
+    logs: dict[str, dict[str, _Sweep]] = {}
     engine: dict[str, str] = {}
     with untouched(*models, operation="train_twins"):
         first = next(iter(makers.values()))(chosen[0])
@@ -171,39 +177,48 @@ def train_and_keep(
         batches, objective = read(first, data, loss, "train_twins", weight=weight)
         stream = Stream(batches, batch_size)
         with random_state_kept(0):
-            if not objective(copy.deepcopy(first), next(stream.batches(0))).requires_grad:
+            if not objective(first, next(stream.batches(0))).requires_grad:
                 raise no_gradient("train_twins", first)
-        course = _Course(stream, objective, steps, target if stop_at_target else None)
+        course = Course(
+            stream, objective, steps, target if stop_at_target else None, recipe.schedule, recipe.clip_norm, recipe.autocast
+        )  # fmt: skip
         for name, make in makers.items():
-            starts = {seed: make(seed) for seed in chosen}
-            engine[name] = "stacked" if _stackable(starts[chosen[0]], stream, objective) else "one by one"
-            train = _train_stacked if engine[name] == "stacked" else _train_one_by_one
-            with fitting_threads(copy.deepcopy(starts[chosen[0]]), objective, next(stream.batches(0))):
+            stacks = is_stackable(make, chosen, course)
+            engine[name] = "stacked" if stacks and _stocks(chosen_optimizers) else "one by one"
+            with fitting_threads(make(chosen[0]), objective, next(stream.batches(0))):
                 logs[name] = {
-                    optimizer: _sweep_then_seeds(train, starts, values, optimizer, course, name)
-                    for optimizer, values in rates.items()
-                }
+                    choice.name: _sweep_then_seeds(
+                        make, chosen, choice, course, name,
+                        stacks=stacks and choice.factory is None, extend=extend and not stop_at_target,
+                    )
+                    for choice in chosen_optimizers.values()
+                }  # fmt: skip
+    _refuse_bad_first_loss(logs)
     if target is None:
-        target = min(_first_loss(by) for by in logs.values()) / 2
-    curves = {name: {o: _best(runs, chosen, target) for o, runs in by.items()} for name, by in logs.items()}
-    kept = {
-        name: {o: runs[Run(chosen[0], curves[name][o].rate)].trained() for o, runs in by.items()}
-        for name, by in logs.items()
-    }
-    return Training(curves, target, steps, stream.size, chosen, varies, engine), kept
+        target = _default_target(logs)
+    curves = {name: {o: sweep.curves(target) for o, sweep in by.items()} for name, by in logs.items()}
+    kept = {name: {o: sweep.reported[0].trained() for o, sweep in by.items()} for name, by in logs.items()}
+    return Training(curves, target, steps, stream.size, chosen, varies, engine, tuple(notes)), kept
 
 
-@dataclass
-class _Log:
-    losses: np.ndarray
-    update_ratio: np.ndarray
-    trained: Callable[[], nn.Module]
+def _stocks(chosen: Mapping[str, OptimizerChoice]) -> bool:
+    return any(choice.factory is None for choice in chosen.values())
 
 
-def _maker(name: str, twin: nn.Module | Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
+# --- making the networks
+
+
+def _maker(name: str, twin: nn.Module | Callable[[], nn.Module], notes: dict[str, None]) -> Maker:
+    """Makes the network of one seed anew, as it is to be trained; what is worth telling becomes a note."""
     if isinstance(twin, nn.Module):
         refuse_shared(twin, "train_twins", name)
-        return lambda seed: private_copy(twin, "train_twins").train()
+        if any(p._post_accumulate_grad_hooks for p in twin.parameters()):  # type: ignore[attr-defined]
+            raise SkipscopeError(
+                "train_twins", "parameters carry hooks that act once their gradient is there, and would act on the model itself",
+                layer=name, expected="a model without an optimizer in its backward pass", got="register_post_accumulate_grad_hook",
+                cure="pass a factory that makes the model and its hooks: train_twins({name: make}, ...)",
+            )  # fmt: skip
+        return Maker(lambda: _in_training(_copy_with_hooks(twin), name, notes))
 
     if not callable(twin):
         raise SkipscopeError(
@@ -212,51 +227,138 @@ def _maker(name: str, twin: nn.Module | Callable[[], nn.Module]) -> Callable[[in
             cure="pass the module, or a function without arguments that returns a fresh one",
         )  # fmt: skip
 
-    def make(seed: int) -> nn.Module:
-        with random_state_kept(seed):
-            model = twin()
+    def build() -> nn.Module:
+        model = twin()
         require_module(model, f"train_twins ({name})")
         refuse_shared(model, "train_twins", name)
+        return _in_training(model, name, notes)
+
+    return Maker(build)
+
+
+def _copy_with_hooks(model: nn.Module) -> nn.Module:
+    """A copy whose parameters have the same gradient hooks, which ``deepcopy`` drops."""
+    copied = private_copy(model, "train_twins")
+    for parameter, own in zip(model.parameters(), copied.parameters(), strict=True):
+        if not own._backward_hooks:
+            for hook in (parameter._backward_hooks or {}).values():
+                own.register_hook(hook)
+    return copied
+
+
+def _in_training(model: nn.Module, name: str, notes: dict[str, None]) -> nn.Module:
+    """The model in the modes in which it is to be trained: as found, unless it is wholly in evaluation mode."""
+    modes = {module.training for module in model.modules()}
+    if modes == {False}:
+        notes.setdefault(f"{name} was in evaluation mode, and was trained in training mode")
         return model.train()
-
-    return make
-
-
-def _first_loss(by_optimizer: dict[str, dict[Run, _Log]]) -> float:
-    first = [float(log.losses[0]) for runs in by_optimizer.values() for log in runs.values()]
-    if not np.isfinite(first).all():
-        raise SkipscopeError(
-            "train_twins", "the loss is not finite on the first batch", expected="a finite loss", got=first[0],
-            cure="look for NaN in the data or the weights: skipscope.gradient_flow says where",
-        )  # fmt: skip
-    return float(np.mean(first))
+    if len(modes) > 1:
+        notes.setdefault(f"{name} was trained with some modules in evaluation mode, as they were found")
+    return model
 
 
-def _sweep_then_seeds(train, starts, rates, optimizer, course: _Course, name) -> dict[Run, _Log]:
-    """Every rate on the first seed; the best one on the other seeds."""
-    first, *others = starts
-    runs = train(starts, [Run(first, r) for r in rates], optimizer, course, name)
-    best = min(rates, key=lambda r: (_final(runs[Run(first, r)].losses), r))
-    if others:
-        runs |= train(starts, [Run(s, best) for s in others], optimizer, course, name)
-    return runs
+# --- the rates, then the seeds
 
 
-def _best(runs: dict[Run, _Log], seeds: tuple[int, ...], target: float) -> Curves:
-    swept = [run for run in runs if run.seed == seeds[0]]
-    sweep = {str(run.rate): _final(runs[run].losses) for run in swept}
-    rate = min(swept, key=lambda run: (sweep[str(run.rate)], run.rate)).rate
-    losses = np.stack([runs[Run(seed, rate)].losses for seed in seeds])
-    curve = smoothed(losses)
-    crossed = [np.flatnonzero(row <= target) for row in curve]
-    return Curves(
-        rate=rate,
-        sweep=sweep,
-        losses=losses,
-        update_ratio=np.stack([runs[Run(seed, rate)].update_ratio for seed in seeds]),
-        steps_to_target=tuple(int(c[0]) + 1 if len(c) else None for c in crossed),
-        learns=bool(np.all(curve[:, -1] <= target)),
-    )
+@dataclass
+class _Sweep:
+    """One twin under one optimizer: the rates tried, and the runs reported.
+
+    Attributes:
+        seed: on which the rates were tried; None where there was nothing to choose.
+        tried: rate -> losses on that seed.
+        rate: the best.
+        is_at_edge: the best is the greatest or the smallest that was tried, and better than the one beside it.
+        reported: one log a seed, at the best rate.
+    """
+
+    seed: int | None
+    tried: dict[float, np.ndarray]
+    rate: float
+    is_at_edge: bool
+    reported: list[Log]
+
+    def curves(self, target: float) -> Curves:
+        """The runs as they are reported."""
+        losses = np.stack([log.losses for log in self.reported])
+        curve = smoothed(losses)
+        crossed = [np.flatnonzero(row <= target) for row in curve]
+        return Curves(
+            rate=self.rate,
+            sweep={str(rate): _final(self.tried[rate]) for rate in sorted(self.tried, reverse=True)},
+            losses=losses,
+            update_ratio=np.stack([log.update_ratio for log in self.reported]),
+            steps_to_target=tuple(int(c[0]) + 1 if len(c) else None for c in crossed),
+            learns=bool(np.all(curve[:, -1] <= target)),
+            is_at_edge=self.is_at_edge,
+            sweep_seed=self.seed,
+        )
+
+
+def _sweep_then_seeds(
+    make: Maker,
+    seeds: Sequence[int],
+    choice: OptimizerChoice,
+    course: Course,
+    name: str,
+    *,
+    stacks: bool,
+    extend: bool,
+) -> _Sweep:
+    """Every rate on a seed of its own; the best one on the seeds that are reported."""
+
+    def train(runs: list[Run]) -> list[Log]:
+        logs = (train_stacked if stacks else train_one_by_one)(make, runs, choice, course, name)
+        return [logs[run] for run in runs]
+
+    if len(choice.rates) < 2:
+        rate = choice.rates[0] if choice.rates else None
+        reported = train([Run(seed, rate) for seed in seeds])
+        return _Sweep(
+            None, {}, choice.learning_rate(make(seeds[0])) if rate is None else rate, False, reported
+        )
+    # Where only the steps to a target are asked for, the runs that chose the rate are themselves the answer.
+    own = max(seeds) + 1 if course.stop_at is None else seeds[0]
+    logs = dict(zip(choice.rates, train([Run(own, rate) for rate in choice.rates])))
+    for _ in range(EXTENSIONS if extend else 0):
+        beyond = _beyond({rate: log.losses for rate, log in logs.items()})
+        if not beyond:
+            break
+        logs |= dict(zip(beyond, train([Run(own, rate) for rate in beyond])))
+    tried = {rate: log.losses for rate, log in logs.items()}
+    best = min(tried, key=lambda rate: (_final(tried[rate]), rate))
+    others = [seed for seed in seeds if seed != own]
+    reported = dict(zip(others, train([Run(seed, best) for seed in others]) if others else []))
+    reported[own] = logs[best]
+    return _Sweep(own, tried, best, bool(_beyond(tried)), [reported[seed] for seed in seeds])
+
+
+def _beyond(tried: dict[float, np.ndarray]) -> list[float]:
+    """Two more rates past the edge, where the best rate stands there and is clearly better than the one beside it.
+
+    All rates saw the same batches, so their last losses differ by the rate alone. Clearly: by a fiftieth of the
+    spread of all of them, where that is more than a thousandth of the first loss. A loss that rose counts as one that
+    stayed; where every loss rose, a smaller rate may do.
+    """
+    rates = sorted(tried)
+    first = float(tried[rates[0]][0])
+    if not math.isfinite(first):
+        return []
+    finals = {rate: min(_final(tried[rate]), first) for rate in rates}
+    best = min(rates, key=lambda rate: (_final(tried[rate]), rate))
+    if best not in {rates[0], rates[-1]}:
+        return []
+    beside = rates[1] if best == rates[0] else rates[-2]
+    if _final(tried[best]) <= first:
+        spread, gain = max(finals.values()) - finals[best], finals[beside] - finals[best]
+        if spread < 1e-3 * abs(first) or gain < 0.02 * spread:
+            return []
+    elif best != rates[0] or _final(tried[best]) - first < FALLEN * abs(first):
+        return []
+    if not best or not beside:
+        return []
+    factor = best / beside
+    return [float(f"{best * factor:.3g}"), float(f"{best * factor**2:.3g}")]
 
 
 def _final(losses: np.ndarray) -> float:
@@ -264,201 +366,33 @@ def _final(losses: np.ndarray) -> float:
     return final if math.isfinite(final) else math.inf
 
 
-def _optimizer(name: str, parameters: Sequence[Tensor], rate: float) -> torch.optim.Optimizer:
-    if name == "SGD":
-        return torch.optim.SGD(parameters, lr=rate, momentum=0.9)
-    return torch.optim.Adam(parameters, lr=rate)
+# --- the target
 
 
-# --- one batch of networks
+def _refuse_bad_first_loss(logs: dict[str, dict[str, _Sweep]]) -> None:
+    for by in logs.values():
+        for sweep in by.values():
+            first = [float(log.losses[0]) for log in sweep.reported]
+            if not np.isfinite(first).all():
+                raise SkipscopeError(
+                    "train_twins", "the loss is not finite on the first batch", expected="a finite loss", got=first[0],
+                    cure="look for NaN in the data or the weights: skipscope.gradient_flow says where",
+                )  # fmt: skip
 
 
-def _stackable(model: nn.Module, stream: Stream, objective: Objective) -> bool:
-    """Whether the stacked engine computes this model: it is tried on one batch, against an ordinary step."""
-    probe = copy.deepcopy(model)
-    if any(True for _ in probe.buffers()) or not all(p.requires_grad for p in probe.parameters()):
-        return False  # buffers are written in place by batch norm, frozen weights need no stack
-    try:
-        networks = _Stacked([probe, probe], objective)
-        batch = next(stream.batches(0))
-        with random_state_kept(0), _loops_are_errors():
-            losses = networks.losses([batch, batch])
-        with random_state_kept(0):
-            expected = objective(probe, batch)
-        gradients = torch.autograd.grad(losses.sum(), list(networks.parameters.values()))
-        networks.network(0)  # what a forward pass left on the module may forbid a copy
-        dense = all(gradient.layout == torch.strided for gradient in gradients)
-        return dense and torch.allclose(losses, expected.expand(2), rtol=1e-3)
-    except Exception:  # whatever vmap cannot do, the other engine can; a user's own error shows itself there
-        return False
+def _default_target(logs: dict[str, dict[str, _Sweep]]) -> float:
+    """Half of the lowest first loss of any twin; where a loss falls to zero or below, half way to the lowest reached.
 
-
-@contextmanager
-def _loops_are_errors() -> Iterator[None]:
-    """Where vmap only loops over the networks, and says so, nothing is gained by stacking them."""
-    always = torch.is_warn_always_enabled()
-    torch.set_warn_always(True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*performance drop.*")
-            yield
-    finally:
-        torch.set_warn_always(always)
-
-
-class _Stacked:
-    """Networks of one architecture as one: every parameter is [networks, ...].
-
-    Attributes:
-        parameters: name -> ``[networks, ...]``, leaves of the graph.
-        table: ``[networks, weights]``, all of them side by side: an optimizer has one tensor to move.
-        views: the table's part for each parameter.
+    There a fall counts from a hundredth of the first loss on, and from three times the spread of a smoothed loss
+    whose steps differ as those of the best run do.
     """
-
-    def __init__(self, models: list[nn.Module], objective: Objective):
-        self.model, self.objective = copy.deepcopy(models[0]), objective
-        stacked, _ = stack_module_state(models)  # type: ignore[arg-type]
-        self.table = torch.cat([p.detach().flatten(1) for p in stacked.values()], dim=1)
-        parts = self.table.split([p[0].numel() for p in stacked.values()], dim=1)
-        self.views = [part.view(p.shape) for part, p in zip(parts, stacked.values())]
-        self.parameters = {name: p.detach().clone().requires_grad_() for name, p in stacked.items()}
-
-    def gradient(self, losses: Tensor) -> Tensor:
-        """The gradient of each network's loss, laid out like the table."""
-        leaves = list(self.parameters.values())
-        found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
-        return torch.cat([grad.flatten(1) for grad in found], dim=1)
-
-    @torch.no_grad()
-    def move(self, update: Tensor) -> np.ndarray:
-        """Add an update; returns |update| / |weights| of each network."""
-        size = self.table.double().norm(dim=1)
-        self.table += update
-        torch._foreach_copy_(list(self.parameters.values()), self.views)
-        return (update.double().norm(dim=1) / size).cpu().numpy()
-
-    def losses(self, batches: list[Any]) -> Tensor:
-        """The loss of each network on its own batch, [networks]."""
-        alike: dict[Any, list[int]] = {}
-        for index, batch in enumerate(batches):
-            alike.setdefault(_form(batch), []).append(index)
-        if len(alike) == 1:
-            return self._losses(self.parameters, batches)
-        losses: list[Tensor] = [torch.empty(0)] * len(batches)
-        for chosen in alike.values():  # only batches of one form can be stacked
-            some = {name: p[chosen] for name, p in self.parameters.items()}
-            for index, loss in zip(chosen, self._losses(some, [batches[i] for i in chosen])):
-                losses[index] = loss
-        return torch.stack(losses)
-
-    def _losses(self, parameters: dict[str, Tensor], batches: list[Any]) -> Tensor:
-        tensors = [torch.stack(column) for column in zip(*map(_leaves, batches))]
-
-        def one(parameters, leaves):
-            leaf = iter(leaves)
-            return self.objective(
-                _Bound(self.model, parameters), map_tensors(batches[0], lambda _: next(leaf))
-            )
-
-        return torch.vmap(one, randomness="different")(parameters, tensors)
-
-    @torch.no_grad()
-    def network(self, index: int) -> nn.Module:
-        """One of the networks as an ordinary module."""
-        model = copy.deepcopy(self.model)
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.parameters[name][index])
-        return model
-
-
-def _leaves(batch: Any) -> list[Tensor]:
-    """The tensors of a batch, in the order in which ``map_tensors`` visits them."""
-    leaves: list[Tensor] = []
-    map_tensors(batch, leaves.append)
-    return leaves
-
-
-def _form(batch: Any) -> Any:
-    """Equal for two batches that differ in nothing but the values of their tensors."""
-    if isinstance(batch, Tensor):
-        return batch.shape, batch.dtype, batch.device
-    if isinstance(batch, Mapping):
-        return type(batch), tuple((key, _form(item)) for key, item in batch.items())
-    if isinstance(batch, list | tuple):
-        return type(batch), tuple(map(_form, batch))
-    return (type(batch), batch) if isinstance(batch, str | int | float | None) else id(batch)
-
-
-class _Bound(nn.Module):
-    """A module with other parameters, to hand to a loss that calls its model."""
-
-    def __init__(self, model: nn.Module, parameters: dict[str, Tensor]):
-        super().__init__()
-        self.call = partial(functional_call, model, parameters)
-
-    def forward(self, *args, **kwargs):
-        return self.call(args, kwargs)
-
-
-def _train_stacked(
-    starts: dict[int, nn.Module],
-    runs: list[Run],
-    optimizer: str,
-    course: _Course,
-    name: str,
-) -> dict[Run, _Log]:
-    networks = _Stacked([starts[run.seed] for run in runs], course.objective)
-    # The optimizer acts on a displacement that starts at zero each step. SGD's and Adam's steps are proportional to
-    # the rate, so one optimizer at rate 1 serves all rates, and the displacement is the update whose size we report.
-    displacement = torch.zeros_like(networks.table).requires_grad_()
-    driver = _optimizer(optimizer, [displacement], 1.0)
-    rates = torch.tensor([[run.rate] for run in runs], dtype=torch.float64).to(networks.table)
-    sources = {run.seed: course.stream.batches(run.seed) for run in runs}
-    losses, ratios = np.full((2, len(runs), course.steps), np.nan)
-    for step in track(range(course.steps), f"training {name!r} under {optimizer}"):
-        fresh = {seed: next(source) for seed, source in sources.items()}
-        value = networks.losses([fresh[run.seed] for run in runs])
-        displacement.grad = networks.gradient(value)
-        driver.step()
-        losses[:, step] = value.detach().double().cpu().numpy()
-        ratios[:, step] = networks.move(displacement.detach() * rates)
-        displacement.detach().zero_()
-        if course.is_over(losses[:, : step + 1]):
-            losses, ratios = losses[:, : step + 1], ratios[:, : step + 1]
-            break
-    return {run: _Log(losses[i], ratios[i], partial(networks.network, i)) for i, run in enumerate(runs)}
-
-
-# --- one network after the other
-
-
-def _train_one_by_one(
-    starts: dict[int, nn.Module],
-    runs: list[Run],
-    optimizer: str,
-    course: _Course,
-    name: str,
-) -> dict[Run, _Log]:
-    logs = {}
-    for run in track(runs, f"training {name!r} under {optimizer}"):
-        with random_state_kept(run.seed):
-            logs[run] = _train(copy.deepcopy(starts[run.seed]), run, optimizer, course)
-    return logs
-
-
-def _train(model: nn.Module, run: Run, optimizer: str, course: _Course) -> _Log:
-    weights = [p for p in model.parameters() if p.requires_grad]
-    driver = _optimizer(optimizer, weights, run.rate)
-    losses, ratios = np.full((2, course.steps), np.nan)
-    for step, batch in zip(range(course.steps), course.stream.batches(run.seed)):
-        driver.zero_grad()
-        value = course.objective(model, batch)
-        value.backward()
-        before = [w.detach().clone() for w in weights]
-        driver.step()
-        losses[step] = float(value.detach())
-        moved = sum(float((w.detach() - b).square().sum()) for w, b in zip(weights, before))
-        ratios[step] = math.sqrt(moved / max(sum(float(b.square().sum()) for b in before), 1e-300))
-        if not math.isfinite(losses[step]):
-            break
-    return _Log(losses, ratios, lambda: model)
+    runs = [[log.losses for sweep in by.values() for log in sweep.reported] for by in logs.values()]
+    first = min(float(np.mean([losses[0] for losses in of_twin])) for of_twin in runs)
+    flat = [losses for of_twin in runs for losses in of_twin]
+    if all(np.nanmin(losses) > 0 for losses in flat):
+        return first / 2
+    best = min(flat, key=_final)
+    differences = np.abs(np.diff(best[np.isfinite(best)]))
+    noise = 3 * float(np.median(differences)) / 0.954 / math.sqrt(10) if len(differences) else 0.0
+    fall = first - min(_final(best), first)
+    return first - max(fall / 2, FALLEN * abs(first), noise)

@@ -498,14 +498,16 @@ def methods(evidence: Evidence, settings: Settings, details: str = "") -> str:
 
 
 def _training_methods(training: Training) -> str:
-    rates = {
-        optimizer: ", ".join(curves.sweep)
-        for by in training.curves.values()
-        for optimizer, curves in by.items()
-    }  # fmt: skip
-    tried = "; ".join(f"{optimizer} {values}" for optimizer, values in rates.items())
+    rates: dict[str, set[float]] = {}
+    for by in training.curves.values():
+        for optimizer, curves in by.items():
+            rates.setdefault(optimizer, set()).update(map(float, curves.sweep))
+    tried = "; ".join(
+        f"{optimizer} {', '.join(f'{rate:g}' for rate in sorted(values, reverse=True))}"
+        for optimizer, values in rates.items()
+    )
     return (
         f"Training: {training.steps} steps of {training.batch_size} samples, {len(training.seeds)} seeds (varying "
-        f"{training.varies}), each network and optimizer at its best rate out of the same sweep on the first seed ({tried}); "
-        f"SGD has momentum 0.9. Losses are smoothed over ten steps before a target counts as reached."
+        f"{training.varies}), each network and optimizer at its best rate out of the same sweep on a seed of its own ({tried}); "
+        f"SGD has momentum 0.9. A target counts as reached where the mean loss of ten steps is there. Bands run from the lowest to the highest seed."
     )

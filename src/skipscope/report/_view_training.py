@@ -16,14 +16,19 @@ from skipscope.report._story import story
 
 
 def training_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
-    """Loss against step: the mean over seeds on the log scale, and a band over all of them."""
+    """Loss against step: the mean over seeds (on the log scale, where losses are positive), and a band over all of them."""
     series = []
+    is_positive = all(
+        np.nanmin(by[optimizer].losses) > 0 for by in training.curves.values() if optimizer in by
+    )
     for i, (name, by) in enumerate(training.curves.items()):
         if optimizer not in by:
             continue
         losses = smoothed(by[optimizer].losses)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            middle = np.exp(np.log(losses).mean(0))
+        middle = losses.mean(0)
+        if is_positive:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                middle = np.exp(np.log(losses).mean(0))
         steps = list(range(1, losses.shape[1] + 1))
         series.append(
             Series(name, steps, middle.tolist(), losses.min(0).tolist(), losses.max(0).tolist(), style=(style or {}).get(name, i),
@@ -33,7 +38,7 @@ def training_lines(training: Training, optimizer: str, style: Mapping[str, int] 
         series,
         f"step, {optimizer}",
         f"training loss, {optimizer}, each at its best rate",
-        log_y=True,
+        log_y=is_positive,
         level=(training.target, f"target {training.target:.3g}"),
     )
 
@@ -70,7 +75,7 @@ def sweep_table(training: Training) -> Table:
         "The sweep: final loss by learning rate",
         ["network", "optimizer", *rates],
         rows,
-        ["The smoothed loss at the end, on the first seed; inf: it diverged."],
+        ["The smoothed loss at the end, on a seed that is not among those shown; inf: it diverged."],
     )
 
 
@@ -81,7 +86,7 @@ def _(result: Training) -> Story:
         Panel(
             f"Training with {optimizer}",
             training_lines(result, optimizer),
-            "Bands are the range over seeds.",
+            "The line is the mean over seeds, the band runs from the lowest to the highest of them.",
             [result.table(), sweep_table(result)] if i == 0 else [],
         )
         for i, optimizer in enumerate(optimizers)

@@ -1,0 +1,412 @@
+"""The two ways in which networks are trained: many as one batch of networks, or one after the other.
+
+Both give the numbers of a plain training loop. The stacked engine (parameters stacked, the forward pass under
+``torch.vmap``, one backward pass for all) is taken only for a model whose gradients it was seen to reproduce.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+from torch.overrides import TorchFunctionMode
+
+from skipscope._data import Objective, map_tensors
+from skipscope._progress import track
+from skipscope._random import random_state_kept
+from skipscope.comparison._optimizers import Driver, OptimizerChoice
+from skipscope.comparison._results import smoothed
+from skipscope.comparison._stream import Stream
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes a network anew; called with a seed, it leaves the global random states as they are.
+
+    Attributes:
+        build: makes the network from the random numbers that come next.
+    """
+
+    build: Callable[[], nn.Module]
+
+    def __call__(self, seed: int) -> nn.Module:
+        with random_state_kept(seed):
+            return self.build()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: which seed, which rate (None: the optimizer's own)."""
+
+    seed: int
+    rate: float | None
+
+
+@dataclass
+class Log:
+    """What a run left: losses and update sizes, each [steps], and the trained network."""
+
+    losses: np.ndarray
+    update_ratio: np.ndarray
+    trained: Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What every run goes through.
+
+    Attributes:
+        stream: where its batches come from.
+        objective: the loss.
+        steps: how many, at most.
+        stop_at: stop as soon as the smoothed loss of one of the networks trained together is here, and half way if
+            none of them has come down by a hundredth; None: go on.
+        schedule: a factor on the rate at each step, from 0 on.
+        clip_norm: the gradient is scaled down to this norm where it is longer.
+        autocast: the dtype of ``torch.autocast``.
+    """
+
+    stream: Stream
+    objective: Objective
+    steps: int
+    stop_at: float | None = None
+    schedule: Callable[[int], float] | None = None
+    clip_norm: float | None = None
+    autocast: torch.dtype | None = None
+
+    def is_over(self, losses: np.ndarray) -> bool:
+        """Whether the losses so far, [networks, steps], are enough (looked at every tenth step)."""
+        if self.stop_at is None or losses.shape[1] % 10:
+            return False
+        curve = smoothed(losses)
+        is_there = bool((curve <= self.stop_at).any())
+        is_stuck = losses.shape[1] >= self.steps // 2 and not (curve[:, -1] < 0.99 * losses[:, 0]).any()
+        return is_there or is_stuck
+
+    def factor(self, step: int) -> float:
+        """The factor on the rate."""
+        return 1.0 if self.schedule is None else float(self.schedule(step))
+
+    def casting(self, device: torch.device) -> Any:
+        """The context in which the loss is computed."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self.autocast)
+
+
+# --- one network after the other
+
+
+def train_one_by_one(
+    make: Maker, runs: Sequence[Run], choice: OptimizerChoice, course: Course, name: str
+) -> dict[Run, Log]:
+    """Each run is a plain loop: seed, make the network, train it; its noise goes on from where making it left it."""
+    logs = {}
+    for run in track(runs, f"training {name!r} under {choice.name}"):
+        with random_state_kept(run.seed):
+            logs[run] = _train(make.build(), run, choice, course)
+    return logs
+
+
+def _train(model: nn.Module, run: Run, choice: OptimizerChoice, course: Course) -> Log:
+    weights = [p for p in model.parameters() if p.requires_grad]
+    driver = choice.make(weights, run.rate)
+    rates = [group["lr"] for group in driver.optimizer.param_groups]
+    step_once = _step(model, weights, driver, course)
+    getattr(driver.optimizer, "train", lambda: None)()  # a schedule-free optimizer has modes
+    losses, ratios = np.full((2, course.steps), np.nan)
+    for step, batch in zip(range(course.steps), course.stream.batches(run.seed)):
+        if course.schedule is not None:
+            for group, rate in zip(driver.optimizer.param_groups, rates):
+                group["lr"] = rate * course.factor(step)
+        before = [w.detach().clone() for w in weights]
+        losses[step] = step_once(batch)
+        moved = sum(float((w.detach() - b).square().sum()) for w, b in zip(weights, before))
+        ratios[step] = math.sqrt(moved / max(sum(float(b.square().sum()) for b in before), 1e-300))
+        if not math.isfinite(losses[step]):
+            break
+    return Log(losses, ratios, lambda: model)
+
+
+def _step(
+    model: nn.Module, weights: list[nn.Parameter], driver: Driver, course: Course
+) -> Callable[[Any], float]:
+    """One step of a plain loop on a batch; returns the loss before it."""
+    optimizer, device = driver.optimizer, weights[0].device
+    scaler = torch.amp.GradScaler(
+        device.type, enabled=course.autocast == torch.float16 and not driver.needs_closure
+    )
+
+    def backward(batch: Any) -> Tensor:
+        optimizer.zero_grad()
+        with course.casting(device):
+            value = course.objective(model, batch)
+        scaler.scale(value).backward()
+        if course.clip_norm is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(weights, course.clip_norm)
+        return value
+
+    def step(batch: Any) -> float:
+        if driver.needs_closure:
+            value = float(optimizer.step(lambda: float(backward(batch).detach())))  # type: ignore[arg-type]
+        else:
+            value = float(backward(batch).detach())
+            scaler.step(optimizer)
+            scaler.update()
+        if isinstance(driver.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            driver.scheduler.step(value)
+        elif driver.scheduler is not None:
+            driver.scheduler.step()
+        return value
+
+    return step
+
+
+# --- one batch of networks
+
+
+def train_stacked(
+    make: Maker, runs: Sequence[Run], choice: OptimizerChoice, course: Course, name: str
+) -> dict[Run, Log]:
+    """All runs at once, with torch's own SGD, Adam or AdamW."""
+    starts = {seed: make(seed) for seed in dict.fromkeys(run.seed for run in runs)}
+    networks = Stacked([starts[run.seed] for run in runs], course.objective)
+    # The optimizer acts on a displacement that starts at zero each step. SGD's and Adam's steps are proportional to
+    # the rate, so one optimizer at rate 1 serves all rates, and the displacement is the update whose size we report.
+    # Weight decay, which is a part of the weights, is added to it.
+    displacement = torch.zeros_like(networks.table).requires_grad_()
+    plain = OptimizerChoice("Adam", ()) if choice.name == "AdamW" else choice
+    optimizer = plain.make([displacement], 1.0).optimizer
+    rates = torch.tensor([[run.rate] for run in runs], dtype=torch.float64).to(networks.table)
+    sources = {seed: course.stream.batches(seed) for seed in starts}
+    losses, ratios = np.full((2, len(runs), course.steps), np.nan)
+    for step in track(range(course.steps), f"training {name!r} under {choice.name}"):
+        fresh = {seed: next(source) for seed, source in sources.items()}
+        with course.casting(networks.table.device):
+            value = networks.losses([fresh[run.seed] for run in runs])
+        displacement.grad = _clipped(networks.gradient(value), course.clip_norm)
+        optimizer.step()
+        losses[:, step] = value.detach().double().cpu().numpy()
+        moved = displacement.detach()
+        if choice.decay:
+            moved = moved - choice.decay * networks.table
+        ratios[:, step] = networks.move(moved * (rates * course.factor(step)))
+        displacement.detach().zero_()
+        if course.is_over(losses[:, : step + 1]):
+            losses, ratios = losses[:, : step + 1], ratios[:, : step + 1]
+            break
+    return {run: Log(losses[i], ratios[i], partial(networks.network, i)) for i, run in enumerate(runs)}
+
+
+def _clipped(gradients: Tensor, norm: float | None) -> Tensor:
+    """Each network's gradient ``[networks, weights]`` as ``clip_grad_norm_`` scales it."""
+    if norm is None:
+        return gradients
+    return gradients * (norm / (gradients.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
+
+
+class Stacked:
+    """Networks of one architecture as one: every parameter is [networks, ...].
+
+    Attributes:
+        parameters: name -> ``[networks, ...]``, leaves of the graph.
+        table: ``[networks, weights]``, all of them side by side: an optimizer has one tensor to move.
+        views: the table's part for each parameter.
+    """
+
+    def __init__(self, models: list[nn.Module], objective: Objective):
+        self.model, self.objective = copy.deepcopy(models[0]), objective
+        stacked, _ = stack_module_state(models)  # type: ignore[arg-type]
+        self.table = torch.cat([p.detach().flatten(1) for p in stacked.values()], dim=1)
+        parts = self.table.split([p[0].numel() for p in stacked.values()], dim=1)
+        self.views = [part.view(p.shape) for part, p in zip(parts, stacked.values())]
+        self.parameters = {name: p.detach().clone().requires_grad_() for name, p in stacked.items()}
+
+    def gradient(self, losses: Tensor) -> Tensor:
+        """The gradient of each network's loss, laid out like the table."""
+        leaves = list(self.parameters.values())
+        found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
+        return torch.cat([grad.flatten(1) for grad in found], dim=1)
+
+    @torch.no_grad()
+    def move(self, update: Tensor) -> np.ndarray:
+        """Add an update; returns |update| / |weights| of each network."""
+        size = self.table.double().norm(dim=1)
+        self.table += update
+        torch._foreach_copy_(list(self.parameters.values()), self.views)
+        return (update.double().norm(dim=1) / size).cpu().numpy()
+
+    def losses(self, batches: list[Any]) -> Tensor:
+        """The loss of each network on its own batch, [networks]."""
+        alike: dict[Any, list[int]] = {}
+        for index, batch in enumerate(batches):
+            alike.setdefault(_form(batch), []).append(index)
+        if len(alike) == 1:
+            return self._losses(self.parameters, batches)
+        losses: list[Tensor] = [torch.empty(0)] * len(batches)
+        for chosen in alike.values():  # only batches of one form can be stacked
+            some = {name: p[chosen] for name, p in self.parameters.items()}
+            for index, loss in zip(chosen, self._losses(some, [batches[i] for i in chosen])):
+                losses[index] = loss
+        return torch.stack(losses)
+
+    def _losses(self, parameters: dict[str, Tensor], batches: list[Any]) -> Tensor:
+        tensors = [torch.stack(column) for column in zip(*map(_leaves, batches))]
+
+        def one(parameters, leaves):
+            leaf = iter(leaves)
+            return self.objective(
+                _Bound(self.model, parameters), map_tensors(batches[0], lambda _: next(leaf))
+            )
+
+        return torch.vmap(one, randomness="different")(parameters, tensors)
+
+    @torch.no_grad()
+    def network(self, index: int) -> nn.Module:
+        """One of the networks as an ordinary module."""
+        model = copy.deepcopy(self.model)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.parameters[name][index])
+        return model
+
+
+def _leaves(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in the order in which ``map_tensors`` visits them."""
+    leaves: list[Tensor] = []
+    map_tensors(batch, leaves.append)
+    return leaves
+
+
+def _form(batch: Any) -> Any:
+    """Equal for two batches that differ in nothing but the values of their tensors."""
+    if isinstance(batch, Tensor):
+        return batch.shape, batch.dtype, batch.device
+    if isinstance(batch, Mapping):
+        return type(batch), tuple((key, _form(item)) for key, item in batch.items())
+    if isinstance(batch, list | tuple):
+        return type(batch), tuple(map(_form, batch))
+    return (type(batch), batch) if isinstance(batch, str | int | float | None) else id(batch)
+
+
+class _Bound(nn.Module):
+    """A module with other parameters, to hand to a loss that calls its model."""
+
+    def __init__(self, model: nn.Module, parameters: dict[str, Tensor]):
+        super().__init__()
+        self.call = partial(functional_call, model, parameters)
+
+    def forward(self, *args, **kwargs):
+        return self.call(args, kwargs)
+
+
+# --- which models can be stacked
+
+
+def is_stackable(make: Maker, seeds: Sequence[int], course: Course) -> bool:
+    """Whether the stacked engine trains this model as a plain loop does.
+
+    It is tried on one batch: losses and gradients of every seed's network equal those of a plain step on a network
+    made anew, which draws no noise, keeps no state from call to call, and has no hooks that a copy could lose.
+    """
+    if course.autocast == torch.float16:
+        return False  # each network would need a loss scale of its own
+    try:
+        models = [make(seed) for seed in seeds]
+        if not all(map(_has_plain_weights, models)):
+            return False
+        batch = next(course.stream.batches(0))
+        plain = [_plain_gradients(make(seed), batch, course) for seed in seeds]
+        if any(gradients is None for gradients in plain):
+            return False
+        networks = Stacked(models, course.objective)
+        with _no_loops(), course.casting(networks.table.device):
+            losses = networks.losses([batch] * len(models))
+        gradients = torch.autograd.grad(losses.sum(), list(networks.parameters.values()))
+        if any(gradient.layout != torch.strided for gradient in gradients):
+            return False
+        networks.network(0)  # what a forward pass left on the module may forbid a copy
+        return all(
+            _close(stacked[i], alone)
+            for i, alones in enumerate(plain)
+            for stacked, alone in zip(gradients, alones or [], strict=True)
+        )
+    except Exception:  # whatever vmap cannot do, the other engine can; a user's own error shows itself there
+        return False
+
+
+def _has_plain_weights(model: nn.Module) -> bool:
+    """No buffers (batch norm writes them in place), nothing frozen, no hooks on what is trained."""
+    parameters, modules = list(model.parameters()), list(model.modules())
+    return (
+        not any(True for _ in model.buffers())
+        and all(p.requires_grad for p in parameters)
+        and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)  # type: ignore[attr-defined]
+        and not any(m._backward_hooks or m._backward_pre_hooks for m in modules)
+    )
+
+
+def _plain_gradients(model: nn.Module, batch: Any, course: Course) -> list[Tensor] | None:
+    """The gradients of a plain step; None where the model is more than a function of its weights and the batch."""
+    before, watch = _state(model), _GradientHooks()
+    with random_state_kept(0):
+        generators = torch.get_rng_state()
+        with watch, course.casting(next(model.parameters()).device):
+            value = course.objective(model, batch)
+        draws_noise = not torch.equal(generators, torch.get_rng_state())
+        value.backward()
+    gradients = [p.grad for p in model.parameters()]
+    if draws_noise or watch.seen or _state(model) != before or any(g is None for g in gradients):
+        return None
+    return gradients  # type: ignore[return-value]
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """What modules keep in plain attributes: numbers by value, everything else by identity."""
+    return {
+        f"{path}.{name}": value if isinstance(value, int | float | str | bool) else id(value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+    }
+
+
+class _GradientHooks(TorchFunctionMode):
+    """Notices a forward pass that hangs hooks on its activations: under vmap they would see another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen |= "hook" in getattr(func, "__name__", "")
+        return func(*args, **(kwargs or {}))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, as vectors."""
+    tolerance = torch.finfo(b.dtype).eps ** 0.6
+    return float((a - b).norm()) <= tolerance * float(b.norm())
+
+
+@contextmanager
+def _no_loops() -> Iterator[None]:
+    """Where vmap only loops over the networks, and says so, nothing is gained by stacking them."""
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*performance drop.*")
+            yield
+    finally:
+        torch.set_warn_always(always)
