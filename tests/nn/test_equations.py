@@ -557,3 +557,99 @@ def test_the_last_sum_of_two_residual_streams_skips_nothing():
     model = sn.ResidualStreams(branch(), branch(), width=WIDTH)
     found = ss.find_shortcuts(model, torch.randn(N, WIDTH))
     assert [(merge.name, merge.reason) for merge in found.rejected] == [("add", "parallel branches")]
+
+
+# --- as the papers start them ---------------------------------------------------------------------------------------
+
+
+def test_every_weight_of_a_value_residual_gets_a_gradient():
+    module = sn.ValueResidual(WIDTH, 3)
+    module(torch.randn(2, N, WIDTH)).square().sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_deep_norm_leaves_queries_and_keys_of_a_fused_weight_alone():
+    attention = nn.MultiheadAttention(WIDTH, 2)
+    before = attention.in_proj_weight.detach().clone()
+    sn.deep_norm_(attention, layers=2)
+    factors = (attention.in_proj_weight.detach() / before).chunk(3)
+    for factor, expected in zip(factors, (1, 1, 16**-0.25)):
+        torch.testing.assert_close(factor, torch.full_like(factor, expected))
+
+    class Otherwise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
+
+    with pytest.raises(SkipscopeError, match="order that is not known"):
+        sn.deep_norm_(Otherwise(), layers=2)
+
+
+def test_deep_norms_constants_are_the_papers_table():
+    assert sn.deep_norm_constants(18) == pytest.approx((36**0.25, 144**-0.25))
+    assert sn.deep_norm_constants(6, decoder_layers=3) == pytest.approx(
+        (0.81 * (6**4 * 3) ** (1 / 16), 0.87 * (6**4 * 3) ** (-1 / 16))
+    )
+    assert sn.deep_norm_constants(3, encoder_layers=6) == pytest.approx((9**0.25, 36**-0.25))
+
+
+def test_deep_norm_by_name_scales_its_branch():
+    layer = nn.Linear(WIDTH, WIDTH)
+    before = layer.weight.detach().clone()
+    sn.registry()["deep-norm"](layer, WIDTH, depth=24)
+    torch.testing.assert_close(layer.weight.detach(), before * (8 * 12) ** -0.25)
+
+
+def test_admin_starts_at_the_summed_variances():
+    branches, x = [branch() for _ in range(3)], torch.randn(4000, WIDTH)
+    network = sn.admin_(nn.Sequential(*[sn.Admin(f, WIDTH) for f in branches]), x)
+    y, total = x, x.var()
+    for block, f in zip(network, branches):
+        torch.testing.assert_close(block.omega.detach(), total.sqrt().detach().expand(WIDTH))
+        total, y = total + f(y).var(), norm(y + f(y))
+
+
+@pytest.mark.parametrize(
+    "initialise", [nn.init.orthogonal_, nn.init.zeros_, partial(nn.init.normal_, std=7.0)]
+)
+def test_second_branches_keep_the_initialisation_that_was_asked_for(initialise):
+    first = nn.Linear(WIDTH, WIDTH)
+    initialise(first.weight), nn.init.zeros_(first.bias)
+    second = sn.ShakeShake(first).other
+    assert not second.bias.any() and torch.equal(second.weight.sort(1).values, first.weight.sort(1).values)
+    torch.testing.assert_close(second.weight @ second.weight.T, first.weight @ first.weight.T)
+    assert not first.weight.any() or not torch.equal(first.weight, second.weight)
+
+
+class Masked(nn.Linear):
+    def __init__(self):
+        super().__init__(WIDTH, WIDTH)
+
+    def forward(self, x, mask, *, scale=1.0):
+        return super().forward(x) * mask * scale
+
+
+@pytest.mark.parametrize("name", sn.registry())
+def test_masks_and_other_arguments_go_to_every_branch(name):
+    module, x = sn.registry()[name](Masked(), WIDTH, depth=4).eval(), torch.randn(N, WIDTH)
+    masks = torch.zeros(N, 1), torch.ones(N, 1)
+    alone, whole, doubled = (
+        module(x, m, scale=s) for m, s in ((masks[0], 1.0), (masks[1], 1.0), (masks[1], 2.0))
+    )
+    starts_at_zero = module.identity_at_start
+    assert starts_at_zero or not (torch.equal(alone, whole) or torch.equal(whole, doubled))
+
+
+@pytest.mark.parametrize("name", sn.registry())
+def test_each_kind_says_what_it_is_and_takes_what_it_says(name):
+    kind = sn.registry()[name]
+    module = kind(branch(), WIDTH, depth=4, **kind.arguments)
+    assert isinstance(module, nn.Module) and "arXiv" in kind.paper and kind.equation
+    assert f"- {name} ({kind.module.__name__}" in sn.__doc__ and kind.paper in sn.__doc__
+    with pytest.raises(SkipscopeError, match="no such argument"):
+        kind(branch(), WIDTH, no_such_thing=1)
+
+
+def test_attributes_that_a_connection_lacks_are_its_branchs():
+    block = sn.ReZero(nn.Linear(WIDTH, WIDTH))
+    assert block.out_features == WIDTH and not hasattr(block, "nothing_of_the_kind")

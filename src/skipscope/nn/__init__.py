@@ -10,7 +10,10 @@ Example:
     torch.Size([2, 8])
 """
 
+from skipscope.nn._connection import Chain as Chain
 from skipscope.nn._connection import Connection as Connection
+from skipscope.nn._connection import Elsewhere as Elsewhere
+from skipscope.nn._connection import Holder as Holder
 from skipscope.nn._connection import Pointwise as Pointwise
 from skipscope.nn._connection import WidthNorm as WidthNorm
 from skipscope.nn._dense import DenseShortcut as DenseShortcut
@@ -60,7 +63,9 @@ from skipscope.nn._norms import DeepNorm as DeepNorm
 from skipscope.nn._norms import PostNorm as PostNorm
 from skipscope.nn._norms import PreNorm as PreNorm
 from skipscope.nn._norms import SandwichNorm as SandwichNorm
+from skipscope.nn._norms import admin_ as admin_
 from skipscope.nn._norms import deep_norm_ as deep_norm_
+from skipscope.nn._norms import deep_norm_constants as deep_norm_constants
 from skipscope.nn._options import PadShortcut as PadShortcut
 from skipscope.nn._options import ProjectionShortcut as ProjectionShortcut
 from skipscope.nn._options import option as option
@@ -86,3 +91,8 @@ from skipscope.nn._shake import shake_shake as shake_shake
 from skipscope.nn._value_residual import ValueResidual as ValueResidual
 from skipscope.nn._value_residual import ValueResidualAttention as ValueResidualAttention
 from skipscope.nn._value_residual import value_residual as value_residual
+
+assert __doc__ is not None
+__doc__ += "\n\nKinds, each with its class, equation, own arguments and paper:\n\n" + "\n".join(
+    kind.line() for kind in registry().values()
+)

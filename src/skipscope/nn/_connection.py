@@ -30,6 +30,9 @@ class Connection(nn.Module):
         super().__init__()
         self.branch = branch
 
+    def initialise_(self, branch: nn.Module) -> None:
+        """Give a branch's weights the start that the paper asks for; as they are unless a family says otherwise."""
+
     def __getattr__(self, name: str) -> Any:
         """What the module lacks is looked up in its branch, so that an owner who reads its layers' attributes finds them."""
         try:
@@ -51,6 +54,71 @@ class Connection(nn.Module):
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
         """What follows ``x`` goes to the branch as it is (an attention mask, for instance)."""
         return self.write(x, self.branch(self.read(x), *args, **keywords))
+
+
+class Chain(nn.Module):
+    """Branches in a row, joined over all of the depth.
+
+    A chain begins with the input x, and goes on after each branch: what it keeps between branches is its state.
+
+    Attributes:
+        kind: what ``find_shortcuts`` says of its merges.
+        identity_at_start: True where the paper claims that a fresh module returns its input.
+        of_blocks: its branches are blocks that have shortcuts of their own.
+        branches: F_1, F_2, ..., in order.
+    """
+
+    kind: str = "identity"
+    of_blocks: ClassVar[bool] = False
+    identity_at_start: ClassVar[bool] = False
+    branches: Any
+
+    def begin(self, x: Tensor) -> tuple[Any, Any]:
+        """The state before the first branch, and the first branch's input (a tuple, where it takes several)."""
+        return [x], x
+
+    def step(self, index: int, state: Any, f: Tensor) -> tuple[Any, Any]:
+        """The state after branch ``index`` gave ``f``, and the next branch's input; after the last, the output."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        """The same shape; what follows ``x`` goes to every branch as it is."""
+        state, h = self.begin(x)
+        for index, branch in enumerate(self.branches):
+            inputs = h if isinstance(h, tuple) else (h,)
+            state, h = self.step(index, state, branch(*inputs, *args, **keywords))
+        return h
+
+
+class Elsewhere(nn.Module):
+    """In place of a branch that is computed elsewhere: only ``read`` and ``write`` of its connection are called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Refuse: the branch is not here."""
+        raise NotImplementedError("this connection has no branch of its own")
+
+
+class Holder(nn.Module):
+    """Connections by dotted name, beside a model's own modules; called among them (in a Sequential) it changes nothing."""
+
+    def put(self, name: str, connection: nn.Module) -> None:
+        """Register a connection so that its ``state_dict`` keys begin with ``name``."""
+        path, _, last = name.rpartition(".")
+        holder: nn.Module = self
+        for part in path.split(".") if path else ():
+            if part not in holder._modules:
+                holder._modules[part] = Holder()
+            holder = holder._modules[part]  # type: ignore[assignment]
+        before = holder._modules.get(last)
+        if before is not None:  # a connection inside this one's branch came first
+            connection._modules.update(
+                {k: m for k, m in before._modules.items() if k not in connection._modules}
+            )
+        holder._modules[last] = connection
+
+    def forward(self, x: Any) -> Any:
+        """``x``."""
+        return x
 
 
 # --- layers that act on one dimension, wherever it lies ---------------------------------------------------------

@@ -8,10 +8,11 @@ B_i are the blocks of a network, with the shortcuts that they have; at the start
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from skipscope.nn._connection import Chain
 
 
 def depth_average(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ def depth_average(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
     return total
 
 
-class DepthAveraged(nn.Module):
+class DepthAveraged(Chain):
     """Blocks in a row, each fed the weighted average of the input and of all outputs before.
 
     Args:
@@ -36,17 +37,19 @@ class DepthAveraged(nn.Module):
     """
 
     kind = "scaled"
-    identity_at_start = False
+    of_blocks = True
 
     def __init__(self, *blocks: nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.weights = nn.ParameterList(torch.eye(i + 2)[-1] for i in range(len(blocks)))
 
-    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        """``[...]`` -> ``[...]``; what follows ``x`` goes to every block as it is."""
-        outputs = [x]
-        for block, weights in zip(self.blocks, self.weights):
-            outputs.append(block(x, *args, **keywords))
-            x = depth_average(outputs, weights)
-        return x
+    @property
+    def branches(self) -> nn.ModuleList:
+        """The blocks."""
+        return self.blocks
+
+    def step(self, index: int, state: list[Tensor], f: Tensor) -> tuple[list[Tensor], Tensor]:
+        """``Y_i`` after ``X_i``."""
+        state = [*state, f]
+        return state, depth_average(state, self.weights[index])

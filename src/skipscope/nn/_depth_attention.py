@@ -9,12 +9,11 @@ network's output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipscope.nn._connection import normed
+from skipscope.nn._connection import Chain, normed
 
 
 def depth_attention(outputs: Sequence[Tensor], query: Tensor) -> Tensor:
@@ -33,7 +32,7 @@ def depth_attention(outputs: Sequence[Tensor], query: Tensor) -> Tensor:
     return total
 
 
-class DepthAttention(nn.Module):
+class DepthAttention(Chain):
     """Branches whose inputs, and the output, attend over ``x`` and all branches before.
 
     Args:
@@ -48,19 +47,18 @@ class DepthAttention(nn.Module):
     """
 
     kind = "gated"
-    identity_at_start = False
 
     def __init__(self, *branches: nn.Module, width: int, dim: int = -1):
         super().__init__()
         self.branches, self.dim = nn.ModuleList(branches), dim
         self.queries = nn.ParameterList(torch.zeros(width) for _ in branches)  # h_1 is x, whatever its query
 
-    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        """The same shape; what follows ``x`` goes to every branch as it is."""
+    def begin(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """``v_0 = h_1 = x``."""
         h = x.movedim(self.dim, -1)
-        outputs = [h]
-        for branch, query in zip(self.branches, self.queries):
-            f = branch(h.movedim(-1, self.dim), *args, **keywords)
-            outputs.append(f.movedim(self.dim, -1))
-            h = depth_attention(outputs, query)
-        return h.movedim(-1, self.dim)
+        return [h], h.movedim(-1, self.dim)
+
+    def step(self, index: int, state: list[Tensor], f: Tensor) -> tuple[list[Tensor], Tensor]:
+        """``h_(l+1)`` after ``v_l``."""
+        state = [*state, f.movedim(self.dim, -1)]
+        return state, depth_attention(state, self.queries[index]).movedim(-1, self.dim)

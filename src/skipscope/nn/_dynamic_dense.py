@@ -10,13 +10,12 @@ transformer's query, key, value and residual). At the start the network is what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skipscope.nn._connection import normed
+from skipscope.nn._connection import Chain, normed
 
 
 def dynamic_dense(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -28,7 +27,7 @@ def dynamic_dense(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
     return total
 
 
-class DynamicDense(nn.Module):
+class DynamicDense(Chain):
     """Blocks in a row, each fed C weighted sums of the input and of all outputs before, weighed token by token.
 
     Args:
@@ -45,7 +44,7 @@ class DynamicDense(nn.Module):
     """
 
     kind = "gated"
-    identity_at_start = False
+    of_blocks = True
 
     def __init__(self, *blocks: nn.Module, width: int, ways: int = 1, dim: int = -1):
         super().__init__()
@@ -58,13 +57,23 @@ class DynamicDense(nn.Module):
             self.outer.append(nn.Linear(out * size, out * size, bias=False))
             nn.init.zeros_(self.outer[i].weight)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        """``[...]`` -> ``[...]``; what follows ``x`` goes to every block as it is."""
-        outputs = [x.movedim(self.dim, -1)]
-        inputs = outputs * self.ways
-        for block, static, inner, outer in zip(self.blocks, self.static, self.inner, self.outer):
-            read = [y.movedim(-1, self.dim) for y in inputs]
-            outputs.append(block(*read, *args, **keywords).movedim(self.dim, -1))
-            weights = static + outer(F.gelu(inner(normed(outputs[-1])))).unflatten(-1, static.shape)
-            inputs = [dynamic_dense(outputs, way) for way in weights.unbind(-2)]
-        return inputs[0].movedim(-1, self.dim)
+    @property
+    def branches(self) -> nn.ModuleList:
+        """The blocks."""
+        return self.blocks
+
+    def begin(self, x: Tensor) -> tuple[list[Tensor], Tensor | tuple[Tensor, ...]]:
+        """``X_0 = x``, which each way of the first block reads."""
+        h = x.movedim(self.dim, -1)
+        read = tuple(h.movedim(-1, self.dim) for _ in range(self.ways))
+        return [h], read[0] if self.ways == 1 else read
+
+    def step(
+        self, index: int, state: list[Tensor], f: Tensor
+    ) -> tuple[list[Tensor], Tensor | tuple[Tensor, ...]]:
+        """``Y_i^c`` after ``X_i``."""
+        state, static = [*state, f.movedim(self.dim, -1)], self.static[index]
+        hidden = F.gelu(self.inner[index](normed(state[-1])))
+        weights = static + self.outer[index](hidden).unflatten(-1, static.shape)
+        read = [dynamic_dense(state, way).movedim(-1, self.dim) for way in weights.unbind(-2)]
+        return state, read[0] if len(read) == 1 else tuple(read)

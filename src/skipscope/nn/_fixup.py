@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
-from skipscope.nn._connection import Connection
+from skipscope.nn._connection import Connection, Elsewhere
 
 
 @torch.no_grad()
@@ -53,9 +53,16 @@ class Fixup(Connection):
     identity_at_start = True
 
     def __init__(self, branch: nn.Module, depth: int):
-        super().__init__(fixup_(branch, depth))
+        super().__init__(branch)
+        self.depth = depth
+        if not isinstance(branch, Elsewhere):
+            self.initialise_(branch)
         self.bias_in, self.bias_out = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
         self.multiplier = nn.Parameter(torch.ones(()))
+
+    def initialise_(self, branch: nn.Module) -> None:
+        """As :func:`fixup_` does."""
+        fixup_(branch, self.depth)
 
     def read(self, x: Tensor) -> Tensor:
         """``x + b1``."""

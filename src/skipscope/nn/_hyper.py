@@ -9,12 +9,11 @@ layer: then every stream is what a residual network's one stream would be.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipscope.nn._connection import Connection
+from skipscope.nn._connection import Chain, Connection
 
 
 def expand_streams(x: Tensor, streams: int) -> Tensor:
@@ -65,7 +64,7 @@ class HyperConnection(Connection):
         return hyper_write(x, f, self.residual, self.post)
 
 
-class HyperConnected(nn.Module):
+class HyperConnected(Chain):
     """A stack of branches with hyper-connections between: streams inside, one tensor outside.
 
     Args:
@@ -75,8 +74,6 @@ class HyperConnected(nn.Module):
             ``partial(ManifoldHyperConnection, width=64)``.
     """
 
-    identity_at_start = False
-
     def __init__(
         self, *branches: nn.Module, streams: int = 4, connect: Callable[..., Connection] = HyperConnection
     ):
@@ -85,9 +82,18 @@ class HyperConnected(nn.Module):
         self.layers = nn.ModuleList(connect(branch, streams, layer=i) for i, branch in enumerate(branches))
         self.kind = next((layer.kind for layer in self.layers), HyperConnection.kind)
 
-    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        """``[...]`` -> ``[...]``; what follows ``x`` goes to every branch as it is."""
+    @property
+    def branches(self) -> list[nn.Module]:
+        """The F of each layer."""
+        return [layer.branch for layer in self.layers]  # type: ignore[union-attr, return-value]
+
+    def begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """N copies of ``x``, and what the first layer reads of them."""
         x = expand_streams(x, self.streams)
-        for layer in self.layers:
-            x = layer(x, *args, **keywords)
-        return reduce_streams(x)
+        return x, self.layers[0].read(x)  # type: ignore[operator]
+
+    def step(self, index: int, state: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        """The streams after layer ``index``, and what the next one reads; after the last, their mean."""
+        state = self.layers[index].write(state, f)  # type: ignore[operator]
+        last = index == len(self.layers) - 1
+        return state, reduce_streams(state) if last else self.layers[index + 1].read(state)  # type: ignore[operator]

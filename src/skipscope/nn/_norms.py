@@ -3,16 +3,22 @@
 post-norm       y = N(x + F(x))       Vaswani et al. 2017, arXiv 1706.03762
 pre-norm        y = x + F(N(x))       Xiong et al. 2020, arXiv 2002.04745
 sandwich norm   y = x + N(F(N(x)))    Ding et al. 2021, arXiv 2105.13290; Kim et al. 2025, 2502.02732 (peri-norm)
-DeepNorm        y = N(a x + F(x))     Wang et al. 2022, arXiv 2203.00555; a = (2L)^(1/4), F's weights times
-                                      (8L)^(-1/4), for an encoder or decoder of L layers of two branches
-Admin           y = N(w x + F(x))     Liu et al. 2020, arXiv 2004.08249; w learned, one number a feature
+DeepNorm        y = N(a x + F(x))     Wang et al. 2022, arXiv 2203.00555; F's weights times b at the start:
+                                      L layers alone                  a = (2L)^(1/4)           b = (8L)^(-1/4)
+                                      encoder, N, with M decoding     a = 0.81 (N^4 M)^(1/16)  b = 0.87 (N^4 M)^(-1/16)
+                                      decoder, M, with an encoder     a = (3M)^(1/4)           b = (12M)^(-1/4)
+Admin           y = N(w x + F(x))     Liu et al. 2020, arXiv 2004.08249; w learned, one number a feature, the root of
+                                      the summed variances of x and of the branches before at the start
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from skipscope._errors import SkipscopeError
 from skipscope.nn._connection import Connection, WidthNorm, along
 from skipscope.nn._scaled import scaled_shortcut
 
@@ -100,12 +106,14 @@ class SandwichNorm(PreNorm):
 
 
 class DeepNorm(_Normed):
-    """``N(a x + F(x))`` with ``a = (2 layers)^(1/4)``.
+    """``N(a x + F(x))``, a as :func:`deep_norm_constants` has it.
 
     Args:
-        branch: F; :func:`deep_norm_` gives its weights their scale.
+        branch: F; :func:`deep_norm_`, or ``initialise_``, gives its weights their scale.
         width: size of dimension ``dim``.
         layers: of the encoder or decoder; each has two branches.
+        encoder_layers: of the encoder beside this decoder.
+        decoder_layers: of the decoder beside this encoder.
         dim: the dimension that holds the features.
         norm: in place of layer normalisation.
     """
@@ -113,29 +121,154 @@ class DeepNorm(_Normed):
     kind = "scaled"
 
     def __init__(
-        self, branch: nn.Module, width: int, layers: int, *, dim: int = -1, norm: nn.Module | None = None
+        self,
+        branch: nn.Module,
+        width: int,
+        layers: int,
+        *,
+        encoder_layers: int | None = None,
+        decoder_layers: int | None = None,
+        dim: int = -1,
+        norm: nn.Module | None = None,
     ):
         super().__init__(branch, width, dim=dim, norm=norm)
-        self.scale = (2 * layers) ** 0.25
+        self.scale, self.branch_scale = deep_norm_constants(
+            layers, encoder_layers=encoder_layers, decoder_layers=decoder_layers
+        )
+
+    def initialise_(self, branch: nn.Module) -> None:
+        """As :func:`deep_norm_` does."""
+        _scale_values(branch, self.branch_scale, QUERIES_AND_KEYS)
 
     def write(self, x: Tensor, f: Tensor) -> Tensor:
         """``N(a x + f)``."""
         return self.norm(scaled_shortcut(x, f, self.scale))
 
 
+def deep_norm_constants(
+    layers: int, *, encoder_layers: int | None = None, decoder_layers: int | None = None
+) -> tuple[float, float]:
+    """DeepNorm's factor on the shortcut, and the one on the branch's weights at the start.
+
+    Args:
+        layers: of this encoder or decoder.
+        encoder_layers: of the encoder beside it, if this is a decoder that has one.
+        decoder_layers: of the decoder beside it, if this is an encoder that has one.
+
+    Example:
+        >>> deep_norm_constants(8)
+        (2.0, 0.3535533905932738)
+    """
+    if decoder_layers is not None:
+        product = layers**4 * decoder_layers
+        return 0.81 * product ** (1 / 16), 0.87 * product ** (-1 / 16)
+    if encoder_layers is not None:
+        return (3 * layers) ** 0.25, (12 * layers) ** -0.25
+    return (2 * layers) ** 0.25, (8 * layers) ** -0.25
+
+
+# Weights of queries and keys, as libraries call them; DeepNorm leaves them alone.
+QUERIES_AND_KEYS = (
+    "q_proj",
+    "k_proj",
+    "q_proj_weight",
+    "k_proj_weight",
+    "to_q",
+    "to_k",
+    "query",
+    "key",
+    "wq",
+    "wk",
+)
+# Queries, keys and values in one weight: their thirds, in this order.
+_FUSED_ROWS = ("in_proj_weight", "qkv", "Wqkv", "in_proj", "to_qkv")
+_FUSED_COLUMNS = ("c_attn",)
+_FUSED_OTHERWISE = ("query_key_value", "qkv_proj", "W_pack", "kv_proj", "to_kv")
+
+
 @torch.no_grad()
-def deep_norm_(branch: nn.Module, layers: int, skip: tuple[str, ...] = ("q_proj", "k_proj")) -> nn.Module:
-    """Scale a branch's weights in place by ``(8 layers)^(-1/4)``, as DeepNorm does.
+def deep_norm_(
+    branch: nn.Module,
+    layers: int,
+    skip: tuple[str, ...] = QUERIES_AND_KEYS,
+    *,
+    encoder_layers: int | None = None,
+    decoder_layers: int | None = None,
+) -> nn.Module:
+    """Scale a branch's weights in place as DeepNorm does: all but those of queries and keys.
+
+    Of queries, keys and values in one weight the last third is scaled.
 
     Args:
         branch: F, with the initialisation whose gain is to be scaled (the paper's is Xavier's).
         layers: of the encoder or decoder.
-        skip: weights whose names hold one of these stay as they are: queries and keys.
+        skip: weights whose module, or own name, is one of these stay as they are.
+        encoder_layers: see :func:`deep_norm_constants`.
+        decoder_layers: see :func:`deep_norm_constants`.
+
+    Raises:
+        SkipscopeError: a weight fuses queries, keys and values in an order that is not known.
 
     Example:
         >>> branch = deep_norm_(nn.Linear(2, 2), layers=2)
     """
-    for name, parameter in branch.named_parameters():
-        if parameter.ndim > 1 and not any(word in name for word in skip):
-            parameter.mul_((8 * layers) ** -0.25)
+    _, factor = deep_norm_constants(layers, encoder_layers=encoder_layers, decoder_layers=decoder_layers)
+    _scale_values(branch, factor, skip)
     return branch
+
+
+@torch.no_grad()
+def _scale_values(branch: nn.Module, factor: float, skip: tuple[str, ...]) -> None:
+    for name, parameter in branch.named_parameters():
+        words = set(name.split(".")[-2:])
+        if parameter.ndim < 2 or words & set(skip):
+            continue
+        dim = 0 if words & set(_FUSED_ROWS) else 1 if words & set(_FUSED_COLUMNS) else None
+        if words & set(_FUSED_OTHERWISE) or (dim is not None and parameter.shape[dim] % 3):
+            raise SkipscopeError(
+                "deep_norm_", "a weight fuses queries, keys and values in an order that is not known", layer=name,
+                expected="thirds: queries, keys, values", got=f"shape {tuple(parameter.shape)}",
+                cure="scale it by hand, and leave it out: skip=(...)",
+            )  # fmt: skip
+        scaled = parameter if dim is None else parameter.chunk(3, dim)[2]
+        scaled.mul_(factor)
+
+
+@torch.no_grad()
+def admin_(model: nn.Module, *inputs: Any, **keywords: Any) -> nn.Module:
+    """Start every :class:`Admin` of a model where the paper does, in place: from one pass of the network over data.
+
+    With every w at 1, the pass measures the variance of each branch's output; then the w of branch i is the root of
+    the variance of the first branch's input and of those of the branches before i.
+
+    Args:
+        model: holds the :class:`Admin` modules, which are called one after the other.
+        inputs: what the model is called with.
+        keywords: the same, by name.
+
+    Example:
+        >>> blocks = nn.Sequential(*[Admin(nn.Linear(4, 4), 4) for _ in range(3)])
+        >>> _ = admin_(blocks, torch.randn(100, 4))
+        >>> blocks[2].omega.min() > blocks[1].omega.max() > blocks[0].omega.min()
+        tensor(True)
+    """
+    met: list[tuple[Admin, float, float]] = []
+    blocks = [module for module in model.modules() if isinstance(module, Admin)]
+    handles = []
+    for block in blocks:
+        block.omega.fill_(1.0)
+
+        def note(_: nn.Module, args: Any, output: Tensor, block: Admin = block) -> None:
+            met.append((block, float(args[0].float().var()), float(output.float().var())))
+
+        handles.append(block.branch.register_forward_hook(note))
+    try:
+        model(*inputs, **keywords)
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = met[0][1] if met else 0.0
+    for block, _, variance in met:
+        block.omega.fill_(total**0.5)
+        total += variance
+    return model

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from skipscope._errors import SkipscopeError
+from skipscope.nn._connection import Elsewhere
 from skipscope.nn._dense import DenseShortcut
 from skipscope.nn._depth import DepthAveraged
 from skipscope.nn._depth_attention import DepthAttention
@@ -47,6 +48,7 @@ class Kind:
         paper: authors, year, arXiv number.
         spans_depth: it joins the branches of a whole chain; a chain of one says little.
         keeps_width: the output is as wide as the input.
+        own_branches: it has a second branch of its own, made from the first.
     """
 
     name: str
@@ -56,12 +58,19 @@ class Kind:
     _make: Callable[..., nn.Module]
     spans_depth: bool = False
     keeps_width: bool = True
+    own_branches: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The kind's own arguments by name, with their defaults."""
         own = inspect.signature(self.module.__init__).parameters.values()
         return {p.name: p.default for p in own if p.default is not p.empty and p.name not in _GIVEN}
+
+    def line(self) -> str:
+        """One line for ``help(skipscope.nn)``."""
+        own = "".join(f", {name}={value!r}" for name, value in self.arguments.items())
+        chain = ", spans depth" if self.spans_depth else ""
+        return f"- {self.name} ({self.module.__name__}{chain}): {self.equation}{own}. {self.paper}."
 
     def __call__(
         self,
@@ -102,7 +111,26 @@ class Kind:
 
 
 # What `Kind.__call__` hands to every kind that takes it, and what is no choice of the user's.
-_GIVEN = {"self", "branch", "branches", "blocks", "width", "dim", "depth", "layers", "layer", "connect"}
+_GIVEN = {
+    "self",
+    "branch",
+    "branches",
+    "blocks",
+    "width",
+    "dim",
+    "depth",
+    "layers",
+    "layer",
+    "connect",
+    "ways",
+}
+
+
+def _deep_norm(branch: nn.Module, width: int, dim: int, depth: int, **own: Any) -> nn.Module:
+    made = DeepNorm(branch, width, max(1, depth // 2), dim=dim, **own)
+    if not isinstance(branch, Elsewhere):
+        made.initialise_(branch)
+    return made
 
 
 _KINDS = (
@@ -200,8 +228,8 @@ _KINDS = (
         lambda f, width, dim, depth, **own: SandwichNorm(f, width, dim=dim, **own),
     ),
     Kind(
-        "deep-norm", DeepNorm, "y = N(a x + F(x)), a = (2L)^(1/4)", "Wang et al. 2022, arXiv 2203.00555",
-        lambda f, width, dim, depth, **own: DeepNorm(f, width, max(1, depth // 2), dim=dim, **own),
+        "deep-norm", DeepNorm, "y = N(a x + F(x)), a = (2L)^(1/4), F's weights times (8L)^(-1/4), L layers of two branches", "Wang et al. 2022, arXiv 2203.00555",
+        _deep_norm,
     ),
     Kind(
         "admin", Admin, "y = N(diag(w) x + F(x))", "Liu et al. 2020, arXiv 2004.08249",
@@ -210,9 +238,10 @@ _KINDS = (
     Kind(
         "parallel", ParallelBranches, "y = x + F1(N(x)) + F2(N(x))", "Chowdhery et al. 2022, arXiv 2204.02311",
         lambda f, width, dim, depth: ParallelBranches(f, anew(f), width=width, dim=dim),
+        own_branches=True,
     ),
     Kind(
-        "hyper", HyperConnection, "X' = H X + h F(w . X), n streams from the first branch to the last",
+        "hyper", HyperConnection, "X' = H X + h F(w . X), n streams from the first branch to the last (HyperConnected)",
         "Zhu et al. 2024, arXiv 2409.19606",
         lambda chain, width, dim, depth, **own: _hyper(chain, partial(HyperConnection), **own),
         spans_depth=True,
@@ -243,6 +272,7 @@ _KINDS = (
         "shake-shake", ShakeShake, "y = x + a F1(x) + (1 - a) F2(x), a ~ U(0, 1)",
         "Gastaldi 2017, arXiv 1705.07485",
         lambda f, width, dim, depth, **own: ShakeShake(f, **own),
+        own_branches=True,
     ),
     Kind(
         "depth-averaged", DepthAveraged, "Y_i = sum over j <= i of a_ij X_j, X_i = Y_(i-1) + F_i(Y_(i-1))",

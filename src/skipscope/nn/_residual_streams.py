@@ -9,11 +9,9 @@ and neither skips anything.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from skipscope.nn._connection import WidthNorm
+from skipscope.nn._connection import Chain, WidthNorm
 
 
 def residual_streams(post: Tensor, pre: Tensor, f: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -21,7 +19,7 @@ def residual_streams(post: Tensor, pre: Tensor, f: Tensor, norm: nn.Module) -> t
     return norm(post + f), pre + f
 
 
-class ResidualStreams(nn.Module):
+class ResidualStreams(Chain):
     """ResiDual: a stack of branches between two streams, one tensor outside.
 
     Args:
@@ -37,18 +35,20 @@ class ResidualStreams(nn.Module):
         4
     """
 
-    kind = "identity"
-    identity_at_start = False
-
     def __init__(self, *branches: nn.Module, width: int, dim: int = -1):
         super().__init__()
         self.branches = nn.ModuleList(branches)
         self.norms = nn.ModuleList(WidthNorm(width, dim=dim) for _ in branches)
         self.norm_out = WidthNorm(width, dim=dim)
 
-    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        """The same shape; what follows ``x`` goes to every branch as it is."""
-        post = pre = x
-        for branch, norm in zip(self.branches, self.norms):
-            post, pre = residual_streams(post, pre, branch(post, *args, **keywords), norm)
-        return post + self.norm_out(pre)
+    def begin(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """``d_1 = x_1 = x``; x_k is what branch k reads, so that both streams are the state."""
+        return (x, x), x
+
+    def step(
+        self, index: int, state: tuple[Tensor, Tensor], f: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Both streams after a layer, and the first, which the next layer reads; at last ``x + N(d)``."""
+        post, pre = residual_streams(*state, f, self.norms[index])
+        last = index == len(self.branches) - 1
+        return (post, pre), post + self.norm_out(pre) if last else post

@@ -9,10 +9,10 @@ This is the equation; storing no activations, its purpose, is left to the caller
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
+from skipscope.nn._connection import Chain
 from skipscope.nn._shake import anew
 
 Branch = Callable[[Tensor], Tensor]
@@ -37,7 +37,7 @@ def reversed_from(y1: Tensor, y2: Tensor, f: Branch, g: Branch) -> tuple[Tensor,
     return y1 - f(x2), x2
 
 
-class Reversible(nn.Module):
+class Reversible(Chain):
     """Reversible layers between two streams, which begin as copies of one tensor and end as their mean.
 
     Args:
@@ -50,19 +50,20 @@ class Reversible(nn.Module):
         torch.Size([3, 4])
     """
 
-    kind = "identity"
-    identity_at_start = False
-
     def __init__(self, *branches: nn.Module):
         super().__init__()
         branches = branches if len(branches) % 2 == 0 else (*branches, anew(branches[-1]))
         self.branches = nn.ModuleList(branches)
 
-    def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        """The same shape; what follows ``x`` goes to every branch as it is."""
-        one = two = x
-        for f, g in zip(self.branches[::2], self.branches[1::2]):
-            one, two = reversible(
-                one, two, lambda h, f=f: f(h, *args, **keywords), lambda h, g=g: g(h, *args, **keywords)
-            )
-        return (one + two) / 2
+    def begin(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Two copies of ``x``; F reads the second."""
+        return (x, x), x
+
+    def step(
+        self, index: int, state: tuple[Tensor, Tensor], f: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """``(y1, x2)`` after an F, which G reads the first of; ``(y1, y2)`` after a G; at last their mean."""
+        one, two = state
+        state = (one, two + f) if index % 2 else (one + f, two)
+        last = index == len(self.branches) - 1
+        return state, (state[0] + state[1]) / 2 if last else state[index % 2]

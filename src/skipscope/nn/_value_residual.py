@@ -24,19 +24,22 @@ class ValueResidualAttention(nn.Module):
         width: of a token.
         heads: how many parts of it attend by themselves.
         causal: whether a token sees only those before it.
+        mixes: whether its values are ever joined with another layer's; the first layer's are not.
     """
 
-    def __init__(self, width: int, heads: int = 1, *, causal: bool = False):
+    def __init__(self, width: int, heads: int = 1, *, causal: bool = False, mixes: bool = True):
         super().__init__()
         self.heads, self.causal = heads, causal
         self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.weights = nn.Parameter(torch.full((2,), 0.5))
+        self.weights = nn.Parameter(torch.full((2,), 0.5)) if mixes else None
 
     def forward(self, x: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the layer adds to its input, and its own values, before they are joined with ``first``."""
         parts = self.project(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         query, key, values = (part.transpose(-2, -3) for part in parts)
-        used = values if first is None else value_residual(values, first, self.weights)
+        used = values
+        if first is not None and self.weights is not None:
+            used = value_residual(values, first, self.weights)
         y = F.scaled_dot_product_attention(query, key, used, is_causal=self.causal)
         return self.out(y.transpose(-2, -3).flatten(-2)), values
 
@@ -64,7 +67,7 @@ class ValueResidual(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
         self.attentions = nn.ModuleList(
-            ValueResidualAttention(width, heads, causal=causal) for _ in range(layers)
+            ValueResidualAttention(width, heads, causal=causal, mixes=layer > 0) for layer in range(layers)
         )
 
     def forward(self, x: Tensor) -> Tensor:
