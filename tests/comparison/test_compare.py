@@ -14,8 +14,8 @@ from skipscope import reference
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope.comparison._compare import Evidence, Roles
-from skipscope.comparison._lecture import build, deepest_where_both_learn
-from skipscope.comparison._results import Curves, Rung, _learns
+from skipscope.comparison._lecture import build
+from skipscope.comparison._results import Curves, _learns
 from skipscope.comparison._words import _compare_surfaces, share, summary
 
 WITH = partial(reference.deep_mlp, 4, width=16, shortcut="identity", scale=0.5)
@@ -206,16 +206,6 @@ def test_the_lectures_four_networks_share_their_draw():
     assert not torch.equal(he["layers.1.0.weight"], plain["layers.1.0.weight"])
 
 
-def rung(depth, plain, shortcuts):
-    learns = {"plain": {"SGD": plain, "Adam": False}, "shortcuts": {"SGD": False, "Adam": shortcuts}}
-    return Rung(depth, {}, {}, {}, learns)
-
-
-def test_the_deepest_rung_where_both_learn():
-    assert deepest_where_both_learn([rung(8, True, True), rung(12, True, True), rung(30, False, True)]) == 12
-    assert deepest_where_both_learn([rung(8, False, True), rung(30, False, True)]) == 8
-
-
 def test_a_summary_of_nothing_says_nothing():
     assert summary(Evidence(Roles("with", "without"), {})) == ()
 
@@ -229,6 +219,20 @@ def test_the_main_job_whole():
     assert result.flow["shortcuts"].verdict.state == "exploding"
     assert result.ladder[-1].learns["shortcuts"]["Adam"]
     assert not any(result.ladder[-1].learns["plain"].values())
+    assert_one_depth(result)
+
+
+def assert_one_depth(result):
+    """What is trained, ranked and drawn is as deep as what the headline names."""
+    assert result.ladder[-1].depth == 30 and "30 hidden layers" in result.subject
+    importance = result.importance["shortcuts"]
+    assert [i.name for i in importance] == [s.name for s in result.found["shortcuts"]]
+    learns = {
+        n: {o: None not in c.steps_to_target for o, c in by.items()}
+        for n, by in result.training.curves.items()
+    }
+    assert result.ladder[-1].learns == learns
+    assert result.ladder[-1].fall == {n: result.flow[n].verdict.fall_decades for n in result.ladder[-1].fall}
 
 
 def test_the_main_job_quick():
@@ -242,6 +246,7 @@ def test_the_main_job_quick():
     assert result.flow["shortcuts"].verdict.state == "exploding"
     assert not any(result.ladder[-1].learns["plain"].values())
     assert result.ladder[-1].learns["shortcuts"]["Adam"]
+    assert_one_depth(result)
 
 
 # --- the claim on surfaces ---------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from skipscope.comparison._measure import Clock
 from skipscope.comparison._results import Comparison, Rung, Training
 from skipscope.comparison._threads import fitting_threads
 from skipscope.comparison._train import train_and_keep
-from skipscope.flow import flow_of
+from skipscope.flow import GradientFlow, flow_of
 
 DEPTHS = (8, 12, 16, 30)
 TARGET = 0.5  # well below 2.303, the loss of guessing among ten digits
@@ -87,13 +87,14 @@ def compare_lecture(settings: Settings, clock: Clock, *, quick: bool, steps: int
         fitting_threads(build(depths[-1], settings.seed)[ROLES.lacking], plain.loss, batch),
     ):
         say(_estimate(depths, settings))
-        rung = _measure(evidence, subjects, depths, settings, clock)
+        _measure(evidence, subjects, depths, settings, clock)
     subject = f"The lecture's network, {depths[-1]} hidden layers deep, on 1,797 real digits"
+    shallower = ", ".join(map(str, depths[:-1]))
     details = DETAILS + (
-        f"Flow, paths and strength are those of {depths[-1]} hidden layers at initialisation; curves, surfaces and "
-        f"importance those of {rung} hidden layers, the deepest of {', '.join(map(str, depths))} where both the plain "
-        "network and the one with shortcuts learn. At the other depths a sweep of one seed ends when its first rate is at the "
-        "target, or half way when no rate has brought the loss down by 1 %: there '> N' counts the steps that were run. "
+        f"Everything but the charts over depth is measured on {depths[-1]} hidden layers: flow, paths and strength at "
+        f"initialisation, surfaces and importance after training. At {shallower} hidden layers each network is trained on "
+        "one seed; that sweep ends when its first rate is at the target, or half way when no rate has brought the loss "
+        "down by 1 %: there '> N' counts the steps that were run. "
     )
     return evidence.finish(subject, settings, clock, details if settings.train else DETAILS)
 
@@ -104,26 +105,27 @@ def _measure(
     depths: tuple[int, ...],
     settings: Settings,
     clock: Clock,
-) -> int:
-    """Everything that is measured; returns the depth that was trained in full."""
-    data = reference.digits()
+) -> None:
+    """Measure everything on the deepest networks, and the fall and the training also on shallower ones."""
+    data, subject = reference.digits(), deepest[ROLES.lacking]
     measure_flow(evidence, deepest, clock)
-    with clock.stage("ladder"):
-        evidence.ladder = [_rung(depth, deepest[ROLES.lacking], data, settings) for depth in depths]
-    trained, rung = deepest, depths[-1]
+    trained = deepest
+    with clock.stage("other depths"):
+        evidence.ladder = [_rung(depth, subject, data, settings) for depth in depths[:-1]]
     if settings.train:
-        rung = deepest_where_both_learn(evidence.ladder)
+        say(f"{depths[-1]} hidden layers")
         with clock.stage("training"):
-            evidence.training, kept = _train(rung, data, settings, settings.seeds)
+            evidence.training, kept = _train(depths[-1], data, settings, settings.seeds)
         trained = {
             name: deepest[name].other(model, owned=False)
             for name, model in trained_alike(evidence.training, kept).items()
         }
     else:
         clock.notes.append("nothing was trained: the surfaces are those of the initial weights")
+    flows = {name: evidence.flow[name] for name in deepest}
+    evidence.ladder.append(_rung_of(depths[-1], flows, evidence.training))
     measure_surfaces(evidence, trained, settings, clock)
     measure_importance(evidence, trained, clock)
-    return rung
 
 
 def _estimate(depths: tuple[int, ...], settings: Settings) -> str:
@@ -133,10 +135,10 @@ def _estimate(depths: tuple[int, ...], settings: Settings) -> str:
         seconds_a_step(makers(depths[-1]), reference.digits(256), F.cross_entropy, settings, None)
         / depths[-1]
     )
-    sweeps = 2 * len(settings.optimizers)  # four rates at once cost about twice as much as one
-    layers = (
-        0.5 * sum(depths) + 2 * depths[len(depths) // 3]
-    )  # the ladder, which stops early; a sweep and the seeds of one rung
+    # Four rates at once cost about twice as much as one.
+    sweeps = 2 * len(settings.optimizers)
+    # The shallower networks stop early; the deepest have a sweep and the seeds.
+    layers = 0.5 * sum(depths[:-1]) + 2 * depths[-1]
     seconds = 20 + each * settings.steps * 4 * sweeps * layers
     return f"about {seconds:.0f} s: {len(depths)} depths, 4 networks, 2 optimizers, {settings.seeds} seeds"
 
@@ -152,24 +154,17 @@ def _train(depth: int, data, settings: Settings, seeds: int, *, stop_at_target: 
 def _rung(depth: int, subject: Subject, data, settings: Settings) -> Rung:
     say(f"{depth} hidden layers")
     flows = {name: flow_of(subject.other(model)) for name, model in build(depth, settings.seed).items()}
-    fall = {name: flow.verdict.fall_decades or 0.0 for name, flow in flows.items()}
-    state = {name: flow.verdict.state for name, flow in flows.items()}
-    if not settings.train:
-        return Rung(depth, fall, state)
-    training: Training = _train(depth, data, settings, 1, stop_at_target=True)[0]
-    steps = {name: {o: training.steps_text(name, o) for o in by} for name, by in training.curves.items()}
-    learns = {
-        name: {o: c.steps_to_target[0] is not None for o, c in by.items()}
-        for name, by in training.curves.items()
-    }
-    return Rung(depth, fall, state, steps, learns)
+    training = _train(depth, data, settings, 1, stop_at_target=True)[0] if settings.train else None
+    return _rung_of(depth, flows, training)
 
 
-def deepest_where_both_learn(ladder: list[Rung]) -> int:
-    """The deepest rung where plain and shortcuts both learn under some optimizer; else the shallowest."""
-    both = [
-        rung.depth
-        for rung in ladder
-        if any(rung.learns[ROLES.having].values()) and any(rung.learns[ROLES.lacking].values())
-    ]
-    return max(both, default=ladder[0].depth)
+def _rung_of(depth: int, flows: dict[str, GradientFlow], training: Training | None) -> Rung:
+    """What one depth shows; a network learns where every seed's loss reaches the target under that optimizer."""
+    curves = training.curves if training is not None else {}
+    return Rung(
+        depth,
+        {name: flow.verdict.fall_decades or 0.0 for name, flow in flows.items()},
+        {name: flow.verdict.state for name, flow in flows.items()},
+        {name: {o: training.steps_text(name, o) for o in by} for name, by in curves.items()},  # type: ignore[union-attr]
+        {name: {o: None not in c.steps_to_target for o, c in by.items()} for name, by in curves.items()},
+    )
