@@ -60,6 +60,13 @@ def arrival(flow: GradientFlow) -> str:
     return f"the gradient reaches the first layer {what.removesuffix(' as much')} larger"
 
 
+def _arriving(decades: float) -> str:
+    what = share(decades)
+    if decades < 0 and what != "all":
+        return f"the gradient arrives {what.removesuffix(' as much')} larger"
+    return f"{what} of the gradient arrives"
+
+
 def _capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
@@ -77,9 +84,13 @@ def _flow_sentences(evidence: Evidence) -> list[str]:
     roles, flow = evidence.roles, evidence.flow
     if not {roles.having, roles.lacking} <= flow.keys():
         return []
+    lost, grown = (flow[name].verdict.fall_decades or 0.0 for name in (roles.lacking, roles.having))
+    beside = (
+        ", a small change beside what is lost without" if lost > 6 and -3 < grown < -math.log10(2) else ""
+    )
     return [
         f"Without shortcuts, {arrival(flow[roles.lacking])}.",
-        f"With shortcuts, {arrival(flow[roles.having])}.",
+        f"With shortcuts, {arrival(flow[roles.having])}{beside}.",
     ]
 
 
@@ -209,6 +220,13 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
         limits = f"A shortcut is not the only cure: {cures[0]!r} learns too, without one."
     elif lost:
         limits = f"Shortcuts alone are not always enough: under {lost[0]} the network with them does not learn either."
+        better = [
+            name
+            for name in roles.controls
+            if name.startswith(roles.having) and training.curves[name][lost[0]].learns
+        ]
+        if better:
+            limits = f"Shortcuts as they are do not always suffice: under {lost[0]} they fail, and {better[0]!r} learns."
     else:
         limits = "It is a matter of speed here: both networks learn, each at its best rate."
         if any(math.isinf(_middle(training.curves[roles.lacking][o])) for o in told):
@@ -262,8 +280,13 @@ def _slower(training: Training, roles: Roles, optimizer: str) -> bool:
 
 
 def _middle(curves: Curves) -> float:
-    """Median steps to the target; inf where most seeds never reach it."""
-    return float(np.median([np.inf if s is None else s for s in curves.steps_to_target]))
+    """Median steps to the target, as the table has it; inf where most seeds never reach it."""
+    steps = sorted(np.inf if s is None else float(s) for s in curves.steps_to_target)
+    return steps[len(steps) // 2]
+
+
+def _end(curves: Curves) -> str:
+    return short(curves.final_loss) if math.isfinite(curves.final_loss) else "no number (training diverges)"
 
 
 def _update(curves: Curves) -> float:
@@ -456,7 +479,7 @@ def _claim_strength(evidence: Evidence) -> Claim:
         limits = f"Full strength is not needed: the flow is healthy from a strength of {healthy[0]:.1f} on."
     return Claim(
         "strength", _STRENGTH, answer,
-        f"At strength 0, {share(start)} of the gradient reaches the first layer; at 1, {share(end)}.",
+        f"At strength 0, {_arriving(start)} at the first layer; at strength 1, {_arriving(end)}.",
         limits, f"The fall goes from {short(start)} decades at strength 0 to {short(end)} at strength 1.",
         "Move the slider from 0 (removed) to 1 (as built).",
     )  # fmt: skip

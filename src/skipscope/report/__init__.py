@@ -10,34 +10,25 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
 from skipscope._result import Result
-from skipscope.comparison import Comparison
-from skipscope.flow import GradientSplit
 from skipscope.report import _arcs, _arcs_text, _page
-from skipscope.report import _view_bands as _view_bands
-from skipscope.report import _view_book as _view_book
-from skipscope.report import _view_comparison as _view_comparison
-from skipscope.report import _view_curvature as _view_curvature
-from skipscope.report import _view_flow as _view_flow
-from skipscope.report import _view_monitor as _view_monitor
-from skipscope.report import _view_paths as _view_paths
-from skipscope.report import _view_shortcuts as _view_shortcuts
-from skipscope.report import _view_surfaces as _view_surfaces
-from skipscope.report import _view_training as _view_training
 from skipscope.report._charts import Lines
 from skipscope.report._live import LIVE_PAGE as LIVE_PAGE
 from skipscope.report._live import live_page as live_page
 from skipscope.report._side_by_side import SideBySide as SideBySide
 from skipscope.report._side_by_side import side_by_side as side_by_side
 from skipscope.report._story import story as story
-from skipscope.shortcuts import Shortcuts
-from skipscope.surfaces import PairedSurfaces, Surface
+
+if TYPE_CHECKING:
+    from skipscope.flow import GradientSplit
+    from skipscope.shortcuts import Shortcuts
 
 
 def plot(result: Result, ax: Any = None, *, chart: int | None = None, **options: Any) -> Any:
@@ -59,13 +50,12 @@ def plot(result: Result, ax: Any = None, *, chart: int | None = None, **options:
     from skipscope.report import _hero, _matplotlib
     from skipscope.report import _matplotlib_maps as _matplotlib_maps
 
-    if isinstance(result, Comparison) and chart is None and ax is None:
+    is_comparison = isinstance(result, _class("comparison", "Comparison"))
+    if is_comparison and chart is None and ax is None:
         return _hero.hero(result)
     charts = [chart for panel in story(result).panels for chart in panel.charts]
     if chart is None:  # of a comparison the flow, which its networks share; of everything else the first
-        chart = next(
-            (i for i, c in enumerate(charts) if isinstance(result, Comparison) and isinstance(c, Lines)), 0
-        )
+        chart = next((i for i, c in enumerate(charts) if is_comparison and isinstance(c, Lines)), 0)
     if not -len(charts) <= chart < len(charts):
         raise SkipscopeError(
             "plot", f"a {type(result).__name__} has no chart{f' number {chart}' if charts else ''}", got=f"chart={chart}",
@@ -100,7 +90,8 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
     if ending == "html":
         live = LIVE_PAGE if path.with_name(LIVE_PAGE).exists() else None
         return write_whole(path, _page.page(result, story(result), path.name, live))
-    if ending == "gif" and isinstance(result, Surface | PairedSurfaces):
+    surfaces = (_class("surfaces", name) for name in ("Surface", "PairedSurfaces"))
+    if ending == "gif" and isinstance(result, tuple(surfaces)):
         from skipscope.report._animation import gif
 
         return write_whole(path, gif(result, **options))
@@ -110,6 +101,15 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
             expected=".json, .html, .png, .svg or .pdf",
         )  # fmt: skip
     return write_whole(path, _picture(result, ending, **options))
+
+
+def _class(room: str, name: str) -> type:
+    """A class of a room, imported when it is asked for: drawing one result need not wait for all rooms.
+
+    Returns a class that nothing is an instance of while the room has not been imported.
+    """
+    module = sys.modules.get(f"skipscope.{room}")
+    return getattr(module, name) if module is not None else type(name, (), {})
 
 
 def _picture(result: Result, ending: str, *, dpi: int = 160, **options: Any) -> bytes:
@@ -168,7 +168,9 @@ def draw(
     Raises:
         SkipscopeError: an unknown form.
     """
-    if isinstance(shares, GradientSplit):
+    from skipscope.report import _view_shortcuts
+
+    if isinstance(shares, _class("flow", "GradientSplit")):
         shares = {s.name: s.share for s in shares}
     chart = _view_shortcuts.drawing(found, shares)
     if form == "text":

@@ -10,7 +10,7 @@ from typing import Any
 from skipscope._errors import SkipscopeError
 from skipscope._result import Result, Table, dumps, loads
 from skipscope.report._charts import Chart, Lines, Panel, Story
-from skipscope.report._story import story
+from skipscope.report._story import story, view
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _shortened(names: list[str]) -> tuple[str, ...]:
     return tuple("/".join(p[i] for i in differing) for p in parts)
 
 
-@story.register
+@view.register
 def _(result: SideBySide) -> Story:
     stories = {name: story(one) for name, one in result.results.items()}
     panels = [Panel("All numbers", tables=[result.table()])]

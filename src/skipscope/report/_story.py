@@ -1,20 +1,45 @@
-"""From a result to its story: a title, the answer, and a panel for each claim. One function, told by class.
+"""From a result to its story: a title, the answer, and a panel for each claim. One function, by the result's class.
 
-The views (`_view_*.py`) register themselves here, one file for each room; a result that has no view of its own still
-has its table.
+The views (`_view_*.py`) register themselves here. Those of a room are imported when one of its results is first
+drawn, so that a page on shortcuts does not wait for SciPy. A result that has no view of its own still has its table.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 
 from skipscope._result import Result
 from skipscope.report._charts import Panel, Story
 
+_VIEWS = {
+    "book": ("_view_book",),
+    "comparison": ("_view_comparison", "_view_training"),
+    "curvature": ("_view_curvature",),
+    "flow": ("_view_flow", "_view_paths"),
+    "monitor": ("_view_monitor",),
+    "shortcuts": ("_view_shortcuts",),
+    "surfaces": ("_view_surfaces", "_view_bands", "_view_curvature"),
+}
 
-@functools.singledispatch
+
 def story(result: Result) -> Story:
     """What a page says about a result, the answer first."""
+    for kind in type(result).__mro__:
+        _import_views(kind.__module__)
+    return view(result)
+
+
+@functools.cache
+def _import_views(module: str) -> None:
+    package, _, rest = module.partition(".")
+    for name in _VIEWS.get(rest.partition(".")[0], ()) if package == "skipscope" else ():
+        importlib.import_module(f"skipscope.report.{name}")
+
+
+@functools.singledispatch
+def view(result: Result) -> Story:
+    """The story of a result without a view of its own: its table. Views register theirs."""
     table = result.table()
     return Story(
         title=table.title, lead=type(result).__name__, panels=[Panel(heading="The numbers", tables=[table])]

@@ -6,12 +6,12 @@ import numpy as np
 
 from skipscope._numbers import short
 from skipscope.report._charts import Bars, Chart, Lines, Panel, Series, Story, Surface, Surfaces
-from skipscope.report._story import story
+from skipscope.report._story import view
 from skipscope.report._view_surfaces import axes_of, height_sentence, pair_panels, surface_chart
 from skipscope.surfaces import CurvatureMap, PairedBand, PairedMaps, SurfaceBand
 
 
-@story.register
+@view.register
 def _(result: SurfaceBand) -> Story:
     first = next(iter(result.surfaces.values()))
     if result.betas.size:
@@ -45,7 +45,7 @@ def _(result: SurfaceBand) -> Story:
     )
 
 
-@story.register
+@view.register
 def _(result: PairedBand) -> Story:
     table = result.table()
     first = next(iter(result.scores))
@@ -76,7 +76,7 @@ def _(result: PairedBand) -> Story:
     return Story(table.title[:1].upper() + table.title[1:], "", answers[:3], panels, table.notes)
 
 
-@story.register
+@view.register
 def _(result: CurvatureMap) -> Story:
     table = result.table()
     convex = f"{100 * float(result.convex.mean()):.0f} % of the plane is convex in all {result.parameters:,} directions."
@@ -106,7 +106,7 @@ def _(result: CurvatureMap) -> Story:
     return Story(table.title[:1].upper() + table.title[1:], "", [convex], panels, table.notes)
 
 
-@story.register
+@view.register
 def _(result: PairedMaps) -> Story:
     table = result.table()
     first = next(iter(result.maps.values()))

@@ -7,7 +7,7 @@ import numpy as np
 from skipscope._numbers import short, times
 from skipscope.book import BookExperiment
 from skipscope.report._charts import Lines, Panel, Series, Story
-from skipscope.report._story import story
+from skipscope.report._story import view
 
 
 def seed_lines(result: BookExperiment) -> Lines:
@@ -45,7 +45,7 @@ def distribution(result: BookExperiment) -> Lines:
     )
 
 
-@story.register
+@view.register
 def _(result: BookExperiment) -> Story:
     first, last, flow = result.gradient_means[0], result.gradient_means[-1], result.first_over_last
     median = result.median_first_over_last

@@ -14,7 +14,7 @@ from skipscope.report import _view_shortcuts as shortcuts
 from skipscope.report import _view_surfaces as surfaces
 from skipscope.report import _view_training as trainings
 from skipscope.report._charts import Lines, Panel, Series, Story
-from skipscope.report._story import story
+from skipscope.report._story import view
 
 Thing = TypeVar("Thing")
 HEADINGS = {
@@ -239,7 +239,7 @@ def _network_panel(result: Comparison) -> Panel | None:
     )  # fmt: skip
 
 
-@story.register
+@view.register
 def _(result: Comparison) -> Story:
     style = styles(result)
     network = _network_panel(result)

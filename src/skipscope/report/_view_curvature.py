@@ -7,10 +7,10 @@ import numpy as np
 from skipscope._numbers import short
 from skipscope.curvature import ExtremeEigenvalues, SpectralDensity
 from skipscope.report._charts import Bars, Lines, Mark, Panel, Series, Story
-from skipscope.report._story import story
+from skipscope.report._story import view
 
 
-@story.register
+@view.register
 def _(result: ExtremeEigenvalues) -> Story:
     values = np.concatenate([result.largest, result.smallest[::-1]])
     bounds = np.concatenate([result.largest_residuals, result.smallest_residuals[::-1]])
@@ -39,7 +39,7 @@ def _(result: ExtremeEigenvalues) -> Story:
     return Story(table.title, "", [answer], [panel], table.notes)
 
 
-@story.register
+@view.register
 def _(result: SpectralDensity) -> Story:
     floor = float(np.nanmax(result.density)) * 1e-8 or 1e-300
     keep = result.density > floor

@@ -13,7 +13,7 @@ from skipscope.flow import (
 )
 from skipscope.report._charts import Bars, Lines, Mark, Panel, Series, Story
 from skipscope.report._scale import SUPERSCRIPTS
-from skipscope.report._story import story
+from skipscope.report._story import view
 
 DEPTH = "boundary, from the input (left) to the loss (right)"
 
@@ -98,7 +98,7 @@ def fall_sentence(flow: GradientFlow) -> str:
     )
 
 
-@story.register
+@view.register
 def _(result: GradientFlow) -> Story:
     verdict = result.verdict
     broken = f"It breaks at {verdict.where}." if verdict.where else ""
@@ -136,7 +136,7 @@ def _(result: GradientFlow) -> Story:
                  methods=result.table().notes)  # fmt: skip
 
 
-@story.register
+@view.register
 def _(result: Prescription) -> Story:
     rows = (result.before, *result.remedies)
     charts: Sequence[Bars] = [
@@ -168,7 +168,7 @@ def _(result: Prescription) -> Story:
     )
 
 
-@story.register
+@view.register
 def _(result: GradientCorrelation) -> Story:
     chart = Lines(
         [Series("correlation", [b[0] for b in result.bins], [b[1] for b in result.bins],

@@ -9,7 +9,7 @@ import numpy as np
 from skipscope._result import Table
 from skipscope.monitor import STATES, History, VerdictEvent
 from skipscope.report._charts import Heat, Lines, Mark, Panel, Series, Story
-from skipscope.report._story import story
+from skipscope.report._story import view
 
 KEY = "Colour is a log scale; grey is exactly zero, red stripes are not finite (inf or NaN), blank is not known."
 
@@ -35,7 +35,7 @@ def heat_of(result: History, what: str) -> Heat | None:
     )
 
 
-@story.register
+@view.register
 def _(result: History) -> Story:
     panels = []
     for what, heading in (

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from skipscope._numbers import short
 from skipscope.flow import Cost, GradientSplit, Importance, PathSpectrum
 from skipscope.report._charts import Bars, Lines, Mark, Panel, Series, Story
-from skipscope.report._story import story
+from skipscope.report._story import view
 from skipscope.report._view_flow import number
 
 
@@ -38,7 +38,7 @@ def split_answer(split: GradientSplit) -> str:
     return f"At the {len(shares)} forks the shortcut carries {100 * middle:.0f} % of the gradient (median; from {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %)."
 
 
-@story.register
+@view.register
 def _(result: GradientSplit) -> Story:
     panel = Panel(
         "Two ways back, at each fork", split_lines(result),
@@ -96,7 +96,7 @@ def path_answer(spectrum: PathSpectrum) -> str:
     )
 
 
-@story.register
+@view.register
 def _(result: PathSpectrum) -> Story:
     panel = Panel(
         "The gradient by the length of its path", path_lines({result.meaning: result}),
@@ -155,7 +155,7 @@ def importance_panels(result: Importance) -> list[Panel]:
     ]  # fmt: skip
 
 
-@story.register
+@view.register
 def _(result: Importance) -> Story:
     return Story("Which shortcuts matter", f"loss as built {short(result.loss)}, {result.mode} mode", [importance_answer(result)],
                  importance_panels(result), result.notes)  # fmt: skip

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from skipscope.report._charts import Arc, Network, Panel, Story
-from skipscope.report._story import story
+from skipscope.report._story import view
 from skipscope.shortcuts import Shortcuts
 
 
@@ -40,7 +40,7 @@ def found_answer(found: Shortcuts) -> str:
     return f"{found.model or 'The network'} has {len(found)} shortcut{'s' * (len(found) > 1)} over {len(found.layers)} layers: {listed}."
 
 
-@story.register
+@view.register
 def _(result: Shortcuts) -> Story:
     panel = Panel(
         "The network with its shortcuts", drawing(result),

@@ -7,7 +7,7 @@ import numpy as np
 from skipscope._numbers import short
 from skipscope.report import _terrain
 from skipscope.report._charts import Chart, Lines, Mark, Panel, Series, Story, Surface, Surfaces
-from skipscope.report._story import story
+from skipscope.report._story import view
 from skipscope.surfaces import Difference, PairedSurfaces
 from skipscope.surfaces import Surface as LossSurface
 
@@ -106,7 +106,7 @@ def surface_answer(name: str, surface: LossSurface) -> str:
     )
 
 
-@story.register
+@view.register
 def _(result: LossSurface) -> Story:
     chart = surface_chart({result.name: result})
     table = result.table()
@@ -184,7 +184,7 @@ def difference_sentence(result: Difference) -> str:
     return f"{result.name}: the median difference is {short(middle)}{sure}."
 
 
-@story.register
+@view.register
 def _(result: Difference) -> Story:
     panel = Panel(
         "One surface minus the other", difference_chart(result), "White is no difference.", [result.table()]
@@ -204,7 +204,7 @@ def pair_panels(result: PairedSurfaces) -> list[Panel]:
     return panels
 
 
-@story.register
+@view.register
 def _(result: PairedSurfaces) -> Story:
     answers = [surface_answer(name, surface) for name, surface in result.surfaces.items()]
     return Story("Loss surfaces side by side", "", answers, pair_panels(result), result.table().notes)

@@ -12,7 +12,7 @@ from skipscope._result import Table
 from skipscope.comparison import StrengthSweep, Training, smoothed
 from skipscope.report import _view_flow as flows
 from skipscope.report._charts import Lines, Panel, Series, Story
-from skipscope.report._story import story
+from skipscope.report._story import view
 
 
 def training_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
@@ -79,7 +79,7 @@ def sweep_table(training: Training) -> Table:
     )
 
 
-@story.register
+@view.register
 def _(result: Training) -> Story:
     optimizers = list(dict.fromkeys(o for by in result.curves.values() for o in by))
     panels = [
@@ -138,7 +138,7 @@ def strength_lines(sweep: StrengthSweep) -> Lines:
     )
 
 
-@story.register
+@view.register
 def _(result: StrengthSweep) -> Story:
     caption = "Move the slider: at 0 every shortcut is removed, at 1 the network is as built. The thin lines are the other strengths."
     first, last = result.fall_decades[0], result.fall_decades[-1]
