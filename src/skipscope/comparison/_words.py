@@ -52,19 +52,28 @@ def arrival(flow: GradientFlow) -> str:
     fall = flow.verdict.fall_decades
     if fall is None or not math.isfinite(fall):
         return f"the gradient is {flow.verdict.state}"
-    what = share(fall)
+    return arrival_of(fall)
+
+
+def arrival_of(decades: float) -> str:
+    """What arrives after a loss of so many decades, as a clause.
+
+    Example:
+        >>> arrival_of(3.0), arrival_of(-1.0)
+        ('one part in 1,000 of the gradient reaches the first layer', 'the gradient reaches the first layer 10 times larger')
+    """
+    what = share(decades)
     if what == "all":
         return "the gradient reaches the first layer at full size"
-    if fall > 0:
+    if decades > 0:
         return f"{what} of the gradient reaches the first layer"
     return f"the gradient reaches the first layer {what.removesuffix(' as much')} larger"
 
 
-def _arriving(decades: float) -> str:
+def _briefly(decades: float) -> str:
+    """The same for the second of two, where the first has said what arrives."""
     what = share(decades)
-    if decades < 0 and what != "all":
-        return f"the gradient arrives {what.removesuffix(' as much')} larger"
-    return f"{what} of the gradient arrives"
+    return f"it arrives {what.removesuffix(' as much')} larger" if decades < 0 and what != "all" else what
 
 
 def _capital(sentence: str) -> str:
@@ -479,7 +488,7 @@ def _claim_strength(evidence: Evidence) -> Claim:
         limits = f"Full strength is not needed: the flow is healthy from a strength of {healthy[0]:.1f} on."
     return Claim(
         "strength", _STRENGTH, answer,
-        f"At strength 0, {_arriving(start)} at the first layer; at strength 1, {_arriving(end)}.",
+        f"At strength 0, {arrival_of(start)}; at strength 1, {_briefly(end)}.",
         limits, f"The fall goes from {short(start)} decades at strength 0 to {short(end)} at strength 1.",
         "Move the slider from 0 (removed) to 1 (as built).",
     )  # fmt: skip

@@ -6,6 +6,8 @@ import re
 
 from markupsafe import Markup, escape
 
+from skipscope.report._markup import clean
+
 GLOSSARY = {
     "boundary": "A place where the gradient is read: the input, each sum of a shortcut and its branch, or a layer's output.",
     "branch": "The side of a shortcut connection that holds weights: F in x + F(x).",
@@ -55,5 +57,6 @@ def with_terms(sentence: str | Markup) -> Markup:
         return f'<abbr class="term" tabindex="0" title="{escape(GLOSSARY[word])}">{found[1]}</abbr>'
 
     # Only the text between tags: a word inside an attribute stays as it is.
-    parts = re.split(r"(<[^>]*>)", str(escape(sentence)))
+    text = escape(sentence if isinstance(sentence, Markup) else clean(sentence))
+    parts = re.split(r"(<[^>]*>)", str(text))
     return Markup("".join(part if part.startswith("<") else _WORDS.sub(explained, part) for part in parts))
