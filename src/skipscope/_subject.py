@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ class Subject:
     given: Shortcuts | None = None
     given_inputs: Any = None
 
-    @cached_property
+    @property
     def inputs(self) -> Any:
         """What the model is called with for the first batch: a tensor, a tuple, a Mapping or :class:`Arguments`.
 
@@ -57,35 +56,21 @@ class Subject:
         Raises:
             SkipscopeError: the objective never calls the model.
         """
-        if self.given_inputs is not None:
-            return self.given_inputs
-        batch = self.data.first()
-        return inputs_of(batch) if self.loss.from_output is not None else self._first_call(batch)
+        return self._once("inputs", self._inputs)
 
-    @cached_property
+    @property
     def found(self) -> Shortcuts:
         """The model's shortcuts."""
-        if self.given is not None:
-            return self.given
-        with as_written():
-            return find_shortcuts(self.model, self.inputs)
+        return self._once("found", self._found)
 
-    @cached_property
+    @property
     def boundaries(self) -> tuple[Boundary, ...]:
         """Where the flow is read; an edited twin has its original's.
 
         Raises:
             SkipscopeError: the model has no float activation at all.
         """
-        with as_written():
-            points = boundaries(self.model, self.inputs, found=self.found)
-        if not points:
-            raise SkipscopeError(
-                self.operation, "no float activation was seen in a forward pass",
-                expected="a float input, or an embedding", got=f"a model of type {type(self.model).__name__}",
-                cure="pass the inputs that the model is trained on",
-            )  # fmt: skip
-        return points
+        return self._once("boundaries", self._boundaries)
 
     @contextmanager
     def running(self, seed: int) -> Iterator[None]:
@@ -112,6 +97,40 @@ class Subject:
     def recalibrate(self, twin: nn.Module) -> nn.Module:
         """Measure the batch-norm statistics of a twin anew on the data (as ``skipscope.recalibrate`` does)."""
         return average_statistics(twin, self.data, self.loss.run)
+
+    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns, computed at its first use.
+
+        Not ``functools.cached_property``: until Python 3.12 that holds one lock for all subjects, and a thread that
+        waits for its turn to run the model would wait for ever for a thread that waits for that lock.
+        """
+        known = self.__dict__.setdefault("_known", {})
+        if name not in known:
+            known[name] = compute()
+        return known[name]
+
+    def _inputs(self) -> Any:
+        if self.given_inputs is not None:
+            return self.given_inputs
+        batch = self.data.first()
+        return inputs_of(batch) if self.loss.from_output is not None else self._first_call(batch)
+
+    def _found(self) -> Shortcuts:
+        if self.given is not None:
+            return self.given
+        with as_written():
+            return find_shortcuts(self.model, self.inputs)
+
+    def _boundaries(self) -> tuple[Boundary, ...]:
+        with as_written():
+            points = boundaries(self.model, self.inputs, found=self.found)
+        if not points:
+            raise SkipscopeError(
+                self.operation, "no float activation was seen in a forward pass",
+                expected="a float input, or an embedding", got=f"a model of type {type(self.model).__name__}",
+                cure="pass the inputs that the model is trained on",
+            )  # fmt: skip
+        return points
 
     def _first_call(self, batch: Batch) -> Any:
         calls: list[Any] = []

@@ -382,6 +382,11 @@ def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn
             cure="give it the model as it was built, before fully_shard; fully_shard the twin that comes out, and give "
             "it the weights: torch.distributed.checkpoint.state_dict.set_model_state_dict",
         )  # fmt: skip
+    with _turn:  # beside a call in another thread, the copy would get that call's hooks, modes and statistics
+        return _copied(model, operation, share)
+
+
+def _copied(model: nn.Module, operation: str, share: bool) -> nn.Module:
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if share else {}
     # Tensors with a history (the weight under an old weight norm or pruning, a kept activation) are made anew by each
     # forward pass, and torch refuses to copy them.

@@ -117,13 +117,8 @@ def _in_words(
         words = {"remove": "removed", "detach": "detached", "lesion": "lesioned"}[how]
     total = sum(point.kind == "merge" for point in points)
     words = words if count >= total else f"{words} ({count} of {total})"
-    not_run = _not_run(every)
+    not_run = () if every is None else every.not_run
     return f"{words}, unknown in {len(not_run)} modules that did not run" if not_run else words
-
-
-def _not_run(every: Shortcuts | None) -> tuple[str, ...]:
-    """Names of the modules with weights that were not called when the shortcuts were found."""
-    return tuple(getattr(item, "name", item) for item in getattr(every, "not_run", ()))
 
 
 def meaning(model: nn.Module) -> str:
@@ -150,9 +145,9 @@ def refuse_another_architecture(model: nn.Module, found: Sequence[Shortcut], ope
         for path in (*hosts, *shortcut.branch, *shortcut.shortcut):
             if path not in modules:
                 refuse(shortcut.name, f"a module {path}", f"{type(model).__name__} has none")
-    if not isinstance(found, Shortcuts) or not hasattr(found, "not_run"):
+    if not isinstance(found, Shortcuts):
         return
-    seen = {layer.name for layer in found.layers} | set(_not_run(found))
+    seen = {layer.name for layer in found.layers} | set(found.not_run)
     with_weights = {path for path, module in modules.items() if module._parameters}
     for path in sorted(with_weights - seen):
         # One more of those that stand in a row; modules that were put in otherwise (an adapter) are no other depth.
