@@ -16,6 +16,7 @@ from skipscope._data import Batch, tensors_in
 from skipscope._errors import SkipscopeError
 from skipscope.curvature._gauss_newton import GaussNewtonDifferences, GaussNewtonForward, GaussNewtonReverse
 from skipscope.curvature._modes import (
+    Differences,
     FiniteDifferences,
     ForwardOverReverse,
     Mode,
@@ -97,7 +98,7 @@ def climb(
         index: its number.
         matrix: "hessian" or "gauss_newton".
         trial: a random vector.
-        mode: only the rungs whose name begins so, unchecked; None: all.
+        mode: only the rungs whose name begins so; None: all.
 
     Raises:
         SkipscopeError: none works, or ``mode`` names none.
@@ -122,8 +123,10 @@ def climb(
             reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}"
             refused[rung.name] = reason.strip().splitlines()[0][:200]
             continue
-        checked = mode is None and rung is not rungs[-1]
-        doubt = reason_to_doubt(found, _DIFFERENCES[matrix], model, batch, index, trial) if checked else None
+        doubt = None
+        if not isinstance(rung.mode, Differences):  # these are what the others are held against
+            with rung.running():
+                doubt = reason_to_doubt(found, rung.mode, _DIFFERENCES[matrix], model, batch, index, trial)
         if doubt is None:
             return rung, refused
         refused[rung.name] = doubt
@@ -131,6 +134,7 @@ def climb(
         model.operation,
         "no way to multiply with the matrix works on this model",
         got="; ".join(f"{name}: {why}" for name, why in refused.items()),
+        cure=None if mode is None else "leave mode= out: the first mode that is right is taken",
     )
 
 

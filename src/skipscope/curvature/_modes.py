@@ -60,7 +60,10 @@ class ReverseOverReverse:
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> _Graph:
         """The gradient and its graph."""
-        with SharedDerivatives():
+        try:
+            with SharedDerivatives():
+                _, loss = model.output_and_loss(batch, index)
+        except RuntimeError:  # torch.func inside the loss does not take functions of our own
             _, loss = model.output_and_loss(batch, index)
         return _Graph(model.parameters, gradients_of(loss, model.parameters, create_graph=True))
 

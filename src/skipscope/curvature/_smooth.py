@@ -4,6 +4,9 @@ A product runs backward through a gradient's graph, and there torch works out an
 exponentials and error functions, in every product. They do not depend on the vector. With y = f(x), backward
 ``g -> g f'(x)``, and that one's own backward ``s -> (s f'(x), s g f''(x))``: three factors that are known after the
 gradient, and a product only multiplies with.
+
+This leaves out the third derivative. A loss that differentiates the network itself (a gradient penalty, forces, a
+physics-informed loss) needs it, so a backward pass made while the loss is computed uses torch's own formulas.
 """
 
 from __future__ import annotations
@@ -22,7 +25,23 @@ _SMOOTH = {F.gelu, F.silu, F.mish, F.softplus, F.logsigmoid}
 
 
 class SharedDerivatives(TorchFunctionMode):
-    """While it is on, activations keep their derivatives; the numbers are the same."""
+    """While it is on, activations keep their derivatives; the numbers are the same.
+
+    Attributes:
+        computing: the loss is being computed; a backward pass made now belongs to the loss.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.computing = False
+
+    def __enter__(self):
+        self.computing = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.computing = False
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -34,7 +53,7 @@ class SharedDerivatives(TorchFunctionMode):
             and True not in args[1:]
             and not _hooked()
         ):
-            return _Smooth.apply(args[0], lambda x: func(x, *args[1:], **kwargs))
+            return _Smooth.apply(args[0], lambda x: func(x, *args[1:], **kwargs), self)
         return func(*args, **kwargs)
 
 
@@ -51,7 +70,10 @@ class _Smooth(torch.autograd.Function):
     """``f(x)``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], mode: SharedDerivatives
+    ) -> Tensor:
+        ctx.function, ctx.mode = function, mode
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             value = function(point)
@@ -61,12 +83,16 @@ class _Smooth(torch.autograd.Function):
         return value.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, slope, bend = ctx.saved_tensors
         (grad,) = grads
         if not torch.is_grad_enabled():
-            return grad * slope, None
-        return _Pull.apply(grad, x, slope, bend), None  # type: ignore[return-value]
+            found = grad * slope
+        elif ctx.mode.computing:
+            (found,) = torch.autograd.grad(ctx.function(x), x, grad, create_graph=True)
+        else:
+            found = _Pull.apply(grad, x, slope, bend)
+        return found, None, None  # type: ignore[return-value]
 
 
 class _Pull(torch.autograd.Function):
