@@ -1,10 +1,14 @@
-"""What a caller may ask for in numbers: one place that says what a whole and what a finite number is."""
+"""What a caller may ask for: whole and finite numbers, and parameters by name or pattern."""
 
 from __future__ import annotations
 
+import fnmatch
 import math
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
+
+from skipscope._errors import SkipscopeError
 
 
 def is_whole(value: Any, least: float = 1, most: float = math.inf) -> bool:
@@ -25,3 +29,31 @@ def is_finite(value: Any) -> bool:
         (True, True, False, False, False)
     """
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def names_matching(names: Sequence[str], patterns: str | Iterable[str], operation: str) -> set[str]:
+    """Those of ``names`` that are named, or that match a pattern such as ``"layer1.*"``.
+
+    Args:
+        names: of a model's parameters.
+        patterns: one or several.
+        operation: named in the error.
+
+    Raises:
+        SkipscopeError: a pattern matches nothing.
+
+    Example:
+        >>> sorted(names_matching(["a.weight", "a.bias", "b.weight"], ["a.*"], "landscape"))
+        ['a.bias', 'a.weight']
+    """
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise SkipscopeError(
+                operation, f"no parameter is called {pattern!r}",
+                expected=", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
+                cure='names as in model.named_parameters(), or patterns such as "layer1.*"',
+            )  # fmt: skip
+        found.update(matching)
+    return found

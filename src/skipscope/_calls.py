@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,26 @@ from skipscope._errors import SkipscopeError
 
 # What code raises that is given something it was not written for. Anything else passes as it is.
 _MISFITS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
+
+
+T = TypeVar("T")
+
+
+def without_gradients(run: Callable[[], T]) -> T:
+    """``run()`` without recording gradients; with them if it differentiates the network itself (a gradient penalty)."""
+    try:
+        with torch.no_grad():
+            return run()
+    except Exception as error:
+        if not differentiates(error):
+            raise
+    with torch.enable_grad():
+        return run()
+
+
+def differentiates(error: BaseException) -> bool:
+    """Whether a forward pass or a loss failed because it takes gradients and none were recorded."""
+    return "does not require grad" in str(error.__cause__ or error)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

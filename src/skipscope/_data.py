@@ -30,6 +30,7 @@ from skipscope._batches import tensors_in as tensors_in
 from skipscope._calls import call_loss
 from skipscope._calls import call_model as call_model
 from skipscope._calls import forward as forward
+from skipscope._calls import without_gradients as without_gradients
 from skipscope._errors import SkipscopeError
 from skipscope._stock import Samples as Samples
 from skipscope._stock import stock_loss
@@ -169,14 +170,18 @@ def read(
 
 
 def mean_loss(model: nn.Module, data: Batches, loss: Objective) -> float:
-    """The loss over all batches (as :func:`read` gave them), in float64, without gradients, in the present mode."""
-    total = normaliser = 0.0
-    with torch.no_grad():
+    """The loss over all batches (as :func:`read` gave them), in float64, in the present mode."""
+
+    def run() -> tuple[float, float]:
+        total = normaliser = 0.0
         for batch in data:
             share = 1.0 if loss.sums or data.single else float(loss.weight(batch))
             if share:  # a batch with nothing to count has an undefined mean, and counts for nothing
-                total += share * float(loss(model, batch).double())
+                total += share * float(loss(model, batch).detach().double())
                 normaliser += share
+        return total, normaliser
+
+    total, normaliser = without_gradients(run)
     return total if loss.sums else total / normaliser if normaliser else float("nan")
 
 
@@ -184,32 +189,37 @@ def _checked_weight(
     model: nn.Module, data: Batches, loss: Objective, operation: str
 ) -> Callable[[Batch], float]:
     """The first weight under which every batch that was tried equals its two parts."""
+    with untouched(model, training=False, seed=0, operation=operation):
+        return without_gradients(lambda: _first_fitting_weight(model, data, loss, operation))
+
+
+def _first_fitting_weight(
+    model: nn.Module, data: Batches, loss: Objective, operation: str
+) -> Callable[[Batch], float]:
     standing = [loss.weight, *loss.candidates]
-    with untouched(model, training=False, seed=0, operation=operation), torch.no_grad():
-        for whole in islice((b for b in islice(data, 8) if batch_size(b) > 1), 2):
-            n = batch_size(whole)
-            # Uneven parts too, so that a plain average of the two is caught as well.
-            for cut in {max(1, n // 3), n // 2}:
-                value, averages = _split(model, loss, whole, cut, standing)
-                tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(value.dtype, 2e-2)
-                target = float(value)
-                near = [
-                    abs(a - target) <= tolerance * max(abs(target), 1e-12) or target != target
-                    for a in averages
-                ]
-                if not any(near):
-                    again = float(loss(model, whole))
-                    if abs(again - target) > tolerance * max(abs(target), 1e-12):
-                        return standing[0]  # it draws noise of its own: one batch is not even equal to itself
-                    raise SkipscopeError(
-                        operation, "the loss of a batch is not the weighted mean of the losses of its two parts, so "
-                        f"batches cannot be averaged (loss: {loss.name})",
-                        expected=f"{target:.9g}, the loss of one batch of {n}",
-                        got=f"{averages[0]:.9g} from its parts of {cut} and {n - cut}",
-                        cure="say what a batch counts for: weight=lambda batch: ... (the loss's own denominator, e.g. "
-                        "the number of labels that are not ignored)",
-                    )  # fmt: skip
-                standing = [weigh for weigh, ok in zip(standing, near) if ok]
+    for whole in islice((b for b in islice(data, 8) if batch_size(b) > 1), 2):
+        n = batch_size(whole)
+        # Uneven parts too, so that a plain average of the two is caught as well.
+        for cut in {max(1, n // 3), n // 2}:
+            value, averages = _split(model, loss, whole, cut, standing)
+            tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(value.dtype, 2e-2)
+            target = float(value)
+            near = [
+                abs(a - target) <= tolerance * max(abs(target), 1e-12) or target != target for a in averages
+            ]
+            if not any(near):
+                again = float(loss(model, whole).detach())
+                if abs(again - target) > tolerance * max(abs(target), 1e-12):
+                    return standing[0]  # it draws noise of its own: one batch is not even equal to itself
+                raise SkipscopeError(
+                    operation, "the loss of a batch is not the weighted mean of the losses of its two parts, so "
+                    f"batches cannot be averaged (loss: {loss.name})",
+                    expected=f"{target:.9g}, the loss of one batch of {n}",
+                    got=f"{averages[0]:.9g} from its parts of {cut} and {n - cut}",
+                    cure="say what a batch counts for: weight=lambda batch: ... (the loss's own denominator, e.g. "
+                    "the number of labels that are not ignored)",
+                )  # fmt: skip
+            standing = [weigh for weigh, ok in zip(standing, near) if ok]
     return standing[0]
 
 
@@ -219,7 +229,7 @@ def _split(
     """The loss of a batch, and what each weight makes of the losses of its first ``cut`` samples and the rest."""
     n = batch_size(whole)
     parts = [rows(whole, slice(0, cut)), rows(whole, slice(cut, n))]
-    value, first, second = (loss(model, batch) for batch in (whole, *parts))
+    value, first, second = (loss(model, batch).detach() for batch in (whole, *parts))
     averages = []
     for weigh in weights:
         a, b = (float(weigh(part)) for part in parts)

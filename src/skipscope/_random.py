@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from skipscope._errors import SkipscopeError
+
 T = TypeVar("T")
 State = tuple[Any, ...]
 
@@ -17,10 +19,10 @@ State = tuple[Any, ...]
 @contextmanager
 def random_state_kept(seed: int | None = None) -> Iterator[None]:
     """Give Python's, NumPy's and torch's global generators back as they were; seed them first if asked."""
-    before = _state()
+    before = generator_states()
     try:
         if seed is not None:
-            _seed(seed)
+            seed_generators(seed)
         yield
     finally:
         _set(before)
@@ -38,15 +40,15 @@ def drawn_apart(items: Iterable[T], seed: int | None = None) -> Iterator[T]:
     theirs: State | None = None
     iterator: Iterator[T] | None = None
     while True:
-        ours = _state()
+        ours = generator_states()
         try:
             if theirs is not None:
                 _set(theirs)
             elif seed is not None:
-                _seed(seed)
+                seed_generators(seed)
             iterator = iter(items) if iterator is None else iterator
             item = next(iterator)
-            theirs = _state()
+            theirs = generator_states()
         except StopIteration:
             return
         finally:
@@ -54,11 +56,43 @@ def drawn_apart(items: Iterable[T], seed: int | None = None) -> Iterator[T]:
         yield item
 
 
+def generators_moved(before: State) -> bool:
+    """Whether numbers were drawn from a global generator since :func:`generator_states`."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, tuple | list):
+            return len(a) == len(b) and all(map(same, a, b))
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(np.all(a == b))
+
+    return not same(before, generator_states())
+
+
+# How far two passes over the same numbers may differ by rounding, relative.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def refuse_noise(operation: str, first: float, second: float, dtype: torch.dtype) -> None:
+    """Refuse a loss with two values at the same weights, data and state of the global generators.
+
+    Raises:
+        SkipscopeError: the values differ by more than rounding in ``dtype``.
+    """
+    if first == second or not abs(first - second) > _ROUNDING.get(dtype, 2e-2) * max(abs(first), abs(second)):
+        return
+    raise SkipscopeError(
+        operation, "the loss has two values at the same weights and data",
+        expected="the same value in every pass: the global generators of torch, NumPy and Python are seeded before each",
+        got=f"{first:.9g}, then {second:.9g}: the model or the loss draws from a generator of its own, or keeps a state",
+        cure="draw from a global generator, seed your own one in forward() or in the loss, or switch the noise off",
+    )  # fmt: skip
+
+
 def _has_cuda() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
-def _state() -> State:
+def generator_states() -> State:
+    """The states of the global generators of Python, NumPy and torch."""
     devices = torch.cuda.get_rng_state_all() if _has_cuda() else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
 
@@ -72,7 +106,8 @@ def _set(state: State) -> None:
         torch.cuda.set_rng_state_all(devices)
 
 
-def _seed(seed: int) -> None:
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     # Not torch.manual_seed: without CUDA it costs milliseconds and keeps a stack trace of every call for good.

@@ -95,7 +95,9 @@ def test_trace_and_density_of_a_gradient_penalty():
     model, x = network(nn.GELU())
     slow = hessian(penalty(model, x), list(model.parameters()))
     size = len(slow)
-    assert ss.curvature_trace(model, x, penalty, products=3 * size).value == pytest.approx(slow.trace(), rel=1e-9)
+    assert ss.curvature_trace(model, x, penalty, products=3 * size).value == pytest.approx(
+        slow.trace(), rel=1e-9
+    )
     # With as many steps as there are parameters a rule is exact, and its ends are the matrix's.
     density = ss.spectral_density(model, x, penalty, probes=2, steps=size)
     assert np.nanmax(density.nodes) == pytest.approx(np.linalg.eigvalsh(slow)[-1], rel=1e-9)
@@ -130,6 +132,6 @@ def test_a_mode_asked_for_by_name_is_checked(dtype):
     torch.manual_seed(0)
     model, x = nn.Linear(3, 2).to(dtype), torch.randn(20, 3).to(dtype)
     loss = ss.objective(lambda model, x: _Bent.apply(model(x)).mean())
-    with pytest.raises(ss.SkipscopeError, match="second derivative is wrong[^$]*leave mode= out"):
+    with pytest.raises(ss.SkipscopeError, match=r"second derivative is wrong[^$]*leave mode= out"):
         ss.curvature_operator(model, x, loss, mode="reverse over reverse")
     assert ss.curvature_operator(model, x, loss).method == "finite differences"

@@ -4,6 +4,7 @@ from skipscope.curvature._density import spectral_density as spectral_density
 from skipscope.curvature._ends import ends_of as ends_of
 from skipscope.curvature._ends import extreme_eigenvalues as extreme_eigenvalues
 from skipscope.curvature._ladder import Matrix as Matrix
+from skipscope.curvature._lanczos import gaussian_blocks as gaussian_blocks
 from skipscope.curvature._operator import CurvatureOperator as CurvatureOperator
 from skipscope.curvature._operator import How as How
 from skipscope.curvature._operator import curvature_operator as curvature_operator

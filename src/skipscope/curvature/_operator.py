@@ -127,6 +127,13 @@ class CurvatureOperator(LinearOperator):
         self.products += vectors.shape[0]
         return total
 
+    def loss(self) -> float:
+        """The loss over all batches at the present values of the parameters."""
+        total = 0.0
+        for index, batch, share in self._batches(held=False):
+            total += share * float(self.model.output_and_loss(batch, index)[1].detach().double())
+        return total
+
     def _matvec(self, x: np.ndarray) -> np.ndarray:
         return self._matmat(np.asarray(x).reshape(-1, 1))[:, 0]
 
@@ -146,9 +153,12 @@ class CurvatureOperator(LinearOperator):
 
     # --- batches ---
 
-    def _batches(self) -> Iterator[tuple[int, Batch, float]]:
-        """Every batch that counts, with its number and its share of the mean (or 1 in a sum)."""
-        if len(self._held) == len(self._shares):  # nothing is run anew: the data need not be read
+    def _batches(self, held: bool = True) -> Iterator[tuple[int, Batch, float]]:
+        """Every batch that counts, with its number and its share of the mean (or 1 in a sum).
+
+        Where ``held``, a batch whose graph is kept need not be read again and is None.
+        """
+        if held and len(self._held) == len(self._shares):  # nothing is run anew: the data need not be read
             yield from ((index, None, share) for index, share in self._shares.items())
             return
         with random_state_kept(self.model.seed):  # a shuffling loader gives the same batches in every pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipscope._asked import names_matching
+from skipscope._cached_weights import refuse_full_caches, tensors_kept
 from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective, forward, map_tensors
 from skipscope._errors import SkipscopeError
+from skipscope._random import refuse_noise
 from skipscope._untouched import private_copy, set_mode, untouched
 from skipscope.curvature._results import Layout
 
@@ -75,9 +77,17 @@ class PrivateModel:
         """A reentrant checkpoint hides what it runs over from everything but ``backward()``: no Hessian is not a zero one.
 
         Raises:
-            SkipscopeError: naming such a parameter, where it can be told.
+            SkipscopeError: naming such a parameter, where it can be told; or the loss draws noise that cannot be seeded,
+                or the model reads a weight from a cache of its own.
         """
+        if not self.training:
+            held = tensors_kept(self.module)
+            refuse_full_caches(
+                self.operation, self.module, held, self.names, lambda m: self.objective(m, batch)
+            )
+        again = float(self.output_and_loss(batch, index)[1].detach())
         _, loss = self.output_and_loss(batch, index)
+        refuse_noise(self.operation, again, float(loss.detach()), loss.dtype)
         if not loss.requires_grad:
             return self._refuse_no_gradient(batch, index)
         try:
@@ -203,19 +213,12 @@ def private_model(
 
 
 def _chosen(available: list[str], wanted: Selection, model: nn.Module, operation: str) -> set[str]:
-    every = [name for name, p in model.named_parameters() if p.is_floating_point()]
+    every = [name for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()]
     if wanted is None:
         chosen, pattern = set(available), "all that require a gradient"
     else:
         patterns = [wanted] if isinstance(wanted, str) else list(wanted)
-        for one in patterns:
-            if not fnmatch.filter(every, one):
-                raise SkipscopeError(
-                    operation, f"no parameter is called {one!r}",
-                    expected=", ".join(every[:8]) + (", ..." if len(every) > 8 else ""),
-                    cure='names as in model.named_parameters(), or patterns such as "layer1.*"',
-                )  # fmt: skip
-        chosen, pattern = {n for one in patterns for n in fnmatch.filter(every, one)}, ", ".join(patterns)
+        chosen, pattern = names_matching(every, patterns, operation), ", ".join(patterns)
     if not chosen:
         raise SkipscopeError(
             operation, "there is no parameter to measure the curvature in", got=pattern,

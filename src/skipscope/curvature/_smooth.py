@@ -70,9 +70,7 @@ class _Smooth(torch.autograd.Function):
     """``f(x)``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], mode: SharedDerivatives
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], mode: SharedDerivatives) -> Tensor:
         ctx.function, ctx.mode = function, mode
         with torch.enable_grad():
             point = x.detach().requires_grad_()

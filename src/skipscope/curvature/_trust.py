@@ -66,7 +66,9 @@ def reason_to_doubt(
     apart, spread = _apart(product, slow[0]), _apart(*slow)
     if spread <= agree and apart > 10 * max(spread, exact):
         share = f"{100 * apart:.0f} %" if apart > 0.01 else f"{apart:.1g} of its size"
-        return f"differs by {share} from differences of gradients: some operation's second derivative is wrong"
+        return (
+            f"differs by {share} from differences of gradients: some operation's second derivative is wrong"
+        )
     return None
 
 

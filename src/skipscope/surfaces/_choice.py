@@ -30,7 +30,7 @@ _CLEARLY = 1.08  # how many times faster than the way before it a way must be to
 _SHORT_S = 0.2  # a race shorter than this is run three times as long
 _SHARE = 0.1  # of the whole estimated time may be spent on trying (compiling must save twice what it costs)
 _MANY = 8  # points a core to time a point a core on
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.complex128: 1e-9, torch.complex64: 1e-3}
 
 _chosen: dict[tuple[Any, ...], str] = {}
 

@@ -20,13 +20,13 @@ from skipscope._errors import SkipscopeError, asked_as
 from skipscope._sharding import refuse_spread
 from skipscope._untouched import private_copy, require_module, set_mode, untouched
 from skipscope._version import __version__
-from skipscope.curvature import How, Matrix, Wish, open_operator
+from skipscope.curvature import CurvatureOperator, How, Matrix, Wish, open_operator
 from skipscope.surfaces._directions import Direction
 from skipscope.surfaces._evaluate import recalibrate
 from skipscope.surfaces._grid import Sheet, axes
 from skipscope.surfaces._map_result import CurvatureMap, PairedMaps
 from skipscope.surfaces._planes import Plane
-from skipscope.surfaces._points import data_hash, hash_of, resident, weights_hash
+from skipscope.surfaces._points import data_hash, direction_hash, resident, weights_hash
 from skipscope.surfaces._rows import rows_side_by_side
 from skipscope.surfaces._runner import Runner, engine_for
 from skipscope.surfaces._settings import Settings
@@ -47,6 +47,7 @@ class _Options(TypedDict, total=False):
     directions: Sequence[Any] | Plane | None
     normalize: str
     zero: Iterable[str]
+    parameters: str | Iterable[str] | None
     orthogonal: bool
     samples: int | None
     tol: float
@@ -78,6 +79,7 @@ def curvature_map(
     directions: Sequence[Any] | Plane | None = None,
     normalize: str = "filter",
     zero: Iterable[str] = ("biases", "norms"),
+    parameters: str | Iterable[str] | None = None,
     orthogonal: bool = False,
     samples: int | None = None,
     tol: float = 1e-2,
@@ -106,6 +108,8 @@ def curvature_map(
         directions: as in :func:`landscape`; with twins only for those that share weights.
         normalize: as in :func:`landscape`.
         zero: as in :func:`landscape`.
+        parameters: names or patterns of what moves, and in which the curvature is taken; default: all that move, and all
+            that require a gradient.
         orthogonal: as in :func:`landscape`.
         samples: use a random subset of the data of this size.
         tol: largest residual, relative to max |lambda| at the point.
@@ -140,7 +144,7 @@ def curvature_map(
         )
     settings = Settings(
         grid=grid, span=span, seed=seed, store=store, directions=directions, normalize=normalize, zero=zero,
-        orthogonal=orthogonal, samples=samples, engine=engine, weight=weight,
+        parameters=parameters, orthogonal=orthogonal, samples=samples, engine=engine, weight=weight,
     )  # fmt: skip
     named = model if isinstance(model, Mapping) else {type(model).__name__: model}
     # Curvature is measured on the uncompiled module, by its names.
@@ -153,7 +157,7 @@ def curvature_map(
     held = resident(first, data, loss, samples, seed)
     batches, objective = read(first, held, loss, _OPERATION, weight=weight)
     wish = Wish(1, tol, confidence, seed=seed, max_products=max_products)
-    plane = _Plane(settings, at, batches, objective, How(matrix, weight=weight), wish)
+    plane = _Plane(settings, at, batches, objective, How(matrix, settings.parameters, weight), wish)
     maps, notes, shared = plane.maps(models, paired)
     return PairedMaps(maps, shared, tuple(notes)) if paired else next(iter(maps.values()))
 
@@ -223,12 +227,14 @@ class _Plane:
         operator = open_operator(_OPERATION, model, self.data, self.loss, self.how)
         wish = replace(self.wish, precision=operator.precision)
         sheet = Sheet(NAMES, tuple(len(axis) for axis in self.at))
-        identity = self._identity(model, moved)
+        identity = self._identity(model, moved, operator)
         # Rows, and segments of a line, begin anew: with or without a store a walk starts at the same points.
         unit = sheet.shape[-1] if len(sheet.shape) > 1 else SEGMENT
-        plan = Plan(identity, [self._centre(model)], NAMES, sheet.done.size, unit, "walk")
-        kept = _open(self.settings.store, folder, plan)
         walk = Walk(operator, moved, self.at, wish)
+        kept = None
+        if self.settings.store is not None:
+            plan = Plan(identity, walk.fingerprint(), NAMES, sheet.done.size, unit, "walk")
+            kept = _open(self.settings.store, folder, plan)
         engine = engine_for(self.settings.engine, kept is not None)
         with rows_side_by_side(walk, operator, sheet.done.size // unit, unit) as remote:
             runner = Runner(sheet, walk, kept, engine, f"curvature map of {name}", unit, remote)
@@ -259,21 +265,21 @@ class _Plane:
             kept.finish(result)
         return result
 
-    def _identity(self, model: nn.Module, moved: list[Direction]) -> dict[str, Any]:
+    def _identity(
+        self, model: nn.Module, moved: list[Direction], operator: CurvatureOperator
+    ) -> dict[str, Any]:
         wish = self.wish
         return {
             "weights": weights_hash(model), "data": data_hash(self.data), "loss": self.loss.name,
             "grid": [axis.tolist() for axis in self.at],
-            "directions": hash_of(t for d in moved for t in d.values()),
+            "directions": direction_hash(moved), "parameters": list(operator.layout.names),
             "settings": {"map": self.how.matrix, "tol": wish.tol, "confidence": wish.confidence, "seed": wish.seed,
                          "max_products": wish.max_products},
             "versions": {"skipscope": __version__, "torch": torch.__version__},
         }  # fmt: skip
 
 
-def _open(store: Any, twin: str, plan: Plan) -> Store | None:
-    if store is None:
-        return None
+def _open(store: Any, twin: str, plan: Plan) -> Store:
     folder = Path(store)
     found = read_plan(folder) if not twin or (folder / PLAN).exists() else None
     if found is not None and "map" not in found.identity["settings"]:  # a landscape's

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipscope._asked import names_matching
 from skipscope._errors import SkipscopeError
 from skipscope._sharding import refuse_spread
 
@@ -40,6 +41,7 @@ def random_direction(
     axis: int = 0,
     normalize: str = "filter",
     zero: Iterable[str] = ("biases", "norms"),
+    parameters: str | Iterable[str] | None = None,
     like: Direction | None = None,
     keep: bool = True,
 ) -> Direction:
@@ -55,6 +57,7 @@ def random_direction(
         axis: 0 or 1 (or more): directions of one seed that are drawn apart.
         normalize: "filter"; "layer" (all of a module's moved parameters together); "tensor"; "none".
         zero: what has no direction: any of "biases", "norms", "embeddings".
+        parameters: names or patterns (``"layer1.*"``) of what has a direction; default: all parameters.
         like: make the direction orthogonal to this one, filter by filter, before it is normalised.
         keep: hold the tensors; False draws each anew whenever it is asked for, for models that fill the memory.
 
@@ -74,7 +77,7 @@ def random_direction(
         raise SkipscopeError(
             "landscape", "unknown normalisation", expected=" or ".join(NORMALIZATIONS), got=repr(normalize)
         )
-    seeded = SeededDirection(moved_parameters(model, zero), seed, axis, normalize, like)
+    seeded = SeededDirection(moved_parameters(model, zero, parameters), seed, axis, normalize, like)
     return dict(seeded) if keep else seeded
 
 
@@ -119,7 +122,7 @@ class SeededDirection(Mapping[str, Tensor]):
                 if self.normalize == "layer"
                 else [name]
             )
-            wanted = torch.stack([self.moved[n][0].double().norm() for n in group]).norm()
+            wanted = torch.stack([doubled(self.moved[n][0]).norm() for n in group]).norm()
             draw *= _ratio(wanted, torch.stack([self._draw(n).norm() for n in group]).norm())
         return draw.to(weight.dtype)
 
@@ -127,11 +130,13 @@ class SeededDirection(Mapping[str, Tensor]):
         weight, dimension = self.moved[name]
         draw = _gaussian(f"{self.seed}/{self.axis}/{name}/{tuple(weight.shape)}", weight)
         if self.like is not None and name in self.like:
-            draw = _without(draw, self.like[name].double(), dimension if self.normalize == "filter" else None)
+            draw = _without(draw, doubled(self.like[name]), dimension if self.normalize == "filter" else None)
         return draw
 
 
-def moved_parameters(model: nn.Module, zero: Iterable[str]) -> dict[str, tuple[Tensor, int]]:
+def moved_parameters(
+    model: nn.Module, zero: Iterable[str], parameters: str | Iterable[str] | None = None
+) -> dict[str, tuple[Tensor, int]]:
     """Each parameter that has a direction, with the dimension its filters lie in."""
     zero = set((zero,) if isinstance(zero, str) else zero)
     if zero - set(ZEROABLE):
@@ -146,11 +151,15 @@ def moved_parameters(model: nn.Module, zero: Iterable[str]) -> dict[str, tuple[T
         for name, _ in module.named_parameters(recurse=False):
             owners[f"{module_name}.{name}" if module_name else name] = module
     moved = {}
-    for name, weight in model.named_parameters():
+    named = dict(model.named_parameters())
+    chosen = named.keys() if parameters is None else names_matching(list(named), parameters, "landscape")
+    for name, weight in named.items():
+        if name not in chosen:
+            continue
         owner = owners[name]
         is_norm = isinstance(owner, _NORMS) or "Norm" in type(owner).__name__
         if (
-            not weight.is_floating_point()
+            not (weight.is_floating_point() or weight.is_complex())
             or (is_norm and "norms" in zero)
             or (weight.ndim < 2 and not is_norm and "biases" in zero)
             or (isinstance(owner, nn.Embedding | nn.EmbeddingBag) and "embeddings" in zero)
@@ -160,7 +169,7 @@ def moved_parameters(model: nn.Module, zero: Iterable[str]) -> dict[str, tuple[T
     if not moved:
         raise SkipscopeError(
             "landscape", "no parameter is left to move", expected="a model with weights of two dimensions or more",
-            got=f"{sum(1 for _ in model.parameters())} parameters, all left still", cure="zero=() moves everything",
+            got=f"{len(chosen)} parameters, all left still", cure="zero=() moves everything",
         )  # fmt: skip
     return moved
 
@@ -177,12 +186,25 @@ def _gaussian(key: str, like: Tensor) -> Tensor:
         int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
     )
     # Always drawn in float32 on the CPU: the same numbers for every precision and device.
+    if like.is_complex():
+        draw = torch.view_as_complex(torch.randn((*like.shape, 2), generator=generator))
+        return draw.to(like.device, torch.complex128)
     return torch.randn(like.shape, generator=generator).to(like.device, torch.float64)
+
+
+def doubled(tensor: Tensor) -> Tensor:
+    """``tensor`` in double precision, complex where it is complex."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """``tensor``; a complex one as real numbers, ``[*shape, 2]``: a complex weight is two coordinates of weight space."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def filter_norms(tensor: Tensor, dimension: int) -> Tensor:
     """|t_f| for each filter, in float64, shaped to broadcast against ``tensor``."""
-    tensor = tensor.double()
+    tensor = doubled(tensor)
     if dimension < 0 or tensor.ndim < 2:
         return tensor.norm().reshape([1] * tensor.ndim)
     others = [i for i in range(tensor.ndim) if i != dimension]
@@ -191,11 +213,12 @@ def filter_norms(tensor: Tensor, dimension: int) -> Tensor:
 
 def _without(draw: Tensor, other: Tensor, dimension: int | None) -> Tensor:
     """``draw`` less its part along ``other``, filter by filter (or as a whole tensor)."""
+    size, inner = other.abs().square(), (draw * other.conj()).real
     if dimension is None or dimension < 0:
-        square, along = other.square().sum(), (draw * other).sum()
+        square, along = size.sum(), inner.sum()
     else:
         others = [i for i in range(draw.ndim) if i != dimension]
-        square, along = other.square().sum(others, keepdim=True), (draw * other).sum(others, keepdim=True)
+        square, along = size.sum(others, keepdim=True), inner.sum(others, keepdim=True)
     rest = draw - other * torch.where(square > 0, along / square.clamp(min=1e-300), 0.0)
     # A filter with one element has no orthogonal partner; it stays as drawn.
     single = draw.numel() == 1 or (dimension is not None and draw.numel() == draw.shape[dimension])
@@ -234,6 +257,11 @@ def checked_direction(direction: Any, model: nn.Module) -> Direction:
                 "landscape", "a direction does not have its parameter's shape", layer=name,
                 expected=tuple(parameters[name].shape), got=tuple(tensor.shape),
             )  # fmt: skip
+        if tensor.is_complex() and not parameters[name].is_complex():
+            raise SkipscopeError(
+                "landscape", "a direction is complex and its parameter is real", layer=name,
+                expected=str(parameters[name].dtype), got=str(tensor.dtype), cure="its .real part",
+            )  # fmt: skip
         read[name] = tensor.detach().to(parameters[name].device, parameters[name].dtype)
     return read
 
@@ -242,8 +270,8 @@ def checked_direction(direction: Any, model: nn.Module) -> Direction:
 
 
 def inner(a: Direction, b: Direction) -> float:
-    """Sum over all parameters of a * b, in float64."""
-    return sum(float((a[n].double() * b[n].double()).sum()) for n in a if n in b)
+    """Sum over all parameters of a * b, in float64; of complex ones, of their real and of their imaginary parts."""
+    return sum(float((as_real(a[n]).double() * as_real(b[n]).double()).sum()) for n in a if n in b)
 
 
 def cosine(a: Direction, b: Direction) -> float:

@@ -14,8 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipscope._cached_weights import (
+    Cache,
+    caches_filled_by,
+    empty,
+    holds_generators,
+    refuse_full_caches,
+    tensors_kept,
+)
 from skipscope._data import Batch, Batches, Objective, forward
 from skipscope._errors import SkipscopeError
+from skipscope._random import generator_states, generators_moved, refuse_noise, seed_generators
 from skipscope.surfaces._directions import Direction, inner
 from skipscope.surfaces._moving import MovingCopy
 from skipscope.surfaces._points import Metric, PointLoss, Reading, gather
@@ -118,6 +127,7 @@ class Loop:
         self.recalibrates = prepare_batch_norm(self.moving.model, batch_norm) == BATCH_NORM["recalibrate"]
         self.run = run or _run
         self.draws = False
+        self.caches: list[Cache] = []
 
     def __call__(self, points: Sequence[Point]) -> Reading:
         return gather([self._one(point) for point in points])
@@ -130,22 +140,35 @@ class Loop:
             self.knob.fill_(point[0])
             point = point[1:]
         copy = self.moving.move(point)
+        empty(copy, self.caches)
         if self.draws:
-            torch.manual_seed(0)  # a forward pass that draws numbers draws the same ones at every point
+            seed_generators(0)  # a forward pass that draws numbers draws the same ones at every point
         if self.recalibrates:
             recalibrate(copy, self.at_point.data)
         return self.at_point.read(copy, self.run)
 
-    def notice_draws(self, origin: Point) -> None:
-        """Find out whether the forward pass draws random numbers; if so, every point starts from the same state."""
-        before = _random_states()
-        self([origin])
-        self.draws = any(not torch.equal(a, b) for a, b in zip(before, _random_states()))
+    def read_origin(self, origin: Point) -> Reading:
+        """The reading at the origin; it also shows what has to be reset before each point.
 
+        Random numbers that are drawn are the same ones at every point. What the model keeps of a computation with its
+        weights is emptied before each point.
 
-def _random_states() -> list[torch.Tensor]:
-    ours = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if ours else [])]
+        Raises:
+            SkipscopeError: the model came with such a cache already full, or draws from a generator that it holds.
+        """
+        before, copy = generator_states(), self.moving.model
+        held = tensors_kept(copy)
+        reading, self.caches = caches_filled_by(lambda: self([origin]), copy)
+        refuse_full_caches(
+            "landscape", copy, held, self.moving.names, lambda model: self.at_point.read(model, self.run)
+        )
+        self.draws = generators_moved(before)
+        if self.draws:
+            reading = self([origin])
+        if holds_generators(copy):
+            again, dtype = self([origin]), next((p.dtype for p in copy.parameters()), torch.float32)
+            refuse_noise("landscape", float(reading.values[0]), float(again.values[0]), dtype)
+        return reading
 
 
 def _run(model: nn.Module, batch: Batch) -> Any:
@@ -193,12 +216,13 @@ class Evaluator:
         self._penalty = _Penalty(model, directions, l2) if l2 else None
         # As built: no step along any direction, and a strength of one.
         self.origin_point = (*([1.0] if knob is not None else []), *(0.0 for _ in directions))
-        self.plain.notice_draws(self.origin_point)
-        self.origin = self([self.origin_point])
+        self.origin = self._with_penalty(self.plain.read_origin(self.origin_point), [self.origin_point])
 
     def __call__(self, points: Sequence[Point]) -> Reading:
         """The losses at ``points``."""
-        reading = self.strategy(points)
+        return self._with_penalty(self.strategy(points), points)
+
+    def _with_penalty(self, reading: Reading, points: Sequence[Point]) -> Reading:
         if self._penalty is not None:
             steps = [point[1:] if self.knob is not None else point for point in points]
             reading = _with_each(reading, np.array([self._penalty(step) for step in steps]), self.loss.sums)

@@ -2,82 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypedDict, Unpack, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack, overload
 
-import torch
 from torch import nn
 
-from skipscope._data import Batch
 from skipscope._errors import SkipscopeError, asked_as
 from skipscope.shortcuts._unwrap import unwrapped
 from skipscope.surfaces._band_results import PairedBand, SurfaceBand
 from skipscope.surfaces._bands import by_seed, paired_band, read_seed, surface_band
-from skipscope.surfaces._planes import Plane
-from skipscope.surfaces._points import Metric
 from skipscope.surfaces._results import PairedSurfaces, Surface
 from skipscope.surfaces._run import surfaces
-from skipscope.surfaces._settings import Settings
-
-
-class _Options(TypedDict, total=False):
-    """For type checkers: the options that both calls have, with the meanings they have there."""
-
-    grid: int | Sequence[int]
-    span: Any
-    store: Any
-    directions: Sequence[Any] | Plane | None
-    normalize: str
-    zero: Iterable[str]
-    orthogonal: bool
-    batch_norm: str
-    samples: int | None
-    metrics: Mapping[str, Metric] | None
-    l2: float
-    tolerance: float | None
-    strategy: str
-    precision: str | None
-    engine: str
-    weight: Callable[[Batch], float] | None
-    sample_loss: Callable[[Any, Any], torch.Tensor] | None
-
-
-class _OneOptions(_Options, total=False):
-    strength: Any
+from skipscope.surfaces._settings import OneModelOptions, Options, Settings, with_signature
 
 
 @overload
 def landscape(
-    model: nn.Module, data: Any, loss: Any = None, *, seed: int = 0, **options: Unpack[_OneOptions]
+    model: nn.Module, data: Any, loss: Any = None, *, seed: int = 0, **options: Unpack[OneModelOptions]
 ) -> Surface: ...
 @overload
 def landscape(
-    model: nn.Module, data: Any, loss: Any = None, *, seed: Sequence[int], **options: Unpack[_OneOptions]
+    model: nn.Module, data: Any, loss: Any = None, *, seed: Sequence[int], **options: Unpack[OneModelOptions]
 ) -> SurfaceBand: ...
+@with_signature(OneModelOptions)
 def landscape(
     model: nn.Module,
     data: Any,
     loss: Any = None,
     *,
-    grid: int | Sequence[int] = 51,
-    span: Any = 1.0,
     seed: int | Sequence[int] = 0,
-    store: Any = None,
-    directions: Sequence[Any] | Plane | None = None,
-    strength: Any = None,
-    normalize: str = "filter",
-    zero: Iterable[str] = ("biases", "norms"),
-    orthogonal: bool = False,
-    batch_norm: str = "frozen",
-    samples: int | None = None,
-    metrics: Mapping[str, Metric] | None = None,
-    l2: float = 0.0,
-    tolerance: float | None = None,
-    strategy: str = "auto",
-    precision: str | None = None,
-    engine: str = "auto",
-    weight: Callable[[Batch], float] | None = None,
-    sample_loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    **options: Unpack[OneModelOptions],
 ) -> Surface | SurfaceBand:
     """The loss on a plane w + a d1 + b d2 around the model's weights (Li et al., arXiv 1712.09913).
 
@@ -87,10 +41,13 @@ def landscape(
         model: evaluated in evaluation mode.
         data: one batch or re-iterable batches; read once and kept, so that every point sees the same samples.
         loss: ``loss(output, target)``; left out when the output carries ``.loss``; or ``@ss.objective``.
-        grid: points an axis, or one number an axis; ``(51,)`` is a line.
-        span: half width in units of the direction (|d_f| = |w_f| by default); or one an axis; or (low, high) an axis.
         seed: of the directions, and of the subset when ``samples`` is given. Several seeds give a band: the surface
             along each one's directions.
+        **options: by keyword, as follows.
+
+    Options:
+        grid: points an axis, or one number an axis; ``(51,)`` is a line.
+        span: half width in units of the direction (|d_f| = |w_f| by default); or one an axis; or (low, high) an axis.
         store: a folder to keep finished points in. A second call with the same weights, data and settings resumes, also
             after ``kill -9``, and ends with the same bits; one with others is refused.
         directions: your own instead: one or two dicts from parameter names to tensors, taken as they are; or a plane
@@ -99,6 +56,7 @@ def landscape(
             built); the other axis, if any, is a direction.
         normalize: "filter", "layer", "tensor" or "none".
         zero: what does not move: any of "biases", "norms", "embeddings".
+        parameters: names or patterns (``"layer1.*"``, an adapter's ``"*lora_*"``) of what moves; default: all.
         orthogonal: make the second direction orthogonal to the first, filter by filter.
         batch_norm: "frozen" (running statistics as they are), "recalibrate" (measured anew at each point) or "batch"
             (each batch's own statistics).
@@ -135,11 +93,7 @@ def landscape(
         >>> surface.values.shape, surface.checks.passed
         ((5, 5), True)
     """
-    settings = Settings(
-        grid=grid, span=span, seed=read_seed(seed), store=store, directions=directions, strength=strength, normalize=normalize, zero=zero,
-        orthogonal=orthogonal, batch_norm=batch_norm, samples=samples, metrics=metrics or {}, l2=l2, tolerance=tolerance,
-        strategy=strategy, precision=precision, engine=engine, weight=weight, sample_loss=sample_loss,
-    )  # fmt: skip
+    settings = Settings.of("landscape", OneModelOptions, read_seed(seed), options)
     model = unwrapped(model)  # a parameter's draw depends on its name, and a wrapper changes it
     name = type(model).__name__
     if isinstance(settings.seed, list):
@@ -152,36 +106,21 @@ _Twins = Mapping[str, nn.Module]
 
 @overload
 def paired_landscapes(
-    models: _Twins, data: Any, loss: Any = None, *, seed: int = 0, **options: Unpack[_Options]
+    models: _Twins, data: Any, loss: Any = None, *, seed: int = 0, **options: Unpack[Options]
 ) -> PairedSurfaces: ...
 @overload
 def paired_landscapes(
-    models: _Twins, data: Any, loss: Any = None, *, seed: Sequence[int], **options: Unpack[_Options]
+    models: _Twins, data: Any, loss: Any = None, *, seed: Sequence[int], **options: Unpack[Options]
 ) -> PairedBand: ...
+@with_signature(Options)
 @asked_as("paired_landscapes")
 def paired_landscapes(
     models: Mapping[str, nn.Module],
     data: Any,
     loss: Any = None,
     *,
-    grid: int | Sequence[int] = 51,
-    span: Any = 1.0,
     seed: int | Sequence[int] = 0,
-    store: Any = None,
-    directions: Sequence[Any] | Plane | None = None,
-    normalize: str = "filter",
-    zero: Iterable[str] = ("biases", "norms"),
-    orthogonal: bool = False,
-    batch_norm: str = "frozen",
-    samples: int | None = None,
-    metrics: Mapping[str, Metric] | None = None,
-    l2: float = 0.0,
-    tolerance: float | None = None,
-    strategy: str = "auto",
-    precision: str | None = None,
-    engine: str = "auto",
-    weight: Callable[[Batch], float] | None = None,
-    sample_loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    **options: Unpack[Options],
 ) -> PairedSurfaces | PairedBand:
     """Surfaces of twins that can be compared: same data, same seed, same plane.
 
@@ -195,25 +134,11 @@ def paired_landscapes(
         models: name -> model; the first is the one that others are compared with.
         data: as in :func:`landscape`; every twin sees the same samples.
         loss: as in :func:`landscape`.
-        grid: as in :func:`landscape`.
-        span: as in :func:`landscape`.
         seed: as in :func:`landscape`.
-        store: as in :func:`landscape`.
-        directions: as in :func:`landscape`; only for twins that share weights.
-        normalize: as in :func:`landscape`.
-        zero: as in :func:`landscape`.
-        orthogonal: as in :func:`landscape`.
-        batch_norm: as in :func:`landscape`. A twin that computes something else with the first one's running statistics
-            (a removed one) has them measured anew once, unless this is "as found".
-        samples: as in :func:`landscape`.
-        metrics: as in :func:`landscape`.
-        l2: as in :func:`landscape`.
-        tolerance: as in :func:`landscape`, for every twin.
-        strategy: as in :func:`landscape`; one for all twins.
-        precision: as in :func:`landscape`.
-        engine: as in :func:`landscape`.
-        weight: as in :func:`landscape`.
-        sample_loss: as in :func:`landscape`.
+        **options: those of :func:`landscape` but ``strength``. ``directions`` is for twins that share weights;
+            ``tolerance`` holds for every twin; ``strategy`` is one for all. ``batch_norm``: a twin that computes something
+            else with the first one's running statistics (a removed one) has them measured anew once, unless this is
+            "as found".
 
     Returns:
         :class:`PairedSurfaces`; for several seeds a :class:`PairedBand`, which says how far the seeds agree.
@@ -236,11 +161,7 @@ def paired_landscapes(
             "paired_landscapes", "no twins were given", expected='{"with": model, "without": plain}',
             got=f"{type(models).__name__}",
         )  # fmt: skip
-    settings = Settings(
-        grid=grid, span=span, seed=read_seed(seed), store=store, directions=directions, normalize=normalize, zero=zero,
-        orthogonal=orthogonal, batch_norm=batch_norm, samples=samples, metrics=metrics or {}, l2=l2, tolerance=tolerance,
-        strategy=strategy, precision=precision, engine=engine, weight=weight, sample_loss=sample_loss,
-    )  # fmt: skip
+    settings = Settings.of("paired_landscapes", Options, read_seed(seed), options)
     models = {name: unwrapped(model) for name, model in models.items()}
     if isinstance(settings.seed, list):
         return paired_band(by_seed(models, data, loss, settings))

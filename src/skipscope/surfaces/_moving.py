@@ -53,6 +53,11 @@ class MovingCopy:
         self._at: tuple[float, ...] | None = None
 
     @property
+    def names(self) -> set[str]:
+        """The parameters that move."""
+        return {name for direction in self._directions for name in direction}
+
+    @property
     def bytes(self) -> int:
         """What is written at every point."""
         if self._lean:
@@ -60,7 +65,7 @@ class MovingCopy:
         return sum(2 * flat.work.numel() * flat.work.element_size() for flat in self._flats)
 
     def _flatten(self, directions: Sequence[Direction]) -> list[_Flat]:
-        moved = {name for direction in directions for name in direction}
+        moved = self.names
         groups: dict[tuple[torch.dtype, torch.device], list[str]] = {}
         parameters = dict(self.model.named_parameters())
         for name, p in parameters.items():

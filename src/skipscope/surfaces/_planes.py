@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from skipscope._errors import SkipscopeError
 from skipscope._sharding import refuse_spread
 from skipscope._untouched import require_numbers
-from skipscope.surfaces._directions import Direction, inner
+from skipscope.surfaces._directions import Direction, as_real, inner
 
 _PART = 2**22  # numbers held at once of what is read in parts
 
@@ -165,20 +165,10 @@ class _Way:
     def __init__(self, model: nn.Module, others: Sequence[Any], operation: str):
         refuse_spread(model, operation)
         require_numbers(model, operation)
-        self.here = {name: p.detach() for name, p in model.named_parameters()}
-        self.others = [self._checked(other, operation) for other in others]
-
-    def _checked(self, other: Any, operation: str) -> dict[str, Tensor]:
-        if isinstance(other, nn.Module):
-            other = {**dict(other.named_parameters()), **dict(other.named_buffers())}
-        if not isinstance(other, Mapping) or any(
-            n not in other or other[n].shape != p.shape for n, p in self.here.items()
-        ):
-            raise SkipscopeError(
-                operation, "these weights are not the model's", expected="a module of the same architecture, or its state dict",
-                got=type(other).__name__,
-            )  # fmt: skip
-        return {n: t.detach() for n, t in other.items() if isinstance(t, Tensor)}
+        own = {name: p.detach() for name, p in model.named_parameters()}
+        self.complex = {name for name, p in own.items() if p.is_complex()}
+        self.others = [_checked(other, own, operation) for other in others]
+        self.here = {name: as_real(p) for name, p in own.items()}
 
     def _parts(self) -> Iterator[tuple[str, int, int, Tensor]]:
         """(name, dimension, start, some columns of M in float64 [others, length, the other dimensions])."""
@@ -191,7 +181,7 @@ class _Way:
             for start in range(0, p.shape[longest], size):
                 length = min(size, p.shape[longest] - start)
                 here = p.narrow(longest, start, length).double()
-                rows = (o[name].reshape(p.shape).narrow(longest, start, length) for o in self.others)
+                rows = (as_real(o[name]).reshape(p.shape).narrow(longest, start, length) for o in self.others)
                 yield name, longest, start, torch.stack([r.to(p.device, torch.float64) - here for r in rows])
 
     def gram(self) -> np.ndarray:
@@ -214,7 +204,24 @@ class _Way:
             for direction, piece in zip(out, found):
                 whole = direction[name].reshape(-1) if direction[name].ndim == 0 else direction[name]
                 whole.narrow(dimension, start, piece.shape[dimension]).copy_(piece)
-        return [dict(direction) for direction in out]
+        return [
+            {n: torch.view_as_complex(t) if n in self.complex else t for n, t in direction.items()}
+            for direction in out
+        ]
+
+
+def _checked(other: Any, own: Mapping[str, Tensor], operation: str) -> dict[str, Tensor]:
+    if isinstance(other, nn.Module):
+        other = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    if not isinstance(other, Mapping) or any(
+        n not in other or other[n].shape != p.shape or other[n].is_complex() != p.is_complex()
+        for n, p in own.items()
+    ):
+        raise SkipscopeError(
+            operation, "these weights are not the model's", expected="a module of the same architecture, or its state dict",
+            got=type(other).__name__,
+        )  # fmt: skip
+    return {n: t.detach() for n, t in other.items() if isinstance(t, Tensor)}
 
 
 def _distances(coordinates: np.ndarray, square: np.ndarray, lengths: np.ndarray) -> np.ndarray:

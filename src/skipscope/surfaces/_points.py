@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipscope._calls import differentiates
 from skipscope._data import Batch, Batches, Objective, as_batches, batch_size, map_tensors, tensors_in
 from skipscope._errors import SkipscopeError
 
@@ -65,6 +66,16 @@ def hash_of(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
+def direction_hash(directions: Iterable[Mapping[str, Tensor]]) -> str:
+    """A hash of directions: which parameters they move, and how."""
+    digest = hashlib.blake2b(digest_size=16)
+    for direction in directions:
+        for name, tensor in direction.items():
+            digest.update(f"{name}/{hash_of([tensor])}".encode())
+        digest.update(b"/")
+    return digest.hexdigest()
+
+
 def weights_hash(model: nn.Module) -> str:
     """A hash of everything a model's state dict holds in tensors."""
     return hash_of(t for t in model.state_dict().values() if isinstance(t, Tensor))
@@ -114,10 +125,24 @@ class PointLoss:
         self.samples = loss.samples if loss.from_output is not None else None
         self.shares = [1.0 if loss.sums or data.single else float(loss.weight(batch)) for batch in data]
         self.sizes = [batch_size(batch) for batch in data]
+        self.records = False
 
-    @torch.no_grad()
     def read(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> dict[str, Any]:
-        """One point as tensors on the model's device; ``run(model, batch)`` is the forward pass."""
+        """One point as tensors on the model's device; ``run(model, batch)`` is the forward pass.
+
+        Gradients are recorded only if the loss or the model differentiates the network itself.
+        """
+        try:
+            with torch.set_grad_enabled(self.records):
+                found = self._read(model, run)
+        except Exception as error:
+            if self.records or not differentiates(error):
+                raise
+            self.records = True
+            return self.read(model, run)
+        return map_tensors(found, torch.Tensor.detach) if self.records else found
+
+    def _read(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> dict[str, Any]:
         total: Any = 0.0
         of_output, samples = self.loss.from_output, self.samples
         numerators, denominators = [], []

@@ -15,6 +15,7 @@ from torch import nn
 
 from skipscope._data import Batches, Objective, mean_loss, read
 from skipscope._errors import SkipscopeError
+from skipscope._random import refuse_noise, seed_generators
 from skipscope._sharding import refuse_spread
 from skipscope._untouched import private_copy, require_module, untouched
 from skipscope._version import __version__
@@ -23,10 +24,10 @@ from skipscope.surfaces._choice import Choice, choose
 from skipscope.surfaces._evaluate import Point, prepare_batch_norm, recalibrate
 from skipscope.surfaces._finish import Facts, Interpolated, Run, finish
 from skipscope.surfaces._grid import Sheet, axes
-from skipscope.surfaces._learnt import has_learnt
+from skipscope.surfaces._learnt import own_loss
 from skipscope.surfaces._memory import check_grid
 from skipscope.surfaces._planes import Plane
-from skipscope.surfaces._points import data_hash, hash_of, resident, weights_hash
+from skipscope.surfaces._points import data_hash, direction_hash, resident, weights_hash
 from skipscope.surfaces._ray import Job, job, on_ray
 from skipscope.surfaces._results import PairedSurfaces
 from skipscope.surfaces._runner import Runner, engine_for
@@ -65,6 +66,7 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
         work = Work(twins, at)
         check_grid(int(np.prod(work.shape)), len(work.names))
         sheet = Sheet(work.names, work.shape)
+        facts = {t.name: _facts(t, held, objective, settings) for t in twins}
         store, choices = _prepare(twins, work, settings, hashes, held, objective)
         what = f"loss surface of {', '.join(models)} ({_expected(choices, sheet.done.size)})"
         remote, at_once, in_flight = None, _at_once(twins), _unit_points(work, choices)
@@ -72,7 +74,6 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
             strategies = {name: choice.name for name, choice in choices.items()}
             remote, at_once = on_ray(job(models, held, objective, settings, at, strategies)), min(at_once, 16)
         runner = Runner(sheet, work, store, engine, what, at_once, remote, in_flight)
-        facts = {t.name: _facts(t, held, objective, settings) for t in twins}
 
         def end(interpolated: Interpolated | None) -> PairedSurfaces:
             run = Run(settings, at, held, objective, hashes, facts, choices, interpolated, began)
@@ -147,21 +148,15 @@ def _prepare(
     """Open the store, if any, and choose the way of evaluating: the store's own when it has one."""
     count = int(np.prod(work.shape))
     folder = settings.store
-    found = read_plan(folder) if folder is not None else None
-    plan = Plan(
-        _identity(twins, work, settings, hashes, data, loss),
-        work.fingerprint(),
-        work.names,
-        count,
-        1,
-        "plain",
-    )
-    if folder is not None and found is not None:
+    if folder is None:
+        return None, _choose(twins, work, count, settings.strategy)
+    found = read_plan(folder)
+    identity, probes = _identity(twins, work, settings, hashes, data, loss), work.fingerprint()
+    plan = Plan(identity, probes, work.names, count, 1, "plain")
+    if found is not None:
         check_plan(found, plan, folder)
         return Store(folder, found), _choose(twins, work, count, found.strategy)
     choices = _choose(twins, work, count, settings.strategy)
-    if folder is None:
-        return None, choices
     name = choices[twins[0].name].name
     store = Store.create(folder, replace(plan, unit=_unit(work, choices, settings), strategy=name))
     if store.plan.strategy != name:  # another process made the store first
@@ -203,7 +198,7 @@ def _identity(
         "data": data_hash(data),
         "loss": loss.name,
         "grid": [at.tolist() for at in work.axes],
-        "directions": {t.name: hash_of(x for d in t.directions for x in d.values()) for t in twins},
+        "directions": {t.name: direction_hash(t.directions) for t in twins},
         "settings": {
             "seed": settings.seed, "strength": settings.strength and [getattr(s, "name", s) for s in settings.strength], "batch_norm": settings.batch_norm, "l2": settings.l2,
             "tolerance": settings.tolerance, "precision": settings.precision,
@@ -272,16 +267,18 @@ def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings
     """What is measured apart from the evaluator: the model's own loss, and whether it has learnt."""
     model, anew = twin.fresh or twin.model, settings.batch_norm == "recalibrate"
     if twin.evaluator.plain.draws:
-        torch.manual_seed(0)  # the same draws as at every point
+        seed_generators(0)  # the same draws as at every point
     if settings.batch_norm in {"recalibrate", "batch"}:
         model = private_copy(model, "landscape")
         if prepare_batch_norm(model, settings.batch_norm) != "none" and anew:
             recalibrate(model, data)
-    own = mean_loss(model, data, loss)
+    own, learnt = own_loss(model, data, loss)
+    some = next((p.dtype for p in model.parameters()), torch.float32)
+    refuse_noise("landscape", twin.centre - twin.evaluator.penalty_at_origin(), own, some)
     plane = settings.directions if isinstance(settings.directions, Plane) else None
     # A twin whose statistics did not fit it has none that fit at a checkpoint either.
     known = _losses_at(model, plane, data, loss, anew or twin.fresh is not None) if plane else []
-    return Facts(own, has_learnt(model, data, loss), known)
+    return Facts(own, learnt, known)
 
 
 def _losses_at(model: nn.Module, plane: Plane, data: Batches, loss: Objective, anew: bool) -> list[float]:

@@ -185,7 +185,7 @@ def label_of(values: np.ndarray, centre: float, learnt: bool | None) -> str:
     Args:
         values: the surface.
         centre: the loss at the origin.
-        learnt: what the targets say (see :func:`skipscope.surfaces._learnt.has_learnt`); None: they cannot be asked,
+        learnt: what the targets say (see :func:`skipscope.surfaces._learnt.own_loss`); None: they cannot be asked,
             and the network counts as learnt when its centre lies clearly below the surface's median.
     """
     finite = values[np.isfinite(values)]

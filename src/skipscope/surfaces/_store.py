@@ -23,6 +23,7 @@ from skipscope._errors import MissingExtra, SkipscopeError
 from skipscope._files import write_whole
 from skipscope.surfaces._grid import Sheet
 
+AWAY = "away from the origin"
 PLAN, _RESULT = "skipscope.json", "result.json"
 
 
@@ -32,8 +33,9 @@ class Plan:
 
     Attributes:
         identity: weights, data, settings: must be the same to resume.
-        probes: the numbers at the origin, compared to a relative 1e-4, and any further away, to 1e-2 (another loss or metric
-            of the same name).
+        probes: numbers by what they are, measured at the origin and away from it: another loss or metric of the same name
+            gives others. At the origin they must agree to a relative 1e-4, elsewhere (``AWAY`` in the name) to 1e-2, for
+            far out a network may carry another machine's rounding further.
         names: the numbers at each point.
         points: how many points the grid has.
         unit: points a chunk.
@@ -41,7 +43,7 @@ class Plan:
     """
 
     identity: dict[str, Any]
-    probes: list[float]
+    probes: dict[str, float]
     names: list[str]
     points: int
     unit: int
@@ -74,7 +76,7 @@ def check_plan(found: Plan, wanted: Plan, folder: str | os.PathLike[str]) -> Non
     """
     ours = json.loads(json.dumps(wanted.identity))
     differs = [key for key in {**ours, **found.identity} if ours.get(key) != found.identity.get(key)]
-    if not differs and (found.names != wanted.names or len(found.probes) != len(wanted.probes)):
+    if not differs and (found.names != wanted.names or found.probes.keys() != wanted.probes.keys()):
         differs = ["what is measured"]
     if not differs:
         differs = _differing(found, wanted)
@@ -89,15 +91,15 @@ def check_plan(found: Plan, wanted: Plan, folder: str | os.PathLike[str]) -> Non
 
 
 def _differing(found: Plan, wanted: Plan) -> list[str]:
-    """What has another value at the origin or further away: a function of the same name that computes something else."""
-    names = [name for name in wanted.names if not name.endswith("/difference_stderr")] or [""]
-    # Far from the origin a network may carry another machine's rounding further.
-    exact = np.where(np.arange(len(wanted.probes)) < len(names), 1e-4, 1e-2)
-    same = np.isclose(found.probes, wanted.probes, rtol=exact, atol=1e-12, equal_nan=True)
-    wrong = {names[i % len(names)].partition("/")[2] for i in np.flatnonzero(~same)}
-    metrics = sorted(name.replace("metric/", "metric ") for name in wrong if name.startswith("metric/"))
-    near = bool((~same[: len(names)]).any())
-    return metrics or ([f"loss {'at' if near else 'away from'} the origin"] if wrong else [])
+    """What has another value: a function of the same name that computes something else; a metric alone if it is one."""
+    wrong = [
+        name
+        for name, value in wanted.probes.items()
+        if not np.isclose(
+            found.probes[name], value, rtol=1e-2 if AWAY in name else 1e-4, atol=1e-12, equal_nan=True
+        )
+    ]
+    return [name for name in wrong if name.startswith("metric ")] or wrong[:1]
 
 
 def _brief(value: Any) -> str:

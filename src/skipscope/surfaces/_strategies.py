@@ -163,7 +163,7 @@ class Replayed(Loop):
 
     def __init__(self, loop: Loop):
         self.name, self.at_point, self.moving = loop.name, loop.at_point, loop.moving
-        self.recalibrates, self.draws, self.run, self.knob = False, False, loop.run, None
+        self.recalibrates, self.draws, self.run, self.knob, self.caches = False, False, loop.run, None, []
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # The fastest kernels are looked for once; the recording then holds them to the end.
@@ -237,7 +237,7 @@ def ways(evaluator: Evaluator) -> Iterator[Way]:
     plain = evaluator.plain
     device = next((p.device.type for p in evaluator.model.parameters()), "cpu")
     yield Way("plain", lambda: plain, forks=device == "cpu")
-    if plain.draws or plain.recalibrates:
+    if plain.draws or plain.recalibrates or plain.caches or plain.at_point.records:
         return
     knob = evaluator.knob is not None  # a strength is read from outside the weights: only loops see it move
     convolutions = any(isinstance(m, nn.Conv2d) for m in evaluator.model.modules())

@@ -24,6 +24,7 @@ from skipscope.surfaces._grid import Sheet
 from skipscope.surfaces._memory import directions_fit
 from skipscope.surfaces._points import FOLDS, Reading, fold_sums, influence
 from skipscope.surfaces._settings import Settings
+from skipscope.surfaces._store import AWAY
 
 
 @dataclass
@@ -81,7 +82,7 @@ def make_twins(
         )
         edited, knob = _with_knob(model, settings)
         make = partial(
-            Evaluator, data=data, loss=loss, directions=directions, metrics=dict(settings.metrics),
+            Evaluator, data=data, loss=loss, directions=directions, metrics=dict(settings.metrics or {}),
             batch_norm=settings.batch_norm, l2=settings.l2, knob=knob,
         )  # fmt: skip
         twin = TwinOnPlane(name, model, directions, make(edited), shared)
@@ -155,6 +156,7 @@ def directions_for(
             axis=axis,
             normalize=settings.normalize,
             zero=settings.zeroed,
+            parameters=settings.parameters,
             like=like,
             keep=keep,
         )
@@ -207,20 +209,22 @@ class Work:
             out += numbers
         return np.stack(out)
 
-    def fingerprint(self) -> list[float]:
-        """Every twin's numbers at the origin, then at two opposite corners of the plane, but a difference's error.
+    def fingerprint(self) -> dict[str, float]:
+        """Every twin's loss and metrics at the origin and at two opposite corners of the plane.
 
         Other functions of the same names (a loss that is cut off where it is high) give others at the one or the other.
         """
-        corners = [tuple(float(axis[end]) for axis in self.axes) for end in (0, -1)]
-        readings = [[twin.origin for twin in self.twins]]
-        readings += [[twin.evaluator([corner]) for twin in self.twins] for corner in corners]
-        return [
-            float(n[0])
-            for at in readings
-            for twin, r in zip(self.twins, at)
-            for n in self._numbers(twin, r)[0]
-        ]
+        found = {}
+        for twin in self.twins:
+            readings = {"at the origin": twin.origin}
+            for end in (0, -1):
+                corner = tuple(float(axis[end]) for axis in self.axes)
+                readings[f"{AWAY}, corner {end % 3 + 1}"] = twin.evaluator([corner])
+            for place, reading in readings.items():
+                for name, values in {"loss": reading.values, **reading.metrics}.items():
+                    kind = "" if name == "loss" else "metric "
+                    found[f"{kind}{name} of {twin.name} {place}"] = float(values[0])
+        return found
 
     def _numbers(self, twin: TwinOnPlane, reading: Reading) -> tuple[list[np.ndarray], np.ndarray | None]:
         numbers = [reading.values, *reading.metrics.values()]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from skipscope._errors import SkipscopeError
-from skipscope.curvature import CurvatureOperator, Ends, Wish, find_ends
+from skipscope.curvature import CurvatureOperator, Ends, Wish, find_ends, gaussian_blocks
 from skipscope.surfaces._directions import Direction
+from skipscope.surfaces._store import AWAY
 
 NAMES = ["smallest", "largest", "residual", "probability", "converged", "products", "checked", "differs"]
 SEGMENT = 64  # columns after which a walk starts anew
@@ -67,6 +68,26 @@ class Walk:
                 self._move(int(index))
             unchecked = [] if number["checked"] == 1 else [*unchecked, i]
         return out
+
+    def fingerprint(self) -> dict[str, float]:
+        """Losses, and lengths of the matrix's image of a fixed vector, at the origin and at two corners of the plane.
+
+        Another loss or another choice of parameters gives others.
+        """
+        operator, found = self.operator, {}
+        vector = gaussian_blocks(operator.shape[0], 0, operator.basis_device)(1)
+        last = math.prod(len(axis) for axis in self.at) - 1
+        for place, index in (("at the origin", None), (f"{AWAY}, corner 1", 0), (f"{AWAY}, corner 2", last)):
+            if index is None:
+                operator.move_to(self.origin)
+            else:
+                self._move(index)
+            found[f"loss {place}"] = operator.loss()
+            try:
+                found[f"curvature {place}"] = float(operator.apply(vector).norm())
+            except SkipscopeError:  # not finite
+                found[f"curvature {place}"] = math.nan
+        return found
 
     def _point(self, index: int, before: list[Tensor], check: bool) -> tuple[np.ndarray, list[Tensor]]:
         self._move(index)
