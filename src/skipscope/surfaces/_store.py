@@ -1,7 +1,7 @@
 """Results kept as they come: a zarr 3 array whose every chunk is one unit of work, written whole or not at all.
 
 Row 0 of the array says which points are done, so that the mask and the numbers of a unit are one file and cannot
-disagree, however the process ends. The folder also holds what the numbers belong to: weights, data, settings. A
+disagree, however the process ends; a checksum says whether the file is as it was written. The folder also holds what the numbers belong to: weights, data, settings. A
 folder made by others is refused, never mixed.
 """
 
@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import tempfile
+import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,12 @@ import numpy as np
 from skipscope import _result
 from skipscope._errors import MissingExtra, SkipscopeError
 from skipscope._files import write_whole
+from skipscope.surfaces._exports import Exported
 from skipscope.surfaces._grid import Sheet
 
 AWAY = "away from the origin"
+_NUMBERS, _METADATA, _BUILDING = "sheet", "zarr.json", ".building-"
+_DEAD_S = 10.0  # a temporary file lives for milliseconds; one this old was left by a process that was killed
 PLAN, _RESULT = "skipscope.json", "result.json"
 
 
@@ -53,19 +58,27 @@ class Plan:
 def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
     """The plan of an existing store; None when the folder does not exist or is empty.
 
+    The plan stands in its own file and among the array's attributes; where one of the two is damaged the other is read.
+
     Raises:
         SkipscopeError: the folder holds something else.
     """
     folder = Path(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return None
     try:
-        return Plan(**json.loads((folder / PLAN).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise SkipscopeError(
-            "landscape", f"{folder} is not a landscape's store", expected="a new or empty folder, or an earlier store",
-            cure="choose another folder",
-        ) from error  # fmt: skip
+        if not folder.exists() or not any(not _is_temporary(entry) for entry in folder.iterdir()):
+            return None
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    for file, keys in ((folder / PLAN, ()), (folder / _NUMBERS / _METADATA, ("attributes", "plan"))):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            found = json.loads(file.read_text())
+            for key in keys:
+                found = found[key]
+            return Plan(**found)
+    raise SkipscopeError(
+        "landscape", f"{folder} is not a landscape's store", expected="a new or empty folder, or an earlier store",
+        cure="choose another folder",
+    )  # fmt: skip
 
 
 def check_plan(found: Plan, wanted: Plan, folder: str | os.PathLike[str]) -> None:
@@ -113,11 +126,15 @@ class Store:
     Args:
         folder: where it is.
         plan: what it holds.
+
+    Attributes:
+        wrote: whether a unit was written since it was opened.
     """
 
     def __init__(self, folder: str | os.PathLike[str], plan: Plan):
-        self.folder, self.plan = Path(folder), plan
-        self._array = _zarr().open_array(str(self.folder / "sheet"), mode="r+")
+        self.folder, self.plan, self.wrote = Path(folder), plan, False
+        self._array, self._told = self._opened(), False
+        self._sweep()
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], plan: Plan) -> Store:
@@ -126,30 +143,56 @@ class Store:
         Raises:
             SkipscopeError: the folder cannot be made.
         """
-        folder = Path(folder)
+        # A symlink is followed; a mount point and the working directory cannot be renamed: the parts are, inside.
+        folder = Path(os.path.realpath(folder))
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            folder.mkdir(parents=True, exist_ok=True)
+            building = Path(tempfile.mkdtemp(dir=folder, prefix=_BUILDING))
+            try:
+                _make_array(building / _NUMBERS, plan)
+                with contextlib.suppress(FileExistsError, OSError):  # another process was first
+                    os.rename(building / _NUMBERS, folder / _NUMBERS)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+            if not (folder / _NUMBERS).is_dir():
+                raise OSError("the array could not be put in its place")
         except OSError as error:
-            raise SkipscopeError(
-                "landscape", f"cannot make the store {folder}: {error.strerror or error}",
-                cure="choose a folder that can be written",
-            ) from error  # fmt: skip
-        try:
-            _zarr().create_array(
-                str(building / "sheet"), shape=(1 + len(plan.names), plan.points), dtype="float64",
-                chunks=(1 + len(plan.names), plan.unit), fill_value=np.nan,
-            )  # fmt: skip
-            write_whole(building / PLAN, json.dumps(plan.__dict__, indent=1))
-            os.chmod(building, 0o755)
-            with contextlib.suppress(OSError):  # another process was first
-                os.rename(building, folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+            raise _unusable(folder, error) from error
         found = read_plan(folder)
         assert found is not None
         check_plan(found, plan, folder)
         return cls(folder, found)
+
+    def _opened(self) -> Any:
+        """The array; its metadata and the plan's own file are made again from the plan where they are damaged."""
+        path = self.folder / _NUMBERS
+        if not (self.folder / PLAN).exists() or _unreadable_json(self.folder / PLAN):
+            write_whole(self.folder / PLAN, json.dumps(self.plan.__dict__, indent=1))
+        try:
+            array = _zarr().open_array(str(path), mode="r+")
+            if array.shape == (1 + len(self.plan.names), self.plan.points):
+                return array
+        except Exception:  # zarr has many errors for a file that is no metadata
+            pass
+        building = Path(tempfile.mkdtemp(dir=self.folder, prefix=_BUILDING))
+        try:
+            _make_array(building / _NUMBERS, self.plan)
+            path.mkdir(exist_ok=True)
+            os.replace(building / _NUMBERS / _METADATA, path / _METADATA)
+        except OSError as error:
+            raise _unusable(self.folder, error) from error
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        return _zarr().open_array(str(path), mode="r+")
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left half written."""
+        now = time.time()
+        with contextlib.suppress(OSError):  # a folder that is only read
+            for entry in [*self.folder.iterdir(), *(self.folder / _NUMBERS).rglob("*.partial")]:
+                with contextlib.suppress(OSError):
+                    if _is_temporary(entry) and now - entry.stat().st_mtime > _DEAD_S:
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def units(self, points: np.ndarray) -> list[np.ndarray]:
         """The units that hold these points, each whole."""
@@ -169,17 +212,104 @@ class Store:
                 "landscape", f"cannot write to the store {self.folder}: {error.strerror or error}",
                 cure="make room and run the same call again: it resumes from what is there",
             ) from error  # fmt: skip
+        self.wrote = True
 
     def read_into(self, sheet: Sheet) -> None:
-        """Put everything that is done into ``sheet``."""
-        kept = np.asarray(self._array[:])
+        """Put everything that is done into ``sheet``. A unit whose checksum does not hold is not done."""
+        try:
+            kept = np.asarray(self._array[:])
+        except Exception:  # a chunk that was cut, emptied or flipped: each kind has an error of its own
+            kept = self._read_by_unit()
         done = kept[0] == 1
         sheet.data[:, done] = kept[1:, done]
         sheet.done[done] = True
 
-    def finish(self, result: _result.Result) -> None:
-        """Keep the finished result beside the numbers, for ``skipscope.load``."""
-        write_whole(self.folder / _RESULT, _result.dumps(result))
+    def _read_by_unit(self) -> np.ndarray:
+        kept, bad = np.full(self._array.shape, np.nan), 0
+        for unit in self.units(np.arange(self.plan.points)):
+            part = slice(unit[0], unit[-1] + 1)
+            try:
+                kept[:, part] = self._array[:, part]
+            except Exception:  # as above
+                bad += 1
+        if bad and not self._told:
+            self._told = True
+            warnings.warn(
+                f"skipscope: {bad} damaged {'part' if bad == 1 else 'parts'} of the store {self.folder} (a checksum does "
+                "not hold): computed again",
+                stacklevel=2,
+            )
+        return kept
+
+    def finish(self, result: Exported) -> None:
+        """Keep the finished result beside the numbers, for ``skipscope.load``; and as arrays, for ``xarray.open_zarr``."""
+        arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+        for layer in result.layers():
+            names = ("alpha", "beta") if layer.betas.size else ("alpha",)
+            arrays |= {name: ((name,), axis) for name, axis in zip(names, (layer.alphas, layer.betas))}
+            lead = f"{layer.prefix}." if layer.prefix else ""
+            arrays |= {
+                (lead + name).replace("/", "."): (names, column.astype(np.float64))
+                for name, column in layer.columns.items()
+            }
+        try:
+            self._write_arrays(arrays)
+            write_whole(self.folder / _RESULT, _result.dumps(result))
+        except (OSError, SkipscopeError) as error:
+            if not self.wrote and not _unreadable_json(self.folder / _RESULT):
+                return  # a finished store on a disk that is only read
+            reason = getattr(error, "strerror", None) or getattr(error, "problem", error)
+            raise SkipscopeError(
+                "landscape", f"cannot write the result to the store {self.folder}: {reason}",
+                cure="make room and run the same call again: all its numbers are there",
+            ) from error  # fmt: skip
+        self._sweep()
+
+    def _write_arrays(self, arrays: dict[str, tuple[tuple[str, ...], np.ndarray]]) -> None:
+        zarr, metadata = _zarr(), self.folder / _METADATA
+        if _unreadable_json(metadata):
+            metadata.unlink(missing_ok=True)
+        group = zarr.open_group(str(self.folder), mode="a", use_consolidated=False)
+        for name, (dimensions, values) in arrays.items():
+            made = group.create_array(
+                name, shape=values.shape, dtype="float64", chunks=values.shape, fill_value=np.nan,
+                dimension_names=dimensions, overwrite=True,
+            )  # fmt: skip
+            made[...] = values
+        with (
+            warnings.catch_warnings()
+        ):  # all arrays' metadata in one file, or a reader is warned of our other files
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(str(self.folder))
+
+
+def _make_array(path: Path, plan: Plan) -> None:
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    rows = 1 + len(plan.names)
+    _zarr().create_array(
+        str(path), shape=(rows, plan.points), dtype="float64", chunks=(rows, plan.unit), fill_value=np.nan,
+        compressors=[ZstdCodec(), Crc32cCodec()], attributes={"plan": plan.__dict__}, dimension_names=("number", "point"),
+    )  # fmt: skip
+
+
+def _is_temporary(entry: Path) -> bool:
+    return entry.name.startswith((_BUILDING, f".{PLAN}.", f".{_RESULT}.")) or entry.suffix == ".partial"
+
+
+def _unreadable_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return True
+    return False
+
+
+def _unusable(folder: Path, error: OSError) -> SkipscopeError:
+    return SkipscopeError(
+        "landscape", f"cannot make the store {folder}: {error.strerror or error}",
+        cure="choose a folder that can be written and has room",
+    )  # fmt: skip
 
 
 def _zarr() -> Any:
@@ -196,7 +326,7 @@ def read_store(path: Path) -> _result.Result | None:
     Raises:
         SkipscopeError: the run that fills the store has not finished.
     """
-    if not (path.is_dir() and (path / PLAN).exists() and (path / "sheet").exists()):
+    if not (path.is_dir() and (path / _NUMBERS).exists()):
         inside = sorted(plan.parent for plan in path.glob(f"*/{PLAN}")) if path.is_dir() else []
         if inside:  # several seeds, or twins' maps
             raise SkipscopeError(
@@ -204,7 +334,7 @@ def read_store(path: Path) -> _result.Result | None:
                 cure=f"ss.load({str(inside[0])!r})",
             )  # fmt: skip
         return None
-    if not (path / _RESULT).exists():
+    if _unreadable_json(path / _RESULT):
         raise SkipscopeError(
             "load",
             f"the landscape in {path} is not finished",
