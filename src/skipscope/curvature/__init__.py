@@ -16,4 +16,5 @@ from skipscope.curvature._results import TraceEstimate as TraceEstimate
 from skipscope.curvature._solve import Ends as Ends
 from skipscope.curvature._solve import Wish as Wish
 from skipscope.curvature._solve import find_ends as find_ends
+from skipscope.curvature._solve import require_memory as require_memory
 from skipscope.curvature._trace import curvature_trace as curvature_trace

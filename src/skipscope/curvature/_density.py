@@ -16,7 +16,8 @@ from torch import nn
 
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
-from skipscope._progress import track
+from skipscope._free_memory import SHARE, free_bytes
+from skipscope._progress import say, track
 from skipscope.curvature._ladder import Matrix
 from skipscope.curvature._lanczos import Draw, Krylov, Product, gaussian_blocks
 from skipscope.curvature._operator import How, open_operator
@@ -31,7 +32,7 @@ def quadrature(product: Product, size: int, steps: int, draw: Draw) -> tuple[np.
     an invariant space the rule is exact, and there is no difference.
     """
     probe = draw(1)
-    rows = torch.zeros(steps + 1, size, dtype=torch.float64, device=probe.device)
+    rows = torch.empty(steps + 1, size, dtype=torch.float64, device=probe.device)
     run = Krylov(product, size, steps, draw, rows, probe[:0])
     run.start(probe)
     while run.filled < steps and not run.exhausted and not run.invariant:
@@ -81,7 +82,8 @@ def spectral_density(
         mode: as in :func:`curvature_operator`.
 
     Raises:
-        SkipscopeError: data or loss cannot be read, a product is not finite, or fewer than 2 probes or 1 step.
+        SkipscopeError: data or loss cannot be read, a product is not finite, or fewer than 2 probes or 1 step; or the
+            vectors of a run (``steps + 6`` of the parameters' size, in float64) do not fit into memory.
 
     Example:
         >>> import torch, skipscope as ss
@@ -98,6 +100,7 @@ def spectral_density(
     how = How(matrix, parameters, weight, training, seed, mode)
     operator = open_operator(operation, model, data, loss, how)
     size, device = operator.shape[0], operator.basis_device
+    require_steps(operation, size, min(steps, size), device)
     draw, steps = gaussian_blocks(size, seed, device), min(steps, operator.shape[0])
     found = [quadrature(operator.apply, size, steps, draw) for _ in track(range(probes), "spectral density")]
     nodes, weights = (np.stack(parts, axis=1) for parts in zip(*found, strict=True))
@@ -116,6 +119,25 @@ def spectral_density(
         half_nodes=half_nodes,
         half_weights=half_weights,
     )
+
+
+def require_steps(operation: str, size: int, steps: int, device: torch.device) -> None:
+    """Say how much memory the steps take, and refuse those whose basis does not fit into the free memory.
+
+    Raises:
+        SkipscopeError: with the ``steps=`` that fit.
+    """
+    row, beside = 8 * size, 6
+    needed, free = (steps + beside) * row, SHARE * free_bytes(device)
+    if needed > free:
+        fitting = int(free / row) - beside
+        raise SkipscopeError(
+            operation, f"the vectors of {steps} steps do not fit into memory",
+            expected=f"{needed / 2**30:.2f} GiB for {size:,} parameters in float64",
+            got=f"{free / 2**30:.2f} GiB that may be used on {device}",
+            cure=f"steps={fitting}" if fitting > 1 else "fewer parameters: parameters=[...]",
+        )  # fmt: skip
+    say(f"{operation}: {steps} vectors, at most {needed / 2**30:.2g} GiB")
 
 
 def _curve(nodes: np.ndarray, weights: np.ndarray, points: int, bandwidth: float | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from skipscope.curvature._ladder import Matrix
 from skipscope.curvature._operator import CurvatureOperator, How, open_operator
 from skipscope.curvature._private import Selection
 from skipscope.curvature._results import ExtremeEigenvalues
-from skipscope.curvature._solve import Wish, find_ends
+from skipscope.curvature._solve import Wish, find_ends, require_memory
 
 
 def extreme_eigenvalues(
@@ -55,7 +55,9 @@ def extreme_eigenvalues(
         block: start vectors of a run; for k > 1 and eigenvalues that occur several times, more find them sooner.
         confidence: the probability wanted; 0 asks for the residuals alone.
         max_products: after these it stops, converged or not.
-        basis: vectors kept before a thick restart; default: as many as 1 GiB holds, at most 300.
+        basis: vectors kept before a thick restart, in float64; default: as many as 1 GiB holds, from ``4 k + 4 block + 20``
+            to 300. At its peak the call holds at most 1.3 times that; what does not fit into the free memory is refused
+            with the ``basis`` that does.
         weight: what a batch counts for in the mean.
         training: False runs in eval mode, True in training mode, None leaves each module's flag.
         seed: of the start vector, and of random numbers inside the model.
@@ -63,7 +65,7 @@ def extreme_eigenvalues(
 
     Raises:
         SkipscopeError: data or loss cannot be read; a product is not finite (the batch is named); or ``k``, ``tol``,
-            ``block`` are out of range.
+            ``block`` are out of range; or the basis does not fit into memory.
 
     Example:
         >>> import torch, skipscope as ss
@@ -101,6 +103,7 @@ def ends_of(
             got = repr(getattr(wish, name))
             raise SkipscopeError(operation, f"{name} is out of range", expected=expected, got=got)
     wish = replace(wish, precision=operator.precision)
+    require_memory(operation, size, wish, operator.basis_device)
     found = find_ends(operator.apply, size, wish, device=operator.basis_device)
     low, high = found.order(k)
     return ExtremeEigenvalues(

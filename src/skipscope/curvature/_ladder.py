@@ -24,12 +24,12 @@ from skipscope.curvature._modes import (
     Tangent,
 )
 from skipscope.curvature._private import PrivateModel
-from skipscope.curvature._trust import reason_to_doubt
+from skipscope.curvature._trust import ProductCheck
 
 Matrix = Literal["hessian", "gauss_newton"]
 _REVERSE: dict[str, Mode] = {"hessian": ReverseOverReverse(), "gauss_newton": GaussNewtonReverse()}
 _FORWARD: dict[str, Mode] = {"hessian": ForwardOverReverse(), "gauss_newton": GaussNewtonForward()}
-_DIFFERENCES: dict[str, Callable[..., Mode]] = {
+_DIFFERENCES: dict[str, Callable[..., Differences]] = {
     "hessian": FiniteDifferences,
     "gauss_newton": GaussNewtonDifferences,
 }
@@ -111,10 +111,11 @@ def climb(
             expected=", ".join(repr(rung.name) for rung in ladder(matrix)),
         )
     refused: dict[str, str] = {}
+    check = ProductCheck(model, batch, index, trial, _DIFFERENCES[matrix])
     for rung in rungs:
         try:
             with rung.running():
-                found = rung.mode.product(rung.mode.prepare(model, batch, index), [trial])[0]
+                found = check.some(rung.mode.product(rung.mode.prepare(model, batch, index), [trial])[0])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever one mode cannot do, the next may
@@ -126,7 +127,7 @@ def climb(
         doubt = None
         if not isinstance(rung.mode, Differences):  # these are what the others are held against
             with rung.running():
-                doubt = reason_to_doubt(found, rung.mode, _DIFFERENCES[matrix], model, batch, index, trial)
+                doubt = check.reason_to_doubt(found, rung.mode)
         if doubt is None:
             return rung, refused
         refused[rung.name] = doubt

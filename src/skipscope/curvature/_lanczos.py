@@ -29,6 +29,7 @@ Draw = Callable[[int], Tensor]  # b -> a random block [b, n]
 _BREAKDOWN = 1e-12  # a remainder this small against the matrix is rounding: the space is invariant
 _KEPT = 0.5  # what is left of an image, against all of it, where one orthogonalisation has lost nothing
 _EPS = float(np.finfo(float).eps)
+_COLUMNS = 1 << 18  # of the basis that are combined at once
 _SAFETY = 4.0  # on the estimate of the products' rounding error
 
 
@@ -219,15 +220,23 @@ class Krylov:
         return self._ritz
 
     def vectors(self, coordinates: np.ndarray) -> Tensor:
-        """Ritz vectors ``[p, n]`` from their coordinates ``[m, p]``."""
-        return torch.from_numpy(coordinates.T.copy()).to(self.rows) @ self.rows[: self.filled]
+        """Ritz vectors ``[p, n]`` from their coordinates ``[m, p]``; the basis is overwritten, and the run is over."""
+        self._combine(coordinates)
+        return self.rows[: coordinates.shape[1]].clone()
+
+    def _combine(self, coordinates: np.ndarray) -> None:
+        """Replace the first rows of the basis by Ritz vectors, some columns at a time: no second basis is held."""
+        mix = torch.from_numpy(coordinates.T.copy()).to(self.rows)
+        for start in range(0, self.rows.shape[1], _COLUMNS):
+            part = self.rows[:, start : start + _COLUMNS]
+            part[: mix.shape[0]] = mix @ part[: self.filled]
 
     def restart(self, chosen: np.ndarray) -> None:
         """Keep only the Ritz vectors ``chosen`` (indices into :meth:`ritz`) and the next block."""
         values, coordinates, _ = self.ritz()
         kept = coordinates[:, chosen]
         ahead = self.rows[self.filled : self.filled + self.width].clone()
-        self.rows[: len(chosen)] = self.vectors(kept)
+        self._combine(kept)
         self.filled = len(chosen)
         self.rows[self.filled : self.filled + self.width] = ahead
         self.projected = np.diag(values[chosen])

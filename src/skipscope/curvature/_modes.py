@@ -12,7 +12,7 @@ With p the parameters, L the loss of a batch and g = dL/dp:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,6 +119,18 @@ class Differences(ABC):
     def product(self, prepared: tuple[PrivateModel, Batch, int], tangents: list[Tangent]) -> list[Tangent]:
         """Two values a tangent."""
 
+    def in_parts(
+        self,
+        model: PrivateModel,
+        batch: Batch,
+        index: int,
+        tangent: Tangent,
+        read: Callable[[int, Tensor], Tensor],
+    ) -> list[Tensor]:
+        """``read(i, part)`` of the product with ``tangent``, for each parameter i; for a look, not for a result."""
+        tangent = [t.to(p.dtype) for t, p in zip(tangent, model.parameters, strict=True)]
+        return [read(i, part) for i, part in enumerate(self.product((model, batch, index), [tangent])[0])]
+
 
 class FiniteDifferences(Differences):
     """The difference of two gradients."""
@@ -130,6 +142,17 @@ class FiniteDifferences(Differences):
             difference(model, tangent, lambda: model.gradients(batch, index), self.step)
             for tangent in tangents
         ]
+
+    def in_parts(
+        self,
+        model: PrivateModel,
+        batch: Batch,
+        index: int,
+        tangent: Tangent,
+        read: Callable[[int, Tensor], Tensor],
+    ) -> list[Tensor]:
+        """As :meth:`Differences.in_parts`, without ever holding a whole gradient."""
+        return difference(model, tangent, lambda: model.gradient_in_parts(batch, index, read), self.step)
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------
@@ -174,21 +197,29 @@ def difference(
     model: PrivateModel, tangent: Tangent, function: Callable[[], list[Tensor]], step: float | None = None
 ) -> list[Tensor]:
     """The derivative of ``function()`` along ``tangent``: a central difference, by default at the best step."""
-    point = [p.detach().clone() for p in model.parameters]
-    tangent = [t.to(p.dtype) for t, p in zip(tangent, point, strict=True)]
-    here, there = _norm(point), _norm(tangent)
+    parameters = model.parameters
+    size, there = _norm(parameters), _norm(tangent)
     if there == 0.0:
         return [torch.zeros_like(t) for t in function()]
-    size = (step or torch.finfo(point[0].dtype).eps ** (1 / 3)) * max(1.0, here) / there
+    step = (step or torch.finfo(parameters[0].dtype).eps ** (1 / 3)) * max(1.0, size) / there
+    # A copy made for looks alone is moved back by arithmetic, and no second set of weights is held.
+    point = None if model.throwaway else [p.detach().clone() for p in parameters]
     try:
-        model.move((q, p + size * t) for q, p, t in zip(model.parameters, point, tangent, strict=True))
+        _shift(model, tangent, step)
         ahead = [t.detach() for t in function()]
-        model.move((q, p - size * t) for q, p, t in zip(model.parameters, point, tangent, strict=True))
+        _shift(model, tangent, -2 * step)
         behind = [t.detach() for t in function()]
     finally:
-        model.move(zip(model.parameters, point, strict=True))
-    return [(a - b) / (2 * size) for a, b in zip(ahead, behind, strict=True)]
+        if point is None:
+            _shift(model, tangent, step)
+        else:
+            model.move(zip(parameters, point, strict=True))
+    return [a.sub_(b).div_(2 * step) for a, b in zip(ahead, behind, strict=True)]
 
 
-def _norm(parts: list[Tensor]) -> float:
-    return float(sum(float(p.double().square().sum()) for p in parts)) ** 0.5
+def _shift(model: PrivateModel, tangent: Tangent, step: float) -> None:
+    model.move((p, p + step * t.to(p.dtype)) for p, t in zip(model.parameters, tangent, strict=True))
+
+
+def _norm(parts: Iterable[Tensor]) -> float:
+    return float(sum(float(p.detach().double().square().sum()) for p in parts)) ** 0.5

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ class PrivateModel:
         objective: the loss.
         seed: of the random numbers of the first batch; every pass over a batch draws the same.
         operation: named in errors.
+        throwaway: a copy made to look at, whose parameters need not come back to the last bit after a move.
     """
 
     module: nn.Module
@@ -40,6 +42,7 @@ class PrivateModel:
     objective: Objective
     seed: int
     operation: str
+    throwaway: bool = False
     _twin: PrivateModel | None = None
 
     @property
@@ -128,8 +131,40 @@ class PrivateModel:
         if self._twin is None:
             module = private_copy(self.module, self.operation).double()
             found = dict(module.named_parameters())
-            self._twin = replace(self, module=module, parameters=[found[name] for name in self.names])
+            self._twin = replace(
+                self, module=module, parameters=[found[name] for name in self.names], throwaway=True
+            )
         return self._twin
+
+    def drop_double(self) -> None:
+        """Let go of the copy in float64."""
+        self._twin = None
+
+    def gradient_in_parts(
+        self, batch: Batch, index: int, read: Callable[[int, Tensor], Tensor]
+    ) -> list[Tensor]:
+        """``read(i, gradient)`` of each parameter i; a gradient is let go of as soon as it has been read."""
+        _, loss = self.output_and_loss(batch, index)
+        found: dict[int, Tensor] = {}
+        if loss.requires_grad:
+
+            def keep(i: int, parameter: Tensor) -> None:
+                assert parameter.grad is not None
+                found[i], parameter.grad = read(i, parameter.grad), None
+
+            handles = [
+                parameter.register_post_accumulate_grad_hook(functools.partial(keep, i))
+                for i, parameter in enumerate(self.parameters)
+            ]
+            try:
+                loss.backward()
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return [
+            found[i] if i in found else read(i, torch.zeros_like(parameter))
+            for i, parameter in enumerate(self.parameters)
+        ]
 
     def move(self, moves: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
         """Give parameters of the copy other values."""

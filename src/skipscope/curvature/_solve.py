@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipscope._progress import track
+from skipscope._errors import SkipscopeError
+from skipscope._free_memory import SHARE, free_bytes
+from skipscope._progress import say, track
 from skipscope.curvature._certificate import chance_unseen
 from skipscope.curvature._lanczos import Draw, Krylov, Product, gaussian_blocks
 
 _BASIS_BYTES = 1 << 30
+_BESIDE = 4  # vectors that a product and an orthogonalisation hold beside the basis
 _SHAKE = 2.0  # the random part of a start near known vectors, against unit vectors
 
 
@@ -127,8 +130,7 @@ def _deflated(
     """A run in the space orthogonal to the vectors ``known [p, n]``."""
     left = size - known.shape[0]
     block = min(wish.block, left)
-    room = wish.basis or int(np.clip(_BASIS_BYTES / (8 * size), 4 * wish.k + 4 * block + 20, 300))
-    room = min(max(room, 2 * wish.k + 3 * block + 2), left)
+    room = min(_rows(size, wish), left)
     rows = torch.empty(room + block, size, dtype=torch.float64, device=known.device)
     run = Krylov(product, left, room, draw, rows, known, wish.precision)
     start = run.draw(block)
@@ -136,6 +138,47 @@ def _deflated(
         start = near.sum(0, keepdim=True) + _SHAKE * start[:1] / start[:1].norm()
     run.start(start)
     return run
+
+
+def _rows(size: int, wish: Wish) -> int:
+    """Vectors of the basis."""
+    few, usual = _fewest(wish), 4 * wish.k + 4 * wish.block + 20
+    return max(few, wish.basis or int(np.clip(_BASIS_BYTES / (8 * size), usual, 300)))
+
+
+def _fewest(wish: Wish) -> int:
+    return 2 * wish.k + 3 * wish.block + 2
+
+
+def require_memory(operation: str, size: int, wish: Wish, device: torch.device) -> None:
+    """Say how much memory the basis takes, and refuse one that does not fit into what is free, before it is taken.
+
+    Args:
+        operation: named in the error.
+        size: n.
+        wish: what is asked for.
+        device: where the vectors live.
+
+    Raises:
+        SkipscopeError: with the ``basis=`` that fits.
+    """
+    row, rows = 8 * size, min(_rows(size, wish), size)
+    beside = _BESIDE + wish.block + (2 * wish.k if wish.k > 1 else 2)
+    needed, free = (rows + beside) * row, SHARE * free_bytes(device)
+    if needed > free:
+        fitting = int(free / row) - beside
+        cure = f"basis={fitting}" if fitting >= _fewest(wish) else "fewer parameters: parameters=[...]"
+        raise SkipscopeError(
+            operation, f"a basis of {rows} vectors does not fit into memory",
+            expected=f"{needed / 2**30:.2f} GiB for {size:,} parameters in float64",
+            got=f"{free / 2**30:.2f} GiB that may be used on {device}",
+            cure=cure + ("; it restarts more often, and needs more products" if "basis=" in cure else ""),
+        )  # fmt: skip
+    say(f"{operation}: a basis of {rows} vectors, at most {needed / 2**30:.2g} GiB")
+
+
+def _joined(known: Tensor, found: Tensor) -> Tensor:
+    return torch.cat([known, found]) if len(known) else found
 
 
 @dataclass
@@ -265,7 +308,7 @@ class _Search:
         return Ends(
             values=np.r_[known.values, values[self.wanted]],
             residuals=np.r_[known.residuals, residuals[self.wanted]],
-            vectors=torch.cat([known.vectors, run.vectors(coordinates[:, self.wanted])]),
+            vectors=_joined(known.vectors, run.vectors(coordinates[:, self.wanted])),
             doubt=known.doubt + self.doubt,
             products=known.products + run.products,
             scale=max(known.scale, abs(values[0]), abs(values[-1])),

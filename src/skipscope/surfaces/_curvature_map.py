@@ -20,7 +20,7 @@ from skipscope._errors import SkipscopeError, asked_as
 from skipscope._sharding import refuse_spread
 from skipscope._untouched import private_copy, require_module, set_mode, untouched
 from skipscope._version import __version__
-from skipscope.curvature import CurvatureOperator, How, Matrix, Wish, open_operator
+from skipscope.curvature import CurvatureOperator, How, Matrix, Wish, open_operator, require_memory
 from skipscope.surfaces._directions import Direction
 from skipscope.surfaces._evaluate import recalibrate
 from skipscope.surfaces._grid import Sheet, axes
@@ -53,6 +53,7 @@ class _Options(TypedDict, total=False):
     tol: float
     confidence: float
     max_products: int
+    basis: int | None
     matrix: Matrix
     engine: str
     weight: Callable[[Batch], float] | None
@@ -85,6 +86,7 @@ def curvature_map(
     tol: float = 1e-2,
     confidence: float = 0.99,
     max_products: int = 300,
+    basis: int | None = None,
     matrix: Matrix = "hessian",
     engine: str = "auto",
     weight: Callable[[Batch], float] | None = None,
@@ -115,6 +117,7 @@ def curvature_map(
         tol: largest residual, relative to max |lambda| at the point.
         confidence: the probability asked for at every sixteenth point, and where a row begins; see :class:`CurvatureMap`.
         max_products: at one point; after these it is marked as not converged.
+        basis: vectors of a solve, as in :func:`extreme_eigenvalues`.
         matrix: "hessian" or "gauss_newton".
         engine: "local", "torchrun", or "auto": the ranks when there are some and a store, else local.
         weight: what a batch counts for in the mean over batches.
@@ -156,7 +159,7 @@ def curvature_map(
     at = axes(grid, span, settings.axis_count)
     held = resident(first, data, loss, samples, seed)
     batches, objective = read(first, held, loss, _OPERATION, weight=weight)
-    wish = Wish(1, tol, confidence, seed=seed, max_products=max_products)
+    wish = Wish(1, tol, confidence, basis=basis, seed=seed, max_products=max_products)
     plane = _Plane(settings, at, batches, objective, How(matrix, settings.parameters, weight), wish)
     maps, notes, shared = plane.maps(models, paired)
     return PairedMaps(maps, shared, tuple(notes)) if paired else next(iter(maps.values()))
@@ -226,6 +229,7 @@ class _Plane:
     def _map(self, name: str, model: nn.Module, moved: list[Direction], folder: str) -> CurvatureMap:
         operator = open_operator(_OPERATION, model, self.data, self.loss, self.how)
         wish = replace(self.wish, precision=operator.precision)
+        require_memory(_OPERATION, operator.shape[0], wish, operator.basis_device)
         sheet = Sheet(NAMES, tuple(len(axis) for axis in self.at))
         identity = self._identity(model, moved, operator)
         # Rows, and segments of a line, begin anew: with or without a store a walk starts at the same points.

@@ -5,25 +5,12 @@ not fit at all is refused with what would.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
-
-_SHARE = 0.8  # of what is free may be used
-
-
-def free_bytes(device: torch.device) -> float:
-    """Free memory on a device; infinite where the system does not tell."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")
+from skipscope._free_memory import SHARE, free_bytes
 
 
 def _bytes(tensors: Iterable[Tensor]) -> float:
@@ -32,7 +19,7 @@ def _bytes(tensors: Iterable[Tensor]) -> float:
 
 def fits(needed: float) -> bool:
     """Whether this many bytes may be used of this machine's own memory."""
-    return needed <= _SHARE * free_bytes(torch.device("cpu"))
+    return needed <= SHARE * free_bytes(torch.device("cpu"))
 
 
 def directions_fit(models: Iterable[nn.Module], moved: Iterable[Tensor], axes: int) -> bool:
@@ -47,7 +34,7 @@ def directions_fit(models: Iterable[nn.Module], moved: Iterable[Tensor], axes: i
     models, steps = list(models), _bytes(moved) * len(list(models))
     copies = sum(_bytes([*m.parameters(), *m.buffers()]) for m in models)
     device = next((p.device for m in models for p in m.parameters()), torch.device("cpu"))
-    free = _SHARE * free_bytes(device)
+    free = SHARE * free_bytes(device)
     if copies + 2 * max((_bytes(m.parameters()) for m in models), default=0) > free:
         raise SkipscopeError(
             "landscape", "the model does not fit into memory a second time, and its own weights are never moved",
@@ -68,7 +55,7 @@ def check_grid(points: int, numbers: int, usual: int = 0) -> None:
     Raises:
         SkipscopeError: with the largest square grid that fits.
     """
-    free = _SHARE * free_bytes(torch.device("cpu"))
+    free = SHARE * free_bytes(torch.device("cpu"))
     each = 4 * 8  # bytes a number: the sheet, what is kept, and two copies on the way to results
     if points * each * numbers > free:
         numbers = max(numbers, usual)
