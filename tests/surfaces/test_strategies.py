@@ -17,19 +17,21 @@ def _close(one, other, tolerance=1e-9):
         assert np.allclose(one.centre_stderr, other.centre_stderr, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["batches of 64", "batches of 32", "8 points at once", "32 points at once"]
-)
-@pytest.mark.parametrize("case", ["mlp", "mixed", "ignore"])
-def test_each_way_equals_the_plain_loop(strategy, case):
+def _convolutional(**options):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4)).double()
-    x, y = torch.randn(100, 6).double(), torch.randint(4, (100,))
+    return nn.Sequential(nn.Conv2d(1, 4, 3, **options), nn.GELU(), nn.Flatten(), nn.Linear(64, 4)).double()
+
+
+@pytest.mark.parametrize("case", ["one batch", "mixed", "ignore"])
+def test_smaller_batches_in_channels_last_equal_the_plain_loop(case):
+    model = _convolutional()
+    x, y = torch.randn(150, 1, 6, 6).double(), torch.randint(4, (150,))
     if case == "ignore":
         y[::3] = -100
     data = (x, y) if case != "mixed" else ss.batches([(x[:70], y[:70]), (x[70:], y[70:])])
     plain, other = (
-        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s) for s in ("plain", strategy)
+        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s)
+        for s in ("plain", "channels last, batches of 64")
     )
     assert other.provenance.strategy != plain.provenance.strategy, other.provenance.why
     _close(other, plain)
@@ -141,8 +143,8 @@ def test_one_dnn_is_no_way_in_another_precision():
             ss.landscape(model, data, F.cross_entropy, grid=3, strategy="oneDNN", **options)
 
 
-@pytest.mark.parametrize("strategy", ["channels last, batches of 32", "channels last, batches of 64"])
-def test_channels_last_on_a_convolutional_network(strategy):
+def test_channels_last_on_a_convolutional_network():
+    strategy = "channels last, batches of 64"
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 2), nn.Flatten(), nn.LazyLinear(10)
@@ -156,24 +158,13 @@ def test_channels_last_on_a_convolutional_network(strategy):
     _close(other, plain)
 
 
-@pytest.mark.slow
-def test_the_compiled_loop():
-    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4)).double()
-    data = torch.randn(100, 6).double(), torch.randint(4, (100,))
-    plain, other = (
-        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s)
-        for s in ("plain", "compiled, batches of 64")
-    )
-    assert "compiled" in other.provenance.strategy
-    _close(other, plain)
-
-
 def test_a_loss_that_is_no_mean_over_samples_is_never_split():
-    """Splitting this batch changes its loss; the reference says so, and the way is dropped with the reason."""
-    model = nn.Sequential(nn.Linear(6, 4)).double()
-    data = torch.randn(100, 6).double(), torch.randn(100, 4).double()
+    """Splitting this batch changes its loss; the reference says so, and the strategy is dropped with the reason."""
+    model, data = _convolutional(), (torch.randn(100, 1, 6, 6).double(), torch.randn(100, 4).double())
     loss = lambda output, target: (output - target).square().mean().sqrt()  # noqa: E731
-    plain, other = (ss.landscape(model, data, loss, grid=5, strategy=s) for s in ("plain", "batches of 32"))
+    plain, other = (
+        ss.landscape(model, data, loss, grid=5, strategy=s) for s in ("plain", "channels last, batches of 64")
+    )
     assert np.array_equal(plain.values, other.values)
     assert "differs from the plain loop" in other.provenance.why
 
@@ -182,17 +173,16 @@ def test_a_model_whose_samples_mix_is_never_split():
     class Mixes(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = nn.Linear(6, 4)
+            self.inner = _convolutional()
 
         def forward(self, x):
             h = self.inner(x)
             return h - h.mean(0)
 
-    data = torch.randn(100, 6), torch.randint(4, (100,))
-    torch.manual_seed(0)
-    model = Mixes()
+    model, data = Mixes(), (torch.randn(100, 1, 6, 6).double(), torch.randint(4, (100,)))
     plain, other = (
-        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s) for s in ("plain", "batches of 32")
+        ss.landscape(model, data, F.cross_entropy, grid=5, strategy=s)
+        for s in ("plain", "channels last, batches of 64")
     )
     assert np.array_equal(plain.values, other.values)
 
@@ -213,20 +203,88 @@ def test_what_draws_random_numbers_draws_the_same_at_every_point():
     assert np.array_equal(one.values[::2, ::2], other.values)
 
 
-def test_the_choice_is_timed_told_and_kept(monkeypatch):
-    monkeypatch.setattr(_choice, "_chosen", {})
+@pytest.fixture
+def no_knowledge(monkeypatch):
+    monkeypatch.setattr(_choice, "_known", {})
     monkeypatch.setattr(_choice, "_SHARE", 1e9)
-    monkeypatch.setattr(_choice, "COMPILE_S", 1e9)
+
+
+def test_the_choice_is_timed_told_and_kept(no_knowledge):
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     data = torch.randn(100, 6), torch.randint(4, (100,))
     one = ss.landscape(model, data, F.cross_entropy, grid=9)
-    assert (
-        "plain" in one.provenance.why
-        and "8 points at once" in one.provenance.why
-        and " ms" in one.provenance.why
-    )
+    assert "plain" in one.provenance.why and "oneDNN" in one.provenance.why and " ms" in one.provenance.why
     two = ss.landscape(model, data, F.cross_entropy, grid=9)
     assert two.provenance.strategy == one.provenance.strategy and np.array_equal(one.values, two.values)
+
+
+def _passes(model, data, grid, **options):
+    """Samples that the model and its copies were run on in this process, in passes over the data."""
+    counted = [0]
+    hook = nn.modules.module.register_module_forward_pre_hook(
+        lambda m, args: counted.__setitem__(0, counted[0] + len(args[0])) if type(m) is type(model) else None
+    )
+    try:
+        surface = ss.landscape(model, data, F.cross_entropy, grid=grid, **options)
+    finally:
+        hook.remove()
+    return counted[0] / len(data[0]), surface
+
+
+class _Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = _convolutional().float()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("grid", [3, 7])
+def test_no_evaluation_is_lost_on_the_plain_loop(grid):
+    """The origin once by a copy and once by the model itself; every other point once."""
+    data = torch.randn(100, 1, 6, 6), torch.randint(4, (100,))
+    passes, surface = _passes(_Net(), data, grid, strategy="plain")
+    assert passes == grid**2 + 1 and surface.complete
+
+
+def test_what_a_chosen_strategy_was_timed_on_is_kept(monkeypatch, no_knowledge):
+    """The clock is ours: the candidate is clearly faster, so it is run on one point only before it is chosen."""
+    real = _choice._timed
+    monkeypatch.setattr(
+        _choice, "_timed", lambda s, points: (0.5 if "channels" in s.name else 2.0, real(s, points)[1])
+    )
+    monkeypatch.setattr(_choice, "CAN_FORK", False)
+    data = torch.randn(100, 1, 6, 6), torch.randint(4, (100,))
+    passes, surface = _passes(_Net(), data, 7)
+    assert surface.provenance.strategy == "channels last, batches of 64"
+    assert passes == 49 + 1 + 1  # the point where the two were compared was computed by both
+
+
+def test_a_dear_candidate_does_not_shut_out_the_others(monkeypatch, no_knowledge):
+    real = _choice.candidate_strategies
+    made = []
+
+    def dear(evaluator):
+        plain, *others = real(evaluator)
+        yield plain
+        yield _choice.StrategySpec("dear", lambda: made.append(1), gain=2.0, seconds=1e6)
+        yield from others
+
+    monkeypatch.setattr(_choice, "candidate_strategies", dear)
+    data = torch.randn(100, 1, 6, 6), torch.randint(4, (100,))
+    _, surface = _passes(_Net(), data, 9)
+    assert "channels last" in surface.provenance.why and not made
+
+
+def test_a_larger_grid_goes_on_from_what_a_smaller_one_learnt(no_knowledge):
+    data = torch.randn(100, 1, 6, 6), torch.randint(4, (100,))
+    model = _Net()
+    ss.landscape(model, data, F.cross_entropy, grid=5)
+    (knowledge,) = _choice._known.values()
+    measured = dict(knowledge.seconds)
+    ss.landscape(model, data, F.cross_entropy, grid=9)
+    assert set(knowledge.choices) == {25, 81} and set(measured) <= set(knowledge.seconds)
 
 
 def test_an_unknown_strategy_is_refused():
@@ -255,15 +313,15 @@ def test_a_later_choice_replaces_an_earlier_one():
     from skipscope.surfaces._settings import Settings
     from skipscope.surfaces._twins import make_twins
 
-    model = nn.Sequential(nn.Linear(6, 4)).double().eval()
+    model = _convolutional().eval()
     data, loss = read(
-        model, (torch.randn(100, 6).double(), torch.randint(4, (100,))), F.cross_entropy, "test"
+        model, (torch.randn(100, 1, 6, 6).double(), torch.randint(4, (100,))), F.cross_entropy, "test"
     )
     (twin,) = make_twins({"net": model}, data, loss, Settings(), 2)
     for wanted, name in (
-        ("batches of 32", "batches of 32"),
+        ("channels last, batches of 64", "channels last, batches of 64"),
         ("plain", "plain"),
-        ("8 points at once", "8 points at once"),
+        ("plain, a point a core", "plain, a point a core"),
     ):
         _choice.choose(twin.evaluator, [(0.1, 0.2)], 9, wanted)
         assert twin.evaluator.strategy.name == name

@@ -1,38 +1,58 @@
-"""Which way of evaluating points is fastest here: each is tried on the first points, against the plain loop.
+"""Which strategy evaluates points fastest here: each candidate is timed on points of the grid against the fastest so far.
 
-A way is taken only if it gives the plain loop's numbers (to rounding) and is clearly faster, so that timing noise
-does not change the choice; and the choice is remembered, so that a second call in a process gives the same bits.
+A strategy is taken only if it gives the plain loop's numbers (to rounding) and is clearly faster, so that timing noise
+does not change the choice. Points that the chosen strategy was timed on are points of the surface, and are not computed
+again. What was measured is remembered for the process: a second call on the same kind of model goes on from there, and
+one of the same size gives the same bits.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from skipscope._errors import SkipscopeError
 from skipscope.surfaces._evaluate import Evaluator, Point, Strategy
+from skipscope.surfaces._points import Reading
 from skipscope.surfaces._strategies import (
-    A_CORE,
     CAN_FORK,
     COMPILE_S,
+    PER_CORE,
     SideBySide,
-    Stacked,
-    Way,
-    side_by_side,
-    ways,
+    StrategySpec,
+    candidate_strategies,
+    per_core,
 )
 
-_CLEARLY = 1.08  # how many times faster than the way before it a way must be to be taken
-_SHORT_S = 0.2  # a race shorter than this is run three times as long
-_SHARE = 0.1  # of the whole estimated time may be spent on trying (compiling must save twice what it costs)
-_MANY = 8  # points a core to time a point a core on
+MIN_SPEEDUP = 1.08  # how many times faster than the strategy before it one must be to be taken
+_CLEAR = 1.5  # where one evaluation each is this far apart, it is not repeated
+_SHORT_S = 0.2  # times shorter than this are measured several times
+_SHARE = 0.2  # of the whole estimated time may be spent on trying
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.complex128: 1e-9, torch.complex64: 1e-3}
 
-_chosen: dict[tuple[Any, ...], str] = {}
+
+@dataclass
+class _Knowledge:
+    """What earlier calls of this process measured on models of one kind.
+
+    Attributes:
+        seconds: of a point, for each strategy that was measured and was right.
+        errors: their largest relative difference to the plain loop.
+        refused: in words, those that failed or gave other numbers.
+        choices: the size of a grid, in points, and the strategy that was chosen for it.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    choices: dict[int, str] = field(default_factory=dict)
+
+
+_known: dict[tuple[Any, ...], _Knowledge] = {}
 
 
 @dataclass(frozen=True)
@@ -55,181 +75,202 @@ class Choice:
 def choose(
     evaluator: Evaluator, points: Sequence[Point], left: int, wanted: str = "auto", *, asked: bool = True
 ) -> Choice:
-    """Try the ways on the first points and leave ``evaluator`` with the one to use.
+    """Try strategies on points of the grid and leave ``evaluator`` with the one to use.
 
     Args:
         evaluator: of the first twin.
-        points: points of the grid to try on, at least one.
+        points: points of the grid to try on, at least one; the first is compared with the plain loop.
         left: how many points there are to do.
-        wanted: "auto"; "plain"; or a name of a way, from an earlier choice.
-        asked: the user wants this way; else it is another twin's, and the plain loop will do where there is no such way.
+        wanted: "auto"; "plain"; or a strategy's name, from an earlier choice.
+        asked: the user wants this strategy; else it is another twin's, and the plain loop is used where there is none of
+            that name.
 
     Raises:
-        SkipscopeError: the wanted way is unknown. One that fails on this model, or gives other numbers than the plain
+        SkipscopeError: the wanted strategy is unknown. One that fails on this model, or gives other numbers than the plain
             loop, is not taken.
     """
     evaluator.use(evaluator.plain)  # an earlier choice may stand: another process's store has another
-    seconds = _time(evaluator.plain, points[:1])
-    if seconds < 1:
-        seconds = min(seconds, _time(evaluator.plain, points[:2]))
-    plain = Choice("plain", "the reference; asked for", 0.0, seconds)
+    plain = Choice("plain", "the reference; asked for", 0.0, evaluator.origin_seconds)
     if wanted == "plain":
         return plain
-    key = _key(evaluator)
-    name = wanted if wanted != "auto" else _chosen.get(key)
-    if name is None:
-        choice = _Trial(evaluator, points, left, plain).run()
-        _chosen[key] = choice.name
+    knowledge = _known.setdefault(_key(evaluator), _Knowledge())
+    if wanted == "auto" and left not in knowledge.choices:
+        choice = _Autotune(evaluator, points, left, knowledge).run()
+        knowledge.choices[left] = choice.name
         return choice
-    way = _named(evaluator, name, points[0], seconds)
-    if way is None and asked:
-        known = ", ".join(way.name for way in ways(evaluator))
+    name = knowledge.choices[left] if wanted == "auto" else wanted
+    spec = _named(evaluator, name, points[0])
+    if spec is None and asked:
+        known = ", ".join(spec.name for spec in candidate_strategies(evaluator))
         raise SkipscopeError(
-            "landscape", "unknown strategy", expected=f"auto, {known}; all but those at once or compiled also with {A_CORE!r}",
-            got=repr(name),
+            "landscape", "unknown strategy",
+            expected=f"auto, {known}; all but the compiled ones also with {PER_CORE!r}", got=repr(name),
         )  # fmt: skip
-    if way is None or name == "plain":
+    if spec is None or name == "plain":
         return replace(plain, why="as measured before")
-    return _take(evaluator, points, way, plain)
+    return _take(evaluator, points[0], spec, plain)
 
 
 def _key(evaluator: Evaluator) -> tuple[Any, ...]:
     shapes = tuple((tuple(p.shape), str(p.dtype), str(p.device)) for p in evaluator.model.parameters())
     kinds = tuple(type(m).__name__ for m in evaluator.model.modules())
-    names = tuple(way.name for way in ways(evaluator))
-    return (
-        kinds,
-        shapes,
-        tuple(evaluator.plain.at_point.sizes),
-        evaluator.mode,
-        torch.get_num_threads(),
-        names,
-    )
+    names = tuple(spec.name for spec in candidate_strategies(evaluator))
+    sizes = tuple(evaluator.plain.at_point.sizes)
+    return kinds, shapes, sizes, evaluator.mode, torch.get_num_threads(), names
 
 
-def _named(evaluator: Evaluator, name: str, point: Point, seconds: float) -> Way | None:
-    way = next((way for way in ways(evaluator) if way.name == name.removesuffix(A_CORE)), None)
-    if way is None or not name.endswith(A_CORE):
-        return way
-    return side_by_side(way, point, seconds) if way.forks else None
+def _named(evaluator: Evaluator, name: str, point: Point) -> StrategySpec | None:
+    specs = candidate_strategies(evaluator)
+    spec = next((spec for spec in specs if spec.name == name.removesuffix(PER_CORE)), None)
+    if spec is None or not name.endswith(PER_CORE):
+        return spec
+    return per_core(spec, point, evaluator.origin_seconds) if spec.forks else None
 
 
-def _take(evaluator: Evaluator, points: Sequence[Point], way: Way, plain: Choice) -> Choice:
+def _take(evaluator: Evaluator, point: Point, spec: StrategySpec, plain: Choice) -> Choice:
+    strategy, found = None, plain
     try:
-        strategy = way.make()
-    except Exception as refused:  # any way but the plain one may fail on a model; then it is not a way
-        return replace(plain, why=f"{way.name} is no way for this model ({_brief(refused)})")
-    try:
-        error = _disagreement(evaluator, strategy, points[:2])
+        strategy = spec.make()
+        seconds, reading = _timed(strategy, [point])
+        error = _disagreement(reading, evaluator.plain([point]))
         if error <= _allowed(evaluator):
-            choice = Choice(way.name, "as chosen before", error, _time(strategy, _enough(strategy, points)))
             evaluator.use(strategy)
-            return choice
-        why = f"{way.name} differs from the plain loop by {error:.1e} here"
-    except Exception as refused:
-        why = f"{way.name} is no way for this model ({_brief(refused)})"
+            evaluator.keep([point], reading)
+            return Choice(spec.name, "as chosen before", error, seconds)
+        found = replace(plain, why=f"{spec.name} differs from the plain loop by {error:.1e} here")
+    except Exception as refused:  # any strategy but the plain one may fail on a model
+        found = replace(plain, why=f"{spec.name} does not run this model ({_brief(refused)})")
     finally:
-        if evaluator.strategy is not strategy:  # also when Ctrl-C ends it all
+        if strategy is not None and evaluator.strategy is not strategy:  # also when Ctrl-C ends it all
             strategy.close()
-    return replace(plain, why=why)
+    return found
 
 
-class _Trial:
-    """Ways against the best so far, in turn, as long as the time for trying lasts.
+class _Autotune:
+    """Candidates against the fastest so far, in turn, as long as the time for trying lasts.
+
+    A candidate's price is what making it takes and one evaluation; it is tried if half of the gain that such a strategy
+    can be expected to bring on the points that are left pays for that. One that is too dear is passed over alone.
 
     Args:
-        evaluator: is left with the best.
+        evaluator: is left with the fastest.
         points: to try on.
         left: how many points there are to do.
-        plain: the first to beat.
+        knowledge: of earlier calls, and of this one when it has ended.
     """
 
-    def __init__(self, evaluator: Evaluator, points: Sequence[Point], left: int, plain: Choice):
-        self.evaluator, self.points, self.left = evaluator, points, left
-        self.best, self.told = plain, [f"plain {_ms(plain.point_seconds)}"]
-        self.budget = _SHARE * plain.point_seconds * left
+    def __init__(self, evaluator: Evaluator, points: Sequence[Point], left: int, knowledge: _Knowledge):
+        self.evaluator, self.points, self.left, self.knowledge = evaluator, list(points), left, knowledge
+        self.seconds, self.reference = _timed(evaluator.plain, self.points[:1])
+        if self.seconds < _SHORT_S:  # the first passes of a process are slow
+            self.seconds = min(self.seconds, *(_timed(evaluator.plain, self.points[:1])[0] for _ in range(2)))
+        evaluator.keep(self.points[:1], self.reference)
+        self.best = Choice("plain", "", 0.0, self.seconds)
+        self.told = [f"plain {_ms(self.seconds)}"]
+        self.budget = _SHARE * self.seconds * left
 
     def run(self) -> Choice:
         """The choice."""
-        best, *others = ways(self.evaluator)
-        compiled = [way for way in others if way.seconds >= COMPILE_S]
-        quick = [way for way in others if way.seconds < COMPILE_S]
-        # Where there are several cores a point a core gains the most: its trial is kept free before all others.
-        many = best.forks and CAN_FORK and torch.get_num_threads() > 1
-        for way in quick:
-            if way.forks and self._enter(way, many):
-                best = way
-        if many:
-            self._enter(self._side_by_side(best))
-        for way in quick:
-            if not way.forks:
-                self._enter(way)
-        # Half of what compiling saves at the most would pay for it; and it is tried on the best batch size alone.
-        alike = [way for way in compiled if way.size == best.size] or compiled[:1]
-        for way in alike:
-            if self.best.point_seconds * self.left > 4 * COMPILE_S:
-                self._enter(replace(way, seconds=0.0))
-        why = (
-            "per point: " + ", ".join(self.told)
-            if len(self.told) > 1
-            else "too little work to try other ways"
+        plain, *others = candidate_strategies(self.evaluator)
+        fastest = plain
+        for spec in others:
+            if spec.seconds < COMPILE_S and self._try(spec) and spec.forks:
+                fastest = spec
+        if fastest.forks and CAN_FORK and torch.get_num_threads() > 1 and self.best.name == fastest.name:
+            self._try(per_core(fastest, self.points[0], self.best.point_seconds))
+        for spec in others:
+            if spec.seconds >= COMPILE_S:
+                self._try(spec)
+        tried = len(self.told) > 1
+        return replace(
+            self.best, why="per point: " + ", ".join(self.told) if tried else "too little work to try others"
         )
-        return replace(self.best, why=why)
 
-    def _side_by_side(self, way: Way) -> Way:
-        return side_by_side(way, self.points[0], self.best.point_seconds)
+    def _worth(self, spec: StrategySpec) -> bool:
+        price = spec.seconds + spec.evaluations * self.best.point_seconds
+        gain = self.left * self.best.point_seconds * (1 - 1 / spec.gain)
+        return price <= min(gain / 2, self.budget)
 
-    def _enter(self, way: Way, many: bool = False) -> bool:
-        """Try one, if time is left for it (and, if there are ``many`` cores, for the same a point a core); did it win?"""
-        cost = way.seconds + 4 * self.best.point_seconds
-        if many:
-            cost += self._side_by_side(way).seconds + 4 * self.best.point_seconds * _MANY
-        if cost > self.budget:
+    def _try(self, spec: StrategySpec) -> bool:
+        """Try one candidate if that is worth it. Returns whether it is the fastest now."""
+        before = self.knowledge
+        if spec.name in before.refused:
+            self.told.append(f"{spec.name} {before.refused[spec.name]}")
             return False
-        began = time.perf_counter()
-        won = self._race(way)
-        self.budget -= time.perf_counter() - began
+        if spec.name in before.seconds and before.seconds[spec.name] * MIN_SPEEDUP >= self.best.point_seconds:
+            self.told.append(f"{spec.name} {_ms(before.seconds[spec.name])} before")
+            return False
+        if not self._worth(spec):
+            return False
+        began, strategy = time.perf_counter(), None
+        try:
+            strategy = spec.make()
+            return self._benchmark(spec.name, strategy)
+        except Exception as refused:
+            self._refuse(spec.name, f"refused ({_brief(refused)})")
+            return False
+        finally:
+            self.budget -= time.perf_counter() - began
+            if strategy is not None and self.evaluator.strategy is not strategy:
+                strategy.close()
+
+    def _benchmark(self, name: str, strategy: Strategy) -> bool:
+        first = strategy.first if isinstance(strategy, SideBySide) else None
+        if first is not None:  # one thread's time is known: the copies together cannot be faster than this
+            seconds, reading, points = first[0] / strategy.cores, first[1], self.points[:1]  # type: ignore[union-attr]
+        else:
+            points = self.points[:1]
+            seconds, reading = _timed(strategy, points)
+        error = _disagreement(reading, self.reference)
+        if error > _allowed(self.evaluator):
+            self._refuse(name, f"differs by {error:.1e}")
+            return False
+        kept = [(points, reading)]
+        incumbent = self.best.point_seconds
+        if first is not None:
+            if seconds * MIN_SPEEDUP > incumbent:
+                return self._measured(name, seconds, incumbent, error)
+            points = self.points[1 : 1 + strategy.cores] or self.points[:1]  # type: ignore[union-attr]
+            seconds, reading = _timed(strategy, points)
+            kept.append((points, reading))
+        if (seconds < _CLEAR * incumbent and incumbent < _CLEAR * seconds) or seconds * len(
+            points
+        ) < _SHORT_S:
+            seconds, incumbent = self._again(strategy, points, seconds)
+        won = self._measured(name, seconds, incumbent, error)
+        if won:
+            self.best = Choice(name, "", error, seconds)
+            self.evaluator.use(strategy)
+            for points, reading in kept:
+                self.evaluator.keep(points, reading)
         return won
 
-    def _race(self, way: Way) -> bool:
-        try:
-            strategy = way.make()
-        except Exception as refused:
-            self.told.append(f"{way.name} refused ({_brief(refused)})")
-            return False
-        try:
-            error = _disagreement(self.evaluator, strategy, self.points[:2])
-            if error <= _allowed(self.evaluator):
-                seconds, incumbent = _race(strategy, self.evaluator.strategy, self.points)
-                self.told.append(f"{way.name} {_ms(seconds)} against {_ms(incumbent)}")
-                if seconds * _CLEARLY < incumbent:
-                    self.best = Choice(way.name, "", error, seconds)
-                    self.evaluator.use(strategy)
-                    return True
-            else:
-                self.told.append(f"{way.name} differs by {error:.1e}")
-        except Exception as refused:
-            self.told.append(f"{way.name} refused ({_brief(refused)})")
-        finally:
-            if self.evaluator.strategy is not strategy:
-                strategy.close()
-        return False
+    def _again(self, strategy: Strategy, points: Sequence[Point], seconds: float) -> tuple[float, float]:
+        """Seconds a point of a candidate and of the incumbent, run in turn: a busy machine is busy for both."""
+        incumbent, few = self.evaluator.strategy, self.points[:1]
+        if isinstance(incumbent, SideBySide):
+            few = self.points[: incumbent.cores]
+        ours, theirs = [seconds], []
+        for _ in range(5 if seconds * len(points) < _SHORT_S else 1):
+            theirs.append(_timed(incumbent, few)[0])
+            ours.append(_timed(strategy, points)[0])
+        return min(ours), min(theirs)
+
+    def _measured(self, name: str, seconds: float, incumbent: float, error: float) -> bool:
+        self.told.append(f"{name} {_ms(seconds)} against {_ms(incumbent)}")
+        self.knowledge.seconds[name], self.knowledge.errors[name] = seconds, error
+        return seconds * MIN_SPEEDUP < incumbent
+
+    def _refuse(self, name: str, why: str) -> None:
+        self.told.append(f"{name} {why}")
+        self.knowledge.refused[name] = why
 
 
-def _race(way: Strategy, incumbent: Strategy, points: Sequence[Point]) -> tuple[float, float]:
-    """Seconds a point of both, run in turn: on a busy machine only what runs side by side can be compared."""
-    many, few = _enough(way, points), _enough(incumbent, points)
-    times = [(_time(way, many), _time(incumbent, few)) for _ in range(2)]
-    if sum(map(sum, times)) < _SHORT_S:  # too short to tell from what else the machine does
-        times += [(_time(way, many), _time(incumbent, few)) for _ in range(4)]
-    return min(t for t, _ in times), min(t for _, t in times)
-
-
-def _enough(way: Strategy, points: Sequence[Point]) -> Sequence[Point]:
-    """As many points as it takes to time a way."""
-    if isinstance(way, SideBySide):
-        return points[: _MANY * torch.get_num_threads()]
-    return points if isinstance(way, Stacked) else points[:2]
+def _timed(strategy: Strategy, points: Sequence[Point]) -> tuple[float, Reading]:
+    """Seconds a point, and the reading."""
+    began = time.perf_counter()
+    reading = strategy(points)
+    return (time.perf_counter() - began) / len(points), reading
 
 
 def _ms(seconds: float) -> str:
@@ -240,12 +281,6 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:100]}"
 
 
-def _time(strategy: Strategy, points: Sequence[Point]) -> float:
-    began = time.perf_counter()
-    strategy(points)
-    return (time.perf_counter() - began) / len(points)
-
-
 def _allowed(evaluator: Evaluator) -> float:
     dtypes = {p.dtype for p in evaluator.model.parameters()}
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
@@ -253,10 +288,8 @@ def _allowed(evaluator: Evaluator) -> float:
     return max((_TOLERANCE.get(dtype, 3e-2) for dtype in dtypes), default=1e-3)
 
 
-def _disagreement(evaluator: Evaluator, strategy: Strategy, points: Sequence[Point]) -> float:
-    """Largest relative difference to the plain loop, over values and samples' shares; also at the origin."""
-    at = [evaluator.origin_point, *points]
-    ours, reference = strategy(at), evaluator.plain(at)
+def _disagreement(ours: Reading, reference: Reading) -> float:
+    """Largest relative difference, over values and samples' shares, of the points that ``reference`` has."""
     pairs = [(ours.values, reference.values)]
     if (ours.numerators is None) != (reference.numerators is None):
         return float("inf")

@@ -6,6 +6,7 @@ against it on the first points (see :mod:`skipscope.surfaces._choice`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._random import generator_states, generators_moved, refuse_noise, seed_generators
 from skipscope.surfaces._directions import Direction, inner
 from skipscope.surfaces._moving import MovingCopy
-from skipscope.surfaces._points import Metric, PointLoss, Reading, gather
+from skipscope.surfaces._points import Metric, PointLoss, Reading, gather, joined, parts
 
 BATCH_NORM = {
     "frozen": "frozen", "recalibrate": "recalibrated at each point", "batch": "batch statistics",
@@ -193,6 +194,7 @@ class Evaluator:
         strategy: the way points are evaluated; the plain loop until another is chosen.
         origin_point: the coefficients of the model as it is.
         origin: the reading there, by the plain loop.
+        origin_seconds: what that took.
         batch_norm: the mode in words.
     """
 
@@ -216,11 +218,23 @@ class Evaluator:
         self._penalty = _Penalty(model, directions, l2) if l2 else None
         # As built: no step along any direction, and a strength of one.
         self.origin_point = (*([1.0] if knob is not None else []), *(0.0 for _ in directions))
-        self.origin = self._with_penalty(self.plain.read_origin(self.origin_point), [self.origin_point])
+        began = time.perf_counter()
+        reading = self.plain.read_origin(self.origin_point)
+        self.origin_seconds = time.perf_counter() - began
+        self.origin = self._with_penalty(reading, [self.origin_point])
+        self._kept: dict[Point, Reading] = {}
+        self.keep([self.origin_point], reading)
 
     def __call__(self, points: Sequence[Point]) -> Reading:
-        """The losses at ``points``."""
-        return self._with_penalty(self.strategy(points), points)
+        """The losses at ``points``; what was kept of them is handed out once, and not computed again."""
+        missing = [point for point in points if point not in self._kept]
+        computed = iter(parts(self.strategy(missing)) if missing else ())
+        each = [self._kept.pop(point) if point in self._kept else next(computed) for point in points]
+        return self._with_penalty(joined(each), points)
+
+    def keep(self, points: Sequence[Point], reading: Reading) -> None:
+        """Remember points that the strategy in use has computed."""
+        self._kept = dict(zip(points, parts(reading))) | self._kept
 
     def _with_penalty(self, reading: Reading, points: Sequence[Point]) -> Reading:
         if self._penalty is not None:
@@ -232,6 +246,8 @@ class Evaluator:
         """Evaluate this way from now on."""
         if strategy is not self.strategy:
             self.strategy.close()
+            # Every point of a surface has the bits of one strategy; the origin always those of the plain loop.
+            self._kept = {point: r for point, r in self._kept.items() if point == self.origin_point}
             self.strategy = strategy
 
     def penalty_at_origin(self) -> float:

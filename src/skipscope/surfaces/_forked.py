@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import signal
 import sys
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -176,19 +177,22 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def memory_of(compute: Callable[[Question], Any], question: Question, patience: float) -> int:
-    """Bytes that a copy allocates at the most to answer, measured in one.
+def measured_in_a_copy(
+    compute: Callable[[Question], Answer], question: Question, patience: float
+) -> tuple[int, float, Answer]:
+    """Bytes that a copy allocates at the most to answer, the seconds it takes, and the answer.
 
     Raises:
         Lost: it cannot answer.
     """
 
-    def measured(question: Question) -> int:
-        before = _address_space("VmSize")
-        compute(question)
-        return _address_space("VmPeak") - before
+    def measured(question: Question) -> tuple[int, float, Answer]:
+        before, began = _address_space("VmSize"), time.perf_counter()
+        answer = compute(question)
+        seconds = time.perf_counter() - began
+        return _address_space("VmPeak") - before, seconds, answer
 
-    alone: Forked[Question, int] = Forked(measured, 1, patience)
+    alone: Forked[Question, tuple[int, float, Answer]] = Forked(measured, 1, patience)
     try:
         return alone([question])[0]
     finally:

@@ -121,30 +121,6 @@ class MovingCopy:
                 if c and name in direction:
                     parameters[name].add_(direction[name], alpha=c)
 
-    def stacked(self, points: Sequence[Sequence[float]]) -> dict[str, Tensor]:
-        """The moving parameters at several points, each ``[points, *shape]``.
-
-        Raises:
-            MemoryError: not even the directions fit.
-        """
-        if self._lean:
-            raise MemoryError("directions are drawn anew at every point")
-        parameters, out = dict(self.model.named_parameters()), {}
-        for flat in self._flats:
-            at = flat.origin.expand(len(points), -1)
-            for i, axis in enumerate(flat.axes):
-                at = (
-                    at
-                    + torch.tensor([p[i] for p in points], dtype=axis.dtype, device=axis.device)[:, None]
-                    * axis
-                )
-            start = 0
-            for name in flat.names:
-                p = parameters[name]
-                out[name] = at[:, start : start + p.numel()].reshape(len(points), *p.shape)
-                start += -(-p.numel() // _ALIGN) * _ALIGN
-        return out
-
 
 def _view(flat: Tensor, start: int, like: Tensor) -> Tensor:
     piece = flat[start : start + like.numel()]

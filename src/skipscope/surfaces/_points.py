@@ -209,6 +209,20 @@ def joined(readings: list[Reading]) -> Reading:
     )
 
 
+def parts(reading: Reading) -> list[Reading]:
+    """A reading of several points as one of each."""
+    n = reading.numerators
+    return [
+        Reading(
+            reading.values[i : i + 1],
+            None if n is None else n[i : i + 1],
+            reading.denominators,
+            {name: values[i : i + 1] for name, values in reading.metrics.items()},
+        )
+        for i in range(len(reading.values))
+    ]
+
+
 # --- standard errors -----------------------------------------------------------------------------------------------
 
 

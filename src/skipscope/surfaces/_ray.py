@@ -20,7 +20,7 @@ from skipscope._data import Batches, Objective
 from skipscope._errors import MissingExtra
 from skipscope.surfaces._runner import Remote
 from skipscope.surfaces._settings import Settings
-from skipscope.surfaces._strategies import A_CORE
+from skipscope.surfaces._strategies import PER_CORE
 
 _RETRIES = 5
 _built: dict[str, tuple[Any, ExitStack]] = {}  # in a worker: the work of the job it is at
@@ -62,7 +62,7 @@ def job(
     """A job under a key of its own."""
     settings = dataclasses.replace(settings, store=None, engine="local", directions=settings.own_directions)
     alone = any(
-        name.endswith(A_CORE) for name in strategies.values()
+        name.endswith(PER_CORE) for name in strategies.values()
     )  # then the cluster's tasks are what is side by side
     threads = 1 if alone else torch.get_num_threads()
     return Job(uuid.uuid4().hex, dict(models), data, loss, settings, axes, strategies, threads)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from skipscope.curvature import CurvatureOperator
-from skipscope.surfaces._forked import CAN_FORK, Forked, Lost, memory_of
+from skipscope.surfaces._forked import CAN_FORK, Forked, Lost, measured_in_a_copy
 from skipscope.surfaces._memory import fits
 from skipscope.surfaces._runner import Remote
 
@@ -52,7 +52,9 @@ def _copies(
     operator.apply(vector)
     seconds = time.perf_counter() - began
     try:
-        needed = memory_of(lambda _: float(operator.apply(vector).sum()), 0, 10 + 100 * cores * seconds)
+        needed, *_ = measured_in_a_copy(
+            lambda _: float(operator.apply(vector).sum()), 0, 10 + 100 * cores * seconds
+        )
     except Lost:  # autograd cannot run in a copy once a GPU has been used
         return None
     if not fits(cores * (needed + _BASIS * vector.numel() * vector.element_size())):

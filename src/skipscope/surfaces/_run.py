@@ -218,9 +218,9 @@ def _choose(twins: list[TwinOnPlane], work: Work, count: int, wanted: str) -> di
 
 
 def _some_points(work: Work, count: int) -> list[Point]:
-    """Where ways are tried: the grid's first points and some of its middle (the edge need not be as the origin)."""
-    middle = np.arange(count // 2, min(count, count // 2 + 28))
-    return work.points(np.unique(np.concatenate([np.arange(min(4, count)), middle])))
+    """Where strategies are tried: next to the middle (at the origin itself nothing has moved), and on."""
+    middle = range(count // 2 + 1, min(count, count // 2 + 29))
+    return work.points(np.array([*middle, *range(min(4, count // 2 + 1))][:28]))
 
 
 def _fill(

@@ -1,9 +1,10 @@
-"""Ways of evaluating points, each giving the plain loop's numbers to rounding.
+"""Strategies for evaluating points, each giving the plain loop's numbers to rounding.
 
-No way is the fastest everywhere: convolutions on a CPU want channels-last and small batches, linear layers may want
-oneDNN's kernel instead of the BLAS that torch came with (twice as fast on some processors), tiny networks want many
-points at once (their time is dispatch), small ones a point a core (on several threads they wait for threads), a GPU
-wants its kernels replayed as one graph; compiling costs its own half minute. :mod:`skipscope.surfaces._choice` times them.
+None is the fastest everywhere: convolutions on a CPU want channels-last and small batches, linear layers may want
+oneDNN's kernel instead of the BLAS that torch came with (twice as fast on some processors), small networks a point a
+core (on several threads they wait for threads), a GPU wants its kernels replayed as one graph; compiling costs its own
+half minute. What won by less than 1.2 on every network of the benchmark is not here (other batch sizes, several points
+under one vmap, compiling on a CPU). :mod:`skipscope.surfaces._choice` times them.
 """
 
 from __future__ import annotations
@@ -16,92 +17,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 from skipscope._data import Batch, Batches, batch_size, map_tensors
 from skipscope.surfaces._evaluate import Evaluator, Loop, Point, Strategy
-from skipscope.surfaces._forked import CAN_FORK, Forked, memory_of, one_thread
+from skipscope.surfaces._forked import CAN_FORK, Forked, measured_in_a_copy, one_thread
 from skipscope.surfaces._memory import fits
-from skipscope.surfaces._moving import MovingCopy
 from skipscope.surfaces._one_dnn import linears, through_one_dnn
-from skipscope.surfaces._points import PointLoss, Reading, gather, joined, take
+from skipscope.surfaces._points import PointLoss, Reading, joined, take
 from skipscope.surfaces._recorded import Recorded
 
 _RECORD_S = 0.3  # what recording a forward pass may cost
 _IMPORT_S = 2.0  # and the first time, when torch has not loaded its compiler yet (an optimizer does, too)
 COMPILE_S = 40.0  # what compiling may cost
+_BATCH = 64  # samples of a convolution's batch: between the 32 and 128 that were as fast and slower
 _FORK_S = 0.03  # what a copy of this process may cost
-A_CORE = ", a point a core"
+PER_CORE = ", a point a core"
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way that can be made.
+class StrategySpec:
+    """A strategy that can be made.
 
     Attributes:
         name: in results, in stores, and for ``strategy=``.
         make: makes it.
+        gain: how many times as fast as the plain loop one of its kind has been on the networks of the benchmark.
         seconds: what making it may cost.
-        size: of the batches; None as they came.
-        forks: copies of the process can go this way, each with a thread.
+        evaluations: what trying it may cost beside that, in evaluations of a point.
+        forks: copies of the process can use it, each with one thread.
     """
 
     name: str
     make: Callable[[], Strategy]
+    gain: float = 1.0
     seconds: float = 0.0
-    size: int | None = None
+    evaluations: float = 1.0
     forks: bool = False
 
 
 # --- the ways ------------------------------------------------------------------------------------------------------
-
-
-class Stacked:
-    """Several points in one call: ``vmap`` over stacked weights.
-
-    Args:
-        evaluator: whose model, data and directions to use.
-        size: points a call.
-    """
-
-    def __init__(self, evaluator: Evaluator, size: int):
-        self.name, self.size = f"{size} points at once", size
-        self.at_point = evaluator.plain.at_point
-        self.moving = MovingCopy(evaluator.model, evaluator.directions)
-
-    def __call__(self, points: Sequence[Point]) -> Reading:
-        read: list[dict[str, Any]] = []
-        for start in range(0, len(points), self.size):
-            part = list(points[start : start + self.size])
-            # A fixed size keeps the kernels, and so the bits, the same for a last part that is not full.
-            weights = self.moving.stacked(part + part[-1:] * (self.size - len(part)))
-            out = vmap(self._one, randomness="error")(weights)
-            read += [_pick(out, i) for i in range(len(part))]
-        return gather(read)
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def _one(self, weights: dict[str, Tensor]) -> dict[str, Any]:
-        def run(model: nn.Module, batch: Batch) -> Any:
-            inputs = batch[0] if isinstance(batch, tuple | list) else batch
-            if isinstance(inputs, tuple | list):
-                return functional_call(model, weights, tuple(inputs))
-            if isinstance(inputs, dict):
-                return functional_call(model, weights, (), dict(inputs))
-            return functional_call(model, weights, (inputs,))
-
-        found = self.at_point.read(self.moving.model, run)
-        return {key: value for key, value in found.items() if value is not None}
-
-
-def _pick(out: dict[str, Any], i: int) -> dict[str, Any]:
-    return {
-        "value": out["value"][i],
-        "numerators": out["numerators"][i] if "numerators" in out else None,
-        "denominators": out["denominators"][i] if "denominators" in out else None,
-        "metrics": {name: value[i] for name, value in out["metrics"].items()},
-    }
 
 
 def split_loop(
@@ -123,7 +77,7 @@ def split_loop(
     if compiled:
         faster = torch.compile(loop.moving.model, dynamic=False)
         loop.run = lambda model, batch: _call(faster, batch)
-    elif linears(evaluator.model):
+    elif not channels_last and linears(evaluator.model):
         once = None if recorded else lambda: at_point.read(loop.moving.model, loop.run)
         through_one_dnn(loop.moving.model, once)
     if recorded:
@@ -198,6 +152,9 @@ class SideBySide:
         point: of the grid, to try on.
         seconds: what a point takes here, about.
 
+    Attributes:
+        first: the seconds that ``point`` took in a copy alone, and its reading; None without copies.
+
     Raises:
         MemoryError: the copies would not fit.
     """
@@ -205,12 +162,15 @@ class SideBySide:
     def __init__(self, name: str, loop: Loop, cores: int, point: Point, seconds: float):
         self.name, self.loop, self.cores = name, loop, cores
         self._copies: Forked[Sequence[Point], Reading] | None = None
+        self.first: tuple[float, Reading] | None = None
         if not CAN_FORK or cores < 2:
             return
         patience = 10 + 100 * cores * seconds
-        needed = memory_of(loop, [point], patience) + loop.moving.bytes
+        needed, took, reading = measured_in_a_copy(loop, [point], patience)
+        needed += loop.moving.bytes
         if not fits(cores * needed):
             raise MemoryError(f"{cores} copies need {cores * needed / 2**30:.1f} GiB")
+        self.first = took, reading
         self._copies = Forked(loop, cores, patience)
 
     def __call__(self, points: Sequence[Point]) -> Reading:
@@ -232,69 +192,52 @@ class SideBySide:
 # --- all of them ---------------------------------------------------------------------------------------------------
 
 
-def ways(evaluator: Evaluator) -> Iterator[Way]:
-    """The ways this model can go on its device, the plain one first, then the likeliest."""
+def candidate_strategies(evaluator: Evaluator) -> Iterator[StrategySpec]:
+    """The strategies for this model on its device, the plain loop first, then the likeliest."""
     plain = evaluator.plain
     device = next((p.device.type for p in evaluator.model.parameters()), "cpu")
-    yield Way("plain", lambda: plain, forks=device == "cpu")
+    yield StrategySpec("plain", lambda: plain, forks=device == "cpu")
     if plain.draws or plain.recalibrates or plain.caches or plain.at_point.records:
         return
     knob = evaluator.knob is not None  # a strength is read from outside the weights: only loops see it move
     convolutions = any(isinstance(m, nn.Conv2d) for m in evaluator.model.modules())
-    sizes = [None] if evaluator.mode == "batch" else _sizes(plain.at_point.sizes, device)
+    if device == "cpu" and convolutions:
+        # What a layer leaves should stay in the cache for the next one: tens of samples.
+        size = _BATCH if evaluator.mode != "batch" and max(plain.at_point.sizes) > _BATCH else None
+        name = "channels last" + (f", batches of {size}" if size else "")
+        yield StrategySpec(name, partial(split_loop, evaluator, name, size, True), gain=2.5, forks=True)
     if not convolutions and linears(evaluator.model):
-        yield Way("oneDNN", partial(split_loop, evaluator, "oneDNN"), forks=True)
+        yield StrategySpec("oneDNN", partial(split_loop, evaluator, "oneDNN"), gain=1.5, forks=True)
         if not knob:
             make = partial(split_loop, evaluator, "oneDNN, recorded", recorded=True)
             seconds = _RECORD_S + _IMPORT_S * ("torch._dynamo" not in sys.modules)
-            yield Way("oneDNN, recorded", make, seconds, forks=True)
-    for size in sizes:
-        if name := _words(size, convolutions):
-            make = partial(split_loop, evaluator, name, size, convolutions)
-            yield Way(name, make, size=size, forks=device == "cpu")
-    if evaluator.mode in {"frozen", "as found"} and not convolutions and not knob:
-        for points in (8, 32):
-            yield Way(f"{points} points at once", partial(Stacked, evaluator, points))
-    if knob:
-        return
-    for compiled in (False, True):
-        for size in sizes:
-            if compiled or device == "cuda":
-                name = _words(size, convolutions, compiled, device == "cuda")
-                make = partial(split_loop, evaluator, name, size, convolutions, compiled)
-                replayed = partial(_replayed, make)
-                yield Way(name, replayed if device == "cuda" else make, COMPILE_S * compiled, size)
+            yield StrategySpec("oneDNN, recorded", make, 1.2, seconds, forks=True)
+    if device == "cuda" and not knob:
+        words = ["channels last"] * convolutions + ["CUDA graph"]
+        for compiled in (False, True):
+            name = ", ".join(["compiled"] * compiled + words)
+            make = partial(split_loop, evaluator, name, None, convolutions, compiled)
+            yield StrategySpec(name, partial(_replayed, make), 1.5, COMPILE_S * compiled, evaluations=4)
 
 
 def _replayed(make: Callable[[], Loop]) -> Strategy:
     return Replayed(make())
 
 
-def _words(size: int | None, channels_last: bool, compiled: bool = False, graph: bool = False) -> str:
-    words = ["compiled"] * compiled + ["channels last"] * channels_last
-    return ", ".join([*words, *([f"batches of {size}"] if size else []), *["CUDA graph"] * graph])
-
-
-def side_by_side(way: Way, point: Point, seconds: float) -> Way:
+def per_core(spec: StrategySpec, point: Point, seconds: float) -> StrategySpec:
     """The same, a point a core.
 
     Args:
-        way: one that forks.
+        spec: one that forks.
         point: of the grid, to try on.
         seconds: what a point takes, about.
     """
-    name, cores = way.name + A_CORE, torch.get_num_threads()
+    name, cores = spec.name + PER_CORE, torch.get_num_threads()
 
     def make() -> Strategy:
-        loop = way.make()
+        loop = spec.make()
         assert isinstance(loop, Loop)
         return SideBySide(name, loop, cores, point, seconds)
 
-    return Way(name, make, (cores + 1) * _FORK_S, way.size)
-
-
-def _sizes(batches: list[int], device: str) -> list[int | None]:
-    # What a layer leaves should stay in the cache for the next one: tens of samples on a CPU, hundreds on a GPU.
-    usual = (64, 32, 128, 256) if device == "cpu" else (5000, 1000, 500)
-    smaller = [size for size in usual if size < max(batches)]
-    return [*smaller] if device == "cpu" and smaller else [None, *smaller]
+    # One point with one thread alone, and then one a core side by side.
+    return StrategySpec(name, make, 1 + 0.4 * (cores - 1), (cores + 1) * _FORK_S, cores + 1.0)
