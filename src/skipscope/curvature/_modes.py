@@ -198,23 +198,23 @@ def difference(
 ) -> list[Tensor]:
     """The derivative of ``function()`` along ``tangent``: a central difference, by default at the best step."""
     parameters = model.parameters
-    size, there = _norm(parameters), _norm(tangent)
+    here, there = _norm(parameters), _norm(tangent)
     if there == 0.0:
         return [torch.zeros_like(t) for t in function()]
-    step = (step or torch.finfo(parameters[0].dtype).eps ** (1 / 3)) * max(1.0, size) / there
+    size = (step or torch.finfo(parameters[0].dtype).eps ** (1 / 3)) * max(1.0, here) / there
     # A copy made for looks alone is moved back by arithmetic, and no second set of weights is held.
     point = None if model.throwaway else [p.detach().clone() for p in parameters]
     try:
-        _shift(model, tangent, step)
+        _shift(model, tangent, size)
         ahead = [t.detach() for t in function()]
-        _shift(model, tangent, -2 * step)
+        _shift(model, tangent, -2 * size)
         behind = [t.detach() for t in function()]
     finally:
         if point is None:
-            _shift(model, tangent, step)
+            _shift(model, tangent, size)
         else:
             model.move(zip(parameters, point, strict=True))
-    return [a.sub_(b).div_(2 * step) for a, b in zip(ahead, behind, strict=True)]
+    return [a.sub_(b).div_(2 * size) for a, b in zip(ahead, behind, strict=True)]
 
 
 def _shift(model: PrivateModel, tangent: Tangent, step: float) -> None:

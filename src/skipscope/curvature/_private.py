@@ -83,11 +83,12 @@ class PrivateModel:
             SkipscopeError: naming such a parameter, where it can be told; or the loss draws noise that cannot be seeded,
                 or the model reads a weight from a cache of its own.
         """
-        if not self.training:
-            held = tensors_kept(self.module)
-            refuse_full_caches(
-                self.operation, self.module, held, self.names, lambda m: self.objective(m, batch)
-            )
+        held = {} if self.module.training else tensors_kept(self.module)
+        if held:
+            with self.running(index):
+                refuse_full_caches(
+                    self.operation, self.module, held, self.names, lambda m: self.objective(m, batch)
+                )
         again = float(self.output_and_loss(batch, index)[1].detach())
         _, loss = self.output_and_loss(batch, index)
         refuse_noise(self.operation, again, float(loss.detach()), loss.dtype)
