@@ -214,7 +214,7 @@ def difference(
             _shift(model, tangent, size)
         else:
             model.move(zip(parameters, point, strict=True))
-    return [a.sub_(b).div_(2 * size) for a, b in zip(ahead, behind, strict=True)]
+    return [(a - b) / (2 * size) for a, b in zip(ahead, behind, strict=True)]
 
 
 def _shift(model: PrivateModel, tangent: Tangent, step: float) -> None:
