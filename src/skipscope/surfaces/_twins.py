@@ -216,6 +216,7 @@ class Work:
         """
         found = {}
         for twin in self.twins:
+            whose = f" of {twin.name}" if len(self.twins) > 1 else ""
             readings = {"at the origin": twin.origin}
             for end in (0, -1):
                 corner = tuple(float(axis[end]) for axis in self.axes)
@@ -223,7 +224,7 @@ class Work:
             for place, reading in readings.items():
                 for name, values in {"loss": reading.values, **reading.metrics}.items():
                     kind = "" if name == "loss" else "metric "
-                    found[f"{kind}{name} of {twin.name} {place}"] = float(values[0])
+                    found[f"{kind}{name}{whose} {place}"] = float(values[0])
         return found
 
     def _numbers(self, twin: TwinOnPlane, reading: Reading) -> tuple[list[np.ndarray], np.ndarray | None]:
