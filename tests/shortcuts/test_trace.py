@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import sys
 import weakref
@@ -212,6 +213,26 @@ def test_an_autograd_function_is_one_call():
     assert names == [{"gain"}, {"gain", "lin.weight", "lin.bias"}]
 
 
+class Reversible(torch.autograd.Function):
+    """Takes a single activation, and modules: so reversible blocks are written."""
+
+    @staticmethod
+    def forward(ctx, x, block):
+        one, other = x.chunk(2, -1)
+        return torch.cat([one + block(other), other], -1)
+
+
+def test_a_function_that_runs_modules_is_listed_and_one_of_an_activation_alone_is_not():
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.round()
+
+    block = nn.Linear(2, 2)
+    trace = recorded(Of(lambda net, x: Reversible.apply(Rounded.apply(net.lin(x)), block)), features(3, 4))
+    assert [h.name for h in trace.hidden] == ["Reversible"]
+
+
 @pytest.mark.parametrize("transform", [
     lambda net, x: torch.vmap(lambda r: r + net.lin(r))(x), lambda net, x: torch.vmap(net.lin)(x),
     lambda net, x: torch.func.grad(lambda r: net.lin(r).square().sum())(x),
@@ -277,6 +298,17 @@ def test_a_trace_holds_no_activation():
     trace = record(model, lambda: model(features(3, 4)))
     assert isinstance(trace, Trace) and len(alive) == 10 and all(ref() is None for ref in alive)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_attribute_that_holds_itself():
+    @dataclasses.dataclass
+    class Node:
+        other: object = None
+
+    model = Of(lambda net, x: net.lin(x))
+    model.node = Node()
+    model.node.other = model.node
+    assert len(by_function(recorded(model, features(3, 4)), "linear")) == 1
 
 
 def most_alive(model, run):

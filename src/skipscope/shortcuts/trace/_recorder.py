@@ -401,12 +401,14 @@ class Recorder(TorchFunctionMode):
         """Note a call of an ``autograd.Function`` by its frame."""
         if self._applied is not None and self._applied[0] is frame:
             return self._applied[1]
-        given = [self.value_of(t) for t in _data.tensors_in(frame.f_locals.get("args", ()))]
+        arguments = frame.f_locals.get("args", ())
+        given = [self.value_of(t) for t in _data.tensors_in(arguments)]
         self._unseen.append((name, tuple(given)))
         self._applied = frame, len(self._unseen) - 1
         is_data = [self.trace.values[v].from_data and self.trace.values[v].is_float for v in given]
         is_derived = [v in self._derived for v in given]
-        if any(is_data) and sum(is_derived) > 1:
+        runs_modules = any(isinstance(argument, nn.Module) for argument in arguments)
+        if any(is_data) and (sum(is_derived) > 1 or runs_modules):
             self._hide(name, IN_FUNCTION, _sites.source_of(frame.f_back))
         return len(self._unseen) - 1
 
@@ -438,8 +440,7 @@ class Recorder(TorchFunctionMode):
 
         hold(self.model)
         for module in self.model.modules():
-            found = _data.tensors_in([v for k, v in vars(module).items() if k != "_modules"])
-            self._constants |= {id(tensor) for tensor in found} - self._weights.keys()
+            self._constants |= {id(tensor) for tensor in _attributes(module)} - self._weights.keys()
         with ExitStack() as handles:
             # Whole weights take the place of shards as a unit's forward begins.
             for unit in _sharding.units(self.model):
@@ -524,6 +525,19 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
         elif isinstance(argument, dict):
             found += _tensors(argument.values(), None)
     return found
+
+
+def _attributes(module: nn.Module) -> Iterator[Tensor]:
+    """The tensors in a module's attributes, and in lists and dicts there; not deeper, for objects may go in circles."""
+    for value in vars(module).values():
+        items = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, list | tuple)
+            else [value]
+        )
+        yield from (item for item in items if isinstance(item, Tensor))
 
 
 _ATOMS = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, type(Ellipsis))
