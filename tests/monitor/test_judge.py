@@ -178,11 +178,14 @@ def test_the_state_does_not_flicker_at_the_threshold():
     def flow(decades):
         return 10.0 ** (np.linspace(-decades, 0.0, 11))
 
-    assert judge_flow(names, flow(FALL + 0.1), 1, "healthy").state == "vanishing"
-    assert judge_flow(names, flow(FALL - 0.1), 1, "vanishing").state == "vanishing"
-    assert judge_flow(names, flow(FALL - 0.1), 1, "healthy").state == "healthy"
-    assert judge_flow(names, flow(FALL - 0.4), 1, "vanishing").state == "healthy"
-    assert judge_flow(names, flow(-GROWTH - 0.1), 1, "healthy").state == "exploding"
+    assert judge_flow(names, flow(FALL + 0.1), [True] * len(names), 1, "healthy").state == "vanishing"
+    assert judge_flow(names, flow(FALL - 0.1), [True] * len(names), 1, "vanishing").state == "vanishing"
+    assert judge_flow(names, flow(FALL - 0.1), [True] * len(names), 1, "healthy").state == "healthy"
+    assert judge_flow(names, flow(FALL - 0.4), [True] * len(names), 1, "vanishing").state == "healthy"
+    assert (
+        judge_flow(names, flow(-max(GROWTH, 2.5) - 0.1), [True] * len(names), 1, "healthy").state
+        == "exploding"
+    )
 
 
 def test_each_shape_has_its_own_level():

@@ -46,6 +46,7 @@ class FlowRow:
         norm: L2 norm of dL/d(activation) over the whole batch; inf where a gradient is not finite, NaN where none
             arrived.
         elements: that it is of, so that the RMS is ``norm / sqrt(elements)``.
+        hidden: whether the boundary lies between input and output.
     """
 
     owner: int
@@ -53,6 +54,7 @@ class FlowRow:
     names: tuple[str, ...]
     norm: np.ndarray
     elements: np.ndarray
+    hidden: tuple[bool, ...]
 
 
 @dataclass(eq=False)
@@ -107,6 +109,7 @@ class FlowReader:
         self.first_step = first_step
         self.steps = dict.fromkeys(parameters, first_step)
         self._points: tuple[Boundary, ...] | None = None
+        self._hidden: dict[str, bool] = {}
         self._whole = self.model
         self._parts: set[int] = set()
         self._running: list[int] = []
@@ -291,7 +294,8 @@ class FlowReader:
             norm[~np.isfinite(norm)] = np.inf  # NaN says that none arrived, and nothing else
             norm = np.where(row.elements > 0, norm, np.nan)
             self.rows += 1
-            self.deliver(FlowRow(row.owner, row.step, row.names, norm, row.elements))
+            hidden = tuple(self._hidden.get(name, True) for name in row.names)
+            self.deliver(FlowRow(row.owner, row.step, row.names, norm, row.elements, hidden))
 
     def replace_parameters(self, parameters: Mapping[int, Sequence[Tensor]]) -> None:
         """The model or what its optimizers update has changed: find its boundaries again."""
@@ -374,6 +378,8 @@ class FlowReader:
         try:
             points = boundaries(self.model, _as_inputs(self.model, args, keywords))
             self._points = tuple(replace(point) for point in points)
+            # After the last boundary no weights follow: it is the output.
+            self._hidden = {p.name: p.key.site != "input" and p is not self._points[-1] for p in self._points}
         except Exception as error:  # any model may come; a monitor must not end a training
             first = (error.problem if isinstance(error, SkipscopeError) else str(error)).splitlines()
             self.problem = (

@@ -122,6 +122,7 @@ class History(Result):
         flow_norm: L2 norm of dL/d(activation) over the whole batch, as ``flow``: a change of width leaves it alone;
             -1 where the boundary was no part of the pass; ``[flow rows, B]``.
         flow_owners: the optimizer whose step it was; ``[flow rows]``.
+        hidden: whether each boundary lies between input and output, where the fall is taken; ``[B]``.
     """
 
     parameters: tuple[str, ...]
@@ -151,6 +152,7 @@ class History(Result):
     kinds: tuple[str, ...] = ()
     flow_norm: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
     flow_owners: np.ndarray = field(default_factory=lambda: np.empty(0))
+    hidden: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -72,6 +72,7 @@ def assemble(
         events=tuple(events), notes=tuple(notes), complete=complete,
         chains=tuple(of(key, "chains") if "chains" in place[key][2] else "" for key in keys),
         kinds=tuple(place[key][2].get("kind", "") for key in keys), flow_norm=flow_norm, flow_owners=flow_owners,
+        hidden=tuple(_hidden(flow, name) for name in names),
     )  # fmt: skip
     return history if verdict is not None else replace(history, verdict=verdict_of(history))
 
@@ -133,6 +134,11 @@ def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.nd
     return tuple(names), joined[order], np.concatenate(owners)[order], np.concatenate(norms)[order]
 
 
+def _hidden(flow: Columns, name: str) -> bool:
+    about = next(about for about, _ in reversed(flow) if name in about["names"])
+    return about["hidden"][about["names"].index(name)] if "hidden" in about else True
+
+
 def verdict_of(
     history: History, was: LiveVerdict = _live_verdict.UNKNOWN, found: Mapping[int, MissingGradients] | None = None,
     *, is_early: bool = False,
@@ -188,8 +194,9 @@ def _verdict_of_chain(
     values = history.flow_norm[mine[-1]]
     own = np.flatnonzero(values != NOT_RUN)
     return _live_verdict.judge_flow(
-        [history.boundaries[i] for i in own], values[own], step, was, is_early=is_early or step == 1
-    )
+        [history.boundaries[i] for i in own], values[own], [history.hidden[i] for i in own], step, was,
+        is_early=is_early or step == 1,
+    )  # fmt: skip
 
 
 def _verdict_of_parameters(history: History, part: Sequence[int], was: str, is_early: bool) -> LiveVerdict:
