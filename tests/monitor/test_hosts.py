@@ -316,8 +316,13 @@ def test_the_layer_wise_optimizers_of_transformers():
 
     model = network()
     each = {p: AdamSpy([p], lr=1e-3) for p in model.parameters()}
+
+    def step(p):
+        each[p].step()
+        each[p].zero_grad()
+
     for p in model.parameters():
-        p.register_post_accumulate_grad_hook(lambda p: (each[p].step(), each[p].zero_grad()))
+        p.register_post_accumulate_grad_hook(step)
     optimizer = LayerWiseDummyOptimizer(optimizer_dict=each)
     with watch(model, optimizer, flow_every=1) as monitor:
         for _ in range(3):
@@ -405,9 +410,9 @@ def test_stable_baselines3():
 def test_low_rank_updates_of_peft_are_never_called_dead():
     peft, hf = pytest.importorskip("peft"), pytest.importorskip("transformers")
     torch.manual_seed(0)
-    size = dict(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
-    )
+    size = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4
+    }  # fmt: skip
     model = peft.get_peft_model(
         hf.LlamaForCausalLM(hf.LlamaConfig(**size)),
         peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
@@ -423,16 +428,18 @@ def test_low_rank_updates_of_peft_are_never_called_dead():
 
 
 @pytest.mark.heavy
-def test_mlflow(tmp_path):
+def test_mlflow(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow = pytest.importorskip("mlflow")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/runs.db")
+    mlflow.set_tracking_uri(f"file:{tmp_path}/runs")
+    experiment = mlflow.set_experiment("test").experiment_id
     model = network()
     optimizer = Spy(model.parameters())
     with watch(model, optimizer, sinks=["mlflow"]) as monitor:
         train(model, optimizer)
     assert mlflow.active_run() is None
     client = mlflow.MlflowClient()
-    (run,) = client.search_runs(["0"])
+    (run,) = client.search_runs([experiment])
     found = client.get_metric_history(run.info.run_id, "gradients/total_norm")
     np.testing.assert_allclose([metric.value for metric in found], monitor.history.total_norm, rtol=1e-6)
     assert run.data.tags["skipscope/state"] == "healthy"
