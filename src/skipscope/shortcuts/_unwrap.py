@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -12,10 +13,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     # Whoever has compiled a model has this module loaded; loading torch's compiler otherwise takes seconds.
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     compiled = () if compiler is None else compiler.OptimizedModule
+    inner: Any = model
     while True:
-        if isinstance(model, compiled):
-            model: nn.Module = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
+        if isinstance(inner, compiled):
+            inner = inner._orig_mod
+        elif isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = inner.module
         else:
-            return model
+            return inner
