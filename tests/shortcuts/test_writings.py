@@ -55,6 +55,24 @@ def gated_by_itself(bend):
     return lambda n, x: bend(x) * n.f(x).tanh() + n.g(x).tanh()
 
 
+class Scalars(nn.Module):
+    """xIELU, as transformers has it: an activation function with two weights, and the smaller of two tensors in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.tensor(0.8)), nn.Parameter(torch.tensor(0.8))
+        self.register_buffer("least", torch.tensor(-1e-6))
+
+    def forward(self, x):
+        below = (torch.expm1(torch.min(x, self.least)) - x) * self.down + 0.5 * x
+        return torch.where(x > 0, self.up * x * x + 0.5 * x, below)
+
+
+def test_the_smaller_of_two_is_no_pool():
+    found = ss.find_shortcuts(nn.Sequential(nn.Linear(6, 6), Scalars()), torch.randn(4, 6))
+    assert not len(found), [(s.kind, s.source) for s in found]
+
+
 WRITINGS = {
     "an aten overload": (lambda n, x: torch.ops.aten.add.Tensor(x, n.f(x).tanh()), ["identity"]),
     "copied, then added": (copied_then_added, ["identity"]),

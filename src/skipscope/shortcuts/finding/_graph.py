@@ -19,7 +19,10 @@ from skipscope.shortcuts._bits import Ancestors, as_bits, bits, chosen
 from skipscope.shortcuts._results import Place
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._parts import Cuts, Part, part_after, takes_everything, whole
-from skipscope.shortcuts.trace import Origin, Trace, TracedCall, Value
+from skipscope.shortcuts.trace import Operand, Origin, Trace, TracedCall, Value
+
+
+_OF_TWO = {"min": "minimum", "max": "maximum"}
 
 
 class Graph:
@@ -90,7 +93,12 @@ class Graph:
         return self.trace.values[self.values[node]].shape
 
     def _kind(self, value: Value) -> str:
-        return "" if value.call is None else self.trace.calls[value.call].function
+        call = None if value.call is None else self.trace.calls[value.call]
+        if call is None:
+            return ""
+        # torch.min(x, y) is the smaller of two, and torch.min(x) the smallest of one.
+        of_two = call.function in _OF_TWO and isinstance(call.argument(1, "other"), Operand)
+        return _OF_TWO[call.function] if of_two else call.function
 
     def _seen_through(self) -> list[int]:
         """For each value the one that it is all of: x[:], and x.detach(), are x."""
