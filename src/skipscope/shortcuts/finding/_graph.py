@@ -21,7 +21,6 @@ from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._parts import Cuts, Part, part_after, takes_everything, whole
 from skipscope.shortcuts.trace import Operand, Origin, Trace, TracedCall, Value
 
-
 _OF_TWO = {"min": "minimum", "max": "maximum"}
 
 
