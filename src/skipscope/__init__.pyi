@@ -47,6 +47,7 @@ from .shortcuts import add_shortcuts as add_shortcuts
 from .shortcuts import find_shortcuts as find_shortcuts
 from .shortcuts import mark_shortcut as mark_shortcut
 from .shortcuts import recalibrate as recalibrate
+from .shortcuts import rewire as rewire
 from .surfaces import CurvatureMap as CurvatureMap
 from .surfaces import PairedMaps as PairedMaps
 from .surfaces import PairedSurfaces as PairedSurfaces

@@ -17,6 +17,7 @@ from skipscope.shortcuts._recalibrate import recalibrate as recalibrate
 from skipscope.shortcuts._results import Boundary as Boundary
 from skipscope.shortcuts._results import Shortcut as Shortcut
 from skipscope.shortcuts._results import Shortcuts as Shortcuts
+from skipscope.shortcuts._rewire import rewire as rewire
 from skipscope.shortcuts._taps import Merge as Merge
 from skipscope.shortcuts._taps import tap_boundaries as tap_boundaries
 from skipscope.shortcuts._taps import tap_merges as tap_merges

@@ -6,6 +6,9 @@
 
 from skipscope.shortcuts.twin._edited_class import follow as follow
 from skipscope.shortcuts.twin._edited_class import follow_callers as follow_callers
+from skipscope.shortcuts.twin._join import ChainJoin as ChainJoin
+from skipscope.shortcuts.twin._join import Join as Join
+from skipscope.shortcuts.twin._plan import REWIRED as REWIRED
 from skipscope.shortcuts.twin._plan import Group as Group
 from skipscope.shortcuts.twin._plan import Rule as Rule
 from skipscope.shortcuts.twin._plan import edits_of as edits_of

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from skipscope._errors import SkipscopeError
 from skipscope.shortcuts import _calls
-from skipscope.shortcuts.twin._plan import Plan, edited
+from skipscope.shortcuts.twin._plan import REWIRED, Plan, edited
 
 
 def run_forward(module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any) -> Any:
@@ -23,6 +23,11 @@ def run_forward(module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any)
         SkipscopeError: its calls are not those of the pass in which the shortcuts were found.
     """
     group = plan.group
+    if any(edit.startswith(REWIRED) for edit in group.edits[:-1]):
+        raise SkipscopeError(
+            "rewire", "a rewired twin was edited again, and compiled code cannot tell the connections' merges from the model's",
+            got=", then ".join(group.edits), cure="run this twin without torch.compile, or edit first and rewire then",
+        )  # fmt: skip
     if group.compiled is not None:
         return group.compiled.run(module, plan, run, args, kwargs)
     compiled_pass = _CompiledPass()
@@ -64,6 +69,8 @@ class _CompiledPass(TorchFunctionMode):
         self.times: dict[int, int] = {}
         self.open: list[tuple[Plan, int, dict[str, int]]] = []
         self.edited = 0
+        self.passing: dict[Any, Any] = {}
+        self.is_reading = False
         self.ran: dict[int, tuple[Plan, int]] = {}  # by plan, how many calls were edited
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -71,7 +78,7 @@ class _CompiledPass(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "unflatten":
             func = torch.unflatten  # the tensor's method is Python that torch 2.6 cannot trace from in here
-        operation = _calls.OPERATIONS.get(name)
+        operation = None if self.is_reading else _calls.OPERATIONS.get(name)
         if operation is None:
             return func(*args, **kwargs)
         values = _calls.operands(operation, args, kwargs)
@@ -83,7 +90,7 @@ class _CompiledPass(TorchFunctionMode):
             rules = plan.counted.get((call, operation.name, count - before.get(operation.name, 0)))
             if rules is not None:
                 self.edited += 1
-                return edited(rules, operation, func, args, kwargs, values)
+                return edited(rules, operation, func, args, kwargs, values, self)
         return func(*args, **kwargs)
 
     def _count(self, module: nn.Module) -> int:

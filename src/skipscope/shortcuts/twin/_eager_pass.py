@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections import Counter
 from typing import Any, NoReturn
 
@@ -17,11 +18,18 @@ from torch.overrides import TorchFunctionMode
 
 from skipscope._errors import SkipscopeError
 from skipscope.shortcuts import _calls, _sites
+from skipscope.shortcuts.twin._join import SECOND_READER, Join
 from skipscope.shortcuts.twin._plan import Plan, Rule, edited, plan_of
 
 # What may join a shortcut and a branch, and is no product or choice, of which any code is full.
 _MERGES = {one.name for one in _calls.OPERATIONS.values()} - {*_calls.PRODUCTS, "where", "setitem"}
 _thread = threading.local()
+
+
+def pass_of(plan: Plan) -> _EagerPass | None:
+    """The pass of a plan's twin that is under way, if there is one."""
+    around: _EagerPass | None = getattr(_thread, "current", None)
+    return around if around is not None and around.group is plan.group else None
 
 
 def run_module(
@@ -77,8 +85,39 @@ class _EagerPass(TorchFunctionMode):
         self.met: set[int] = set()  # plans of which an edit was met
         self.unknown: dict[int, str] = {}  # by plan, a merge that was not seen when the shortcuts were found
         self.merged = self.used_weights = False
+        self.passing: dict[Any, Any] = {}  # what connections keep from one call to another
+        self.is_reading = False
+        self.used: dict[int, weakref.ref[Tensor]] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self.is_reading or not self.group.has_readers:
+            return func(*args, **(kwargs or {})) if self.is_reading else self._call(func, args, kwargs)
+        waiting = [(key, x) for key, x in self.passing.items() if isinstance(x, Tensor)]
+        output = self._call(func, args, kwargs)
+        self._note_uses(waiting, args, kwargs, output)
+        return output
+
+    def _note_uses(self, waiting: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Note what a call computes from, and refuse it where a connection has read that for its merge."""
+        outputs = output if isinstance(output, tuple | list) else (output,)
+        if not any(isinstance(t, Tensor) for t in outputs):
+            return
+        for value in (*args, *(kwargs or {}).values()):
+            if not isinstance(value, Tensor) or any(value is t for t in outputs):
+                continue
+            self.used[id(value)] = weakref.ref(value)
+            for key, x in waiting:
+                if value is x and key in self.passing:
+                    raise self.passing[key, "join"].misfit(SECOND_READER)
+        for made in outputs:
+            self.used.pop(id(made), None)  # written in place: what was used is no more
+
+    def is_used(self, x: Tensor) -> bool:
+        """Whether a call of this pass has computed something from ``x``."""
+        known = self.used.get(id(x))
+        return known is not None and known() is x
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         kwargs = kwargs or {}
         # A compiled block inside eager code is traced under this mode, and edits itself.
         if torch.compiler.is_compiling() or _thread.current is not self:
@@ -96,9 +135,9 @@ class _EagerPass(TorchFunctionMode):
         rules = self._rules(operation, values)
         if rules is None:
             return func(*args, **kwargs)
-        return edited(rules, operation, func, args, kwargs, values)
+        return edited(rules, operation, func, args, kwargs, values, self)
 
-    def _rules(self, operation: _calls.Operation, values: list[Any]) -> list[Rule] | None:
+    def _rules(self, operation: _calls.Operation, values: list[Any]) -> list[Rule | Join] | None:
         """What is edited in the call that the model's code makes now; None where nothing is."""
         if operation.name not in _MERGES and operation.name not in self.group.operations:
             return None

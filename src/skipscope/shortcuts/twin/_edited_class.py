@@ -36,6 +36,7 @@ def follow(module: nn.Module, group: Group) -> Plan:
     elif plan.group is not group:  # an edited twin is edited again: all its modules move to the new group
         for other in module.modules():
             if (old := plan_of(other)) is not None:
+                group.has_readers |= old.group.has_readers
                 old.group = group
                 group.sites |= old.calls.keys()
                 group.operations |= {site.rpartition(":")[2] for site in old.calls}
@@ -87,6 +88,10 @@ def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
         plan = plan_of(self)
         if plan is None:  # another instance, made by the twin's class
             return run(*args, **kwargs)
+        this = plan.group.compiled if torch.compiler.is_compiling() else _eager_pass.pass_of(plan)
+        if this is not None:
+            for join in plan.reads:
+                args, kwargs = join.given(args, kwargs, this)
         if torch.compiler.is_compiling():
             return _compiled_pass.run_forward(self, plan, run, args, kwargs)
         _refuse_symbolic((args, kwargs))

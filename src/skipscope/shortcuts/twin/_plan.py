@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -11,8 +13,10 @@ from torch import Tensor, nn
 from skipscope._errors import SkipscopeError
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._results import Boundary, Place
+from skipscope.shortcuts.twin._join import Join
 
 PLAN = "_skipscope_plan"
+REWIRED = "rewired: "  # how an edit begins, in words, that put other connections in place of sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,11 @@ class Rule:
     def __deepcopy__(self, memo: Any) -> Rule:
         return self  # a strength tensor stays the user's own, so that its gradient can be read
 
+    @property
+    def action(self) -> Any:
+        """What distinguishes this rule from others at the same call."""
+        return self.place.operand, self.factor
+
 
 @dataclass(eq=False)
 class Group:
@@ -47,6 +56,7 @@ class Group:
         root: the plan of the twin itself, by which merges outside of every module's forward are edited.
         compiled: the pass that is under way while code is compiled.
         has_warned: whether the user knows that a pass met no edit.
+        has_readers: connections read what some modules are given.
     """
 
     boundaries: tuple[Boundary, ...]
@@ -58,12 +68,13 @@ class Group:
     root: Plan | None = None
     compiled: Any = None
     has_warned: bool = False
+    has_readers: bool = False
 
     def __deepcopy__(self, memo: Any) -> Group:
         # A copy has parameters of its own.
         copied = memo[id(self)] = replace(self, shares=False, root=None, compiled=None)
         if self.root is not None:
-            copied.root = memo[id(self.root)] = self.root.copied(copied)
+            copied.root = memo[id(self.root)] = self.root.copied(copied, memo)
         return copied
 
 
@@ -79,30 +90,33 @@ class Plan:
         among: by operation, how many calls of it one run of the host makes.
         calls: by site, in which runs of the host it is edited.
         runs: how many times the host ran when the shortcuts were found.
+        reads: what the module is given in place of its first tensor.
     """
 
     group: Group
-    rules: dict[tuple[str, int], list[Rule]] = field(default_factory=dict)
-    everywhere: dict[str, list[Rule]] = field(default_factory=dict)
-    counted: dict[tuple[int, str, int], list[Rule]] = field(default_factory=dict)
+    rules: dict[tuple[str, int], list[Rule | Join]] = field(default_factory=dict)
+    everywhere: dict[str, list[Rule | Join]] = field(default_factory=dict)
+    counted: dict[tuple[int, str, int], list[Rule | Join]] = field(default_factory=dict)
     among: dict[str, int] = field(default_factory=dict)
     calls: dict[str, set[int]] = field(default_factory=dict)
     runs: int = 1
+    reads: list[Join] = field(default_factory=list)
 
     def __deepcopy__(self, memo: Any) -> Plan:
         group = memo.get(id(self.group)) or self.group.__deepcopy__(memo)
         if id(self) not in memo:  # the root's has been copied with its group
-            memo[id(self)] = self.copied(group)
+            memo[id(self)] = self.copied(group, memo)
         return memo[id(self)]
 
-    def copied(self, group: Group) -> Plan:
-        """A plan of its own with the same rules."""
+    def copied(self, group: Group, memo: dict[int, Any]) -> Plan:
+        """A plan of its own with the same rules; connections are those of the copy."""
+        rules, everywhere, counted = (
+            {key: copy.deepcopy(rules, memo) for key, rules in table.items()}
+            for table in (self.rules, self.everywhere, self.counted)
+        )
         return Plan(
-            group,
-            {key: list(rules) for key, rules in self.rules.items()},
-            {key: list(rules) for key, rules in self.everywhere.items()},
-            {key: list(rules) for key, rules in self.counted.items()},
-            dict(self.among), {site: set(calls) for site, calls in self.calls.items()}, self.runs,
+            group, rules, everywhere, counted, dict(self.among), {site: set(calls) for site, calls in self.calls.items()},
+            self.runs, copy.deepcopy(self.reads, memo),
         )  # fmt: skip
 
     @property
@@ -115,7 +129,7 @@ class Plan:
         """How many calls are edited in one run of the host."""
         return len([key for key in self.counted if key[0] == call])
 
-    def add(self, rule: Rule) -> None:
+    def add(self, rule: Rule | Join) -> None:
         """Add a rule; rules for one operand apply one after the other."""
         call = rule.place.call
         operation = call.site.rpartition(":")[2]
@@ -127,12 +141,12 @@ class Plan:
         self.group.sites |= {call.site}
         self.group.operations |= {operation}
         at_site = [rules for (site, _), rules in self.rules.items() if site == call.site]
-        alike = [[(r.place.operand, r.factor) for r in rules] for rules in at_site]
+        alike = [[r.action for r in rules] for rules in at_site]
         self.everywhere.pop(call.site, None)
         if len(alike) == call.total and all(a == alike[0] for a in alike):
             self.everywhere[call.site] = self.rules[call.site, call.nth]
 
-    def rules_at(self, site: str) -> list[Rule]:
+    def rules_at(self, site: str) -> list[Rule | Join]:
         """The rules of all its calls there."""
         return [rule for (at, _), rules in self.rules.items() if at == site for rule in rules]
 
@@ -190,7 +204,13 @@ def refuse_shared(model: nn.Module, operation: str, layer: str | None = None) ->
 
 
 def edited(
-    rules: list[Rule], operation: _calls.Operation, func: Any, args: Any, kwargs: Any, values: list[Any]
+    rules: list[Rule | Join],
+    operation: _calls.Operation,
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    values: list[Any],
+    this: Any,
 ) -> Any:
     """Make a call with its operands rewritten.
 
@@ -201,17 +221,25 @@ def edited(
         args: its arguments as built.
         kwargs: the same by name.
         values: its operands.
+        this: the pass that is under way.
     """
     target = values[0]
+    join: Join | None = None
     for rule in rules:
-        if rule.place.operand == _calls.WHOLE:
+        if isinstance(rule, Join):
+            join = rule
+        elif rule.place.operand == _calls.WHOLE:
             whole = target if target._base is None else target._base
             whole.copy_(_rewritten(rule.factor, whole))  # the slice, a view of it, sees that
         else:
             operand = rule.place.operand  # torch 2.6 cannot compile values[operand] = ...
             values = [_rewritten(rule.factor, v) if i == operand else v for i, v in enumerate(values)]
+    if join is not None:
+        # In eager code the connection's own merges may be edited in turn; compiled code counts the model's alone.
+        with nullcontext() if torch.compiler.is_compiling() else this:
+            return join.sum(operation, args, kwargs, values, this.passing)
     overwrites = operation.in_place and values[0] is not target
-    if overwrites and any(rule.factor is None for rule in rules):
+    if overwrites and any(isinstance(rule, Rule) and rule.factor is None for rule in rules):
         # A detached view may be saved for the way back, and target is overwritten.
         values[0] = values[0].clone()
     new_args, new_kwargs = _calls.with_operands(operation, args, kwargs, values)

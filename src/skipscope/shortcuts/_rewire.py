@@ -1,0 +1,250 @@
+"""Rewired twins: at chosen merges ``x + F`` becomes another connection of ``skipscope.nn``.
+
+The model's own code runs. Where it adds, the connection's ``write(x, F)`` stands in; where a kind reads, its
+``read(x)`` goes into the module that the fork feeds; a kind that spans depth keeps its state from merge to merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipscope import _data
+from skipscope import nn as connections
+from skipscope._errors import SkipscopeError
+from skipscope._untouched import private_copy, require_module, untouched
+from skipscope.shortcuts._edit import _chosen, refuse_another_architecture
+from skipscope.shortcuts._results import Shortcut, Shortcuts
+from skipscope.shortcuts._taps import Merge, tap_merges
+from skipscope.shortcuts._unwrap import unwrapped
+from skipscope.shortcuts.twin import REWIRED, ChainJoin, Group, Join, edits_of, follow, follow_callers
+
+Maker = Callable[[int, int, int], nn.Module]
+
+# Where the new weights are, in the twin's state_dict.
+PLACE = "shortcuts"
+
+
+def rewire(
+    model: nn.Module,
+    found: Shortcuts | Shortcut | Iterable[Shortcut] | None = None,
+    kind: str | type[nn.Module] | Maker = "rezero",
+    *,
+    inputs: Any = None,
+    dim: int | None = None,
+    **arguments: Any,
+) -> nn.Module:
+    """A twin of ``model`` in which merges ``x + F`` are another kind of connection.
+
+    The twin runs the model's own code, and has the same ``state_dict`` keys and, under ``shortcuts.<name>.*``, the
+    new weights. It can be trained, copied, pickled and compiled. Kinds that only join (scaled, ReZero, LayerScale,
+    gates, norms after the sum) fit any sum of two. Kinds that read (pre-norm, Fixup, GRU gate) fit where one module
+    takes the fork's tensor, and nothing else does before the merge. Kinds that span depth (hyper-connections,
+    attention residuals) take the whole chain in order, where each merge's output is the next one's shortcut. What
+    does not fit is refused: here where it can be seen, otherwise when the twin first runs. Local.
+
+    Args:
+        model: any eager module; it is left as found.
+        found: which shortcuts: all of a ``Shortcuts``, or one, or several.
+        kind: a name of ``skipscope.nn.registry()``, one of its classes, or ``f(width, dim, depth) -> module`` with
+            ``read`` and ``write``.
+        inputs: what the model is called with: shapes are then seen instead of guessed from the branches' weights, and
+            the twin is run before it is handed over. With ``found=None`` also what to find all shortcuts with.
+        dim: the dimension that holds the features; by default 1 where the branch holds a convolution, else -1.
+        arguments: the kind's own, for instance ``init=0.1`` of ``"layer-scale"``.
+
+    Raises:
+        SkipscopeError: an unknown kind or argument; a shortcut that this kind does not fit; a model with an attribute
+            ``shortcuts``; also when the twin runs and meets code that is not the code its shortcuts were found in.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.lin = nn.Linear(3, 3)
+        ...     def forward(self, x):
+        ...         return x + self.lin(x)
+        >>> from skipscope.shortcuts import find_shortcuts
+        >>> model, x = Net(), torch.ones(1, 3)
+        >>> twin = rewire(model, find_shortcuts(model, x), kind="rezero")
+        >>> torch.equal(twin(x), x), list(twin.state_dict())
+        (True, ['lin.weight', 'lin.bias', 'shortcuts.lin.alpha'])
+    """
+    require_module(model, "rewire")
+    model = unwrapped(model)
+    known = connections.find_kind(kind, "rewire") if isinstance(kind, str | type) else None
+    chosen, every = _chosen(model, found, inputs)
+    refuse_another_architecture(model, chosen if every is None else every, "rewire")
+    for shortcut in chosen:
+        _refuse_misfit(shortcut)
+    if hasattr(model, PLACE):
+        raise SkipscopeError(
+            "rewire", f"the model has an attribute {PLACE!r}, where the new weights would go", got=type(model).__name__,
+            expected="a model without one, not rewired before", cure="rename it, or rewire all merges in one call",
+        )  # fmt: skip
+    twin = private_copy(model, "rewire")
+    modules = dict(twin.named_modules())
+    called = known.name if known else getattr(kind, "__name__", type(kind).__name__)
+    group = Group((), False, (*edits_of(model), f"{REWIRED}{called}"))
+    if every is not None:
+        group.known = frozenset(item.source for item in (*every.entries, *every.rejected))
+    group.root = follow(twin, group)
+    shapes = _shapes(model, chosen, inputs) if inputs is not None else [None] * len(chosen)
+    builder = _Builder(kind, known, arguments, dim, len(chosen))
+    holder = connections.Holder()
+    joins = builder.joins(chosen, modules, shapes)
+    for shortcut, join in zip(chosen, joins, strict=True):
+        follow(modules[shortcut.key.host], group).add(join)
+        if join.reads:
+            follow(modules[_reader(shortcut)], group).reads.append(join)
+            group.has_readers = True
+        if join.index == 0:
+            holder.put(shortcut.name, join.module)
+    twin.add_module(PLACE, holder)
+    follow_callers(twin, group)
+    if inputs is not None:
+        with untouched(twin, seed=0, operation="rewire"), torch.no_grad():
+            _data.forward(twin, (inputs, None), "rewire")
+    return twin
+
+
+def _refuse_misfit(shortcut: Shortcut) -> None:
+    """Refuse a merge that is no sum of two tensors, one of them the shortcut."""
+    operation = shortcut.key.site.rpartition(":")[2]
+    places = [*shortcut.shortcut_at, *shortcut.branch_at]
+    reason = shortcut.blocked
+    if reason is None and shortcut.kind in {"gated", "concat"}:
+        reason = f"its kind is {shortcut.kind}"
+    elif reason is None and (
+        operation != "add" or sorted(shortcut.sides) != ["branch", "shortcut"] or shortcut.summed
+    ):
+        reason = f"it merges by {operation} of {', '.join(shortcut.sides)}"
+    elif reason is None and any(place.call != shortcut.key for place in places):
+        reason = "its two sides do not come straight to the sum"
+    if reason is not None:
+        raise SkipscopeError(
+            "rewire", "this merge is no sum of a shortcut and a branch", layer=shortcut.name, expected="x + F(x)",
+            got=reason, cure='leave it out: found.select(kind=("identity", "scaled", "projection"), name="...")',
+        )  # fmt: skip
+
+
+def _shapes(model: nn.Module, chosen: Sequence[Shortcut], inputs: Any) -> list[torch.Size | None]:
+    """The shape of each merge."""
+    shapes: list[torch.Size | None] = [None] * len(chosen)
+
+    def note(k: int, merge: Merge) -> Tensor:
+        shapes[k] = merge.output.shape
+        return merge.output
+
+    found = Shortcuts(tuple(chosen), (), (), ())
+    with untouched(model, seed=0, operation="rewire"), torch.no_grad(), tap_merges(model, found, note):
+        _data.forward(model, (inputs, None), "rewire")
+    return shapes
+
+
+def _reader(shortcut: Shortcut) -> str:
+    """The module that takes the fork's tensor: the branch's own, or its first where the branch is spread in the host."""
+    home, host = shortcut.name.partition("#")[0], shortcut.key.host
+    is_around = not home or home == host or host.startswith(home + ".")
+    return shortcut.branch[0] if is_around or home not in _ancestors(shortcut.branch) else home
+
+
+def _ancestors(paths: Sequence[str]) -> set[str]:
+    parts = [path.split(".") for path in paths]
+    return {".".join(part[:i]) for part in parts for i in range(1, len(part) + 1)}
+
+
+class _Builder:
+    """Makes the connection of each merge."""
+
+    def __init__(
+        self,
+        kind: Any,
+        known: connections.Kind | None,
+        arguments: dict[str, Any],
+        dim: int | None,
+        depth: int,
+    ):
+        self.kind, self.known, self.arguments, self.dim, self.depth = kind, known, arguments, dim, depth
+
+    def joins(
+        self, chosen: Sequence[Shortcut], modules: dict[str, nn.Module], shapes: Sequence[torch.Size | None]
+    ) -> list[Join]:
+        """One rule a merge; those of a kind that spans depth share one module."""
+        branches = [[modules[path] for path in s.branch if path in modules] for s in chosen]
+        if self.known is not None and self.known.spans_depth:
+            if self.known.module is connections.Reversible and len(chosen) % 2:
+                raise SkipscopeError(
+                    "rewire", "reversible layers come in pairs of branches", expected="an even number of merges",
+                    got=len(chosen), cure="leave one out: found[:-1]",
+                )  # fmt: skip
+            width, dim = self._features(chosen[0], branches[0], shapes[0])
+            stand_ins = [connections.Elsewhere() for _ in chosen]
+            module = self._placed(
+                self.known(stand_ins, width, dim=dim, depth=self.depth, **self.arguments), branches[0]
+            )
+            reads = isinstance(module, connections.HyperConnected)
+            return [ChainJoin.at(s, module, index=i, reads=reads and i == 0) for i, s in enumerate(chosen)]
+        made = []
+        for shortcut, branch, shape in zip(chosen, branches, shapes, strict=True):
+            width, dim = self._features(shortcut, branch, shape)
+            module = self._placed(self._connection(width, dim), branch)
+            if isinstance(module, connections.Connection):
+                module.initialise_(nn.ModuleList(branch))
+            reads = getattr(type(module), "read", None) not in {None, connections.Connection.read}
+            made.append(Join.at(shortcut, module, reads=reads))
+        return made
+
+    def _connection(self, width: int, dim: int) -> nn.Module:
+        if self.known is None:
+            made = self.kind(width, dim, self.depth, **self.arguments)
+            if not callable(getattr(made, "write", None)):
+                raise SkipscopeError(
+                    "rewire", "the kind makes something without write(x, f)", expected="a skipscope.nn.Connection",
+                    got=type(made).__name__, cure="subclass skipscope.nn.Connection, and give it a write",
+                )  # fmt: skip
+            return made
+        if not self.known.keeps_width or self.known.own_branches:
+            raise SkipscopeError(
+                "rewire", f"the kind {self.known.name!r} cannot take the place of a sum",
+                expected="one branch, and an output as wide as the input", got=self.known.equation,
+                cure="a kind of one branch that keeps the width: 'rezero', 'highway', ...; or build the network with skipscope.nn",
+            )  # fmt: skip
+        return self.known(connections.Elsewhere(), width, dim=dim, depth=self.depth, **self.arguments)
+
+    @staticmethod
+    def _placed(module: nn.Module, branch: Sequence[nn.Module]) -> nn.Module:
+        """With the branch's device and dtype."""
+        weight = next((p for part in branch for p in part.parameters() if p.is_floating_point()), None)
+        return module if weight is None else module.to(weight.device, weight.dtype)
+
+    def _features(
+        self, shortcut: Shortcut, branch: Sequence[nn.Module], shape: torch.Size | None
+    ) -> tuple[int, int]:
+        """How wide the stream is, and which dimension holds the features."""
+        convolution = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+        dim = (
+            self.dim if self.dim is not None else 1 if any(isinstance(m, convolution) for m in branch) else -1
+        )
+        if shape is not None:
+            return shape[dim], dim
+        width = next((w for m in reversed(branch) if (w := _width(m)) is not None), None)
+        if width is None:
+            raise SkipscopeError(
+                "rewire", "the branch does not say how wide it is", layer=shortcut.name, expected="a layer of known width",
+                got=", ".join(type(m).__name__ for m in branch) or "no module", cure="rewire(model, found, kind, inputs=x)",
+            )  # fmt: skip
+        return width, dim
+
+
+def _width(module: nn.Module) -> int | None:
+    """How many features a module gives."""
+    for name in ("out_features", "out_channels", "num_features", "embed_dim", "hidden_size", "nf"):
+        value = getattr(module, name, None)
+        if isinstance(value, int):
+            return value
+    vectors = [p for p in module.parameters(recurse=False) if p.ndim == 1]
+    return vectors[-1].numel() if vectors else None
