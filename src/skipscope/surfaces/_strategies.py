@@ -82,6 +82,8 @@ def split_loop(
         through_one_dnn(loop.moving.model, once)
     if recorded:
         loop.run = Recorded(loop.moving.model, loop.run)
+        # Recorded at the origin: a number that was read from a weight then shows where the weights have moved.
+        at_point.read(loop.moving.model, loop.run)
     return loop
 
 
