@@ -135,8 +135,8 @@ def progress(show: bool = True, *, file: TextIO | None = None) -> Iterator[None]
     if _display is not None:
         yield
         return
-    file = file or sys.stderr
-    _display = _live(file) or _Lines(file)
+    stream: Any = file or sys.stderr
+    _display = _live(stream) or _Lines(stream)
     try:
         yield
     finally:
@@ -170,7 +170,9 @@ def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterato
     if _silent:
         yield from items
         return
-    begun, own, row = time.perf_counter(), None, None
+    begun = time.perf_counter()
+    own: Any = None
+    row: Any = None
     if _display is not None:
         row = _display.start(what, total)
     try:
@@ -183,7 +185,7 @@ def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterato
                 _display = own
                 row = own.start(what, total)
                 own.step(row, done - 1)
-            if row is not None:
+            if row is not None and _display is not None:
                 _display.step(row, 1)
     finally:
         if row is not None and _display is not None:

@@ -229,6 +229,6 @@ def _offer(page: Path, output: Output) -> None:
 
 def _print_json(result: Any) -> None:
     # The work runs with standard output sent to standard error; this alone goes to the real one.
-    out = sys.__stdout__
+    out: Any = sys.__stdout__
     json.dump(finite(result.to_dict()), out, indent=1, allow_nan=False)
     print(file=out, flush=True)

@@ -26,7 +26,7 @@ class MLflow:
         try:
             self.mlflow: Any = importlib.import_module("mlflow")
         except ImportError as error:
-            raise MissingExtra("watch", "mlflow", "mlflow") from error
+            raise MissingExtra("watch", "mlflow") from error
         self._own = self.mlflow.active_run() is None
         self.run: Any = self.mlflow.start_run() if self._own else self.mlflow.active_run()
         self.every, self._count = every, 0

@@ -25,7 +25,7 @@ class Trackio:
         try:
             trackio: Any = importlib.import_module("trackio")
         except ImportError as error:
-            raise MissingExtra("watch", "trackio", "trackio") from error
+            raise MissingExtra("watch", "trackio") from error
         self._own = run is None
         self.run: Any = run if run is not None else trackio.init(project="skipscope")
         self.every, self._count = every, 0

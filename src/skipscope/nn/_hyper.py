@@ -9,6 +9,7 @@ layer: then every stream is what a residual network's one stream would be.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class HyperConnected(Chain):
         super().__init__()
         self.streams = streams
         self.layers = nn.ModuleList(connect(branch, streams, layer=i) for i, branch in enumerate(branches))
-        self.kind = next((layer.kind for layer in self.layers), HyperConnection.kind)
+        self.kind: Any = next((layer.kind for layer in self.layers), HyperConnection.kind)
 
     @property
     def branches(self) -> list[nn.Module]:

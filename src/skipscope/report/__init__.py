@@ -52,7 +52,7 @@ def plot(result: Result, ax: Any = None, *, chart: int | None = None, **options:
 
     is_comparison = isinstance(result, _class("comparison", "Comparison"))
     if is_comparison and chart is None and ax is None:
-        return _hero.hero(result)
+        return _hero.hero(result)  # type: ignore[arg-type]
     charts = [chart for panel in story(result).panels for chart in panel.charts]
     if chart is None:  # of a comparison the flow, which its networks share; of everything else the first
         chart = next((i for i, c in enumerate(charts) if is_comparison and isinstance(c, Lines)), 0)
@@ -94,7 +94,7 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
     if ending == "gif" and isinstance(result, tuple(surfaces)):
         from skipscope.report._animation import gif
 
-        return write_whole(path, gif(result, **options))
+        return write_whole(path, gif(result, **options))  # type: ignore[arg-type]
     if ending not in {"png", "svg", "pdf"}:
         raise SkipscopeError(
             "save", f"a {type(result).__name__} is not saved as .{ending}", got=path.name,
@@ -103,7 +103,7 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
     return write_whole(path, _picture(result, ending, **options))
 
 
-def _class(room: str, name: str) -> type:
+def _class(room: str, name: str) -> Any:
     """A class of a room, imported when it is asked for: drawing one result need not wait for all rooms.
 
     Returns a class that nothing is an instance of while the room has not been imported.
@@ -170,9 +170,10 @@ def draw(
     """
     from skipscope.report import _view_shortcuts
 
+    known: Any = shares
     if isinstance(shares, _class("flow", "GradientSplit")):
-        shares = {s.name: s.share for s in shares}
-    chart = _view_shortcuts.drawing(found, shares)
+        known = {split.name: split.share for split in known}
+    chart = _view_shortcuts.drawing(found, known)
     if form == "text":
         drawing = Drawing(_arcs_text.text(chart, width or shutil.get_terminal_size().columns, ascii=ascii))
         drawing.html = _page.piece(_page.svg(chart))

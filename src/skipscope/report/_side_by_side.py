@@ -94,9 +94,8 @@ def _(result: SideBySide) -> Story:
     stories = {name: story(one) for name, one in result.results.items()}
     panels = [Panel("All numbers", tables=[result.table()])]
     for k, panel in enumerate(next(iter(stories.values())).panels):
-        charts = {
-            name: s.panels[k].chart for name, s in stories.items() if k < len(s.panels) and s.panels[k].chart is not None
-        }  # fmt: skip
+        drawn = {name: s.panels[k].chart for name, s in stories.items() if k < len(s.panels)}
+        charts = {name: chart for name, chart in drawn.items() if chart is not None}
         merged = _over_each_other(charts)
         if merged is not None:
             panels.append(Panel(panel.heading, merged, panel.caption))

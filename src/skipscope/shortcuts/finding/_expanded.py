@@ -66,7 +66,8 @@ class Expanded:
                 rest = [a for a in addends if a is not alone and a is not product]
                 gate = self._by_h(alone, product, rest) or self._by_x(base, [alone.place, at], rest)
                 if gate is not None:
-                    self._gates.add(call.output)
+                    if call.output is not None:
+                        self._gates.add(call.output)
                     kind = "gated" if product.factors[1 - k][0] < self.graph.activations else "scaled"
                     return self._verdict(call, parts, kind, *gate)
         return None
@@ -137,6 +138,8 @@ class Expanded:
         if not self._has_products or not self._is_sum(call):
             return False
         for node in call.operands:
+            if node is None:
+                continue
             at, _ = self._seen_through(node, 1, only=True)
             if self._inner(at) is not None:
                 return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from skipscope.shortcuts.finding._candidate import Candidate
 from skipscope.shortcuts.finding._graph import Graph
@@ -54,7 +54,7 @@ def merge_name(call: Merge) -> str:
     return f"{call.owner} {name}" if call.owner else name
 
 
-def fork_name(graph: Graph, fork: int, merges: dict[int, str]) -> str:
+def fork_name(graph: Graph, fork: int, merges: Mapping[int | None, str]) -> str:
     """The module that produced the fork, the shortcut that merged there, or ``"input"``.
 
     Args:

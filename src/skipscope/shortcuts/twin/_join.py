@@ -108,7 +108,7 @@ class Join:
         this.is_reading = False
         if at is not None:
             return (*args[:at], read, *args[at + 1 :]), kwargs
-        return args, {**kwargs, name: read}
+        return args, {**kwargs, str(name): read}
 
     def misfit(self, got: str) -> SkipscopeError:
         """The refusal of a merge that this kind does not fit."""

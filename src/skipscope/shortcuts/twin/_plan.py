@@ -110,9 +110,9 @@ class Plan:
 
     def copied(self, group: Group, memo: dict[int, Any]) -> Plan:
         """A plan of its own with the same rules; connections are those of the copy."""
+        tables: tuple[Any, ...] = (self.rules, self.everywhere, self.counted)
         rules, everywhere, counted = (
-            {key: copy.deepcopy(rules, memo) for key, rules in table.items()}
-            for table in (self.rules, self.everywhere, self.counted)
+            {key: copy.deepcopy(rules, memo) for key, rules in table.items()} for table in tables
         )
         return Plan(
             group, rules, everywhere, counted, dict(self.among), {site: set(calls) for site, calls in self.calls.items()},
