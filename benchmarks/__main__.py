@@ -43,7 +43,7 @@ def main() -> None:
     names = [
         m.name
         for m in pkgutil.iter_modules(benchmarks.__path__)
-        if m.name != "__main__" and not m.name.endswith("_gpu")
+        if not m.name.startswith("_") and not m.name.endswith("_gpu")
     ]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *names], help=", ".join(names), metavar="NAME")
