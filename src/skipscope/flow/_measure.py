@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._ranks import greatest, ranks_of
 from skipscope.flow._readings import Reading, Readings, WeightReading, merge, similarity
 from skipscope.flow._seed import backward_error, output_gradient, seed_for, wants_backward
+from skipscope.flow._site_readings import SiteRecorder
 
 # Called with (i, activation) at boundary i; what it returns takes the activation's place.
 Touch = Callable[[int, Tensor], Tensor]
@@ -109,13 +110,23 @@ class _Pass:
         self.similarities: dict[int, float | None] = {}
         self.arrivals = _Arrivals(share, scale)
         self.leaves: list[Tensor] = []
+        # What a DTensor's calls are made of is no business of ours: under FSDP2 there are boundaries only.
+        self.recorder = None if spread else SiteRecorder(model, self.batch, readings.sites, readings.pools)
 
     def touch(self, i: int, activation: Tensor) -> Tensor:
         if i not in self.activations:  # re-entrant checkpointing comes by twice
             self.activations[i] = Reading()
-            self.activations[i].add(activation)
-            if self.readings.batches == 0:
-                self.similarities[i] = similarity(activation.detach())
+            with torch._C.DisableTorchFunction():
+                self.activations[i].add(activation)
+                if self.readings.batches == 0:
+                    self.similarities[i] = similarity(activation.detach())
+        touched = self.hooked(i, activation)
+        if self.recorder is not None:
+            self.recorder.note_boundary(i, touched)
+        return touched
+
+    def hooked(self, i: int, activation: Tensor) -> Tensor:
+        """The activation with a hook on it, made to require a gradient where it does not."""
         if not torch.is_grad_enabled():
             return activation
         if activation.is_leaf:
@@ -130,8 +141,10 @@ class _Pass:
         outputs: list[Any] = []
         handle = self.model.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
-            with tap(self.touch):
+            # The recorder is the outer of the two: the tap finds its calls by the frames between it and the model's code.
+            with self.recorder or nullcontext(), tap(self.touch):
                 self.value = self.loss(self.model, self.batch)
+            with tap(self.touch):  # re-entrant checkpoints come by again
                 if not self.value.requires_grad:
                     raise no_gradient("gradient_flow", self.model)
                 self.at_output = output_gradient(
@@ -141,6 +154,9 @@ class _Pass:
                 size = greatest(self.model, self.at_output) if self.spread else self.at_output
                 seed = seed_for(size, self.value.dtype)
                 self.arrivals.unit = 1.0 / seed
+                if self.recorder is not None:
+                    self.recorder.graph.result = self.recorder.call_of(self.value)
+                    self.recorder.unit.append(self.share / seed)
                 self.weights = self.backward(seed)
         finally:
             handle.remove()
@@ -167,6 +183,8 @@ class _Pass:
         for name, gradient in self.weights.items():
             if name in to.weights:
                 to.weights[name].add(gradient, self.arrivals.unit or 1.0, self.share)
+        if self.recorder is not None and to.graph is None:
+            to.graph, to.calls = self.recorder.graph, self.recorder.boundaries
         if self.accumulate:
             self.model.zero_grad(set_to_none=True)
         to.loss += self.share * float(self.value.detach())

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from skipscope._ranks import whole
+
+if TYPE_CHECKING:
+    from skipscope.flow._site_readings import CallGraph, PoolReading, SiteReading
 
 
 @dataclass
@@ -90,6 +94,10 @@ class Readings:
     loss: float = 0.0
     batches: int = 0
     samples: int = 0
+    sites: list[SiteReading] = field(default_factory=list)
+    pools: list[PoolReading] = field(default_factory=list)
+    graph: CallGraph | None = None  # of the first batch
+    calls: dict[int, int] = field(default_factory=dict)  # by boundary, the call that gave it
 
 
 def merge(total: Reading, one: Reading) -> None:
