@@ -28,15 +28,15 @@ TABLE: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "saturated output": (("vanishing", "dead"), ("saturation",), "gradient_flow"),
     "saturation": (("vanishing", "dead"), ("saturation",), "gradient_flow, watch"),
     "dead units": (("dead",), ("inactive",), "gradient_flow, watch"),
-    "stale batch norm, too small": (("exploding", "nonfinite"), ("batch norm", "overflow"), "gradient_flow"),
+    "stale batch norm, too small": (("exploding", "nonfinite", "dead"), ("batch norm", "overflow"), "gradient_flow"),
     "stale batch norm, too large": (("vanishing", "dead"), ("batch norm",), "gradient_flow"),
     "masked softmax": (("nonfinite",), ("softmax",), "gradient_flow, watch"),
     "division by 0": (("nonfinite",), ("div",), "gradient_flow, watch"),
     "root at 0": (("nonfinite",), ("sqrt",), "gradient_flow, watch"),
     "weight is NaN": (("nonfinite",), ("weights",), "gradient_flow, watch"),
     "data are NaN": (("nonfinite",), ("data",), "gradient_flow"),
-    "detached": (("unconnected",), ("detach",), "gradient_flow, watch"),
-    "no_grad": (("unconnected",), ("detach",), "gradient_flow, watch"),
+    "detached": (("unconnected",), ("missing path",), "gradient_flow, watch"),
+    "no_grad": (("unconnected",), ("missing path",), "gradient_flow, watch"),
     "loss passes nothing on": (("dead",), ("loss",), "gradient_flow"),
     "cleared gradient": (("dead",), ("cleared",), "watch"),
     "another model's optimizer": (("unconnected",), ("optimizer",), "watch"),
@@ -80,7 +80,9 @@ def _built(name: str, change: Callable[[nn.Module], Any], size: int, seed: int, 
     return changed if isinstance(changed, nn.Module) else model, data, _hosts.loss_of(host)
 
 
-def _in(host: str, fault: str, change: Callable[[nn.Module], Any], size: int, place: str = "", n: int = 4) -> Case:
+def _in(
+    host: str, fault: str, change: Callable[[nn.Module], Any], size: int, place: str = "", n: int = 4
+) -> Case:
     return Case(fault, host, lambda seed: _built(host, change, size, seed, n), place)
 
 
@@ -207,7 +209,9 @@ class _DeepBranch(nn.Module):
     def __init__(self, model: nn.Module, width: int, depth: int):
         super().__init__()
         self.stem = nn.Linear(width, width)
-        self.branch = nn.Sequential(*[nn.Sequential(nn.Linear(width, width), nn.Sigmoid()) for _ in range(depth)])
+        self.branch = nn.Sequential(
+            *[nn.Sequential(nn.Linear(width, width), nn.Sigmoid()) for _ in range(depth)]
+        )
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
@@ -272,7 +276,11 @@ class _Cells(nn.Module):
 def _over_cells(kind: type[nn.Module], steps: int) -> Case:
     def build(seed: int) -> tuple[nn.Module, Any, Any]:
         torch.manual_seed(seed)
-        return _Cells(kind), (torch.randn(8, steps, 8), torch.randint(0, 10, (8,))), nn.functional.cross_entropy
+        return (
+            _Cells(kind),
+            (torch.randn(8, steps, 8), torch.randint(0, 10, (8,))),
+            nn.functional.cross_entropy,
+        )
 
     return Case("through time", f"{kind.__name__}, {steps} steps", build, "cell")
 
@@ -284,7 +292,7 @@ MIDDLES = {
     "torchvision/mobilenet_v2": ("features.7", 64), "torchvision/vgg11_bn": ("features.10", 64),
     "torchvision/convnext_tiny": ("features.3", 64), "transformers/llama-64x4": ("model.layers.1", 32),
     "transformers/gpt2": ("transformer.h.3", 32), "transformers/bert-mlm": ("bert.encoder.layer.1", 32),
-    "transformers/opt": ("model.decoder.layers.1", 32), "skipscope/resnet20": ("layers.4", 16), "torch/rezero": ("8", 64),
+    "transformers/opt": ("model.decoder.layers.1", 32), "skipscope/resnet20": ("stages.1", 16), "torch/rezero": ("8", 64),
     "torch/mlp-batchnorm": ("8", 64),
 }  # fmt: skip
 NORMED = (

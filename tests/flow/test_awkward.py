@@ -431,13 +431,14 @@ def test_whom_it_hinders():
         return ss.gradient_flow(model, wide(rows()), lambda o, t: (o * t).sum()).verdict
 
     assert of(1.0, 10).hinders == ()
-    assert of(0.5, 10).hinders == ("SGD",)  # 3 decades
-    assert of(0.1, 10).hinders == ("SGD", "Adam")
-    assert of(1.5, 10).hinders == ("SGD",)  # 1.8 decades gained
-    assert of(3.0, 10).hinders == ("SGD", "Adam")
+    assert of(0.4, 10).hinders == ("SGD",)  # 3.2 decades between hidden boundaries
+    assert of(0.05, 10).hinders == ("SGD", "Adam")
+    assert of(2.5, 10).hinders == ("SGD",)  # 3.2 decades gained
+    assert of(4.0, 10).hinders == ("SGD", "Adam")
 
 
-def test_a_weak_stem_before_shortcuts_is_the_reason():
+def test_a_weak_stem_is_no_part_of_the_fall():
+    """Its own gradient is what arrives at its output; only what goes on to the input is small."""
     torch.manual_seed(0)
     model = nn.Sequential(
         oracles.orthogonal(8, 1e-4),
@@ -445,6 +446,4 @@ def test_a_weak_stem_before_shortcuts_is_the_reason():
         *[oracles.Residual(nn.Linear(8, 8)) for _ in range(5)],
     )
     verdict = ss.gradient_flow(model, rows(), mse).verdict
-    assert verdict.state == "vanishing" and verdict.cause == "gain"
-    assert "0.weight" in verdict.reason and "branches" not in verdict.reason
-    assert verdict.evidence == pytest.approx(1e-4, rel=1e-3)
+    assert verdict.state == "healthy"

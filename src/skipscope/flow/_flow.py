@@ -11,13 +11,18 @@ from torch import nn
 from skipscope._data import Batch, Batches, Objective, tensors_in
 from skipscope._errors import asked_as
 from skipscope._numbers import short
-from skipscope._ranks import greatest
+from skipscope._ranks import greatest, ranks_of
 from skipscope._subject import Subject, prepare
+from skipscope.flow._chain_verdict import judge_chain
 from skipscope.flow._clues import clues
-from skipscope.flow._flow_results import BoundaryFlow, GradientFlow, LayerGradient, Verdict
+from skipscope.flow._diagnosis import first_nonfinite, stale_norm
+from skipscope.flow._flow_results import BoundaryFlow, GradientFlow, LayerGradient, SiteFlow, Verdict
+from skipscope.flow._lines import Evidence, evidence_of
 from skipscope.flow._measure import Tap, measure
-from skipscope.flow._readings import Readings
-from skipscope.flow._verdict import Clue, Point, judge
+from skipscope.flow._readings import Readings, dense, norm_of
+from skipscope.flow._site_readings import LOOKUPS
+from skipscope.flow._verdict import Clue, Point
+from skipscope.flow._zero_by_design import settled as _settled
 from skipscope.flow._zeros import boundary_state, layer, second_opinion
 from skipscope.shortcuts import meaning, tap_boundaries
 
@@ -81,28 +86,76 @@ def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientF
     if exact is not None and readings.output_gradient == 0:
         readings.output_gradient = exact.output_gradient
     flow = [boundary_state(readings, exact, i) for i in range(len(points))]
-    seen = [
-        Point(p.name, state, _log(value), readings.similarities[i], p.kind == "merge")
-        for i, (p, (state, value)) in enumerate(zip(points, flow))
-        if state != "not_met"
-    ]
-    residual = sum(p.kind == "merge" for p in points) > len(points) / 2
-    culprit = _culprit(model, batches, readings) if any("nonfinite" in p.state for p in seen) else None
-    verdict = judge(seen, residual=residual, dtype=_dtype_name(readings), culprit=culprit)
-    why_is_open = _asks_why(verdict, seen, residual)
-    if greatest(model, why_is_open) if spread else why_is_open:  # all ranks together, or none
-        with subject.running(seed):
-            every = _clues(model, batches.first(), objective, len(points), tap)
-        why = [clue for clue, (state, _) in zip(every, flow) if state != "not_met"]
-        verdict = judge(seen, why, residual=residual, dtype=_dtype_name(readings))
+    judged, more = _settled(readings, subject, seed)
+    verdict = _verdict(subject, judged, exact if judged is readings else None, tap, seed)
+    notes += more
     return _assemble(model, points, flow, readings, exact, verdict, mode, scale, notes)
 
 
-def _asks_why(verdict: Verdict, seen: list[Point], residual: bool) -> bool:
+def _verdict(subject: Subject, readings: Readings, exact: Readings | None, tap: Tap, seed: int) -> Verdict:
+    """What the readings come to; a second pass asks why, where there is something to ask."""
+    model, batches, objective, points = subject.model, subject.data, subject.loss, subject.boundaries
+    spread = bool(subject.ranks)
+    states = [boundary_state(readings, exact, i) for i in range(len(points))]
+    kept = [i for i, (state, _) in enumerate(states) if state != "not_met"]
+    seen = [
+        Point(
+            points[i].name,
+            states[i][0],
+            _log(states[i][1]),
+            readings.similarities[i],
+            points[i].kind == "merge",
+        )
+        for i in kept
+    ]
+    residual = sum(p.kind == "merge" for p in points) > len(points) / 2
+    base = exact or readings
+    evidence = evidence_of(seen, points, kept, base, _sizes(model, readings))
+    culprit = _culprit(model, batches, readings) if any("nonfinite" in p.state for p in seen) else None
+    options: dict[str, Any] = {"residual": residual, "dtype": _dtype_name(readings)}
+    verdict = judge_chain(evidence, {}, culprit=culprit, **options)
+    why_is_open = _asks_why(verdict, evidence, residual)
+    if verdict.state == "healthy" and not spread:
+        return verdict
+    clues: dict[str, Clue] = {}
+    stale = ""
+    if not spread:
+        with subject.running(seed):
+            stale = stale_norm(model, batches, objective)
+            if verdict.state == "nonfinite" and culprit is None:
+                culprit = first_nonfinite(model, batches, objective)
+    if greatest(model, why_is_open) if spread else why_is_open:  # all ranks together, or none
+        with subject.running(seed):
+            every = _clues(model, batches.first(), objective, len(points), tap)
+        clues = {points[i].name: clue for i, clue in enumerate(every)}
+    return judge_chain(evidence, clues, culprit=culprit, stale=stale, **options)
+
+
+def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:
+    """The norm of each weight; of a lookup that of the rows that were used; of zeros what an initialisation gives."""
+    found = {}
+    tables = {name for site in readings.sites if site.function in LOOKUPS for name in site.weights}
+    for name, p in model.named_parameters():
+        if name not in readings.weights or ranks_of(model):
+            continue
+        value, total = p.detach(), readings.weights[name].total
+        if name in tables and total is not None and total.shape == value.shape:
+            value = value[total.flatten(1).any(1)]
+        norm = norm_of(dense(value)) if value.numel() else 0.0
+        found[name] = norm or math.sqrt(value.numel() / max(1, value[0].numel() if len(value) else 1))
+    return found
+
+
+def _asks_why(verdict: Verdict, evidence: Evidence, residual: bool) -> bool:
     """Whether clues can tell: along shortcuts they do so only of a step that ends at none."""
     if verdict.state not in {"vanishing", "exploding"}:
         return verdict.state == "dead"
-    at = next(i for i, point in enumerate(seen) if point.name == verdict.where)
+    if verdict.cause in {"time", "branch"}:
+        return False
+    seen = next((line for line in evidence.lines if any(p.name == verdict.where for p in line)), ())
+    at = next((i for i, point in enumerate(seen) if point.name == verdict.where), None)
+    if at is None:
+        return True
     after = next((point for point in seen[at + 1 :] if point.log_flow is not None), None)
     return not residual or (after is not None and not after.merge)
 
@@ -168,10 +221,43 @@ def _assemble(
     depth_scale = None if slope is None else math.inf if slope == 0 else 1 / abs(2 * slope * math.log(10))
     return GradientFlow(
         tuple(rows), layers, verdict, chi, depth_scale,
-        None if verdict.fall_decades is None else 10.0**-verdict.fall_decades, readings.loss, readings.output_gradient,
+        _product(rows), readings.loss, readings.output_gradient,
         mode, meaning(model), _dtype_name(readings), readings.batches, readings.samples,
-        more + _hindered(verdict) + _notes(readings, layers, scale) + _not_met([p.name for p, (state, _) in zip(points, flow) if state == "not_met"]),
+        more + _hindered(verdict) + _unused(readings) + _notes(readings, layers, scale) + _not_met([p.name for p, (state, _) in zip(points, flow) if state == "not_met"]),
+        _sites(readings, unit),
     )  # fmt: skip
+
+
+def _product(rows: list[BoundaryFlow]) -> float | None:
+    """The flow at the first boundary over that at the last."""
+    there = [row.gradient_rms for row in rows if row.gradient_rms]
+    return there[0] / there[-1] if there else None
+
+
+def _sites(readings: Readings, unit: float) -> tuple[SiteFlow, ...]:
+    """Every weighted call; a fused recurrent layer's steps by the gradient of its input."""
+    found = []
+    for s in readings.sites:
+        rms = s.norm / math.sqrt(s.elements) / unit if s.seen and s.elements else None
+        found.append(SiteFlow(s.name, s.function, s.step, rms))
+        found += [
+            SiteFlow(s.name, f"{s.function} step", t, math.sqrt(q / n) / unit)
+            for t, (q, n) in enumerate(zip(s.steps, s.step_elements))
+        ]
+    return tuple(found)
+
+
+def _unused(readings: Readings) -> tuple[str, ...]:
+    """Weights of parts that the forward pass did not call."""
+    if readings.graph is None:
+        return ()
+    called = {name for site in readings.sites for name in site.weights}
+    names = [n for n, w in readings.weights.items() if w.trainable and w.total is None and n not in called]
+    if not names:
+        return ()
+    return (
+        f"Unused in this pass, and so without a gradient: {', '.join(names[:3])}{', ...' * (len(names) > 3)}.",
+    )
 
 
 def _hindered(verdict: Verdict) -> tuple[str, ...]:

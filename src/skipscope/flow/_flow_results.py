@@ -68,12 +68,60 @@ class LayerGradient:
 
 
 @dataclass(frozen=True)
+class SiteFlow:
+    """The gradient at the output of one weighted call, in order of execution.
+
+    Attributes:
+        name: the module whose weight it is.
+        function: the call: ``"linear"``, ``"conv2d"``, ``"lstm"``, ...
+        step: how many calls with the same weights came before; of a fused recurrent layer the time step.
+        gradient_rms: RMS over all elements, with |dL/d(output)| set to 1; None where no gradient arrives.
+    """
+
+    name: str
+    function: str
+    step: int
+    gradient_rms: float | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """From the last hidden boundary to the output: a step that all layers have in common.
+
+    Attributes:
+        averaging: decades that the norm loses by averaging over positions: geometry.
+        gain: what else is done to the norm, as a factor.
+        slope: RMS slope of an activation function between the last layer and the output; None without one.
+    """
+
+    averaging: float
+    gain: float
+    slope: float | None
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The weighted call that gets least.
+
+    Attributes:
+        site: its name.
+        step: which of its calls.
+        decades: how far it is below the one that gets most.
+    """
+
+    site: str
+    step: int
+    decades: float
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the flow is like, where it breaks, and why.
 
     Attributes:
         state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"`` or ``"unconnected"``.
-        fall_decades: log10(flow at the last boundary / flow at the first); positive: shrinks going back.
+        fall_decades: decades that the gradient's norm loses from the last hidden boundary to the first one whose weights
+            are trained, without averages over positions; positive: shrinks going back. None without hidden boundaries.
         slope: decades per boundary by least squares, same sign.
         slope_interval: its 95 % interval.
         where: the boundary where it breaks, None for a healthy flow.
@@ -82,6 +130,15 @@ class Verdict:
             ``"missing path"``, ``"underflow"``, ``"overflow"``, ``"weights"`` or ``"data"`` (not finite to begin with),
             ``"loss"`` or ``"unexplained"``.
         evidence: that number.
+        advice: what to do next, in a sentence.
+        agreement: the share of the batches that agree; None for a single batch.
+        chains: the verdicts on the summands of the loss, each for itself; empty where it is one.
+        starved: weights that get next to nothing while others do, the most starved first.
+        head: what lies between the last hidden boundary and the output.
+        worst: the weighted call that gets least.
+        reach: of a recurrent layer, the steps until a thousandth of the gradient is left; None without one, or where
+            more is left at the first step.
+        score: how well it may learn: 0 is best; minus the decades by which the flow is uneven.
         hinders: the optimizers that such a flow mostly keeps from learning, of ``"SGD"`` and ``"Adam"`` (whose steps do
             not depend on the gradient's size): what was seen on 200 networks. Empty for a healthy flow.
     """
@@ -95,16 +152,29 @@ class Verdict:
     cause: str = "none"
     evidence: float | None = None
     hinders: tuple[str, ...] = ()
+    advice: str = ""
+    agreement: float | None = None
+    chains: tuple[Verdict, ...] = ()
+    starved: tuple[str, ...] = ()
+    head: Head | None = None
+    worst: Worst | None = None
+    reach: int | None = None
+    score: float | None = None
+
+    @property
+    def finding(self) -> str:
+        """The verdict in one sentence: what, where, how much."""
+        from skipscope.flow._chain_verdict import finding
+
+        return finding(self)
 
     def __str__(self) -> str:
-        fall = (
-            ""
-            if self.fall_decades is None
-            else f", {short(abs(self.fall_decades))} decades "
-            + ("lost on the way back" if self.fall_decades >= 0 else "gained on the way back")
+        because = self.reason[:1].upper() + self.reason[1:]
+        return " ".join(
+            part
+            for part in (f"{self.state}: {self.finding}", f"{because}.".replace("..", "."), self.advice)
+            if part
         )
-        where = f" at {self.where}" if self.where else ""
-        return f"{self.state}{fall}{where}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -126,6 +196,7 @@ class GradientFlow(Result):
         dtype: the precision the backward pass ran in.
         batches, samples: how much data it rests on.
         notes: what else a reader should know.
+        sites: finer than boundaries: every weighted call, inside branches and at each time step.
     """
 
     boundaries: tuple[BoundaryFlow, ...]
@@ -142,6 +213,7 @@ class GradientFlow(Result):
     batches: int
     samples: int
     notes: tuple[str, ...] = ()
+    sites: tuple[SiteFlow, ...] = ()
 
     def table(self) -> Table:
         """One row a boundary; the verdict above."""

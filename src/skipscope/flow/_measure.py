@@ -18,7 +18,7 @@ from skipscope._calls import no_gradient
 from skipscope._data import Batch, Batches, Objective, batch_size, map_tensors
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import greatest, ranks_of
-from skipscope.flow._readings import Reading, Readings, WeightReading, merge, similarity
+from skipscope.flow._readings import Reading, Readings, WeightReading, dense, merge, similarity
 from skipscope.flow._seed import backward_error, output_gradient, seed_for, wants_backward
 from skipscope.flow._site_readings import SiteRecorder
 
@@ -184,7 +184,12 @@ class _Pass:
             if name in to.weights:
                 to.weights[name].add(gradient, self.arrivals.unit or 1.0, self.share)
         if self.recorder is not None and to.graph is None:
-            to.graph, to.calls = self.recorder.graph, self.recorder.boundaries
+            to.graph, to.calls, to.cuts = self.recorder.graph, self.recorder.boundaries, self.recorder.cuts
+        if not self.spread:
+            held = dict(self.model.named_parameters())
+            to.moving |= {
+                n for n, g in self.weights.items() if not bool(held[n].any()) and bool(dense(g).any())
+            }
         if self.accumulate:
             self.model.zero_grad(set_to_none=True)
         to.loss += self.share * float(self.value.detach())

@@ -97,7 +97,12 @@ class Readings:
     sites: list[SiteReading] = field(default_factory=list)
     pools: list[PoolReading] = field(default_factory=list)
     graph: CallGraph | None = None  # of the first batch
-    calls: dict[int, int] = field(default_factory=dict)  # by boundary, the call that gave it
+    # By boundary, of the first batch: the call that gave it, and the model's inputs it was computed from, as bits.
+    calls: dict[int, tuple[int, int]] = field(default_factory=dict)
+    cuts: list[tuple[int, str]] = field(default_factory=list)
+    moving: set[str] = field(
+        default_factory=set
+    )  # parameters that are exactly 0 and get a gradient that is not
 
 
 def merge(total: Reading, one: Reading) -> None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -41,6 +40,7 @@ POOLS = _words(
     __mean__ avg_pool"""
 )
 SCALINGS = _words("div __truediv__ true_divide mul __mul__ __rmul__ div_ mul_ __itruediv__ __imul__ truediv")
+_JOINS = _words("stack cat concat concatenate hstack vstack dstack")
 # They read no values and are asked for thousands of times.
 _QUERIES = _words(
     """__get__ size dim numel is_floating_point is_complex stride is_contiguous data_ptr __len__ requires_grad_ type
@@ -65,6 +65,7 @@ class SiteReading:
         finite: whether all of it is.
         seen: whether any gradient arrived.
         steps: of a fused recurrent layer, the squares of dL/d(input), step by step.
+        step_elements: and of how many elements.
     """
 
     name: str
@@ -79,6 +80,7 @@ class SiteReading:
     finite: bool = True
     seen: bool = False
     steps: list[float] = field(default_factory=list)
+    step_elements: list[int] = field(default_factory=list)
 
     def add(self, gradient: Tensor, unit: float) -> None:
         """Take in one batch's gradient."""
@@ -88,11 +90,14 @@ class SiteReading:
         self.elements += gradient.numel()
         self.squares = math.hypot(math.sqrt(self.squares), norm * unit) ** 2
 
-    def add_steps(self, norms: Tensor, unit: float) -> None:
-        """Take in the norm of one batch's dL/d(input) at each step."""
-        new = [(float(n) * unit) ** 2 for n in norms]
-        longer, other = (new, self.steps) if len(new) > len(self.steps) else (self.steps, new)
-        self.steps = [a + (other[i] if i < len(other) else 0.0) for i, a in enumerate(longer)]
+    def add_steps(self, rows: list[Tensor], unit: float) -> None:
+        """Take in one batch's dL/d(input), step by step."""
+        for t, row in enumerate(rows):
+            if t == len(self.steps):
+                self.steps.append(0.0)
+                self.step_elements.append(0)
+            self.steps[t] += (norm_of(row) * unit) ** 2
+            self.step_elements[t] += row.numel()
 
     @property
     def norm(self) -> float:
@@ -130,10 +135,12 @@ class CallGraph:
 
     Attributes:
         parents: by call, the calls whose results it took.
+        names: by call, the function.
         result: the call that gave the loss.
     """
 
     parents: list[tuple[int, ...]] = field(default_factory=lambda: [()])
+    names: list[str] = field(default_factory=lambda: [""])
     result: int = 0
 
     def ancestors(self, call: int, without: int = -1) -> set[int]:
@@ -161,7 +168,10 @@ class SiteRecorder(TorchFunctionMode):
         self.sites, self.pools = sites, pools
         self.at_site, self.at_pool = 0, 0
         self.graph = CallGraph()
-        self.boundaries: dict[int, int] = {}  # by boundary, the call that gave it
+        # Calls that take what a gradient could go to, and give what none can: detach, or any call under no_grad.
+        self.cuts: list[tuple[int, str]] = []
+        # By boundary: the call that gave it, and the inputs it was computed from.
+        self.boundaries: dict[int, tuple[int, int]] = {}
         self._calls: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.unit: list[float] = []  # what one unit of a gradient is worth, once the seed is known
         self.seen: Counter[tuple[str, ...]] = Counter()
@@ -199,7 +209,7 @@ class SiteRecorder(TorchFunctionMode):
 
     def note_boundary(self, i: int, tensor: Tensor) -> None:
         """Note the tensor that takes a boundary's place."""
-        self.boundaries.setdefault(i, self.call_of(tensor) or self.order)
+        self.boundaries.setdefault(i, (self.call_of(tensor) or self.order, self.inputs_of(tensor)))
 
     # --- calls ---
 
@@ -223,6 +233,7 @@ class SiteRecorder(TorchFunctionMode):
         if name == "__setitem__" and taken is not None:
             results = [taken]
         self.graph.parents.append(parents)
+        self.graph.names.append(name)
         for r in results:
             self._calls[id(r)] = weakref.ref(r), self.order
         if weights and len(weights) == len([t for t in tensors if t.is_floating_point()]) and not data:
@@ -231,8 +242,15 @@ class SiteRecorder(TorchFunctionMode):
         for r in results:
             if data:
                 self._inputs[id(r)] = weakref.ref(r), data
-        if not torch.is_grad_enabled() or not results:
+        if not results:
             return output
+        given = any(t.requires_grad for t in tensors if self._get(t) is None)
+        if (
+            given
+            and not any(r.requires_grad for r in results)
+            and any(r.is_floating_point() for r in results)
+        ):
+            self.cuts.append((self.order, name))
         if weights and name in WEIGHTED and max(w[2] for w in weights) >= 2:
             self._site(name, weights, data, results, args)
         elif name in POOLS and taken is not None:
@@ -244,7 +262,9 @@ class SiteRecorder(TorchFunctionMode):
     def call_of_sum(self, parents: tuple[int, ...]) -> float:
         """How many positions were summed where one of ``parents`` is a sum; else 0. A sum times a constant is an average."""
         last = self.pools[self.at_pool - 1] if self.at_pool else None
-        return last.positions if last is not None and last.function == "sum" and last.order in parents else 0.0
+        return (
+            last.positions if last is not None and last.function == "sum" and last.order in parents else 0.0
+        )
 
     def _derive(self, results: list[Tensor], weights: list[Any]) -> None:
         names = frozenset().union(*(w[0] for w in weights))
@@ -256,9 +276,6 @@ class SiteRecorder(TorchFunctionMode):
     def _site(self, name: str, weights: list[Any], data: int, results: list[Tensor], args: Any) -> None:
         matrices = [w for w in weights if w[2] >= 2] or weights
         names = tuple(sorted(frozenset().union(*(w[0] for w in matrices))))
-        target = next((r for r in results if r.is_floating_point() and r.requires_grad), None)
-        if target is None:
-            return
         step = self.seen[names]
         self.seen[names] += 1
         if self.at_site == len(self.sites) or self.sites[self.at_site].weights != names:
@@ -267,22 +284,31 @@ class SiteRecorder(TorchFunctionMode):
             self.sites.insert(self.at_site, new)
         site = self.sites[self.at_site]
         self.at_site += 1
-        target.register_hook(_reader(site.add, self.unit))
+        for target in results:
+            if target.is_floating_point() and target.requires_grad:
+                target.register_hook(_reader(site.add, self.unit))
         if name in FUSED and isinstance(args[0], Tensor) and args[0].requires_grad:
             given = args[1] if len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point() else None  # fmt: skip
             sizes = None if given is None else given.tolist()
             batch_first = sizes is None and bool(args[-1])
 
             def by_step(gradient: Tensor, unit: float) -> None:
-                site.add_steps(_step_norms(gradient, sizes, batch_first), unit)
+                site.add_steps(_by_step(gradient, sizes, batch_first), unit)
 
             args[0].register_hook(_reader(by_step, self.unit))
+
+    def _is_joined(self, call: int, steps: int = 4) -> bool:
+        """Whether what a call takes was put side by side just before: a sum over that is a merge, no average."""
+        for parent in self.graph.parents[call]:
+            if self.graph.names[parent] in _JOINS or (steps and self._is_joined(parent, steps - 1)):
+                return True
+        return False
 
     def _pool(self, name: str, taken: Tensor, given: Tensor, positions: float = 0.0) -> None:
         if not (given.requires_grad and taken.requires_grad and given.numel() > 1 and taken.ndim > 1):
             return
         positions = positions or taken.numel() / given.numel()
-        if positions <= 1:
+        if positions <= 1 or self._is_joined(self.order):
             return
         if self.at_pool == len(self.pools):
             self.pools.append(PoolReading(self.order, name, positions))
@@ -305,14 +331,12 @@ def _reader(add: Callable[[Tensor, float], None], unit: list[float]) -> Callable
     return read
 
 
-def _step_norms(gradient: Tensor, sizes: list[int] | None, batch_first: bool) -> Tensor:
-    """Norm over samples and features at each step: of ``[T, B, F]``, ``[B, T, F]``, ``[T, F]`` or packed rows."""
-    wide = gradient.detach().double()
+def _by_step(gradient: Tensor, sizes: list[int] | None, batch_first: bool) -> list[Tensor]:
+    """What is there at each step: of ``[T, B, F]``, ``[B, T, F]``, ``[T, F]`` or packed rows."""
+    value = gradient.detach()
     if sizes is not None:
-        return torch.stack([rows.norm() for rows in wide.split(sizes)])
-    if wide.ndim == 3 and batch_first:
-        wide = wide.transpose(0, 1)
-    return wide.flatten(1).norm(dim=1)
+        return list(value.split(sizes))
+    return list(value.transpose(0, 1) if value.ndim == 3 and batch_first else value)
 
 
 def _tensors(args: Iterable[Any], kwargs: dict[str, Any] | None) -> list[Tensor]:

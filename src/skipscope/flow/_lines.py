@@ -1,0 +1,247 @@
+"""From readings to what a verdict rests on: lines of hidden boundaries, the head, starved weights, reach through time.
+
+With g the L2 norm of the gradient over the whole batch, a *line* is the boundaries computed from one input of the
+model, from the first one whose weights are trained to the last hidden one. Where all of a line's gradient comes by an
+average over N positions, what its norm loses there is geometry and is put back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from skipscope.flow._flow_results import Head, Worst
+from skipscope.flow._readings import Readings, dense, norm_of
+from skipscope.flow._site_readings import LOOKUPS, SiteReading
+from skipscope.flow._verdict import Point
+
+# A thousandth of the gradient is left: the reach. A sequence longer than so many times its reach vanishes through time.
+LEFT, REACHES = 1e-3, 3
+# So many decades below the chain's median of |dL/dW| / |W| a weight starves.
+STARVED = 4.0
+# Norms this far apart are compared; anything smaller than this share of the greatest is 0 in float32.
+_TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far back in time the gradient goes.
+
+    Attributes:
+        site: the recurrent layer.
+        steps: until a thousandth of the gradient is left; None where more is left at the first step.
+        length: of the sequence, up to where it is read.
+        growth: decades that the gradient gains on its way to the first step, 0 where it gains none.
+    """
+
+    site: str
+    steps: int | None
+    length: int
+    growth: float = 0.0
+
+
+@dataclass(frozen=True)
+class Starved:
+    """Weights that get next to nothing while others on their chain do.
+
+    Attributes:
+        names: their names, the most starved first.
+        share: of the weighted calls.
+        decades: how far the most starved one is below the median.
+        zero: whether all of them get exactly 0.
+    """
+
+    names: tuple[str, ...] = ()
+    share: float = 0.0
+    decades: float = 0.0
+    zero: bool = False
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a verdict rests on, beside the points of its line.
+
+    Attributes:
+        lines: by line, the points, each with its norm and whether it is hidden.
+        head: what lies between the last hidden boundary and the output, or None.
+        worst: the site that gets least, or None.
+        reach: of the recurrent layer with the shortest one in relation to its length, or None.
+        starved: weights that get next to nothing.
+        unconnected: trained weighted calls whose values reach the loss and that get no gradient.
+        cut: the call that lets none through, where one was seen.
+    """
+
+    lines: tuple[tuple[Point, ...], ...]
+    head: Head | None = None
+    worst: Worst | None = None
+    reach: Reach | None = None
+    starved: Starved = Starved()
+    unconnected: tuple[str, ...] = ()
+    cut: str = ""
+
+
+def evidence_of(points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], readings: Readings, sizes: dict[str, float]) -> Evidence:  # fmt: skip
+    """What the verdict rests on.
+
+    Args:
+        points: by boundary that was met, its state and the log10 of its flow.
+        places: the boundaries themselves.
+        kept: by point, the number of its boundary.
+        readings: of all batches.
+        sizes: by weight, its norm (that of the rows used, for a lookup).
+    """
+    graph, unit = readings.graph, readings.output_gradient or 1.0
+    if graph is None:
+        return Evidence((tuple(points),))
+    reached = graph.ancestors(graph.result) if graph.result else None
+    orders = {k: readings.calls.get(k, (0, 0)) for k in kept}
+    averages = _averages(readings, reached)
+    later = _followed(readings, reached, [orders[k][0] for k in kept])
+    normed = []
+    for point, k, followed in zip(points, kept, later):
+        order = orders[k][0]
+        put_back = sum(decades for at, decades in averages if at > order)
+        norm = readings.gradients[k].norm / unit
+        log = math.log10(norm) + put_back if point.log_flow is not None and norm > _TINY else point.log_flow
+        normed.append(
+            replace(
+                point,
+                log_flow=log,
+                hidden=followed and places[k].key.site != "input",
+                given=places[k].key.site == "input",
+            )
+        )
+    lines = _lines(normed, places, kept, orders, readings)
+    sites = [s for s in readings.sites if reached is None or s.order in reached]
+    return Evidence(
+        lines, _head(lines, averages, orders, kept, normed), _worst(sites, unit), _reach(sites),
+        _starved(readings, sites, sizes), *_unconnected(readings, sites, reached),
+    )  # fmt: skip
+
+
+def _averages(readings: Readings, reached: set[int] | None) -> list[tuple[int, float]]:
+    """The pools that all of the gradient before them comes by: number of the call, and decades lost in it."""
+    graph, found = readings.graph, []
+    assert graph is not None
+    first = [site.order for site in readings.sites]
+    for pool in readings.pools:
+        if reached is None or pool.order not in reached or not any(order < pool.order for order in first):
+            continue
+        around = graph.ancestors(graph.result, without=pool.order)
+        if not any(order in around for order in first if order < pool.order):
+            found.append((pool.order, pool.decades))
+    return found
+
+
+def _followed(readings: Readings, reached: set[int] | None, orders: Sequence[int]) -> list[bool]:
+    """By boundary, whether a weighted call follows: where none does it is the output."""
+    graph = readings.graph
+    assert graph is not None
+    after: set[int] = set()
+    for site in readings.sites:
+        if reached is None or site.order in reached:
+            after |= graph.ancestors(site.order) - {site.order}
+    return [order in after for order in orders]
+
+
+def _lines(points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], orders: dict[int, tuple[int, int]], readings: Readings) -> tuple[tuple[Point, ...], ...]:  # fmt: skip
+    """The points of each line, in order; of a module that runs several times the run that gets most."""
+    trained = [site for site in readings.sites if site.trained]
+    inputs = 0
+    for k in kept:
+        inputs |= orders[k][1]
+    found: dict[tuple[str, ...], tuple[Point, ...]] = {}
+    for bit in [1 << i for i in range(inputs.bit_length()) if inputs >> i & 1] or [0]:
+        on = [j for j, k in enumerate(kept) if not bit or orders[k][1] & bit or places[k].key.site == "input"]
+        start = min((s.order for s in trained if not bit or s.inputs & bit), default=0)
+        on = [j for j in on if orders[kept[j]][0] >= start or places[kept[j]].key.site == "input"]
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for j in on:
+            key = places[kept[j]].key
+            groups[key.host, key.site].append(j)
+        line = sorted(max(group, key=lambda j: (points[j].log_flow is not None, points[j].log_flow or 0.0, j)) for group in groups.values())  # fmt: skip
+        chosen = tuple(points[j] for j in line)
+        found.setdefault(tuple(p.name for p in chosen), chosen)
+    return tuple(found.values())
+
+
+def _head(lines: Sequence[Sequence[Point]], averages: Sequence[tuple[int, float]], orders: dict[int, tuple[int, int]], kept: Sequence[int], points: Sequence[Point]) -> Head | None:  # fmt: skip
+    hidden = [p for p in max(lines, key=len) if p.hidden and p.log_flow is not None]
+    if not hidden:
+        return None
+    last = hidden[-1]
+    k = next(k for k, p in zip(kept, points) if p.name == last.name)
+    assert last.log_flow is not None
+    return Head(sum(d for at, d in averages if at > orders[k][0]), 10.0**last.log_flow, None)
+
+
+def _worst(sites: Sequence[SiteReading], unit: float) -> Worst | None:
+    seen = [s for s in sites if s.seen and s.squares > 0 and s.finite]
+    if len(seen) < 2:
+        return None
+    least, last = min(seen, key=lambda s: s.squares), max(seen, key=lambda s: s.squares)
+    return Worst(least.name, least.step, math.log10(last.norm / least.norm))
+
+
+def _reach(sites: Sequence[SiteReading]) -> Reach | None:
+    profiles = [(s.name, [math.sqrt(q) for q in s.steps]) for s in sites if len(s.steps) > 3]
+    calls: dict[tuple[str, ...], list[SiteReading]] = defaultdict(list)
+    for site in sites:
+        calls[site.weights].append(site)
+    profiles += [(g[0].name, [s.norm for s in g]) for g in calls.values() if len(g) > 3 and g[0].function not in LOOKUPS]  # fmt: skip
+    found = [reach for name, profile in profiles if (reach := reach_of(name, profile)) is not None]
+    return max(found, key=lambda r: r.length / (r.steps or math.inf), default=None)
+
+
+def reach_of(name: str, profile: Sequence[float]) -> Reach | None:
+    """The reach of a gradient whose norm at each step is ``profile``.
+
+    Example:
+        >>> reach_of("rnn", [10.0 ** (t - 9) for t in range(10)]).steps
+        3
+    """
+    if not all(map(math.isfinite, profile)) or not max(profile) > 0:
+        return None
+    greatest = max(profile)
+    end = max(t for t, g in enumerate(profile) if g >= 0.1 * greatest)
+    growth = math.log10(greatest / profile[-1]) if profile[-1] > 0 and end < len(profile) // 2 else 0.0
+    far = [t for t in range(end + 1) if profile[t] >= LEFT * greatest]
+    steps = None if far[0] == 0 else end - far[0] + 1
+    return Reach(name, steps, end + 1, growth)
+
+
+def _starved(readings: Readings, sites: Sequence[SiteReading], sizes: dict[str, float]) -> Starved:
+    called = {name for site in sites if site.trained and site.seen for name in site.weights}
+    ratio = {}
+    for name, weight in readings.weights.items():
+        if name in called and weight.trainable and weight.total is not None and sizes.get(name, 0.0) > 0:
+            norm = norm_of(dense(weight.total)) * weight.unit
+            if math.isfinite(norm):
+                ratio[name] = norm / sizes[name]
+    if len(ratio) < 3:
+        return Starved()
+    ordered = sorted(ratio.values())
+    median = ordered[len(ordered) // 2]
+    low = sorted((r, name) for name, r in ratio.items() if r < median * 10**-STARVED)
+    if not low or not median > 0:
+        return Starved()
+    least = next((r for r, _ in low if r > 0), 0.0)
+    decades = math.log10(median / least) if least else math.inf
+    return Starved(tuple(n for _, n in low), len(low) / len(ratio), decades, all(r == 0 for r, _ in low))
+
+
+def _unconnected(readings: Readings, sites: Sequence[SiteReading], reached: set[int] | None) -> tuple[tuple[str, ...], str]:  # fmt: skip
+    """Trained calls whose values reach the loss and that get no gradient, and the call that lets none through."""
+    graph = readings.graph
+    assert graph is not None
+    lost = [s for s in sites if s.trained and not s.seen]
+    got = {name for s in sites if s.seen for name in s.weights}
+    lost = [s for s in lost if not set(s.weights) & got]
+    if not lost or reached is None:
+        return (), ""
+    last = max(s.order for s in lost)
+    cut = next((name for order, name in readings.cuts if order >= last and last in graph.ancestors(order) and order in reached), "")  # fmt: skip
+    return tuple(dict.fromkeys(s.name for s in lost)), cut

@@ -1,0 +1,93 @@
+"""Parts that get exactly 0 because a trained tensor on every way to them starts at 0, and will move at the first step.
+
+LoRA's B, ReZero's factor, zero-initialised last norms and gates, adaLN-zero: they are judged on a copy in which such
+tensors are small random numbers. Where several stand in series, the next one moves one step later: it is tried again.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+from skipscope._subject import Subject
+from skipscope.flow._measure import measure
+from skipscope.flow._readings import Readings
+from skipscope.shortcuts import tap_boundaries
+
+ROUNDS = 4
+# Of the size that an initialisation would give: small, so that the part hardly changes what the network does.
+SIZE = 0.1
+# A scale as small as this is small by design.
+TINY = 1e-3
+
+
+def settled(readings: Readings, subject: Subject, seed: int) -> tuple[Readings, tuple[str, ...]]:
+    """Readings of a copy in which what starts at zero by design has moved; and what to note.
+
+    The readings themselves where nothing that is called gets exactly 0, or no tensor that is 0 would move.
+    """
+    model, points = subject.model, subject.boundaries
+    tiny = set() if subject.ranks else _tiny(model)
+    if subject.ranks or not (tiny or (readings.moving and _silent(readings))):
+        return readings, ()
+    moved: set[str] = set()
+    now = readings
+    now.moving |= tiny
+    with subject.running(seed):
+        try:
+            twin = copy.deepcopy(model)
+            draw = torch.Generator().manual_seed(seed)
+            for _ in range(ROUNDS):
+                new = {name for name in now.moving - moved if not name.endswith("bias")}
+                if not new or not (_silent(now) or new & tiny):
+                    break
+                _move(twin, new, draw)
+                moved |= new
+                now = measure(
+                    twin, data, loss, len(points), lambda touch: tap_boundaries(twin, points, touch)
+                )
+        except (
+            Exception
+        ):  # whatever a model holds that cannot be copied: the verdict is on the readings as they are
+            return readings, ()
+    if not moved or (not moved & tiny and _still_silent(readings, now)):
+        return readings, ()
+    names = sorted(moved)
+    note = (
+        f"{len(names)} trained tensors start at 0 or nearly so ({', '.join(names[:3])}{', ...' * (len(names) > 3)}). What they "
+        "silence is judged with small random numbers in them, as it will be after the first step."
+    )
+    return now, (note,)
+
+
+def _tiny(model: nn.Module) -> set[str]:
+    """Trained scales that are one and the same small number: layer scale (Touvron et al. 2021) starts at 1e-6."""
+    found = set()
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.is_floating_point() and p.numel() and p.numel() == max(p.shape, default=1):
+            value = p.detach().flatten()
+            first = abs(float(value[0]))
+            if 0 < first <= TINY and not name.endswith("bias") and bool((value == value[0]).all()):
+                found.add(name)
+    return found
+
+
+def _silent(readings: Readings) -> set[str]:
+    """Trained calls that get exactly 0."""
+    return {n for s in readings.sites if s.trained and s.seen and s.squares == 0 for n in s.weights}
+
+
+def _still_silent(before: Readings, after: Readings) -> bool:
+    """Whether nothing that was silent has come to life."""
+    return _silent(before) <= _silent(after)
+
+
+@torch.no_grad()
+def _move(model: nn.Module, names: set[str], draw: torch.Generator) -> None:
+    for name, p in model.named_parameters():
+        if name in names:
+            fan_in = math.prod(p.shape[1:]) if p.ndim > 1 else 1
+            p.copy_(SIZE / math.sqrt(fan_in) * torch.randn(p.shape, generator=draw).to(p.dtype))
