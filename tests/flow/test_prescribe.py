@@ -59,7 +59,7 @@ def test_growing_branches_are_scaled():
 
 def test_a_healthy_network_is_told_so():
     advice = ss.prescribe(ss.reference.deep_mlp(3, 16, init="he"), ss.reference.digits(16), loss, steps=0)
-    assert "look at data, rate, initialisation" in advice.advice
+    assert "check the data, the learning rate and the initialisation" in advice.advice
 
 
 def test_what_cannot_be_tried_is_said():

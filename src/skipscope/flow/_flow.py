@@ -81,7 +81,6 @@ def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientF
     with subject.running(seed):
         mode = mode_of(model)
         readings = measure(model, batches, objective, len(points), tap, scale=scale)
-    spread = bool(subject.ranks)
     exact, notes = second_opinion(readings, subject, seed)
     if exact is not None and readings.output_gradient == 0:
         readings.output_gradient = exact.output_gradient

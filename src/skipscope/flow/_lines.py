@@ -8,7 +8,7 @@ average over N positions, what its norm loses there is geometry and is put back.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,6 +158,7 @@ def _lines(points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], 
         on = [j for j, k in enumerate(kept) if not bit or orders[k][1] & bit or places[k].key.site == "input"]
         start = min((s.order for s in trained if not bit or s.inputs & bit), default=0)
         on = [j for j in on if orders[kept[j]][0] >= start or places[kept[j]].key.site == "input"]
+        on = _through(on, places, kept, orders, readings)
         groups: dict[Any, list[int]] = defaultdict(list)
         for j in on:
             key = places[kept[j]].key
@@ -166,6 +167,22 @@ def _lines(points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], 
         chosen = tuple(points[j] for j in line)
         found.setdefault(tuple(p.name for p in chosen), chosen)
     return tuple(found.values())
+
+
+def _through(on: list[int], places: Sequence[Any], kept: Sequence[int], orders: dict[int, tuple[int, int]], readings: Readings) -> list[int]:  # fmt: skip
+    """Without the modules beside the line: those around which an earlier boundary still reaches the loss."""
+    graph = readings.graph
+    assert graph is not None
+    times = Counter((places[kept[j]].key.host, places[kept[j]].key.site) for j in on)
+    found: list[int] = []
+    for j in on:
+        place, order = places[kept[j]], orders[kept[j]][0]
+        if place.kind == "module" and times[place.key.host, place.key.site] == 1 and found:
+            around = graph.ancestors(graph.result, without=order)
+            if any(orders[kept[i]][0] in around for i in found[-2:]):
+                continue
+        found.append(j)
+    return found
 
 
 def _head(lines: Sequence[Sequence[Point]], averages: Sequence[tuple[int, float]], orders: dict[int, tuple[int, int]], kept: Sequence[int], points: Sequence[Point]) -> Head | None:  # fmt: skip

@@ -18,6 +18,7 @@ from skipscope._untouched import private_copy, random_state_kept
 from skipscope.flow._flow import flow_of
 from skipscope.flow._remedies import Candidate, candidates
 from skipscope.flow._results import Prescription, Remedy
+from skipscope.flow._verdict import HEALTHY
 
 # The rates under which each copy is trained for a few steps; its best one counts.
 RATES: tuple[tuple[str, type[torch.optim.Optimizer], float], ...] = (
@@ -141,7 +142,7 @@ def _advice(before: Remedy, tried: list[Remedy]) -> str:
     best = tried[0] if tried else None
     lowest = min((r for r in tried if r.reached is not None), key=lambda r: r.reached, default=None)  # type: ignore[arg-type, return-value]
     if before.state == "healthy":
-        return f"The flow is healthy as it is, {before.reason}" + _lower(lowest, before)
+        return f"The flow is healthy as it is. {HEALTHY[:-1]}" + _lower(lowest, before)
     if best is None or best.state != "healthy":
         advice = f"The flow is {before.state}, and nothing that was tried makes it healthy"
         return advice + _lower(lowest, before)

@@ -285,7 +285,7 @@ class SiteRecorder(TorchFunctionMode):
         site = self.sites[self.at_site]
         self.at_site += 1
         for target in results:
-            if target.is_floating_point() and target.requires_grad:
+            if target.requires_grad:
                 target.register_hook(_reader(site.add, self.unit))
         if name in FUSED and isinstance(args[0], Tensor) and args[0].requires_grad:
             given = args[1] if len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point() else None  # fmt: skip

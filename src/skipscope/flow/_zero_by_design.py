@@ -47,7 +47,11 @@ def settled(readings: Readings, subject: Subject, seed: int) -> tuple[Readings, 
                 _move(twin, new, draw)
                 moved |= new
                 now = measure(
-                    twin, data, loss, len(points), lambda touch: tap_boundaries(twin, points, touch)
+                    twin,
+                    subject.data,
+                    subject.loss,
+                    len(points),
+                    lambda touch: tap_boundaries(twin, points, touch),
                 )
         except (
             Exception
