@@ -433,7 +433,7 @@ def test_whom_it_hinders():
     assert of(1.0, 10).hinders == ()
     assert of(0.4, 10).hinders == ("SGD",)  # 3.2 decades between hidden boundaries
     assert of(0.05, 10).hinders == ("SGD", "Adam")
-    assert of(2.5, 10).hinders == ("SGD",)  # 3.2 decades gained
+    assert of(2.7, 10).hinders == ("SGD",)  # 3.5 decades gained
     assert of(4.0, 10).hinders == ("SGD", "Adam")
 
 

@@ -23,7 +23,7 @@ FALL, GROWTH = 2.5, 2.5
 ADAM_FALL, ADAM_GROWTH = 9.0, 4.2
 # An explosion is spread over at least three steps: so much growth is left without the two greatest. Norms that meet small
 # activations (an embedding of std 0.02, an image of little contrast) put all of theirs into one or two: a change of scale.
-SPREAD_GROWTH = 1.4
+SPREAD_GROWTH = 2.4
 # A head that passes on less than this share is trouble, though its step is common to all layers.
 HEAD = 1e-4
 # More than this share of a chain's weighted calls starved: the chain itself vanishes there.
