@@ -162,7 +162,9 @@ def _lines(points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], 
         groups: dict[Any, list[int]] = defaultdict(list)
         for j in on:
             key = places[kept[j]].key
-            groups[key.host, key.site].append(j)
+            # Merges in a loop over layers share their line of code, and are several.
+            again = key.nth if places[kept[j]].kind == "merge" else 0
+            groups[key.host, key.site, again].append(j)
         line = sorted(max(group, key=lambda j: (points[j].log_flow is not None, points[j].log_flow or 0.0, j)) for group in groups.values())  # fmt: skip
         chosen = tuple(points[j] for j in line)
         found.setdefault(tuple(p.name for p in chosen), chosen)
