@@ -10,7 +10,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope import SkipscopeError
-from skipscope._errors import asked_as
+from skipscope._public_call import public_call
 
 
 class Raises(nn.Module):
@@ -133,7 +133,7 @@ def test_a_twin_that_is_no_model_is_refused():
 
 
 def test_an_error_of_a_call_inside_is_told_as_the_call_outside():
-    @asked_as("outside")
+    @public_call("outside")
     def outside():
         raise SkipscopeError("inside", "something is wrong", layer="block.3", cure="put it right")
 

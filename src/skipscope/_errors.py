@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import linecache
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 _PACKAGE = str(Path(__file__).parent)
@@ -58,21 +56,15 @@ class SkipscopeError(ValueError):
             shown = [f"line {line}: {linecache.getline(file, line).strip()}", "", *shown]
         return shown
 
+    def rename(self, operation: str) -> None:
+        """Put the error into the name of the public call that people made, if it carries that of an inner one."""
+        if self.operation.partition(" ")[0] != operation:
+            self.args = (operation + str(self).removeprefix(self.operation),)
+            self.operation = operation
+
     def __reduce__(self):
         # Keyword arguments are lost by the default, and errors cross process borders under torchrun and Ray.
         return _rebuild, (type(self), self.operation, self.problem, self.layer, str(self), self.cure)
-
-
-@contextmanager
-def asked_as(operation: str) -> Iterator[None]:
-    """Errors of the calls inside are told under the name of the call that people made. Also a decorator."""
-    try:
-        yield
-    except SkipscopeError as error:
-        if error.operation.partition(" ")[0] != operation:
-            error.args = (operation + str(error).removeprefix(error.operation),)
-            error.operation = operation
-        raise
 
 
 def _rebuild(kind, operation, problem, layer, text, cure):

@@ -25,7 +25,7 @@ def random_state_kept(seed: int | None = None) -> Iterator[None]:
             seed_generators(seed)
         yield
     finally:
-        _set(before)
+        set_generator_states(before)
 
 
 def drawn_apart(items: Iterable[T], seed: int | None = None) -> Iterator[T]:
@@ -43,7 +43,7 @@ def drawn_apart(items: Iterable[T], seed: int | None = None) -> Iterator[T]:
         ours = generator_states()
         try:
             if theirs is not None:
-                _set(theirs)
+                set_generator_states(theirs)
             elif seed is not None:
                 seed_generators(seed)
             iterator = iter(items) if iterator is None else iterator
@@ -52,7 +52,7 @@ def drawn_apart(items: Iterable[T], seed: int | None = None) -> Iterator[T]:
         except StopIteration:
             return
         finally:
-            _set(ours)
+            set_generator_states(ours)
         yield item
 
 
@@ -97,7 +97,8 @@ def generator_states() -> State:
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
 
 
-def _set(state: State) -> None:
+def set_generator_states(state: State) -> None:
+    """Put the global generators into the states of :func:`generator_states`."""
     python, numpy, cpu, devices = state
     random.setstate(python)
     np.random.set_state(numpy)

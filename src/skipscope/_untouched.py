@@ -23,13 +23,11 @@ from torch import Tensor, nn
 
 from skipscope import _sharding
 from skipscope._errors import SkipscopeError
+from skipscope._public_call import turn
 from skipscope._random import random_state_kept as random_state_kept
 from skipscope._ranks import meet, ranks_of
 from skipscope._rebinding import rebind
 
-# Two threads of functional_call on one module corrupt its weights for good (seen), and the random state is one for
-# all threads: measurements take turns.
-_turn = threading.RLock()
 _thread = threading.local()
 
 
@@ -260,7 +258,7 @@ def throwaway(model: nn.Module, seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def _running(seed: int | None) -> Iterator[None]:
-    with _turn, random_state_kept(seed), torch.inference_mode(False), torch.enable_grad():
+    with turn, random_state_kept(seed), torch.inference_mode(False), torch.enable_grad():
         _thread.depth = getattr(_thread, "depth", 0) + 1
         try:
             yield
@@ -274,7 +272,7 @@ def one_snapshot(*models: nn.Module) -> Iterator[None]:
 
     Inside, the models change within :func:`untouched` alone.
     """
-    with _turn:
+    with turn:
         new = {id(model): _Snapshot([model]) for model in models if id(model) not in _shared}
         _shared.update(new)
         try:
@@ -382,7 +380,7 @@ def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn
             cure="give it the model as it was built, before fully_shard; fully_shard the twin that comes out, and give "
             "it the weights: torch.distributed.checkpoint.state_dict.set_model_state_dict",
         )  # fmt: skip
-    with _turn:  # beside a call in another thread, the copy would get that call's hooks, modes and statistics
+    with turn:  # beside a call in another thread, the copy would get that call's hooks, modes and statistics
         return _copied(model, operation, share)
 
 

@@ -26,6 +26,7 @@ from skipscope._data import forward
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short, times
 from skipscope._progress import track
+from skipscope._public_call import public_call
 from skipscope._result import Result, Table
 from skipscope._untouched import random_state_kept, untouched
 
@@ -77,6 +78,7 @@ class ExampleDeepNeuralNetwork(nn.Module):
         return x
 
 
+@public_call("print_gradients")
 def print_gradients(model: nn.Module, x: Tensor) -> None:
     """Print each weight's mean absolute gradient, as the lecture does: the target is 0, the loss MSE.
 

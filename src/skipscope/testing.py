@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from skipscope._batches import map_tensors, tensors_in
 from skipscope._calls import call_model
 from skipscope._errors import SkipscopeError
+from skipscope._public_call import public_call
 from skipscope._untouched import private_copy, random_state_kept, require_module
 from skipscope.shortcuts import ablate, find_shortcuts
 
@@ -62,6 +63,7 @@ class _Case:
             )
 
 
+@public_call("check_shortcut")
 def check_shortcut(
     module: nn.Module,
     inputs: Tensor | None = None,

@@ -15,8 +15,9 @@ from torch import nn
 
 from skipscope._calls import no_gradient
 from skipscope._data import batch_size, rows
-from skipscope._errors import SkipscopeError, asked_as
+from skipscope._errors import SkipscopeError
 from skipscope._progress import say
+from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import one_snapshot, private_copy, random_state_kept, require_module, set_mode
 from skipscope._version import __version__
@@ -123,7 +124,7 @@ class Evidence:
         )
 
 
-@asked_as("compare")
+@public_call("compare")
 def compare(
     model: nn.Module | Factory | None = None,
     data: Any = None,

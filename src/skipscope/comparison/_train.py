@@ -17,7 +17,8 @@ from torch import nn
 
 from skipscope._calls import no_gradient
 from skipscope._data import read
-from skipscope._errors import SkipscopeError, asked_as
+from skipscope._errors import SkipscopeError
+from skipscope._public_call import public_call
 from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
 from skipscope.comparison._engines import (
     Course,
@@ -56,7 +57,7 @@ class Recipe:
     autocast: torch.dtype | None = None
 
 
-@asked_as("train_twins")
+@public_call("train_twins")
 def train_twins(
     twins: Mapping[str, nn.Module | Callable[[], nn.Module]],
     data: Any,

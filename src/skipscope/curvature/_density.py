@@ -18,6 +18,7 @@ from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope._free_memory import SHARE, free_bytes
 from skipscope._progress import say, track
+from skipscope._public_call import public_call
 from skipscope.curvature._ladder import Matrix
 from skipscope.curvature._lanczos import Draw, Krylov, Product, gaussian_blocks
 from skipscope.curvature._operator import How, open_operator
@@ -46,6 +47,7 @@ def quadrature(product: Product, size: int, steps: int, draw: Draw) -> tuple[np.
     return nodes, weights
 
 
+@public_call("spectral_density")
 def spectral_density(
     model: nn.Module,
     data: Any,

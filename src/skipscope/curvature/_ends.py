@@ -11,6 +11,7 @@ from torch import nn
 from skipscope._asked import is_finite, is_whole
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
+from skipscope._public_call import public_call
 from skipscope.curvature._ladder import Matrix
 from skipscope.curvature._operator import CurvatureOperator, How, open_operator
 from skipscope.curvature._private import Selection
@@ -18,6 +19,7 @@ from skipscope.curvature._results import ExtremeEigenvalues
 from skipscope.curvature._solve import Wish, find_ends, require_memory
 
 
+@public_call("extreme_eigenvalues")
 def extreme_eigenvalues(
     model: nn.Module,
     data: Any,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from skipscope._data import Batch, Batches, Objective, read
 from skipscope._errors import SkipscopeError
+from skipscope._public_call import public_call
 from skipscope._sharding import refuse_spread
 from skipscope._untouched import random_state_kept, require_module
 from skipscope.curvature._ladder import Matrix, climb, graph_bytes
@@ -107,6 +108,7 @@ class CurvatureOperator(LinearOperator):
             else f"{name}, cached graph for {held} of {total} batches"
         )
 
+    @public_call("curvature_operator")
     def apply(self, vectors: Tensor) -> Tensor:
         """The matrix times each row of ``vectors [b, n]``, in float64.
 
@@ -240,6 +242,7 @@ class CurvatureOperator(LinearOperator):
         )  # fmt: skip
 
 
+@public_call("curvature_operator")
 def curvature_operator(
     model: nn.Module,
     data: Any,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
+from skipscope._public_call import public_call
 from skipscope.curvature._ladder import Matrix
 from skipscope.curvature._lanczos import Product, own_generator
 from skipscope.curvature._operator import How, open_operator
@@ -58,6 +59,7 @@ def trace_of(
     return exact + float(np.mean(rest)), stderr_of(np.array(rest)), len(rest)
 
 
+@public_call("curvature_trace")
 def curvature_trace(
     model: nn.Module,
     data: Any,

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from skipscope._calls import no_gradient
 from skipscope._data import Batch, batch_size, tensors_in
-from skipscope._errors import SkipscopeError, asked_as
+from skipscope._errors import SkipscopeError
+from skipscope._public_call import public_call
 from skipscope._subject import prepare
 from skipscope.flow._results import GradientCorrelation
 from skipscope.flow._seed import backward_error
 from skipscope.shortcuts import tap_boundaries
 
 
-@asked_as("gradient_correlation")
+@public_call("gradient_correlation")
 def gradient_correlation(
     model: nn.Module,
     data: Any,

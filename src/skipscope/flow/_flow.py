@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from skipscope._data import Batch, Batches, Objective, tensors_in
-from skipscope._errors import asked_as
 from skipscope._numbers import short
+from skipscope._public_call import public_call
 from skipscope._ranks import greatest, ranks_of
 from skipscope._subject import Subject, prepare
 from skipscope.flow._chain_verdict import judge_chain
@@ -27,7 +27,7 @@ from skipscope.flow._zeros import boundary_state, layer, second_opinion
 from skipscope.shortcuts import meaning, tap_boundaries
 
 
-@asked_as("gradient_flow")
+@public_call("gradient_flow")
 def gradient_flow(
     model: nn.Module,
     data: Any,

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from skipscope._data import Batch
-from skipscope._errors import SkipscopeError, asked_as
+from skipscope._errors import SkipscopeError
 from skipscope._progress import track
+from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import one_snapshot, untouched
 from skipscope.flow._flow import flow_of
@@ -19,7 +20,7 @@ from skipscope.flow._results import Cost, Importance, ImportanceOf
 from skipscope.shortcuts import ablate, refuse_another_architecture
 
 
-@asked_as("importance")
+@public_call("importance")
 def importance(
     model: nn.Module,
     data: Any,

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from skipscope import _sharding
 from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective
-from skipscope._errors import SkipscopeError, asked_as
+from skipscope._errors import SkipscopeError
 from skipscope._progress import track
+from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import random_state_kept
 from skipscope.flow._angles import MOST, AngleWalk
@@ -27,7 +28,7 @@ from skipscope.flow._seed import backward_error
 from skipscope.shortcuts import meaning, tap_boundaries
 
 
-@asked_as("path_spectrum")
+@public_call("path_spectrum")
 def path_spectrum(
     model: nn.Module,
     data: Any,

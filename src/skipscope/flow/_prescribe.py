@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from skipscope._data import Batch
-from skipscope._errors import SkipscopeError, asked_as
+from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope._progress import track
+from skipscope._public_call import public_call
 from skipscope._subject import Subject, as_written, prepare
 from skipscope._untouched import private_copy, random_state_kept
 from skipscope.flow._flow import flow_of
@@ -26,7 +27,7 @@ RATES: tuple[tuple[str, type[torch.optim.Optimizer], float], ...] = (
 )  # fmt: skip
 
 
-@asked_as("prescribe")
+@public_call("prescribe")
 def prescribe(
     model: nn.Module,
     data: Any,

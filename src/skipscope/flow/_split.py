@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective, map_tensors
-from skipscope._errors import asked_as
+from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
 from skipscope.flow._flow import mode_of
 from skipscope.flow._measure import shares_of
@@ -33,7 +33,7 @@ from skipscope.shortcuts import meaning, tap_merges
 SIDES = ("branch", "shortcut", "other")
 
 
-@asked_as("gradient_split")
+@public_call("gradient_split")
 def gradient_split(
     model: nn.Module,
     data: Any,

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from skipscope import _data
 from skipscope import nn as connections
 from skipscope._errors import SkipscopeError
+from skipscope._public_call import public_call
 from skipscope._untouched import private_copy, require_module, untouched
 
 Wrap = Callable[[nn.Module], nn.Module]
 
 
+@public_call("add_shortcuts")
 def add_shortcuts(
     model: nn.Module,
     inputs: Any,

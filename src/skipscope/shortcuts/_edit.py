@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._public_call import public_call
 from skipscope._untouched import private_copy, require_module
 from skipscope.shortcuts._find import find_shortcuts
 from skipscope.shortcuts._recalibrate import recalibrate as recalibrate_norms
@@ -20,6 +21,7 @@ from skipscope.shortcuts._unwrap import unwrapped
 from skipscope.shortcuts.twin import Group, Rule, edits_of, follow, follow_callers, remembered_boundaries
 
 
+@public_call("ablate")
 def ablate(
     model: nn.Module,
     found: Shortcuts | Shortcut | Iterable[Shortcut] | None = None,

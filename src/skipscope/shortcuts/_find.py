@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from skipscope import _data
+from skipscope._public_call import public_call
 from skipscope._sharding import class_name, refuse_flattened
 from skipscope._untouched import untouched
 from skipscope.shortcuts._bits import bits
@@ -24,6 +25,7 @@ from skipscope.shortcuts.finding._streams import learned_streams
 from skipscope.shortcuts.trace import Trace, record
 
 
+@public_call("find_shortcuts")
 def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
     """Find and name every shortcut in one forward pass.
 

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from skipscope import _data
+from skipscope._public_call import public_call
 from skipscope._untouched import random_state_kept, set_mode
 
 
+@public_call("recalibrate")
 def recalibrate(twin: nn.Module, data: Any) -> nn.Module:
     """Set every batch norm's running statistics to the average over ``data``, in place, and return the twin.
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from skipscope._data import Batch, Batches, Objective, mean_loss, read
-from skipscope._errors import SkipscopeError, asked_as
+from skipscope._errors import SkipscopeError
+from skipscope._public_call import public_call
 from skipscope._sharding import refuse_spread
 from skipscope._untouched import private_copy, require_module, set_mode, untouched
 from skipscope._version import __version__
@@ -67,7 +68,7 @@ def curvature_map(
 def curvature_map(
     model: Mapping[str, nn.Module], data: Any, loss: Any = None, **options: Unpack[_Options]
 ) -> PairedMaps: ...
-@asked_as("curvature_map")
+@public_call("curvature_map")
 def curvature_map(
     model: nn.Module | Mapping[str, nn.Module],
     data: Any,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from skipscope._asked import names_matching
 from skipscope._errors import SkipscopeError
+from skipscope._public_call import public_call
 from skipscope._sharding import refuse_spread
 
 Direction = Mapping[str, Tensor]
@@ -34,6 +35,7 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalRe
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+@public_call("random_direction")
 def random_direction(
     model: nn.Module,
     *,

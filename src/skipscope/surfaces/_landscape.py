@@ -7,7 +7,8 @@ from typing import Any, Unpack, overload
 
 from torch import nn
 
-from skipscope._errors import SkipscopeError, asked_as
+from skipscope._errors import SkipscopeError
+from skipscope._public_call import public_call
 from skipscope.shortcuts._unwrap import unwrapped
 from skipscope.surfaces._band_results import PairedBand, SurfaceBand
 from skipscope.surfaces._bands import by_seed, paired_band, read_seed, surface_band
@@ -25,6 +26,7 @@ def landscape(
     model: nn.Module, data: Any, loss: Any = None, *, seed: Sequence[int], **options: Unpack[OneModelOptions]
 ) -> SurfaceBand: ...
 @with_signature(OneModelOptions)
+@public_call("landscape")
 def landscape(
     model: nn.Module,
     data: Any,
@@ -113,7 +115,7 @@ def paired_landscapes(
     models: _Twins, data: Any, loss: Any = None, *, seed: Sequence[int], **options: Unpack[Options]
 ) -> PairedBand: ...
 @with_signature(Options)
-@asked_as("paired_landscapes")
+@public_call("paired_landscapes")
 def paired_landscapes(
     models: Mapping[str, nn.Module],
     data: Any,

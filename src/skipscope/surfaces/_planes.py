@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._public_call import public_call
 from skipscope._sharding import refuse_spread
 from skipscope._untouched import require_numbers
 from skipscope.surfaces._directions import Direction, as_real, inner
@@ -54,6 +55,7 @@ class Plane:
         return tuple((float(a), float(b)) for a, b in zip(low - room, high + room))
 
 
+@public_call("solutions_plane")
 def solutions_plane(model: nn.Module, *others: Any) -> Plane:
     """The line through two solutions, or the plane through three.
 
@@ -103,6 +105,7 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
     return Plane(directions, names, coordinates, distances, explained, way.others, points)
 
 
+@public_call("trajectory_plane")
 def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
     """The plane through ``model`` in which its training trajectory lies best, with what it leaves out.
 
