@@ -21,6 +21,14 @@ from skipscope import _untouched
 from skipscope._public_call import public_call, turn
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """A shell starts background jobs with SIGINT ignored; these tests send it to themselves."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
