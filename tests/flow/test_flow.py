@@ -522,3 +522,16 @@ def test_sparse_gradients_are_read_as_dense_ones():
         assert one.zero_fraction == other.zero_fraction and one.spread == pytest.approx(
             other.spread, rel=1e-6
         )
+
+
+def test_a_function_outside_its_domain_is_no_overflow():
+    class Angle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.b(torch.acos(3 + self.a(x).square()))
+
+    verdict = ss.gradient_flow(Angle(), data(8), lambda output, target: output.sum()).verdict
+    assert verdict.state == "nonfinite" and verdict.cause == "unexplained" and "acos" in verdict.reason

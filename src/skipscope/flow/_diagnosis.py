@@ -28,6 +28,9 @@ _CAUSES = {
 }  # fmt: skip
 
 
+_DOMAINS = frozenset(
+    {"acos", "asin", "acosh", "atanh", "log1p", "logit", "erfinv", "fmod", "remainder", "arccos", "arcsin"}
+)
 # They put infinities in on purpose: a mask.
 _MASKS = frozenset(
     {"masked_fill", "masked_fill_", "where", "__setitem__", "fill_", "full_like", "new_full", "triu", "tril"}
@@ -139,7 +142,9 @@ def first_nonfinite(model: nn.Module, data: Batches, loss: Objective) -> tuple[s
 
 
 def _told(name: str, module: str, nan: bool) -> tuple[str, str]:
-    cause = _CAUSES.get(name, "overflow")
+    # Outside their domain these give NaN although nothing overflows; elsewhere it is an infinity less another.
+    outside = nan and name.rstrip("_") in _DOMAINS
+    cause = _CAUSES.get(name, "unexplained" if outside else "overflow")
     words = _WORDS.get(cause, "its result overflows" if not nan else "it gives NaN")
     place = f" in {module}" if module else ""
     return cause, f"{name}{place}: {words}"
@@ -161,7 +166,7 @@ def stale_norm(model: nn.Module, data: Batches, loss: Objective) -> str:
             ratio = own / running if running > 0 else math.inf
             if math.isfinite(own) and not 1 / STALE < ratio < STALE:
                 found.append(
-                    f"the running variance of {path} is {short(running)}, that of the data {short(own)}"
+                    f"the running variance of layer {path!r} is {short(running)}, the data's {short(own)}"
                 )
 
         return hook

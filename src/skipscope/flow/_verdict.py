@@ -214,7 +214,7 @@ def _broken(
     if p := forward or back:
         what = f"the activation at {p.name}" if forward else f"the gradient at {p.name}"
         cause, words = culprit or ("overflow", "overflows going forward" if forward else "is not finite")
-        reason = f"{words}, and so is not {what}" if culprit else f"{what} {words}"
+        reason = f"{words}; from there on {what} is not finite" if culprit else f"{what} {words}"
         return Verdict("nonfinite", **nothing, where=p.name, reason=reason, cause=cause, hinders=ALL)
     first = next((p for p in points if not p.given), points[0] if points else None)
     if first is None or first.state == "not_connected":
