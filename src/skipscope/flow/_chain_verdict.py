@@ -37,7 +37,7 @@ ADVICE = {
 
 
 def judge_chain(
-    evidence: Evidence, clues: dict[str, Clue], *, residual: bool = False, dtype: str = "",
+    evidence: Evidence, clues: dict[str, Clue], *, residual: bool = False, normed: bool = False, dtype: str = "",
     culprit: tuple[str, str] | None = None, stale: str = "",
 ) -> Verdict:  # fmt: skip
     """The verdict on one chain, in words.
@@ -46,12 +46,13 @@ def judge_chain(
         evidence: what was read.
         clues: by boundary, what lies between it and the next.
         residual: shortcuts run along the boundaries.
+        normed: most weights are followed by a norm over the data.
         dtype: of the gradients.
         culprit: (cause, words): what is not finite to begin with, where something is.
         stale: the first batch norm whose running statistics are far from those of the data, or "".
     """
     judged = [
-        judge(line, [clues.get(p.name, Clue()) for p in line] if clues else (), residual=residual, dtype=dtype, culprit=culprit)
+        judge(line, [clues.get(p.name, Clue()) for p in line] if clues else (), residual=residual, normed=normed, dtype=dtype, culprit=culprit)
         for line in evidence.lines
     ]  # fmt: skip
     found = min(judged, key=lambda v: (ORDER.index(v.state), -abs(v.fall_decades or 0.0)))
@@ -160,7 +161,7 @@ def finding(verdict: Verdict) -> str:
         return (
             f"The gradient vanishes: {share(fall or FALL)} of it reaches the first layer; it is lost at {at}."
         )
-    return f"The gradient explodes: it grows {10 ** -(fall or 0.0):.1g}-fold on its way to the first layer."
+    return f"The gradient explodes: it grows {_times(-(fall or 0.0))} on its way to the first layer."
 
 
 def worded(verdict: Verdict) -> Verdict:
@@ -175,3 +176,8 @@ def worded(verdict: Verdict) -> Verdict:
 def worst(verdicts: Sequence[Verdict]) -> Verdict:
     """The worst of several chains'."""
     return min(verdicts, key=lambda v: (ORDER.index(v.state), v.score if v.score is not None else 0.0))
+
+
+def _times(decades: float) -> str:
+    """A growth of so many decades in words."""
+    return f"{10**decades:,.0f}-fold" if decades < 6 else f"by a factor of 10^{decades:.0f}"

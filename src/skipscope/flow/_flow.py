@@ -111,7 +111,11 @@ def _verdict(subject: Subject, readings: Readings, exact: Readings | None, tap: 
     base = exact or readings
     evidence = evidence_of(seen, points, kept, base, _sizes(model, readings))
     culprit = _culprit(model, batches, readings) if any("nonfinite" in p.state for p in seen) else None
-    options: dict[str, Any] = {"residual": residual, "dtype": _dtype_name(readings)}
+    options: dict[str, Any] = {
+        "residual": residual,
+        "normed": residual and _is_normed(model),
+        "dtype": _dtype_name(readings),
+    }
     verdict = judge_chain(evidence, {}, culprit=culprit, **options)
     why_is_open = _asks_why(verdict, evidence, residual)
     if verdict.state == "healthy" and not spread:
@@ -128,6 +132,14 @@ def _verdict(subject: Subject, readings: Readings, exact: Readings | None, tap: 
             every = _clues(model, batches.first(), objective, len(points), tap)
         clues = {points[i].name: clue for i, clue in enumerate(every)}
     return judge_chain(evidence, clues, culprit=culprit, stale=stale, **options)
+
+
+def _is_normed(model: nn.Module) -> bool:
+    """Whether there is a batch norm that uses the data's own statistics for at least every second weighted layer."""
+    modules = list(model.modules())
+    norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in modules)
+    weighted = sum(isinstance(m, nn.Linear | nn.modules.conv._ConvNd) for m in modules)
+    return norms > 0 and 2 * norms >= weighted
 
 
 def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:

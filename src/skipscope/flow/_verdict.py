@@ -24,6 +24,10 @@ ADAM_FALL, ADAM_GROWTH = 9.0, 4.2
 # An explosion is spread over at least three steps: so much growth is left without the two greatest. Norms that meet small
 # activations (an embedding of std 0.02, an image of little contrast) put all of theirs into one or two: a change of scale.
 SPREAD_GROWTH = 1.9
+# Where weights are followed by a norm over the data, their scale has no effect and each step adapts to it (Arora, Li, Lyu
+# 2018, Theoretical Analysis of Auto Rate-Tuning by Batch Normalization): a residual network of 110 layers gains 3.7 decades
+# when it is made, and trains.
+NORMED_GROWTH = 4.5
 # A head that passes on less than this share is trouble, though its step is common to all layers.
 HEAD = 1e-4
 # More than this share of a chain's weighted calls starved: the chain itself vanishes there.
@@ -113,8 +117,8 @@ def _student(freedom: int) -> float:
 
 
 def judge(
-    points: Sequence[Point], clues: Sequence[Clue] = (), *, residual: bool = False, dtype: str = "",
-    culprit: tuple[str, str] | None = None,
+    points: Sequence[Point], clues: Sequence[Clue] = (), *, residual: bool = False, normed: bool = False,
+    dtype: str = "", culprit: tuple[str, str] | None = None,
 ) -> Verdict:  # fmt: skip
     """The verdict on a flow.
 
@@ -122,6 +126,7 @@ def judge(
         points: in order of execution.
         clues: for each boundary, what lies between it and the next (or the output); may be empty.
         residual: shortcuts run along the boundaries, so that clues about branches do not multiply up.
+        normed: most weights are followed by a norm over the data, which takes up their scale.
         dtype: for the reason, when it underflows.
         culprit: (cause, words): what is not finite to begin with, where something is.
     """
@@ -134,7 +139,7 @@ def judge(
     fitted = least_squares(logs)
     slope, interval = fitted if fitted else (None, None)
     numbers = {"fall_decades": fall, "slope": slope, "slope_interval": interval, "score": _score(logs)}
-    if fall is None or (fall < FALL and not _explodes(logs)):
+    if fall is None or (fall < FALL and not _explodes(logs, NORMED_GROWTH if normed else GROWTH)):
         return _healthy(points, fall, numbers)
     state = "vanishing" if fall > 0 else "exploding"
     at = _where(logs)
@@ -164,11 +169,11 @@ def _score(logs: Sequence[float]) -> float:
     return min(logs, default=0.0) - max(logs, default=0.0)
 
 
-def _explodes(logs: Sequence[float]) -> bool:
+def _explodes(logs: Sequence[float], limit: float) -> bool:
     """Whether the gradient grows on its way back, over several steps: a single one is a change of scale."""
     growth = logs[0] - logs[-1]
     steps = sorted((a - b for a, b in pairwise(logs)), reverse=True)
-    return growth >= GROWTH and growth - sum(steps[:2]) >= SPREAD_GROWTH
+    return growth >= limit and growth - sum(steps[:2]) >= SPREAD_GROWTH
 
 
 def _healthy(points: Sequence[Point], fall: float | None, numbers: dict) -> Verdict:
