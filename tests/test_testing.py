@@ -9,7 +9,9 @@ from skipscope import SkipscopeError
 from skipscope.testing import BrokenContract, check_shortcut
 
 WIDTH = 8
-ALL = ("shape", "gradient", "found", "ablatable", "state_dict", "compile", "autocast")
+ALL = (
+    "shape", "repeatable", "samples", "gradient", "weights", "found", "ablatable", "state_dict", "compile", "autocast",
+)  # fmt: skip
 
 
 def branch():
@@ -150,6 +152,73 @@ class RaisesAnything(Block):
         raise KeyError("what now")
 
 
+class NoiseInEvaluation(Block):
+    def write(self, x, f):
+        return x + nn.functional.dropout(f, 0.5, True)
+
+
+class Counts(Block):
+    calls = 0
+
+    def write(self, x, f):
+        self.calls += 1
+        return x + f * (1 + 0.1 * self.calls)
+
+
+class CountsInABuffer(Block):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def write(self, x, f):
+        self.calls += 1
+        return x + f
+
+
+class KeepsTheFirstInput(Block):
+    first = None
+
+    def write(self, x, f):
+        self.first = x.detach() if self.first is None else self.first
+        return x + f + self.first.mean()
+
+
+class OneSamplesShortcut(Block):
+    def write(self, x, f):
+        return x[:1] + f
+
+
+class FourSamplesOnly(Block):
+    def forward(self, x):
+        return super().forward(x.view(4, WIDTH))
+
+
+class HalfOfTheGradient(Block):
+    def write(self, x, f):
+        return x / 2 + (x / 2).detach() + f
+
+
+class ForgetsAFactor(Block):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+
+class DetachedBranch(Block):
+    def write(self, x, f):
+        return x + f.detach()
+
+
+class OnlyFloat(Block):
+    def write(self, x, f):
+        return (x + f).float()
+
+
+class NoShortcutInTraining(Block):
+    def write(self, x, f):
+        return f if self.training else x + f
+
+
 BROKEN = {
     OutputIsATuple: "shape: the output is not one tensor",
     OtherShape: "shape: the output has another shape",
@@ -158,7 +227,18 @@ BROKEN = {
     NoGradient: "gradient: none reaches the input in evaluation mode",
     NoGradientInTraining: "gradient: none reaches the input in training mode",
     ChangesItsInput: "shape: the block changes its input in place",
-    OnlyTheBranchHasAGradient: "ablatable: detaching the shortcut changes no gradient",
+    OnlyTheBranchHasAGradient: "gradient: it is not that of the output",
+    NoiseInEvaluation: "repeatable: two passes in evaluation mode differ",
+    Counts: "repeatable: two passes in evaluation mode differ",
+    CountsInABuffer: "repeatable: a pass in evaluation mode changes the state",
+    KeepsTheFirstInput: "repeatable: the output depends on what the module was called with before",
+    OneSamplesShortcut: "samples: a sample's output depends on its place",
+    FourSamplesOnly: "samples: 1 of them raise",
+    HalfOfTheGradient: "gradient: it is not that of the output",
+    ForgetsAFactor: "weights: no gradient reaches some trainable weights",
+    DetachedBranch: "gradient: it is not that of the output",
+    OnlyFloat: "gradient: float64 goes in and another dtype comes out",
+    NoShortcutInTraining: "found: another number of shortcuts in training mode",
     NoShortcut: "found: find_shortcuts does not find it",
     TwoBranches: "found: find_shortcuts does not find it",
     OtherKind: "found: as another kind",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._batches import map_tensors, tensors_in
+from skipscope._batches import map_tensors, rows, tensors_in
 from skipscope._calls import call_model
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
@@ -75,9 +75,11 @@ def check_shortcut(
 ) -> tuple[str, ...]:
     """Check that a module is a shortcut that works everywhere a module should.
 
-    In this order: the output's shape, and that the input is left as it was; the identity at the start, where claimed; a
-    gradient reaches the input; it is
-    found by ``find_shortcuts``, with the right kind; it can be ablated, and says the same when it should; its
+    In this order: the output's shape, and that the input is left as it was; the identity at the start, where claimed; in
+    evaluation mode it draws no noise and keeps nothing from pass to pass; samples (of vectors and images) do not depend on
+    one another; a gradient reaches the input, and in float64
+    equals a finite difference; each weight gets one while training; it is found by ``find_shortcuts``, with the right
+    kind, and in training mode as in evaluation mode; it can be ablated, and says the same when it should; its
     ``state_dict`` holds all its state; it compiles to one graph; it runs under autocast. The module itself stays as
     it was. Local.
 
@@ -101,7 +103,7 @@ def check_shortcut(
     Example:
         >>> from skipscope.nn import Highway
         >>> check_shortcut(Highway(nn.Linear(8, 8), 8), kind="gated", compile=False)
-        ('shape', 'gradient', 'found', 'ablatable', 'state_dict', 'autocast')
+        ('shape', 'repeatable', 'samples', 'gradient', 'weights', 'found', 'ablatable', 'state_dict', 'autocast')
     """
     require_module(module, "check_shortcut")
     kind = kind or getattr(module, "kind", None)
@@ -112,7 +114,10 @@ def check_shortcut(
     clauses: dict[str, Callable[[_Case], None]] = {
         "shape": _shape,
         "identity_at_start": _identity_at_start,
+        "repeatable": _repeatable,
+        "samples": _samples,
         "gradient": _gradient,
+        "weights": _weights,
         "found": _found,
         "ablatable": _ablatable,
         "state_dict": _state_dict,
@@ -175,6 +180,115 @@ def _identity_at_start(case: _Case) -> None:
         )  # fmt: skip
 
 
+def _repeatable(case: _Case) -> None:
+    """Two passes of one module in evaluation mode, from two random states, and one of a module that ran before on others."""
+    module = case.fresh().eval()
+    before = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    outputs = []
+    for seed in (0, 1):
+        with torch.enable_grad(), random_state_kept(seed):
+            outputs.append(case.call(module, case.stream.clone().requires_grad_().clone()).detach())
+    if not torch.equal(*outputs):
+        raise _broken(
+            case, "repeatable: two passes in evaluation mode differ", expected="the same output from the same input",
+            got=f"a difference of {float((outputs[0] - outputs[1]).abs().max()):.3g}",
+            cure="draw noise only if self.training; keep no counter and no cache that changes the output",
+        )  # fmt: skip
+    changed = [key for key, tensor in module.state_dict().items() if not torch.equal(tensor, before[key])]
+    if changed:
+        raise _broken(
+            case, "repeatable: a pass in evaluation mode changes the state", expected="a state_dict left as it was",
+            got=", ".join(changed)[:200], cure="update buffers only if self.training",
+        )  # fmt: skip
+    other = case.fresh().eval()
+    with torch.no_grad(), random_state_kept(0):
+        case.call(other, torch.randn_like(case.stream))
+    if not _close(case.output(other), outputs[0]):
+        raise _broken(
+            case, "repeatable: the output depends on what the module was called with before",
+            expected="a function of the input and the state_dict", got="another output after another input",
+            cure="keep no input or activation from one pass to the next",
+        )  # fmt: skip
+
+
+def _samples(case: _Case) -> None:
+    """A sample alone, and three in reverse, give what they give in the batch; vectors and images only.
+
+    Of other inputs the first dimension may be time, or streams, and samples may be meant to meet.
+    """
+    count = case.stream.shape[0] if case.stream.ndim else 0
+    if case.stream.ndim not in {2, 4} or count < 2:
+        return
+    module = case.fresh().eval()
+    whole = case.output(module)
+    for index in ([0], [count - 1], list(range(min(count, 3)))[::-1]):
+        picked = torch.tensor(index)
+        some = rows(case.inputs, picked)
+        try:
+            with torch.enable_grad(), random_state_kept(0):
+                output = call_model(module, some).detach()
+        except Exception as error:
+            raise _broken(
+                case, f"samples: {len(index)} of them raise {type(error).__name__}: {_first_line(error)}",
+                expected="any batch size", got=f"a batch of {len(index)}", cure="take sizes from the input: x.shape[0], -1",
+            ) from error  # fmt: skip
+        if not _close(output, whole[picked.to(whole.device)]):
+            raise _broken(
+                case, "samples: a sample's output depends on its place or its neighbours", expected="each sample by itself",
+                got=f"another output for sample {index[0]} among {len(index)}", cure="index no fixed sample; mix along features only",
+            )  # fmt: skip
+
+
+def _weights(case: _Case) -> None:
+    """In training mode each trainable weight gets a gradient (it may be zero)."""
+    module = case.fresh().train()
+    with torch.enable_grad(), random_state_kept(0):
+        output = case.call(module, case.stream.clone().requires_grad_().clone())
+        output.backward(torch.randn_like(output))
+    without = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    if without:
+        raise _broken(
+            case, "weights: no gradient reaches some trainable weights", expected="one for each", got=", ".join(without)[:200],
+            cure="use them in the forward pass, without .detach() or .data; drop those that are not needed",
+        )  # fmt: skip
+
+
+def _refuse_wrong_gradient(case: _Case) -> None:
+    """The gradient along a random direction, against a finite difference, in float64 and evaluation mode."""
+    module = case.fresh().eval().double()
+    inputs = map_tensors(case.inputs, lambda t: t.double() if t.is_floating_point() else t.clone())
+    stream = next(t for t in tensors_in(inputs) if t.is_floating_point())
+
+    def at(x: Tensor) -> Tensor:
+        with random_state_kept(0):
+            return call_model(module, map_tensors(inputs, lambda t: x if t is stream else t.clone()))
+
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(stream.shape, generator=generator, dtype=torch.float64).to(stream.device)
+    with torch.enable_grad():
+        x = stream.clone().requires_grad_()
+        output = at(x.clone())
+        if output.dtype != torch.float64:
+            raise _broken(
+                case, "gradient: float64 goes in and another dtype comes out", expected="torch.float64", got=output.dtype,
+                cure="no .float() and no dtype of your own: take the input's",
+            )  # fmt: skip
+        seed = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device)
+        slope = float((torch.autograd.grad(output, x, seed)[0] * direction).sum())
+    slopes = []
+    for step in (1e-5, 1e-6):
+        with torch.no_grad():
+            difference = at(stream + step * direction) - at(stream - step * direction)
+        slopes.append(float((difference * seed).sum()) / (2 * step))
+    size = max(abs(slope), abs(slopes[0]), 1e-9)
+    # A kink between the two points makes the two differences disagree: then nothing is said.
+    if abs(slopes[0] - slopes[1]) < 1e-3 * size < abs(slope - slopes[0]) / 10:
+        raise _broken(
+            case, "gradient: it is not that of the output", expected=f"{slopes[0]:.6g} along a random direction, by finite differences",
+            got=f"{slope:.6g} by autograd", cure="look for .detach(), .data or torch.no_grad() on a part of the way",
+        )  # fmt: skip
+
+
 def _gradient(case: _Case) -> None:
     for training in (False, True):
         gradient = case.gradient(case.fresh().train(training))
@@ -185,6 +299,7 @@ def _gradient(case: _Case) -> None:
                 case, f"gradient: none reaches the input in {mode} mode", expected="not zero", got=got,
                 cure="look for .detach(), .data, torch.no_grad() or a factor of 0 on the way from the input",
             )  # fmt: skip
+    _refuse_wrong_gradient(case)
 
 
 def _found(case: _Case) -> None:
@@ -196,6 +311,13 @@ def _found(case: _Case) -> None:
             case, "found: find_shortcuts does not find it" if not kinds else "found: as another kind",
             expected=case.kind or "any kind", got=", ".join(kinds) or f"no shortcut ({reasons or 'no merges'})",
             cure="in evaluation mode, one operand of the merge must come past the branch",
+        )  # fmt: skip
+    with random_state_kept(0):
+        training = find_shortcuts(case.fresh().train(), case.inputs)
+    if len(training) != len(found):
+        raise _broken(
+            case, "found: another number of shortcuts in training mode", expected=f"{len(found)}, as in evaluation mode",
+            got=len(training), cure="let the shortcut stand in both modes",
         )  # fmt: skip
 
 
