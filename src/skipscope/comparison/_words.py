@@ -161,9 +161,9 @@ def _claim_smaller(evidence: Evidence) -> Claim:
         limits = f"The other extreme is no cure: with shortcuts, {arrival(having)}."
     else:
         limits = "This says nothing of deeper networks, or of other initialisations."
-    why = [f"{_capital(name)}: {f.verdict}." for name, f in flow.items()]
-    detached = flow.get(f"{roles.having}, detached")
-    if detached is not None:
+    why = [f"{_capital(name)}: {f.verdict.finding or f.verdict.state}" for name, f in flow.items()]
+    why.append(f"Without shortcuts: {lacking.verdict.reason}.")
+    if f"{roles.having}, detached" in flow:
         why.append("Detached: the same forward pass, with no gradient through the shortcuts.")
     return Claim(
         "smaller", _SMALLER, answer, f"Without shortcuts, {arrival(lacking)}.", limits, " ".join(why),
