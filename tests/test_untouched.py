@@ -10,6 +10,7 @@ A fixed part runs in CI: every function on every animal when it returns, and the
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import random
 import types
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 import skipscope as ss
 from skipscope import book
 from skipscope._data import inputs_of
+from skipscope._errors import SkipscopeError
 from skipscope._random import drawn_apart
 from skipscope._untouched import untouched
 from skipscope.testing import check_shortcut
@@ -37,6 +39,7 @@ CALLS: dict[str, Callable[[nn.Module, Any, Any], Any]] = {
     "find_shortcuts": lambda model, data, loss: ss.find_shortcuts(model, inputs_of(data)),
     "ablate": lambda model, data, loss: [ss.ablate(model, inputs=inputs_of(data), how=how, allow_empty=True) for how in ("remove", "detach", "lesion")],
     "ablate_sharing": lambda model, data, loss: ss.ablate(model, inputs=inputs_of(data), strength=0.5, share=True, allow_empty=True),
+    "rewire": lambda model, data, loss: _rewired(model, inputs_of(data)),
     "add_shortcuts": lambda model, data, loss: ss.add_shortcuts(model, inputs_of(data)),
     "recalibrate": lambda model, data, loss: ss.recalibrate(ss.ablate(model, inputs=inputs_of(data), allow_empty=True), data),
     "gradient_flow": lambda model, data, loss: ss.gradient_flow(model, data, loss),
@@ -70,7 +73,8 @@ COSTLY = {
 # Public names that touch no model of the user's.
 HARMLESS = {
     "book", "nn", "reference", "testing", "batches", "objective", "SkipscopeError", "progress", "load",
-    "Boundary", "Shortcut", "Shortcuts", "mark_shortcut",
+    "side_by_side", "mark_shortcut",
+    *(name for name in ss.__all__ if not name.islower()),  # classes
 }  # fmt: skip
 
 
@@ -86,6 +90,14 @@ def _add_what_is_new() -> None:
             COSTLY.add(name)
         elif given[:2] == ["model", "inputs"]:
             CALLS[name] = lambda model, data, loss, function=function: function(model, inputs_of(data))
+
+
+def _rewired(model: nn.Module, inputs: Any) -> Any:
+    """A rewired twin; a merge that does not fit the kind is refused, and the model must be whole then too."""
+    found = ss.find_shortcuts(model, inputs)
+    if len(found):
+        with contextlib.suppress(SkipscopeError):
+            ss.rewire(model, found, kind="rezero")
 
 
 def _moved(model: nn.Module, by: float) -> dict[str, Any]:
@@ -398,7 +410,7 @@ def test_an_interruption_is_really_planted():
 LOADED = {
     "gradient_flow": ss.gradient_flow,
     "path_spectrum": ss.path_spectrum,
-    "importance": ss.importance,
+    "importance": lambda *given: ss.importance(*given, allow_empty=True),
     "extreme_eigenvalues": lambda *given: ss.extreme_eigenvalues(*given, max_products=3),
     "landscape": lambda *given: ss.landscape(*given, grid=3),
     "train_twins": lambda model, *given: ss.train_twins({"a": model}, *given, steps=2, seeds=1),

@@ -55,7 +55,7 @@ class SideBySide(Result):
 
 
 def side_by_side(results: Mapping[str, Result]) -> SideBySide:
-    """Put results of one kind side by side.
+    """Put results of one kind side by side. Local.
 
     Args:
         results: name -> result; names that are paths are shortened to the parts in which they differ.
