@@ -286,8 +286,10 @@ def test_a_copy_killed_on_the_way_costs_nothing(tmp_path):
 def test_ctrl_c_while_ways_are_tried_leaves_no_copy(strategy, monkeypatch):
     """It comes while a strategy is timed whose copies nobody else knows yet."""
     monkeypatch.setattr(_choice, "_known", {})
-    # On so small a surface no trial would pay.
+    # On so small a surface no trial would pay, and with one thread a core is not tried.
     monkeypatch.setattr(_choice._Autotune, "_worth", lambda *_: True)
+    monkeypatch.setattr(_choice, "MIN_SPEEDUP", 0.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     real, seen = _choice._timed, []
 
     def time_of(way, points):
