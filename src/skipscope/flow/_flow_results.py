@@ -222,7 +222,7 @@ class GradientFlow(Result):
         ]
         interval = self.verdict.slope_interval
         notes = [
-            f"{self.verdict}.",
+            str(self.verdict),
             "gradient: RMS of dL/d(activation), with |dL/d(output)| = 1; factor: over the gradient one boundary nearer "
             "the loss, so their product is what reaches the first boundary.",
         ]

@@ -227,7 +227,8 @@ def reach_of(name: str, profile: Sequence[float]) -> Reach | None:
     greatest = max(profile)
     end = max(t for t, g in enumerate(profile) if g >= 0.1 * greatest)
     growth = math.log10(greatest / profile[-1]) if profile[-1] > 0 and end < len(profile) // 2 else 0.0
-    far = [t for t in range(end + 1) if profile[t] >= LEFT * greatest]
+    # Beyond rounding: where exactly a thousandth is left, the gradient has come to its end.
+    far = [t for t in range(end + 1) if profile[t] > LEFT * greatest * (1 + 1e-9)]
     steps = None if far[0] == 0 else end - far[0] + 1
     return Reach(name, steps, end + 1, growth)
 
