@@ -43,7 +43,10 @@ class Cache:
 
 def caches_filled_by(run: Callable[[], Any], model: nn.Module) -> tuple[Any, list[Cache]]:
     """What ``run()`` returns, and the caches of ``model`` that it filled."""
-    before = {where: value is None or value == {} or value == [] for where, value in _entries(model)}
+    before = {
+        where: value is None or (isinstance(value, dict | list) and not value)
+        for where, value in _entries(model)
+    }
     found = run()
     caches = [
         Cache(*where, missing=where not in before)

@@ -216,7 +216,7 @@ def test_the_main_job_whole():
     assert [r.depth for r in result.ladder] == [8, 12, 16, 30]
     assert set(result.training.curves) == {"plain", "plain, He", "shortcuts", "shortcuts, scaled"}
     assert result.flow["plain"].verdict.state == "vanishing"
-    assert result.flow["shortcuts"].verdict.state == "exploding"
+    assert result.flow["shortcuts"].verdict.fall_decades < -1
     assert result.ladder[-1].learns["shortcuts"]["Adam"]
     assert not any(result.ladder[-1].learns["plain"].values())
     assert_one_depth(result)
@@ -243,7 +243,7 @@ def test_the_main_job_quick():
     )
     assert result.flow["plain"].verdict.fall_decades > 10
     assert_plainly_told(result)
-    assert result.flow["shortcuts"].verdict.state == "exploding"
+    assert result.flow["shortcuts"].verdict.fall_decades < -1
     assert not any(result.ladder[-1].learns["plain"].values())
     assert result.ladder[-1].learns["shortcuts"]["Adam"]
     assert_one_depth(result)
