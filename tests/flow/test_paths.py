@@ -185,16 +185,16 @@ class Marked(torch.autograd.Function):
 
 @pytest.mark.parametrize("batched", [True, False])
 def test_memory_at_two_cuts_at_a_time_and_passed_pieces_are_freed(monkeypatch, batched):
-    from skipscope.flow import _cuts
+    from skipscope.flow.paths import _segments
 
     length, x = 24, torch.randn(4, 6, dtype=torch.float64)
     model, waiting, alive, biggest = oracles.chain(length), [], [], []
-    flush, grad = _cuts.Walk.flush, _cuts._grad
+    propagate, grad = _segments.PathLengthBackward.propagate_pending, _segments._grad
 
-    def flushed(walk):
-        flush(walk)
-        stacks = [*walk.stacks.values(), *(stack for _, stack in walk.pending.values())]
-        storages = {s.rows.untyped_storage().data_ptr(): s.rows.untyped_storage().nbytes() for s in stacks}
+    def propagated(backward):
+        propagate(backward)
+        held = [*backward.at_leaves.values(), *(gradients for _, gradients in backward.pending.values())]
+        storages = {g.rows.untyped_storage().data_ptr(): g.rows.untyped_storage().nbytes() for g in held}
         waiting.append(sum(storages.values()))
         alive.append(sum(ref() is not None for ref in hidden))
 
@@ -206,8 +206,8 @@ def test_memory_at_two_cuts_at_a_time_and_passed_pieces_are_freed(monkeypatch, b
     hidden = []
     for block in model.parts[:-1]:
         block.inner[1].register_forward_hook(lambda module, args, output: Marked.apply(output, hidden))
-    monkeypatch.setattr(_cuts.Walk, "flush", flushed)
-    monkeypatch.setattr(_cuts, "_grad", counted)
+    monkeypatch.setattr(_segments.PathLengthBackward, "propagate_pending", propagated)
+    monkeypatch.setattr(_segments, "_grad", counted)
     one = x.numel() * x.element_size()
     ss.path_spectrum(model, (x, x[:, :3]), mse, max_bytes=10 * one, batched=batched)
     assert max(waiting) <= 2 * (length + 1) * one

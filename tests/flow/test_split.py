@@ -1,7 +1,6 @@
 """The split at each fork against the chain rule by hand; the edges sum to the fork's gradient."""
 
 import importlib.util
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,8 @@ import torch
 from torch import nn
 
 import skipscope as ss
-from skipscope.flow._ways import Ways
+from skipscope.flow.split._gradient_arrivals import BackwardGraph, MergeEdges
+from skipscope.shortcuts import tap_merges
 
 _spec = importlib.util.spec_from_file_location("flow_oracles", Path(__file__).with_name("oracles.py"))
 oracles = importlib.util.module_from_spec(_spec)
@@ -155,25 +155,25 @@ class Recurrent(nn.Module):
         return h
 
 
-def test_memory_grows_with_the_length_of_a_network():
-    """Who depends on whom: 4 times the length, about 4 times the memory, and not 16."""
+def test_the_search_for_forks_grows_with_the_length_of_a_network():
+    """4 times the length, 4 times as many nodes looked at, and not 16."""
 
-    def kept(steps):
+    def visited(steps):
         leaf = torch.ones(1, 2, requires_grad=True)
-        value = Recurrent(steps)(leaf).sum()
-        tracemalloc.start()
-        ways = Ways(value, [leaf])
-        ways.consumers.clear()
-        before = tracemalloc.get_traced_memory()[0]
-        size = len(ways.position)
-        ways.ancestors = None
-        freed = before - tracemalloc.get_traced_memory()[0]
-        tracemalloc.stop()
-        return size, freed
+        model, merges = Recurrent(steps), []
 
-    (short, small), (long, large) = kept(500), kept(2000)
-    assert long > 3.9 * short
-    assert large < 4.4 * small and large < 200 * long
+        def touch(k, merge):
+            merges.append(MergeEdges(merge.output.grad_fn))
+            merges[-1].add(merge.sides, merge.operands)
+            return merge.output
+
+        with tap_merges(model, ss.find_shortcuts(model, leaf), touch):
+            graph = BackwardGraph(model(leaf).sum(), [leaf], merges)
+        found = graph.arrivals(merges)
+        assert len(found) == steps and all(arrivals is not None for arrivals in found)
+        return graph.visited
+
+    assert visited(200) <= 4.1 * visited(50)
 
 
 def test_a_long_network_says_the_same_as_a_chain_rule_by_hand():

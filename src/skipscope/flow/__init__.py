@@ -9,8 +9,6 @@ from skipscope.flow._flow_results import LayerGradient as LayerGradient
 from skipscope.flow._flow_results import Verdict as Verdict
 from skipscope.flow._importance import importance as importance
 from skipscope.flow._importance import importance_of as importance_of
-from skipscope.flow._paths import path_spectrum as path_spectrum
-from skipscope.flow._paths import paths_of as paths_of
 from skipscope.flow._prescribe import prescribe as prescribe
 from skipscope.flow._results import Cost as Cost
 from skipscope.flow._results import GradientCorrelation as GradientCorrelation
@@ -21,9 +19,11 @@ from skipscope.flow._results import PathSpectrum as PathSpectrum
 from skipscope.flow._results import Prescription as Prescription
 from skipscope.flow._results import Remedy as Remedy
 from skipscope.flow._results import SplitAt as SplitAt
-from skipscope.flow._split import gradient_split as gradient_split
-from skipscope.flow._split import split_of as split_of
 from skipscope.flow._verdict import FALL as FALL
 from skipscope.flow._verdict import GROWTH as GROWTH
 from skipscope.flow._verdict import Point as Point
 from skipscope.flow._verdict import judge as judge
+from skipscope.flow.paths import path_spectrum as path_spectrum
+from skipscope.flow.paths import paths_of as paths_of
+from skipscope.flow.split import gradient_split as gradient_split
+from skipscope.flow.split import split_of as split_of

@@ -15,12 +15,13 @@ from skipscope.shortcuts._mark import mark_shortcut as mark_shortcut
 from skipscope.shortcuts._recalibrate import average_statistics as average_statistics
 from skipscope.shortcuts._recalibrate import recalibrate as recalibrate
 from skipscope.shortcuts._results import Boundary as Boundary
+from skipscope.shortcuts._results import OperandSide as OperandSide
 from skipscope.shortcuts._results import Shortcut as Shortcut
 from skipscope.shortcuts._results import Shortcuts as Shortcuts
 from skipscope.shortcuts._rewire import rewire as rewire
-from skipscope.shortcuts._taps import Merge as Merge
-from skipscope.shortcuts._taps import tap_boundaries as tap_boundaries
-from skipscope.shortcuts._taps import tap_merges as tap_merges
+from skipscope.shortcuts.taps import Merge as Merge
+from skipscope.shortcuts.taps import tap_boundaries as tap_boundaries
+from skipscope.shortcuts.taps import tap_merges as tap_merges
 from skipscope.shortcuts.trace import Trace as Trace
 from skipscope.shortcuts.trace import TracedCall as TracedCall
 from skipscope.shortcuts.trace import Value as Value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from skipscope._public_call import public_call
 from skipscope._sharding import class_name, refuse_flattened
 from skipscope._untouched import untouched
 from skipscope.shortcuts._bits import bits
-from skipscope.shortcuts._results import Layer, Rejected, Shortcut, Shortcuts
+from skipscope.shortcuts._results import Kind, Layer, OperandSide, Rejected, Shortcut, Shortcuts
 from skipscope.shortcuts._unwrap import unwrapped
 from skipscope.shortcuts.finding._boundaries import boundaries_of
 from skipscope.shortcuts.finding._candidate import Candidate, Reason
@@ -200,7 +200,7 @@ def _entry(
     tensors = [i for i, is_tensor in enumerate(item.call.tensors) if is_tensor]
     return Shortcut(
         name=name,
-        kind=item.kind,
+        kind=cast(Kind, item.kind),
         fork=fork_name(graph, item.forks[0], merges),
         merge=merge_name(item.call),
         branch=tuple(branch),
@@ -216,7 +216,7 @@ def _entry(
     )
 
 
-def _side(item: Candidate, i: int) -> str:
+def _side(item: Candidate, i: int) -> OperandSide:
     return "both" if i in item.both else "shortcut" if i in item.shortcut_operands else "branch"
 
 

@@ -6,12 +6,15 @@ import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 from skipscope._errors import SkipscopeError
 from skipscope._result import Result, Table, _draw
 
-KINDS = ("identity", "scaled", "projection", "gated", "concat")
+Kind = Literal["identity", "scaled", "projection", "gated", "concat"]
+KINDS = get_args(Kind)
+OperandSide = Literal["branch", "shortcut", "both"]
+BoundaryKind = Literal["input", "merge", "module"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Boundary:
 
     name: str
     depth: int
-    kind: str
+    kind: BoundaryKind
     key: CallKey
     summed: bool = False
 
@@ -106,14 +109,14 @@ class Shortcut:
     """
 
     name: str
-    kind: str
+    kind: Kind
     fork: str
     merge: str
     branch: tuple[str, ...]
     shortcut: tuple[str, ...]
     source: str
     span: tuple[int, int]
-    sides: tuple[str, ...]
+    sides: tuple[OperandSide, ...]
     key: CallKey
     shortcut_at: tuple[Place, ...]
     branch_at: tuple[Place, ...]

@@ -18,8 +18,8 @@ from skipscope._errors import SkipscopeError
 from skipscope._untouched import private_copy, require_module, untouched
 from skipscope.shortcuts._edit import _chosen, refuse_another_architecture
 from skipscope.shortcuts._results import Shortcut, Shortcuts
-from skipscope.shortcuts._taps import Merge, tap_merges
 from skipscope.shortcuts._unwrap import unwrapped
+from skipscope.shortcuts.taps import Merge, tap_merges
 from skipscope.shortcuts.twin import REWIRED, ChainJoin, Group, Join, edits_of, follow, follow_callers
 
 Maker = Callable[[int, int, int], nn.Module]

@@ -26,7 +26,13 @@ PLUMBING = os.path.join(_MODULES, "module.py")
 _ROOM = os.path.dirname(__file__)
 _OURS = {
     os.path.join(_ROOM, name)
-    for name in ("_calls.py", "_taps.py", "_recorder.py", "_mark.py", os.path.join("trace", "_recorder.py"))
+    for name in (
+        "_calls.py",
+        "_mark.py",
+        os.path.join("taps", "_activation_taps.py"),
+        os.path.join("taps", "_gate_sides.py"),
+        os.path.join("trace", "_recorder.py"),
+    )
 }
 _TWIN = os.path.join(_ROOM, "twin") + os.sep  # what runs around the methods of an edited module
 _CHECKPOINT = os.path.join(TORCH, "utils", "checkpoint.py")

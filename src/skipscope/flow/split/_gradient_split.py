@@ -1,10 +1,7 @@
 """``gradient_split``: how much gradient arrives at each fork through the branch, and how much through the shortcut.
 
-Autograd's nodes are hooked: the gradient of each edge into a fork is seen as it arrives, the edges are sorted by the
-side they lead to, and they sum to the fork's gradient. One backward pass for all, and no gradient of a weight.
-
-A gate t stands on both sides, in t H and in (1 - t) x. What arrives at t by the shortcut is noted, and sent on to the
-fork once more by itself: a way back through the gate's own layer, and only there.
+The gradient of each edge into a fork is read as it arrives; the edges are sorted by the side that they lead to, and they
+sum to the fork's gradient. One backward pass for all forks, and no gradient of a weight.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +24,8 @@ from skipscope.flow._measure import shares_of
 from skipscope.flow._readings import norm_of
 from skipscope.flow._results import GradientSplit, SplitAt
 from skipscope.flow._seed import backward_error
-from skipscope.flow._ways import Edge, Ways, edge_of
-from skipscope.shortcuts import meaning, tap_merges
-
-SIDES = ("branch", "shortcut", "other")
+from skipscope.flow.split._gradient_arrivals import Arrival, BackwardGraph, GradientArrivals, MergeEdges
+from skipscope.shortcuts import Merge, Shortcut, Shortcuts, meaning, tap_merges
 
 
 @public_call("gradient_split")
@@ -70,14 +65,16 @@ def gradient_split(
 
 
 def split_of(subject: Subject, seed: int = 0) -> GradientSplit:
-    """:func:`gradient_split` of what is prepared. Local, or collective."""
+    """:func:`gradient_split` of a prepared subject. Local, or collective."""
     model, batches, objective, found = subject.model, subject.data, subject.loss, subject.found
     forks = [_Fork() for _ in found]
     value = 0.0
     with subject.running(seed):
         mode = mode_of(model)
         for batch, share in shares_of(batches, objective, "gradient_split"):
-            value += share * _one_batch(model, batch, objective, found, forks, share)
+            value += share * _add_batch(
+                model, batch, objective, found, [partial(f.add, share=share) for f in forks]
+            )
     rows = tuple(fork.row(one) for one, fork in zip(found, forks))
     lost = [row.name for row, fork in zip(rows, forks) if not fork.elements]
     notes = (f"No gradient was seen at the fork of: {', '.join(lost)}.",) if lost else ()
@@ -86,90 +83,101 @@ def split_of(subject: Subject, seed: int = 0) -> GradientSplit:
 
 @dataclass
 class _Fork:
-    """What one fork has seen over all batches.
+    """The gradient at one fork over all batches.
 
     Attributes:
-        norms: of each side, of the whole, and of what the sides differ from it by.
+        norms: of each side, of the whole, and of the difference between the whole and the sum of the sides.
         product: between branch and shortcut.
+        elements: of the fork, over all batches.
     """
 
-    norms: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*SIDES, "total", "off"), 0.0))
+    norms: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys((*get_args(Arrival), "total", "off"), 0.0)
+    )
     product: float = 0.0
     elements: int = 0
 
-    def add(self, parts: dict[str, Tensor], total: Tensor, share: float) -> None:
-        """Take in what arrived in one batch."""
-        for side, part in parts.items():
-            self.norms[side] = math.hypot(self.norms[side], share * norm_of(part))
+    def add(self, parts: dict[Arrival, Tensor], total: Tensor, share: float) -> None:
+        """Add the gradient of one batch."""
+        off = total.double() - sum(part.double() for part in parts.values())
+        for name, value in {**parts, "total": total, "off": off}.items():
+            self.norms[name] = math.hypot(self.norms[name], share * norm_of(value))
         if "branch" in parts and "shortcut" in parts:
             self.product += share**2 * float((parts["branch"].double() * parts["shortcut"].double()).sum())
-        self.norms["total"] = math.hypot(self.norms["total"], share * norm_of(total))
-        off = total.double() - sum(part.double() for part in parts.values())
-        self.norms["off"] = math.hypot(self.norms["off"], share * norm_of(off))
         self.elements += total.numel()
 
-    def row(self, one: Any) -> SplitAt:
-        """As a row of the result."""
-        rms = {
-            name: norm / math.sqrt(self.elements) if self.elements else 0.0
-            for name, norm in self.norms.items()
-        }
-        branch, shortcut = self.norms["branch"], self.norms["shortcut"]
+    def row(self, one: Shortcut) -> SplitAt:
+        """The row of the result."""
+        norms = self.norms
+        rms = {name: norm / math.sqrt(max(1, self.elements)) for name, norm in norms.items()}
+        branch, shortcut = norms["branch"], norms["shortcut"]
         return SplitAt(
             one.name, one.kind, one.fork, rms["branch"], rms["shortcut"],
             self.product / (branch * shortcut) if branch * shortcut else None, rms["total"],
             rms["other"] or None, shortcut / (shortcut + branch) if shortcut + branch else None,
-            self.norms["off"] / self.norms["total"] if self.norms["total"] else None,
+            norms["off"] / norms["total"] if norms["total"] else None,
         )  # fmt: skip
 
 
-def _one_batch(
-    model: nn.Module, batch: Batch, loss: Objective, found: Any, forks: list[_Fork], share: float
+def _add_batch(
+    model: nn.Module, batch: Batch, loss: Objective, found: Shortcuts, add: list[Callable[..., None]]
 ) -> float:
-    for parameter in model.parameters():  # so that a frozen table of embeddings does not hide the graph
+    """Read the gradients of one batch at all forks.
+
+    Returns:
+        The loss.
+    """
+    # A frozen table of embeddings would hide the graph.
+    for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     leaves: list[Tensor] = []
-    merges: dict[int, tuple[list[tuple[str, Edge]], Any]] = {}
+    merges: dict[int, MergeEdges] = {}
 
-    def touch(k: int, merge: Any) -> Tensor:
-        ends = [(side, edge_of(o)) for side, o in zip(merge.sides, merge.operands) if o.requires_grad]
+    def touch(k: int, merge: Merge) -> Tensor:
         if merge.later:
-            merges[k][0].extend(end for end in ends if end[0] == "branch")
+            merges[k].add(merge.sides, merge.operands, only="branch")
         else:
-            merges[k] = (ends, merge.output.grad_fn)
+            merges[k] = MergeEdges(merge.output.grad_fn)
+            merges[k].add(merge.sides, merge.operands)
         return merge.output
 
     with tap_merges(model, found, touch):
         value = loss(model, _with_leaves(batch, leaves))
         if not value.requires_grad:
             raise no_gradient("gradient_split", model)
-        bypassing = [edge[0] for ends, _ in merges.values() for side, edge in ends if side == "shortcut"]
-        ways = Ways(value, leaves, bypassing)
-        arrivals = {k: ways.arrivals(ends, joined) for k, (ends, joined) in merges.items()}
-        handles = []
-        try:
-            adders = ((a, partial(forks[k].add, share=share)) for k, a in arrivals.items())
-            handles += [handle for arriving, add in adders for handle in arriving.watch(add)]
-            if ways.starts:
-                gates = any(arriving.gates for arriving in arrivals.values())
-                torch.autograd.grad(value, ways.starts, allow_unused=True, retain_graph=gates)
-        except RuntimeError as error:
-            raise backward_error("gradient_split", error) from error
-        finally:
-            while handles:
-                handles.pop().remove()
-        while arrivals:
-            arrivals.popitem()[1].part_gates()
+        graph = BackwardGraph(value, leaves, merges.values())
+        arrivals = dict(zip(merges, graph.arrivals(list(merges.values()))))
+        merges.clear()
+        watched = [(a, add[k]) for k, a in arrivals.items() if a is not None]
+        _run_backward(value, graph, watched)
     result = float(value.detach())
-    merges.clear()
-    del value, bypassing
-    ways.release()
+    del value, arrivals, watched
+    graph.release()
     return result
 
 
+def _run_backward(
+    value: Tensor, graph: BackwardGraph, watched: list[tuple[GradientArrivals, Callable[..., None]]]
+) -> None:
+    handles = []
+    try:
+        for arrivals, done in watched:
+            handles += arrivals.watch(done)
+        if graph.starts:
+            gates = any(arrivals.gates for arrivals, _ in watched)
+            torch.autograd.grad(value, graph.starts, allow_unused=True, retain_graph=gates)
+    except RuntimeError as error:
+        raise backward_error("gradient_split", error) from error
+    finally:
+        while handles:
+            handles.pop().remove()
+    while watched:
+        watched.pop()[0].part_gates()
+
+
 def _with_leaves(batch: Batch, leaves: list[Tensor]) -> Batch:
-    """The batch with inputs that require gradients, so that activations can be told from weights in the graph."""
+    """The batch with inputs that require gradients, which tell activations from weights in the graph."""
 
     def leaf(value: Tensor) -> Tensor:
         if not value.is_floating_point():

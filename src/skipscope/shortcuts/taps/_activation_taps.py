@@ -6,7 +6,7 @@ twin it sees each edited call once, with the operands the edit left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from skipscope import _data
 from skipscope.shortcuts import _calls, _sites
 from skipscope.shortcuts._calls import Operation
-from skipscope.shortcuts._results import Boundary, CallKey, Shortcut, Shortcuts
-from skipscope.shortcuts._tape import Tape
+from skipscope.shortcuts._results import Boundary, CallKey, OperandSide, Shortcut, Shortcuts
+from skipscope.shortcuts.taps._gate_sides import GateSides, call_followed
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Merge:
         operands: the tensors that go in, connected to autograd's graph; for a call that writes into its first
             operand these are the values before. For a gate where one operand carries both sides, as in x + t (H - x),
             they are those of t H + (1 - t) x.
-        sides: ``"branch"`` or ``"shortcut"`` for each operand.
+        sides: of each operand.
         output: what comes out, computed from the operands.
         recompute: the same from other operands, never in place.
         later: it only adds to the branch of a shortcut that has merged before: b in (x + a) + b.
@@ -38,21 +38,28 @@ class Merge:
 
     name: str
     operands: tuple[Tensor, ...]
-    sides: tuple[str, ...]
+    sides: tuple[OperandSide, ...]
     output: Tensor
     recompute: Callable[[Sequence[Tensor]], Tensor]
     later: bool = False
+    is_sum: bool = False
+
+    @property
+    def is_plain_sum(self) -> bool:
+        """Whether it is x + y of equal shapes, so that each operand's gradient is the output's."""
+        shape, dtype = self.output.shape, self.output.dtype
+        return self.is_sum and all(o.shape == shape and o.dtype == dtype for o in self.operands)
 
 
 Handler = Callable[[Operation | None, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _Tap(TorchFunctionMode):
-    """Calls a handler at each call whose key is wanted; between the calls of a gate its tape runs."""
+    """Calls a handler at each call whose key is wanted; between the calls of a gate it follows them."""
 
-    def __init__(self, model: nn.Module, handlers: dict[CallKey, Handler], tapes: dict[int, Tape]):
+    def __init__(self, model: nn.Module, handlers: dict[CallKey, Handler], gates: dict[int, GateSides]):
         super().__init__()
-        self.sites, self.tapes = _sites.Sites(model), tapes
+        self.sites, self.gates = _sites.Sites(model), gates
         self.handlers = {(key.host, key.site, key.nth): handler for key, handler in handlers.items()}
         self.wanted = {key.site for key in handlers}
         self.lookups = {key.site.rpartition(":")[2] for key in handlers} - _calls.OPERATIONS.keys()
@@ -66,13 +73,14 @@ class _Tap(TorchFunctionMode):
         handler = self._handler(name, operation, args, kwargs)
         if handler is not None:
             return handler(operation, func, args, kwargs)
-        touched = [tape for tape in self.tapes.values() if tape.touches(args, kwargs)]
-        output = _taped(touched, func, args, kwargs) if touched else func(*args, **kwargs)
-        for tape in touched if name in _calls.REDUCTIONS else ():
-            if (finish := tape.finish) is not None:
-                tape.finish = None
-                output = finish(output)
-        return output
+        touched = [gate for gate in self.gates.values() if gate.touches(args, kwargs)]
+        if not touched:
+            return func(*args, **kwargs)
+        output = result = call_followed(touched, func, args, kwargs)
+        for gate in touched if name in _calls.REDUCTIONS else ():
+            if gate.finish is not None:
+                result = gate.finish(output)
+        return result
 
     def _handler(self, name: str, operation: Operation | None, args: Any, kwargs: Any) -> Handler | None:
         if operation is None and name not in self.lookups:
@@ -83,16 +91,6 @@ class _Tap(TorchFunctionMode):
         if operation is not None and _calls.tensor_operands(_calls.operands(operation, args, kwargs)) < 2:
             return None
         return self.handlers.get(self.sites.occurrence(frame, label))
-
-
-def _taped(tapes: Sequence[Tape], func: Any, args: Any, kwargs: Any, key: CallKey | None = None) -> Any:
-    """Make a call, and note it."""
-    for tape in tapes:
-        tape.note(func, args, kwargs, key)
-    output = func(*args, **kwargs)
-    for tape in tapes:
-        tape.made(output)
-    return output
 
 
 @contextmanager
@@ -119,7 +117,11 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
         ...     model(x)
         tensor([[1., 1., 1.]])
     """
-    tapes: dict[int, Tape] = {}
+    gates: dict[int, GateSides] = {}
+
+    def gate_of(k: int) -> GateSides:
+        zeros: dict[OperandSide, Any] = {"branch": found[k].shortcut_at, "shortcut": found[k].branch_at}
+        return gates.setdefault(k, GateSides(zeros))
 
     def at_merge(k: int) -> Handler:
         shortcut = found[k]
@@ -127,7 +129,11 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
         def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
             assert operation is not None
             if "both" in shortcut.sides:
-                merge = _gate(shortcut, tapes.pop(k, Tape()), operation, func, args, kwargs)
+                sides = gate_of(k).on_each_side(func, args, kwargs, shortcut.key)
+                del gates[k]
+                # As built too: a checkpoint around the gate counts what the call saves.
+                _calls.out_of_place(operation, func)(*args, **kwargs)
+                merge = _merge_of_sides(shortcut, sides)
             else:
                 merge = _merge(shortcut.name, shortcut.sides, operation, func, args, kwargs)
             return _replace(operation, args, kwargs, touch(k, merge))
@@ -136,46 +142,49 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
 
     def at_part(ks: Iterable[int], key: CallKey) -> Handler:
         def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
-            begun = [tapes.setdefault(k, Tape()) for k in ks]
-            others = [t for t in tapes.values() if t not in begun and t.touches(args, kwargs)]
-            return _taped([*begun, *others], func, args, kwargs, key)
+            begun = [gate_of(k) for k in ks]
+            others = [g for g in gates.values() if g not in begun and g.touches(args, kwargs)]
+            return call_followed([*begun, *others], func, args, kwargs, key)
 
         return handle
 
     def at_stack(k: int) -> Handler:
         def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
-            output = at_part([k], found[k].key)(operation, func, args, kwargs)
-            tapes[k].finish = lambda _: touch(k, _by_sides(found[k], tapes.pop(k)))
-            return output
+            stacked = at_part([k], found[k].key)(operation, func, args, kwargs)
+            gates[k].finish = lambda output: touch(k, _merge_of_sides(found[k], gates.pop(k).of(output)))
+            return stacked
 
         return handle
 
     def at_addend(k: int, operand: int) -> Handler:
+        sides: tuple[OperandSide, ...] = ("branch", "shortcut") if operand == 0 else ("shortcut", "branch")
+
         def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
             assert operation is not None
-            sides = tuple("branch" if i == operand else "shortcut" for i in range(2))
             merge = replace(_merge(found[k].name, sides, operation, func, args, kwargs), later=True)
             return _replace(operation, args, kwargs, touch(k, merge))
 
         return handle
 
-    inside: dict[CallKey, dict[int, None]] = {}
+    parts: dict[CallKey, list[int]] = {}
     handlers: dict[CallKey, Handler] = {}
-    for k in range(len(found)):
-        is_gate = "both" in found[k].sides
-        for place in found[k].branch_at + found[k].shortcut_at * is_gate:
-            if place.call != found[k].key and is_gate:
-                inside.setdefault(place.call, {})[k] = None
-            elif place.call != found[k].key:
+    for k, shortcut in enumerate(found):
+        is_gate = "both" in shortcut.sides
+        for place in shortcut.branch_at + shortcut.shortcut_at * is_gate:
+            if place.call == shortcut.key:
+                continue
+            if not is_gate:
                 handlers[place.call] = at_addend(k, place.operand)
-    handlers |= {key: at_part(ks, key) for key, ks in inside.items()}
-    merges = {s.key: at_stack(k) if s.summed else at_merge(k) for k, s in enumerate(found)}
-    with _running(model, handlers | merges, tapes):
+            elif k not in parts.setdefault(place.call, []):
+                parts[place.call].append(k)
+    handlers |= {key: at_part(ks, key) for key, ks in parts.items()}
+    handlers |= {s.key: at_stack(k) if s.summed else at_merge(k) for k, s in enumerate(found)}
+    with _running(model, handlers, gates):
         yield
 
 
 def _merge(
-    label: str, sides: tuple[str, ...], operation: Operation, func: Any, args: Any, kwargs: Any
+    label: str, sides: tuple[OperandSide, ...], operation: Operation, func: Any, args: Any, kwargs: Any
 ) -> Merge:
     values = _calls.operands(operation, args, kwargs)
     if operation.in_place:  # its value and its place in the graph are about to be overwritten
@@ -191,25 +200,17 @@ def _merge(
         return pure(*new_args, **new_kwargs)
 
     operands = tuple(values[i] for i in places)
-    return Merge(label, operands, sides, recompute(operands), recompute)
+    is_sum = operation.name == "add" and len(places) == len(args) + len(kwargs) == 2
+    return Merge(label, operands, sides, recompute(operands), recompute, is_sum=is_sum)
 
 
-def _gate(shortcut: Shortcut, tape: Tape, operation: Operation, func: Any, args: Any, kwargs: Any) -> Merge:
-    """A gate by its sides: the tape up to its merge, played without x and without H."""
-    tape.note(func, args, kwargs, shortcut.key)
-    tape.steps[-1].again(args, kwargs)  # a checkpoint around it counts what the call saves
-    return _by_sides(shortcut, tape)
-
-
-def _by_sides(shortcut: Shortcut, tape: Tape) -> Merge:
-    branch, bypass = tape.play(shortcut.shortcut_at), tape.play(shortcut.branch_at)
+def _merge_of_sides(shortcut: Shortcut, sides: Mapping[OperandSide, Tensor]) -> Merge:
+    """A gate as the sum of what comes by the branch and what comes by the shortcut."""
+    operands = sides["branch"], sides["shortcut"]
     return Merge(
-        shortcut.name,
-        (branch, bypass),
-        ("branch", "shortcut"),
-        branch + bypass,
-        lambda sides: sides[0] + sides[1],
-    )
+        shortcut.name, operands, ("branch", "shortcut"), operands[0] + operands[1],
+        lambda sides: sides[0] + sides[1], is_sum=True,
+    )  # fmt: skip
 
 
 def _replace(operation: Operation, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -220,17 +221,19 @@ def _replace(operation: Operation, args: Any, kwargs: Any, output: Tensor) -> Te
 
 
 @contextmanager
-def _running(model: nn.Module, handlers: dict[CallKey, Handler], tapes: dict[int, Tape]) -> Iterator[None]:
+def _running(
+    model: nn.Module, handlers: dict[CallKey, Handler], gates: dict[int, GateSides]
+) -> Iterator[None]:
     if not handlers:  # hooks do all of it
         yield
         return
-    tap = _Tap(model, handlers, tapes)
+    tap = _Tap(model, handlers, gates)
 
-    def begin_anew(*_: Any) -> None:
+    def reset(*_: Any) -> None:
         tap.sites.reset()
-        tap.tapes.clear()
+        gates.clear()
 
-    begin = model.register_forward_pre_hook(begin_anew)
+    begin = model.register_forward_pre_hook(reset)
     try:
         with tap:
             yield
@@ -252,7 +255,7 @@ def tap_boundaries(
             returns takes its place downstream.
     """
     handlers: dict[CallKey, Handler] = {}
-    tapes: dict[int, Tape] = {}
+    gates: dict[int, GateSides] = {}
     hooks = []
     modules = dict(model.named_modules())
 
@@ -270,13 +273,13 @@ def tap_boundaries(
 
     def stack_handler(i: int) -> Handler:
         def finish(output: Tensor) -> Tensor:
-            del tapes[i]
+            del gates[i]
             return touch(i, output)
 
         def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
-            tapes[i] = Tape()
-            output = _taped([tapes[i]], func, args, kwargs)
-            tapes[i].finish = finish
+            gates[i] = GateSides()
+            output = call_followed([gates[i]], func, args, kwargs)
+            gates[i].finish = finish
             return output
 
         return handle
@@ -289,7 +292,7 @@ def tap_boundaries(
                 hooks += _hook_output(model, modules[point.key.host], point.key.nth, i, touch)
             else:
                 handlers[point.key] = stack_handler(i) if point.summed else output_handler(i)
-        with _running(model, handlers, tapes):
+        with _running(model, handlers, gates):
             yield
     finally:
         for hook in hooks:

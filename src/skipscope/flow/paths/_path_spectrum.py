@@ -18,14 +18,14 @@ from skipscope._progress import track
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import random_state_kept
-from skipscope.flow._angles import MOST, AngleWalk
-from skipscope.flow._cuts import Stack, Walk, cut_forward
 from skipscope.flow._flow import mode_of
 from skipscope.flow._measure import shares_of
 from skipscope.flow._readings import norm_of
 from skipscope.flow._results import PathSpectrum
 from skipscope.flow._seed import backward_error
-from skipscope.shortcuts import meaning, tap_boundaries
+from skipscope.flow.paths._path_angles import MAX_LENGTHS, PathAngleBackward
+from skipscope.flow.paths._segments import LengthGradients, PathLengthBackward, cut_forward
+from skipscope.shortcuts import Boundary, meaning, tap_boundaries
 
 
 @public_call("path_spectrum")
@@ -42,10 +42,10 @@ def path_spectrum(
     seed: int = 0,
     weight: Callable[[Batch], float] | None = None,
 ) -> PathSpectrum:
-    """Sort the gradient by the number of branches it crossed: exactly, over all 2^L paths, in one walk.
+    """Sort the gradient by the number of branches it crossed: exactly, over all 2^L paths, in one backward pass.
 
-    Any graph of shortcuts: chains, nested, dense, two merges a block. The forward pass is cut at each merge; going
-    back, each cut holds one gradient for each length that can exist there. Local; where the model is sharded (FSDP2)
+    Any graph of shortcuts: chains, nested, dense, two merges a block. The forward pass is cut at each merge; in the
+    backward pass each cut holds one gradient for each length that can exist there. Local; where the model is sharded (FSDP2)
     collective, with all weights on every rank, and the spectrum is that of the calling rank's data.
 
     Args:
@@ -56,9 +56,9 @@ def path_spectrum(
         found: the shortcuts that count; all that are found by default.
         batched: carry all lengths through the backward pass at once (torch's vmap), or one after the other; by default
             whichever is faster.
-        max_bytes: a bound on the gradients that go into and come out of a segment at once. On top of these, and of the
-            forward pass, come those that wait at cuts: one for each length that exists there, in a chain at two cuts
-            at a time. What the walk has passed is freed.
+        max_bytes: a bound on the gradients that go into and come out of a segment at once. In addition, memory holds
+            the forward pass, and at each waiting cut one gradient for each length: in a chain at two cuts at a time.
+            Passed segments are freed.
         exact: False: an estimate that carries 256 gradients, however many lengths there are, and shows its error; None:
             that beyond 256 branches.
         seed: of the random numbers drawn inside (dropout).
@@ -93,35 +93,34 @@ def paths_of(
 ) -> PathSpectrum:
     """:func:`path_spectrum` of what is prepared. Local, or collective."""
     model, batches, objective = subject.model, subject.data, subject.loss
-    found, points = subject.found, subject.boundaries
-    target, parameter = _target(model, points, wrt)
-    estimate = exact is False or (exact is None and len(found) > MOST)
-    sums = _Sums(parameter is not None, len(found))
+    found, target = subject.found, _target(subject.model, subject.boundaries, wrt)
+    is_estimate = exact is False or (exact is None and len(found) > MAX_LENGTHS)
+    backward = PathAngleBackward if is_estimate else PathLengthBackward
+    sums = _Sums(isinstance(target, Tensor), len(found))
     with subject.running(seed), _sharding.whole(model):
         mode = mode_of(model)
         for i, (batch, share) in enumerate(track(shares_of(batches, objective, "path_spectrum"), "paths")):
             with random_state_kept(seed + i):
-                forward = cut_forward(model, batch, objective, found, target, parameter)
+                forward = cut_forward(model, batch, objective, found, target)
             if not forward.loss.requires_grad:
                 raise no_gradient("path_spectrum", model)
             sums.loss += share * float(forward.loss.detach())
-            walk = (AngleWalk if estimate else Walk)(forward, batched=batched, max_bytes=max_bytes)
-            stack = _walked(walk)
+            one = backward(forward, batched=batched, max_bytes=max_bytes)
+            gradients = _run(one)
             with random_state_kept(seed + i):  # the same dropout again
-                plain = _plain_gradient(model, batch, objective, target, parameter)
-            sums.add(walk, stack, plain, share)
-    name = (
-        target.name if parameter is None else next(n for n, p in model.named_parameters() if p is parameter)
-    )
+                plain = _plain_gradient(model, batch, objective, target)
+            sums.add(one, gradients, plain, share)
+    if isinstance(target, Boundary):
+        name = target.name
+    else:
+        name = next(n for n, p in model.named_parameters() if p is target)
     return sums.result(name, mode, meaning(model))
 
 
-def _walked(walk: Walk) -> Stack | None:
-    """The stack of the one target."""
+def _run(backward: PathLengthBackward) -> LengthGradients | None:
+    """The gradients at the only target; None where this forward pass had none, or no path reaches it."""
     try:
-        return walk.run()[0]
-    except IndexError:  # the target was not met in this pass
-        return None
+        return next(iter(backward.run()), None)
     except RuntimeError as error:
         raise backward_error("path_spectrum", error) from error
 
@@ -137,28 +136,23 @@ def _with_errors(
     floor = max([floor, *(float(end.max()) for end in ends)])
     norms = np.concatenate([norms, np.zeros(max(0, branches + 1 - len(norms)))])[: branches + 1]
     note = (
-        f"Told apart: {count} of {branches + 1} lengths, {low} to {min(branches, low + count - 1)}. Error of each norm: "
+        f"Resolved: {count} of {branches + 1} lengths, {low} to {min(branches, low + count - 1)}. Error of each norm: "
         f"about {floor:.2g}, from what lies beyond, the far ends of these, and rounding."
     )
     return norms, np.full(len(norms), floor), (note,)
 
 
-def _target(model: nn.Module, points: Any, wrt: Any) -> tuple[Any, nn.Parameter | None]:
-    """The boundary that is meant, or the parameter."""
+def _target(model: nn.Module, points: tuple[Boundary, ...], wrt: Any) -> Boundary | nn.Parameter:
+    """The boundary or the parameter where paths end."""
     parameters = dict(model.named_parameters())
     if wrt is None:
-        return points[0], None
-    if isinstance(wrt, Tensor):
-        if any(p is wrt for p in parameters.values()):
-            return points[0], wrt  # type: ignore[return-value]
-    elif isinstance(wrt, str):
-        for point in points:
-            if point.name == wrt:
-                return point, None
-        if wrt in parameters:
-            return points[0], parameters[wrt]
-    elif hasattr(wrt, "key") or hasattr(wrt, "depth"):
-        return next(p for p in points if p.name == wrt.name), None
+        return points[0]
+    if isinstance(wrt, nn.Parameter) and any(p is wrt for p in parameters.values()):
+        return wrt
+    name = wrt if isinstance(wrt, str) else getattr(wrt, "name", None)
+    point = next((point for point in points if point.name == name), None)
+    if point is not None or name in parameters:
+        return point or parameters[str(name)]
     raise SkipscopeError(
         "path_spectrum", "wrt is neither a boundary nor a parameter of this model",
         expected="one of " + ", ".join([p.name for p in points][:8]) + ", ..., or a parameter's name",
@@ -167,17 +161,16 @@ def _target(model: nn.Module, points: Any, wrt: Any) -> tuple[Any, nn.Parameter 
 
 
 def _plain_gradient(
-    model: nn.Module, batch: Batch, loss: Objective, target: Any, parameter: nn.Parameter | None
+    model: nn.Module, batch: Batch, loss: Objective, target: Boundary | nn.Parameter
 ) -> Tensor | None:
     """The whole gradient, from an ordinary backward pass."""
-    if parameter is not None:
-        return torch.autograd.grad(loss(model, batch), parameter, allow_unused=True)[0]
+    if not isinstance(target, Boundary):
+        return torch.autograd.grad(loss(model, batch), target, allow_unused=True)[0]
     reached: list[Tensor] = []
 
     def reach(_: int, activation: Tensor) -> Tensor:
-        leaf = activation.detach().requires_grad_()
-        reached.append(leaf)
-        return leaf.clone()
+        reached.append(activation.detach().requires_grad_())
+        return reached[-1].clone()  # a leaf could not be changed in place by what follows
 
     with tap_boundaries(model, (target,), reach):
         value = loss(model, batch)
@@ -185,7 +178,7 @@ def _plain_gradient(
 
 
 class _Sums:
-    """What several batches come to: activations lie side by side, gradients of a parameter add up.
+    """The sums over batches: of an activation the norms add up, of a parameter the gradients.
 
     Args:
         shared: the target is one and the same in every batch.
@@ -199,26 +192,32 @@ class _Sums:
         self.vectors: dict[int, Tensor] = {}
         self.plain: Tensor | None = None
         self.reached = False
-        self.ways: set[str] = set()
+        self.methods: set[str] = set()
         self.window: tuple[int, int] | None = None  # of an estimate: its first length, and how many
         self.folded, self.rounding = 0.0, 0.0  # what lies beyond it, and half precision's share
 
-    def add(self, walk: Walk, stack: Stack | None, plain: Tensor | None, share: float) -> None:
-        """Take in one batch."""
-        self.ways |= walk.ways
-        if isinstance(walk, AngleWalk):
-            self.window = self.window or walk.window(stack, self.branches)
-            angles, stack = stack, walk.lengths(stack, self.window)
-            if angles is not None and stack is not None:
-                self.folded += walk.folded(angles, stack) * walk.unit * share
+    def add(
+        self,
+        backward: PathLengthBackward,
+        gradients: LengthGradients | None,
+        plain: Tensor | None,
+        share: float,
+    ) -> None:
+        """Add one batch."""
+        self.methods |= backward.methods
+        if isinstance(backward, PathAngleBackward):
+            self.window = self.window or backward.window(gradients, self.branches)
+            angles, gradients = gradients, backward.lengths(gradients, self.window)
+            if angles is not None and gradients is not None:
+                self.folded += backward.folded(angles, gradients) * backward.unit * share
                 self.rounding = 16 * torch.finfo(angles.rows.dtype).eps
-        if stack is None or plain is None:
+        if gradients is None or plain is None:
             return
         self.reached = True
         whole = plain.detach().double() * share
         rest = whole.neg()
-        for i, row in enumerate(stack.rows):
-            k, row = stack.low + i, row.detach().double() * (walk.unit * share)
+        for i, row in enumerate(gradients.rows):
+            k, row = gradients.low + i, row.detach().double() * (backward.unit * share)
             rest += row
             if self.shared:
                 self.vectors[k] = self.vectors[k] + row if k in self.vectors else row
@@ -230,7 +229,7 @@ class _Sums:
             self.off, self.all = math.hypot(self.off, norm_of(rest)), math.hypot(self.all, norm_of(whole))
 
     def norms(self) -> np.ndarray:
-        """The norm at every length; the residual is left in ``off`` and ``all``."""
+        """The norm at every length; sets the residual's parts ``off`` and ``all``."""
         if self.plain is not None:
             self.squares = {k: norm_of(row) for k, row in self.vectors.items()}
             rest = self.plain.neg()
@@ -250,7 +249,7 @@ class _Sums:
             )  # fmt: skip
         norms = self.norms()
         mean = float(norms @ np.arange(len(norms)) / norms.sum()) if norms.sum() else math.nan
-        method = "mixed" if len(self.ways) == 2 else next(iter(self.ways), "batched")
+        method = "mixed" if len(self.methods) == 2 else next(iter(self.methods), "batched")
         errors, notes = None, ()
         if self.window is not None:
             floor = max(self.folded, self.rounding * self.all)

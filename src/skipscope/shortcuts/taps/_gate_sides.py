@@ -1,0 +1,100 @@
+"""The two summands of a gate, computed beside its calls.
+
+For fixed t a gate is linear in x and in H, however it is written. With H = 0 its value is therefore what comes by the
+shortcut, (1 - t) x, and with x = 0 what comes by the branch, t H: the operands of t H + (1 - t) x, whatever the calls
+are. In x + t (H - x) these are the calls from the difference to the addition; in ``lerp`` it is one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from skipscope._data import map_tensors, tensors_in
+from skipscope._untouched import random_state_kept
+from skipscope.shortcuts import _calls
+from skipscope.shortcuts._results import CallKey, OperandSide, Place
+
+
+class GateSides:
+    """Follows the calls of one gate from its first to its merge, and makes each of them once more for each side.
+
+    Args:
+        zeros: for each side, the operands that are zero on it; without sides, calls are followed only.
+
+    Attributes:
+        finish: computes what takes the place of the sum over stacked operands; None where the merge is no such sum.
+    """
+
+    def __init__(self, zeros: Mapping[OperandSide, tuple[Place, ...]] | None = None):
+        self.zeros = dict(zeros or {})
+        self.finish: Callable[[Tensor], Tensor] | None = None
+        # By id of a tensor that a followed call gave: the tensor, to keep the id its own, and its value on each side.
+        self._made: dict[int, tuple[Tensor, dict[OperandSide, Tensor]]] = {}
+
+    def touches(self, args: Any, kwargs: Any) -> bool:
+        """Whether a call takes what a followed call gave."""
+        return bool(self._made) and any(id(tensor) in self._made for tensor in tensors_in((args, kwargs)))
+
+    def on_each_side(
+        self, func: Callable[..., Any], args: Any, kwargs: Any, key: CallKey | None = None
+    ) -> dict[OperandSide, Any]:
+        """What a call that is about to be made would give on each side; a random call draws the same numbers.
+
+        Args:
+            func: what is called.
+            args: its arguments as built.
+            kwargs: the same by name.
+            key: of a call with operands that are zero on a side.
+        """
+        name = getattr(func, "__name__", "")
+        operation = _calls.OPERATIONS.get(name)
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place and args and isinstance(args[0], Tensor) and id(args[0]) not in self._made:
+            args = (args[0].clone(), *args[1:])  # it is about to be overwritten
+        pure = func if operation is None else _calls.out_of_place(operation, func)
+        is_random = "dropout" in name or "bernoulli" in name
+        results = {}
+        for side, places in self.zeros.items():
+            own_args, own_kwargs = map_tensors((args, kwargs), partial(self._on, side))
+            empty = [place.operand for place in places if place.call == key]
+            if empty and operation is not None:
+                values = _calls.operands(operation, own_args, own_kwargs)
+                values = [torch.zeros_like(v) if i in empty else v for i, v in enumerate(values)]
+                own_args, own_kwargs = _calls.with_operands(operation, own_args, own_kwargs, values)
+            # A checkpoint around the gate counts what is saved: what is saved here is none of its own.
+            unsaved = saved_tensors_hooks(lambda t: t, lambda t: t)
+            with unsaved, random_state_kept() if is_random else nullcontext():
+                results[side] = pure(*own_args, **own_kwargs)
+        return results
+
+    def _on(self, side: OperandSide, tensor: Tensor) -> Tensor:
+        made = self._made.get(id(tensor))
+        return tensor if made is None else made[1][side]
+
+    def follow(self, output: Any, on_each_side: Mapping[OperandSide, Any]) -> None:
+        """Note what a call gave, and what it would give on each side."""
+        nested: dict[OperandSide, list[Tensor]] = {s: tensors_in(value) for s, value in on_each_side.items()}
+        for i, tensor in enumerate(tensors_in(output)):
+            self._made[id(tensor)] = tensor, {side: values[i] for side, values in nested.items()}
+
+    def of(self, tensor: Tensor) -> dict[OperandSide, Tensor]:
+        """What was noted of a tensor that a followed call gave."""
+        return self._made[id(tensor)][1]
+
+
+def call_followed(
+    gates: list[GateSides], func: Callable[..., Any], args: Any, kwargs: Any, key: CallKey | None = None
+) -> Any:
+    """Make a call, and follow it in several gates."""
+    sides = [gate.on_each_side(func, args, kwargs, key) for gate in gates]
+    output = func(*args, **kwargs)
+    for gate, on_each_side in zip(gates, sides, strict=True):
+        gate.follow(output, on_each_side)
+    return output
