@@ -39,6 +39,7 @@ from .monitor import Monitor as Monitor
 from .monitor import watch as watch
 from .report import SideBySide as SideBySide
 from .report import side_by_side as side_by_side
+from .report import style as style
 from .shortcuts import Boundary as Boundary
 from .shortcuts import Shortcut as Shortcut
 from .shortcuts import Shortcuts as Shortcuts

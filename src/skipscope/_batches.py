@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from skipscope._errors import SkipscopeError
 from skipscope._random import drawn_apart
@@ -23,19 +24,55 @@ Batch = Any
 class Batches:
     """Re-iterable batches, and whether there is only one. What they draw at random leaves the global states as they are.
 
-    Attributes:
-        single: True for one batch, which then needs no averaging.
+    Args:
+        items: a list, or what makes a new iterator for each pass.
+        single: one batch, which needs no averaging.
+        operation: named in errors.
+
+    Raises:
+        SkipscopeError: while iterating, at the end of a pass that has not as many batches as the one before.
     """
 
-    def __init__(self, items: Iterable[Batch], *, single: bool = False):
-        self.items, self.single = items, single
+    def __init__(self, items: Iterable[Batch], *, single: bool = False, operation: str = "data"):
+        self.items, self.single, self.operation = items, single, operation
+        # Of anything else it is not known whether a second iterator begins where the first one did.
+        self._restarts = isinstance(items, list | tuple) or (
+            isinstance(items, DataLoader) and not isinstance(getattr(items, "dataset", None), IterableDataset)
+        )
+        self._ahead: list[Batch] = []
+        self._rest: Iterator[Batch] | None = None
+        self._known_first: Batch | None = None
+        self._length: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        return drawn_apart(self.items)
+        ahead, rest = self._ahead, self._rest
+        self._ahead, self._rest = [], None
+        count = 0
+        for batch in chain(ahead, drawn_apart(self.items) if rest is None else rest):
+            count += 1
+            yield batch
+        if self._length not in {None, count}:
+            raise SkipscopeError(
+                self.operation, "the data has another number of batches in a second pass",
+                expected=f"{self._length} batches in every pass", got=f"{count}, from a {type(self.items).__name__}",
+                cure="read it once and keep the batches: ss.batches(list(...))",
+            )  # fmt: skip
+        self._length = count
+
+    def peek(self, count: int) -> list[Batch]:
+        """The first batches, at most ``count``; the next pass begins with the same ones, also on a stream."""
+        if self._restarts:
+            return list(islice(self, count))
+        if self._rest is None:
+            self._rest = drawn_apart(self.items)
+        self._ahead += islice(self._rest, max(0, count - len(self._ahead)))
+        return self._ahead[:count]
 
     def first(self) -> Batch:
         """The first batch."""
-        return next(iter(self))
+        if self._known_first is None:
+            self._known_first = self.peek(1)[0]
+        return self._known_first
 
 
 def batches(items: Sequence[Batch]) -> Batches:
@@ -98,15 +135,33 @@ def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches
             got=type(data).__name__,
             cure="ss.batches(list(data))" if isinstance(data, Iterator) else "pass (inputs, target)",
         )  # fmt: skip
-    for _ in drawn_apart(data):
-        return Batches(data)
-    raise SkipscopeError(
-        operation,
-        "the data is empty",
-        expected="at least one batch",
-        got=f"an empty {type(data).__name__}",
-        cure="check what fills it",
-    )
+    found = Batches(data, operation=operation)
+    if _is_batch(data, found):
+        return Batches([data], single=True)
+    if not found.peek(1):
+        raise SkipscopeError(
+            operation, "the data is empty", expected="at least one batch", got=f"an empty {type(data).__name__}",
+            cure="check what fills it",
+        )  # fmt: skip
+    found.first()
+    return found
+
+
+def _is_batch(data: Any, read: Batches) -> bool:
+    """Whether an iterable object is one batch (a graph, an array, a structure that can be unpacked), not a loader.
+
+    Loaders do not move to a device, and what they yield are not their own attributes, nor pairs of a name and a value.
+    """
+    if isinstance(data, DataLoader):
+        return False
+    if hasattr(data, "__array__") or callable(getattr(data, "to", None)):
+        return True
+    items = read.peek(1)
+    if not items:
+        return False
+    own = getattr(data, "__dict__", {}).values()
+    named = isinstance(items[0], tuple) and len(items[0]) == 2 and isinstance(items[0][0], str)
+    return named or any(items[0] is value for value in own)
 
 
 def _is_dataset(data: Any) -> bool:
@@ -198,12 +253,45 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+def sample_count(batch: Batch) -> int | None:
+    """How many samples a batch has: the first dimension of its first tensor, which its target must share.
+
+    Returns:
+        None where that cannot be seen: no tensor has a dimension, inputs and target disagree (images in a list, tokens
+            flattened in the target alone), or both are lists with an entry a sample.
+
+    Example:
+        >>> import torch
+        >>> sample_count((torch.ones(5, 3), torch.ones(5))), sample_count(([torch.ones(3, 8, 8)], [torch.tensor(1)]))
+        (5, None)
+    """
+    sizes = [tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim]
+    if not sizes:
+        return None
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        return sizes[0]
+    inputs, target = batch
+    entries = inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else inputs
+    one_each = isinstance(entries, list) and len(entries) > 1 and _length(target) == len(entries)
+    if one_each and (isinstance(target, Tensor) or len(set(sizes)) > 1):
+        return None
+    of_target = tensors_in(target)
+    if isinstance(target, list | tuple) and of_target and not any(t.ndim for t in of_target):
+        return None
+    shared = {t.shape[0] for t in of_target if t.ndim}
+    return sizes[0] if not shared or sizes[0] in shared else None
+
+
+def _length(value: Any) -> int | None:
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.ndim else None
+    return len(value) if isinstance(value, list | tuple) else None
+
+
 def batch_size(batch: Batch) -> int:
-    """How many samples a batch has: the first dimension of its first tensor with one."""
-    for tensor in tensors_in(batch):
-        if tensor.ndim:
-            return tensor.shape[0]
-    return 1
+    """How many samples a batch has; 1 where that cannot be seen."""
+    count = sample_count(batch)
+    return 1 if count is None else count
 
 
 def rows(batch: Any, index: Tensor | slice) -> Any:

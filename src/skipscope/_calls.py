@@ -100,9 +100,21 @@ def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
             operation, f"the model does not accept this input ({told(error)})", layer=name or None,
             expected=_taken_by(layer),
             got=f"inputs of shape {_shapes(tensors)}" if tensors else f"{type(inputs_of(batch)).__name__}, no tensor",
-            cure="pass the inputs as the model's forward takes them: a tensor, a tuple, or a Mapping of keywords"
-            if tensors else "make it a tensor: torch.as_tensor(...)",
+            cure=_how_to_pass(inputs_of(batch)),
         ) from error  # fmt: skip
+
+
+def _how_to_pass(inputs: Any) -> str:
+    """The cure for inputs that a model does not accept."""
+    if isinstance(inputs, Mapping):
+        return "a dict goes to the model as keywords; to hand over the dict itself: (({...},), target)"
+    if isinstance(inputs, list):
+        return "a list goes to the model as positional arguments; to hand over the list itself: ((images,), target)"
+    if hasattr(inputs, "__array__") and not isinstance(inputs, Tensor):
+        return "make it a tensor: torch.as_tensor(...)"
+    if not tensors_in(inputs):
+        return "call the model yourself: @ss.objective on f(model, batch) -> loss"
+    return "pass the inputs as the model's forward takes them: a tensor, a tuple, or a Mapping of keywords"
 
 
 def call_loss(loss: Callable[..., Any], output: Any, target: Any, operation: str) -> Any:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +24,10 @@ from skipscope._batches import batches as batches
 from skipscope._batches import inputs_of as inputs_of
 from skipscope._batches import map_tensors as map_tensors
 from skipscope._batches import rows as rows
+from skipscope._batches import sample_count as sample_count
 from skipscope._batches import target_of as target_of
 from skipscope._batches import tensors_in as tensors_in
-from skipscope._calls import call_loss
+from skipscope._calls import call_loss, told
 from skipscope._calls import call_model as call_model
 from skipscope._calls import forward as forward
 from skipscope._calls import without_gradients as without_gradients
@@ -45,6 +45,7 @@ class Objective:
         name: for tables and captions.
         function: ``f(model, batch) -> scalar``.
         weight: what a batch counts for in the mean over batches.
+        weight_from: who says so: the user, torch's own loss (its normaliser), or nobody yet: the samples are counted.
         sums: the loss is a sum over samples, so batches add up instead of being averaged.
         from_output: ``f(output, batch) -> scalar`` where the loss is a function of the model's output, else None.
         samples: ``f(output, batch) -> (numerators, denominators)``, each ``[samples]``; their sums' ratio (their sum,
@@ -57,6 +58,7 @@ class Objective:
     name: str
     function: Callable[[nn.Module, Batch], Tensor]
     weight: Callable[[Batch], float]
+    weight_from: Literal["user", "loss", "samples"] = "samples"
     sums: bool = False
     from_output: Callable[[Any, Batch], Tensor] | None = None
     samples: Callable[[Any, Batch], Samples] | None = None
@@ -96,7 +98,7 @@ def objective(
     if function is None:
         return functools.partial(objective, weight=weight)
     return Objective(
-        getattr(function, "__name__", "objective"), function, weight or batch_size,
+        getattr(function, "__name__", "objective"), function, weight or batch_size, "user" if weight else "samples",
         why_no_samples="an @objective returns one number a batch",
     )  # fmt: skip
 
@@ -126,7 +128,7 @@ def as_objective(
             got=f"{type(loss).__name__}: {loss!r:.60}", cure="torch.nn.functional.cross_entropy, for instance",
         )  # fmt: skip
     if weight is not None:
-        found = replace(found, weight=weight, candidates=())
+        found = replace(found, weight=weight, weight_from="user", candidates=())
     if sample_loss is not None:
         found = replace(
             found,
@@ -153,8 +155,8 @@ def read(
     """What every public call does first: read data and loss, and make sure that batches may be averaged.
 
     Raises:
-        SkipscopeError: data or loss cannot be read, the model has no numbers, or one batch does not equal its two
-            parts under any known weight.
+        SkipscopeError: data or loss cannot be read, the model has no numbers, or nothing says what each of several
+            batches counts for: no size is seen in one, or it does not equal its two parts under any known weight.
     """
     require_numbers(model, operation)
     read_loss = as_objective(loss, operation, weight=weight, sample_loss=sample_loss)
@@ -164,7 +166,7 @@ def read(
             operation, "the batch is empty: it has no samples", expected="at least one", got="a first dimension of 0",
             cure="check the DataLoader",
         )  # fmt: skip
-    if not read_data.single and not read_loss.sums:
+    if not read_data.single and not read_loss.sums and read_loss.weight_from != "user":
         read_loss = replace(read_loss, weight=_checked_weight(model, read_data, read_loss, operation))
     return read_data, read_loss
 
@@ -196,12 +198,32 @@ def _checked_weight(
 def _first_fitting_weight(
     model: nn.Module, data: Batches, loss: Objective, operation: str
 ) -> Callable[[Batch], float]:
+    looked_at = data.peek(8)
+    for batch in looked_at:
+        if sample_count(batch) is None and not _normaliser_is_known(loss, batch):
+            raise SkipscopeError(
+                operation, "no number of samples can be seen in a batch, and there are several to average",
+                expected="tensors in inputs and target whose first dimension is the samples", got=_form_of(batch),
+                cure="say what a batch counts for: weight=lambda batch: ... (its number of samples, where the loss is a "
+                "mean over samples)",
+            )  # fmt: skip
     standing = [loss.weight, *loss.candidates]
-    for whole in islice((b for b in islice(data, 8) if batch_size(b) > 1), 2):
+    for whole in [batch for batch in looked_at if batch_size(batch) > 1][:2]:
         n = batch_size(whole)
         # Uneven parts too, so that a plain average of the two is caught as well.
         for cut in {max(1, n // 3), n // 2}:
-            value, averages = _split(model, loss, whole, cut, standing)
+            value = loss(model, whole).detach()
+            try:
+                averages = _averages(model, loss, whole, cut, standing)
+            except Exception as error:
+                if _normaliser_is_known(loss, whole):
+                    return standing[0]
+                raise SkipscopeError(
+                    operation, f"a batch cannot be cut in two ({told(error)}), so nothing shows what it counts for",
+                    got=_form_of(whole),
+                    cure="say what a batch counts for: weight=lambda batch: ... (its number of samples, where the loss is "
+                    "a mean over samples)",
+                ) from error  # fmt: skip
             tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(value.dtype, 2e-2)
             target = float(value)
             near = [
@@ -217,25 +239,48 @@ def _first_fitting_weight(
                     expected=f"{target:.9g}, the loss of one batch of {n}",
                     got=f"{averages[0]:.9g} from its parts of {cut} and {n - cut}",
                     cure="say what a batch counts for: weight=lambda batch: ... (the loss's own denominator, e.g. "
-                    "the number of labels that are not ignored)",
+                    "the number of labels that are not ignored). Where the samples of a batch interact (a contrastive "
+                    "loss, batch statistics) no weight is right: pass one batch, or weight=lambda batch: 1.0 for the "
+                    "mean over these batches",
                 )  # fmt: skip
             standing = [weigh for weigh, ok in zip(standing, near) if ok]
     return standing[0]
 
 
-def _split(
+def _normaliser_is_known(loss: Objective, batch: Batch) -> bool:
+    return loss.weight_from == "loss" and isinstance(target_of(batch), Tensor)
+
+
+def _form_of(batch: Batch) -> str:
+    """A batch's form in a few words: types, and the shapes of tensors.
+
+    Example:
+        >>> _form_of(([1, 2], torch.zeros(2)))
+        '(a list of 2 int, a tensor of shape (2,))'
+    """
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, tuple):
+        return f"({', '.join(map(_form_of, batch[:4]))}{', ...' if len(batch) > 4 else ''})"
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with keys {list(batch)[:6]}"
+    if isinstance(batch, list) and batch:
+        return f"a list of {len(batch)} {type(batch[0]).__name__}"
+    return f"a {type(batch).__name__}"
+
+
+def _averages(
     model: nn.Module, loss: Objective, whole: Batch, cut: int, weights: Sequence[Callable[[Batch], float]]
-) -> tuple[Tensor, list[float]]:
-    """The loss of a batch, and what each weight makes of the losses of its first ``cut`` samples and the rest."""
-    n = batch_size(whole)
-    parts = [rows(whole, slice(0, cut)), rows(whole, slice(cut, n))]
-    value, first, second = (loss(model, batch).detach() for batch in (whole, *parts))
+) -> list[float]:
+    """What each weight makes of the losses of a batch's first ``cut`` samples and of the rest."""
+    parts = [rows(whole, slice(0, cut)), rows(whole, slice(cut, batch_size(whole)))]
+    first, second = (float(loss(model, part).detach()) for part in parts)
     averages = []
     for weigh in weights:
         a, b = (float(weigh(part)) for part in parts)
-        total = (a * float(first) if a else 0.0) + (b * float(second) if b else 0.0)
+        total = (a * first if a else 0.0) + (b * second if b else 0.0)
         averages.append(total / (a + b) if a + b else float("nan"))
-    return value, averages
+    return averages
 
 
 # --- readings of a loss
@@ -292,6 +337,7 @@ def _loss_of_output_and_target(loss: Callable[..., Any], operation: str) -> Obje
     fields: dict[str, Any] = {"why_no_samples": "not a stock torch loss; pass sample_loss="}
     if known is not None:
         fields = {
+            "weight_from": "loss",
             "sums": known.reduction == "sum",
             "samples": (lambda output, batch: known.samples(output, target_of(batch, operation))),
             "why_no_samples": None,

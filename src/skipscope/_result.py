@@ -64,7 +64,31 @@ class Result:
         return self.table().dataframe()
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
-        """Draw the result with matplotlib, into ``ax`` if one is given; returns the axes."""
+        """Draw the result with matplotlib.
+
+        Args:
+            ax: axes to draw into, 3-D ones too for a surface; several results drawn into the same axes get styles of
+                their own. For several surfaces a sequence of axes.
+            **options: by keyword, as follows.
+
+        Options:
+            chart: which of its charts, counted as on its page; by default the first, and of a comparison its picture.
+            figsize: width and height of a new figure, in inches.
+            title: above the axes, instead of a surface's own; "" leaves it out.
+            notes: False leaves out the sentences beside the axes.
+            legend: False leaves out the legend, or the bar of colours.
+            limits: both ends ``(low, high)`` of the scale of colours, or of a line's y axis. Or other results with a
+                surface: their common scale, so that pictures in several axes can be compared.
+            label: of a line, in the legend.
+            kind: of a surface, "contour" or "3d"; by default what ``ax`` is.
+            most: of bars, how many are drawn.
+
+        Returns:
+            The axes; an array of them where there are several. ``skipscope.style("paper")`` fits all of them for a paper.
+
+        Raises:
+            SkipscopeError: the result has no such chart, the chart no such option, or the axes are not for it.
+        """
         return _draw("plot", self, ax=ax, **options)
 
     def save(self, path: str | os.PathLike[str], **options: Any) -> Path:

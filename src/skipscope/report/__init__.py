@@ -7,11 +7,12 @@ pages, matplotlib for figures.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
 from skipscope._result import Result
 from skipscope.report import _arcs, _arcs_text, _page
-from skipscope.report._charts import Lines
+from skipscope.report._charts import Chart, Lines, Surfaces
+from skipscope.report._figure_style import style as style
+from skipscope.report._figure_style import with_options
 from skipscope.report._live import LIVE_PAGE as LIVE_PAGE
 from skipscope.report._live import live_page as live_page
 from skipscope.report._side_by_side import SideBySide as SideBySide
@@ -31,45 +34,95 @@ if TYPE_CHECKING:
     from skipscope.shortcuts import Shortcuts
 
 
-def plot(result: Result, ax: Any = None, *, chart: int | None = None, **options: Any) -> Any:
-    """Draw a result with matplotlib.
-
-    Args:
-        result: any result.
-        ax: axes to draw into; several results drawn into the same axes get styles of their own.
-        chart: which of its charts, counted as on its page; by default the first, and of a comparison its picture.
-        options: ``label=`` for lines, ``kind="3d"`` for surfaces, ``most=`` for bars.
-
-    Returns:
-        The axes; an array of them where there are several and no ``ax`` was given.
-
-    Raises:
-        SkipscopeError: the result has no such chart, or the chart no such option.
-    """
+def plot(
+    result: Result,
+    ax: Any = None,
+    *,
+    chart: int | None = None,
+    figsize: tuple[float, float] | None = None,
+    title: str | None = None,
+    notes: bool | None = None,
+    legend: bool | None = None,
+    limits: tuple[float, float] | Sequence[Result] | None = None,
+    **options: Any,
+) -> Any:
+    """Draw a result with matplotlib; the arguments are those of :meth:`skipscope.Result.plot`."""
     # matplotlib is slow to import, and a page needs little of it
+    import matplotlib
+    import numpy as np
+
     from skipscope.report import _hero, _matplotlib
     from skipscope.report import _matplotlib_maps as _matplotlib_maps
 
-    is_comparison = isinstance(result, _class("comparison", "Comparison"))
-    if is_comparison and chart is None and ax is None:
-        return _hero.hero(result)  # type: ignore[arg-type]
-    charts = [chart for panel in story(result).panels for chart in panel.charts]
-    if chart is None:  # of a comparison the flow, which its networks share; of everything else the first
-        chart = next((i for i, c in enumerate(charts) if is_comparison and isinstance(c, Lines)), 0)
-    if not -len(charts) <= chart < len(charts):
+    if ax is not None and figsize is not None:
         raise SkipscopeError(
-            "plot", f"a {type(result).__name__} has no chart{f' number {chart}' if charts else ''}", got=f"chart={chart}",
+            "plot", "figsize= is of a new figure, and axes were given", expected="one of the two",
+            cure="ax.figure.set_size_inches(width, height)",
+        )  # fmt: skip
+    drawn = None if _is_comparison(result) and chart is None and ax is None else _chart(result, chart)
+    ends = _limits(result, drawn, chart, limits)
+    with (
+        with_options(figsize=figsize, notes=notes, legend=legend, limits=ends) as look,
+        matplotlib.rc_context(look.rc),
+    ):
+        try:
+            axes = _hero.hero(result) if drawn is None else _matplotlib.draw(drawn, ax=ax, **options)  # type: ignore[arg-type]
+        except TypeError as error:
+            if "unexpected keyword" not in str(error):
+                raise
+            raise SkipscopeError(
+                "plot", f"a {type(result).__name__} is not drawn with these options", got=", ".join(options),
+                expected="figsize, title, notes, legend, limits, chart; label for lines; kind for surfaces; most for bars",
+            ) from error  # fmt: skip
+        if title is not None:
+            several = isinstance(axes, np.ndarray)
+            put = axes[0].get_figure(root=True).suptitle if several else axes.set_title
+            put(_matplotlib.plain(title))
+    return axes
+
+
+def _is_comparison(result: Any) -> bool:
+    return isinstance(result, _class("comparison", "Comparison"))
+
+
+def _chart(result: Result, number: int | None) -> Chart:
+    charts = [chart for panel in story(result).panels for chart in panel.charts]
+    if number is None:  # of a comparison the flow, which its networks share; of everything else the first
+        lines = (i for i, chart in enumerate(charts) if isinstance(chart, Lines))
+        number = next(lines, 0) if _is_comparison(result) else 0
+    if not -len(charts) <= number < len(charts):
+        raise SkipscopeError(
+            "plot", f"a {type(result).__name__} has no chart{f' number {number}' if charts else ''}", got=f"chart={number}",
             expected=f"0 to {len(charts) - 1}" if charts else "a result with a chart",
             cure=None if charts else "print(result) shows its table; save('x.html') makes a page of it",
         )  # fmt: skip
+    return charts[number]
+
+
+def _limits(
+    result: Result, chart: Chart | None, number: int | None, limits: Any
+) -> tuple[float, float] | None:
+    """Both ends of the scale: as given, or those that a surface and the other results have in common."""
+    from skipscope.report import _terrain
+
+    if limits is None:
+        return None
+    if isinstance(limits, Result):
+        limits = [limits]
+    others = [_chart(other, number) for other in limits if isinstance(other, Result)]
+    if others and len(others) == len(limits) and all(isinstance(c, Surfaces) for c in [chart, *others]):
+        together = [surface for c in [chart, *others] for surface in c.surfaces]  # type: ignore[union-attr]
+        scale = _terrain.heights(dataclasses.replace(chart, surfaces=together))  # type: ignore[type-var]
+        return scale.low, scale.high
     try:
-        return _matplotlib.draw(charts[chart], ax=ax, **options)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        raise SkipscopeError(
-            "plot", f"a {type(result).__name__} is not drawn with these options", got=", ".join(options)
-        ) from error
+        low, high = map(float, limits)
+        if low < high:
+            return low, high
+    except (TypeError, ValueError):
+        pass
+    raise SkipscopeError(
+        "plot", "limits= cannot be used", expected="(low, high), or other results with a surface each", got=repr(limits)[:120],
+    )  # fmt: skip
 
 
 def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
@@ -116,13 +169,11 @@ def _picture(result: Result, ending: str, *, dpi: int = 160, **options: Any) -> 
     import matplotlib
     import numpy as np
 
-    from skipscope.report._matplotlib import hidden
-
     # No dates and no random names inside: the same result gives the same file
     undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[ending]
     buffer = io.BytesIO()
     with (
-        hidden(),
+        with_options(to_file=True),
         matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "skipscope", "pdf.fonttype": 42}),
     ):
         figure = np.ravel(plot(result, **options))[0].get_figure(root=True)

@@ -29,7 +29,8 @@ def gif(result: Surface | PairedSurfaces, *, dpi: int = 90, seconds: float = 0.3
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    from skipscope.report._matplotlib import hidden, new_figure, plain
+    from skipscope.report._figure_style import with_options
+    from skipscope.report._matplotlib import new_figure, plain
     from skipscope.report._matplotlib_maps import contours, square
 
     twins = result.surfaces if isinstance(result, PairedSurfaces) else {result.name: result}
@@ -43,7 +44,7 @@ def gif(result: Surface | PairedSurfaces, *, dpi: int = 90, seconds: float = 0.3
     frames = []
     scale = _terrain.heights(chart)
     for step in range(1, len(path) + 1):
-        with hidden():
+        with with_options(to_file=True):
             figure = new_figure(4.6 * len(twins), 4.4)
         for axes, surface in zip(figure.subplots(1, len(twins), squeeze=False)[0], chart.surfaces):
             contours(axes, replace(surface, path=surface.path[:step]), scale)

@@ -7,36 +7,28 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
+from skipscope._errors import SkipscopeError
 from skipscope.report._arcs import KINDS, thickness
 from skipscope.report._charts import Bars, Chart, Lines, Mark, Network, Series
+from skipscope.report._figure_style import current
 from skipscope.report._palette import DASHES, LIGHT, PLOT_MARKERS
 from skipscope.report._svg import spread
 
 OURS = "skipscope"  # the gid of a strong line: how a later result drawn into the same axes knows how many are there
 
-_hidden: ContextVar[bool] = ContextVar("_hidden", default=False)
-
-
-@contextmanager
-def hidden() -> Iterator[None]:
-    """New figures inside are for a file: no window opens, and the user's backend is not touched."""
-    token = _hidden.set(True)
-    try:
-        yield
-    finally:
-        _hidden.reset(token)
-
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure for a file where :func:`hidden`, else one of pyplot's."""
-    if _hidden.get():
+    """A figure of the style's size: for a file, or one of pyplot's."""
+    look = current()
+    if look.figsize is not None:
+        width, height = look.figsize
+    elif look.width is not None:
+        width, height = look.width, height * look.width / width
+    if look.to_file:
         from matplotlib.figure import Figure
 
         return Figure(figsize=(width, height), layout="constrained")
@@ -50,6 +42,20 @@ def new_axes(width: float = 7.2, height: float = 4.0, **options: Any) -> Any:
     return new_figure(width, height).subplots(**options)
 
 
+def require_flat(ax: Any, what: str) -> Any:
+    """The axes, two-dimensional ones.
+
+    Raises:
+        SkipscopeError: they are 3-D axes.
+    """
+    if getattr(ax, "name", "") == "3d":
+        raise SkipscopeError(
+            "plot", f"{what} is not drawn into 3-D axes", expected="two-dimensional axes", got="3-D axes",
+            cure="plt.figure().add_subplot()",
+        )  # fmt: skip
+    return ax
+
+
 @functools.singledispatch
 def draw(chart: Chart, ax: Any = None, **options: Any) -> Any:
     """Draw a chart into ``ax``, or into new axes; returns the axes."""
@@ -60,13 +66,15 @@ def draw(chart: Chart, ax: Any = None, **options: Any) -> Any:
 
 
 @draw.register
-def _(chart: Lines, ax: Any = None, *, label: str | None = None, legend: bool = True) -> Any:
-    ax = new_axes() if ax is None else ax
+def _(chart: Lines, ax: Any = None, *, label: str | None = None) -> Any:
+    ax, legend = new_axes() if ax is None else require_flat(ax, "a line"), current().legend
     before = sum(line.get_gid() == OURS for line in ax.get_lines())
     for series in chart.series:
         _series(ax, chart, series, before, label if len(chart.series) == 1 else None)
     if not before:
         _frame(ax, chart)
+    if current().limits is not None:
+        ax.set_ylim(*current().limits)
     for mark in chart.marks:
         ax.axvline(mark.x, color="0.5", lw=0.8, ls=(0, (3, 3)))
         remark(ax, mark)
@@ -101,11 +109,14 @@ def _frame(ax: Any, chart: Lines) -> None:
 
 def _series(ax: Any, chart: Lines, series: Series, before: int, label: str | None) -> None:
     style = (series.style + before) % len(LIGHT)
+    name = plain(label or series.label)
+    if name in ax.get_legend_handles_labels()[1]:  # of an earlier result; label= names them apart
+        name = f"{name} ({before + 1})"
     if series.faint or (series.frame is not None and series.frame != chart.frame):
         ax.plot(series.x, _visible(series.y, chart.log_y), color="0.65", lw=0.7)
         return
     ax.plot(
-        series.x, _visible(series.y, chart.log_y), color=LIGHT[style], lw=1.8, gid=OURS, label=plain(label or series.label) or None,
+        series.x, _visible(series.y, chart.log_y), color=LIGHT[style], lw=1.8, gid=OURS, label=name or None,
         linestyle="none" if series.points else dash(style), marker=PLOT_MARKERS[style], ms=4, markevery=max(1, len(series.x) // 12),
     )  # fmt: skip
     ax.dataLim.update_from_data_x(series.x, ignore=False)  # where no value is finite is part of the axis
@@ -152,7 +163,11 @@ def dash(style: int) -> Any:
 @draw.register
 def _(chart: Bars, ax: Any = None, *, most: int = 40) -> Any:
     count = min(len(chart.labels), most)
-    ax = new_axes(7.2, 1.2 + 0.2 * count * max(1, len(chart.names))) if ax is None else ax
+    ax = (
+        new_axes(7.2, 1.2 + 0.2 * count * max(1, len(chart.names)))
+        if ax is None
+        else require_flat(ax, "a bar chart")
+    )
     thick = 0.8 / len(chart.names)
     for k, name in enumerate(chart.names):
         at = np.arange(count) + (k + 0.5) * thick - 0.4
@@ -175,7 +190,7 @@ def _(chart: Bars, ax: Any = None, *, most: int = 40) -> Any:
         + (f" (the first {count} of {len(chart.labels)})" if len(chart.labels) > count else "")
     )
     calm(ax, "x")
-    if len(chart.names) > 1:
+    if len(chart.names) > 1 and current().legend:
         ax.legend(frameon=False, fontsize=8)
     return ax
 
@@ -191,7 +206,8 @@ def _(chart: Network, ax: Any = None, *, names: bool = True) -> Any:
     rise = {arc: 0.9 * (arc.end + 1 - arc.start) ** 0.75 for arc in chart.arcs}
     top = max(rise.values(), default=1.0)
     width = min(14.0, max(6.0, 0.3 * count))
-    ax = new_axes(width, 1.3 + width * top / (count + 1)) if ax is None else ax
+    height = 1.3 + width * top / (count + 1)
+    ax = new_axes(width, height) if ax is None else require_flat(ax, "a network")
     ax.plot([-0.4, count + 0.4], [0, 0], color="0.4", lw=1, zorder=1)
     size = max(1.5, min(6.0, 160 / max(1, count)))
     ax.plot(np.arange(count) + 0.5, np.zeros(count), "s", color="0.35", ms=size, zorder=2)
@@ -246,6 +262,8 @@ def remark(ax: Any, mark: Mark) -> None:
 
 def foot(ax: Any, sentence: str) -> None:
     """A sentence under the picture; of several results drawn into one picture each keeps its own."""
+    if not current().notes:
+        return
     wrapped = "\n".join(textwrap.wrap(plain(sentence), 100))
     label = ax.get_xlabel()
     ax.set_xlabel(f"{label}\n{wrapped}" if label else wrapped, fontsize=8)

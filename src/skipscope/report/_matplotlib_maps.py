@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from skipscope._errors import SkipscopeError
 from skipscope.report import _terrain
 from skipscope.report._charts import Heat, Surface, Surfaces
-from skipscope.report._matplotlib import draw, foot, new_axes, plain
+from skipscope.report._figure_style import current
+from skipscope.report._matplotlib import draw, foot, new_axes, plain, require_flat
 from skipscope.report._palette import BROKEN
 from skipscope.report._svg import rooms
 
@@ -19,9 +21,10 @@ def _(chart: Heat, ax: Any = None) -> Any:
     from matplotlib.colors import LogNorm
 
     rows = len(chart.rows)
-    ax = new_axes(7.2, min(9.0, 1.6 + 0.16 * rows)) if ax is None else ax
+    ax = new_axes(7.2, min(9.0, 1.6 + 0.16 * rows)) if ax is None else require_flat(ax, "a map")
     positive = chart.values[np.isfinite(chart.values) & (chart.values > 0)]
     low, high = (float(positive.min()), float(positive.max())) if positive.size else (0.1, 1.0)
+    low, high = current().limits or (low, high)
     mesh = ax.pcolormesh(
         _edges(chart.columns), np.arange(rows + 1), np.where(np.isfinite(chart.values) & (chart.values > 0), chart.values, np.nan), cmap="viridis",
         norm=LogNorm(low, max(high, low * 1.01)), rasterized=True,
@@ -36,7 +39,8 @@ def _(chart: Heat, ax: Any = None) -> Any:
     ax.set_yticks(np.arange(0, rows, step) + 0.5, [plain(name) for name in chart.rows[::step]], fontsize=7)
     ax.invert_yaxis()
     ax.set_xlabel(plain(chart.x_title))
-    ax.figure.colorbar(mesh, ax=ax, label=plain(chart.title), fraction=0.04, pad=0.02)
+    if current().legend:
+        ax.figure.colorbar(mesh, ax=ax, label=plain(chart.title), fraction=0.04, pad=0.02)
     _stripes(ax, chart)
     if chart.foot:
         foot(ax, chart.foot)
@@ -82,32 +86,37 @@ def _edges(columns: Any) -> np.ndarray:
 
 
 @draw.register
-def _(chart: Surfaces, ax: Any = None, *, kind: str = "contour") -> Any:
-    """Contours, or ``kind="3d"``: several surfaces get axes of their own unless ``ax`` is given for the first."""
-    solid = kind == "3d"
-    count = 1 if ax is not None else len(chart.surfaces)
-    options = {"subplot_kw": {"projection": "3d"}} if solid else {"sharey": True}
-    axes = (
-        [ax]
-        if ax is not None
-        else np.ravel(new_axes(3.3 * count + 0.7, 3.5, ncols=count, squeeze=False, **options))
-    )
-    scale = _terrain.heights(chart)
+def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None = None) -> Any:
+    """Contours, or ``kind="3d"``; several surfaces get axes of their own: new ones, or as many as ``ax`` has."""
+    axes = [] if ax is None else list(np.ravel(ax))
+    solid = kind == "3d" or (kind is None and bool(axes) and axes[0].name == "3d")
+    if kind not in {None, "contour", "3d"} or any((one.name == "3d") != solid for one in axes):
+        raise SkipscopeError(
+            "plot", "these axes are not for this kind of picture", expected='kind="contour" in two-dimensional axes, or '
+            'kind="3d" in 3-D axes', got=f"kind={kind!r} in {'3-D' if axes and axes[0].name == '3d' else 'two-dimensional'} axes",
+            cure='plt.figure().add_subplot(projection="3d")' if solid else "leave kind= out",
+        )  # fmt: skip
+    count = len(axes) or len(chart.surfaces)
+    if not axes:
+        options = {"subplot_kw": {"projection": "3d"}} if solid else {"sharey": True}
+        axes = list(np.ravel(new_axes(3.3 * count + 0.7, 3.5, ncols=count, squeeze=False, **options)))
+    scale = _terrain.heights(chart, current().limits)
     drawn = None
     for where, surface in zip(axes, chart.surfaces):
         drawn = terrain(where, surface, scale) if solid else contours(where, surface, scale)
-        note = textwrap.wrap(surface.note, 36 if count > 1 else 46)
+        note = textwrap.wrap(surface.note, 36 if count > 1 else 46) if current().notes else []
         where.set_title("\n".join(map(plain, [surface.label, *note])), fontsize=9)
         if not solid:
             where.set_xlabel(plain(chart.axes[0]), fontsize=8)
     if not solid:
         axes[0].set_ylabel(plain(chart.axes[1]), fontsize=8)
+    if not solid and current().legend:
         values, texts = scale.ticks()
-        bar = axes[0].figure.colorbar(drawn, ax=list(axes), label=plain(chart.height), fraction=0.04)
+        bar = axes[0].figure.colorbar(drawn, ax=axes, label=plain(chart.height), fraction=0.04)
         bar.set_ticks(values, labels=texts)
     if ax is None and not solid:
         square(axes[0].get_figure(root=True))
-    return axes[0] if len(axes) == 1 else axes
+    return axes[0] if len(axes) == 1 else np.array(axes)
 
 
 def square(figure: Any) -> None:

@@ -74,9 +74,15 @@ class Heights:
         return values.tolist(), [short(float(10**v), 2) for v in values]
 
 
-def heights(chart: Surfaces) -> Heights:
-    """One scale for all surfaces of a chart."""
+def heights(chart: Surfaces, limits: tuple[float, float] | None = None) -> Heights:
+    """One scale for all surfaces of a chart, between ``limits`` where these are given."""
     values = np.concatenate([np.ravel(s.values) for s in chart.surfaces])
+    if limits is not None:
+        low, high = limits
+        with np.errstate(invalid="ignore"):
+            above, below = bool((values > high).any()), bool((values < low).any())
+        linear = low <= 0 or chart.linear or any(s.signed for s in chart.surfaces)
+        return Heights(low, high, above, log=not linear, under=below)
     if any(s.signed for s in chart.surfaces):
         finite = np.abs(values[np.isfinite(values)])
         reach = float(np.quantile(finite, 0.98)) if finite.size else 1.0

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._calls import differentiates
-from skipscope._data import Batch, Batches, Objective, as_batches, batch_size, map_tensors, tensors_in
+from skipscope._data import (
+    Batch,
+    Batches,
+    Objective,
+    as_batches,
+    batch_size,
+    map_tensors,
+    sample_count,
+    tensors_in,
+)  # fmt: skip
 from skipscope._errors import SkipscopeError
 
 FOLDS = 10  # groups of samples left out in turn, for the scores' standard errors
@@ -33,6 +42,11 @@ def resident(model: nn.Module, data: Any, loss: Any, samples: int | None, seed: 
 
 
 def _subset(held: list[Batch], samples: int, seed: int) -> list[Batch]:
+    if any(sample_count(batch) is None for batch in held):
+        raise SkipscopeError(
+            "landscape", "samples= cannot choose among samples that are not seen in a batch",
+            expected="tensors in inputs and target whose first dimension is the samples", cure="pass fewer data instead",
+        )  # fmt: skip
     sizes = [batch_size(batch) for batch in held]
     if samples >= sum(sizes):
         return held
