@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from skipscope._data import Batches, Objective
+from skipscope._data import Batches, Objective, tensors_in
 from skipscope._numbers import short
-from skipscope.flow._site_readings import _QUERIES, _tensors
+from skipscope.shortcuts import TracedCall
+from skipscope.shortcuts.trace import recording
 
 # Running variances this many times off those of the data are stale.
 STALE = 1e3
@@ -22,65 +22,53 @@ _WORDS = {
 }  # fmt: skip
 _CAUSES = {
     "softmax": "softmax", "log_softmax": "softmax", "scaled_dot_product_attention": "softmax", "sqrt": "sqrt", "rsqrt": "sqrt",
-    "sqrt_": "sqrt", "div": "div", "truediv": "div", "__truediv__": "div", "true_divide": "div", "rtruediv": "div",
-    "__rtruediv__": "div", "__rdiv__": "div", "reciprocal": "div", "normalize": "div", "log": "log", "log2": "log", "log10": "log",
-    "norm": "norm", "linalg_vector_norm": "norm", "vector_norm": "norm", "pow": "sqrt", "__pow__": "sqrt",
+    "pow": "sqrt", "div": "div", "rdiv": "div", "reciprocal": "div", "normalize": "div", "log": "log", "log2": "log",
+    "log10": "log", "norm": "norm", "linalg_vector_norm": "norm", "vector_norm": "norm",
 }  # fmt: skip
-
-
-_DOMAINS = frozenset(
-    {"acos", "asin", "acosh", "atanh", "log1p", "logit", "erfinv", "fmod", "remainder", "arccos", "arcsin"}
-)
+# Outside their domain they give NaN.
+_DOMAINS = {
+    "acos",
+    "asin",
+    "acosh",
+    "atanh",
+    "log1p",
+    "logit",
+    "erfinv",
+    "fmod",
+    "remainder",
+    "arccos",
+    "arcsin",
+}
 # They put infinities in on purpose: a mask.
-_MASKS = frozenset(
-    {"masked_fill", "masked_fill_", "where", "__setitem__", "fill_", "full_like", "new_full", "triu", "tril"}
-)
+_MASKS = {"masked_fill", "where", "setitem", "fill", "new_full", "triu", "tril"}
 
 
-class _Finite(TorchFunctionMode):
-    """Notes the first call whose result is not finite where its operands are, and which call made which node."""
+class _Finite:
+    """Listens for the first call whose result is not finite where its operands are, and which call made which node."""
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.stack: list[str] = []
+    def __init__(self) -> None:
         self.first: tuple[str, str, bool] | None = None  # function, module, whether NaN
         self.made: dict[Any, tuple[str, str]] = {}
+        # A value that has been written into since is not looked at: its operands are no more.
+        self.known: dict[int, tuple[bool, bool]] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in _QUERIES:
-            return func(*args, **kwargs)
+    def __call__(self, call: TracedCall, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         with torch._C.DisableTorchFunction():
-            given = [t for t in _tensors(args, kwargs) if t.is_floating_point()]
-            nan_in = any(bool(t.detach().isnan().any()) for t in given)
-            bad_in = nan_in or any(not bool(t.detach().isfinite().all()) for t in given)
-        output = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            results = [t for t in _tensors((output,), None) if t.is_floating_point()]
-            nan = any(bool(t.detach().isnan().any()) for t in results)
-            bad = nan or any(not bool(t.detach().isfinite().all()) for t in results)
-            module = self.stack[-1] if self.stack else ""
-            new = (nan and not nan_in) or (bad and not bad_in and name not in _MASKS)
-            if given and new and self.first is None:
-                self.first = name, module, nan
-            for t in results:
-                if t.grad_fn is not None:
-                    self.made.setdefault(t.grad_fn, (name, module))
-        return output
-
-    def enter(self, path: str):
-        """A hook that notes which module runs."""
-
-        def hook(*_: Any) -> None:
-            self.stack.append(path)
-
-        return hook
-
-    def leave(self, *_: Any) -> None:
-        """A hook that notes that the module is over."""
-        if self.stack:
-            self.stack.pop()
+            given = [self.known.get(v, (False, False)) for v in call.operands]
+            if call.index < 0 or not call.in_place:
+                given += [_faults(t) for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+            results = [t for t in tensors_in(args[:1] if call.in_place else output) if t.is_floating_point()]
+            faults = [_faults(t) for t in results]
+        for value, fault in zip(call.results, faults):
+            self.known[value] = fault
+        nan_in, bad_in = any(nan for nan, _ in given), any(bad for _, bad in given)
+        nan, bad = any(nan for nan, _ in faults), any(bad for _, bad in faults)
+        new = (nan and not nan_in) or (bad and not bad_in and call.function not in _MASKS)
+        if given and new and self.first is None:
+            self.first = call.function, call.module, nan
+        for t in results:
+            if t.grad_fn is not None:
+                self.made.setdefault(t.grad_fn, (call.function, call.module))
 
     def first_back(self, value: Tensor, weights: list[Tensor]) -> tuple[str, str, bool] | None:
         """The first node, going back, that takes a finite gradient and gives one that is not."""
@@ -112,38 +100,36 @@ class _Finite(TorchFunctionMode):
         return found[0] if found else None
 
 
+def _faults(tensor: Tensor) -> tuple[bool, bool]:
+    """Whether a tensor holds NaN; and whether it holds what is not finite."""
+    value = tensor.detach()
+    return bool(value.isnan().any()), not bool(value.isfinite().all())
+
+
 def _finite(gradients: tuple[Tensor | None, ...]) -> bool:
     return all(g is None or bool(g.isfinite().all()) for g in gradients)
 
 
 def first_nonfinite(model: nn.Module, data: Batches, loss: Objective) -> tuple[str, str] | None:
     """(cause, words) for the first call whose result is not finite while its operands were, or the first going back."""
-    watched = _Finite(model)
-    handles = []
-    for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(watched.enter(path)))
-        handles.append(module.register_forward_hook(watched.leave))
     try:
         for batch in data:
-            with watched:
+            watched = _Finite()
+            with recording(model, watched, gradients=True):
                 value = loss(model, batch)
             found = watched.first
             if found is None and value.requires_grad:
                 found = watched.first_back(value, [p for p in model.parameters() if p.requires_grad])
             if found is not None:
                 return _told(*found)
-            watched.stack.clear()
     except RuntimeError:
         return None
-    finally:
-        for handle in handles:
-            handle.remove()
     return None
 
 
 def _told(name: str, module: str, nan: bool) -> tuple[str, str]:
     # Outside their domain these give NaN although nothing overflows; elsewhere it is an infinity less another.
-    outside = nan and name.rstrip("_") in _DOMAINS
+    outside = nan and name in _DOMAINS
     cause = _CAUSES.get(name, "unexplained" if outside else "overflow")
     words = _WORDS.get(cause, "its result overflows" if not nan else "it gives NaN")
     place = f" in {module}" if module else ""

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from skipscope._data import Batch, Batches, Objective, tensors_in
+from skipscope._data import Batch, Batches, tensors_in
 from skipscope._numbers import short
 from skipscope._public_call import public_call
 from skipscope._ranks import greatest, ranks_of
 from skipscope._subject import Subject, prepare
-from skipscope.flow._chain_verdict import judge_chain
-from skipscope.flow._clues import clues
+from skipscope.flow._chain_verdict import judge_chain, worst
 from skipscope.flow._diagnosis import first_nonfinite, stale_norm
+from skipscope.flow._evidence import Evidence, evidence_of
 from skipscope.flow._flow_results import BoundaryFlow, GradientFlow, LayerGradient, SiteFlow, Verdict
-from skipscope.flow._lines import Evidence, evidence_of
-from skipscope.flow._measure import Tap, measure
-from skipscope.flow._readings import Readings, dense, norm_of
-from skipscope.flow._site_readings import LOOKUPS
+from skipscope.flow._layer_gains import layer_gains
+from skipscope.flow._measure import Touch, measure
+from skipscope.flow._readings import Readings
+from skipscope.flow._sites import LOOKUPS
+from skipscope.flow._tensor_norms import dense, norm_of
 from skipscope.flow._verdict import Clue, Point
-from skipscope.flow._zero_by_design import settled as _settled
+from skipscope.flow._zero_by_design import settled
 from skipscope.flow._zeros import boundary_state, layer, second_opinion
 from skipscope.shortcuts import meaning, tap_boundaries
 
@@ -73,73 +76,114 @@ def gradient_flow(
 
 def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientFlow:
     """:func:`gradient_flow` of what is prepared; ``scale`` is what training multiplies the loss by. Local, or collective."""
-    model, batches, objective, points = subject.model, subject.data, subject.loss, subject.boundaries
-
-    def tap(touch):
-        return tap_boundaries(model, points, touch)
-
-    with subject.running(seed):
-        mode = mode_of(model)
-        readings = measure(model, batches, objective, len(points), tap, scale=scale)
-    exact, notes = second_opinion(readings, subject, seed)
-    if exact is not None and readings.output_gradient == 0:
-        readings.output_gradient = exact.output_gradient
-    flow = [boundary_state(readings, exact, i) for i in range(len(points))]
-    judged, more = _settled(readings, subject, seed)
-    verdict = _verdict(subject, judged, exact if judged is readings else None, tap, seed)
-    notes += more
-    return _assemble(model, points, flow, readings, exact, verdict, mode, scale, notes)
-
-
-def _verdict(subject: Subject, readings: Readings, exact: Readings | None, tap: Tap, seed: int) -> Verdict:
-    """What the readings come to; a second pass asks why, where there is something to ask."""
-    model, batches, objective, points = subject.model, subject.data, subject.loss, subject.boundaries
-    spread = bool(subject.ranks)
-    states = [boundary_state(readings, exact, i) for i in range(len(points))]
-    kept = [i for i, (state, _) in enumerate(states) if state != "not_met"]
-    seen = [
-        Point(
-            points[i].name,
-            states[i][0],
-            _log(states[i][1]),
-            readings.similarities[i],
-            points[i].kind == "merge",
+    read = _Measurement(subject, seed, scale)
+    chains = [_Measurement(subject, seed, scale, term.name) for term in read.readings.terms]
+    verdict = read.verdict()
+    if chains:
+        verdicts = tuple(
+            replace(one.verdict(), chain=term.name) for one, term in zip(chains, read.readings.terms)
         )
-        for i in kept
-    ]
-    residual = sum(p.kind == "merge" for p in points) > len(points) / 2
-    base = exact or readings
-    evidence = evidence_of(seen, points, kept, base, _sizes(model, readings))
-    culprit = _culprit(model, batches, readings) if any("nonfinite" in p.state for p in seen) else None
-    options: dict[str, Any] = {
-        "residual": residual,
-        "normed": residual and _is_normed(model),
-        "dtype": _dtype_name(readings),
-    }
-    verdict = judge_chain(evidence, {}, culprit=culprit, **options)
-    why_is_open = _asks_why(verdict, evidence, residual)
-    if verdict.state == "healthy" and not spread:
-        return verdict
-    clues: dict[str, Clue] = {}
-    stale = ""
-    if not spread:
-        with subject.running(seed):
-            stale = stale_norm(model, batches, objective)
-            if verdict.state == "nonfinite" and culprit is None:
-                culprit = first_nonfinite(model, batches, objective)
-    if greatest(model, why_is_open) if spread else why_is_open:  # all ranks together, or none
-        with subject.running(seed):
-            every = _clues(model, batches.first(), objective, len(points), tap)
-        clues = {points[i].name: clue for i, clue in enumerate(every)}
-    return judge_chain(evidence, clues, culprit=culprit, stale=stale, **options)
+        # A term may be silent on these batches by its own clamp or margin, and no fault of the network.
+        speaking = [
+            v for v, term in zip(verdicts, read.readings.terms) if not (term.clamped and v.cause == "loss")
+        ]
+        verdict = replace(worst(speaking or verdicts), chains=verdicts)
+    return _assemble(subject, read, verdict, scale)
 
 
-def _is_normed(model: nn.Module) -> bool:
-    """Whether there is a batch norm that uses the data's own statistics for at least every second weighted layer."""
-    modules = list(model.modules())
-    norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in modules)
-    weighted = sum(isinstance(m, nn.Linear | nn.modules.conv._ConvNd) for m in modules)
-    return norms > 0 and 2 * norms >= weighted
+class _Measurement:
+    """The readings of a loss, or of one of its terms, with what else must be measured to judge them.
+
+    Attributes:
+        readings: in the model's own precision.
+        exact: in float64, where something is 0 that may be too small for its dtype.
+        settled: where what starts at zero by design has moved.
+        notes: what was found on the way.
+    """
+
+    def __init__(self, subject: Subject, seed: int, scale: float, term: str = ""):
+        self.subject, self.seed = subject, seed
+        self.exact: Readings | None = None
+        self.batches: list[Evidence] = []
+        self.settled_batches: list[Evidence] = []
+        with subject.running(seed):
+            self.readings = measure(
+                subject.model, subject.data, subject.loss, len(subject.boundaries), self.tap, scale=scale,
+                term=term, each=self._keeper(self.batches),
+            )  # fmt: skip
+        self.exact, notes = second_opinion(self.readings, subject, seed, term)
+        if self.exact is not None and self.readings.output_gradient == 0:
+            self.readings.output_gradient = self.exact.output_gradient
+        self.settled, more = settled(self.readings, subject, seed, term, self._keeper(self.settled_batches))
+        self.notes = notes + more
+
+    def _keeper(self, batches: list[Evidence]) -> Callable[[Readings], None] | None:
+        """Keeps what each of several batches shows."""
+        if self.subject.data.single or self.subject.ranks:
+            return None
+        return lambda one: batches.append(self._evidence(one, one))
+
+    def tap(self, touch: Touch) -> AbstractContextManager[Any]:
+        """Calls ``touch`` at each boundary."""
+        return tap_boundaries(self.subject.model, self.subject.boundaries, touch)
+
+    def _evidence(self, readings: Readings, settled: Readings, exact: Readings | None = None) -> Evidence:
+        points, seen, kept = self.subject.boundaries, [], []
+        for i, point in enumerate(points):
+            state, flow = boundary_state(readings, exact, i)
+            if state != "not_met":
+                kept.append(i)
+                seen.append(
+                    Point(point.name, state, _log(flow), readings.similarities[i], point.kind == "merge")
+                )
+        return evidence_of(
+            seen, points, kept, exact or readings, settled, _sizes(self.subject.model, settled)
+        )
+
+    def verdict(self) -> Verdict:
+        """What the readings come to; a second pass asks why, where there is something to ask."""
+        points, readings, batches = self.subject.boundaries, self.readings, self.batches
+        options: dict[str, Any] = {
+            "residual": sum(p.kind == "merge" for p in points) > len(points) / 2, "normed": readings.normed,
+            "dtype": _dtype_name(readings),
+        }  # fmt: skip
+        evidence = self._evidence(readings, self.settled, self.exact)
+        verdict = judge_chain(evidence, {}, **options)
+        if verdict.state in {"dead", "unconnected"} and self.settled is not readings:
+            # A head that starts at zero silences the line itself.
+            readings, batches = self.settled, self.settled_batches
+            evidence = self._evidence(readings, readings)
+            verdict = judge_chain(evidence, {}, **options)
+        verdict = self._explained(verdict, evidence, readings, options)
+        if len(batches) < 2:
+            return verdict
+        own = [judge_chain(replace(one, starved=evidence.starved), {}, **options).state for one in batches]
+        return replace(verdict, agreement=own.count(verdict.state) / len(own))
+
+    def _explained(
+        self, verdict: Verdict, evidence: Evidence, readings: Readings, options: dict[str, Any]
+    ) -> Verdict:
+        """The verdict with its cause."""
+        subject, spread = self.subject, bool(self.subject.ranks)
+        if verdict.state in {"healthy", "cannot tell"} and not spread and not readings.squashed:
+            return verdict
+        model, stale, culprit = subject.model, "", None
+        if verdict.state == "nonfinite":
+            culprit = _culprit(model, subject.data, readings)
+        if not spread:
+            with subject.running(self.seed):
+                stale = stale_norm(model, subject.data, subject.loss)
+                if verdict.state == "nonfinite" and culprit is None:
+                    culprit = first_nonfinite(model, subject.data, subject.loss)
+        why = readings.squashed or _asks_why(verdict, evidence, options["residual"])
+        gains: dict[str, Clue] = {}
+        if greatest(model, why) if spread else why:  # all ranks together, or none
+            with subject.running(self.seed):
+                every = layer_gains(
+                    model, subject.data.first(), subject.loss, len(subject.boundaries), self.tap
+                )
+            gains = {point.name: gain for point, gain in zip(subject.boundaries, every)}
+        return judge_chain(evidence, gains, culprit=culprit, stale=stale, **options)
 
 
 def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:
@@ -179,7 +223,9 @@ def mode_of(model: nn.Module) -> str:
 
 def _culprit(model: nn.Module, batches: Batches, readings: Readings) -> tuple[str, str] | None:
     """What is not a number before anything is computed; or the loss, where all activations are finite."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    order = {name: site.order for site in reversed(readings.sites) for name in site.weights}
+    weights = sorted(model.named_parameters(), key=lambda named: order.get(named[0], len(order)))
+    for name, tensor in (*weights, *model.named_buffers()):
         here = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
         if bool(here.detach().isnan().any()):
             return "weights", f"{name} holds NaN"
@@ -192,27 +238,18 @@ def _culprit(model: nn.Module, batches: Batches, readings: Readings) -> tuple[st
     return None
 
 
-def _clues(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap) -> tuple[Clue, ...]:
-    try:
-        return clues(model, batch, loss, count, tap)
-    except (
-        RuntimeError
-    ):  # an operation that does not run without gradients: a verdict needs no reason to stand
-        return ()
-
-
 # --- putting it together --------------------------------------------------------------------------------------
 
 
-def _assemble(
-    model: nn.Module, points: Any, flow: list[tuple[str, float | None]], readings: Readings, exact: Readings | None,
-    verdict: Verdict, mode: str, scale: float, more: tuple[str, ...],
-) -> GradientFlow:  # fmt: skip
+def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: float) -> GradientFlow:
+    readings, exact = read.readings, read.exact
     unit = readings.output_gradient or 1.0
+    flow = [boundary_state(readings, exact, i) for i in range(len(subject.boundaries))]
     values = [None if value is None else value / unit for _, value in flow]
-    rows = []
-    for i, (point, (state, _)) in enumerate(zip(points, flow)):
+    rows, not_met = [], []
+    for i, (point, (state, _)) in enumerate(zip(subject.boundaries, flow)):
         if state == "not_met":
+            not_met.append(point.name)
             continue
         after = next((v for v in values[i + 1 :] if v is not None), None)
         here = values[i]
@@ -227,15 +264,21 @@ def _assemble(
         layer(name, w, exact.weights.get(name) if exact else None, scale)
         for name, w in readings.weights.items()
     )
+    notes = list(read.notes)
+    if verdict.hinders == ("SGD",):
+        notes.append(
+            "This hinders SGD; Adam, whose steps do not depend on the gradient's size, mostly learns all the same."
+        )
+    notes += [*_unused(readings), *_notes(readings, layers, scale)]
+    if not_met:
+        notes.append(f"Not met in this pass, and left out: {', '.join(not_met)}.")
     slope = verdict.slope
     chi = None if slope is None else 10.0 ** (-2 * slope)
     depth_scale = None if slope is None else math.inf if slope == 0 else 1 / abs(2 * slope * math.log(10))
     return GradientFlow(
-        tuple(rows), layers, verdict, chi, depth_scale,
-        _product(rows), readings.loss, readings.output_gradient,
-        mode, meaning(model), _dtype_name(readings), readings.batches, readings.samples,
-        more + _hindered(verdict) + _unused(readings) + _notes(readings, layers, scale) + _not_met([p.name for p, (state, _) in zip(points, flow) if state == "not_met"]),
-        _sites(readings, unit),
+        tuple(rows), layers, verdict, chi, depth_scale, _product(rows), readings.loss, readings.output_gradient,
+        mode_of(subject.model), meaning(subject.model), _dtype_name(readings), readings.batches, readings.samples,
+        tuple(notes), _sites(readings, unit),
     )  # fmt: skip
 
 
@@ -271,14 +314,6 @@ def _unused(readings: Readings) -> tuple[str, ...]:
     )
 
 
-def _hindered(verdict: Verdict) -> tuple[str, ...]:
-    if verdict.hinders != ("SGD",):
-        return ()
-    return (
-        "This hinders SGD; Adam, whose steps do not depend on the gradient's size, mostly learns all the same.",
-    )
-
-
 def _notes(readings: Readings, layers: tuple[LayerGradient, ...], scale: float) -> tuple[str, ...]:
     notes = []
     for state, words in (
@@ -302,10 +337,6 @@ def _notes(readings: Readings, layers: tuple[LayerGradient, ...], scale: float) 
             "underflow: scale the loss (torch.amp.GradScaler, handed over as scaler=)."
         )
     return tuple(notes)
-
-
-def _not_met(names: list[str]) -> tuple[str, ...]:
-    return (f"Not met in this pass, and left out: {', '.join(names)}.",) if names else ()
 
 
 def _dtype_name(readings: Readings) -> str:

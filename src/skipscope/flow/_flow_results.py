@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from skipscope._numbers import short
 from skipscope._result import Result, Table
+from skipscope.flow._verdict_words import finding
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class Verdict:
     """What the flow is like, where it breaks, and why.
 
     Attributes:
-        state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"`` or ``"unconnected"``.
+        state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"``, ``"unconnected"``, or
+            ``"cannot tell"``: within the noise of a limit, or resting on a call that cannot be looked into.
         fall_decades: decades that the gradient's norm loses from the last hidden boundary to the first one whose weights
             are trained, without averages over positions; positive: shrinks going back. None without hidden boundaries.
         slope: decades per boundary by least squares, same sign.
@@ -128,11 +130,14 @@ class Verdict:
         reason: a sentence with the number that says so.
         cause: the reason in a word: ``"none"``, ``"saturation"``, ``"gain"``, ``"inactive"``, ``"collapse"``,
             ``"missing path"``, ``"underflow"``, ``"overflow"``, ``"weights"`` or ``"data"`` (not finite to begin with),
-            ``"loss"`` or ``"unexplained"``.
+            ``"loss"``, ``"time"``, ``"branch"``, ``"head"``, ``"batch norm"``, ``"noise"``, ``"opaque"``, ``"unexplained"``;
+            or the function that makes NaN: ``"softmax"``, ``"sqrt"``, ``"div"``, ``"log"``, ``"norm"``.
         evidence: that number.
         advice: what to do next, in a sentence.
-        agreement: the share of the batches that agree; None for a single batch.
-        chains: the verdicts on the summands of the loss, each for itself; empty where it is one.
+        agreement: the share of the batches whose own state is the same; None for a single batch.
+        chains: the verdicts on the terms of the loss, each for itself; empty where it is one. The whole has the worst.
+        chain: of a term, the function and the line that make it; summands that one line makes with the same weights
+            (the steps of a recurrence) are one term. Of the whole, the worst term's.
         starved: weights that get next to nothing while others do, the most starved first.
         head: what lies between the last hidden boundary and the output.
         worst: the weighted call that gets least.
@@ -160,21 +165,18 @@ class Verdict:
     worst: Worst | None = None
     reach: int | None = None
     score: float | None = None
+    chain: str = ""
 
     @property
     def finding(self) -> str:
         """The verdict in one sentence: what, where, how much."""
-        from skipscope.flow._chain_verdict import finding
-
         return finding(self)
 
     def __str__(self) -> str:
         because = self.reason[:1].upper() + self.reason[1:]
-        return " ".join(
-            part
-            for part in (f"{self.state}: {self.finding}", f"{because}.".replace("..", "."), self.advice)
-            if part
-        )
+        of = f" ({self.chain})" if self.chain and self.state != "healthy" else ""
+        parts = (f"{self.state}{of}: {self.finding}", f"{because}.".replace("..", "."), self.advice)
+        return " ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,11 @@ class GradientFlow(Result):
             f"{self.meaning}, {self.mode} mode, {self.samples:,} samples in {self.batches} "
             f"batch{'es' if self.batches != 1 else ''}, loss {short(self.loss)}."
         )
+        if self.verdict.chains:
+            terms = "; ".join(f"{one.chain}: {one.state}" for one in self.verdict.chains)
+            notes.append(f"Each term of the loss, judged alone: {terms}.")
+        if self.verdict.agreement is not None:
+            notes.append(f"{100 * self.verdict.agreement:.0f} % of the batches have this state.")
         return Table(
             f"Gradient flow: {self.verdict.state}",
             ["depth", "boundary", "gradient", "factor", "activation", "state"], rows, [*notes, *self.notes],

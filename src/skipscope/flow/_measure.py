@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from skipscope._calls import no_gradient
 from skipscope._data import Batch, Batches, Objective, batch_size, map_tensors
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import greatest, ranks_of
-from skipscope.flow._readings import Reading, Readings, WeightReading, dense, merge, similarity
-from skipscope.flow._seed import backward_error, output_gradient, seed_for, wants_backward
-from skipscope.flow._site_readings import SiteRecorder
+from skipscope.flow._readings import Reading, Readings
+from skipscope.flow._seed import backward_error, output_gradient, seed_for, seeded, wants_backward
+from skipscope.flow._sites import WEIGHTED, CallGraph, SiteReader
+from skipscope.flow._tensor_norms import dense, norm_of, similarity
+from skipscope.shortcuts.trace import recording
 
 # Called with (i, activation) at boundary i; what it returns takes the activation's place.
 Touch = Callable[[int, Tensor], Tensor]
@@ -28,8 +30,9 @@ Tap = Callable[[Touch], AbstractContextManager[Any]]
 
 
 def measure(
-    model: nn.Module, data: Batches, loss: Objective, count: int, tap: Tap, *, scale: float = 1.0
-) -> Readings:
+    model: nn.Module, data: Batches, loss: Objective, count: int, tap: Tap, *, scale: float = 1.0,
+    term: str = "", each: Callable[[Readings], None] | None = None,
+) -> Readings:  # fmt: skip
     """Read gradient and activation at ``count`` boundaries and the gradient of every weight, over all batches.
 
     Args:
@@ -39,23 +42,31 @@ def measure(
         count: how many boundaries there are.
         tap: enters what calls ``touch(i, activation)`` at each boundary.
         scale: by which training multiplies the loss (a GradScaler's).
+        term: the term of the loss whose gradient is read alone; batches without it are left out.
+        each: called with the readings of each batch.
     """
-    weights = {n: WeightReading(p.requires_grad) for n, p in model.named_parameters() if p.ndim >= 2}
-    readings = Readings(
-        [Reading() for _ in range(count)], [Reading() for _ in range(count)], [None] * count, weights
-    )
+    total = Readings.empty(count, _weights(model))
     spread = bool(ranks_of(model))
     for batch, share in shares_of(data, loss, "gradient_flow"):
+        one = _Pass(model, batch, loss, share, scale, count)
+        one.term = term
         try:
-            one = _Pass(model, batch, loss, share, scale, readings, accumulate=spread, spread=spread)
-            one.run(tap)
+            one.run(tap, accumulate=spread)
         except RuntimeError as error:
             if not wants_backward(error):
                 raise backward_error("gradient_flow", error) from error
-            one = _Pass(model, batch, loss, share, scale, readings, accumulate=True)
-            one.run(tap)
-        one.commit()
-    return readings
+            one = _Pass(model, batch, loss, share, scale, count)
+            one.term = term
+            one.run(tap, accumulate=True)
+        if one.readings.batches:
+            if each is not None:
+                each(one.readings)
+            total.merge(one.readings)
+    return total
+
+
+def _weights(model: nn.Module) -> dict[str, bool]:
+    return {n: p.requires_grad for n, p in model.named_parameters() if p.ndim >= 2}
 
 
 def shares_of(data: Batches, loss: Objective, operation: str) -> list[tuple[Batch, float]]:
@@ -78,51 +89,55 @@ class _Arrivals:
     whole graph, the batch and the model for ever.
     """
 
-    def __init__(self, share: float, scale: float):
-        self.share, self.scale = share, scale
-        self.readings: dict[int, Reading] = {}
+    def __init__(self, readings: list[Reading], share: float, scale: float, samples: int):
+        self.share, self.scale, self.samples = share, scale, samples
+        self.readings = readings
         self.unit: float | None = None  # what one unit of a gradient is worth, once the seed is known
 
-    def hook(self, i: int) -> Callable[[Tensor | None], None]:
-        """The hook on the activation at boundary ``i``."""
+    def hook(self, i: int, activation: Tensor) -> Callable[[Tensor | None], None]:
+        """The hook on the activation at boundary ``i``; what it holds of it is no part of the graph."""
 
         def arrive(gradient: Tensor | None) -> None:
             # The hooks also run while the seed is being found.
             if self.unit is not None and gradient is not None:
-                self.readings.setdefault(i, Reading()).add(
-                    gradient, self.unit * self.share, self.unit * self.scale
-                )
+                unit, reading = self.unit * self.share, self.readings[i]
+                reading.add(gradient, unit, self.unit * self.scale, self.samples)
+                if gradient.layout == activation.layout == torch.strided:
+                    reading.relative = math.hypot(
+                        reading.relative, unit * norm_of(dense(gradient * activation))
+                    )
 
         return arrive
 
 
 class _Pass:
-    """Forward and backward over one batch; nothing is kept in ``readings`` until it has gone well."""
+    """Forward and backward over one batch."""
+
+    term = ""
 
     def __init__(
-        self, model: nn.Module, batch: Batch, loss: Objective, share: float, scale: float, readings: Readings,
-        accumulate: bool = False, spread: bool = False,
-    ):  # fmt: skip
+        self, model: nn.Module, batch: Batch, loss: Objective, share: float, scale: float, count: int
+    ):
         self.model, self.loss, self.share = model, loss, share
         self.batch = map_tensors(batch, _as_data)
-        self.readings, self.accumulate, self.spread = readings, accumulate, spread
-        self.activations: dict[int, Reading] = {}
-        self.similarities: dict[int, float | None] = {}
-        self.arrivals = _Arrivals(share, scale)
+        self.readings = Readings.empty(count, _weights(model))
+        samples = batch_size(self.batch)
+        self.arrivals = _Arrivals(self.readings.gradients, share, scale, samples)
         self.leaves: list[Tensor] = []
-        # What a DTensor's calls are made of is no business of ours: under FSDP2 there are boundaries only.
-        self.recorder = None if spread else SiteRecorder(model, self.batch, readings.sites, readings.pools)
+        # What a DTensor's calls are made of is not the model's code: under FSDP2 there are boundaries only.
+        self.sites = None if ranks_of(model) else SiteReader(model)
+        self.values: dict[int, int] = {}
 
     def touch(self, i: int, activation: Tensor) -> Tensor:
-        if i not in self.activations:  # re-entrant checkpointing comes by twice
-            self.activations[i] = Reading()
+        reading = self.readings.activations[i]
+        if not reading.seen:  # re-entrant checkpointing comes by twice
             with torch._C.DisableTorchFunction():
-                self.activations[i].add(activation)
-                if self.readings.batches == 0:
-                    self.similarities[i] = similarity(activation.detach())
+                reading.add(activation)
+                self.readings.similarities[i] = similarity(activation.detach())
         touched = self.hooked(i, activation)
-        if self.recorder is not None:
-            self.recorder.note_boundary(i, touched)
+        recorder = self.sites.recorder if self.sites is not None else None
+        if recorder is not None:
+            self.values.setdefault(i, recorder.value_of(touched))
         return touched
 
     def hooked(self, i: int, activation: Tensor) -> Tensor:
@@ -134,68 +149,99 @@ class _Pass:
             leaf = activation if activation.requires_grad else activation.detach().requires_grad_()
             self.leaves.append(leaf)
             activation = leaf.clone()  # a leaf could not be changed in place by what follows
-        activation.register_hook(self.arrivals.hook(i))
+        with torch._C.DisableTorchFunction():
+            values = activation.detach()
+        activation.register_hook(self.arrivals.hook(i, values))
         return activation
 
-    def run(self, tap: Tap) -> None:
+    def run(self, tap: Tap, accumulate: bool) -> None:
         outputs: list[Any] = []
         handle = self.model.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
-            # The recorder is the outer of the two: the tap finds its calls by the frames between it and the model's code.
-            with self.recorder or nullcontext(), tap(self.touch):
-                self.value = self.loss(self.model, self.batch)
+            value = self.forward(tap)
+            if value is None:
+                return
             with tap(self.touch):  # re-entrant checkpoints come by again
-                if not self.value.requires_grad:
+                if not value.requires_grad:
                     raise no_gradient("gradient_flow", self.model)
-                self.at_output = output_gradient(
-                    self.value, outputs[-1] if outputs else None, self.accumulate
-                )
+                self.at_output = output_gradient(value, outputs[-1] if outputs else None, accumulate)
                 # Where weights are spread over ranks their gradient is the mean over ranks: all have one seed.
-                size = greatest(self.model, self.at_output) if self.spread else self.at_output
-                seed = seed_for(size, self.value.dtype)
+                size = greatest(self.model, self.at_output) if self.sites is None else self.at_output
+                seed = seed_for(size, value.dtype)
                 self.arrivals.unit = 1.0 / seed
-                if self.recorder is not None:
-                    self.recorder.graph.result = self.recorder.call_of(self.value)
-                    self.recorder.unit.append(self.share / seed)
-                self.weights = self.backward(seed)
+                if self.sites is not None:
+                    self.sites.unit.append(self.share / seed)
+                weights = self.backward(value, seed, accumulate)
         finally:
             handle.remove()
+        self.finish(weights, value, accumulate)
 
-    def backward(self, seed: float) -> dict[str, Tensor]:
+    def forward(self, tap: Tap) -> Tensor | None:
+        """The loss, or its term; None where this batch has no such term."""
+        with ExitStack() as stack:
+            if self.sites is not None:
+                # The recorder is the outer of the two: the tap finds its calls by the frames between it and the model.
+                recorder = stack.enter_context(recording(self.model, self.sites, gradients=True))
+                self.sites.recorder = recorder
+                recorder.note_inputs(self.batch)
+            with tap(self.touch):
+                value = self.loss(self.model, self.batch)
+            if self.sites is None:
+                return value
+            terms = self.sites.terms(value) if value.requires_grad else []
+            results: tuple[int, ...] = (recorder.value_of(value),)
+            trace = recorder.trace
+        if self.term:
+            chosen = next(((t, tensors) for t, tensors in terms if t.name == self.term), None)
+            if chosen is None:
+                return None
+            results, value = chosen[0].values, _alone(value, chosen[1])
+        to = self.readings
+        to.graph = CallGraph.of(trace, results)
+        to.sites, to.pools, to.cuts = self.sites.sites, self.sites.pools, self.sites.cuts
+        to.terms = tuple(t for t, _ in terms)
+        to.opaque = [hidden.name for hidden in trace.hidden if hidden.name not in WEIGHTED]
+        to.normed, to.squashed = (
+            self.sites.is_normed(trace),
+            self.sites.is_squashed(trace, to.graph.reached()),
+        )
+        for i, v in self.values.items():
+            call = trace.values[v].call
+            given = 1 << min(trace.inputs.index(v), 60) if v in trace.inputs else 0
+            to.calls[i] = (-1, given) if call is None else (call, to.graph.inputs[call])
+        self.sites.forget()
+        return value
+
+    def backward(self, value: Tensor, seed: float, accumulate: bool) -> dict[str, Tensor]:
         """The gradients of the parameters. ``torch.autograd.grad`` runs no optimizer that hangs on a parameter."""
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if self.accumulate:
+        if accumulate:
             with _post_accumulate_hooks_off(list(named.values())):
-                self.value.backward(self.value.new_tensor(seed))
+                (value * seed).sum().backward()
             return {name: p.grad for name, p in named.items() if p.grad is not None}
-        gradients = torch.autograd.grad(
-            self.value, [*named.values(), *self.leaves], self.value.new_tensor(seed), allow_unused=True
-        )
+        gradients = seeded(value, [*named.values(), *self.leaves], seed)
         return {name: g for name, g in zip(named, gradients) if g is not None}
 
-    def commit(self) -> None:
-        to = self.readings
-        for kind, mine in ((to.activations, self.activations), (to.gradients, self.arrivals.readings)):
-            for i, one in mine.items():
-                merge(kind[i], one)
-        for i, value in self.similarities.items():
-            to.similarities[i] = value
-        for name, gradient in self.weights.items():
+    def finish(self, weights: dict[str, Tensor], value: Tensor, accumulate: bool) -> None:
+        to, unit = self.readings, self.arrivals.unit or 1.0
+        for name, gradient in weights.items():
             if name in to.weights:
-                to.weights[name].add(gradient, self.arrivals.unit or 1.0, self.share)
-        if self.recorder is not None and to.graph is None:
-            to.graph, to.calls, to.cuts = self.recorder.graph, self.recorder.boundaries, self.recorder.cuts
-        if not self.spread:
+                to.weights[name].add(gradient, unit, self.share)
+        if self.sites is not None:
             held = dict(self.model.named_parameters())
-            to.moving |= {
-                n for n, g in self.weights.items() if not bool(held[n].any()) and bool(dense(g).any())
-            }
-        if self.accumulate:
+            to.moving = {n for n, g in weights.items() if not bool(held[n].any()) and bool(dense(g).any())}
+        if accumulate:
             self.model.zero_grad(set_to_none=True)
-        to.loss += self.share * float(self.value.detach())
-        to.output_gradient = math.hypot(to.output_gradient, self.share * self.at_output)
-        to.batches += 1
-        to.samples += batch_size(self.batch)
+        to.loss = self.share * float(value.detach())
+        to.output_gradient = self.share * self.at_output
+        to.batches, to.samples = 1, batch_size(self.batch)
+
+
+def _alone(whole: Tensor, summands: list[Tensor]) -> Tensor:
+    """The sum of some of a loss's summands, each times what it counts for in the loss."""
+    factors = torch.autograd.grad(whole.sum(), summands, retain_graph=True, allow_unused=True)
+    parts = [(one * factor).sum() for one, factor in zip(summands, factors) if factor is not None]
+    return torch.stack(parts).sum() if parts else whole * 0
 
 
 def _as_data(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from skipscope._untouched import private_copy, random_state_kept
 from skipscope.flow._flow import flow_of
 from skipscope.flow._remedies import Candidate, candidates
 from skipscope.flow._results import Prescription, Remedy
-from skipscope.flow._verdict import HEALTHY
+from skipscope.flow._verdict_words import HEALTHY
 
 # The rates under which each copy is trained for a few steps; its best one counts.
 RATES: tuple[tuple[str, type[torch.optim.Optimizer], float], ...] = (

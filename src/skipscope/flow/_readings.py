@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from skipscope._ranks import whole
-
-if TYPE_CHECKING:
-    from skipscope.flow._site_readings import CallGraph, PoolReading, SiteReading
+from skipscope.flow._sites import CallGraph, PoolReading, SiteReading, Term
+from skipscope.flow._tensor_norms import dense, least, norm_of, sample_norms
 
 
 @dataclass
 class Reading:
-    """What was read of one tensor over all batches: of a gradient, or of an activation."""
+    """What was read of one tensor over all batches: of a gradient, or of an activation.
+
+    Attributes:
+        norm: L2 norm.
+        relative: L2 norm of the gradient times the activation, element by element: a norm layer's scale has no part
+            in it, nor have positions where the activation is 0 (blank patches, padding).
+        elements, zeros: how many there are, and how many of them are 0.
+        lost: elements that training, with its own scale of the loss, would flush to zero.
+        samples: log10 of each sample's norm; empty where not known.
+    """
 
     norm: float = 0.0
     elements: int = 0
     zeros: int = 0
-    lost: int = 0  # elements that training, with its own scale of the loss, would flush to zero
+    lost: int = 0
+    relative: float = 0.0
     finite: bool = True
     seen: bool = False
     dtype: torch.dtype | None = None
+    samples: list[float] = field(default_factory=list)
 
-    def add(self, value: Tensor, unit: float = 1.0, training_unit: float = 1.0) -> None:
+    def add(self, value: Tensor, unit: float = 1.0, training_unit: float = 1.0, samples: int = 0) -> None:
         """Take in a tensor.
 
         Args:
             value: any shape, dense or sparse.
             unit: what one unit of it is worth in what is reported.
             training_unit: what one unit of it is worth in training, scaled as the user's GradScaler scales.
+            samples: how many samples the batch has, where each one's norm is asked for.
         """
         value = dense(value.detach())
         self.seen, self.dtype = True, value.dtype
@@ -44,11 +54,28 @@ class Reading:
         self.finite = self.finite and math.isfinite(norm)
         self.norm = math.hypot(self.norm, norm * unit)
         self.zeros += value.numel() - int(torch.count_nonzero(value))
+        if samples and unit > 0:
+            shift = math.log10(unit)
+            self.samples += [
+                math.log10(n) + shift if n > 0 else -math.inf for n in sample_norms(value, samples)
+            ]
         floor = (
             0.5 * least(value.dtype) / training_unit if training_unit else 0.0
         )  # below, it is rounded to 0
         if floor > float(torch.finfo(value.dtype).tiny):
             self.lost += int(((value.abs() < floor) & (value != 0)).sum())
+
+    def merge(self, other: Reading) -> None:
+        """Add another batch's reading."""
+        self.norm = math.hypot(self.norm, other.norm)
+        self.elements += other.elements
+        self.zeros += other.zeros
+        self.relative = math.hypot(self.relative, other.relative)
+        self.lost += other.lost
+        self.finite = self.finite and other.finite
+        self.seen = self.seen or other.seen
+        self.dtype = other.dtype or self.dtype
+        self.samples += other.samples
 
     @property
     def rms(self) -> float:
@@ -75,16 +102,43 @@ class WeightReading:
         gradient = gradient.detach()
         gradient = dense(gradient.to_dense() if gradient.is_sparse else gradient)
         self.rms.append(norm_of(whole(gradient)) * unit / math.sqrt(max(1, gradient.numel())))
+        self._sum(gradient, unit * share)
+
+    def merge(self, other: WeightReading) -> None:
+        """Add another batch's reading."""
+        self.rms += other.rms
+        if other.total is not None:
+            self._sum(other.total, other.unit)
+
+    def _sum(self, gradient: Tensor, unit: float) -> None:
         if self.total is None:
-            self.total, self.unit = gradient, unit * share
-        elif unit * share:
+            self.total, self.unit = gradient, unit
+        elif unit:
             wide = torch.promote_types(gradient.dtype, torch.float32)
-            self.total = self.total.to(wide) + gradient.to(wide) * (unit * share / self.unit)
+            self.total = self.total.to(wide) + gradient.to(wide) * (unit / self.unit)
 
 
 @dataclass
 class Readings:
-    """Everything one measurement read, boundary by boundary and weight by weight."""
+    """Everything one measurement read, boundary by boundary and weight by weight.
+
+    Attributes:
+        gradients, activations: by boundary.
+        similarities: by boundary, of the first batch.
+        weights: by name, of parameters with two dimensions or more.
+        output_gradient: |dL/d(output)|.
+        loss, batches, samples: of all data.
+        sites, pools: in order of execution.
+        graph: of the first batch; None where nothing was recorded.
+        calls: by boundary, the number of the call that gave it in the first batch, -1 for an input; and the model's
+            inputs it was computed from, as bits.
+        cuts: calls of the first batch that let no gradient through.
+        opaque: calls of the first batch that could not be looked into.
+        terms: of the loss, in the first batch; empty where it is one.
+        normed: norms over the data stand between the weights, in the first batch.
+        squashed: an activation function follows the last weights there.
+        moving: parameters that are exactly 0 and get a gradient that is not.
+    """
 
     gradients: list[Reading]
     activations: list[Reading]
@@ -96,58 +150,53 @@ class Readings:
     samples: int = 0
     sites: list[SiteReading] = field(default_factory=list)
     pools: list[PoolReading] = field(default_factory=list)
-    graph: CallGraph | None = None  # of the first batch
-    # By boundary, of the first batch: the call that gave it, and the model's inputs it was computed from, as bits.
+    graph: CallGraph | None = None
     calls: dict[int, tuple[int, int]] = field(default_factory=dict)
     cuts: list[tuple[int, str]] = field(default_factory=list)
-    moving: set[str] = field(
-        default_factory=set
-    )  # parameters that are exactly 0 and get a gradient that is not
+    opaque: list[str] = field(default_factory=list)
+    terms: tuple[Term, ...] = ()
+    normed: bool = False
+    squashed: bool = False
+    moving: set[str] = field(default_factory=set)
 
+    @classmethod
+    def empty(cls, boundaries: int, trainable: dict[str, bool]) -> Readings:
+        """Nothing read yet; ``trainable`` by the name of each weight."""
+        return cls(
+            [Reading() for _ in range(boundaries)], [Reading() for _ in range(boundaries)], [None] * boundaries,
+            {name: WeightReading(trained) for name, trained in trainable.items()},
+        )  # fmt: skip
 
-def merge(total: Reading, one: Reading) -> None:
-    """Add one batch's reading to the total."""
-    total.norm = math.hypot(total.norm, one.norm)
-    total.elements += one.elements
-    total.zeros += one.zeros
-    total.lost += one.lost
-    total.finite = total.finite and one.finite
-    total.seen = total.seen or one.seen
-    total.dtype = one.dtype or total.dtype
-
-
-def dense(value: Tensor) -> Tensor:
-    """The values of a sparse tensor, real and imaginary parts of a complex one, any other as it is."""
-    value = value.coalesce().values() if value.is_sparse else value
-    return torch.view_as_real(value) if value.is_complex() else value
-
-
-def least(dtype: torch.dtype) -> float:
-    """The smallest number above zero that it holds."""
-    info = torch.finfo(dtype)
-    return float(info.smallest_normal) * float(info.eps)
-
-
-def norm_of(value: Tensor) -> float:
-    """The L2 norm, squares summed in float64, right as far as float64's own range goes."""
-    norm = float(torch.linalg.vector_norm(value, dtype=torch.float64))
-    if 1e-140 < norm < 1e140 or math.isnan(norm):
-        return norm
-    largest = float(value.abs().max()) if value.numel() else 0.0
-    if largest == 0 or not math.isfinite(largest):
-        return largest
-    return largest * float(torch.linalg.vector_norm(value.double() / largest))
-
-
-def similarity(activation: Tensor, most: int = 256) -> float | None:
-    """Mean cosine between different tokens of a sample ``[B, T, C]``, else between different samples."""
-    if activation.ndim < 2 or not activation.is_floating_point():
-        return None
-    rows = activation[:8, :most] if activation.ndim == 3 else activation[:most].flatten(1).unsqueeze(0)
-    n = rows.shape[1]
-    if n < 2 or rows.shape[-1] < 2:
-        return None
-    unit = torch.nn.functional.normalize(rows.float(), dim=-1)
-    pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
-    value = float((pairs / (n * (n - 1))).mean())
-    return value if math.isfinite(value) else None
+    def merge(self, other: Readings) -> None:
+        """Add another batch's readings."""
+        first = self.batches == 0
+        for mine, theirs in ((self.gradients, other.gradients), (self.activations, other.activations)):
+            for one, more in zip(mine, theirs):
+                one.merge(more)
+        for name, weight in other.weights.items():
+            self.weights[name].merge(weight)
+        self.moving |= other.moving
+        self.loss += other.loss
+        self.output_gradient = math.hypot(self.output_gradient, other.output_gradient)
+        self.batches += other.batches
+        self.samples += other.samples
+        if first:
+            self.similarities = other.similarities
+            self.sites, self.pools, self.graph, self.calls = (
+                other.sites,
+                other.pools,
+                other.graph,
+                other.calls,
+            )
+            self.cuts, self.opaque, self.terms = other.cuts, other.opaque, other.terms
+            self.normed, self.squashed = other.normed, other.squashed
+            return
+        known = {(site.weights, site.step): site for site in self.sites}
+        for site in other.sites:
+            if (mine_ := known.get((site.weights, site.step))) is not None:
+                mine_.merge(site)
+            else:
+                site.order = -1  # the graph is the first batch's
+                self.sites.append(site)
+        for pool, more in zip(self.pools, other.pools):
+            pool.into, pool.out = math.hypot(pool.into, more.into), math.hypot(pool.out, more.out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,7 @@ def output_gradient(loss: Tensor, output: Any, accumulate: bool = False) -> floa
     near = 2.0**6 if narrow else 1e25  # in half precision the seed must be about right before the norm can be
     seed, found = 1.0, 0.0
     for _ in range(4):
-        gradients = torch.autograd.grad(
-            loss, tensors, loss.new_tensor(seed), retain_graph=True, allow_unused=True
-        )
+        gradients = seeded(loss, tensors, seed, retain_graph=True)
         if all(g is None for g in gradients):
             return 1.0
         norm = math.hypot(*(norm_of(dense(g)) for g in gradients if g is not None))
@@ -42,6 +40,13 @@ def output_gradient(loss: Tensor, output: Any, accumulate: bool = False) -> floa
             break
         seed *= step
     return found
+
+
+def seeded(
+    loss: Tensor, tensors: Sequence[Tensor], seed: float, **options: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``seed`` times the loss. With ``grad_outputs=`` torch would import sympy, which takes seconds."""
+    return torch.autograd.grad((loss * seed).sum(), tensors, allow_unused=True, **options)
 
 
 def _direct_outputs(output: Any) -> list[Tensor]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+
+import numpy as np
 
 from skipscope._numbers import short
 from skipscope.flow._flow_results import Verdict
@@ -24,15 +26,12 @@ ADAM_FALL, ADAM_GROWTH = 9.0, 4.2
 # An explosion is spread over at least three steps: so much growth is left without the two greatest. Norms that meet small
 # activations (an embedding of std 0.02, an image of little contrast) put all of theirs into one or two: a change of scale.
 SPREAD_GROWTH = 1.9
-# Where weights are followed by a norm over the data, their scale has no effect and each step adapts to it (Arora, Li, Lyu
-# 2018, Theoretical Analysis of Auto Rate-Tuning by Batch Normalization): a residual network of 110 layers gains 3.7 decades
-# when it is made, and trains.
-NORMED_GROWTH = 4.5
+# Two estimates of the same fall may differ by so many standard errors; the band about a limit is never wider than this.
+ERRORS, WIDEST = 1.0, 0.3
 # A head that passes on less than this share is trouble, though its step is common to all layers.
 HEAD = 1e-4
 # More than this share of a chain's weighted calls starved: the chain itself vanishes there.
 STARVED_SHARE = 0.1
-HEALTHY = "If training still stalls, check the data, the learning rate and the initialisation."
 ALL = ("SGD", "Adam")
 # Activations of different samples whose mean cosine is this near 1 are one and the same for the layers after them.
 COLLAPSED = 0.995
@@ -56,6 +55,8 @@ class Point:
         merge: whether a shortcut ends there.
         hidden: neither input nor output: only such points have a fall.
         given: the model's input itself, through which no weight is trained.
+        samples: log10 of each sample's own norm; empty where not known.
+        log_relative: log10 of the norm of gradient times activation.
     """
 
     name: str
@@ -65,6 +66,8 @@ class Point:
     merge: bool = False
     hidden: bool = True
     given: bool = False
+    samples: tuple[float, ...] = ()
+    log_relative: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,16 +107,34 @@ def least_squares(y: Sequence[float]) -> tuple[float, tuple[float, float]] | Non
     if n == 2:
         return slope, (-math.inf, math.inf)
     rest = sum((v - mean - slope * (i - mid)) ** 2 for i, v in enumerate(y))
-    margin = _student(n - 2) * math.sqrt(rest / (n - 2) / spread)
+    margin = student_quantile(n - 2) * math.sqrt(rest / (n - 2) / spread)
     return slope, (slope - margin, slope + margin)
 
 
 @functools.lru_cache(maxsize=4096)
-def _student(freedom: int) -> float:
-    """Student's t at 97.5 %."""
-    from scipy.stats import t  # slow to import
+def student_quantile(freedom: int, probability: float = 0.95) -> float:
+    """The t that Student's distribution stays within, on both sides of 0, with a probability.
 
-    return float(t.ppf(0.975, freedom))
+    By bisection on the closed form for whole degrees of freedom (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4), in the
+    angle theta with tan(theta) = t / sqrt(freedom). SciPy's own takes seconds to import.
+
+    Example:
+        >>> round(student_quantile(1), 6), round(student_quantile(10), 6)
+        (12.706205, 2.228139)
+    """
+    odd = freedom % 2
+    ratios = [(k - 1) / k for k in range(2 + odd, freedom - 1, 2)]
+    coefficients = np.cumprod([1.0, *ratios])
+    powers = 2 * np.arange(len(coefficients)) + odd
+
+    def within(theta: float) -> float:
+        series = math.sin(theta) * float(coefficients @ math.cos(theta) ** powers) if freedom > 1 else 0.0
+        return (theta + series) * 2 / math.pi if odd else series
+
+    low, high = 0.0, math.pi / 2
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if within(middle) < probability else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
 
 
 def judge(
@@ -126,7 +147,8 @@ def judge(
         points: in order of execution.
         clues: for each boundary, what lies between it and the next (or the output); may be empty.
         residual: shortcuts run along the boundaries, so that clues about branches do not multiply up.
-        normed: most weights are followed by a norm over the data, which takes up their scale.
+        normed: norms over the data stand between the weights. They undo the scale of what they take, and of weights
+            before them (Arora, Li, Lyu 2018), so growth is judged by gradient times activation.
         dtype: for the reason, when it underflows.
         culprit: (cause, words): what is not finite to begin with, where something is.
     """
@@ -139,8 +161,15 @@ def judge(
     fitted = least_squares(logs)
     slope, interval = fitted if fitted else (None, None)
     numbers = {"fall_decades": fall, "slope": slope, "slope_interval": interval, "score": _score(logs)}
-    if fall is None or (fall < FALL and not _explodes(logs, NORMED_GROWTH if normed else GROWTH)):
-        return _healthy(points, fall, numbers)
+    relative = [p.log_relative for _, p in connected if p.log_relative is not None] if normed else []
+    growth = relative if len(relative) == len(logs) else logs
+    healthy = _healthy(points, fall, numbers)
+    if fall is None:
+        return healthy
+    band = _noise([p for _, p in connected])
+    surely, maybe = (fall >= FALL + by or (fall < 0 and _explodes(growth, -by)) for by in (band, -band))
+    if not surely:
+        return _uncertain(healthy, band, FALL if fall > 0 else GROWTH) if maybe else healthy
     state = "vanishing" if fall > 0 else "exploding"
     at = _where(logs)
     first, last = connected[at][0], connected[at + 1][0]
@@ -164,16 +193,37 @@ def judge(
     )  # fmt: skip
 
 
+def _noise(line: Sequence[Point]) -> float:
+    """Standard error of the fall, from how far the samples' own falls differ; 0 where they are not known."""
+    if len(line) < 2 or len(line[0].samples) != len(line[-1].samples):
+        return 0.0
+    falls = [b - a for a, b in zip(line[0].samples, line[-1].samples) if math.isfinite(b - a)]
+    if len(falls) < 2:
+        return 0.0
+    return min(WIDEST, ERRORS * float(np.std(falls, ddof=1)) / math.sqrt(len(falls)))
+
+
+def _uncertain(healthy: Verdict, band: float, limit: float) -> Verdict:
+    """Neither healthy nor in trouble: within the noise of a limit."""
+    reason = f"{healthy.reason}, which is nearer the limit of {limit} than its standard error of {band:.2g}"
+    return replace(healthy, state="cannot tell", reason=reason, cause="noise", evidence=band)
+
+
 def _score(logs: Sequence[float]) -> float:
     """Minus the decades between the greatest and the least flow of a line."""
     return min(logs, default=0.0) - max(logs, default=0.0)
 
 
-def _explodes(logs: Sequence[float], limit: float) -> bool:
-    """Whether the gradient grows on its way back, over several steps: a single one is a change of scale."""
-    growth = logs[0] - logs[-1]
+def _explodes(logs: Sequence[float], by: float = 0.0) -> bool:
+    """Whether the gradient grows on its way back, over several steps: a single one is a change of scale.
+
+    Args:
+        logs: of the flow.
+        by: counted as growth besides.
+    """
+    growth = logs[0] - logs[-1] + by
     steps = sorted((a - b for a, b in pairwise(logs)), reverse=True)
-    return growth >= limit and growth - sum(steps[:2]) >= SPREAD_GROWTH
+    return growth >= GROWTH and growth - sum(steps[:2]) >= SPREAD_GROWTH
 
 
 def _healthy(points: Sequence[Point], fall: float | None, numbers: dict) -> Verdict:
@@ -290,7 +340,7 @@ def _where(logs: Sequence[float]) -> int:
     if steps[worst] >= SHARE_OF_ONE * abs(fall):
         return worst
     limit = FALL if fall > 0 else GROWTH
-    return next(i for i in range(len(steps) - 1, -1, -1) if sign * (logs[-1] - logs[i]) >= limit)
+    return next((i for i in range(len(steps) - 1, -1, -1) if sign * (logs[-1] - logs[i]) >= limit), 0)
 
 
 def _why(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -24,17 +25,27 @@ SIZE = 0.1
 TINY = 1e-3
 
 
-def settled(readings: Readings, subject: Subject, seed: int) -> tuple[Readings, tuple[str, ...]]:
+def settled(
+    readings: Readings, subject: Subject, seed: int, term: str = "",
+    each: Callable[[Readings], None] | None = None,
+) -> tuple[Readings, tuple[str, ...]]:  # fmt: skip
     """Readings of a copy in which what starts at zero by design has moved; and what to note.
 
     The readings themselves where nothing that is called gets exactly 0, or no tensor that is 0 would move.
+
+    Args:
+        readings: of the network as it is.
+        subject: what they are of.
+        seed: of the random numbers drawn inside, and of those that take the place of zeros.
+        term: of the loss.
+        each: called with the readings of each batch.
     """
     model, points = subject.model, subject.boundaries
     tiny = set() if subject.ranks else _tiny(model)
     if subject.ranks or not (tiny or (readings.moving and _silent(readings))):
         return readings, ()
     moved: set[str] = set()
-    now = readings
+    now, kept = readings, list[Readings]()
     now.moving |= tiny
     with subject.running(seed):
         try:
@@ -45,20 +56,20 @@ def settled(readings: Readings, subject: Subject, seed: int) -> tuple[Readings, 
                 if not new or not (_silent(now) or new & tiny):
                     break
                 _move(twin, new, draw)
+                kept.clear()
                 moved |= new
                 now = measure(
-                    twin,
-                    subject.data,
-                    subject.loss,
-                    len(points),
-                    lambda touch: tap_boundaries(twin, points, touch),
-                )
+                    twin, subject.data, subject.loss, len(points),
+                    lambda touch: tap_boundaries(twin, points, touch), term=term, each=kept.append if each else None,
+                )  # fmt: skip
         except (
             Exception
         ):  # whatever a model holds that cannot be copied: the verdict is on the readings as they are
             return readings, ()
     if not moved or (not moved & tiny and _still_silent(readings, now)):
         return readings, ()
+    for one in kept:
+        each(one)  # type: ignore[misc]
     names = sorted(moved)
     note = (
         f"{len(names)} trained tensors start at 0 or nearly so ({', '.join(names[:3])}{', ...' * (len(names) > 3)}). What they "

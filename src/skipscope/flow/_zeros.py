@@ -13,7 +13,8 @@ from skipscope._ranks import whole
 from skipscope._subject import Subject
 from skipscope.flow._flow_results import LayerGradient
 from skipscope.flow._measure import measure
-from skipscope.flow._readings import Readings, WeightReading, least, norm_of
+from skipscope.flow._readings import Readings, WeightReading
+from skipscope.flow._tensor_norms import least, norm_of
 from skipscope.shortcuts import tap_boundaries
 
 ROUNDING = (
@@ -24,12 +25,12 @@ UNCERTAIN = "What is exactly 0 here may be too small for its dtype instead: no c
 
 
 def second_opinion(
-    readings: Readings, subject: Subject, seed: int
+    readings: Readings, subject: Subject, seed: int, term: str = ""
 ) -> tuple[Readings | None, tuple[str, ...]]:
     """The same readings in float64 where something arrived as zero that is too small for its dtype; and what to note."""
     if not _doubtful(readings):
         return None, ()
-    exact = None if subject.ranks else _in_float64(subject, seed)
+    exact = None if subject.ranks else _in_float64(subject, seed, term)
     if exact is None:
         return None, (UNCERTAIN,)
     return (None, (ROUNDING,)) if _is_rounding(readings, exact) else (exact, ())
@@ -60,7 +61,7 @@ def _is_rounding(readings: Readings, exact: Readings) -> bool:
     return bool(pairs) and all(value > 1e6 * least(dtype) for dtype, value in pairs)
 
 
-def _in_float64(subject: Subject, seed: int) -> Readings | None:
+def _in_float64(subject: Subject, seed: int, term: str) -> Readings | None:
     """The same readings from a copy in float64, whose range is 300 decades; None where no such copy can be run."""
 
     def wide(value: Tensor) -> Tensor:
@@ -75,12 +76,9 @@ def _in_float64(subject: Subject, seed: int) -> Readings | None:
             )
             with torch.autocast(next(twin.parameters()).device.type, enabled=False):
                 return measure(
-                    twin,
-                    batches,
-                    subject.loss,
-                    len(points),
-                    lambda touch: tap_boundaries(twin, points, touch),
-                )
+                    twin, batches, subject.loss, len(points), lambda touch: tap_boundaries(twin, points, touch),
+                    term=term,
+                )  # fmt: skip
         except (
             Exception
         ):  # whatever a model does that cannot be copied or run in float64: it is a second opinion

@@ -1,6 +1,10 @@
 """One recorded trace of a forward pass: every torch call in order, as plain data. See :class:`Trace`."""
 
+from skipscope.shortcuts.trace._functions import QUERIES as QUERIES
+from skipscope.shortcuts.trace._functions import function_of as function_of
+from skipscope.shortcuts.trace._recorder import Recorder as Recorder
 from skipscope.shortcuts.trace._recorder import record as record
+from skipscope.shortcuts.trace._recorder import recording as recording
 from skipscope.shortcuts.trace._trace import Hidden as Hidden
 from skipscope.shortcuts.trace._trace import ModuleRun as ModuleRun
 from skipscope.shortcuts.trace._trace import Operand as Operand

@@ -90,15 +90,26 @@ def record(model: nn.Module, call: Callable[[], Any]) -> Trace:
 
 
 def _recorded(model: nn.Module, call: Callable[[], Any], gradients: bool) -> Trace:
-    recorder = Recorder(model, gradients)
+    with recording(model, gradients=gradients) as recorder:
+        recorder.trace.result = recorder.values_in(call())
+    return recorder.trace
+
+
+# Called after each recorded call with the call, torch's function, its arguments and keywords, and what it returned.
+# The index of a call inside an ``autograd.Function`` is -1: it is no part of the trace.
+Listener = Callable[[TracedCall, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
+
+
+@contextmanager
+def recording(model: nn.Module, listener: Listener | None = None, *, gradients: bool) -> Iterator[Recorder]:
+    """Record what runs inside, with gradients or without; a listener sees the tensors of each call as well."""
+    recorder = Recorder(model, gradients, listener)
     # Compiled code runs as it is written. Who has compiled something has this module loaded; loading it takes seconds.
     loaded = "torch._dynamo" in sys.modules
     stance = torch.compiler.set_stance("force_eager") if loaded else nullcontext()
     try:
         with stance, recorder.watching(), torch.set_grad_enabled(gradients), recorder:
-            result = call()
-            recorder.trace.result = recorder.values_in(result)
-        return recorder.trace
+            yield recorder
     finally:
         recorder.finish()
 
@@ -109,11 +120,12 @@ class Recorder(TorchFunctionMode):
     Args:
         model: whose modules are told apart.
         gradients: whether the pass is run with gradients.
+        listener: called after each call.
     """
 
-    def __init__(self, model: nn.Module, gradients: bool = False):
+    def __init__(self, model: nn.Module, gradients: bool = False, listener: Listener | None = None):
         super().__init__()
-        self.model, self.trace = model, Trace(with_gradients=gradients)
+        self.model, self.trace, self.listener = model, Trace(with_gradients=gradients), listener
         self.memory, self.sites = Memory(self.trace, self._infer), _sites.Sites(model)
         self.stack: list[ModuleRun] = []
         self._times: Counter[str] = Counter()
@@ -162,6 +174,8 @@ class Recorder(TorchFunctionMode):
         output = func(*args, **kwargs)
         if function.name not in SHAPE_ONLY or function.in_place:
             self._note(call, tensors, args, kwargs, output)
+            if self.listener is not None:
+                self.listener(call, func, args, kwargs, output)
         elif isinstance(output, Tensor):
             self.memory.set(output, self._new(output, Origin.CONSTANT).index)
         return output
@@ -414,6 +428,9 @@ class Recorder(TorchFunctionMode):
 
     def _noted_unseen(self, unseen: int, func: Any, function: Function, args: Any, kwargs: Any) -> Any:
         output = func(*args, **kwargs)
+        if self.listener is not None:
+            path = self.stack[-1].path if self.stack else ""
+            self.listener(TracedCall(-1, function.name, (), (), (), {}, path, 0), func, args, kwargs, output)
         for tensor in _data.tensors_in(output):
             if id(tensor) not in self._weights:
                 self.memory.set(tensor, -1 - unseen)
@@ -455,8 +472,8 @@ class Recorder(TorchFunctionMode):
     def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         run = ModuleRun(path, self._times[path], len(self.trace.calls))
         self._times[path] += 1
-        if module is self.model and not self.trace.inputs:
-            self.trace.inputs = self._inputs((args, kwargs))
+        if module is self.model:
+            self.note_inputs((args, kwargs))
         known = map(self.memory.get, _data.tensors_in((args, kwargs)))
         run.inputs = tuple(value for value in known if value is not None)
         self.trace.runs.append(run)
@@ -473,16 +490,17 @@ class Recorder(TorchFunctionMode):
                     self.trace.outputs = run.outputs
                 return
 
-    def _inputs(self, nest: Any) -> tuple[int, ...]:
-        """The values of what the model is called with."""
-        found = []
-        for tensor in {id(t): t for t in _data.tensors_in(nest)}.values():
+    def note_inputs(self, nest: Any) -> None:
+        """Take the tensors in a nest as inputs, but for those that are computed from inputs already."""
+        for tensor in _data.tensors_in(nest):
+            known = self.memory.get(tensor)
+            if known is not None and (known < 0 or self.trace.values[known].from_data):
+                continue
             value = self._new(tensor, Origin.INPUT)
             value.from_data, value.starts, value.is_code = True, value.is_float, not value.is_float
             self._derived.add(value.index)
             self.memory.set(tensor, value.index)
-            found.append(value.index)
-        return tuple(found)
+            self.trace.inputs += (value.index,)
 
     def finish(self) -> None:
         """Complete the keys of call sites, and let go of every frame and tensor."""

@@ -11,27 +11,15 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope._data import Batch, Objective
 from skipscope.flow._measure import Tap
+from skipscope.flow._sites import ACTIVATIONS
 from skipscope.flow._verdict import Clue
+from skipscope.shortcuts.trace import function_of
 
-_NN = torch._C._nn  # pyright: ignore[reportAttributeAccessIssue]
-_ACTIVATIONS = {
-    getattr(owner, name)
-    for owner in (torch, F, Tensor, _NN)
-    for name in (
-        "relu", "relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "gelu", "silu", "mish", "elu", "elu_", "selu", "selu_",
-        "celu", "leaky_relu", "leaky_relu_", "softplus", "hardtanh", "hardsigmoid", "hardswish", "relu6", "softsign",
-        "logsigmoid", "erf", "sin", "cos",
-    )
-    if hasattr(owner, name)
-}  # fmt: skip
-_LINEAR = {F.linear, _NN.linear}
-_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 SATURATED = 0.05  # of the greatest slope
 
 
@@ -49,11 +37,12 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.busy or not args or not isinstance(args[0], Tensor):
             return func(*args, **kwargs)
-        if func in _ACTIVATIONS and args[0].is_floating_point():
+        name = function_of(func).name
+        if name in ACTIVATIONS and args[0].is_floating_point():
             self.slopes.setdefault(self.at, []).append(self.slope(func, args, kwargs))
-        elif func in _LINEAR or func in _CONVOLUTIONS:
+        elif name == "linear" or name in {"conv1d", "conv2d", "conv3d"}:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            stride = (args[3] if len(args) > 3 else kwargs.get("stride", 1)) if func in _CONVOLUTIONS else 1
+            stride = 1 if name == "linear" else args[3] if len(args) > 3 else kwargs.get("stride", 1)
             self.gains.setdefault(self.at, []).append((self.name_of(weight), gain(weight, stride)))
         return func(*args, **kwargs)
 
@@ -93,16 +82,19 @@ def gain(weight: Tensor, stride: Any = 1) -> float:
     return math.sqrt(float(weight.detach().double().square().mean()) * fan_out)
 
 
-def clues(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap) -> tuple[Clue, ...]:
-    """A clue for what follows each boundary: ``[count]``, from a forward pass over one batch."""
+def layer_gains(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap) -> tuple[Clue, ...]:
+    """What follows each boundary, ``[count]``, from a forward pass over one batch; () where it needs gradients."""
     recorder = _Recorder(model)
 
     def touch(i: int, activation: Tensor) -> Tensor:
         recorder.at = i
         return activation
 
-    with torch.no_grad(), tap(touch), recorder:
-        loss(model, batch)
+    try:
+        with torch.no_grad(), tap(touch), recorder:
+            loss(model, batch)
+    except RuntimeError:
+        return ()
     return tuple(_clue(recorder.gains.get(i, []), recorder.slopes.get(i, [])) for i in range(count))
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from skipscope.flow._flow_results import Head, Worst
-from skipscope.flow._readings import Readings, dense, norm_of
-from skipscope.flow._site_readings import LOOKUPS, SiteReading
+from skipscope.flow._readings import Readings
+from skipscope.flow._sites import LOOKUPS, SiteReading
+from skipscope.flow._tensor_norms import dense, norm_of
 from skipscope.flow._verdict import Point
 
 # A thousandth of the gradient is left: the reach. A sequence longer than so many times its reach vanishes through time.
@@ -49,7 +50,7 @@ class Starved:
 
     Attributes:
         names: their names, the most starved first.
-        share: of the weighted calls.
+        share: of the weighted calls, those of which every weight starves.
         decades: how far the most starved one is below the median.
         zero: whether all of them get exactly 0.
     """
@@ -72,6 +73,7 @@ class Evidence:
         starved: weights that get next to nothing.
         unconnected: trained weighted calls whose values reach the loss and that get no gradient.
         cut: the call that lets none through, where one was seen.
+        opaque: a call that cannot be looked into and holds most of the weights, or "".
     """
 
     lines: tuple[tuple[Point, ...], ...]
@@ -81,9 +83,13 @@ class Evidence:
     starved: Starved = Starved()
     unconnected: tuple[str, ...] = ()
     cut: str = ""
+    opaque: str = ""
 
 
-def evidence_of(points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], readings: Readings, sizes: dict[str, float]) -> Evidence:  # fmt: skip
+def evidence_of(
+    points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], readings: Readings,
+    settled: Readings, sizes: dict[str, float],
+) -> Evidence:  # fmt: skip
     """What the verdict rests on.
 
     Args:
@@ -91,12 +97,13 @@ def evidence_of(points: Sequence[Point], places: Sequence[Any], kept: Sequence[i
         places: the boundaries themselves.
         kept: by point, the number of its boundary.
         readings: of all batches.
+        settled: the same where what starts at zero by design has moved: starved weights are looked for there.
         sizes: by weight, its norm (that of the rows used, for a lookup).
     """
     graph, unit = readings.graph, readings.output_gradient or 1.0
     if graph is None:
         return Evidence((tuple(points),))
-    reached = graph.ancestors(graph.result) if graph.result else None
+    reached = graph.reached() if graph.results else None
     orders = {k: readings.calls.get(k, (0, 0)) for k in kept}
     averages = _averages(readings, reached)
     later = _followed(readings, reached, [orders[k][0] for k in kept])
@@ -104,21 +111,19 @@ def evidence_of(points: Sequence[Point], places: Sequence[Any], kept: Sequence[i
     for point, k, followed in zip(points, kept, later):
         order = orders[k][0]
         put_back = sum(decades for at, decades in averages if at > order)
-        norm = readings.gradients[k].norm / unit
+        gradient = readings.gradients[k]
+        norm = gradient.norm / unit
         log = math.log10(norm) + put_back if point.log_flow is not None and norm > _TINY else point.log_flow
-        normed.append(
-            replace(
-                point,
-                log_flow=log,
-                hidden=followed and places[k].key.site != "input",
-                given=places[k].key.site == "input",
-            )
-        )
+        normed.append(replace(
+            point, log_flow=log, hidden=followed and places[k].key.site != "input",
+            given=places[k].key.site == "input", samples=tuple(gradient.samples),
+            log_relative=None if gradient.relative <= _TINY else math.log10(gradient.relative / unit) + put_back,
+        ))  # fmt: skip
     lines = _lines(normed, places, kept, orders, readings)
     sites = [s for s in readings.sites if reached is None or s.order in reached]
     return Evidence(
         lines, _head(lines, averages, orders, kept, normed), _worst(sites, unit), _reach(sites),
-        _starved(readings, sites, sizes), *_unconnected(readings, sites, reached),
+        _starved(settled, sizes), *_unconnected(readings, sites, reached), _opaque(readings),
     )  # fmt: skip
 
 
@@ -126,11 +131,11 @@ def _averages(readings: Readings, reached: set[int] | None) -> list[tuple[int, f
     """The pools that all of the gradient before them comes by: number of the call, and decades lost in it."""
     graph, found = readings.graph, []
     assert graph is not None
-    first = [site.order for site in readings.sites]
+    first = [site.order for site in readings.sites if site.order >= 0]
     for pool in readings.pools:
         if reached is None or pool.order not in reached or not any(order < pool.order for order in first):
             continue
-        around = graph.ancestors(graph.result, without=pool.order)
+        around = graph.reached(without=pool.order)
         if not any(order in around for order in first if order < pool.order):
             found.append((pool.order, pool.decades))
     return found
@@ -140,23 +145,22 @@ def _followed(readings: Readings, reached: set[int] | None, orders: Sequence[int
     """By boundary, whether a weighted call follows: where none does it is the output."""
     graph = readings.graph
     assert graph is not None
-    after: set[int] = set()
-    for site in readings.sites:
-        if reached is None or site.order in reached:
-            after |= graph.ancestors(site.order) - {site.order}
+    sites = [s.order for s in readings.sites if s.order >= 0 and (reached is None or s.order in reached)]
+    after = graph.ancestors(parent for site in sites for parent in graph.parents[site])
     return [order in after for order in orders]
 
 
 def _lines(points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], orders: dict[int, tuple[int, int]], readings: Readings) -> tuple[tuple[Point, ...], ...]:  # fmt: skip
     """The points of each line, in order; of a module that runs several times the run that gets most."""
-    trained = [site for site in readings.sites if site.trained]
+    trained = [site for site in readings.sites if site.trained and site.order >= 0]
+    given = readings.graph.inputs if readings.graph else []
     inputs = 0
     for k in kept:
         inputs |= orders[k][1]
     found: dict[tuple[str, ...], tuple[Point, ...]] = {}
     for bit in [1 << i for i in range(inputs.bit_length()) if inputs >> i & 1] or [0]:
         on = [j for j, k in enumerate(kept) if not bit or orders[k][1] & bit or places[k].key.site == "input"]
-        start = min((s.order for s in trained if not bit or s.inputs & bit), default=0)
+        start = min((s.order for s in trained if not bit or given[s.order] & bit), default=0)
         on = [j for j in on if orders[kept[j]][0] >= start or places[kept[j]].key.site == "input"]
         on = _through(on, places, kept, orders, readings)
         groups: dict[Any, list[int]] = defaultdict(list)
@@ -168,7 +172,8 @@ def _lines(points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], 
         line = sorted(max(group, key=lambda j: (points[j].log_flow is not None, points[j].log_flow or 0.0, j)) for group in groups.values())  # fmt: skip
         chosen = tuple(points[j] for j in line)
         found.setdefault(tuple(p.name for p in chosen), chosen)
-    return tuple(found.values())
+    found.pop((), None)
+    return tuple(found.values()) or (tuple(points),)
 
 
 def _through(on: list[int], places: Sequence[Any], kept: Sequence[int], orders: dict[int, tuple[int, int]], readings: Readings) -> list[int]:  # fmt: skip
@@ -180,7 +185,7 @@ def _through(on: list[int], places: Sequence[Any], kept: Sequence[int], orders: 
     for j in on:
         place, order = places[kept[j]], orders[kept[j]][0]
         if place.kind == "module" and times[place.key.host, place.key.site] == 1 and found:
-            around = graph.ancestors(graph.result, without=order)
+            around = graph.reached(without=order)
             if any(orders[kept[i]][0] in around for i in found[-2:]):
                 continue
         found.append(j)
@@ -233,14 +238,31 @@ def reach_of(name: str, profile: Sequence[float]) -> Reach | None:
     return Reach(name, steps, end + 1, growth)
 
 
-def _starved(readings: Readings, sites: Sequence[SiteReading], sizes: dict[str, float]) -> Starved:
-    called = {name for site in sites if site.trained and site.seen for name in site.weights}
+def _starved(readings: Readings, sizes: dict[str, float]) -> Starved:
+    graph = readings.graph
+    reached = graph.reached() if graph is not None and graph.results else None
+    calls = [s for s in readings.sites if s.trained and s.seen and (reached is None or s.order in reached)]
     ratio = {}
-    for name, weight in readings.weights.items():
-        if name in called and weight.trainable and weight.total is not None and sizes.get(name, 0.0) > 0:
+    for name in dict.fromkeys(name for site in calls for name in site.weights):
+        weight = readings.weights.get(name)
+        if weight is not None and weight.trainable and weight.total is not None and sizes.get(name, 0.0) > 0:
             norm = norm_of(dense(weight.total)) * weight.unit
             if math.isfinite(norm):
                 ratio[name] = norm / sizes[name]
+    return starved_of(ratio, [site.weights for site in calls])
+
+
+def starved_of(ratio: dict[str, float], calls: Sequence[tuple[str, ...]]) -> Starved:
+    """The weights that get next to nothing, by |dL/dW| / |W|.
+
+    Args:
+        ratio: |dL/dW| / |W| by weight.
+        calls: the weights of each weighted call.
+
+    Example:
+        >>> starved_of({"a": 1.0, "b": 1.0, "c": 1e-7}, [("a",), ("b",), ("c",)])
+        Starved(names=('c',), share=0.3333333333333333, decades=7.0, zero=False)
+    """
     if len(ratio) < 3:
         return Starved()
     ordered = sorted(ratio.values())
@@ -248,9 +270,20 @@ def _starved(readings: Readings, sites: Sequence[SiteReading], sizes: dict[str, 
     low = sorted((r, name) for name, r in ratio.items() if r < median * 10**-STARVED)
     if not low or not median > 0:
         return Starved()
+    names = tuple(name for _, name in low)
+    judged = [mine for weights in dict.fromkeys(calls) if (mine := [w for w in weights if w in ratio])]
+    share = sum(all(w in names for w in mine) for mine in judged) / max(1, len(judged))
     least = next((r for r, _ in low if r > 0), 0.0)
     decades = math.log10(median / least) if least else math.inf
-    return Starved(tuple(n for _, n in low), len(low) / len(ratio), decades, all(r == 0 for r, _ in low))
+    return Starved(names, share, decades, all(r == 0 for r, _ in low))
+
+
+def _opaque(readings: Readings) -> str:
+    """A call that cannot be looked into, where more than half of the weights get their gradient in such calls."""
+    called = {name for site in readings.sites for name in site.weights}
+    got = [name for name, weight in readings.weights.items() if weight.total is not None]
+    inside = [name for name in got if name not in called]
+    return readings.opaque[0] if readings.opaque and 2 * len(inside) > len(got) else ""
 
 
 def _unconnected(readings: Readings, sites: Sequence[SiteReading], reached: set[int] | None) -> tuple[tuple[str, ...], str]:  # fmt: skip
@@ -263,5 +296,5 @@ def _unconnected(readings: Readings, sites: Sequence[SiteReading], reached: set[
     if not lost or reached is None:
         return (), ""
     last = max(s.order for s in lost)
-    cut = next((name for order, name in readings.cuts if order >= last and last in graph.ancestors(order) and order in reached), "")  # fmt: skip
+    cut = next((name for order, name in readings.cuts if order >= last and last in graph.ancestors([order]) and order in reached), "")  # fmt: skip
     return tuple(dict.fromkeys(s.name for s in lost)), cut

@@ -1,0 +1,380 @@
+"""Gradients at sites: the output of every weighted call and every pooling, in order of execution.
+
+A *weighted call* is a linear map, convolution, lookup or recurrent cell that takes a parameter, or something computed
+from parameters alone (a transposed, normalised or cast weight). Its site is named after the module that holds the
+parameter. Hooks read the gradient of its output; of a fused recurrent layer that of its input, step by step, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from skipscope._data import tensors_in
+from skipscope.flow._tensor_norms import dense, norm_of
+from skipscope.shortcuts import Trace, TracedCall
+from skipscope.shortcuts.trace import Recorder
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+LOOKUPS = _words("embedding embedding_bag getitem index_select gather")
+FUSED = _words("lstm gru rnn_tanh rnn_relu")
+WEIGHTED = LOOKUPS | FUSED | _words(
+    """linear matmul mm bmm addmm baddbmm addbmm mv einsum tensordot inner dot bilinear chain_matmul conv1d conv2d conv3d
+    conv_transpose1d conv_transpose2d conv_transpose3d convolution lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
+    _grouped_mm grouped_mm"""
+)  # fmt: skip
+# Averages over positions, and sums over them: both change the gradient's norm by geometry alone.
+_POOLS = _words(
+    """mean sum nansum avg_pool avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d"""
+)
+_JOINS = _words("stack cat hstack vstack dstack")
+# A term of the loss may be silent on a batch because of one of these.
+_CLAMPS = _words("clamp clamp_min clamp_max relu maximum minimum max min amax amin where hinge_embedding_loss "
+                 "margin_ranking_loss triplet_margin_loss multi_margin_loss cosine_embedding_loss")  # fmt: skip
+
+
+@dataclass
+class SiteReading:
+    """The gradient at one site over all batches.
+
+    Attributes:
+        name: of the module whose weight it is.
+        function: of the call.
+        weights: the names of the parameters in it.
+        step: how many calls with the same weights came before.
+        order: number of the call in the first batch's trace; -1 where it was not called there.
+        trained: whether one of the parameters requires a gradient.
+        squares: of the gradient's norm, added over batches in the loss's own units.
+        elements: of the gradient.
+        finite: whether all of it is.
+        seen: whether any gradient arrived.
+        steps: of a fused recurrent layer, the squares of dL/d(input), step by step.
+        step_elements: and of how many elements.
+    """
+
+    name: str
+    function: str
+    weights: tuple[str, ...]
+    step: int
+    order: int
+    trained: bool
+    squares: float = 0.0
+    elements: int = 0
+    finite: bool = True
+    seen: bool = False
+    steps: list[float] = field(default_factory=list)
+    step_elements: list[int] = field(default_factory=list)
+
+    def add(self, gradient: Tensor, unit: float) -> None:
+        """Take in one gradient."""
+        gradient = dense(gradient.detach())
+        norm = norm_of(gradient) if gradient.numel() else 0.0
+        self.seen, self.finite = True, self.finite and math.isfinite(norm)
+        self.elements += gradient.numel()
+        self.squares = math.hypot(math.sqrt(self.squares), norm * unit) ** 2
+
+    def add_steps(self, rows: list[Tensor], unit: float) -> None:
+        """Take in dL/d(input), step by step."""
+        self._extend(len(rows))
+        for t, row in enumerate(rows):
+            self.steps[t] += (norm_of(row) * unit) ** 2
+            self.step_elements[t] += row.numel()
+
+    def merge(self, other: SiteReading) -> None:
+        """Add another batch's reading."""
+        self.squares = math.hypot(self.norm, other.norm) ** 2
+        self.elements += other.elements
+        self.finite, self.seen = self.finite and other.finite, self.seen or other.seen
+        self._extend(len(other.steps))
+        for t, square in enumerate(other.steps):
+            self.steps[t] += square
+            self.step_elements[t] += other.step_elements[t]
+
+    def _extend(self, length: int) -> None:
+        missing = [0] * (length - len(self.steps))
+        self.steps += map(float, missing)
+        self.step_elements += missing
+
+    @property
+    def norm(self) -> float:
+        """L2 norm over the whole batch."""
+        return math.sqrt(self.squares)
+
+
+@dataclass
+class PoolReading:
+    """The gradient before and after one average over positions.
+
+    Attributes:
+        order: number of the call.
+        function: of the call.
+        positions: how many elements go into one.
+        into: norm of the whole gradient at what it takes.
+        out: norm of the gradient at what it gives.
+    """
+
+    order: int
+    function: str
+    positions: float
+    into: float = 0.0
+    out: float = 0.0
+
+    @property
+    def decades(self) -> float:
+        """Decades that the gradient's norm loses in it; negative where it gains."""
+        return math.log10(self.out / self.into) if self.into > 0 and self.out > 0 else 0.0
+
+
+@dataclass
+class CallGraph:
+    """Which call took the results of which, by number.
+
+    Attributes:
+        parents: by call, the calls whose results it took.
+        results: the calls that gave the loss.
+        inputs: by call, the model's inputs that it was computed from, as bits.
+    """
+
+    parents: list[tuple[int, ...]]
+    results: tuple[int, ...]
+    inputs: list[int]
+
+    @classmethod
+    def of(cls, trace: Trace, results: Iterable[int]) -> CallGraph:
+        """The graph of a trace, and of the values that are its results."""
+        made = [value.call for value in trace.values]
+        bits = [0] * len(trace.values)
+        for i, value in enumerate(trace.inputs):
+            bits[value] = 1 << min(i, 60)
+        parents, inputs = [], []
+        for call in trace.calls:
+            parents.append(tuple({c for v in call.operands if (c := made[v]) is not None}))
+            given = 0
+            for value in call.operands:
+                given |= bits[value]
+            for value in call.results:
+                bits[value] |= given
+            inputs.append(given)
+        ends = {c for v in results if (c := made[v]) is not None}
+        return cls(parents, tuple(sorted(ends)), inputs)
+
+    def ancestors(self, calls: Iterable[int], without: int = -1) -> set[int]:
+        """Every call that ``calls`` depend on, themselves included, by paths that do not pass ``without``."""
+        seen, waiting = set[int](), [call for call in calls if call != without]
+        while waiting:
+            call = waiting.pop()
+            if call not in seen:
+                seen.add(call)
+                waiting += [parent for parent in self.parents[call] if parent != without]
+        return seen
+
+    def reached(self, without: int = -1) -> set[int]:
+        """Every call that the loss depends on."""
+        return self.ancestors(self.results, without)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of the loss: one of its summands, or those that one line of code makes with the same weights (the steps of
+    a recurrence).
+
+    Attributes:
+        name: function and source line.
+        values: the summands, in the trace.
+        clamped: a call that may silence it on a batch lies between the last weights and it.
+    """
+
+    name: str
+    values: tuple[int, ...]
+    clamped: bool
+
+
+# Activation functions, element by element.
+ACTIVATIONS = _words(
+    """relu tanh sigmoid gelu silu mish elu selu celu leaky_relu softplus hardtanh hardsigmoid hardswish relu6 softsign
+    logsigmoid erf sin cos"""
+)
+# Norms over the data.
+_NORMS = _words("layer_norm batch_norm group_norm instance_norm rms_norm rsqrt normalize")
+# Weights for each norm, at most, where norms stand between the weights: a transformer block has two and six to eight.
+_WEIGHTS_A_NORM = 6
+
+
+class SiteReader:
+    """Listens to a recorder, and hooks the outputs of weighted calls and of pools.
+
+    Args:
+        model: whose parameters are weights.
+
+    Attributes:
+        sites, pools: what was read.
+        cuts: calls that take what a gradient could go to and give what none can (``detach``, or any under no_grad).
+        unit: what one unit of a gradient is worth; empty until the seed is known.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.sites: list[SiteReading] = []
+        self.pools: list[PoolReading] = []
+        self.cuts: list[tuple[int, str]] = []
+        self.unit: list[float] = []
+        self._parameters = {n: (p.requires_grad, p.ndim) for n, p in model.named_parameters(remove_duplicate=False)}  # fmt: skip
+        self._times: Counter[tuple[str, ...]] = Counter()
+        self._scalars: dict[int, Tensor] = {}
+        self.recorder: Recorder | None = None
+
+    def __call__(self, call: TracedCall, func: Any, args: Any, kwargs: Any, output: Any) -> None:
+        """Take note of a call."""
+        assert self.recorder is not None
+        results = [args[0]] if call.in_place and args else tensors_in(output)
+        trace = self.recorder.trace
+        if call.index < 0 or not results or not all(isinstance(r, Tensor) for r in results):
+            return
+        if not any(trace.values[v].from_data for v in call.operands):
+            return
+        if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad and call.results:
+            self._scalars[call.results[0]] = output
+        given = [t for t in tensors_in((args, kwargs)) if t.requires_grad and not isinstance(t, nn.Parameter)]
+        floats = [r for r in results if r.is_floating_point() or r.is_complex()]
+        if given and floats and not any(r.requires_grad for r in floats):
+            self.cuts.append((call.index, call.function))
+        names = trace.weights_of(call) if call.function in WEIGHTED else frozenset()
+        known = {n: self._parameters[n] for n in names if n in self._parameters}
+        if max((ndim for _, ndim in known.values()), default=0) >= 2:
+            self._site(call, known, floats, args)
+        elif call.function in _POOLS and isinstance(args[0], Tensor):
+            self._pool(trace, call, args[0], results[0], args[0].numel() / max(1, results[0].numel()))
+        elif (
+            call.function in {"div", "mul"}
+            and isinstance(args[0], Tensor)
+            and (n := self._summed(trace, call))
+        ):
+            self._pool(trace, call, args[0], results[0], n)
+
+    def _summed(self, trace: Trace, call: TracedCall) -> float:
+        """How many positions were summed where an operand is a sum; else 0. A sum times a constant is an average."""
+        last = self.pools[-1] if self.pools else None
+        if last is None or last.function != "sum":
+            return 0.0
+        return last.positions if any(trace.values[v].call == last.order for v in call.operands) else 0.0
+
+    def _site(self, call: TracedCall, known: dict[str, tuple[bool, int]], results: list[Tensor], args: Any) -> None:  # fmt: skip
+        names = tuple(sorted(n for n, (_, ndim) in known.items() if ndim >= 2))
+        owner = names[0].rpartition(".")[0] or names[0]
+        site = SiteReading(owner, call.function, names, self._times[names], call.index, any(known[n][0] for n in names))  # fmt: skip
+        self._times[names] += 1
+        self.sites.append(site)
+        for result in results:
+            if result.requires_grad:
+                result.register_hook(self._hook(site.add))
+        if call.function in FUSED and isinstance(args[0], Tensor) and args[0].requires_grad:
+            packed = args[1] if len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point() else None  # fmt: skip
+            sizes = None if packed is None else packed.tolist()
+            batch_first = sizes is None and bool(args[-1])
+            args[0].register_hook(self._hook(lambda g, u: site.add_steps(by_step(g, sizes, batch_first), u)))
+
+    def _pool(self, trace: Trace, call: TracedCall, taken: Tensor, given: Tensor, positions: float) -> None:
+        if not (given.requires_grad and taken.requires_grad and given.numel() > 1 and taken.ndim > 1):
+            return
+        if positions <= 1 or _is_joined(trace, call.index):
+            return
+        pool = PoolReading(call.index, call.function, positions)
+        self.pools.append(pool)
+        taken.register_hook(self._hook(lambda g, u: _raise(pool, "into", g, u)))
+        given.register_hook(self._hook(lambda g, u: _raise(pool, "out", g, u)))
+
+    def _hook(self, add: Callable[[Tensor, float], None]) -> Callable[[Tensor | None], None]:
+        unit = (
+            self.unit
+        )  # not self: autograd's nodes keep their hooks, and no cycle through them is ever collected
+
+        def read(gradient: Tensor | None) -> None:
+            # Hooks run also while the seed is being found.
+            if unit and gradient is not None:
+                add(gradient, unit[0])
+
+        return read
+
+    def terms(self, value: Tensor) -> list[tuple[Term, list[Tensor]]]:
+        """The terms of the loss with their tensors, in order of execution; empty where it is one."""
+        assert self.recorder is not None
+        trace = self.recorder.trace
+        summands = [v for v in trace.addends(self.recorder.value_of(value)) if trace.values[v].from_data]
+        tensors = {v: self._scalars[v] for v in dict.fromkeys(summands) if v in self._scalars}
+        if len(tensors) < 2 or len(tensors) < len(set(summands)):
+            return []
+        groups: dict[Any, list[int]] = {}
+        made = {}
+        for v in sorted(tensors):
+            call = made[v] = trace.calls[trace.values[v].call or 0]
+            above = trace.ancestors(v)
+            weights = frozenset(i for i in trace.parameters.values() if i in above)
+            groups.setdefault((call.site, call.function, weights), []).append(v)
+        if len(groups) < 2:
+            return []
+        names: Counter[str] = Counter()
+        found = []
+        for values in groups.values():
+            call = made[values[0]]
+            name = f"{call.function} at {call.source}" if call.source else call.function
+            names[name] += 1
+            name += f" ({names[name]})" if names[name] > 1 else ""
+            found.append(
+                (Term(name, tuple(values), self._clamped(trace, values)), [tensors[v] for v in values])
+            )
+        return found
+
+    def is_normed(self, trace: Trace) -> bool:
+        """Whether norms over the data stand between the weights. A batch norm with running statistics is none."""
+        norms = sum(
+            call.function in _NORMS and not (call.function == "batch_norm" and not call.argument(5, "training", True))
+            for call in trace.calls
+        )  # fmt: skip
+        return 0 < len(self.sites) <= _WEIGHTS_A_NORM * norms
+
+    def is_squashed(self, trace: Trace, reached: set[int]) -> bool:
+        """Whether an activation function follows the last weights."""
+        last = max((site.order for site in self.sites if site.order in reached), default=len(trace.calls))
+        return any(call.function in ACTIVATIONS and call.index in reached for call in trace.calls[last + 1 :])
+
+    def forget(self) -> None:
+        """Let go of the recorder and of tensors."""
+        self.recorder = None
+        self._scalars.clear()
+
+    def _clamped(self, trace: Trace, values: list[int]) -> bool:
+        above = {trace.values[v].call for value in values for v in trace.ancestors(value)} - {None}
+        last = max((site.order for site in self.sites if site.order in above), default=-1)
+        return any(
+            call is not None and call > last and trace.calls[call].function in _CLAMPS for call in above
+        )
+
+
+def _raise(pool: PoolReading, name: str, gradient: Tensor, unit: float) -> None:
+    setattr(pool, name, math.hypot(getattr(pool, name), norm_of(dense(gradient.detach())) * unit))
+
+
+def _is_joined(trace: Trace, call: int, steps: int = 4) -> bool:
+    """Whether what a call takes was put side by side just before: a sum over that is a merge, no average."""
+    for value in trace.calls[call].operands:
+        parent = trace.values[value].call
+        if parent is not None and (trace.calls[parent].function in _JOINS or (steps and _is_joined(trace, parent, steps - 1))):  # fmt: skip
+            return True
+    return False
+
+
+def by_step(gradient: Tensor, sizes: list[int] | None, batch_first: bool) -> list[Tensor]:
+    """What is there at each step: of ``[T, B, F]``, ``[B, T, F]``, ``[T, F]`` or packed rows."""
+    value = gradient.detach()
+    if sizes is not None:
+        return list(value.split(sizes))
+    return list(value.transpose(0, 1) if value.ndim == 3 and batch_first else value)

@@ -1,0 +1,52 @@
+"""Norms of gradients and activations, squares summed in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def dense(value: Tensor) -> Tensor:
+    """The values of a sparse tensor, real and imaginary parts of a complex one, any other as it is."""
+    value = value.coalesce().values() if value.is_sparse else value
+    return torch.view_as_real(value) if value.is_complex() else value
+
+
+def least(dtype: torch.dtype) -> float:
+    """The smallest number above zero that a dtype holds."""
+    info = torch.finfo(dtype)
+    return float(info.smallest_normal) * float(info.eps)
+
+
+def norm_of(value: Tensor) -> float:
+    """The L2 norm, right as far as float64's own range goes."""
+    norm = float(torch.linalg.vector_norm(value, dtype=torch.float64))
+    if 1e-140 < norm < 1e140 or math.isnan(norm):
+        return norm
+    largest = float(value.abs().max()) if value.numel() else 0.0
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * float(torch.linalg.vector_norm(value.double() / largest))
+
+
+def sample_norms(value: Tensor, samples: int) -> list[float]:
+    """The L2 norm of each sample's part, ``[B, ...]``; [] where the first dimension is not that of the samples."""
+    if value.ndim < 2 or samples < 2 or len(value) != samples or not value.numel():
+        return []
+    return torch.linalg.vector_norm(value.flatten(1), dim=1, dtype=torch.float64).tolist()
+
+
+def similarity(activation: Tensor, most: int = 256) -> float | None:
+    """Mean cosine between different tokens of a sample ``[B, T, C]``, else between different samples."""
+    if activation.ndim < 2 or not activation.is_floating_point():
+        return None
+    rows = activation[:8, :most] if activation.ndim == 3 else activation[:most].flatten(1).unsqueeze(0)
+    n = rows.shape[1]
+    if n < 2 or rows.shape[-1] < 2:
+        return None
+    unit = torch.nn.functional.normalize(rows.float(), dim=-1)
+    pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+    value = float((pairs / (n * (n - 1))).mean())
+    return value if math.isfinite(value) else None

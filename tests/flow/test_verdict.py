@@ -1,0 +1,248 @@
+"""The verdict: terms of a loss apart, agreement of batches, what cannot be told, and what is no fault."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import skipscope as ss
+from skipscope.flow._verdict import FALL, GROWTH, Point, judge, student_quantile
+
+
+def batch(n=16, width=8, classes=2):
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(n, width, generator=draw), torch.randint(0, classes, (n,), generator=draw)
+
+
+# --- terms of the loss ------------------------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    """A part that is healthy, and one in which the gradient vanishes."""
+
+    def __init__(self, order):
+        super().__init__()
+        torch.manual_seed(0)
+        parts = {
+            "good": nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)], nn.Linear(8, 2)),
+            "bad": nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Sigmoid()) for _ in range(10)], nn.Linear(8, 2)),
+        }  # fmt: skip
+        for name in order:
+            self.add_module(name, parts[name])
+
+    def forward(self, x):
+        return {"good": self.good(x), "bad": self.bad(x)}
+
+
+def added(output, target):
+    return F.mse_loss(output["good"], F.one_hot(target, 2).float()) + 0.5 * F.cross_entropy(output["bad"], target)  # fmt: skip
+
+
+def turned_round(output, target):
+    return 0.5 * F.cross_entropy(output["bad"], target) + F.mse_loss(output["good"], F.one_hot(target, 2).float())  # fmt: skip
+
+
+def stacked(output, target):
+    return torch.stack([F.mse_loss(output["good"], F.one_hot(target, 2).float()), F.cross_entropy(output["bad"], target)]).mean()  # fmt: skip
+
+
+@pytest.mark.parametrize("loss, factor, order", [
+    (added, 1.0, ("good", "bad")), (turned_round, 1e6, ("bad", "good")), (stacked, 1e-6, ("good", "bad")),
+])  # fmt: skip
+def test_each_term_of_the_loss_has_its_own_verdict(loss, factor, order):
+    verdict = ss.gradient_flow(Two(order), batch(), lambda o, t: factor * loss(o, t)).verdict
+    alone = ss.gradient_flow(Two(order), batch(), lambda o, t: F.cross_entropy(o["bad"], t)).verdict
+    states = {one.chain.split(" ")[0]: one for one in verdict.chains}
+    assert {name: one.state for name, one in states.items()} == {"mse_loss": "healthy", "cross_entropy": "vanishing"}  # fmt: skip
+    assert states["cross_entropy"].fall_decades == pytest.approx(alone.fall_decades, rel=1e-5)
+    assert (verdict.state, verdict.where, verdict.cause) == (alone.state, alone.where, alone.cause)
+    assert verdict.chain == states["cross_entropy"].chain and verdict.chain in str(verdict)
+
+
+def test_a_loss_of_one_term_has_no_chains():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert ss.gradient_flow(model, batch(), F.cross_entropy).verdict.chains == ()
+    decayed = lambda o, t: F.cross_entropy(o, t) + 1e-3 * sum(p.square().sum() for p in model.parameters())  # noqa: E731
+    assert ss.gradient_flow(model, batch(), decayed).verdict.chains == ()
+
+
+def test_the_steps_of_a_recurrence_are_one_term():
+    class Cells(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.LSTMCell(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            state, outputs = None, []
+            for t in range(x.shape[1]):
+                state = self.cell(x[:, t], state)
+                outputs.append(self.head(state[0]))
+            return outputs
+
+    data = torch.randn(4, 40, 8), torch.randint(0, 2, (4,))
+    each = ss.gradient_flow(Cells(), data, lambda o, t: sum(F.cross_entropy(one, t) for one in o) / len(o))
+    last = ss.gradient_flow(Cells(), data, lambda o, t: F.cross_entropy(o[-1], t))
+    assert each.verdict.chains == () and each.verdict.state == "healthy"
+    assert (last.verdict.state, last.verdict.cause) == ("vanishing", "time")
+
+
+def test_a_term_that_its_own_margin_silences_is_no_fault():
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)], nn.Linear(8, 2))
+    verdict = ss.gradient_flow(
+        model, batch(), lambda o, t: F.cross_entropy(o, t) + (o.square().mean() - 1e3).clamp(min=0)
+    ).verdict
+    assert verdict.state == "healthy" and [one.state for one in verdict.chains] == ["healthy", "dead"]
+    unclamped = ss.gradient_flow(model, batch(), lambda o, t: F.cross_entropy(o, t) + 0 * o.square().mean())
+    assert unclamped.verdict.state == "dead"
+
+
+# --- batches, noise, opaque calls ---------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_the_batches_that_agree():
+    def identity():
+        layer = nn.Linear(8, 8, bias=False)
+        nn.init.eye_(layer.weight)
+        return layer
+
+    torch.manual_seed(0)
+    model = nn.Sequential(identity(), nn.Tanh(), identity(), nn.Tanh(), identity())
+    y, large = torch.randn(8, 8), 5 * torch.randn(8, 8).sign()  # tanh has a slope of 2e-4 at 5
+    saturated, other = (large, y), (large / 100, y)
+    of = lambda *batches: ss.gradient_flow(model, ss.batches(batches), F.mse_loss).verdict  # noqa: E731
+    verdict = of(saturated, other, other, other)
+    assert (verdict.state, verdict.agreement) == ("healthy", 0.75)
+    assert (of(other, other).agreement, of(saturated, saturated).state) == (1.0, "vanishing")
+    assert ss.gradient_flow(model, other, F.mse_loss).verdict.agreement is None
+
+
+@pytest.mark.parametrize("fall, state", [(2.2, "healthy"), (2.45, "cannot tell"), (2.55, "cannot tell"), (2.8, "vanishing")])  # fmt: skip
+def test_within_the_noise_of_a_limit_it_cannot_be_told(fall, state):
+    noise = np.random.default_rng(0).normal(size=100)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)  # a standard error of 0.1
+    points = [
+        Point("a", "ok", 0.0, samples=tuple(noise)), Point("b", "ok", fall / 2), Point("c", "ok", fall, samples=(fall,) * 100),
+    ]  # fmt: skip
+    verdict = judge(points)
+    assert verdict.state == state
+    if state == "cannot tell":
+        assert verdict.cause == "noise" and verdict.evidence == pytest.approx(0.1)
+    exact = judge([Point(p.name, p.state, p.log_flow) for p in points])
+    assert exact.state == ("vanishing" if fall >= FALL else "healthy")
+
+
+class _Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *weights):
+        ctx.save_for_backward(x, *weights)
+        with torch.no_grad():
+            for w in weights:
+                x = (x @ w).tanh()
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, *weights = ctx.saved_tensors
+        with torch.enable_grad():
+            x, *weights = (t.detach().requires_grad_() for t in (x, *weights))
+            y = x
+            for w in weights:
+                y = (y @ w).tanh()
+            return torch.autograd.grad(y, [x, *weights], gradient)
+
+
+def test_a_verdict_that_would_rest_on_an_opaque_call_is_not_given():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterList(torch.randn(8, 8) / 3 for _ in range(4))
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(_Hidden.apply(x, *self.weights))
+
+    verdict = ss.gradient_flow(Net(), batch(), F.cross_entropy).verdict
+    assert (verdict.state, verdict.cause, verdict.where) == ("cannot tell", "opaque", "_Hidden")
+
+
+def test_the_slope_of_what_follows_the_last_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    x, y = batch()
+    squashed = ss.gradient_flow(nn.Sequential(model, nn.Sigmoid()), (x, F.one_hot(y, 2).float()), F.mse_loss)
+    s = torch.sigmoid(model(x)).detach().double()
+    expected = float((s * (1 - s)).square().mean().sqrt())
+    assert squashed.verdict.head.slope == pytest.approx(expected, rel=1e-6)
+    assert ss.gradient_flow(model, (x, y), F.cross_entropy).verdict.head.slope is None
+
+
+# --- false alarms -----------------------------------------------------------------------------------------------------------
+
+
+class _Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
+        nn.init.zeros_(self.up.bias)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def test_blank_positions_that_a_norm_amplifies_are_no_explosion():
+    """LayerNorm of zeros has a slope of 1/sqrt(eps): blank patches and padding gain 2 decades a block, and teach nothing."""
+    torch.manual_seed(0)
+    stem = nn.Linear(8, 32, bias=False)
+    model = nn.Sequential(stem, *[_Block(32) for _ in range(8)], nn.LayerNorm(32), nn.Linear(32, 2))
+    x = torch.randn(4, 12, 8)
+    x[:, 4:] = 0
+    verdict = ss.gradient_flow(model, (x, torch.randn(4, 12, 2)), F.mse_loss).verdict
+    assert verdict.fall_decades < -2 * GROWTH and verdict.state == "healthy"
+
+
+def test_a_direction_that_is_read_at_its_first_step_only():
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.LSTM(8, 8, num_layers=2, batch_first=True, bidirectional=True)
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.head(self.net(x)[0][:, -1])
+
+    verdict = ss.gradient_flow(Net(), (torch.randn(4, 8, 8), batch(4)[1]), F.cross_entropy).verdict
+    assert verdict.state == "healthy" and verdict.starved == ("net.weight_hh_l1_reverse",)
+
+
+# --- the pure part ------------------------------------------------------------------------------------------------------------
+
+
+def test_students_quantile_against_scipy():
+    from scipy.stats import t
+
+    for freedom in (*range(1, 40), 100, 101, 1000):
+        for probability in (0.5, 0.95, 0.999):
+            expected = float(t.ppf((1 + probability) / 2, freedom))
+            assert student_quantile(freedom, probability) == pytest.approx(expected, rel=1e-11)
+    assert math.isfinite(student_quantile(10**4))
+
+
+@pytest.mark.slow
+def test_a_first_measurement_imports_no_scipy_sympy_or_compiler():
+    code = (
+        "import sys, torch; from torch import nn; import skipscope as ss\n"
+        "m = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Sigmoid()) for _ in range(6)], nn.Linear(8, 2), nn.Sigmoid())\n"
+        "v = ss.gradient_flow(m, (torch.randn(4, 8), torch.rand(4, 2)), nn.functional.mse_loss).verdict\n"
+        "assert v.state == 'vanishing', v\n"
+        "print([n for n in ('scipy', 'sympy', 'torch._dynamo') if n in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
