@@ -12,6 +12,7 @@ from skipscope.shortcuts.finding._kinds import (
     ELEMENTWISE,
     LINEAR,
     MATRIX_SUMS,
+    NORM,
     POINTWISE,
     STRAIGHT_POINTWISE,
     WHOLE,
@@ -19,6 +20,10 @@ from skipscope.shortcuts.finding._kinds import (
 from skipscope.shortcuts.finding._merge import joined_axis
 from skipscope.shortcuts.finding._parts import Part
 from skipscope.shortcuts.finding._sides import Side, Sides
+
+
+_MAPS = LINEAR | NORM
+_SUMS = frozenset({"add", "sub", "rsub", "addcmul"})
 
 
 class Branches:
@@ -34,8 +39,8 @@ class Branches:
         self.graph, self.gates, self.couplings = graph, gates, couplings
 
     def before_parting(self, reader: Sides, sides: dict[int, Side]) -> dict[int, Side]:
-        """The sides, where one linear map makes both and is then taken apart: W x + F(V x), with both in one product, forks
-        at x and is a projection.
+        """The sides, where a linear map is what parts: W x + F(V x) with both in one product, and y + t (H(x) - y) with
+        y = W x, fork at x and are projections.
         """
         found = dict(sides)
         for i, side in sides.items():
@@ -43,10 +48,19 @@ class Branches:
             if fork is None or side.how not in {"identity", "scaled"} or reader.call.name in _calls.LISTS:
                 continue
             above = self.graph.active_parents(fork)
-            if self.graph.kind(fork) in LINEAR and self.graph.matrices[fork] and len(above) == 1:
-                others = [j for j in reader.active if j != i]
-                if all(self._between(reader, side, fork, j) == Reason.OTHER_PARTS for j in others):
+            if not (self.graph.kind(fork) in _MAPS and self.graph.weights[fork] and len(above) == 1):
+                continue
+            others = [j for j in reader.active if j != i]
+            between = [self._between(reader, side, fork, j) for j in others]
+            if all(nodes == Reason.OTHER_PARTS for nodes in between):
+                if self.graph.matrices[fork]:
                     found[i] = Side(above[0], "projection", side.region | 1 << fork)
+            elif reader.call.name in _SUMS and not any(
+                nodes if isinstance(nodes, Reason) else self.graph.has_weights(nodes) for nodes in between
+            ):
+                before = self.graph.before_map(fork, reader.position(others[0]))
+                if before is not None:
+                    found[i] = Side(before[0], "projection", side.region | before[1])
         return found
 
     def of(
@@ -70,7 +84,7 @@ class Branches:
                 if isinstance(passed, Reason):
                     reason = passed
                 else:
-                    nodes |= passed & ~past
+                    nodes |= passed & ~(past | sides[i].region)
             if graph.has_weights(nodes) or (j in reader.factors and call.name in MATRIX_SUMS):
                 region |= nodes
                 branches.append(j)

@@ -79,6 +79,10 @@ class Expanded:
     ) -> tuple[int, list[Place], list[Place], list[int]] | None:
         """As x - t x + ...: what stands alone is the shortcut."""
         ends = [v for addend in rest for v in addend.nodes if self._by_weights(x, v)]
+        for end in () if ends else [v for addend in rest for v in addend.nodes]:
+            before = self.graph.before_map(x, end)
+            if before is not None and self._by_weights(before[0], end):
+                return before[0], places, [a.place for a in rest], [end]
         return (x, places, [a.place for a in rest], ends) if ends else None
 
     def _by_h(

@@ -95,14 +95,17 @@ class Gates:
             part, h, _, is_gate = inner
             x = part.operands[1 - h]
             assert x is not None
-            region = graph.on_the_way(x, end)
+            region, side = graph.on_the_way(x, end), 0
+            if not graph.has_weights(region) and (before := graph.before_map(x, end)) is not None:
+                x, side = before
+                region = graph.on_the_way(x, end)
             if not graph.has_weights(region):
                 continue
             region |= graph.on_the_way(x, reader.position(j))
             both = reader.factors if j in reader.factors else (j,)
             at = Place(part.key, 1 - h), Place(call.key, i), Place(part.key, h)
             kind = _kind(reader, is_gate)
-            return Candidate(call, kind, (x,), (j,), both, region, 0, at[:1], at[1:], (part,), both)
+            return Candidate(call, kind, (x,), (j,), both, region & ~side, side, at[:1], at[1:], (part,), both)
         return None
 
     def with_addend(

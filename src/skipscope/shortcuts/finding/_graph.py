@@ -17,10 +17,12 @@ from torch import nn
 from skipscope.shortcuts import _calls
 from skipscope.shortcuts._bits import Ancestors, as_bits, bits, chosen
 from skipscope.shortcuts._results import Place
+from skipscope.shortcuts.finding._kinds import LINEAR, NORM, WHOLE
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._parts import Cuts, Part, part_after, takes_everything, whole
 from skipscope.shortcuts.trace import Operand, Origin, Trace, TracedCall, Value
 
+_MAPS = LINEAR | NORM | WHOLE
 _OF_TWO = {"min": "minimum", "max": "maximum"}
 
 
@@ -411,6 +413,22 @@ class Graph:
     def on_the_way(self, start: int, end: int) -> int:
         """The set of nodes on the ways from ``start``, without it, to ``end``; empty where none leads there."""
         return self.between([start], end) & ~(1 << start) if self.ancestors.reaches(start, end) else 0
+
+    def before_map(self, node: int, end: int) -> tuple[int, int] | None:
+        """The operand of the linear map that made ``node``, where ``end`` depends on it otherwise too.
+
+        Returns:
+            That operand, and the set of the map's nodes; None where ``node`` is no linear map.
+        """
+        at, region, has_matrix = node, 0, False
+        while self._kinds[at] in _MAPS and len(self._active_parents[at]) == 1:
+            region |= 1 << at
+            has_matrix = has_matrix or bool(self.matrices[at])
+            (above,) = self._active_parents[at]
+            if any(c != at and self.ancestors.reaches(c, end) for c in self.children[above]):
+                return (above, region) if has_matrix else None
+            at = above
+        return None
 
     def onward(self, starts: Iterable[int], through: frozenset[str], ends: frozenset[str]) -> list[int]:
         """The nodes of kinds ``ends`` that are computed from ``starts`` by nodes of kinds ``through``."""

@@ -110,9 +110,33 @@ class Judge:
             return None
         return self.gates.crossed(case.reader)
 
+    def gated_projection(self, case: _Case) -> Reason | None:
+        """A linear map times a gate skips where nothing skips without weights: t H + (1 - t) W x."""
+        reader, sides = case.reader, case.sides
+        if case.call.name not in {"add", "addcmul"} or case.is_declared:
+            return None
+        maps = reader.gated_maps()
+        for i, side in maps.items():
+            others = [j for j in reader.active if j != i and not {i, j} <= set(reader.factors)]
+            # The other side is a branch, or only its gate is met on the way back without weights.
+            beside = all(
+                sides[j].how == "branch" or (sides[j].how == "gated" and sides[j].fork != side.fork)
+                for j in others
+            )
+            if beside and not maps.keys() & set(others) and any(self._is_deep(reader, side, j) for j in others):
+                case.sides, case.bypassing = {**sides, i: side}, (i,)
+                return None
+        return None
+
+    def _is_deep(self, reader: Sides, side: Side, j: int) -> bool:
+        """Whether operand j, but for its gate, is more than a linear map of what a side skips from."""
+        ends = [carry for carry, _ in reader.gatings(j)] or [reader.position(j)]
+        fork = side.fork
+        return fork is not None and any(self.bypass.is_deeper(self.graph.on_the_way(fork, end)) for end in ends)
+
     def bypassed(self, case: _Case) -> Reason | None:
         """Some operand has to skip what the others went through."""
-        if case.call.name in _calls.PRODUCTS:
+        if case.call.name in _calls.PRODUCTS or case.bypassing:
             return None
         found = (0,) if case.is_declared else self.bypass.operands(case.call, case.sides)
         if isinstance(found, Reason):
@@ -218,7 +242,7 @@ class Judge:
             return replace(plain, kind=kind, both=both, mixture=mixture)
         if plain.kind in {"branch", "bent"}:  # declared by its author, whatever leads to it
             return replace(plain, kind="identity")
-        if plain.kind == "identity" and (found := self.gates.difference(reader, bypassing[0], branches)):
+        if plain.kind in {"identity", "projection"} and (found := self.gates.difference(reader, bypassing[0], branches)):
             part, x, both, kind = found
             at = (*plain.shortcut_at, Place(part.key, x))
             return replace(
@@ -248,7 +272,7 @@ class Judge:
             made = self.made.get(product)
             if made is not None:
                 for k, node in enumerate(made.operands):
-                    if node is not None and self._comes_straight(node, side):
+                    if node is not None and (node == side.carry or self._comes_straight(node, side)):
                         return Place(made.key, k)
         return Place(call.key, i)
 
@@ -280,6 +304,7 @@ RULES: tuple[Callable[[Judge, _Case], Candidate | Reason | None], ...] = (
     Judge.stacked,
     Judge.related,
     Judge.crossed_gate,
+    Judge.gated_projection,
     Judge.bypassed,
     Judge.branch,
     Judge.deeper_than_a_projection,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, permutations
 from math import prod
 from operator import or_
 from typing import Any, NamedTuple
@@ -24,10 +24,12 @@ from skipscope.shortcuts.finding._kinds import (
     NORM,
     PRODUCT,
     SHAPE,
+    WHOLE,
 )
 from skipscope.shortcuts.finding._merge import Merge
 
 _STRAIGHT, _PAIRING = SHAPE | PRODUCT | NORM | LINEAR, PRODUCT | LINEAR
+_BOUNDED = frozenset({"sigmoid", "hardsigmoid", "softmax"})
 _FACTORS = {**dict.fromkeys(MATRIX_SUMS, (1, 2)), "addcmul": (1, 2), "addcdiv": (1,)}
 
 
@@ -64,6 +66,7 @@ class Side(NamedTuple):
         region: bit set of the operand's own nodes.
         products: the products on the way, the nearest to the fork first.
         is_sum: it comes from other common nodes too, that depend on the fork: x + F(x), say.
+        carry: of a linear map times a gate, the node that the gate multiplies.
     """
 
     fork: int | None
@@ -71,6 +74,7 @@ class Side(NamedTuple):
     region: int
     products: tuple[int, ...] = ()
     is_sum: bool = False
+    carry: int | None = None
 
 
 class Sides:
@@ -93,6 +97,41 @@ class Sides:
             i: self._multiplied(i, self._side(i, common))
             for i, common in zip(self.active, self._common(), strict=True)
         }
+
+    def gated_maps(self) -> dict[int, Side]:
+        """Each operand that is a linear map times a gate, as in t H + (1 - t) W x, from where the map begins."""
+        found = {}
+        for i, common in zip(self.active, self._common(), strict=True):
+            for carry, product in self.gatings(i):
+                own = self.graph.ancestors[carry] & ~common
+                entries = self.graph.entries(own, common)
+                if len(entries) == 1 and self.graph.matrices_in(own, enough=1):
+                    (fork,) = entries
+                    if self._is_linear(fork, own):
+                        region = self.graph.ancestors[self.position(i)] & ~common
+                        found[i] = Side(fork, "gated", region, (product,), carry=carry)
+        return found
+
+    def gatings(self, i: int) -> list[tuple[int, int]]:
+        """Where operand i is what a gate multiplies: that, and the product."""
+        graph, at = self.graph, self.position(i)
+        if i in self.factors:
+            rest = [self.position(j) for j in self.factors if j in self.active and j != i]
+            return [(at, at)] if any(map(self._is_gate, rest)) else []
+        while graph.kind(at) in WHOLE and len(graph.active_parents(at)) == 1:
+            (at,) = graph.active_parents(at)
+        both = graph.active_parents(at) if graph.kind(at) == "mul" else []
+        return [(a, at) for a, b in permutations(both) if self._is_gate(b)] if len(both) == 2 else []
+
+    def _is_gate(self, gate: int) -> bool:
+        """Whether a node is a sigmoid or a softmax, or 1 minus one, or a part of one."""
+        graph = self.graph
+        while graph.kind(gate) not in _BOUNDED:
+            above = graph.active_parents(gate)
+            if graph.kind(gate) not in SHAPE or len(above) != 1 or graph.weights[gate]:
+                return False
+            (gate,) = above
+        return True
 
     def carries_whole(self, fork: int | None) -> bool:
         """Whether all of the tensor a part of which the call updates leads to ``fork``, without weights.
