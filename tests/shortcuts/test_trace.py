@@ -213,6 +213,41 @@ def test_an_autograd_function_is_one_call():
     assert names == [{"gain"}, {"gain", "lin.weight", "lin.bias"}]
 
 
+class RunsModule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, module, *weights):
+        return module(x)
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0], None, None, None
+
+
+class Inside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return x + self.lin(x).tanh()
+
+
+class RunInside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inside, self.outside = Inside(), Inside()
+
+    def forward(self, x):
+        return self.outside(RunsModule.apply(x, self.inside, *self.inside.parameters()))
+
+
+def test_what_a_function_runs_by_modules_is_as_little_seen_as_what_it_runs_itself():
+    found = find_shortcuts(RunInside(), torch.randn(2, 3))
+    assert [s.name for s in found] == ["outside"]
+    assert not found.rejected
+    assert [hidden.name for hidden in found.opaque] == ["RunsModule"]
+
+
 class Reversible(torch.autograd.Function):
     """Takes a single activation, and modules: so reversible blocks are written."""
 

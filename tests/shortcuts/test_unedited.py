@@ -405,3 +405,53 @@ def test_what_the_pass_did_not_run_is_in_the_meaning_of_the_twin():
     assert meaning(ablate(net, found)).startswith("removed")
     assert meaning(nn.Sequential(ablate(net, found), nn.Tanh())).startswith("removed")
     assert meaning(ablate(net, found)) == "removed, unknown in 2 modules that did not run"
+
+
+# --- compiled parts of eager models -----------------------------------------------------------------------------------
+
+
+def summed(x, layer):
+    return x + layer(x).tanh()
+
+
+compiled_sum = torch.compile(summed, backend="eager")
+
+
+class CallsCompiled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.last = Block()
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = compiled_sum(x, layer)
+        return self.last(x)
+
+
+def test_a_function_that_is_compiled_by_itself_is_edited():
+    model: Any = CallsCompiled()
+    found = find_shortcuts(model, X)
+    expected = model.last.lin(model.layers[1](model.layers[0](X).tanh()).tanh()).tanh()
+    twin = ablate(model, found)
+    torch.testing.assert_close(twin(X), expected)
+    torch.testing.assert_close(copy.deepcopy(twin)(X), expected)
+    torch.testing.assert_close(ablate(ablate(model, found[0]), found[1:])(X), expected)
+    torch.testing.assert_close(torch.compile(twin, backend="eager")(X), expected)
+    assert torch.equal(ablate(model, found, strength=1.0)(X), model(X))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_no_warning_where_the_edited_block_is_compiled(when):
+    model: Any = chain(2)
+    expected = model[1](model[0].lin(X).tanh())
+    if when == "before":
+        model[0].compile(backend="eager")
+    twin: Any = ablate(model, find_shortcuts(model, X)[0])
+    if when == "after":
+        twin[0] = torch.compile(twin[0], backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            torch.testing.assert_close(twin(X), expected)

@@ -112,6 +112,90 @@ def test_what_is_only_looked_at_leaves_the_true_shortcut_whole():
     torch.testing.assert_close(ss.ablate(model, found)(x), -model.f(x).tanh())
 
 
+def sigmoid_of(n, x):
+    return n.m.sin() * torch.sigmoid(n.h(x))
+
+
+def branch_of(n, x):
+    return n.f(n.f(x).relu())
+
+
+def carried_by_lerp(n, x):
+    y = n.g(x)
+    return y + sigmoid_of(n, x) * (branch_of(n, x) - y)
+
+
+def multiplied_out(n, x):
+    y, t = n.g(x), torch.sigmoid(n.h(x))
+    return y - t * y + t * branch_of(n, x)
+
+
+def crossed(n, x):
+    y, h = n.g(x), branch_of(n, x)
+    return h + torch.sigmoid(n.h(x)) * (y - h)
+
+
+def by_softmax(n, x):
+    a, b = n.wide(x).view(-1, 2, 6).softmax(1).unbind(1)
+    return a * branch_of(n, x) + b * n.g(x)
+
+
+def simple_recurrent_unit(n, x):
+    f = torch.sigmoid(n.h(x))
+    return f * (n.f(x) * (1 - f)).tanh() + (1 - f) * n.g(x)
+
+
+def gated(h, carry):
+    """t H + (1 - t) of a carry."""
+
+    def function(n, x):
+        t = torch.sigmoid(n.h(x))
+        return t * h(n, x) + (1 - t) * carry(n, x)
+
+    return function
+
+
+def linear(n, x):
+    return n.g(x)
+
+
+# Gates whose carry is a linear map, and what is none: both sides linear, both bent, a carry without a gate.
+GATED_MAPS = {
+    "t H + (1 - t) W x": (gated(branch_of, linear), ["gated"]),
+    "a branch of one layer": (gated(lambda n, x: n.f(x).relu(), linear), ["gated"]),
+    "two maps": (gated(branch_of, lambda n, x: F.linear(n.g(x), n.w)), ["gated"]),
+    "two gates": (lambda n, x: x.new_ones(6) * torch.sigmoid(n.h(x)) * n.g(x) + branch_of(n, x), ["gated"]),
+    "a softmax of two": (by_softmax, ["gated"]),
+    "lerp": (lambda n, x: torch.lerp(n.g(x), branch_of(n, x), torch.sigmoid(n.h(x))), ["gated"]),
+    "y + t (H - y)": (carried_by_lerp, ["gated"]),
+    "H + c (y - H)": (crossed, ["gated"]),
+    "y - t y + t H": (multiplied_out, ["gated"]),
+    "addcmul": (
+        lambda n, x: torch.addcmul(branch_of(n, x), torch.sigmoid(n.h(x)), n.g(x)),
+        ["gated"],
+    ),
+    "the recurrent unit without recurrence": (simple_recurrent_unit, ["gated"]),
+    "both sides linear": (gated(lambda n, x: F.linear(x, n.w), linear), []),
+    "both sides bent": (gated(branch_of, lambda n, x: n.g(x).relu()), []),
+    "no gate": (lambda n, x: n.h(x).relu() * n.g(x) + branch_of(n, x), []),
+}
+
+
+@pytest.mark.parametrize("name", GATED_MAPS)
+def test_a_gate_whose_carry_is_a_linear_map(name):
+    function, kinds = GATED_MAPS[name]
+    model, x = Net(function), torch.randn(4, 6)
+    found = ss.find_shortcuts(model, x)
+    assert [s.kind for s in found] == kinds, [(r.reason, r.source) for r in found.rejected]
+    if kinds:
+        assert found[0].fork == "input"
+        assert "g" in found[0].shortcut
+        assert "f" in found[0].branch
+        assert torch.equal(ss.ablate(model, found, "detach")(x), model(x))
+        parts = ss.ablate(model, found)(x) + ss.ablate(model, found, "lesion")(x)
+        torch.testing.assert_close(parts, model(x))
+
+
 class Tokens(nn.Module):
     """Token ids that enter by what is not an embedding."""
 

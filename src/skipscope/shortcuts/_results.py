@@ -33,6 +33,8 @@ class CallKey:
         total: how many times this host is at this site in the whole pass.
         among: how many calls of the same operation this host's forward sees in this call of it.
         runs: how many times this host's forward runs in the whole pass.
+        compiled: what ``torch.compile`` made and stands around the call: a ``"function"`` that the host's forward
+            calls, or the ``"host"`` itself or something around it.
     """
 
     host: str
@@ -43,6 +45,7 @@ class CallKey:
     total: int = 1
     among: int = 0
     runs: int = 1
+    compiled: Literal["", "function", "host"] = ""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ _OURS = {
 }
 _TWIN = os.path.join(_ROOM, "twin") + os.sep  # what runs around the methods of an edited module
 _CHECKPOINT = os.path.join(TORCH, "utils", "checkpoint.py")
+_COMPILED = os.path.join(TORCH, "_dynamo", "eval_frame.py")
 _is_plumbing: dict[str, bool] = {}
 
 
@@ -118,6 +119,17 @@ def _is_called_between(inner: FrameType, outer: FrameType) -> bool:
     return False
 
 
+def _compiled_around(frame: FrameType | None, host: FrameType | None) -> Literal["", "function", "host"]:
+    """What ``torch.compile`` made and a call is made in: a function that the host's forward calls, or what runs that."""
+    is_inside = host is not None
+    while frame is not None:
+        is_inside = is_inside and frame is not host
+        if frame.f_code.co_filename == _COMPILED:
+            return "function" if is_inside else "host"
+        frame = frame.f_back
+    return ""
+
+
 @dataclass(eq=False)
 class _Entered:
     """One call of a module's forward: the frame (kept, so that its id stays its own) and the counts when it began."""
@@ -187,7 +199,9 @@ class Sites:
         entered = self._enter(host_frame, host)
         index = self.operations[operation] - entered.before.get(operation, 0)
         self.operations[operation] += 1
-        return CallKey(host, site, nth, index, entered.call), owner, checkpointed
+        # Whoever has compiled something has this module loaded.
+        compiled = _compiled_around(frame, host_frame) if "torch._dynamo.eval_frame" in sys.modules else ""
+        return CallKey(host, site, nth, index, entered.call, compiled=compiled), owner, checkpointed
 
     def _enter(self, frame: FrameType | None, path: str) -> _Entered:
         """Note a forward that has begun, and those around it, with what had been counted before."""
@@ -228,4 +242,4 @@ class Sites:
         among = 0 if entered.after is None else entered.after[operation] - entered.before.get(operation, 0)
         total = self.occurrences[key.host, key.site]
         runs = max(self._ended[key.host], self._times[key.host])
-        return CallKey(key.host, key.site, key.nth, key.index, key.call, total, among, runs)
+        return replace(key, total=total, among=among, runs=runs)

@@ -21,7 +21,6 @@ from skipscope.shortcuts.finding._merge import joined_axis
 from skipscope.shortcuts.finding._parts import Part
 from skipscope.shortcuts.finding._sides import Side, Sides
 
-
 _MAPS = LINEAR | NORM
 _SUMS = frozenset({"add", "sub", "rsub", "addcmul"})
 

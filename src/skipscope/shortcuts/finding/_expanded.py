@@ -42,6 +42,10 @@ class _Addend:
     factors: tuple[tuple[int, Place], ...]
 
 
+# The fork, where the shortcut and the branch are edited, where the branch ends, and the shortcut's own nodes.
+_Reading = tuple[int, list[Place], list[Place], list[int], int]
+
+
 class Expanded:
     """Reads multiplied-out gates in one graph."""
 
@@ -69,31 +73,27 @@ class Expanded:
                     if call.output is not None:
                         self._gates.add(call.output)
                     kind = "gated" if product.factors[1 - k][0] < self.graph.activations else "scaled"
-                    return self._verdict(call, parts, kind, *gate)
+                    return self._verdict(call, parts, kind, gate)
         return None
 
     # --- the two ways to read it ---
 
-    def _by_x(
-        self, x: int, places: list[Place], rest: list[_Addend]
-    ) -> tuple[int, list[Place], list[Place], list[int]] | None:
+    def _by_x(self, x: int, places: list[Place], rest: list[_Addend]) -> _Reading | None:
         """As x - t x + ...: what stands alone is the shortcut."""
         ends = [v for addend in rest for v in addend.nodes if self._by_weights(x, v)]
         for end in () if ends else [v for addend in rest for v in addend.nodes]:
             before = self.graph.before_map(x, end)
             if before is not None and self._by_weights(before[0], end):
-                return before[0], places, [a.place for a in rest], [end]
-        return (x, places, [a.place for a in rest], ends) if ends else None
+                return before[0], places, [a.place for a in rest], [end], before[1]
+        return (x, places, [a.place for a in rest], ends, 0) if ends else None
 
-    def _by_h(
-        self, alone: _Addend, product: _Addend, rest: list[_Addend]
-    ) -> tuple[int, list[Place], list[Place], list[int]] | None:
+    def _by_h(self, alone: _Addend, product: _Addend, rest: list[_Addend]) -> _Reading | None:
         """As H - c H + c x: what stands alone is the branch."""
         ends = [*alone.nodes, *product.nodes]
         if len(rest) == 1 and rest[0].sign == alone.sign and alone.alone is not None:
             for x, at in sorted(rest[0].factors, key=lambda factor: factor[0]):
                 if self._by_weights(x, alone.alone):
-                    return x, [at], [alone.place, product.place], ends
+                    return x, [at], [alone.place, product.place], ends, 0
         return None
 
     def _by_weights(self, x: int, at: int) -> bool:
@@ -105,17 +105,15 @@ class Expanded:
         call: Merge,
         parts: list[Merge],
         kind: str,
-        x: int,
-        shortcut: list[Place],
-        branch: list[Place],
-        ends: list[int],
+        reading: _Reading,
     ) -> Candidate:
+        x, shortcut, branch, ends, side = reading
         graph, region = self.graph, 0
         for end in ends:
             region |= graph.on_the_way(x, end)
         operands = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor)
         return Candidate(
-            call, kind, (x,), operands, operands, region, 0, tuple(shortcut), tuple(branch), tuple(parts), operands
+            call, kind, (x,), operands, operands, region & ~side, side, tuple(shortcut), tuple(branch), tuple(parts), operands
         )  # fmt: skip
 
     # --- the addends ---

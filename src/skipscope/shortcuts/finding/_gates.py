@@ -105,7 +105,9 @@ class Gates:
             both = reader.factors if j in reader.factors else (j,)
             at = Place(part.key, 1 - h), Place(call.key, i), Place(part.key, h)
             kind = _kind(reader, is_gate)
-            return Candidate(call, kind, (x,), (j,), both, region & ~side, side, at[:1], at[1:], (part,), both)
+            return Candidate(
+                call, kind, (x,), (j,), both, region & ~side, side, at[:1], at[1:], (part,), both
+            )
         return None
 
     def with_addend(

@@ -123,7 +123,11 @@ class Judge:
                 sides[j].how == "branch" or (sides[j].how == "gated" and sides[j].fork != side.fork)
                 for j in others
             )
-            if beside and not maps.keys() & set(others) and any(self._is_deep(reader, side, j) for j in others):
+            if (
+                beside
+                and not maps.keys() & set(others)
+                and any(self._is_deep(reader, side, j) for j in others)
+            ):
                 case.sides, case.bypassing = {**sides, i: side}, (i,)
                 return None
         return None
@@ -132,7 +136,9 @@ class Judge:
         """Whether operand j, but for its gate, is more than a linear map of what a side skips from."""
         ends = [carry for carry, _ in reader.gatings(j)] or [reader.position(j)]
         fork = side.fork
-        return fork is not None and any(self.bypass.is_deeper(self.graph.on_the_way(fork, end)) for end in ends)
+        return fork is not None and any(
+            self.bypass.is_deeper(self.graph.on_the_way(fork, end)) for end in ends
+        )
 
     def bypassed(self, case: _Case) -> Reason | None:
         """Some operand has to skip what the others went through."""
@@ -242,7 +248,9 @@ class Judge:
             return replace(plain, kind=kind, both=both, mixture=mixture)
         if plain.kind in {"branch", "bent"}:  # declared by its author, whatever leads to it
             return replace(plain, kind="identity")
-        if plain.kind in {"identity", "projection"} and (found := self.gates.difference(reader, bypassing[0], branches)):
+        if plain.kind in {"identity", "projection"} and (
+            found := self.gates.difference(reader, bypassing[0], branches)
+        ):
             part, x, both, kind = found
             at = (*plain.shortcut_at, Place(part.key, x))
             return replace(

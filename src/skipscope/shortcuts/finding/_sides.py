@@ -124,11 +124,11 @@ class Sides:
         return [(a, at) for a, b in permutations(both) if self._is_gate(b)] if len(both) == 2 else []
 
     def _is_gate(self, gate: int) -> bool:
-        """Whether a node is a sigmoid or a softmax, or 1 minus one, or a part of one."""
+        """Whether a node is a sigmoid or a softmax, scaled or taken from 1 at most, or a part of one."""
         graph = self.graph
         while graph.kind(gate) not in _BOUNDED:
             above = graph.active_parents(gate)
-            if graph.kind(gate) not in SHAPE or len(above) != 1 or graph.weights[gate]:
+            if graph.kind(gate) not in SHAPE | ELEMENTWISE or len(above) != 1:
                 return False
             (gate,) = above
         return True

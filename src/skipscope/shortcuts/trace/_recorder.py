@@ -128,6 +128,8 @@ class Recorder(TorchFunctionMode):
         self.model, self.trace, self.listener = model, Trace(with_gradients=gradients), listener
         self.memory, self.sites = Memory(self.trace, self._infer), _sites.Sites(model)
         self.stack: list[ModuleRun] = []
+        # For each of them the call that cannot be looked into and runs it, or None.
+        self._unseen_modules: list[int | None] = []
         self._times: Counter[str] = Counter()
         self._steps: Counter[tuple[str, int, int, str]] = Counter()
         self._weights: dict[int, tuple[str, Tensor]] = {}
@@ -399,7 +401,7 @@ class Recorder(TorchFunctionMode):
     # --- what cannot be seen ---
 
     def _unseen_around(self, frame: Any) -> int | None:
-        """Which call of an ``autograd.Function`` a call is made in, or None."""
+        """Which call of an ``autograd.Function`` a call is made in, by itself or by a module that the function runs."""
         found = None
         for _ in range(16):
             frame = frame.f_back
@@ -409,7 +411,9 @@ class Recorder(TorchFunctionMode):
                 kind = frame.f_locals.get("cls")
                 if getattr(kind, "__module__", "") != "torch.utils.checkpoint":
                     found = frame, getattr(kind, "__name__", "Function")
-        return None if found is None else self._apply(*found)
+        if found is not None:
+            return self._apply(*found)
+        return self._unseen_modules[-1] if self._unseen_modules else None
 
     def _apply(self, frame: Any, name: str) -> int:
         """Note a call of an ``autograd.Function`` by its frame."""
@@ -477,12 +481,14 @@ class Recorder(TorchFunctionMode):
         known = map(self.memory.get, _data.tensors_in((args, kwargs)))
         run.inputs = tuple(value for value in known if value is not None)
         self.trace.runs.append(run)
+        self._unseen_modules.append(self._unseen_around(_outside_of_the_call()))
         self.stack.append(run)
 
     def _leave(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         self.sites.leave(path)
         while self.stack:
             run = self.stack.pop()
+            self._unseen_modules.pop()
             run.ends = len(self.trace.calls)
             if run.path == path:
                 run.outputs = self.values_in(output)
@@ -511,6 +517,14 @@ class Recorder(TorchFunctionMode):
         self._applied = None
         self._weights.clear()
         del self.memory
+
+
+def _outside_of_the_call() -> Any:
+    """The outermost frame of the module call by which a hook of ours was reached."""
+    frame: Any = sys._getframe(2)
+    while frame.f_back is not None and frame.f_back.f_code.co_filename == _MODULE:
+        frame = frame.f_back
+    return frame
 
 
 def _body(func: FunctionType) -> FunctionType:

@@ -10,6 +10,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -55,8 +56,9 @@ def run_module(
             around.ran[id(module)] = plan
             return run(*args, **kwargs)
     this = _thread.current = _EagerPass(module, plan, method)
+    stance = torch.compiler.set_stance("force_eager") if plan.group.runs_eagerly else nullcontext()
     try:
-        with this:
+        with stance, this:
             output = run(*args, **kwargs)
     finally:
         _thread.current = around
@@ -192,6 +194,13 @@ class _EagerPass(TorchFunctionMode):
             > 1
         )
 
+    def _may_have_been_compiled(self) -> bool:
+        """Whether edited calls may have run in compiled code, which edits itself and tells nobody."""
+        return self.group.has_compiled or any(
+            module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+            for module in self.outermost.modules()
+        )
+
     def check(self) -> None:
         """Refuse a pass that was not edited, or say so."""
         group = self.group
@@ -203,7 +212,7 @@ class _EagerPass(TorchFunctionMode):
             return
         if self.method is not None and self.used_weights and outside is not None:
             _refuse_method(self.method, outside)
-        if self.is_whole and self.merged and not group.has_warned:
+        if self.is_whole and self.merged and not group.has_warned and not self._may_have_been_compiled():
             group.has_warned = True
             warnings.warn(
                 "ablate: none of the edited shortcuts was met in this pass of the twin, so what it returned is the "

@@ -37,6 +37,8 @@ def follow(module: nn.Module, group: Group) -> Plan:
         for other in module.modules():
             if (old := plan_of(other)) is not None:
                 group.has_readers |= old.group.has_readers
+                group.runs_eagerly |= old.group.runs_eagerly
+                group.has_compiled |= old.group.has_compiled
                 old.group = group
                 group.sites |= old.calls.keys()
                 group.operations |= {site.rpartition(":")[2] for site in old.calls}

@@ -57,6 +57,8 @@ class Group:
         compiled: the pass that is under way while code is compiled.
         has_warned: whether the user knows that a pass met no edit.
         has_readers: connections read what some modules are given.
+        runs_eagerly: an edited call is in a compiled function that a forward calls: it runs as it is written.
+        has_compiled: an edited call is in a module that was compiled, where no pass in eager code sees it.
     """
 
     boundaries: tuple[Boundary, ...]
@@ -69,6 +71,8 @@ class Group:
     compiled: Any = None
     has_warned: bool = False
     has_readers: bool = False
+    runs_eagerly: bool = False
+    has_compiled: bool = False
 
     def __deepcopy__(self, memo: Any) -> Group:
         # A copy has parameters of its own.
@@ -140,6 +144,8 @@ class Plan:
         self.runs = call.runs
         self.group.sites |= {call.site}
         self.group.operations |= {operation}
+        self.group.runs_eagerly = self.group.runs_eagerly or call.compiled == "function"
+        self.group.has_compiled = self.group.has_compiled or call.compiled == "host"
         at_site = [rules for (site, _), rules in self.rules.items() if site == call.site]
         alike = [[r.action for r in rules] for rules in at_site]
         self.everywhere.pop(call.site, None)
