@@ -22,8 +22,17 @@ def branch():
 def test_every_registered_module_keeps_the_contract(name):
     torch.manual_seed(0)
     module = sn.registry()[name](branch(), WIDTH, depth=4)
-    held = check_shortcut(module)
-    assert set(held) == set(ALL) | ({"identity_at_start"} if module.identity_at_start else set())
+    compiles = name == "identity"
+    held = check_shortcut(module, compile=compiles)
+    expected = set(ALL) - (set() if compiles else {"compile"})
+    assert set(held) == expected | ({"identity_at_start"} if module.identity_at_start else set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sn.registry())
+def test_every_registered_module_compiles(name):
+    torch.manual_seed(0)
+    assert "compile" in check_shortcut(sn.registry()[name](branch(), WIDTH, depth=4))
 
 
 @pytest.mark.parametrize("name", sn.registry())

@@ -46,6 +46,27 @@ def rms_normed(x):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
+def last_layer(f):
+    """The branch's last linear map, without the norm before it."""
+    return lambda h: h @ f[-1].weight.T + f[-1].bias
+
+
+def gated_mean(gates, streams, n):
+    """Qwen4's read: the mean over streams of a gate a feature times the normed stream."""
+    u = torch.cat([rms_normed(s) for s in streams], -1) * gates.gain
+    hidden = u @ gates.down.weight.T / n
+    gate = torch.sigmoid((hidden * torch.sigmoid(hidden)) @ gates.up.weight.T)
+    return sum((gate * u).split(WIDTH, -1)) / n
+
+
+def gated_layer(layer, f, streams):
+    """One layer of Qwen4's gated streams, stream by stream."""
+    u = torch.cat([rms_normed(s) for s in streams], -1) * layer.gates.gain
+    inject = 2 * torch.sigmoid(u @ layer.inject.weight.T / len(streams))
+    out = f(gated_mean(layer.gates, streams, len(streams)))
+    return [s + inject[..., [i]] * out for i, s in enumerate(streams)]
+
+
 def attended(values, query):
     """Kimi Team 2026, equations 2 and 3: the kernel is exp(w . RMSNorm(v))."""
     kernels = [torch.exp((rms_normed(v) * query).sum(-1, keepdim=True)) for v in values]
@@ -98,26 +119,38 @@ EQUATIONS = {
     "reversible": lambda m, f, x: (x + f(x)) / 2 + (x + m.branches[1](x + f(x))) / 2,
     "laurel-weights": lambda m, f, x: m.weights[0] * f(x) + m.weights[1] * x,
     "laurel-low-rank": lambda m, f, x: f(x) + x + x @ (m.up @ m.down).T,
+    "variance-gate": lambda m, f, x: x * (1 - (g := torch.sigmoid(m.gate / 0.3)) ** 2).sqrt() + g * f(x),
+    "affine": lambda m, f, x: m.scale[0] * (x + m.offset[0]) + m.scale[1] * (f(x) + m.offset[1]),
+    "sub-norm": lambda m, f, x: x + last_layer(f)(norm(torch.tanh(f[0](norm(x))))),
+    "keel": lambda m, f, x: norm(9 * x + f(norm(x))),
+    "collapsed-hyper": lambda m, f, x: x + f(x),
+    "unmixed-hyper": lambda m, f, x: x + f(x),
+    "gated-streams": lambda m, f, x: gated_mean(m.collapse, gated_layer(m.layers[0], f, [x] * 4), 4),
+    "frac": lambda m, f, x: x + f(x),
+    "altup": lambda m, f, x: x + f(x),
+    "stream-scalars": lambda m, f, x: (m.weights[0][0] + m.weights[0][2]) * x + m.weights[0][1] * f(x),
+    "block-attention": lambda m, f, x: attended([x, f(x)], m.queries[0]),
+    "delta-attention": lambda m, f, x: x + f(x),
+    "laurel-previous": lambda m, f, x: f(x) + x + m.weights[0] * x @ (m.up[0] @ m.down[0]).T,
 }
-STREAMS = {"hyper", "dynamic-hyper", "manifold-hyper"}
 
 
-def inside(module, name):
-    """The branch of a registered module."""
-    if name in {"residual-streams", "parallel", "depth-attention", "reversible"}:
-        return module.branches[0]
-    return (
-        module.layers[0].branch
-        if name in STREAMS
-        else (module.blocks[0] if name in {"depth-averaged", "dynamic-dense"} else module).branch
+def inside(module):
+    """The first branch of a registered module."""
+    first = (
+        module.branches[0] if hasattr(type(module), "branches") or "branches" in module._modules else module
     )
+    return getattr(first, "branch", first)
 
 
 def test_every_registered_module_has_its_equation():
     assert sn.registry().keys() == EQUATIONS.keys()
 
 
-OWN = {"gamma", "omega", "gate.bias", "weights", "weights.0", "up", "queries.0", "static.0", "outer.0.weight"}
+OWN = {
+    "gamma", "omega", "gate", "gate.bias", "weights", "weights.0", "up", "up.0", "queries.0", "static.0", "outer.0.weight",
+    "scale", "offset",
+}  # fmt: skip
 
 
 def scrambled(module):
@@ -132,11 +165,21 @@ def scrambled(module):
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_equation(name):
     module = scrambled(sn.registry()[name](branch(), WIDTH, depth=9)).eval()
-    inner = inside(module, name)
+    inner = inside(module)
     if name == "fixup":
         nn.init.normal_(inner[2].weight)
     x = torch.randn(N, WIDTH)
     torch.testing.assert_close(module(x), EQUATIONS[name](module, inner, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_gradcheck(name):
+    torch.manual_seed(2)
+    chain = [branch() for _ in range(2)] if sn.registry()[name].spans_depth else branch()
+    module = shaken(sn.registry()[name](chain, WIDTH, depth=2)).eval()
+    own = tuple(p for key, p in module.named_parameters() if "branch" not in key and p.numel() < 40)
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: module(x), (x, *own), fast_mode=True)
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
@@ -462,6 +505,158 @@ def test_depth_attention_starts_as_a_mean():
     torch.testing.assert_close(sn.DepthAttention(*branches, width=WIDTH)(x), expected)
 
 
+def test_block_attention_is_the_papers_recursion():
+    """Kimi Team 2026, section 3.2: the sources are x, the sums of the blocks before, and the sum of the block so far."""
+    branches, x = [branch() for _ in range(5)], torch.randn(N, WIDTH)
+    module = shaken(sn.BlockAttention(*branches, width=WIDTH, blocks=3))  # blocks of 2, 2 and 1
+    done, partial, h = [x], None, x
+    for i, (f, query) in enumerate(zip(branches, module.queries)):
+        out = f(h)
+        partial = out if partial is None else partial + out
+        h = attended([*done, partial], query)
+        if i % 2 == 1:
+            done, partial = [*done, partial], None
+    torch.testing.assert_close(module(x), h)
+    one_each = sn.BlockAttention(*branches, width=WIDTH, blocks=5)
+    torch.testing.assert_close(one_each(x), sn.DepthAttention(*branches, width=WIDTH)(x))
+
+
+def test_delta_attention_is_the_papers_recursion():
+    """Luo et al. 2026: what each layer added is attended over, and added to the stream that the layer reads."""
+    branches, x = [branch() for _ in range(4)], torch.randn(N, WIDTH)
+    module = shaken(sn.DeltaAttention(*branches, width=WIDTH))
+    assert len(module.queries) == 3
+    stream, deltas = x, []
+    for i, f in enumerate(branches):
+        read = stream + attended(deltas, module.queries[i - 1]) if deltas else stream
+        out = f(read)
+        deltas = [*(deltas or [stream]), out]
+        stream = stream + out
+    torch.testing.assert_close(module(x), stream)
+
+
+@pytest.mark.parametrize(("dilation", "period"), [(2, 1), (1, 3), (2, 3), (4, 2)])
+def test_depth_averages_with_dilation_and_period_are_the_papers_sums(dilation, period):
+    """Pagliardini et al. 2024, section 3: Y_i averages the X_j with j = i mod k, for each i that p divides."""
+    blocks = [branch() for _ in range(7)]
+    module = shaken(sn.DepthAveraged(*blocks, dilation=dilation, period=period))
+    x, averages = torch.randn(N, WIDTH), iter(module.weights)
+    X, Y = {0: x}, x
+    for i, block in enumerate(blocks, 1):
+        X[i] = block(Y)
+        Y = X[i]
+        if i % period == 0:
+            chosen, weights = [j for j in range(i + 1) if (i - j) % dilation == 0], next(averages)
+            assert len(weights) == len(chosen)
+            Y = sum(w * X[j] for w, j in zip(weights, chosen))
+    assert next(averages, None) is None
+    torch.testing.assert_close(module(x), Y)
+
+
+def test_stream_scalars_are_nanochats_after_the_first_layer():
+    """There a layer reads r x + m x_0 and adds to it; here the same numbers stand after the layer before."""
+    branches, x = [branch() for _ in range(3)], torch.randn(N, WIDTH)
+    module = sn.StreamScalars(*branches)
+    torch.testing.assert_close(module(x), nn.Sequential(*map(sn.IdentityShortcut, branches))(x))
+    shaken(module)
+    r, m = torch.randn(3), torch.randn(3)
+    with torch.no_grad():
+        module.weights[:2] = torch.stack([r[1:], r[1:], m[1:]], -1)
+        module.weights[2] = torch.tensor([1.0, 1.0, 0.0])
+    y = x
+    for i, f in enumerate(branches):
+        read = r[i] * y + m[i] * x if i else x
+        y = read + f(read)
+    torch.testing.assert_close(module(x), y)
+
+
+def test_laurel_previous_is_the_papers_sum():
+    """Menghani et al. 2024, section 2.3: x_i + sum over j < k of c_ij h_i(x_(i-j)), h_i of low rank."""
+    branches, x = [branch() for _ in range(4)], torch.randn(N, WIDTH)
+    module = shaken(sn.LaurelPrevious(*branches, width=WIDTH, rank=2, previous=2))
+    outputs = [x]
+    for i, f in enumerate(branches):
+        mapped = [outputs[i - j] @ module.down[i].T @ module.up[i].T for j in range(min(i + 1, 2))]
+        y = f(outputs[i]) + outputs[i] + sum(c * h for c, h in zip(module.weights[i], mapped, strict=True))
+        outputs.append(y)
+    torch.testing.assert_close(module(x), outputs[-1])
+
+
+def test_altup_predicts_computes_and_corrects():
+    """Baykal et al. 2023, algorithm 1, element by element."""
+    branches, x, n = [branch() for _ in range(5)], torch.randn(N, WIDTH), 3
+    module = sn.HyperConnected(*branches, streams=n, connect=sn.AltUp)
+    torch.testing.assert_close(module(x), nn.Sequential(*map(sn.IdentityShortcut, branches))(x))
+    shaken(module)
+    streams = [x] * n
+    for number, (f, layer) in enumerate(zip(branches, module.layers)):
+        j = number % n
+        predicted = [sum(layer.predict[i, k] * streams[k] for k in range(n)) for i in range(n)]
+        computed = streams[j] + f(streams[j])
+        streams = [p + layer.correct[i] * (computed - predicted[j]) for i, p in enumerate(predicted)]
+    torch.testing.assert_close(module(x), sum(streams) / n)
+
+
+def test_frac_connections_are_the_papers_pseudocode():
+    """Zhu et al. 2025, algorithm 2, token by token: [Y A] = alpha, beta = b; alpha^T H holds what is read and kept."""
+    m, module = 3, shaken(sn.FracConnection(branch(), WIDTH, parts=3))
+    x = torch.randn(N, WIDTH)
+    parts = x.reshape(N, m, WIDTH // m)
+    rows = F.layer_norm(parts, (WIDTH // m,), module.norm.weight, module.norm.bias)
+    static = torch.cat([module.matrices[0].T, module.matrices[1].T], 1)
+    read, kept, betas = [], [], []
+    for token in range(N):
+        alpha = static + module.scale * torch.tanh(rows[token] @ module.to_matrices.T)
+        mixed = alpha.T @ parts[token]
+        read.append(mixed[:m].reshape(-1)), kept.append(mixed[m:])
+        betas.append(module.vector + module.scale_vector * torch.tanh(rows[token] @ module.to_vector))
+    out = module.branch(torch.stack(read)).reshape(N, m, -1)
+    expected = torch.stack(betas).unsqueeze(-1) * out + torch.stack(kept)
+    torch.testing.assert_close(module(x), expected.reshape(N, WIDTH))
+    torch.testing.assert_close(sn.FracConnection(module.branch, WIDTH)(x), x + module.branch(x))
+
+
+def test_gated_streams_are_qwens_recursion():
+    branches, x = [branch() for _ in range(3)], torch.randn(N, WIDTH)
+    connect = partial(sn.GatedStreams, width=WIDTH, rank=2)
+    module = shaken(sn.HyperConnected(*branches, streams=3, connect=connect))
+    streams = [x] * 3
+    for f, layer in zip(branches, module.layers):
+        streams = gated_layer(layer, f, streams)
+    torch.testing.assert_close(module(x), gated_mean(module.collapse, streams, 3))
+
+
+@pytest.mark.parametrize("kind", [sn.CollapsedHyperConnection, sn.UnmixedHyperConnection])
+def test_streams_end_in_a_learned_sum(kind):
+    branches, x, n = [branch() for _ in range(2)], torch.randn(N, WIDTH), 3
+    module = shaken(sn.HyperConnected(*branches, streams=n, connect=partial(kind, width=WIDTH)))
+    X = torch.stack([x] * n)
+    for layer in module.layers:
+        pre, post, mixing = layer.weights(X)
+        kept = X if mixing is None else torch.einsum("tij,jtd->itd", mixing, X)
+        X = kept + post.T.unsqueeze(-1) * layer.branch((pre.T.unsqueeze(-1) * X).sum(0))
+    (w, b), a = module.collapse.to_weights.parameters(), module.collapse.scales
+    flat = rms_normed(X.movedim(0, 1).flatten(1))
+    h = torch.sigmoid(a * (flat @ w.T) + b)
+    torch.testing.assert_close(module(x), torch.einsum("ti,itd->td", h, X))
+
+
+def test_a_variance_gate_keeps_the_variance():
+    x, f = torch.randn(2, 40000, 1)
+    for gate in (0.1, 0.5, 0.9):
+        assert sn.variance_gate(x, f, torch.tensor(gate)).var().item() == pytest.approx(1, abs=0.03)
+
+
+def test_sub_norm_scales_weights_and_refuses_what_calls_no_linear_map():
+    layer = nn.Linear(WIDTH, WIDTH)
+    before = layer.weight.detach().clone()
+    sn.registry()["sub-norm"](layer, WIDTH, depth=24)
+    torch.testing.assert_close(layer.weight.detach(), before * math.log(24) ** 0.5)
+    for given in (nn.ReLU(), nn.MultiheadAttention(WIDTH, 1)):
+        with pytest.raises(SkipscopeError, match="no linear map"):
+            sn.SubNorm(given, WIDTH, 4)
+
+
 class FourWays(nn.Module):
     """A block with four inputs, as the paper's: something of the first three, and the fourth past it."""
 
@@ -644,7 +839,8 @@ def test_masks_and_other_arguments_go_to_every_branch(name):
 def test_each_kind_says_what_it_is_and_takes_what_it_says(name):
     kind = sn.registry()[name]
     module = kind(branch(), WIDTH, depth=4, **kind.arguments)
-    assert isinstance(module, nn.Module) and "arXiv" in kind.paper and kind.equation
+    assert isinstance(module, nn.Module) and kind.equation
+    assert "arXiv" in kind.paper or "github.com" in kind.paper
     assert f"- {name} ({kind.module.__name__}" in sn.__doc__ and kind.paper in sn.__doc__
     with pytest.raises(SkipscopeError, match="no such argument"):
         kind(branch(), WIDTH, no_such_thing=1)

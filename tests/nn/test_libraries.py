@@ -1,5 +1,7 @@
 """Where a well-kept library has the same module: the same numbers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -144,3 +146,86 @@ def test_low_rank_shortcut_is_gemma_3ns():
     x = torch.randn(2, 5, 8)
     got = sn.laurel_low_rank(x, torch.zeros(()), theirs.linear_left.weight, theirs.linear_right.weight)
     torch.testing.assert_close(got, theirs(x))
+
+
+def copied(module, **given):
+    """The module with these parameters in place of its own."""
+    with torch.no_grad():
+        for name, value in given.items():
+            module.get_parameter(name.replace("__", ".")).copy_(value)
+    return module
+
+
+def scattered(module):
+    """Their module, which leaves its weights empty, with weights."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)
+    return module
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("deepseek_v4", "DeepseekV4"), ("hy_v4", "HYV4")])
+def test_the_learned_sum_of_streams_is_theirs(family, prefix):
+    transformers = pytest.importorskip("transformers")
+    modeling = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
+    config = getattr(transformers, f"{prefix}Config")(hidden_size=8, hc_mult=3)
+    theirs = scattered(getattr(modeling, f"{prefix}HyperHead")(config))
+    ours = copied(
+        sn.StreamCollapse(3, 8), to_weights__weight=theirs.hc_fn, to_weights__bias=theirs.hc_base, scales=theirs.hc_scale
+    )  # fmt: skip
+    x = torch.randn(2, 5, 3, 8)
+    torch.testing.assert_close(ours(x.movedim(2, 0)), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_unmixed_hyper_connections_are_hunyuans():
+    transformers = pytest.importorskip("transformers")
+    modeling = pytest.importorskip("transformers.models.hy_v4.modeling_hy_v4")
+    theirs = scattered(modeling.HYV4HyperConnection(transformers.HYV4Config(hidden_size=8, hc_mult=3)))
+    ours = copied(
+        sn.UnmixedHyperConnection(branch(), 3, width=8), to_weights__weight=theirs.fn, to_weights__bias=theirs.base,
+        scales=theirs.scale,
+    )  # fmt: skip
+    x = torch.randn(2, 5, 3, 8)
+    post, collapsed = theirs(x)
+    expected = post.unsqueeze(-1) * ours.branch(collapsed).unsqueeze(-2) + x
+    torch.testing.assert_close(ours(x.movedim(2, 0)).movedim(0, 2), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gated_streams_are_qwens():
+    modeling = pytest.importorskip("transformers.models.qwen4_exp.modeling_qwen4_exp")
+    config = SimpleNamespace(hc_count=3, hidden_size=8, hc_lowrank=5, rms_norm_eps=1e-6)
+    theirs = scattered(modeling.Qwen4ExpTextGatedResidual(config))
+    ours = copied(
+        sn.GatedStreams(branch(), 3, width=8, rank=5), gates__gain=1 + theirs.hc_norm.weight,
+        gates__down__weight=theirs.input_mix_weight_down.weight, gates__up__weight=theirs.input_mix_weight_up.weight,
+        inject__weight=theirs.block_inject_weight.weight,
+    )  # fmt: skip
+    x = torch.randn(2, 5, 3, 8)
+    read, streams, inject = theirs(x.flatten(-2))
+    expected = streams + (ours.branch(read).unsqueeze(-2) * inject.unsqueeze(-1)).flatten(-2)
+    torch.testing.assert_close(
+        ours(x.movedim(2, 0)).movedim(0, 2).flatten(-2), expected, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(ours.gates(x.movedim(2, 0)), read, rtol=1e-4, atol=1e-5)
+
+
+def test_variance_gate_is_muse_sparks():
+    modeling = pytest.importorskip("transformers.models.muse_spark.modeling_muse_spark")
+    theirs = scattered(
+        modeling.MuseSparkResidualGate(SimpleNamespace(hidden_size=8, residual_gate_temperature=0.3))
+    )
+    x, f = torch.randn(2, 2, 5, 8)
+    ours = copied(sn.VarianceGate(branch(), 8), gate=theirs.gate)
+    torch.testing.assert_close(ours.write(x, f), theirs(x, f))
+
+
+def test_affine_residual_is_zayas():
+    modeling = pytest.importorskip("transformers.models.zaya.modeling_zaya")
+    theirs = scattered(modeling.ZayaResidualScaling(8))
+    x, f = torch.randn(2, 2, 5, 8)
+    ours = copied(
+        sn.AffineResidual(branch(), 8), scale=torch.stack([theirs.residual_scale, theirs.hidden_states_scale]),
+        offset=torch.stack([theirs.residual_bias, theirs.hidden_states_bias]),
+    )  # fmt: skip
+    torch.testing.assert_close(ours.write(x, f), theirs(f, x))

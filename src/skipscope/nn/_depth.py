@@ -1,6 +1,10 @@
-"""Every layer reads a weighted average of all before it: Pagliardini et al. 2024 (DenseFormer, arXiv 2402.02622).
+"""Layers that read weighted sums of what came before, the weights learned and the same for all data.
 
-X_i = B_i(Y_{i-1}),   Y_i = sum over j <= i of a_ij X_j,   X_0 = Y_0 = x;   a_ii = 1 and the others 0 at the start
+DenseFormer      X_i = B_i(Y_{i-1}),   Y_i = sum of a_ij X_j over the j <= i with j = i mod dilation, for every
+                 i that is a multiple of the period, Y_i = X_i for the others;   X_0 = Y_0 = x
+                 Pagliardini et al. 2024, arXiv 2402.02622;   a_ii = 1 and the others 0 at the start
+stream scalars   x_{i+1} = a_i x_i + b_i F_i(x_i) + c_i x_0;   a = b = 1, c = 0 at the start
+                 Jordan et al. 2024, github.com/KellerJordan/modded-nanogpt; Karpathy 2025, github.com/karpathy/nanochat
 
 B_i are the blocks of a network, with the shortcuts that they have; at the start the network is what it was.
 """
@@ -24,10 +28,12 @@ def depth_average(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 class DepthAveraged(Chain):
-    """Blocks in a row, each fed the weighted average of the input and of all outputs before.
+    """Blocks in a row, each fed the weighted average of the input and of outputs before.
 
     Args:
         blocks: B_1, B_2, ..., of one width.
+        dilation: average over every so many outputs.
+        period: average after every so many blocks.
 
     Example:
         >>> from skipscope.nn import IdentityShortcut
@@ -39,10 +45,11 @@ class DepthAveraged(Chain):
     kind = "scaled"
     of_blocks = True
 
-    def __init__(self, *blocks: nn.Module):
+    def __init__(self, *blocks: nn.Module, dilation: int = 1, period: int = 1):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.weights = nn.ParameterList(torch.eye(i + 2)[-1] for i in range(len(blocks)))
+        self.blocks, self.dilation, self.period = nn.ModuleList(blocks), dilation, period
+        averaged = range(period, len(blocks) + 1, period)
+        self.weights = nn.ParameterList(torch.eye(i // dilation + 1)[-1] for i in averaged)
 
     @property
     def branches(self) -> nn.ModuleList:
@@ -51,5 +58,45 @@ class DepthAveraged(Chain):
 
     def step(self, index: int, state: list[Tensor], f: Tensor) -> tuple[list[Tensor], Tensor]:
         """``Y_i`` after ``X_i``."""
-        state = [*state, f]
-        return state, depth_average(state, self.weights[index])
+        state, i = [*state, f], index + 1
+        if i % self.period:
+            return state, f
+        return state, depth_average(
+            state[i % self.dilation :: self.dilation], self.weights[i // self.period - 1]
+        )
+
+
+def stream_scalars(x: Tensor, f: Tensor, first: Tensor, weights: Tensor) -> Tensor:
+    """``a x + b f + c first`` with ``weights`` a, b and c."""
+    return weights[0] * x + weights[1] * f + weights[2] * first
+
+
+class StreamScalars(Chain):
+    """``a x + b F(x) + c x_0``: three learned numbers a layer, and the network's input in each.
+
+    Args:
+        branches: F_1, F_2, ..., of one width.
+
+    Example:
+        >>> StreamScalars(nn.Linear(4, 4), nn.Linear(4, 4)).weights.tolist()
+        [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
+    """
+
+    kind = "scaled"
+
+    def __init__(self, *branches: nn.Module):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        self.weights = nn.Parameter(torch.tensor([[1.0, 1.0, 0.0]]).repeat(len(branches), 1))
+
+    def begin(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """``x_0`` and ``x_i``, here the same."""
+        return (x, x), x
+
+    def step(
+        self, index: int, state: tuple[Tensor, Tensor], f: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """``x_{i+1}``."""
+        first, x = state
+        x = stream_scalars(x, f, first, self.weights[index])
+        return (first, x), x

@@ -1,12 +1,18 @@
-"""Hyper-connections whose weights depend on the data.
+"""Several residual streams, with weights that depend on the data.
 
-dynamic   X' = H_res(X) X + h_post(X) F(h_pre(X) . X)      Zhu et al. 2024, arXiv 2409.19606, section 2.3
-          each weight is static + s tanh(norm(X) W): W = 0 at the start, s = 0.01
-mHC       the same equation, with H_res doubly stochastic  Xie et al. 2025, arXiv 2512.24880, section 4
-          from x = RMSNorm of all streams side by side:
-          h_pre = sigmoid(a x W + b), h_post = 2 sigmoid(a x W + b), H_res = Sinkhorn(exp(a x W + b)), a = 0.01
+dynamic         X' = H_res(X) X + h_post(X) F(h_pre(X) . X)      Zhu et al. 2024, arXiv 2409.19606, section 2.3
+                each weight is static + s tanh(norm(X) W): W = 0 at the start, s = 0.01
+mHC             the same equation, with H_res doubly stochastic  Xie et al. 2025, arXiv 2512.24880, section 4
+                from x = RMSNorm of all streams side by side:
+                h_pre = sigmoid(a x W + b), h_post = 2 sigmoid(a x W + b), H_res = Sinkhorn(exp(a x W + b)), a = 0.01
+  collapsed     the output is h . X, h = sigmoid(a x W + b), in place of the mean: DeepSeek-V4 (transformers, deepseek_v4)
+  unmixed       H_res = I, the output as in collapsed: Hunyuan 4 (transformers, hy_v4)
+gated streams   X' = X + h_post(X) F(mean over i of G_i(X) U_i)  Qwen4 (transformers, qwen4_exp)
+                U_i = RMSNorm(x_i); of all U side by side, u: G = sigmoid(W2 silu(W1 u / n)), one number a feature,
+                h_post = 2 sigmoid(W u / n); the output is the mean of G U with other weights
 
-Both start as static hyper-connections do: as a residual network, so long as the streams are copies of one another.
+All but the last start as static hyper-connections do: as a residual network, so long as the streams are copies of one
+another.
 """
 
 from __future__ import annotations
@@ -16,7 +22,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from skipscope.nn._connection import Connection, normed
+from skipscope.nn._connection import normed
+from skipscope.nn._hyper import StreamConnection
 
 
 def mix_streams(x: Tensor, residual: Tensor) -> Tensor:
@@ -50,34 +57,44 @@ def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
     return matrix
 
 
-class _Dynamic(Connection):
+def side_by_side(x: Tensor) -> Tensor:
+    """Streams ``[n, ..., width]`` -> ``[..., n width]``."""
+    return x.movedim(0, -2).flatten(-2)
+
+
+class _Dynamic(StreamConnection):
     """Streams in ``[n, ...]`` with the features in dimension ``dim`` of each; subclasses give the weights."""
 
     kind = "gated"
 
-    def __init__(self, branch: nn.Module, streams: int, dim: int):
+    def __init__(self, branch: nn.Module, streams: int, width: int, dim: int):
         super().__init__(branch)
-        self.streams, self.dim = streams, dim
+        self.streams, self.width, self.dim = streams, width, dim
 
-    def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For streams ``[n, ..., width]``: pre ``[..., n]``, post ``[..., n]``, residual ``[..., n, n]``."""
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """For streams ``[n, ..., width]``: pre ``[..., n]``, post ``[..., n]``, residual ``[..., n, n]`` (None: I)."""
         raise NotImplementedError
 
-    def features_last(self, x: Tensor) -> Tensor:
-        """Streams with the features in their last dimension."""
-        return x if self.dim < 0 else x.movedim(self.dim + 1, -1)
+    def weigh(self, rows: Tensor) -> Tensor:
+        """The branch's input, features last."""
+        return weigh_streams(rows, self.weights(rows)[0])
 
     def read(self, x: Tensor) -> Tensor:
         """``h_pre(X) . X``."""
-        rows = self.features_last(x)
-        return weigh_streams(rows, self.weights(rows)[0]).movedim(-1, self.dim)
+        return self.weigh(features_last(x, self.dim)).movedim(-1, self.dim)
 
     def write(self, x: Tensor, f: Tensor) -> Tensor:
         """``H_res(X) X + h_post(X) f``."""
-        rows = self.features_last(x)
+        rows = features_last(x, self.dim)
         _, post, residual = self.weights(rows)
-        new = mix_streams(rows, residual) + spread_branch(f.movedim(self.dim, -1), post)
+        kept = rows if residual is None else mix_streams(rows, residual)
+        new = kept + spread_branch(f.movedim(self.dim, -1), post)
         return new if self.dim < 0 else new.movedim(-1, self.dim + 1)
+
+
+def features_last(x: Tensor, dim: int) -> Tensor:
+    """Streams ``[n, ...]`` with dimension ``dim`` of each as the last one."""
+    return x if dim < 0 else x.movedim(dim + 1, -1)
 
 
 class DynamicHyperConnection(_Dynamic):
@@ -92,7 +109,7 @@ class DynamicHyperConnection(_Dynamic):
     """
 
     def __init__(self, branch: nn.Module, streams: int = 4, *, width: int, layer: int = 0, dim: int = -1):
-        super().__init__(branch, streams, dim)
+        super().__init__(branch, streams, width, dim)
         self.norm = nn.LayerNorm(width)
         self.pre = nn.Parameter(torch.eye(streams)[layer % streams])
         self.post = nn.Parameter(torch.ones(streams))
@@ -109,6 +126,27 @@ class DynamicHyperConnection(_Dynamic):
         post = self.post + self.scale_post * torch.tanh(rows @ self.to_post).movedim(0, -1)
         residual = self.residual + self.scale * torch.tanh(rows @ self.to_residual.T).movedim(0, -1)
         return pre, post, residual
+
+
+class _OfAllStreams(nn.Linear):
+    """``x W + b`` of x = RMSNorm of all streams side by side; W and b are 0 at the start."""
+
+    def __init__(self, streams: int, width: int, *sizes: int):
+        super().__init__(streams * width, sum(sizes))
+        self.sizes = list(sizes)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        """Streams ``[n, ..., width]`` -> ``a x W + b`` in parts ``[..., size]``, each with its own a."""
+        parts = nn.functional.linear(normed(side_by_side(x)), self.weight).split(self.sizes, -1)
+        biases = self.bias.split(self.sizes)
+        return tuple(a * part + b for a, part, b in zip(scales, parts, biases, strict=True))
+
+
+def _mean_logit(streams: int) -> float:
+    """Where a sigmoid is 1/n (for one stream, nearly 1)."""
+    return math.log(1 / max(streams - 1, 0.01))
 
 
 class ManifoldHyperConnection(_Dynamic):
@@ -136,22 +174,145 @@ class ManifoldHyperConnection(_Dynamic):
         dim: int = -1,
         iterations: int = 20,
     ):
-        super().__init__(branch, streams, dim)
-        n, self.iterations = streams, iterations
-        self.to_weights = nn.Linear(n * width, n * (n + 2))
+        super().__init__(branch, streams, width, dim)
+        self.iterations = iterations
+        self.to_weights = _OfAllStreams(streams, width, streams, streams, streams**2)
         self.scales = nn.Parameter(torch.full((3,), 0.01))
         with torch.no_grad():
-            self.to_weights.weight.zero_()
-            self.to_weights.bias[:n] = math.log(1 / max(n - 1, 0.01))
-            self.to_weights.bias[n : 2 * n] = 0
-            self.to_weights.bias[2 * n :] = 8 * (torch.eye(n) - 1).flatten()
+            pre, _, residual = self.to_weights.bias.split(self.to_weights.sizes)
+            pre.fill_(_mean_logit(streams))
+            residual.copy_(8 * (torch.eye(streams) - 1).flatten())
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From all streams of a token together."""
-        n = self.streams
-        raw = nn.functional.linear(normed(x.movedim(0, -2).flatten(-2)), self.to_weights.weight)
-        scale = self.scales.repeat_interleave(
-            torch.tensor([n, n, n * n], device=x.device), output_size=n * (n + 2)
+        pre, post, residual = self.to_weights(x, self.scales)
+        matrix = sinkhorn(residual.unflatten(-1, (self.streams, self.streams)), self.iterations)
+        return pre.sigmoid(), 2 * post.sigmoid(), matrix
+
+
+class StreamCollapse(nn.Module):
+    """``h(X) . X``, ``h = sigmoid(a x W + b)``: one tensor of all streams; their mean at the start.
+
+    Args:
+        streams: n.
+        width: size of dimension ``dim``.
+        dim: the dimension of one stream that holds the features.
+
+    Example:
+        >>> StreamCollapse(2, 4)(torch.ones(2, 3, 4)).shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(self, streams: int, width: int, *, dim: int = -1):
+        super().__init__()
+        self.dim = dim
+        self.to_weights, self.scales = (
+            _OfAllStreams(streams, width, streams),
+            nn.Parameter(torch.full((1,), 0.01)),
         )
-        pre, post, residual = (raw * scale + self.to_weights.bias).split([n, n, n * n], -1)
-        return pre.sigmoid(), 2 * post.sigmoid(), sinkhorn(residual.unflatten(-1, (n, n)), self.iterations)
+        nn.init.constant_(self.to_weights.bias, _mean_logit(streams))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, ...]`` -> ``[...]``."""
+        rows = features_last(x, self.dim)
+        return weigh_streams(rows, self.to_weights(rows, self.scales)[0].sigmoid()).movedim(-1, self.dim)
+
+
+class CollapsedHyperConnection(ManifoldHyperConnection):
+    """mHC whose streams end in a :class:`StreamCollapse`; arguments as for :class:`ManifoldHyperConnection`."""
+
+    def collapse(self) -> nn.Module:
+        """The learned sum of all streams."""
+        return StreamCollapse(self.streams, self.width, dim=self.dim)
+
+
+class UnmixedHyperConnection(_Dynamic):
+    """``X' = X + h_post(X) F(h_pre(X) . X)``: mHC whose streams do not mix, and end in a :class:`StreamCollapse`.
+
+    Args:
+        branch: F, on one stream.
+        streams: n.
+        width: size of dimension ``dim``.
+        layer: not used; for the same call as the other connections.
+        dim: the dimension of one stream that holds the features.
+    """
+
+    kind = "identity"
+
+    def __init__(self, branch: nn.Module, streams: int = 4, *, width: int, layer: int = 0, dim: int = -1):
+        super().__init__(branch, streams, width, dim)
+        self.to_weights = _OfAllStreams(streams, width, streams, streams)
+        self.scales = nn.Parameter(torch.full((2,), 0.01))
+        nn.init.constant_(self.to_weights.bias[:streams], _mean_logit(streams))
+
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        """From all streams of a token together."""
+        pre, post = self.to_weights(x, self.scales)
+        return pre.sigmoid(), 2 * post.sigmoid(), None
+
+    def collapse(self) -> nn.Module:
+        """The learned sum of all streams."""
+        return StreamCollapse(self.streams, self.width, dim=self.dim)
+
+
+class GatedRead(nn.Module):
+    """``mean over i of G_i(X) U_i``, ``U_i = RMSNorm(x_i)``, G one number a stream and feature.
+
+    Args:
+        streams: n.
+        width: size of dimension ``dim``.
+        rank: of the map from all streams to G.
+        dim: the dimension of one stream that holds the features.
+    """
+
+    def __init__(self, streams: int, width: int, rank: int, *, dim: int = -1):
+        super().__init__()
+        self.streams, self.dim = streams, dim
+        self.gain = nn.Parameter(torch.ones(streams * width))
+        self.down = nn.Linear(streams * width, rank, bias=False)
+        self.up = nn.Linear(rank, streams * width, bias=False)
+
+    def normed(self, rows: Tensor) -> Tensor:
+        """All U side by side, ``[..., n width]``."""
+        return side_by_side(normed(rows)) * self.gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, ...]`` -> ``[...]``."""
+        u = self.normed(features_last(x, self.dim))
+        gate = torch.sigmoid(self.up(nn.functional.silu(self.down(u) / self.streams)))
+        return (gate * u).unflatten(-1, (self.streams, -1)).mean(-2).movedim(-1, self.dim)
+
+
+class GatedStreams(_Dynamic):
+    """``X' = X + h_post(X) F(mean over i of G_i(X) U_i)``: each feature of each stream has a gate.
+
+    Args:
+        branch: F, on one stream; what it is given is normed.
+        streams: n.
+        width: size of dimension ``dim``.
+        layer: not used; for the same call as the other connections.
+        rank: of the map from all streams to the gates.
+        dim: the dimension of one stream that holds the features.
+    """
+
+    kind = "identity"
+
+    def __init__(
+        self, branch: nn.Module, streams: int = 4, *, width: int, layer: int = 0, rank: int = 8, dim: int = -1
+    ):
+        super().__init__(branch, streams, width, dim)
+        self.gates = GatedRead(streams, width, rank)
+        self.inject = nn.Linear(streams * width, streams, bias=False)
+
+    def weigh(self, rows: Tensor) -> Tensor:
+        """The gated mean of all streams."""
+        return self.gates(rows)
+
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Only ``h_post``; the gates are one number a feature."""
+        post = 2 * torch.sigmoid(self.inject(self.gates.normed(x)) / self.streams)
+        return post, post, None
+
+    def collapse(self) -> nn.Module:
+        """A gated mean of all streams."""
+        return GatedRead(self.streams, self.width, self.gates.down.out_features, dim=self.dim)

@@ -1,9 +1,11 @@
-"""Gated shortcuts: Srivastava et al. 2015 (arXiv 1505.00387); He et al. 2016 (1603.05027), section 3.2.
+"""Gated shortcuts.
 
-g = sigmoid(W x + b)
-highway              y = x + g (F(x) - x)          b < 0: it starts near the identity
-exclusive gate       y = (1 - g) x + g F(x)        the same, as He et al. write it
-shortcut-only gate   y = (1 - g) x + F(x)
+highway              y = x + g (F(x) - x)                   Srivastava et al. 2015, arXiv 1505.00387
+exclusive gate       y = (1 - g) x + g F(x)                 the same, as He et al. 2016 write it (1603.05027, 3.2)
+shortcut-only gate   y = (1 - g) x + F(x)                   He et al. 2016, section 3.3
+                     g = sigmoid(W x + b), b < 0: they start near the identity
+variance gate        y = sqrt(1 - g^2) x + g F(x)           Muse Spark (Meta 2026; transformers, muse_spark)
+                     g = sigmoid(w / t), one a feature: of x and F(x) with variance 1, unrelated, y has variance 1
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from skipscope.nn._connection import Connection, Pointwise
+from skipscope.nn._connection import Connection, Pointwise, along
 
 
 def highway(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
@@ -27,6 +29,11 @@ def exclusive_gate(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
 def shortcut_only_gate(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
     """``(1 - gate) * x + f``; all of one shape."""
     return (1 - gate) * x + f
+
+
+def variance_gate(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
+    """``sqrt(1 - gate^2) * x + gate * f``, ``gate`` in (0, 1); the root is taken of no less than 0.001."""
+    return ((1 - gate) * (1 + gate)).clamp_min(1e-3).sqrt() * x + gate * f
 
 
 class _Gated(Connection):
@@ -70,3 +77,28 @@ class ShortcutOnlyGate(_Gated):
     def write(self, x: Tensor, f: Tensor) -> Tensor:
         """``(1 - g) x + f``."""
         return shortcut_only_gate(x, f, torch.sigmoid(self.gate(x)))
+
+
+class VarianceGate(Connection):
+    """``sqrt(1 - g^2) x + g F(x)`` with ``g = sigmoid(w / t)``, the same for all data.
+
+    Args:
+        branch: F.
+        width: size of dimension ``dim``.
+        init: where every element of w starts; 0 gives g = 1/2.
+        temperature: t; the smaller, the faster the gate learns.
+        dim: the dimension that holds the features.
+    """
+
+    kind = "scaled"
+
+    def __init__(
+        self, branch: nn.Module, width: int, *, init: float = 0.0, temperature: float = 0.3, dim: int = -1
+    ):
+        super().__init__(branch)
+        self.gate = nn.Parameter(torch.full((width,), init))
+        self.temperature, self.dim = temperature, dim
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``sqrt(1 - g^2) x + g f``."""
+        return variance_gate(x, f, along(torch.sigmoid(self.gate / self.temperature), x, self.dim))

@@ -1,9 +1,12 @@
-"""Hyper-connections: several residual streams instead of one. Zhu et al. 2024, arXiv 2409.19606.
+"""Several residual streams instead of one, with static weights.
 
-    X' = H_res X + h_post F(h_pre . X)
+hyper-connections   X' = H_res X + h_post F(h_pre . X)                      Zhu et al. 2024, arXiv 2409.19606
+AltUp               X^ = P X,   X' = X^ + g (x_j + F(x_j) - x^_j)           Baykal et al. 2023, arXiv 2301.13310
+                    predict, compute for stream j, correct; j the next at each layer (as Recycled-AltUp: the streams
+                    begin as copies)
 
-X holds n streams. At the start H_res is the identity, h_post all ones and h_pre reads one stream, the next at each
-layer: then every stream is what a residual network's one stream would be.
+X holds n streams. At the start H_res and P are the identity, h_post and g all ones and h_pre reads one stream, the next
+at each layer: then every stream is what a residual network's one stream would be.
 """
 
 from __future__ import annotations
@@ -37,7 +40,21 @@ def hyper_write(x: Tensor, f: Tensor, residual: Tensor, post: Tensor) -> Tensor:
     return torch.tensordot(residual, x, 1) + post.reshape(-1, *[1] * f.ndim) * f
 
 
-class HyperConnection(Connection):
+def altup(x: Tensor, f: Tensor, predict: Tensor, correct: Tensor, active: int) -> Tensor:
+    """AltUp's prediction of the streams ``x [n, ...]``, corrected by what stream ``active`` became: itself plus ``f``."""
+    predicted = torch.tensordot(predict, x, 1)
+    return predicted + correct.reshape(-1, *[1] * f.ndim) * (x[active] + f - predicted[active])
+
+
+class StreamConnection(Connection):
+    """A connection between streams ``[n, ...]``: one layer of :class:`HyperConnected`."""
+
+    def collapse(self) -> nn.Module | None:
+        """What makes one tensor of the streams after the last layer; None for their mean."""
+        return None
+
+
+class HyperConnection(StreamConnection):
     """``X' = H_res X + h_post F(h_pre . X)`` on streams ``[n, ...]``, with learned, static weights.
 
     A network expands its input with :func:`expand_streams`, and after the last layer takes :func:`reduce_streams`.
@@ -65,6 +82,31 @@ class HyperConnection(Connection):
         return hyper_write(x, f, self.residual, self.post)
 
 
+class AltUp(StreamConnection):
+    """``X^ + g (x_j + F(x_j) - x^_j)`` with ``X^ = P X``: only stream j is computed, the others are predicted.
+
+    Args:
+        branch: F, on one stream.
+        streams: n.
+        layer: this layer's place in the network; says which stream is computed.
+    """
+
+    kind = "projection"
+
+    def __init__(self, branch: nn.Module, streams: int = 4, *, layer: int = 0):
+        super().__init__(branch)
+        self.active = layer % streams
+        self.predict, self.correct = nn.Parameter(torch.eye(streams)), nn.Parameter(torch.ones(streams))
+
+    def read(self, x: Tensor) -> Tensor:
+        """``x_j``."""
+        return x[self.active]
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """The prediction, corrected."""
+        return altup(x, f, self.predict, self.correct, self.active)
+
+
 class HyperConnected(Chain):
     """A stack of branches with hyper-connections between: streams inside, one tensor outside.
 
@@ -76,12 +118,16 @@ class HyperConnected(Chain):
     """
 
     def __init__(
-        self, *branches: nn.Module, streams: int = 4, connect: Callable[..., Connection] = HyperConnection
+        self,
+        *branches: nn.Module,
+        streams: int = 4,
+        connect: Callable[..., StreamConnection] = HyperConnection,
     ):
         super().__init__()
         self.streams = streams
         self.layers = nn.ModuleList(connect(branch, streams, layer=i) for i, branch in enumerate(branches))
         self.kind: Any = next((layer.kind for layer in self.layers), HyperConnection.kind)
+        self.collapse = self.layers[-1].collapse() if branches else None  # type: ignore[operator]
 
     @property
     def branches(self) -> list[nn.Module]:
@@ -94,7 +140,8 @@ class HyperConnected(Chain):
         return x, self.layers[0].read(x)  # type: ignore[operator]
 
     def step(self, index: int, state: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-        """The streams after layer ``index``, and what the next one reads; after the last, their mean."""
+        """The streams after layer ``index``, and what the next one reads; after the last, all of them as one."""
         state = self.layers[index].write(state, f)  # type: ignore[operator]
-        last = index == len(self.layers) - 1
-        return state, reduce_streams(state) if last else self.layers[index + 1].read(state)  # type: ignore[operator]
+        if index < len(self.layers) - 1:
+            return state, self.layers[index + 1].read(state)  # type: ignore[operator]
+        return state, reduce_streams(state) if self.collapse is None else self.collapse(state)

@@ -2,6 +2,7 @@
 
 RW   y = a F(x) + b x            two learned numbers, here 1 at first
 LR   y = F(x) + x + W2 W1 x      W1 to a small rank, W2 back; here W2 = 0 at first
+PA   x_{i+1} = F_i(x_i) + x_i + W2 W1 (c_0 x_i + c_1 x_{i-1} + ...)      over k inputs; here c = 1/k at first
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from skipscope.nn._connection import Connection
+from skipscope.nn._connection import Chain, Connection
+from skipscope.nn._depth import depth_average
 
 
 def laurel_weights(x: Tensor, f: Tensor, weights: Tensor) -> Tensor:
@@ -17,9 +19,11 @@ def laurel_weights(x: Tensor, f: Tensor, weights: Tensor) -> Tensor:
     return weights[0] * f + weights[1] * x
 
 
-def laurel_low_rank(x: Tensor, f: Tensor, down: Tensor, up: Tensor, dim: int = -1) -> Tensor:
-    """``f + (x + up down x)``: ``down [rank, width]``, ``up [width, rank]``, features in dimension ``dim``."""
-    rows = x.movedim(dim, -1)
+def laurel_low_rank(
+    x: Tensor, f: Tensor, down: Tensor, up: Tensor, dim: int = -1, mapped: Tensor | None = None
+) -> Tensor:
+    """``f + (x + up down mapped)``, ``mapped`` ``x`` by default: ``down [rank, width]``, ``up [width, rank]``."""
+    rows = (x if mapped is None else mapped).movedim(dim, -1)
     return f + (x + (rows @ down.T @ up.T).movedim(-1, dim))
 
 
@@ -60,3 +64,35 @@ class LaurelLowRank(Connection):
     def write(self, x: Tensor, f: Tensor) -> Tensor:
         """``f + x + W2 W1 x``."""
         return laurel_low_rank(x, f, self.down, self.up, self.dim)
+
+
+class LaurelPrevious(Chain):
+    """``F_i(x_i) + x_i + W2 W1 (c_0 x_i + c_1 x_{i-1} + ...)``: the shortcut reads the last few inputs.
+
+    Args:
+        branches: F_1, F_2, ..., of one width.
+        width: size of dimension ``dim``.
+        rank: of the learned part.
+        previous: k, how many inputs it reads at most.
+        dim: the dimension that holds the features.
+
+    Example:
+        >>> chain = LaurelPrevious(*[nn.Linear(4, 4) for _ in range(4)], width=4, previous=3)
+        >>> [len(weights) for weights in chain.weights]
+        [1, 2, 3, 3]
+    """
+
+    def __init__(self, *branches: nn.Module, width: int, rank: int = 4, previous: int = 3, dim: int = -1):
+        super().__init__()
+        self.branches, self.dim = nn.ModuleList(branches), dim
+        counts = [min(i + 1, previous) for i in range(len(branches))]
+        self.weights = nn.ParameterList(torch.full((count,), 1 / count) for count in counts)
+        self.down = nn.ParameterList(torch.randn(rank, width) / width**0.5 for _ in branches)
+        self.up = nn.ParameterList(torch.zeros(width, rank) for _ in branches)
+
+    def step(self, index: int, state: list[Tensor], f: Tensor) -> tuple[list[Tensor], Tensor]:
+        """``x_{i+1}``; the state: x_0, ..., x_i."""
+        weights, x = self.weights[index], state[-1]
+        mapped = depth_average(state[-len(weights) :][::-1], weights)
+        y = laurel_low_rank(x, f, self.down[index], self.up[index], self.dim, mapped)
+        return [*state, y], y

@@ -3,6 +3,10 @@
 SkipInit     y = x + a F(x), a = 0 at the start    De and Smith 2020, arXiv 2002.10444
 ReZero       the same                              Bachlechner et al. 2020, arXiv 2003.04887
 LayerScale   y = x + diag(g) F(x), g = 1e-4        Touvron et al. 2021, arXiv 2103.17239
+
+Factors and offsets on both sides:
+affine       y = s (x + b) + t (F(x) + c), s = t = 1, b = c = 0; one a feature
+             ZAYA1 (Zyphra 2026, arXiv 2605.05365, section II-A3; transformers, zaya)
 """
 
 from __future__ import annotations
@@ -63,3 +67,31 @@ class LayerScale(Connection):
     def write(self, x: Tensor, f: Tensor) -> Tensor:
         """``x + diag(g) f``."""
         return layer_scale(x, f, self.gamma, self.dim)
+
+
+def affine_residual(x: Tensor, f: Tensor, scale: Tensor, offset: Tensor, dim: int = -1) -> Tensor:
+    """``scale[0] (x + offset[0]) + scale[1] (f + offset[1])``, each one number a feature."""
+    s, t = (along(row, x, dim) for row in scale)
+    b, c = (along(row, x, dim) for row in offset)
+    return s * (x + b) + t * (f + c)
+
+
+class AffineResidual(Connection):
+    """``s (x + b) + t (F(x) + c)``.
+
+    Args:
+        branch: F.
+        width: size of dimension ``dim``.
+        dim: the dimension that holds the features.
+    """
+
+    kind = "projection"
+
+    def __init__(self, branch: nn.Module, width: int, *, dim: int = -1):
+        super().__init__(branch)
+        self.scale, self.offset = nn.Parameter(torch.ones(2, width)), nn.Parameter(torch.zeros(2, width))
+        self.dim = dim
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``s (x + b) + t (f + c)``."""
+        return affine_residual(x, f, self.scale, self.offset, self.dim)

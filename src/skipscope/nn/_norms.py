@@ -7,19 +7,23 @@ DeepNorm        y = N(a x + F(x))     Wang et al. 2022, arXiv 2203.00555; F's we
                                       L layers alone                  a = (2L)^(1/4)           b = (8L)^(-1/4)
                                       encoder, N, with M decoding     a = 0.81 (N^4 M)^(1/16)  b = 0.87 (N^4 M)^(-1/16)
                                       decoder, M, with an encoder     a = (3M)^(1/4)           b = (12M)^(-1/4)
+sub-LN          y = x + W N(G(N(x)))   Wang et al. 2022 (Magneto), arXiv 2210.06423; F = W G, W its last linear map; F's
+                                      weights but those of q and k times sqrt(log 2L) at the start, L layers
+Keel            y = N(L x + F(N(x)))  Chen and Wei 2026, arXiv 2601.19895; L branches in the network
 Admin           y = N(w x + F(x))     Liu et al. 2020, arXiv 2004.08249; w learned, one number a feature, the root of
                                       the summed variances of x and of the branches before at the start
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
-from skipscope.nn._connection import Connection, WidthNorm, along
+from skipscope.nn._connection import Connection, Elsewhere, WidthNorm, along
 from skipscope.nn._scaled import scaled_shortcut
 
 
@@ -103,6 +107,84 @@ class SandwichNorm(PreNorm):
     def write(self, x: Tensor, f: Tensor) -> Tensor:
         """``x + N'(f)``."""
         return x + self.norm_out(f)
+
+
+class Keel(PreNorm):
+    """``N(depth x + F(N(x)))``: post-norm whose shortcut outweighs the branch the more, the deeper the network.
+
+    Args:
+        branch: F.
+        width: size of dimension ``dim``.
+        depth: how many such branches the network has.
+        dim: the dimension that holds the features.
+    """
+
+    kind = "scaled"
+
+    def __init__(self, branch: nn.Module, width: int, depth: int, *, dim: int = -1):
+        super().__init__(branch, width, dim=dim)
+        self.scale, self.norm_out = float(depth), WidthNorm(width, dim=dim)
+
+    def write(self, x: Tensor, f: Tensor) -> Tensor:
+        """``N(depth x + f)``."""
+        return self.norm_out(scaled_shortcut(x, f, self.scale))
+
+
+class SubNorm(PreNorm):
+    """``x + W N'(G(N(x)))``: a second norm inside the branch, before its last linear map W.
+
+    Args:
+        branch: F; its last linear layer or convolution is W, and gets the norm as a hook.
+        width: size of dimension ``dim``.
+        layers: of the network; each has two branches. They scale the weights of F, but those of queries and keys.
+        dim: the dimension that holds the features.
+
+    Raises:
+        SkipscopeError: the branch has no linear map that is called.
+
+    Example:
+        >>> SubNorm(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), 4, layers=6).norm_in.normalized_shape
+        (8,)
+    """
+
+    def __init__(self, branch: nn.Module, width: int, layers: int, *, dim: int = -1):
+        super().__init__(branch, width, dim=dim)
+        self.layers = layers
+        if not isinstance(branch, Elsewhere):
+            self.initialise_(branch)
+
+    def initialise_(self, branch: nn.Module) -> None:
+        """The norm before the last linear map, and the paper's initialisation."""
+        maps = [m for m in branch.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+        # Attention of torch reads its last layer's weight, and does not call the layer.
+        if not maps or any(isinstance(m, nn.MultiheadAttention) for m in branch.modules()):
+            raise SkipscopeError(
+                "SubNorm", "the branch calls no linear map before which the second norm could stand",
+                expected="a linear layer or a convolution", got=type(branch).__name__, cure="put the linear layer last",
+            )  # fmt: skip
+        last = maps[-1]
+        is_linear = isinstance(last, nn.Linear)
+        self.norm_in = WidthNorm(
+            last.in_features if is_linear else last.in_channels, dim=-1 if is_linear else 1
+        )
+        self.norm_in.to(last.weight.device, last.weight.dtype)
+        last.register_forward_pre_hook(_Before(self.norm_in))
+        _scale_values(branch, sub_norm_gain(self.layers), QUERIES_AND_KEYS)
+
+
+class _Before:
+    """A forward pre-hook that applies a module to the first input."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self.module(args[0]), *args[1:])
+
+
+def sub_norm_gain(layers: int) -> float:
+    """Sub-LN's factor on the branch's weights at the start, ``sqrt(log(2 layers))``."""
+    return math.sqrt(math.log(2 * layers))
 
 
 class DeepNorm(_Normed):
