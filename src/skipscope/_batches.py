@@ -74,6 +74,18 @@ class Batches:
             self._known_first = self.peek(1)[0]
         return self._known_first
 
+    def copied(self) -> Batches:
+        """The same batches, with tensors of their own at each reading: for a model that writes into its inputs."""
+        return Batches(_Copied(self.items), single=self.single)
+
+
+@dataclass(frozen=True)
+class _Copied:
+    items: Iterable[Batch]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (map_tensors(batch, lambda tensor: tensor.detach().clone()) for batch in self.items)
+
 
 def batches(items: Sequence[Batch]) -> Batches:
     """Say that a list is a list of batches (a bare list or tuple is always one batch).

@@ -82,6 +82,12 @@ class Subject:
         with left, as_written():
             yield
 
+    def with_own_inputs(self) -> Subject:
+        """The same, with inputs copied for each pass where the model writes into them."""
+        if not self.found.writes_inputs:
+            return self
+        return replace(self, data=self.data.copied(), given=self.found, given_inputs=self.inputs)
+
     def twin(self, model: nn.Module, *, owned: bool = True) -> Subject:
         """The same data and loss for a copy of the model, edited, trained or neither, with the same shortcuts."""
         return replace(self, model=model, owned=owned, given=self.found, given_inputs=self.inputs)

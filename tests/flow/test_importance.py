@@ -96,3 +96,35 @@ def test_results_say_what_was_done_to_a_twin(case):
         (ss.ablate(model, found[:1]), "removed (1 of 4)"), (ss.ablate(model, found, strength=0.5), "strength 0.5"),
     ):  # fmt: skip
         assert ss.gradient_flow(twin, (x, x[:, :3]), mse).meaning == words
+
+
+class Overwriting(nn.Module):
+    """Doubles its input in place, or not."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.f, self.head, self.in_place = oracles.layer(4), nn.Linear(4, 2), in_place
+
+    def forward(self, x):
+        x = x.mul_(2.0) if self.in_place else x * 2.0
+        return self.head(x + self.f(x))
+
+
+def test_an_input_that_the_model_overwrites_is_the_same_for_each_pass_and_left_as_found():
+    torch.manual_seed(0)
+    model, x, y = Overwriting(True).double(), torch.randn(3, 4).double(), torch.zeros(3, 2).double()
+    before, version, plain = x.clone(), x._version, Overwriting(False).double()
+    plain.load_state_dict(model.state_dict())
+    got, expected = (ss.importance(m, (x, y), mse) for m in (model, plain))
+    assert (got.loss, got[0].removed, got[0].lesioned) == (
+        expected.loss,
+        expected[0].removed,
+        expected[0].lesioned,
+    )
+    paths = ss.path_spectrum(model, (x, y), mse)
+    assert paths.residual < 1e-13
+    assert paths.norms == pytest.approx(ss.path_spectrum(plain, (x, y), mse).norms, rel=1e-12)
+    splits = [ss.gradient_split(m, (x, y), mse)[0] for m in (model, plain)]
+    assert splits[0].shortcut_rms == pytest.approx(splits[1].shortcut_rms, rel=1e-12)
+    assert ss.gradient_flow(model, (x, y), mse).loss == expected.loss
+    assert torch.equal(x, before) and x._version == version

@@ -268,6 +268,61 @@ def test_a_users_cache_is_the_same_for_each_pass_and_left_as_found():
     assert len(cache.seen) == 1 and split.residual < 1e-6 and one == other
 
 
+def through_views(x):
+    x.view(-1).mul_(2.0)
+    x[0] = 1.0
+    return nn.functional.relu(x, inplace=True)
+
+
+def through_numpy(x):
+    x.detach().numpy()[0] = 7.0
+    return x
+
+
+def under_vmap(x):
+    torch.vmap(lambda row: row.add_(1.0))(x)
+    return x
+
+
+def with_its_own_gradient(x):
+    x.add_(1.0).requires_grad_(True)
+    return torch.autograd.grad(x.tanh().sum(), x, create_graph=True)[0]
+
+
+def raising(x):
+    x.add_(1.0)
+    raise ValueError("no")
+
+
+class Writing(nn.Module):
+    def __init__(self, write):
+        super().__init__()
+        self.f, self.write = nn.Linear(8, 8), write
+
+    def forward(self, x):
+        x = self.write(x)
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize("write", [through_views, through_numpy, under_vmap, with_its_own_gradient, raising])
+def test_an_input_is_not_copied_until_the_pass_writes_into_it_and_left_as_found(write):
+    x = features().float()
+    before, version = x.clone(), x._version
+    if write is raising:
+        with pytest.raises(ss.SkipscopeError, match="no"):
+            find_shortcuts(Writing(write), x)
+    else:
+        found = find_shortcuts(Writing(write), x)
+        assert len(found) == 1 and found.writes_inputs
+    assert torch.equal(x, before) and x._version == version and not x.requires_grad
+
+
+def test_an_input_that_is_only_read_is_read_where_it_is():
+    seen, x = [], features()
+    model = Writing(lambda x: seen.append(x.data_ptr()) or x)
+    assert not find_shortcuts(model, x).writes_inputs and seen == [x.data_ptr()]
+
+
 # --- boundaries ---------------------------------------------------------------------------------------------------------
 
 

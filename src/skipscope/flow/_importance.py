@@ -69,6 +69,7 @@ def importance(
 
 def importance_of(subject: Subject, found: Any = None, seed: int = 0) -> Importance:
     """:func:`importance` of what is prepared: of the shortcuts in ``found``, or all. Local."""
+    subject = subject.with_own_inputs()
     model, chosen = subject.model, subject.found if found is None else found
     # The twins share the model's parameters: it is held as found around them all.
     with one_snapshot(model), untouched(model, seed=seed, operation="importance"):

@@ -104,6 +104,13 @@ def _operations() -> dict[str, Operation]:
 
 # By the function's own name; looked up in compiled code too, which is why it is a plain dict.
 OPERATIONS = _operations()
+# Where a marked function keeps the operation that it is.
+MARK = "_skipscope_operation"
+
+
+def operation_of(func: Any) -> Operation | None:
+    """The operation that a function is, or None; a marked function carries its own."""
+    return OPERATIONS.get(getattr(func, "__name__", "")) or getattr(func, MARK, None)
 
 
 def operands(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from skipscope import _data
 from skipscope._public_call import public_call
@@ -22,7 +22,7 @@ from skipscope.shortcuts.finding._judge import Judge
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._names import fork_name, home_of, merge_name, unique_names
 from skipscope.shortcuts.finding._streams import learned_streams
-from skipscope.shortcuts.trace import Trace, record
+from skipscope.shortcuts.trace import LentInputs, Trace, record
 
 
 @public_call("find_shortcuts")
@@ -62,16 +62,15 @@ def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
 
 
 def traced(model: nn.Module, inputs: Any) -> Trace:
-    """The trace of one forward pass on copies of the inputs; on the meta device if the model is there."""
+    """The trace of one forward pass, which leaves the inputs as they are; on the meta device if the model is there."""
+    lent = LentInputs()
     on_meta = any(parameter.is_meta for parameter in model.parameters())
 
-    def copied(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("meta") if on_meta else tensor.detach().clone()
-
     def forward() -> Any:
-        return _data.forward(model, (_data.map_tensors(inputs, copied), None), "find_shortcuts")
+        given = _data.map_tensors(inputs, lambda t: t.detach().to("meta")) if on_meta else lent.lend(inputs)
+        return _data.forward(model, (given, None), "find_shortcuts")
 
-    return record(model, forward)
+    return record(model, forward, lent)
 
 
 def read(trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = None) -> Shortcuts:
@@ -103,6 +102,7 @@ def read(trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = Non
         model=class_name(model),
         not_run=_not_run(trace, model),
         passed=_passed(graph, judge, verdicts, runs_at, merges),
+        writes_inputs=trace.writes_inputs,
     )
 
 

@@ -52,7 +52,7 @@ def mark_shortcut(
         return function(*args, **kwargs)
 
     marked.__name__ = name
-    _calls.OPERATIONS[name] = _calls.Operation(name, slots)
+    setattr(marked, _calls.MARK, _calls.Operation(name, slots))
     return marked
 
 

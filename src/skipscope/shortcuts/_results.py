@@ -162,6 +162,7 @@ class Shortcuts(Result, Sequence):
         not_run: modules with weights that this pass did not call (LayerDrop, an expert that was not chosen), by path.
         passed: concatenations of a decoder whose skip passes a block with weights of its own: no shortcuts by the rule,
             and editable like them.
+        writes_inputs: the model writes into tensors that it is called with.
     """
 
     entries: tuple[Shortcut, ...]
@@ -172,6 +173,7 @@ class Shortcuts(Result, Sequence):
     model: str = ""
     not_run: tuple[str, ...] = ()
     passed: tuple[Shortcut, ...] = ()
+    writes_inputs: bool = False
 
     def __len__(self) -> int:
         return len(self.entries)

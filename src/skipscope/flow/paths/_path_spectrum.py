@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from skipscope import _sharding
 from skipscope._calls import no_gradient
-from skipscope._data import Batch, Objective
+from skipscope._data import Batch, Objective, map_tensors
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
 from skipscope._public_call import public_call
@@ -92,6 +92,7 @@ def paths_of(
     seed: int = 0,
 ) -> PathSpectrum:
     """:func:`path_spectrum` of what is prepared. Local, or collective."""
+    subject = subject.with_own_inputs()
     model, batches, objective = subject.model, subject.data, subject.loss
     found, target = subject.found, _target(subject.model, subject.boundaries, wrt)
     is_estimate = exact is False or (exact is None and len(found) > MAX_LENGTHS)
@@ -100,8 +101,9 @@ def paths_of(
     with subject.running(seed), _sharding.whole(model):
         mode = mode_of(model)
         for i, (batch, share) in enumerate(track(shares_of(batches, objective, "path_spectrum"), "paths")):
+            given = map_tensors(batch, Tensor.clone) if found.writes_inputs else batch
             with random_state_kept(seed + i):
-                forward = cut_forward(model, batch, objective, found, target)
+                forward = cut_forward(model, given, objective, found, target)
             if not forward.loss.requires_grad:
                 raise no_gradient("path_spectrum", model)
             sums.loss += share * float(forward.loss.detach())

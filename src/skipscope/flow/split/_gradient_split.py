@@ -66,6 +66,7 @@ def gradient_split(
 
 def split_of(subject: Subject, seed: int = 0) -> GradientSplit:
     """:func:`gradient_split` of a prepared subject. Local, or collective."""
+    subject = subject.with_own_inputs()
     model, batches, objective, found = subject.model, subject.data, subject.loss, subject.found
     forks = [_Fork() for _ in found]
     value = 0.0

@@ -67,7 +67,7 @@ class _Tap(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        operation = _calls.OPERATIONS.get(name)
+        operation = _calls.operation_of(func)
         if operation is not None and operation.is_many:
             return _calls.one_by_one(self, operation, func, args, kwargs)
         handler = self._handler(name, operation, args, kwargs)

@@ -54,7 +54,7 @@ class GateSides:
             key: of a call with operands that are zero on a side.
         """
         name = getattr(func, "__name__", "")
-        operation = _calls.OPERATIONS.get(name)
+        operation = _calls.operation_of(func)
         in_place = name.endswith("_") and not name.endswith("__")
         if in_place and args and isinstance(args[0], Tensor) and id(args[0]) not in self._made:
             args = (args[0].clone(), *args[1:])  # it is about to be overwritten

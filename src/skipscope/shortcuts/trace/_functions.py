@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 
 class Function(NamedTuple):
-    """What a torch function is called, and whether it writes into its first argument."""
+    """What a torch function is called, whether it writes into its first argument, and whether it may write at all."""
 
     name: str
     in_place: bool
+    may_write: bool = False
 
 
 def _words(text: str) -> frozenset[str]:
@@ -29,6 +30,10 @@ QUERIES = _words(
     is_coalesced __deepcopy__ __reduce_ex__ register_hook is_tensor is_same_size result_type can_cast promote_types
     is_grad_enabled _set_grad_enabled finfo iinfo set_default_dtype get_default_dtype is_set_to .grad dim_order
     _backward_hooks _is_zerotensor has_names is_mkldnn is_sparse_csr is_maia is_ipu is_xla is_vulkan is_mtia is_hpu"""
+)
+# They give access to a tensor's memory, through which anything may be written.
+_EXPOSING = _words(
+    """data_ptr untyped_storage storage numpy __array__ __dlpack__ __cuda_array_interface__ share_memory_ apply_ map_ set_"""
 )
 # Functions whose result has a tensor's shape but nothing of its values.
 SHAPE_ONLY = _words(
@@ -83,7 +88,11 @@ def function_of(func: Any) -> Function:
     known = _known.get(name)
     if known is None:
         known = _named(name)
-        if not name.startswith("marked "):  # such names are made without end
+        # Operators of other libraries may write without saying so in their name.
+        is_foreign = type(func).__module__ == "torch._ops" and not str(func).startswith("aten.")
+        is_marked = name.startswith("marked ")
+        known = known._replace(may_write=known.in_place or is_foreign or is_marked or name in _EXPOSING)
+        if not is_foreign and not is_marked:  # such names are made without end
             _known[name] = known
     return known
 

@@ -29,6 +29,7 @@ from skipscope.shortcuts.trace._functions import (
     Function,
     function_of,
 )
+from skipscope.shortcuts.trace._lent_inputs import LentInputs
 from skipscope.shortcuts.trace._memory import Memory, memory_of
 from skipscope.shortcuts.trace._trace import Hidden, ModuleRun, Operand, Origin, Trace, TracedCall, Value
 
@@ -60,7 +61,7 @@ class _NeedsGradients(BaseException):
     """The model differentiates in its forward pass. No exception that a model's own code would catch."""
 
 
-def record(model: nn.Module, call: Callable[[], Any]) -> Trace:
+def record(model: nn.Module, call: Callable[[], Any], lent: LentInputs | None = None) -> Trace:
     """Run ``call`` once, and record every torch call that it makes.
 
     The pass runs without gradients; where the model's own forward differentiates (forces, a gradient penalty) it is
@@ -71,6 +72,7 @@ def record(model: nn.Module, call: Callable[[], Any]) -> Trace:
         model: the eager module that ``call`` runs. What it is called with are the trace's inputs.
         call: ``lambda: model(x)``, or ``lambda: loss(model(x), y)`` to record the loss too. It is run twice where the
             model differentiates, so it must not use up its inputs.
+        lent: inputs of ``call`` that are to be as they were after each run.
 
     Returns:
         The trace. It holds no tensor.
@@ -83,15 +85,20 @@ def record(model: nn.Module, call: Callable[[], Any]) -> Trace:
         >>> sorted(trace.weights_of(trace.calls[0]))
         ['0.bias', '0.weight']
     """
+    lent = lent or LentInputs()
     try:
-        return _recorded(model, call, gradients=False)
+        return _recorded(model, call, lent, gradients=False)
     except _NeedsGradients:
-        return _recorded(model, call, gradients=True)
+        return _recorded(model, call, lent, gradients=True)
 
 
-def _recorded(model: nn.Module, call: Callable[[], Any], gradients: bool) -> Trace:
-    with recording(model, gradients=gradients) as recorder:
-        recorder.trace.result = recorder.values_in(call())
+def _recorded(model: nn.Module, call: Callable[[], Any], lent: LentInputs, gradients: bool) -> Trace:
+    try:
+        with recording(model, lent=lent, gradients=gradients) as recorder:
+            recorder.trace.result = recorder.values_in(call())
+    finally:
+        is_changed = lent.restore()
+    recorder.trace.writes_inputs = is_changed
     return recorder.trace
 
 
@@ -101,9 +108,11 @@ Listener = Callable[[TracedCall, Callable[..., Any], tuple[Any, ...], dict[str, 
 
 
 @contextmanager
-def recording(model: nn.Module, listener: Listener | None = None, *, gradients: bool) -> Iterator[Recorder]:
+def recording(
+    model: nn.Module, listener: Listener | None = None, *, gradients: bool, lent: LentInputs | None = None
+) -> Iterator[Recorder]:
     """Record what runs inside, with gradients or without; a listener sees the tensors of each call as well."""
-    recorder = Recorder(model, gradients, listener)
+    recorder = Recorder(model, gradients, listener, lent)
     # Compiled code runs as it is written. Who has compiled something has this module loaded; loading it takes seconds.
     loaded = "torch._dynamo" in sys.modules
     stance = torch.compiler.set_stance("force_eager") if loaded else nullcontext()
@@ -121,11 +130,19 @@ class Recorder(TorchFunctionMode):
         model: whose modules are told apart.
         gradients: whether the pass is run with gradients.
         listener: called after each call.
+        lent: inputs whose contents are kept before a call writes into them.
     """
 
-    def __init__(self, model: nn.Module, gradients: bool = False, listener: Listener | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        gradients: bool = False,
+        listener: Listener | None = None,
+        lent: LentInputs | None = None,
+    ):
         super().__init__()
         self.model, self.trace, self.listener = model, Trace(with_gradients=gradients), listener
+        self.lent = lent or LentInputs()
         self.memory, self.sites = Memory(self.trace, self._infer), _sites.Sites(model)
         self.stack: list[ModuleRun] = []
         # For each of them the call that cannot be looked into and runs it, or None.
@@ -148,11 +165,13 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         function = function_of(func)
+        if function.may_write or "out" in kwargs or kwargs.get("inplace"):
+            self.lent.before_write(_tensors(args, kwargs))
         if function.name in QUERIES:
             return func(*args, **kwargs)
         if function.name in _DIFFERENTIATING and not self.trace.with_gradients:
             raise _NeedsGradients
-        operation = _calls.OPERATIONS.get(getattr(func, "__name__", ""))
+        operation = _calls.operation_of(func)
         if operation is not None and operation.is_many:
             return _calls.one_by_one(self, operation, func, args, kwargs)
         if function.name in COMPOSITES and isinstance(func, FunctionType):

@@ -210,6 +210,7 @@ class Trace:
         parameters: value of each parameter that took part, by its path.
         hidden: calls into which the trace cannot look.
         with_gradients: the pass was run with gradients, because the model differentiates inside its forward.
+        writes_inputs: the pass wrote into tensors that the model was called with.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -221,6 +222,7 @@ class Trace:
     parameters: dict[str, int] = field(default_factory=dict)
     hidden: list[Hidden] = field(default_factory=list)
     with_gradients: bool = False
+    writes_inputs: bool = False
     _weights: dict[int, frozenset[str]] = field(default_factory=dict)
     _consumers: dict[int, list[int]] | None = None
 

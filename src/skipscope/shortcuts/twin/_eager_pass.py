@@ -126,7 +126,7 @@ class _EagerPass(TorchFunctionMode):
             return func(*args, **kwargs)
         if self.method is not None and not self.used_weights:
             self.used_weights = any(isinstance(argument, nn.Parameter) for argument in args)
-        operation = _calls.OPERATIONS.get(getattr(func, "__name__", ""))
+        operation = _calls.operation_of(func)
         if operation is None:
             return func(*args, **kwargs)
         if operation.is_many:

@@ -1,0 +1,67 @@
+"""Inputs that a recorded pass reads where they are, and copies only before it writes into them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipscope._data import map_tensors, tensors_in
+from skipscope.shortcuts.trace._memory import memory_of
+
+
+class LentInputs:
+    """Lends tensors to a pass, and puts back what the pass wrote into them.
+
+    A lent tensor has a version counter and a history of its own, so the owner's graph is not disturbed. Tensors whose
+    memory overlaps, and tensors of special kinds, are copied at once.
+    """
+
+    def __init__(self):
+        self._lent: dict[int, Tensor] = {}
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def lend(self, nest: Any) -> Any:
+        """The same nest with lent tensors."""
+        tensors = {id(tensor): tensor for tensor in tensors_in(nest)}
+        uses = Counter(map(memory_of, tensors.values()))
+
+        def one(tensor: Tensor) -> Tensor:
+            memory = memory_of(tensor)
+            is_plain = type(tensor.data) is Tensor and tensor.layout is torch.strided
+            if memory is None or uses[memory] > 1 or tensor.is_inference() or not is_plain:
+                return tensor.detach().clone()
+            self._lent[memory] = tensor.data
+            return self._lent[memory]
+
+        return map_tensors(nest, one)
+
+    def before_write(self, tensors: Iterable[Tensor]) -> None:
+        """Keep the contents of lent tensors whose memory a call may write into."""
+        for tensor in tensors if self._lent else ():
+            memory = memory_of(tensor)
+            # What has no memory of its own, a tensor under torch.func, may stand for any of them.
+            for key in [memory] if memory is not None else list(self._lent):
+                lent = self._lent.pop(key, None)
+                if lent is not None:
+                    self._before.append((lent, lent.clone()))
+
+    def restore(self) -> bool:
+        """Put the contents back.
+
+        Returns:
+            Whether the pass had changed any.
+        """
+        self._lent.clear()
+        is_changed = False
+        with torch.no_grad():
+            while self._before:
+                lent, before = self._before[-1]
+                if not torch.equal(lent, before):
+                    is_changed = True
+                    lent.data.copy_(before)
+                self._before.pop()
+        return is_changed
