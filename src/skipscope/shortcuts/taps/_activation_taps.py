@@ -1,14 +1,17 @@
-"""Taps: read and replace activations as a forward pass produces them, without touching the model.
+"""Taps: read and replace activations as a forward pass produces them; the model itself is left alone.
 
-A tap is a function mode that knows, from what :func:`find_shortcuts` returned, which calls to stop at. On an edited
-twin it sees each edited call once, with the operands the edit left.
+A tap is a function mode that handles the calls whose keys :func:`find_shortcuts` returned. On an edited twin it sees
+each edited call once, with the edited operands.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,17 +54,19 @@ class Merge:
         return self.is_sum and all(o.shape == shape and o.dtype == dtype for o in self.operands)
 
 
+Touch = Callable[[int, Tensor], Tensor]
+# Makes a call: with the operation, torch's function, its arguments and keywords.
 Handler = Callable[[Operation | None, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _Tap(TorchFunctionMode):
-    """Calls a handler at each call whose key is wanted; between the calls of a gate it follows them."""
+    """Calls a handler at each call with a key of its own, and follows the gates that are under way between them."""
 
     def __init__(self, model: nn.Module, handlers: dict[CallKey, Handler], gates: dict[int, GateSides]):
         super().__init__()
         self.sites, self.gates = _sites.Sites(model), gates
         self.handlers = {(key.host, key.site, key.nth): handler for key, handler in handlers.items()}
-        self.wanted = {key.site for key in handlers}
+        self.keyed = {key.site for key in handlers}
         self.lookups = {key.site.rpartition(":")[2] for key in handlers} - _calls.OPERATIONS.keys()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -86,7 +91,7 @@ class _Tap(TorchFunctionMode):
         if operation is None and name not in self.lookups:
             return None
         frame, label = _sites.caller(), name if operation is None else operation.name
-        if _sites.site_of(frame, label) not in self.wanted:
+        if _sites.site_of(frame, label) not in self.keyed:
             return None
         if operation is not None and _calls.tensor_operands(_calls.operands(operation, args, kwargs)) < 2:
             return None
@@ -94,8 +99,58 @@ class _Tap(TorchFunctionMode):
 
 
 @contextmanager
+def _running(
+    model: nn.Module,
+    handlers: dict[CallKey, Handler],
+    gates: dict[int, GateSides],
+    modules: dict[CallKey, Callable[[Tensor], Tensor]] | None = None,
+) -> Iterator[None]:
+    """Run handlers at calls, and replace inputs of the model and outputs of modules; each pass counts from the start."""
+    tap, runs = _Tap(model, handlers, gates), Counter[str]()
+    places = dict(model.named_modules())
+
+    def reset(*_: Any) -> None:
+        tap.sites.reset()
+        gates.clear()
+        runs.clear()
+
+    def at_output(path: str, _: nn.Module, args: Any, output: Any) -> Any:
+        replace = (modules or {}).get(CallKey(path, "output", runs[path]))
+        runs[path] += 1
+        return None if replace is None else _replace_float(output, 0, replace)
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(reset).remove)
+        for key, replace in (modules or {}).items():
+            if key.site == "input":
+                stack.callback(
+                    model.register_forward_pre_hook(_at_input(key.nth, replace), with_kwargs=True).remove
+                )
+        for path in {key.host for key in modules or () if key.site == "output"}:
+            stack.callback(places[path].register_forward_hook(partial(at_output, path)).remove)
+        if handlers:
+            stack.callback(tap.sites.reset)
+            stack.enter_context(tap)
+        yield
+
+
+def _at_input(which: int, replace: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    return lambda module, args, kwargs: _replace_float((args, kwargs), which, replace)
+
+
+def _replace_float(nest: Any, which: int, replace: Callable[[Tensor], Tensor]) -> Any:
+    """The nest with one of its float tensors replaced."""
+    count = itertools.count()
+
+    def one(tensor: Tensor) -> Tensor:
+        return replace(tensor) if tensor.is_floating_point() and next(count) == which else tensor
+
+    return _data.map_tensors(nest, one)
+
+
+@contextmanager
 def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge], Tensor]) -> Iterator[None]:
-    """Stop at the merge of each shortcut.
+    """Handle the merge of each shortcut as it happens.
 
     Args:
         model: the model that ``found`` is of, or another instance or an edited twin of it.
@@ -221,32 +276,8 @@ def _replace(operation: Operation, args: Any, kwargs: Any, output: Tensor) -> Te
 
 
 @contextmanager
-def _running(
-    model: nn.Module, handlers: dict[CallKey, Handler], gates: dict[int, GateSides]
-) -> Iterator[None]:
-    if not handlers:  # hooks do all of it
-        yield
-        return
-    tap = _Tap(model, handlers, gates)
-
-    def reset(*_: Any) -> None:
-        tap.sites.reset()
-        gates.clear()
-
-    begin = model.register_forward_pre_hook(reset)
-    try:
-        with tap:
-            yield
-    finally:
-        begin.remove()
-        tap.sites.reset()
-
-
-@contextmanager
-def tap_boundaries(
-    model: nn.Module, points: tuple[Boundary, ...], touch: Callable[[int, Tensor], Tensor]
-) -> Iterator[None]:
-    """Stop at each boundary.
+def tap_boundaries(model: nn.Module, points: tuple[Boundary, ...], touch: Touch) -> Iterator[None]:
+    """Handle the activation at each boundary as it is produced.
 
     Args:
         model: the model that the points are of, or another instance or an edited twin of it.
@@ -254,88 +285,35 @@ def tap_boundaries(
         touch: ``touch(i, activation) -> activation``: called as the activation of ``points[i]`` is produced; what it
             returns takes its place downstream.
     """
-    handlers: dict[CallKey, Handler] = {}
     gates: dict[int, GateSides] = {}
-    hooks = []
-    modules = dict(model.named_modules())
 
-    def output_handler(i: int) -> Handler:
+    def at_call(i: int) -> Handler:
         def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
-            if operation is not None and operation.in_place:
-                values = _calls.operands(operation, args, kwargs)
-                values[0] = values[0].clone()  # may be saved for the way back, and is about to be overwritten
-                new_args, new_kwargs = _calls.with_operands(operation, args, kwargs, values)
-                new = _calls.out_of_place(operation, func)(*new_args, **new_kwargs)
-                return _replace(operation, args, kwargs, touch(i, new))
-            return touch(i, func(*args, **kwargs))
+            if operation is None or not operation.in_place:
+                return touch(i, func(*args, **kwargs))
+            output = _merge("", (), operation, func, args, kwargs).output
+            return _replace(operation, args, kwargs, touch(i, output))
 
         return handle
 
-    def stack_handler(i: int) -> Handler:
-        def finish(output: Tensor) -> Tensor:
-            del gates[i]
-            return touch(i, output)
-
+    def at_stack(i: int) -> Handler:
         def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
             gates[i] = GateSides()
             output = call_followed([gates[i]], func, args, kwargs)
-            gates[i].finish = finish
+            gates[i].finish = lambda summed: touch(i, (gates.pop(i), summed)[1])
             return output
 
         return handle
 
-    try:
-        for i, point in enumerate(points):
-            if point.key.site == "input":
-                hooks.append(_hook_input(model, point.key.nth, i, touch))
-            elif point.key.site == "output":
-                hooks += _hook_output(model, modules[point.key.host], point.key.nth, i, touch)
-            else:
-                handlers[point.key] = stack_handler(i) if point.summed else output_handler(i)
-        with _running(model, handlers, gates):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _hook_input(model: nn.Module, which: int, i: int, touch: Callable[[int, Tensor], Tensor]) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        count = -1
-
-        def replace(tensor: Tensor) -> Tensor:
-            nonlocal count
-            count += tensor.is_floating_point()
-            return touch(i, tensor) if tensor.is_floating_point() and count == which else tensor
-
-        return _data.map_tensors(args, replace), _data.map_tensors(kwargs, replace)
-
-    return model.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _hook_output(
-    model: nn.Module, module: nn.Module, nth: int, i: int, touch: Callable[[int, Tensor], Tensor]
-) -> list[Any]:
-    calls = 0
-
-    def begin(*_: Any) -> None:
-        nonlocal calls
-        calls = 0
-
-    def hook(_: nn.Module, args: Any, output: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls - 1 != nth:
-            return None
-        done = False
-
-        def replace(tensor: Tensor) -> Tensor:
-            nonlocal done
-            if done or not tensor.is_floating_point():
-                return tensor
-            done = True
-            return touch(i, tensor)
-
-        return _data.map_tensors(output, replace)
-
-    return [model.register_forward_pre_hook(begin), module.register_forward_hook(hook)]
+    modules = {
+        point.key: partial(touch, i)
+        for i, point in enumerate(points)
+        if point.key.site in {"input", "output"}
+    }
+    handlers = {
+        point.key: at_stack(i) if point.summed else at_call(i)
+        for i, point in enumerate(points)
+        if point.key not in modules
+    }
+    with _running(model, handlers, gates, modules):
+        yield

@@ -2,8 +2,8 @@
 
 from skipscope.shortcuts.trace._functions import QUERIES as QUERIES
 from skipscope.shortcuts.trace._functions import function_of as function_of
-from skipscope.shortcuts.trace._recorder import Recorder as Recorder
 from skipscope.shortcuts.trace._lent_inputs import LentInputs as LentInputs
+from skipscope.shortcuts.trace._recorder import Recorder as Recorder
 from skipscope.shortcuts.trace._recorder import record as record
 from skipscope.shortcuts.trace._recorder import recording as recording
 from skipscope.shortcuts.trace._trace import Hidden as Hidden
