@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import skipscope as ss
 from skipscope import _data, _untouched, reference
 from skipscope._subject import prepare
-from skipscope.shortcuts import _find
+from skipscope.shortcuts.finding import _shortcut_finder as _find
 
 
 class Net(nn.Module):

@@ -19,8 +19,7 @@ from skipscope._data import Arguments, Batch, Batches, Objective, inputs_of, map
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import meet, ranks_of
 from skipscope._untouched import require_module, throwaway, untouched
-from skipscope.shortcuts import Boundary, Shortcuts, average_statistics, boundaries, find_shortcuts
-from skipscope.shortcuts._unwrap import unwrapped
+from skipscope.shortcuts import Boundary, Shortcuts, average_statistics, boundaries, find_shortcuts, unwrapped
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,15 @@ from skipscope.flow import (
     Verdict,
 )
 from skipscope.monitor import STATES, History, LiveVerdict, VerdictEvent
-from skipscope.shortcuts._results import Boundary, CallKey, Layer, Place, Rejected, Shortcut, Shortcuts
+from skipscope.shortcuts._shortcut_result import (
+    Boundary,
+    CallKey,
+    Layer,
+    Place,
+    Rejected,
+    Shortcut,
+    Shortcuts,
+)
 from skipscope.surfaces import (
     Checks,
     CurvatureMap,

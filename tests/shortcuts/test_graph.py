@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from skipscope.shortcuts import find_shortcuts, record
-from skipscope.shortcuts._bits import Ancestors, bits
-from skipscope.shortcuts._find import traced
+from skipscope.shortcuts.finding._bit_sets import Ancestors, bits
 from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._shortcut_finder import traced
 
 sys.path.insert(0, str(Path(__file__).parent))
 from architectures import CASES

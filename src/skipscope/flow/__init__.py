@@ -1,12 +1,12 @@
 """The gradient on its way back: flow, verdict, split, paths, importance, remedies."""
 
-from skipscope.flow._correlation import gradient_correlation as gradient_correlation
 from skipscope.flow._flow import flow_of as flow_of
 from skipscope.flow._flow import gradient_flow as gradient_flow
 from skipscope.flow._flow_results import BoundaryFlow as BoundaryFlow
 from skipscope.flow._flow_results import GradientFlow as GradientFlow
 from skipscope.flow._flow_results import LayerGradient as LayerGradient
 from skipscope.flow._flow_results import Verdict as Verdict
+from skipscope.flow._gradient_correlation import gradient_correlation as gradient_correlation
 from skipscope.flow._importance import importance as importance
 from skipscope.flow._importance import importance_of as importance_of
 from skipscope.flow._prescribe import prescribe as prescribe

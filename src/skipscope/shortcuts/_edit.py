@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
 from skipscope._untouched import private_copy, require_module
-from skipscope.shortcuts._find import find_shortcuts
-from skipscope.shortcuts._recalibrate import recalibrate as recalibrate_norms
-from skipscope.shortcuts._results import Boundary, Shortcut, Shortcuts
-from skipscope.shortcuts._unwrap import unwrapped
+from skipscope.shortcuts._model_wrappers import unwrapped
+from skipscope.shortcuts._shortcut_result import Boundary, Shortcut, Shortcuts
+from skipscope.shortcuts.edits._recalibration import recalibrate as recalibrate_norms
+from skipscope.shortcuts.finding._shortcut_finder import find_shortcuts
 from skipscope.shortcuts.twin import Group, Rule, edits_of, follow, follow_callers, remembered_boundaries
 
 

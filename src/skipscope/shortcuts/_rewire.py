@@ -17,8 +17,8 @@ from skipscope import nn as connections
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import private_copy, require_module, untouched
 from skipscope.shortcuts._edit import _chosen, refuse_another_architecture
-from skipscope.shortcuts._results import Shortcut, Shortcuts
-from skipscope.shortcuts._unwrap import unwrapped
+from skipscope.shortcuts._model_wrappers import unwrapped
+from skipscope.shortcuts._shortcut_result import Shortcut, Shortcuts
 from skipscope.shortcuts.taps import Merge, tap_merges
 from skipscope.shortcuts.twin import REWIRED, ChainJoin, Group, Join, edits_of, follow, follow_callers
 

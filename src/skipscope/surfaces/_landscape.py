@@ -9,7 +9,7 @@ from torch import nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
-from skipscope.shortcuts._unwrap import unwrapped
+from skipscope.shortcuts import unwrapped
 from skipscope.surfaces._band_results import PairedBand, SurfaceBand
 from skipscope.surfaces._bands import by_seed, paired_band, read_seed, surface_band
 from skipscope.surfaces._results import PairedSurfaces, Surface

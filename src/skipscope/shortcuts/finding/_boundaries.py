@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from skipscope.shortcuts._results import Boundary, CallKey
+from skipscope.shortcuts._shortcut_result import Boundary, CallKey
 from skipscope.shortcuts.finding._candidate import Candidate
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.trace import ModuleRun

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from skipscope.shortcuts import _calls
-from skipscope.shortcuts._bits import bits
+from skipscope.shortcuts.finding._bit_sets import bits
 from skipscope.shortcuts.finding._candidate import Reason
 from skipscope.shortcuts.finding._couplings import Couplings
 from skipscope.shortcuts.finding._gates import Gates
@@ -20,6 +19,7 @@ from skipscope.shortcuts.finding._kinds import (
 from skipscope.shortcuts.finding._merge import joined_axis
 from skipscope.shortcuts.finding._parts import Part
 from skipscope.shortcuts.finding._sides import Side, Sides
+from skipscope.shortcuts.trace import _operations
 
 _MAPS = LINEAR | NORM
 _SUMS = frozenset({"add", "sub", "rsub", "addcmul"})
@@ -44,7 +44,11 @@ class Branches:
         found = dict(sides)
         for i, side in sides.items():
             fork = side.fork
-            if fork is None or side.how not in {"identity", "scaled"} or reader.call.name in _calls.LISTS:
+            if (
+                fork is None
+                or side.how not in {"identity", "scaled"}
+                or reader.call.name in _operations.LISTS
+            ):
                 continue
             above = self.graph.active_parents(fork)
             if not (self.graph.kind(fork) in _MAPS and self.graph.weights[fork] and len(above) == 1):
@@ -70,7 +74,7 @@ class Branches:
         With ``sharing`` a bypassing operand of a list may itself depend on the branch (a gate of it).
         """
         graph, call = self.graph, reader.call
-        is_list, past = call.name in _calls.LISTS, 0
+        is_list, past = call.name in _operations.LISTS, 0
         for i in bypassing if is_list and not sharing else ():
             past |= graph.ancestors[reader.position(i)]
         region, branches, reason = 0, [], Reason.NO_WEIGHTS
@@ -122,7 +126,7 @@ class Branches:
             starts = starts or [fork]
         nodes = graph.between(starts, end) & ~(1 << fork)
         if (
-            reader.call.name in _calls.LISTS
+            reader.call.name in _operations.LISTS
             and nodes
             and not self.gates.reaches_past_gates(starts, end, nodes)
         ):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from skipscope.shortcuts import _calls
-from skipscope.shortcuts._bits import bits
+from skipscope.shortcuts.finding._bit_sets import bits
 from skipscope.shortcuts.finding._candidate import Reason
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import BENT, DROPOUT, LINEAR, MAX_POOLS, PRODUCT, SHAPE
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._sides import Side
+from skipscope.shortcuts.trace import _operations
 
 FREE, SCALED, GATED, NORMED, PROJECTED, CHAINED = range(
     6
@@ -39,7 +39,7 @@ class Bypass:
     def operands(self, call: Merge, sides: dict[int, Side]) -> tuple[int, ...] | Reason:
         """The operands that skip: those without weights; else scaled; else gated; else normed; else projected."""
         rank = {i: r for i, side in sides.items() if (r := self.rank(side)) is not None}
-        if call.name in _calls.LISTS:
+        if call.name in _operations.LISTS:
             straight = (i for i, r in rank.items() if r <= GATED and not self._takes_largest(sides[i]))
             return tuple(straight) or Reason.PARALLEL
         if not rank:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from skipscope.shortcuts._results import Place
+from skipscope.shortcuts._shortcut_result import Place
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._mixtures import Mixture
 

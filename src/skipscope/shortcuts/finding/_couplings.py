@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from skipscope.shortcuts import _calls
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import WHOLE
 from skipscope.shortcuts.finding._merge import Merge, joined_axis
 from skipscope.shortcuts.finding._parts import Axis, Part
+from skipscope.shortcuts.trace import _operations
 
 # What carries a part on: a stream of sums, and gates on it.
 _CARRYING = WHOLE | {"add", "sub", "mul", "div"}
@@ -29,9 +29,9 @@ class Couplings:
     def puts_back(self, call: Merge, fork: int) -> bool:
         """Whether a sum with a part of ``fork`` is put together with its other parts, so that none is missing."""
         at = call.output
-        for end in [] if at is None else self.graph.onward([at], _CARRYING, _calls.LISTS):
+        for end in [] if at is None else self.graph.onward([at], _CARRYING, _operations.LISTS):
             joined = self.made.get(end)
-            if joined is not None and joined.name in _calls.LISTS and self._covers(joined, fork):
+            if joined is not None and joined.name in _operations.LISTS and self._covers(joined, fork):
                 return True
         return False
 

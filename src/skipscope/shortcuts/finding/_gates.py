@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import permutations
 
-from skipscope.shortcuts._bits import bits
-from skipscope.shortcuts._results import Place
+from skipscope.shortcuts._shortcut_result import Place
+from skipscope.shortcuts.finding._bit_sets import bits
 from skipscope.shortcuts.finding._candidate import Candidate, Reason
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import ELEMENTWISE, PRODUCT, SHAPE, WHOLE

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from skipscope.shortcuts import _calls
-from skipscope.shortcuts._bits import Ancestors, as_bits, bits, chosen
-from skipscope.shortcuts._results import Place
+from skipscope.shortcuts._shortcut_result import Place
+from skipscope.shortcuts.finding._bit_sets import Ancestors, as_bits, bits, chosen
 from skipscope.shortcuts.finding._kinds import LINEAR, NORM, WHOLE
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._parts import Cuts, Part, part_after, takes_everything, whole
-from skipscope.shortcuts.trace import Operand, Origin, Trace, TracedCall, Value
+from skipscope.shortcuts.trace import Operand, Origin, Trace, TracedCall, Value, _operations
 
 _MAPS = LINEAR | NORM | WHOLE
 _OF_TWO = {"min": "minimum", "max": "maximum"}
@@ -217,7 +216,7 @@ class Graph:
             if operand is not None and self._taken_from(operand) == root:
                 if merge.whole is None:
                     merge.whole = self.node_of(target if call.whole is None else call.whole)
-                    merge.part, merge.assigned_at = i, Place(call.key, _calls.WHOLE)
+                    merge.part, merge.assigned_at = i, Place(call.key, _operations.WHOLE)
                 merge.written = self.node_of(call.results[0] if call.written is None else call.written)
                 return
 

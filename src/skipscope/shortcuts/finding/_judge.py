@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
 
-from skipscope.shortcuts import _calls
-from skipscope.shortcuts._results import Place
+from skipscope.shortcuts._shortcut_result import Place
 from skipscope.shortcuts.finding._branch import Branches
 from skipscope.shortcuts.finding._bypass import CHAINED, PROJECTED, Bypass
 from skipscope.shortcuts.finding._candidate import Candidate, Reason
@@ -20,6 +19,7 @@ from skipscope.shortcuts.finding._kinds import ENLARGING
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._mixtures import Mixtures
 from skipscope.shortcuts.finding._sides import Side, Sides, is_scaled
+from skipscope.shortcuts.trace import _operations
 
 _BY_WEIGHT = ("identity", "scaled", "gated")
 
@@ -100,13 +100,13 @@ class Judge:
     def related(self, case: _Case) -> Reason | None:
         """A product is a gate at most; operands that share no ancestor bypass nothing."""
         case.sides = self.branches.before_parting(case.reader, case.reader.read())
-        if case.call.name in _calls.PRODUCTS:
+        if case.call.name in _operations.PRODUCTS:
             return self.gates.product(case.sides)
         return Reason.UNRELATED if all(side.fork is None for side in case.sides.values()) else None
 
     def crossed_gate(self, case: _Case) -> Candidate | None:
         """H + c (x - H), where the operand that stands alone is the branch."""
-        if case.call.name in _calls.LISTS | _calls.PRODUCTS | {"where"}:
+        if case.call.name in _operations.LISTS | _operations.PRODUCTS | {"where"}:
             return None
         return self.gates.crossed(case.reader)
 
@@ -142,7 +142,7 @@ class Judge:
 
     def bypassed(self, case: _Case) -> Reason | None:
         """Some operand has to skip what the others went through."""
-        if case.call.name in _calls.PRODUCTS or case.bypassing:
+        if case.call.name in _operations.PRODUCTS or case.bypassing:
             return None
         found = (0,) if case.is_declared else self.bypass.operands(case.call, case.sides)
         if isinstance(found, Reason):
@@ -155,7 +155,7 @@ class Judge:
         if not case.bypassing:
             return None
         case.region, branches = self.branches.of(case.reader, case.sides, case.bypassing)
-        if branches is Reason.NO_WEIGHTS and case.call.name in _calls.LISTS:
+        if branches is Reason.NO_WEIGHTS and case.call.name in _operations.LISTS:
             # Several may come from one branch, and share its weights: x is what comes from none of the others.
             first = self.bypass.the_first(case.sides, case.bypassing)
             case.bypassing = tuple(i for i in first if not case.sides[i].is_sum)
@@ -186,7 +186,7 @@ class Judge:
         The deeper side is made larger again on its way, and the skip passes fewer weights one after the other.
         """
         reader = Sides(self.graph, call)
-        if call.name not in _calls.LISTS - {"stack"} or len(reader.active) != 2 or call.output is None:
+        if call.name not in _operations.LISTS - {"stack"} or len(reader.active) != 2 or call.output is None:
             return None
         sides = reader.read()
         depths = {i: self.graph.depth(side.region) for i, side in sides.items()}
@@ -221,7 +221,7 @@ class Judge:
         how = "projection" if how == "linear maps" else how
         plain = Candidate(
             call=call,
-            kind="concat" if call.name in _calls.LISTS else how,
+            kind="concat" if call.name in _operations.LISTS else how,
             forks=tuple(f for i in bypassing if (f := sides[i].fork) is not None),
             bypassing=bypassing,
             shortcut_operands=tuple(sorted({*bypassing, *self._multiplied(reader, bypassing)})),
@@ -242,7 +242,7 @@ class Judge:
         if call.name == "lerp":
             kind = "gated" if 2 in reader.active else "scaled"
             return replace(plain, kind=kind, both=(2,) if call.tensors[2] else ())
-        if call.name in _calls.LISTS and (mixture := self.mixtures.of(call)) is not None:
+        if call.name in _operations.LISTS and (mixture := self.mixtures.of(call)) is not None:
             kind = max(mixture.kind, *(sides[i].how for i in bypassing), key=_BY_WEIGHT.index)
             both = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor and mixture.alone)
             return replace(plain, kind=kind, both=both, mixture=mixture)
@@ -292,7 +292,7 @@ class Judge:
             return places
         if call.assigned_at is not None:
             return (*places, call.assigned_at)
-        return tuple(Place(call.key, _calls.WHOLE) if p == part else p for p in places)
+        return tuple(Place(call.key, _operations.WHOLE) if p == part else p for p in places)
 
     def _comes_straight(self, at: int, side: Side) -> bool:
         """Whether a node comes from the fork without weights and gates."""

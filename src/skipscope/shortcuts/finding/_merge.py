@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from skipscope.shortcuts import _calls
-from skipscope.shortcuts._results import CallKey, Place
-from skipscope.shortcuts.trace import TracedCall
+from skipscope.shortcuts._shortcut_result import CallKey, Place
+from skipscope.shortcuts.trace import TracedCall, _operations
 
 if TYPE_CHECKING:
     from skipscope.shortcuts.finding._graph import Graph
@@ -63,7 +62,7 @@ class Merge:
 
 def joined_axis(merge: Merge, graph: Graph) -> int | None:
     """The axis along which a call puts tensors side by side, counted from the front; None for any other call."""
-    if merge.output is None or merge.name not in _calls.LISTS:
+    if merge.output is None or merge.name not in _operations.LISTS:
         return None
     ndim = len(graph.shape(merge.output))
     if merge.name in _AXES:

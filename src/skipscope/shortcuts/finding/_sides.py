@@ -14,7 +14,7 @@ from math import prod
 from operator import or_
 from typing import Any, NamedTuple
 
-from skipscope.shortcuts._bits import bits
+from skipscope.shortcuts.finding._bit_sets import bits
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import (
     ELEMENTWISE,

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope import _data
-from skipscope.shortcuts import _calls, _sites
-from skipscope.shortcuts._calls import Operation
-from skipscope.shortcuts._results import Boundary, CallKey, OperandSide, Shortcut, Shortcuts
+from skipscope.shortcuts._shortcut_result import Boundary, CallKey, OperandSide, Shortcut, Shortcuts
 from skipscope.shortcuts.taps._gate_sides import GateSides, call_followed
+from skipscope.shortcuts.trace import _call_sites, _operations
+from skipscope.shortcuts.trace._operations import Operation
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +64,17 @@ class _Tap(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, handlers: dict[CallKey, Handler], gates: dict[int, GateSides]):
         super().__init__()
-        self.sites, self.gates = _sites.Sites(model), gates
+        self.sites, self.gates = _call_sites.Sites(model), gates
         self.handlers = {(key.host, key.site, key.nth): handler for key, handler in handlers.items()}
         self.keyed = {key.site for key in handlers}
-        self.lookups = {key.site.rpartition(":")[2] for key in handlers} - _calls.OPERATIONS.keys()
+        self.lookups = {key.site.rpartition(":")[2] for key in handlers} - _operations.OPERATIONS.keys()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        operation = _calls.operation_of(func)
+        operation = _operations.operation_of(func)
         if operation is not None and operation.is_many:
-            return _calls.one_by_one(self, operation, func, args, kwargs)
+            return _operations.one_by_one(self, operation, func, args, kwargs)
         handler = self._handler(name, operation, args, kwargs)
         if handler is not None:
             return handler(operation, func, args, kwargs)
@@ -82,7 +82,7 @@ class _Tap(TorchFunctionMode):
         if not touched:
             return func(*args, **kwargs)
         output = result = call_followed(touched, func, args, kwargs)
-        for gate in touched if name in _calls.REDUCTIONS else ():
+        for gate in touched if name in _operations.REDUCTIONS else ():
             if gate.finish is not None:
                 result = gate.finish(output)
         return result
@@ -90,10 +90,13 @@ class _Tap(TorchFunctionMode):
     def _handler(self, name: str, operation: Operation | None, args: Any, kwargs: Any) -> Handler | None:
         if operation is None and name not in self.lookups:
             return None
-        frame, label = _sites.caller(), name if operation is None else operation.name
-        if _sites.site_of(frame, label) not in self.keyed:
+        frame, label = _call_sites.caller(), name if operation is None else operation.name
+        if _call_sites.site_of(frame, label) not in self.keyed:
             return None
-        if operation is not None and _calls.tensor_operands(_calls.operands(operation, args, kwargs)) < 2:
+        if (
+            operation is not None
+            and _operations.tensor_operands(_operations.operands(operation, args, kwargs)) < 2
+        ):
             return None
         return self.handlers.get(self.sites.occurrence(frame, label))
 
@@ -187,7 +190,7 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
                 sides = gate_of(k).on_each_side(func, args, kwargs, shortcut.key)
                 del gates[k]
                 # As built too: a checkpoint around the gate counts what the call saves.
-                _calls.out_of_place(operation, func)(*args, **kwargs)
+                _operations.out_of_place(operation, func)(*args, **kwargs)
                 merge = _merge_of_sides(shortcut, sides)
             else:
                 merge = _merge(shortcut.name, shortcut.sides, operation, func, args, kwargs)
@@ -241,17 +244,17 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
 def _merge(
     label: str, sides: tuple[OperandSide, ...], operation: Operation, func: Any, args: Any, kwargs: Any
 ) -> Merge:
-    values = _calls.operands(operation, args, kwargs)
+    values = _operations.operands(operation, args, kwargs)
     if operation.in_place:  # its value and its place in the graph are about to be overwritten
         values[0] = values[0].clone()
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
-    pure = _calls.out_of_place(operation, func)
+    pure = _operations.out_of_place(operation, func)
 
     def recompute(operands: Sequence[Tensor]) -> Tensor:
         new = list(values)
         for place, operand in zip(places, operands, strict=True):
             new[place] = operand
-        new_args, new_kwargs = _calls.with_operands(operation, args, kwargs, new)
+        new_args, new_kwargs = _operations.with_operands(operation, args, kwargs, new)
         return pure(*new_args, **new_kwargs)
 
     operands = tuple(values[i] for i in places)
@@ -271,7 +274,7 @@ def _merge_of_sides(shortcut: Shortcut, sides: Mapping[OperandSide, Tensor]) -> 
 def _replace(operation: Operation, args: Any, kwargs: Any, output: Tensor) -> Tensor:
     if not operation.in_place:
         return output
-    target = _calls.operands(operation, args, kwargs)[0]
+    target = _operations.operands(operation, args, kwargs)[0]
     return target.copy_(output)  # every alias of the first operand sees the new value, as built
 
 

@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from skipscope._data import map_tensors, tensors_in
 from skipscope._untouched import random_state_kept
-from skipscope.shortcuts import _calls
-from skipscope.shortcuts._results import CallKey, OperandSide, Place
+from skipscope.shortcuts._shortcut_result import CallKey, OperandSide, Place
+from skipscope.shortcuts.trace import _operations
 
 
 class GateSides:
@@ -54,20 +54,20 @@ class GateSides:
             key: of a call with operands that are zero on a side.
         """
         name = getattr(func, "__name__", "")
-        operation = _calls.operation_of(func)
+        operation = _operations.operation_of(func)
         in_place = name.endswith("_") and not name.endswith("__")
         if in_place and args and isinstance(args[0], Tensor) and id(args[0]) not in self._made:
             args = (args[0].clone(), *args[1:])  # it is about to be overwritten
-        pure = func if operation is None else _calls.out_of_place(operation, func)
+        pure = func if operation is None else _operations.out_of_place(operation, func)
         is_random = "dropout" in name or "bernoulli" in name
         results = {}
         for side, places in self.zeros.items():
             own_args, own_kwargs = map_tensors((args, kwargs), partial(self._on, side))
             empty = [place.operand for place in places if place.call == key]
             if empty and operation is not None:
-                values = _calls.operands(operation, own_args, own_kwargs)
+                values = _operations.operands(operation, own_args, own_kwargs)
                 values = [torch.zeros_like(v) if i in empty else v for i, v in enumerate(values)]
-                own_args, own_kwargs = _calls.with_operands(operation, own_args, own_kwargs, values)
+                own_args, own_kwargs = _operations.with_operands(operation, own_args, own_kwargs, values)
             # A checkpoint around the gate counts what is saved: what is saved here is none of its own.
             unsaved = saved_tensors_hooks(lambda t: t, lambda t: t)
             with unsaved, random_state_kept() if is_random else nullcontext():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skipscope._data import map_tensors, tensors_in
-from skipscope.shortcuts.trace._memory import memory_of
+from skipscope.shortcuts.trace._tensor_memory import memory_of
 
 
 class LentInputs:

@@ -17,7 +17,7 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch.overrides import TorchFunctionMode
 
 from skipscope import _data, _sharding
-from skipscope.shortcuts import _calls, _sites
+from skipscope.shortcuts.trace import _call_sites, _operations
 from skipscope.shortcuts.trace._functions import (
     COMPOSITES,
     LINEAR,
@@ -30,13 +30,21 @@ from skipscope.shortcuts.trace._functions import (
     function_of,
 )
 from skipscope.shortcuts.trace._lent_inputs import LentInputs
-from skipscope.shortcuts.trace._memory import Memory, memory_of
-from skipscope.shortcuts.trace._trace import Hidden, ModuleRun, Operand, Origin, Trace, TracedCall, Value
+from skipscope.shortcuts.trace._recorded_trace import (
+    Hidden,
+    ModuleRun,
+    Operand,
+    Origin,
+    Trace,
+    TracedCall,
+    Value,
+)
+from skipscope.shortcuts.trace._tensor_memory import Memory, memory_of
 
-_FUNCTION = os.path.join(_sites.TORCH, "autograd", "function.py")
-_CHECKPOINT = os.path.join(_sites.TORCH, "utils", "checkpoint.py")
-_TRANSFORMS = os.path.join(_sites.TORCH, "_functorch") + os.sep
-_MODULE = os.path.join(_sites.TORCH, "nn", "modules", "module.py")
+_FUNCTION = os.path.join(_call_sites.TORCH, "autograd", "function.py")
+_CHECKPOINT = os.path.join(_call_sites.TORCH, "utils", "checkpoint.py")
+_TRANSFORMS = os.path.join(_call_sites.TORCH, "_functorch") + os.sep
+_MODULE = os.path.join(_call_sites.TORCH, "nn", "modules", "module.py")
 _DIFFERENTIATING = frozenset({"grad", "backward"})
 # One call that holds weights and joins activations inside.
 CELLS = frozenset(
@@ -143,7 +151,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.model, self.trace, self.listener = model, Trace(with_gradients=gradients), listener
         self.lent = lent or LentInputs()
-        self.memory, self.sites = Memory(self.trace, self._infer), _sites.Sites(model)
+        self.memory, self.sites = Memory(self.trace, self._infer), _call_sites.Sites(model)
         self.stack: list[ModuleRun] = []
         # For each of them the call that cannot be looked into and runs it, or None.
         self._unseen_modules: list[int | None] = []
@@ -171,13 +179,13 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if function.name in _DIFFERENTIATING and not self.trace.with_gradients:
             raise _NeedsGradients
-        operation = _calls.operation_of(func)
+        operation = _operations.operation_of(func)
         if operation is not None and operation.is_many:
-            return _calls.one_by_one(self, operation, func, args, kwargs)
+            return _operations.one_by_one(self, operation, func, args, kwargs)
         if function.name in COMPOSITES and isinstance(func, FunctionType):
             return self._opened(func, args, kwargs)
         tensors = _tensors(args, kwargs)
-        frame = _sites.caller()
+        frame = _call_sites.caller()
         unseen = self._unseen_around(frame)
         if unseen is not None:
             return self._noted_unseen(unseen, func, function, args, kwargs)
@@ -217,20 +225,20 @@ class Recorder(TorchFunctionMode):
         )  # fmt: skip
 
     def _identify(
-        self, call: TracedCall, operation: _calls.Operation, args: Any, kwargs: Any, frame: Any
+        self, call: TracedCall, operation: _operations.Operation, args: Any, kwargs: Any, frame: Any
     ) -> None:
         """Give a call that joins tensors its key."""
-        values = _calls.operands(operation, args, kwargs)
-        if _calls.tensor_operands(values) < 2:
+        values = _operations.operands(operation, args, kwargs)
+        if _operations.tensor_operands(values) < 2:
             return
         if call.transformed:
-            self._hide("torch.func", TRANSFORMED, _sites.source_of(frame))
+            self._hide("torch.func", TRANSFORMED, _call_sites.source_of(frame))
             return
         call.key, call.owner, call.checkpointed = self.sites.key(frame, operation.name)
         self._keys.append(call)
         call.joins = operation.name
         call.joined = tuple(self.value_of(v) if isinstance(v, Tensor) else None for v in values)
-        call.zeroed = operation.name in _calls.PRODUCTS and self._is_zeroed(values)
+        call.zeroed = operation.name in _operations.PRODUCTS and self._is_zeroed(values)
 
     def _looks_up(self, call: TracedCall) -> bool:
         """Whether a call may make an activation of ids."""
@@ -446,7 +454,7 @@ class Recorder(TorchFunctionMode):
         is_derived = [v in self._derived for v in given]
         runs_modules = any(isinstance(argument, nn.Module) for argument in arguments)
         if any(is_data) and (sum(is_derived) > 1 or runs_modules):
-            self._hide(name, IN_FUNCTION, _sites.source_of(frame.f_back))
+            self._hide(name, IN_FUNCTION, _call_sites.source_of(frame.f_back))
         return len(self._unseen) - 1
 
     def _noted_unseen(self, unseen: int, func: Any, function: Function, args: Any, kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope._errors import SkipscopeError
-from skipscope.shortcuts import _calls
+from skipscope.shortcuts.trace import _operations
 from skipscope.shortcuts.twin._plan import REWIRED, Plan, edited
 
 
@@ -78,11 +78,11 @@ class _CompiledPass(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "unflatten":
             func = torch.unflatten  # the tensor's method is Python that torch 2.6 cannot trace from in here
-        operation = None if self.is_reading else _calls.OPERATIONS.get(name)
+        operation = None if self.is_reading else _operations.OPERATIONS.get(name)
         if operation is None:
             return func(*args, **kwargs)
-        values = _calls.operands(operation, args, kwargs)
-        if _calls.tensor_operands(values) < 2:
+        values = _operations.operands(operation, args, kwargs)
+        if _operations.tensor_operands(values) < 2:
             return func(*args, **kwargs)
         count = self.counts.get(operation.name, 0)
         self.counts[operation.name] = count + 1

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope._errors import SkipscopeError
-from skipscope.shortcuts import _calls, _sites
+from skipscope.shortcuts.trace import _call_sites, _operations
 from skipscope.shortcuts.twin._join import SECOND_READER, Join
 from skipscope.shortcuts.twin._plan import Plan, Rule, edited, plan_of
 
 # What may join a shortcut and a branch, and is no product or choice, of which any code is full.
-_MERGES = {one.name for one in _calls.OPERATIONS.values()} - {*_calls.PRODUCTS, "where", "setitem"}
+_MERGES = {one.name for one in _operations.OPERATIONS.values()} - {*_operations.PRODUCTS, "where", "setitem"}
 _thread = threading.local()
 
 
@@ -126,32 +126,32 @@ class _EagerPass(TorchFunctionMode):
             return func(*args, **kwargs)
         if self.method is not None and not self.used_weights:
             self.used_weights = any(isinstance(argument, nn.Parameter) for argument in args)
-        operation = _calls.operation_of(func)
+        operation = _operations.operation_of(func)
         if operation is None:
             return func(*args, **kwargs)
         if operation.is_many:
-            return _calls.one_by_one(self, operation, func, args, kwargs)
-        values = _calls.operands(operation, args, kwargs)
-        if _calls.tensor_operands(values) < 2:
+            return _operations.one_by_one(self, operation, func, args, kwargs)
+        values = _operations.operands(operation, args, kwargs)
+        if _operations.tensor_operands(values) < 2:
             return func(*args, **kwargs)
         rules = self._rules(operation, values)
         if rules is None:
             return func(*args, **kwargs)
         return edited(rules, operation, func, args, kwargs, values, self)
 
-    def _rules(self, operation: _calls.Operation, values: list[Any]) -> list[Rule | Join] | None:
+    def _rules(self, operation: _operations.Operation, values: list[Any]) -> list[Rule | Join] | None:
         """What is edited in the call that the model's code makes now; None where nothing is."""
         if operation.name not in _MERGES and operation.name not in self.group.operations:
             return None
-        frame = _sites.caller()
+        frame = _call_sites.caller()
         if self._is_compiled(frame):
             return None
-        host, site = self._host(frame), _sites.site_of(frame, operation.name)
+        host, site = self._host(frame), _call_sites.site_of(frame, operation.name)
         plan = self._plan(host, site)
         if plan is None or site not in plan.calls:
             if operation.name in _MERGES and self._joins_activations(values):
                 self.merged = True
-                if plan is not None and _sites.source_of(frame) not in self.group.known:
+                if plan is not None and _call_sites.source_of(frame) not in self.group.known:
                     self.unknown.setdefault(id(plan), site)
             return None
         self.met.add(id(plan))
@@ -166,9 +166,9 @@ class _EagerPass(TorchFunctionMode):
     def _host(self, frame: Any) -> nn.Module | None:
         """The module whose forward runs innermost, by the same rule as when the shortcuts were found."""
         while frame is not None:
-            if _sites.is_model_code(frame):
-                module = _sites.first_argument(frame)
-                if id(module) in self.members and _sites.is_forward(frame):
+            if _call_sites.is_model_code(frame):
+                module = _call_sites.first_argument(frame)
+                if id(module) in self.members and _call_sites.is_forward(frame):
                     return module
             frame = frame.f_back
         return None
@@ -184,7 +184,7 @@ class _EagerPass(TorchFunctionMode):
     def _is_compiled(self, frame: Any) -> bool:
         """Whether the call is in a graph that the eager backend of ``torch.compile`` runs: it has been edited."""
         is_generated = frame.f_code.co_filename.startswith("<eval_with_key>")
-        return is_generated and id(_sites.first_argument(frame)) not in self.members
+        return is_generated and id(_call_sites.first_argument(frame)) not in self.members
 
     def _joins_activations(self, values: list[Any]) -> bool:
         """Whether a call joins at least two tensors that are no weights, and, outside of a forward, no losses."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
 from skipscope.nn import identity_shortcut
-from skipscope.shortcuts import _calls
-from skipscope.shortcuts._results import Place, Shortcut
+from skipscope.shortcuts._shortcut_result import Place, Shortcut
+from skipscope.shortcuts.trace import _operations
 
 SECOND_READER = "something else uses the fork's tensor too"
 
@@ -71,7 +71,12 @@ class Join:
             raise self.misfit("the shortcut carries another tensor than the one that was read")
 
     def sum(
-        self, operation: _calls.Operation, args: Any, kwargs: Any, values: list[Any], passing: dict[Any, Any]
+        self,
+        operation: _operations.Operation,
+        args: Any,
+        kwargs: Any,
+        values: list[Any],
+        passing: dict[Any, Any],
     ) -> Tensor:
         """The call ``x + f`` as the connection makes it, in place where the call is."""
         if len(args) > 2 or kwargs.keys() - {"input", "other"}:

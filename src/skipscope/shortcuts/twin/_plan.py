@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
-from skipscope.shortcuts import _calls
-from skipscope.shortcuts._results import Boundary, Place
+from skipscope.shortcuts._shortcut_result import Boundary, Place
+from skipscope.shortcuts.trace import _operations
 from skipscope.shortcuts.twin._join import Join
 
 PLAN = "_skipscope_plan"
@@ -211,7 +211,7 @@ def refuse_shared(model: nn.Module, operation: str, layer: str | None = None) ->
 
 def edited(
     rules: list[Rule | Join],
-    operation: _calls.Operation,
+    operation: _operations.Operation,
     func: Any,
     args: Any,
     kwargs: Any,
@@ -234,7 +234,7 @@ def edited(
     for rule in rules:
         if isinstance(rule, Join):
             join = rule
-        elif rule.place.operand == _calls.WHOLE:
+        elif rule.place.operand == _operations.WHOLE:
             whole = target if target._base is None else target._base
             whole.copy_(_rewritten(rule.factor, whole))  # the slice, a view of it, sees that
         else:
@@ -248,10 +248,10 @@ def edited(
     if overwrites and any(isinstance(rule, Rule) and rule.factor is None for rule in rules):
         # A detached view may be saved for the way back, and target is overwritten.
         values[0] = values[0].clone()
-    new_args, new_kwargs = _calls.with_operands(operation, args, kwargs, values)
+    new_args, new_kwargs = _operations.with_operands(operation, args, kwargs, values)
     if not overwrites:
         return func(*new_args, **new_kwargs)
-    return target.copy_(_calls.out_of_place(operation, func)(*new_args, **new_kwargs))
+    return target.copy_(_operations.out_of_place(operation, func)(*new_args, **new_kwargs))
 
 
 def _rewritten(factor: float | Tensor | None, operand: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from skipscope import _data
 from skipscope._public_call import public_call
 from skipscope._sharding import class_name, refuse_flattened
 from skipscope._untouched import untouched
-from skipscope.shortcuts._bits import bits
-from skipscope.shortcuts._results import Kind, Layer, OperandSide, Rejected, Shortcut, Shortcuts
-from skipscope.shortcuts._unwrap import unwrapped
+from skipscope.shortcuts._model_wrappers import unwrapped
+from skipscope.shortcuts._shortcut_result import Kind, Layer, OperandSide, Rejected, Shortcut, Shortcuts
+from skipscope.shortcuts.finding._bit_sets import bits
 from skipscope.shortcuts.finding._boundaries import boundaries_of
 from skipscope.shortcuts.finding._candidate import Candidate, Reason
 from skipscope.shortcuts.finding._graph import Graph

@@ -17,24 +17,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from skipscope.shortcuts._results import CallKey
+from skipscope.shortcuts._shortcut_result import CallKey
 
 TORCH = os.path.dirname(str(torch.__file__)) + os.sep
 _MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
 PLUMBING = os.path.join(_MODULES, "module.py")
 # What runs between a call and a mode of ours.
-_ROOM = os.path.dirname(__file__)
-_OURS = {
-    os.path.join(_ROOM, name)
-    for name in (
-        "_calls.py",
-        "_mark.py",
-        os.path.join("taps", "_activation_taps.py"),
-        os.path.join("taps", "_gate_sides.py"),
-        os.path.join("trace", "_recorder.py"),
-    )
-}
-_TWIN = os.path.join(_ROOM, "twin") + os.sep  # what runs around the methods of an edited module
+_ROOM = os.path.dirname(os.path.dirname(__file__))
+_OURS = tuple(os.path.join(_ROOM, name) + os.sep for name in ("trace", "taps", "twin"))
+# What runs around the methods of an edited module.
+_TWIN = os.path.join(_ROOM, "twin") + os.sep
 _CHECKPOINT = os.path.join(TORCH, "utils", "checkpoint.py")
 _COMPILED = os.path.join(TORCH, "_dynamo", "eval_frame.py")
 _is_plumbing: dict[str, bool] = {}
@@ -49,7 +41,7 @@ def caller() -> FrameType:
         if plumbing is None:
             in_torch = filename.startswith(TORCH)
             plumbing = in_torch and (not filename.startswith(_MODULES) or filename == PLUMBING)
-            _is_plumbing[filename] = plumbing = plumbing or filename in _OURS or filename.startswith(_TWIN)
+            _is_plumbing[filename] = plumbing = plumbing or filename.startswith(_OURS)
         if not plumbing:
             return frame
         frame = frame.f_back

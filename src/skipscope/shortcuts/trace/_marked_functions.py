@@ -11,7 +11,7 @@ import torch
 from torch.overrides import handle_torch_function
 
 from skipscope._errors import SkipscopeError
-from skipscope.shortcuts import _calls
+from skipscope.shortcuts.trace import _operations
 
 
 def mark_shortcut(
@@ -52,7 +52,7 @@ def mark_shortcut(
         return function(*args, **kwargs)
 
     marked.__name__ = name
-    setattr(marked, _calls.MARK, _calls.Operation(name, slots))
+    setattr(marked, _operations.MARK, _operations.Operation(name, slots))
     return marked
 
 

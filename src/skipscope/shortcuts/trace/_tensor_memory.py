@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from skipscope.shortcuts.trace._trace import Operand, Trace
+from skipscope.shortcuts.trace._recorded_trace import Operand, Trace
 
 
 def memory_of(tensor: Tensor) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from skipscope.shortcuts._results import CallKey
+from skipscope.shortcuts._shortcut_result import CallKey
 
 
 class Origin(enum.Enum):
