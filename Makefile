@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all lint format compare bench picture
+.PHONY: help install test test-all test-oldest test-newest trust mutate audit lint format compare bench picture
 
 help:        ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: *##/\t/' | expand -t 14
@@ -16,6 +16,23 @@ test:        ## what CI runs: minutes
 test-all:    ## everything, with the heavy optional packages and the slow tests
 	$(PYTHON) -m pip install -e ".[heavy]"
 	$(PYTHON) -m pytest -m "not gpu" --timeout=3600
+
+test-oldest: ## the fast tests with the oldest torch, Python and dependencies that are declared
+	.ci/environment oldest
+
+test-newest: ## the fast tests with the newest torch and Python that can be installed
+	.ci/environment newest
+
+trust:       ## try every hazard many times and print the table: under half an hour
+	cd tests && PYTHONPATH=../src $(PYTHON) -m trust --markdown ../docs/trust.md
+
+mutate:      ## break 300 random lines, one at a time, and see whether a test fails: hours
+	$(PYTHON) -m pip install cosmic-ray
+	$(PYTHON) .ci/mutate.py --count 300
+
+audit:       ## known vulnerabilities of the pinned dependencies
+	$(PYTHON) -m pip install pip-audit
+	$(PYTHON) -m pip_audit --requirement requirements-audit.txt --no-deps --disable-pip
 
 lint:        ## ruff, pyright, import-linter
 	ruff check . && ruff format --check . && pyright && lint-imports

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -48,7 +49,7 @@ from skipscope.surfaces import (
 )
 
 
-def flow(depth=20, slope=0.25, text=str, state="vanishing", zeros=0) -> GradientFlow:
+def flow(depth=20, slope=0.25, text: Callable[[str], str] = str, state="vanishing", zeros=0) -> GradientFlow:
     rms = 10.0 ** (-slope * np.arange(depth)[::-1] - 1) * (1 + 0.2 * np.sin(np.arange(depth)))
     rms[:zeros] = 0.0
     boundaries = tuple(
@@ -79,7 +80,7 @@ def flow(depth=20, slope=0.25, text=str, state="vanishing", zeros=0) -> Gradient
     )  # fmt: skip
 
 
-def split(depth=18, text=str) -> GradientSplit:
+def split(depth=18, text: Callable[[str], str] = str) -> GradientSplit:
     rows = tuple(
         SplitAt(
             text(f"layer{i // 3 + 1}.{i % 3}"),
@@ -98,7 +99,7 @@ def split(depth=18, text=str) -> GradientSplit:
     return GradientSplit(rows, 2.3, "train", text("as built"), (text("note"),))
 
 
-def paths(branches=18, text=str) -> PathSpectrum:
+def paths(branches=18, text: Callable[[str], str] = str) -> PathSpectrum:
     k = np.arange(branches + 1)
     norms = np.exp(-((k - branches * 0.3) ** 2) / (branches * 0.4))
     return PathSpectrum(
@@ -115,7 +116,7 @@ def paths(branches=18, text=str) -> PathSpectrum:
     )
 
 
-def importance(count=12, text=str) -> Importance:
+def importance(count=12, text: Callable[[str], str] = str) -> Importance:
     rows = tuple(
         ImportanceOf(
             text(f"layers.{i}"), "identity", Cost(2.3, 0.1 * (i % 5) + 0.02, 3.0, 0.5 - 0.1 * i, "healthy"),
@@ -126,7 +127,7 @@ def importance(count=12, text=str) -> Importance:
     return Importance(rows, 0.4, 1.2, "eval", (text("note"),))
 
 
-def prescription(text=str) -> Prescription:
+def prescription(text: Callable[[str], str] = str) -> Prescription:
     return Prescription(
         Remedy(text("as it is"), "", "vanishing", 8.1, 2.3, 2.3),
         (Remedy(text("identity shortcuts"), text("ss.add_shortcuts(model, x)"), "healthy", 0.3, 2.1, 0.4, text("n")), Remedy(text("He"), "he_(model)", "healthy", 0.9, 2.4, 1.9)),
@@ -134,7 +135,7 @@ def prescription(text=str) -> Prescription:
     )  # fmt: skip
 
 
-def correlation(text=str) -> GradientCorrelation:
+def correlation(text: Callable[[str], str] = str) -> GradientCorrelation:
     return GradientCorrelation(
         np.linspace(0, 1, 9),
         np.linspace(1, 0, 9),
@@ -146,7 +147,11 @@ def correlation(text=str) -> GradientCorrelation:
 
 
 def found(
-    blocks=9, per_block=2, text=str, kinds=("identity", "identity", "projection"), model="ResNet"
+    blocks=9,
+    per_block=2,
+    text: Callable[[str], str] = str,
+    kinds=("identity", "identity", "projection"),
+    model="ResNet",
 ) -> Shortcuts:
     """A chain: stem, ``blocks`` blocks of ``per_block`` layers each skipped, head."""
     layers, entries = [Layer(text("stem.conv"), "Conv2d", 100)], []
@@ -174,7 +179,7 @@ def found(
     )  # fmt: skip
 
 
-def surface(points=21, rough=0.0, text=str, label="", name="with") -> Surface:
+def surface(points=21, rough=0.0, text: Callable[[str], str] = str, label="", name="with") -> Surface:
     a = np.linspace(-1, 1, points)
     x, y = np.meshgrid(a, a, indexing="ij")
     values = 0.08 + 4 * (x**2 + 1.7 * y**2 + 0.3 * x * y) * 10 ** (
@@ -200,7 +205,7 @@ def surface(points=21, rough=0.0, text=str, label="", name="with") -> Surface:
                    (text("direction 1"), text("direction 2")), {text("accuracy"): values}, None, scores, checks, provenance)  # fmt: skip
 
 
-def pair(text=str, points=21) -> PairedSurfaces:
+def pair(text: Callable[[str], str] = str, points=21) -> PairedSurfaces:
     first, second = surface(points, 0.0, text, name="with"), surface(points, 0.8, text, name="without")
     with np.errstate(invalid="ignore"):
         change = second.values - first.values
@@ -212,7 +217,7 @@ def pair(text=str, points=21) -> PairedSurfaces:
     )
 
 
-def trajectory(text=str, points=15) -> Surface:
+def trajectory(text: Callable[[str], str] = str, points=15) -> Surface:
     """An adaptive surface, a quarter of it computed, with five checkpoints on its plane."""
     from dataclasses import replace
 
@@ -230,7 +235,7 @@ def trajectory(text=str, points=15) -> Surface:
     return replace(plain, computed=some, interpolation_error=0.01, points=known)
 
 
-def line(text=str, name="with") -> Surface:
+def line(text: Callable[[str], str] = str, name="with") -> Surface:
     """A surface along one direction."""
     from dataclasses import replace
 
@@ -246,7 +251,7 @@ def line(text=str, name="with") -> Surface:
     )
 
 
-def band(text=str) -> SurfaceBand:
+def band(text: Callable[[str], str] = str) -> SurfaceBand:
     parts = {str(seed): surface(9, 0.1 * seed, text) for seed in range(3)}
     values = np.stack([p.values for p in parts.values()])
     first = parts["0"]
@@ -261,12 +266,12 @@ def band(text=str) -> SurfaceBand:
     )
 
 
-def paired_band(text=str) -> PairedBand:
+def paired_band(text: Callable[[str], str] = str) -> PairedBand:
     scores = {text("with"): {"roughness": (0.1, 0.02)}, text("without"): {"roughness": (0.4, 0.05)}}
     return PairedBand({"0": pair(text, 9), "1": pair(text, 9)}, scores, {text("without"): {"roughness": 1.0}})
 
 
-def curvature_map(text=str) -> CurvatureMap:
+def curvature_map(text: Callable[[str], str] = str) -> CurvatureMap:
     a = np.linspace(-1, 1, 9)
     x, y = np.meshgrid(a, a, indexing="ij")
     good = np.ones((9, 9), dtype=bool)
@@ -275,25 +280,25 @@ def curvature_map(text=str) -> CurvatureMap:
                         text("cached graph"), "hessian", 964, text("mse"), 0, "ab" * 20, "cd" * 20)  # fmt: skip
 
 
-def paired_maps(text=str) -> PairedMaps:
+def paired_maps(text: Callable[[str], str] = str) -> PairedMaps:
     return PairedMaps(
         {text("with"): curvature_map(text), text("without"): curvature_map(text)}, True, (text("a note"),)
     )
 
 
-def eigenvalues(text=str) -> ExtremeEigenvalues:
+def eigenvalues(text: Callable[[str], str] = str) -> ExtremeEigenvalues:
     return ExtremeEigenvalues(np.array([-0.4, -0.2]), np.array([12.0, 7.0]), np.array([0.01, 0.02]), np.array([0.02, 0.03]), True, 0.99999, 0.999, 1e-3, 44,
                               text("cached graph, Lanczos"), "hessian", 964, 1, 1e-7, 1e-8, Layout((text("w"),), ((2,),)), None, None, text("mse"))  # fmt: skip
 
 
-def density(text=str) -> SpectralDensity:
+def density(text: Callable[[str], str] = str) -> SpectralDensity:
     grid = np.linspace(-1, 12, 200)
     values = np.exp(-((grid) ** 2) * 8) + 0.01 * np.exp(-((grid - 9) ** 2))
     return SpectralDensity(grid, values, values * 0.8, values * 1.2, 0.1, np.array([[-0.4, 0.1, 12.0]]), np.array([[0.1, 0.8, 0.1]]), 0.12, 0.02, 0.05, 0.01, 33.0, 1.0,
                            1e-3, 80, text("cached graph"), "hessian", 964, text("mse"))  # fmt: skip
 
 
-def history(steps=60, count=12, text=str) -> History:
+def history(steps=60, count=12, text: Callable[[str], str] = str) -> History:
     names = tuple(text(f"layers.{i}.0.weight") for i in range(count))
     at = np.arange(1, steps + 1)
     norm = 10.0 ** (-0.3 * np.arange(count)[::-1][None] - 1 - 0.02 * at[:, None]) * (
@@ -322,7 +327,7 @@ def history(steps=60, count=12, text=str) -> History:
     )  # fmt: skip
 
 
-def restless(text=str) -> History:
+def restless(text: Callable[[str], str] = str) -> History:
     """A history whose state changes often, with a gradient that is not finite and one that is not connected."""
     calm = history(text=text)
     norm, states = calm.norm.copy(), calm.states.copy()
@@ -339,7 +344,7 @@ def restless(text=str) -> History:
     return dataclasses.replace(calm, norm=norm, states=states, events=events)
 
 
-def strength(depth=18, text=str) -> StrengthSweep:
+def strength(depth=18, text: Callable[[str], str] = str) -> StrengthSweep:
     s = np.linspace(0, 1, 11)
     rms = np.stack([10.0 ** (-(0.4 - 0.45 * v) * np.arange(depth)[::-1] - 1) for v in s])
     falls = np.log10(rms[:, -1] / rms[:, 0])
@@ -352,7 +357,7 @@ def strength(depth=18, text=str) -> StrengthSweep:
     )
 
 
-def training(text=str, steps=200, seeds=3) -> Training:
+def training(text: Callable[[str], str] = str, steps=200, seeds=3) -> Training:
     rng = np.random.default_rng(0)
     ends = {"plain": 2.29, "plain, He": 0.3, "shortcuts": 0.06, "shortcuts, scaled": 0.09}
     curves = {}
@@ -384,7 +389,7 @@ def training(text=str, steps=200, seeds=3) -> Training:
     )
 
 
-def comparison(text=str, depth=30, points=21) -> Comparison:
+def comparison(text: Callable[[str], str] = str, depth=30, points=21) -> Comparison:
     names = ["plain", "plain, He", "shortcuts", "shortcuts, scaled"]
     slopes = {
         "plain": 0.42,
@@ -441,7 +446,7 @@ def comparison(text=str, depth=30, points=21) -> Comparison:
     )  # fmt: skip
 
 
-def everything(text=str) -> list:
+def everything(text: Callable[[str], str] = str) -> list:
     """One of each result."""
     return [
         flow(text=text), split(text=text), paths(text=text), importance(text=text), prescription(text=text), correlation(text=text), found(text=text),

@@ -1,0 +1,36 @@
+"""A few tries of every hazard hold, and a fault planted in each turns its row red."""
+
+from __future__ import annotations
+
+import pytest
+
+from trust import HAZARDS, run
+
+NAMES = [hazard.name for hazard in HAZARDS]
+# Each try of these starts a process.
+SLOW = {"Outputs that cannot take everything"}
+PARAMETERS = [
+    pytest.param(hazard, id=hazard.name, marks=pytest.mark.slow if hazard.name in SLOW else ())
+    for hazard in HAZARDS
+]
+
+
+@pytest.mark.parametrize("hazard", PARAMETERS)
+def test_a_few_tries_hold(hazard):
+    row = run(hazard, hazard.few)
+    if row.skipped:
+        pytest.skip(row.skipped)
+    assert row.count >= hazard.few and not row.failures
+
+
+@pytest.mark.parametrize("hazard", PARAMETERS)
+def test_a_planted_fault_turns_it_red(hazard):
+    if hazard.needs:
+        pytest.skip(hazard.needs)
+    with hazard.fault():
+        row = run(hazard, hazard.few)
+    assert row.failures
+
+
+def test_each_hazard_has_a_row_of_its_own():
+    assert len(set(NAMES)) == len(NAMES) and all(hazard.full >= hazard.few > 0 for hazard in HAZARDS)
