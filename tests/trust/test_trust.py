@@ -28,8 +28,8 @@ def test_a_planted_fault_turns_it_red(hazard):
     if hazard.needs:
         pytest.skip(hazard.needs)
     with hazard.fault():
-        row = run(hazard, hazard.few)
-    assert row.failures
+        # Threads may miss each other for a while.
+        assert any(run(hazard, hazard.few).failures for _ in range(20))
 
 
 def test_each_hazard_has_a_row_of_its_own():
