@@ -1,8 +1,6 @@
 """The flow against hooks and closed forms; the verdict on networks whose flow is known."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +8,8 @@ import torch
 from torch import nn
 
 import skipscope as ss
+from flow import oracles
 from skipscope.flow._verdict import FALL, GROWTH, SPREAD_GROWTH, Point, judge, least_squares
-
-_spec = importlib.util.spec_from_file_location("flow_oracles", Path(__file__).with_name("oracles.py"))
-oracles = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(oracles)
 
 mse = nn.functional.mse_loss
 

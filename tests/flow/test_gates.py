@@ -1,8 +1,5 @@
 """A gate t H + (1 - t) x is one thing however it is written: the same paths, split, costs and edits, to 1e-10."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,10 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import skipscope as ss
-
-_spec = importlib.util.spec_from_file_location("flow_oracles", Path(__file__).with_name("oracles.py"))
-oracles = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(oracles)
+from flow import oracles
 
 WAYS = {
     "coupled": lambda x, H, t: t * H + (1 - t) * x,

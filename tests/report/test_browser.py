@@ -7,10 +7,10 @@ import re
 
 import numpy as np
 import pytest
-import samples
-from browser import CHROMIUM, Browser
-from payloads import PAYLOADS
 
+from report import samples
+from report.browser import CHROMIUM, Browser
+from report.payloads import PAYLOADS
 from skipscope.report import _page, draw
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import matplotlib.image
 import numpy as np
 import pytest
-import samples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from report import samples
 from skipscope import SkipscopeError
 from skipscope.report import _arcs, _palette, _svg, _svg_bars, _svg_heat, _svg_lines, _terrain, draw, story
 from skipscope.report._arcs_text import text

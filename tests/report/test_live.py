@@ -11,11 +11,11 @@ import sys
 import time
 from typing import Any
 
-import live_oracle as oracle
 import numpy as np
 import pytest
-from browser import CHROMIUM, Browser, Page
 
+from report import live_oracle as oracle
+from report.browser import CHROMIUM, Browser, Page
 from skipscope import book
 from skipscope.cli import Output, play
 from skipscope.report import live_page

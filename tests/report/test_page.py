@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import samples
 
 import skipscope as ss
+from report import samples
 from skipscope import SkipscopeError
 from skipscope._result import Result
 from skipscope.report import _page, story

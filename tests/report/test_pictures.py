@@ -5,8 +5,8 @@ from __future__ import annotations
 import matplotlib
 import numpy as np
 import pytest
-import samples
 
+from report import samples
 from skipscope import SkipscopeError
 from skipscope.report import story
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
+from shortcuts.architectures import Lecture, double, features, images, seq
 from skipscope import nn as shortcuts
 from skipscope._errors import SkipscopeError
 from skipscope.nn import registry
 from skipscope.shortcuts import ablate, add_shortcuts, find_shortcuts
-
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import Lecture, double, features, images, seq
 
 
 def test_the_lectures_rule_gives_the_lectures_network():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import skipscope as ss
+from shortcuts.architectures import Basic, Layer, ResNet, features, images, seq, sequences
 from skipscope._errors import SkipscopeError
 from skipscope.shortcuts import ablate, find_shortcuts
-
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import Basic, Layer, ResNet, features, images, seq, sequences
 
 EDITS = {
     "remove": {},

@@ -5,18 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from skipscope._errors import SkipscopeError
-from skipscope.shortcuts import ablate, find_shortcuts, recalibrate, tap_boundaries, tap_merges
-
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import (
+from shortcuts.architectures import (
     CASES,
     HIGHWAYS,
     SCALED,
@@ -35,6 +29,8 @@ from architectures import (
     seq,
     sequences,
 )
+from skipscope._errors import SkipscopeError
+from skipscope.shortcuts import ablate, find_shortcuts, recalibrate, tap_boundaries, tap_merges
 
 EDITS = {
     "remove": {},

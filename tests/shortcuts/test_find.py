@@ -13,10 +13,8 @@ import torch
 from torch import nn
 
 import skipscope as ss
+from shortcuts.architectures import CASES, Basic, Layer, Lecture, ResNet, features, images, seq, sequences
 from skipscope.shortcuts import Shortcuts, ablate, boundaries, find_shortcuts, mark_shortcut
-
-sys.path.insert(0, str(Path(__file__).parent))  # the compact families lie beside their tests
-from architectures import CASES, Basic, Layer, Lecture, ResNet, features, images, seq, sequences
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from shortcuts.architectures import CASES
 from skipscope.shortcuts import find_shortcuts, record
 from skipscope.shortcuts.finding._bit_sets import Ancestors, bits
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._shortcut_finder import traced
-
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import CASES
 
 graphs = st.integers(1, 60).flatmap(
     lambda n: st.tuples(*[st.lists(st.integers(0, max(v - 1, 0)), max_size=3) for v in range(n)])

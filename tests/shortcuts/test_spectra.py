@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import skipscope as ss
-
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import COLUMNS, ROWS, on_parts
-
-_spec = importlib.util.spec_from_file_location(
-    "flow_oracles", Path(__file__).parents[1] / "flow" / "oracles.py"
-)
-oracles = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(oracles)
+from flow import oracles
+from shortcuts.architectures import COLUMNS, ROWS, on_parts
 
 
 class Written(nn.Module):

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from shortcuts.architectures import CASES, Layer, features, sequences
 from skipscope import _data
 from skipscope._untouched import untouched
 from skipscope.shortcuts import Trace, find_shortcuts, record
-
-sys.path.insert(0, str(Path(__file__).parent))
-from architectures import CASES, Layer, features, sequences
 
 
 def recorded(model, inputs, loss=None):
