@@ -13,11 +13,11 @@ import re
 import zlib
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import escape
 
 from skipscope import reference
 from skipscope._version import __version__
-from skipscope.report._page import _asset, _environment, _policy
+from skipscope.report._page import _asset, _policy
 
 LIVE_PAGE = "play.html"  # its name beside other pages, which then link to it
 MATHEMATICS = ("settings", "random", "layers", "network", "spectrum", "readings", "build", "data", "training", "surface", "worker")  # fmt: skip
@@ -32,19 +32,16 @@ def live_page() -> str:
         True
     """
     mathematics, script = join_modules(MATHEMATICS), _asset("surface3d.js") + join_modules(DRAWING)
-    return (
-        _environment()
-        .get_template("live/page")
-        .render(
-            css=Markup(_asset("chart.css") + _asset("page.css") + _asset("live/page.css")),
-            policy=_policy([script]) + "; worker-src blob:",
-            mathematics=Markup(mathematics),
-            script=Markup(script),
-            chain_rule=_module("network"),
-            digits=packed_digits(),
-            version=__version__,
-        )
-    )
+    content = {
+        "css": _asset("chart.css") + _asset("page.css") + _asset("live/page.css"),
+        "policy": _policy([script]) + "; worker-src blob:",
+        "mathematics": mathematics,
+        "script": script,
+        "chain_rule": escape(_module("network")),
+        "digits": packed_digits(),
+        "version": __version__,
+    }
+    return re.sub("@@([a-z_]+)@@", lambda found: content[found[1]], _asset("live/page.html"))
 
 
 def join_modules(names: tuple[str, ...]) -> str:
@@ -64,7 +61,7 @@ def packed_digits() -> str:
     content = (inputs.numpy() * 16).round().astype(np.uint8).tobytes() + target.numpy().astype(
         np.uint8
     ).tobytes()
-    return base64.b64encode(zlib.compress(content, 9)).decode()
+    return base64.b64encode(zlib.compress(content, 6)).decode()
 
 
 def _module(name: str) -> str:
