@@ -170,3 +170,10 @@ def test_random_state_is_left_alone():
 def test_no_seeds_is_refused():
     with pytest.raises(SkipscopeError, match="1 or more"):
         book.experiment(0)
+
+
+def test_the_batch_of_draws_has_each_seeds_own_numbers():
+    result = book.experiment(12)
+    for seed in (0, 5, 11):
+        for network, means in zip(book._both(seed), (result.means_without, result.means_with)):
+            assert means[seed] == pytest.approx(list(network.gradient_means.values()), rel=5e-6)

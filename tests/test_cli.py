@@ -318,3 +318,23 @@ def test_what_is_no_file_is_not_shown(folder, kind):
         path.mkdir(exist_ok=True)
     done = skipscope(folder, "show", "/dev/zero" if kind == "device" else str(path))
     assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [("find", "resnet20"), ("flow", "plain"), ("book", "--seeds", "2")])
+def test_a_command_imports_nothing_slow_that_its_answer_does_not_need(command, tmp_path):
+    slow = {
+        "scipy",
+        "sympy",
+        "matplotlib",
+        "pandas",
+        "zarr",
+        "torch._dynamo",
+        "torch.fx.experimental.symbolic_shapes",
+    }
+    code = (
+        "import atexit, sys, torch; before = set(sys.modules); from skipscope.cli import main\n"
+        f"atexit.register(lambda: print('LOADED', sorted({slow!r} & (set(sys.modules) - before))))\n"
+        f"sys.argv = ['skipscope', *{command!r}]; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.endswith("LOADED []\n"), done.stdout[-300:] + done.stderr[-2000:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 
@@ -34,39 +33,3 @@ def times(value: float) -> str:
         ('4.2x', '1,099x')
     """
     return f"{value:,.0f}x" if value >= 100 else f"{value:.2g}x"
-
-
-@functools.lru_cache(maxsize=4096)
-def student_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t with a whole number of degrees of freedom, to 1e-12.
-
-    By the finite sum for its distribution function and Newton's method in the angle; from 300 degrees on by the
-    Cornish-Fisher expansion. (Abramowitz and Stegun 26.7.3, 26.7.4, 26.7.5; scipy.stats takes a second to import.)
-
-    Example:
-        >>> round(student_quantile(1), 9), round(student_quantile(10), 9)
-        (12.706204736, 2.228138852)
-    """
-    z = 1.959963984540054
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    if freedom >= 300:
-        return z + sum(term / freedom**k for k, term in enumerate(terms, 1))
-    density = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) * 2 / math.sqrt(math.pi)
-    angle = math.atan(2.0 / math.sqrt(freedom))
-    for _ in range(30):
-        sine, cosine = math.sin(angle), math.cos(angle)
-        term = sine if freedom % 2 == 0 else sine * cosine
-        within = 0.0 if freedom == 1 else term
-        for k in range(2 + freedom % 2, freedom - 1, 2):
-            term *= (k - 1) / k * cosine * cosine
-            within += term
-        if freedom % 2:
-            within = 2 / math.pi * (angle + within)
-        angle += (0.95 - within) / (density * cosine ** (freedom - 1))
-        angle = min(max(angle, 1e-9), math.pi / 2 - 1e-9)
-    return math.sqrt(freedom) * math.tan(angle)
