@@ -19,6 +19,8 @@ from skipscope.flow._autograd_graph import Edge, edge_of, leaves_above, nodes_ab
 from skipscope.shortcuts import OperandSide
 
 Arrival = Literal["branch", "shortcut", "other"]
+# Called with the gradient of each side, and the whole.
+Done = Callable[[dict[Arrival, Tensor], Tensor], None]
 
 
 @dataclass(eq=False)
@@ -79,14 +81,14 @@ class BackwardGraph:
 
     def arrivals(self, merges: Sequence[MergeEdges]) -> list[GradientArrivals | None]:
         """What reaches the fork of each merge; None where its sides have no activation in common."""
-        found = [_Region(self.position, merge) for merge in merges]
-        self.visited = sum(region.visited for region in found)
-        consumers = {region.fork: list[tuple[Any, int]]() for region in found if region.fork is not None}
+        regions = [_Region(self.position, merge) for merge in merges]
+        self.visited = sum(len(region.marks) for region in regions)
+        consumers = {region.fork: list[tuple[Any, int]]() for region in regions if region.fork is not None}
         for node in self._nodes if consumers else ():
             for i, edge in enumerate(node.next_functions):
                 if edge in consumers:
                     consumers[edge].append((node, i))
-        return [None if r.fork is None else r.arrivals(consumers[r.fork]) for r in found]
+        return [None if r.fork is None else r.arrivals(consumers[r.fork]) for r in regions]
 
     def release(self) -> None:
         """Free autograd nodes from the loss to the inputs; the other order recurses once per node and overflows the
@@ -98,6 +100,23 @@ class BackwardGraph:
 
 
 _BRANCH, _MERGE, _FIRST_SHORTCUT = 1, 2, 4
+
+
+@dataclass(eq=False)
+class _Entry:
+    """An edge that the path of a shortcut operand takes, up to where it meets the branch's.
+
+    Attributes:
+        edge: what is taken.
+        marks: of the shortcut operands for which the fork may be here.
+        node: a node that the branch does not depend on, and takes it; None where it is the operand itself.
+        index: as which of its inputs.
+    """
+
+    edge: Edge
+    marks: int
+    node: Any = None
+    index: int = 0
 
 
 class _Region:
@@ -113,19 +132,14 @@ class _Region:
 
     Attributes:
         fork: its edge, or None where there is none.
-        sides: by node and number of its input, the side of each edge into the fork that leads to the merge.
-        gates: edges by which a node on the shortcut side alone takes what leads to both sides.
-        visited: how many nodes were looked at.
+        marks: of each activation that was looked at.
     """
 
     def __init__(self, position: dict[Any, int], merge: MergeEdges):
-        self._position, self._lowest = position, len(position)
-        self._marks: dict[Any, int] = {}
-        self._waiting: list[tuple[int, Any]] = []
-        # By node: its edges that a shortcut operand's path leads to, each with the marks of these operands.
-        self._candidates: dict[Any, dict[Edge, int]] = {}
-        self._on_shortcut: list[tuple[Any, int, Edge]] = []
-        # By node: where a path meets the branch's, with the mark that what it was computed from gets.
+        self.position, self.merge, self.marks = position, merge, dict[Any, int]()
+        self._lowest, self._waiting = len(position), list[tuple[int, Any]]()
+        self._entries: dict[Any, list[_Entry]] = {}
+        # Nodes where paths meet, each with a mark for what it was computed from.
         self._meetings: dict[Any, int] = {}
         self._free = _FIRST_SHORTCUT << len(merge.shortcut)
         self._shortcuts = self._free - _FIRST_SHORTCUT
@@ -134,73 +148,62 @@ class _Region:
             self._mark(node, _BRANCH)
         for i, edge in enumerate(merge.shortcut):
             self._mark(edge[0], _FIRST_SHORTCUT << i)
-            self._consider(edge, _FIRST_SHORTCUT << i)
+            self._enter(_Entry(edge, _FIRST_SHORTCUT << i))
         while self._waiting and -self._waiting[0][0] >= self._lowest:
             self._visit(heapq.heappop(self._waiting)[1])
-        self.visited = len(self._marks)
-        forks = [e for node in self._meetings for e, marks in self._candidates[node].items() if marks]
+        forks = [entry.edge for node in self._meetings for entry in self._entries[node] if entry.marks]
         self.fork = max(forks, key=lambda edge: position[edge[0]], default=None)
-        self.gates = [one for one in self._on_shortcut if self._is_gate(one[2])]
-        is_operand = self.fork in {*merge.branch, *merge.shortcut}
-        self.sides = dict(self._sided(is_operand))
-        del self._marks, self._candidates, self._meetings, self._on_shortcut, self._waiting
+
+    def _mark(self, node: Any, marks: int) -> None:
+        if node in self.position:
+            if node not in self.marks:
+                heapq.heappush(self._waiting, (-self.position[node], node))
+            self.marks[node] = self.marks.get(node, 0) | marks
+
+    def _enter(self, entry: _Entry) -> None:
+        node = entry.edge[0]
+        if node in self.position:
+            self._entries.setdefault(node, []).append(entry)
+            self._lowest = min(self._lowest, self.position[node])
+
+    def _visit(self, node: Any) -> None:
+        if self.marks[node] & _BRANCH and node in self._entries:
+            self._meet(node)
+        marks = self.marks[node]
+        shortcuts = 0 if marks & _BRANCH else marks & self._shortcuts
+        for i, edge in enumerate(node.next_functions):
+            self._mark(edge[0], marks)
+            if shortcuts:
+                self._enter(_Entry(edge, shortcuts, node, i))
+
+    def _meet(self, node: Any) -> None:
+        """Paths of shortcut operands meet the branch's; what was computed from here is no fork of theirs."""
+        for later, mark in self._meetings.items():
+            for entry in self._entries[later] if self.marks[node] & mark else ():
+                for here in self._entries[node]:
+                    entry.marks &= ~here.marks
+        self._meetings[node] = self._free
+        self.marks[node] |= self._free
+        self._free <<= 1
 
     def arrivals(self, consumers: Iterable[tuple[Any, int]]) -> GradientArrivals:
         """The edges into the fork, of which ``consumers`` are all."""
-        assert self.fork is not None
-        edges: list[tuple[Any, int, Arrival]] = [
-            (node, i, self.sides.get((node, i), "other")) for node, i in consumers
-        ]
-        return GradientArrivals(self.fork, edges, self.gates)
+        fork, entries = self.fork, [e for node in self._meetings for e in self._entries[node]]
+        assert fork is not None
+        gates = [
+            (entry.node, entry.index, entry.edge) for entry in entries
+            if entry.node is not None and entry.edge != fork and self.marks[fork[0]] & self._meetings[entry.edge[0]]
+        ]  # fmt: skip
+        return GradientArrivals(fork, [(node, i, self._side(node)) for node, i in consumers], gates)
 
-    def _mark(self, node: Any, marks: int) -> None:
-        if node in self._position:
-            if node not in self._marks:
-                heapq.heappush(self._waiting, (-self._position[node], node))
-            self._marks[node] = self._marks.get(node, 0) | marks
-
-    def _consider(self, edge: Edge, shortcuts: int) -> None:
-        if edge[0] in self._position:
-            at = self._candidates.setdefault(edge[0], {})
-            at[edge] = at.get(edge, 0) | shortcuts
-            self._lowest = min(self._lowest, self._position[edge[0]])
-
-    def _visit(self, node: Any) -> None:
-        marks = self._marks[node]
-        shortcuts = 0 if marks & _BRANCH else marks & self._shortcuts
-        if marks & _BRANCH and node in self._candidates:
-            self._meet(node, marks)
-        for i, edge in enumerate(node.next_functions):
-            self._mark(edge[0], self._marks[node])
-            if shortcuts:
-                self._consider(edge, shortcuts)
-                self._on_shortcut.append((node, i, edge))
-
-    def _meet(self, node: Any, marks: int) -> None:
-        """Note that paths of shortcut operands meet the branch's; what was computed from here is no fork of theirs."""
-        shortcuts = 0
-        for of in self._candidates[node].values():
-            shortcuts |= of
-        for later, mark in self._meetings.items():
-            if marks & mark:
-                at = self._candidates[later]
-                at |= {edge: of & ~shortcuts for edge, of in at.items()}
-        self._meetings[node] = self._free
-        self._marks[node] |= self._free
-        self._free <<= 1
-
-    def _is_gate(self, edge: Edge) -> bool:
-        mark = self._meetings.get(edge[0], 0)
-        return self.fork is not None and edge != self.fork and bool(self._marks[self.fork[0]] & mark)
-
-    def _sided(self, is_operand: bool) -> Iterable[tuple[tuple[Any, int], Arrival]]:
-        for node, marks in self._marks.items() if self.fork is not None else ():
-            # Where an operand is the fork itself, the merge's own call takes it, and what that does first.
-            bypasses = marks & self._shortcuts or (is_operand and marks & _MERGE)
-            side: Arrival = "branch" if marks & _BRANCH else "shortcut" if bypasses else "other"
-            for i, edge in enumerate(node.next_functions):
-                if edge == self.fork:
-                    yield (node, i), side
+    def _side(self, node: Any) -> Arrival:
+        """The side of a node that takes the fork."""
+        marks = self.marks.get(node, 0)
+        if marks & _BRANCH:
+            return "branch"
+        # Where an operand is the fork itself, the merge's own call takes it, and what that does first.
+        is_operand = self.fork in self.merge.branch or self.fork in self.merge.shortcut
+        return "shortcut" if marks & self._shortcuts or (is_operand and marks & _MERGE) else "other"
 
 
 @dataclass
@@ -219,37 +222,36 @@ class GradientArrivals:
     fork: Edge
     edges: list[tuple[Any, int, Arrival]]
     gates: list[tuple[Any, int, Edge]]
-    parts: dict[Arrival, Tensor] = field(default_factory=dict)
-    by_gate: dict[Edge, Tensor] = field(default_factory=dict)
-    total: Tensor | None = None
-    done: Callable[[dict[Arrival, Tensor], Tensor], None] = lambda parts, total: None
+    _parts: dict[Arrival, Tensor] = field(default_factory=dict)
+    _by_gate: dict[Edge, Tensor] = field(default_factory=dict)
+    _total: Tensor | None = None
 
-    def watch(self, done: Callable[[dict[Arrival, Tensor], Tensor], None]) -> list[Any]:
+    def watch(self, done: Done) -> list[Any]:
         """Hook the edges; ``done`` gets the parts and the whole when all have arrived, or from :meth:`part_gates`."""
-        self.done = done
-        handles = [self.fork[0].register_prehook(self._complete)]
-        handles += [node.register_hook(_adder(self.parts, side, i)) for node, i, side in self.edges]
-        return handles + [node.register_hook(_adder(self.by_gate, edge, i)) for node, i, edge in self.gates]
 
-    def _complete(self, grad_outputs: tuple[Tensor | None, ...]) -> None:
-        self.total = grad_outputs[self.fork[1]]
-        if not self.gates:
-            if self.total is not None:
-                self.done(self.parts, self.total)
-            self.parts.clear()
+        def complete(grad_outputs: tuple[Tensor | None, ...]) -> None:
+            self._total = grad_outputs[self.fork[1]]
+            if not self.gates:
+                if self._total is not None:
+                    done(self._parts, self._total)
+                self._parts.clear()
 
-    def part_gates(self) -> None:
+        handles = [node.register_hook(_adder(self._parts, side, i)) for node, i, side in self.edges]
+        handles += [node.register_hook(_adder(self._by_gate, edge, i)) for node, i, edge in self.gates]
+        return [self.fork[0].register_prehook(complete), *handles]
+
+    def part_gates(self, done: Done) -> None:
         """Give the shortcut what came by it and through the gate: it was counted with the branch."""
-        if self.total is None or not self.gates:
+        if self._total is None or not self.gates:
             return
-        if self.by_gate:
-            edges = [GradientEdge(node, nr) for node, nr in self.by_gate]
-            fork, given = GradientEdge(*self.fork), list(self.by_gate.values())
+        if self._by_gate:
+            edges, given = [GradientEdge(*edge) for edge in self._by_gate], list(self._by_gate.values())
+            fork = GradientEdge(*self.fork)
             (more,) = torch.autograd.grad(edges, [fork], given, retain_graph=True, allow_unused=True)
             if more is not None:
-                _add(self.parts, "shortcut", more)
-                _add(self.parts, "branch", -more)
-        self.done(self.parts, self.total)
+                _add(self._parts, "shortcut", more)
+                _add(self._parts, "branch", -more)
+        done(self._parts, self._total)
 
 
 def _add(into: dict[Any, Tensor], key: Any, part: Tensor) -> None:

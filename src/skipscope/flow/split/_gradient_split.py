@@ -24,7 +24,7 @@ from skipscope.flow._measure import shares_of
 from skipscope.flow._readings import norm_of
 from skipscope.flow._results import GradientSplit, SplitAt
 from skipscope.flow._seed import backward_error
-from skipscope.flow.split._gradient_arrivals import Arrival, BackwardGraph, GradientArrivals, MergeEdges
+from skipscope.flow.split._gradient_arrivals import Arrival, BackwardGraph, Done, GradientArrivals, MergeEdges
 from skipscope.shortcuts import Merge, Shortcut, Shortcuts, meaning, tap_merges
 
 
@@ -120,9 +120,7 @@ class _Fork:
         )  # fmt: skip
 
 
-def _add_batch(
-    model: nn.Module, batch: Batch, loss: Objective, found: Shortcuts, add: list[Callable[..., None]]
-) -> float:
+def _add_batch(model: nn.Module, batch: Batch, loss: Objective, found: Shortcuts, add: list[Done]) -> float:
     """Read the gradients of one batch at all forks.
 
     Returns:
@@ -158,9 +156,7 @@ def _add_batch(
     return result
 
 
-def _run_backward(
-    value: Tensor, graph: BackwardGraph, watched: list[tuple[GradientArrivals, Callable[..., None]]]
-) -> None:
+def _run_backward(value: Tensor, graph: BackwardGraph, watched: list[tuple[GradientArrivals, Done]]) -> None:
     handles = []
     try:
         for arrivals, done in watched:
@@ -174,7 +170,8 @@ def _run_backward(
         while handles:
             handles.pop().remove()
     while watched:
-        watched.pop()[0].part_gates()
+        arrivals, done = watched.pop()
+        arrivals.part_gates(done)
 
 
 def _with_leaves(batch: Batch, leaves: list[Tensor]) -> Batch:
