@@ -10,7 +10,7 @@ from torch import nn
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself: out of ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel``."""
-    # Whoever has compiled a model has this module loaded; loading torch's compiler otherwise takes seconds.
+    # A compiled model implies that this module is loaded; loading torch's compiler takes seconds.
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     compiled = () if compiler is None else compiler.OptimizedModule
     inner: Any = model

@@ -1,4 +1,4 @@
-"""What finding and adding return: plain frozen data, with keys by which a merge is met again in another run."""
+"""The shortcuts of a model, as plain frozen data, with keys that identify the same merge in another run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ BoundaryKind = Literal["input", "merge", "module"]
 
 @dataclass(frozen=True)
 class CallKey:
-    """Where one call happens in a forward pass: the same in every run and process.
+    """The place of one call in a forward pass, the same in every run and process.
 
-    Eager code knows a call by host, site and ``nth``; compiled code has no frames, and knows it by host, ``call`` and
-    ``index``, checked by ``among``.
+    In eager code host, site and ``nth`` identify a call. Compiled code has no frames: there host, ``call`` and ``index``
+    do, checked by ``among``.
 
     Attributes:
         host: path of the module whose forward makes the call ("" is the model itself).
@@ -64,7 +64,7 @@ class Boundary:
         name: the shortcut's or module's name, or ``"input"``.
         depth: 0, 1, 2, ... in order of execution.
         kind: ``"input"``, ``"merge"`` or ``"module"``.
-        key: how the point is met again, for skipscope's own use.
+        key: identifies the point, for skipscope's own use.
         summed: it is not what the call stacks, but the sum over that.
     """
 
@@ -92,7 +92,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Shortcut:
-    """One merge that at least one operand reaches past a branch with weights.
+    """One merge that at least one operand reaches by skipping a branch with weights.
 
     Attributes:
         name: of the branch's module, made unique; the same from run to run.
@@ -129,11 +129,11 @@ class Shortcut:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A merge that is no shortcut, and why.
+    """A merge that is not a shortcut, and why.
 
     Attributes:
         name: path of the module that merges, and the operation.
-        reason: why it is none.
+        reason: why it is not.
         source: ``file.py:line``.
     """
 
@@ -143,7 +143,7 @@ class Rejected:
 
 
 def _nearest(asked: str, names: Sequence[str]) -> str | None:
-    """A cure that names what may have been meant."""
+    """A cure that suggests similar names, or None."""
     near = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
     return "did you mean " + " or ".join(map(repr, near)) + "?" if near else None
 
@@ -157,7 +157,7 @@ class Shortcuts(Result, Sequence):
         rejected: every other merge, with its reason.
         boundaries: where the flow is read (definitions: input, merges, modules outside every branch).
         layers: the modules with weights, in order of execution, for drawing.
-        opaque: what could not be looked into (fused kernels, foreign autograd functions), and where.
+        opaque: calls that may hold shortcuts inside (fused kernels, custom autograd functions), and where.
         model: class name of the model.
         not_run: modules with weights that this pass did not call (LayerDrop, an expert that was not chosen), by path.
         passed: concatenations of a decoder whose skip passes a block with weights of its own: no shortcuts by the rule,
@@ -186,7 +186,7 @@ class Shortcuts(Result, Sequence):
         return replace(self, entries=self.entries[index]) if isinstance(index, slice) else self.entries[index]
 
     def select(self, *, name: str = "*", kind: str | Sequence[str] | None = None) -> Shortcuts:
-        """Those whose name matches a shell pattern and whose kind is one of ``kind``.
+        """Select by a shell pattern for the name, and by kind.
 
         Args:
             name: a pattern such as ``"layer1.*"``.

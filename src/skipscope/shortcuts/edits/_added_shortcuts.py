@@ -35,13 +35,12 @@ def add_shortcuts(
 ) -> nn.Module:
     """A twin of ``model`` with a shortcut around every ``span`` layers of its containers whose shapes agree.
 
-    The children of each ``Sequential`` and ``ModuleList`` are gone through in order; containers inside something that
-    was wrapped are left alone. A stretch of ``span`` children is wrapped when it holds the weights of a layer (a norm
-    alone is none), when each child took one tensor and gave one, and when what came out has the shape of what went
-    in; where a stretch cannot be wrapped, the next begins one child later. In a ``Sequential`` the norm that follows a
-    layer, and the activation after that norm, stay on its branch. Layers whose owner does more with them than to call
-    them are left alone. A kind that spans depth (hyper-connections, attention residuals) joins neighbouring stretches
-    to one chain. The twin is run before it is handed over. Local; shard a twin after it was made.
+    A *stretch* is ``span`` children of a ``Sequential`` or ``ModuleList``, in order. It is wrapped when it holds the
+    weights of a layer (a norm alone is none), when each child takes one tensor and gives one, and when the output has
+    the input's shape; otherwise the next stretch begins one child later. Containers inside a wrapped stretch are left
+    alone, and so are layers that their owner not only calls. In a ``Sequential`` the norm after a layer, and the
+    activation after that norm, stay on its branch. A kind that spans depth (hyper-connections, attention residuals)
+    joins neighbouring stretches to one chain. The twin is run before it is returned. Local; shard a twin afterwards.
 
     Args:
         model: any eager module; it is left as found.
@@ -71,52 +70,50 @@ def add_shortcuts(
             "add_shortcuts", "a shortcut skips at least one layer", expected="span >= 1", got=span
         )
     known = connections.find_kind(kind, "add_shortcuts") if isinstance(kind, str | type) else None
-    maker = _Maker(kind, known, arguments)
+    maker = _ShortcutMaker(kind, known, arguments)
     chosen = (
         partial(fnmatch.fnmatchcase, pat=where) if isinstance(where, str) else where or (lambda path: True)
     )
     require_module(model, "add_shortcuts")
     twin = private_copy(model, "add_shortcuts")
-    runs = _Runs(model, inputs)
+    runs = _OriginalRuns(model, inputs)
     plan = _Plan(runs.shapes, maker, span)
     for path, container in list(twin.named_modules()):
         inside = any(path == outer or path.startswith(outer + ".") for outer in plan.wrapped)
         if isinstance(container, nn.Sequential | nn.ModuleList) and not inside and chosen(path):
-            plan.go_through(container, path)
+            plan.add(container, path)
     stretches = _runnable(twin, plan, runs)
     if known is not None and known.spans_depth and not stretches:
         raise SkipscopeError(
             "add_shortcuts", f"the kind {known.name!r} joins layers that follow one another, and there are none",
-            expected="children of one Sequential that keep the shape", got="; ".join(f"{where}: {told}" for where, told in plan.lines.items())[:300] or "no container",
+            expected="children of one Sequential that keep the shape", got="; ".join(f"{label}: {line}" for label, line in plan.lines.items())[:300] or "no container",
             cure="put the layers into one nn.Sequential, or choose a kind that goes around one layer: kind='identity'",
         )  # fmt: skip
     for stretch in stretches:
         stretch.put(maker.module(stretch, depth=sum(len(s.parts) for s in stretches)))
     _run_once(twin, stretches, maker, runs)
     if report is not None:
-        for label, told in plan.lines.items():
-            report(f"{label}: {told}")
+        for label, line in plan.lines.items():
+            report(f"{label}: {line}")
     return twin
 
 
-class _Runs:
+class _OriginalRuns:
     """What the original does with the inputs, in the mode it was found in and in the other one.
 
     Attributes:
         shapes: by module path, what went in and came out, or why that is no one shape.
-        outputs: by training mode; without the mode in which the original does not run.
+        outputs: by training mode, None for the mode as found; without a mode in which the original does not run.
     """
 
     def __init__(self, model: nn.Module, inputs: Any):
         self.inputs = inputs
         self.shapes: dict[str, tuple[torch.Size, torch.Size] | str] = {}
         self.outputs: dict[bool | None, list[Tensor]] = {}
-        handles = [m.register_forward_hook(partial(self._note, path)) for path, m in model.named_modules()]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for path, module in model.named_modules():
+                hooks.callback(module.register_forward_hook(partial(self._note, path)).remove)
             self.outputs[None] = self.run(model, None)
-        finally:
-            for handle in handles:
-                handle.remove()
         # Where the original does not run in that mode (batch norm on one sample), the twin need not either.
         with contextlib.suppress(Exception):
             self.outputs[not model.training] = self.run(model, not model.training)
@@ -128,28 +125,23 @@ class _Runs:
             self.shapes[path] = "its shapes change from call to call"
 
     def run(self, model: nn.Module, training: bool | None) -> list[Tensor]:
-        """The output's tensors; None is the mode that the model is in."""
+        """The output's tensors in a training mode."""
         with untouched(model, training=training, seed=0, operation="add_shortcuts"), torch.no_grad():
             return _data.tensors_in(_data.forward(model, (self.inputs, None), "add_shortcuts"))
 
-    def differ(self, model: nn.Module) -> str | None:
-        """How a model that should do what the original does differs from it; None where it does not."""
+    def difference(self, model: nn.Module) -> str | None:
+        """How a model that should do what the original does differs from it, or None."""
         for training, expected in self.outputs.items():
             try:
                 got = self.run(model, training)
             except Exception as error:
-                return (
-                    str(getattr(error, "problem", error)).strip().splitlines()[0][:200]
-                    if str(error)
-                    else repr(error)
-                )
-            alike = len(got) == len(expected) and all(map(_alike, got, expected))
-            if not alike:
+                return (str(getattr(error, "problem", error)).strip() or repr(error)).splitlines()[0][:200]
+            if len(got) != len(expected) or not all(map(_is_close, got, expected)):
                 return "the output changes when its layers are called through another module"
         return None
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _is_close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
@@ -162,7 +154,7 @@ class _Bare(connections.Connection):
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Children of one container that one shortcut module takes the place of.
+    """Children of one container that one shortcut module replaces.
 
     Attributes:
         container: their owner.
@@ -184,34 +176,21 @@ class _Stretch:
 
     @property
     def label(self) -> str:
-        return _labelled([_joined(self.path, name) for name in self.names])
-
-    def follows(self, other: _Stretch, neighbour: str) -> bool:
-        """Whether this stretch begins where another ends; ``neighbour`` is the child before it."""
-        return other.names[-1] == neighbour and other.after == self.before
-
-    def joined_with(self, following: _Stretch) -> _Stretch:
-        """One chain of both."""
-        return replace(self, parts=self.parts + following.parts, after=following.after)
+        return _label(self.path, self.names)
 
     def branches(self) -> list[nn.Module]:
         """The module of each part."""
         children = self.container._modules
-        return [
-            children[part[0]] if len(part) == 1 else nn.Sequential(*(children[name] for name in part))
-            for part in self.parts
-        ]
+        modules = [[children[name] for name in part] for part in self.parts]
+        return [part[0] if len(part) == 1 else nn.Sequential(*part) for part in modules]
 
     def put(self, module: nn.Module) -> None:
         """Put a module in the place of the first child, and ``Identity`` in those of the others."""
-        first, *others = self.names
-        self.container._modules[first] = module
-        for name in others:
-            self.container._modules[name] = nn.Identity()
+        self.container._modules.update({name: nn.Identity() for name in self.names} | {self.names[0]: module})
 
 
 @dataclass(frozen=True)
-class _Maker:
+class _ShortcutMaker:
     """Makes the shortcut module of a stretch."""
 
     kind: Any
@@ -219,7 +198,7 @@ class _Maker:
     arguments: dict[str, Any]
 
     @property
-    def called(self) -> str:
+    def name(self) -> str:
         return self.known.name if self.known else getattr(self.kind, "__name__", "a module")
 
     @property
@@ -227,67 +206,61 @@ class _Maker:
         return self.known is not None and self.known.spans_depth
 
     def fits(self, before: torch.Size, after: torch.Size) -> bool:
-        projects = self.known is not None and self.known.name == "projection"
-        return before == after or (projects and _width_changes_only(before, after))
+        changes = sum(a != b for a, b in zip(before, after)) if len(before) == len(after) else 2
+        return changes == 0 or (changes == 1 and self.name == "projection")
 
     def module(self, stretch: _Stretch, depth: int) -> nn.Module:
         branches = stretch.branches()
         if self.known is None:
             made = self.kind(branches[0], **self.arguments)
         else:
-            dim = 1 if any(map(_holds_convolution, branches)) else -1
-            own = dict(self.arguments)
+            own, dim = dict(self.arguments), 1 if any(map(_holds_convolution, branches)) else -1
             if self.known.name == "projection":
                 own.setdefault("width_out", stretch.after[dim])
-            what = branches if self.spans_depth else branches[0]
-            made = self.known(what, stretch.before[dim], dim=dim, depth=depth, **own)
+            branch = branches if self.spans_depth else branches[0]
+            made = self.known(branch, stretch.before[dim], dim=dim, depth=depth, **own)
         weight = next(p for branch in branches for p in branch.parameters())
         return made.to(weight.device, weight.dtype)
 
 
 @dataclass
 class _Plan:
-    """Decides for every stretch, before anything is wrapped: some kinds need to know how many branches there are.
+    """Decides for every stretch before anything is wrapped: some kinds need the number of branches.
 
     Attributes:
-        lines: by label, what is told of each stretch.
-        wrapped: paths of the modules that stand inside a stretch.
+        lines: by label, what is reported of each stretch.
+        wrapped: paths of the modules inside a stretch.
     """
 
     shapes: dict[str, Any]
-    maker: _Maker
+    maker: _ShortcutMaker
     span: int
     lines: dict[str, str] = field(default_factory=dict)
     wrapped: list[str] = field(default_factory=list)
     stretches: list[_Stretch] = field(default_factory=list)
 
-    def go_through(self, container: Any, path: str) -> None:
-        """Go through one container; windows slide past what cannot be wrapped."""
-        children = list(container._modules)
+    def add(self, container: Any, path: str) -> None:
+        """Add the stretches of one container; where a stretch cannot be wrapped, the next begins one child later."""
+        children, start = list(container._modules), 0
         first = next((m for m in container if any(True for _ in m.parameters())), None)
-        norm_first, start = first is not None and _is_norm(first), 0
-        found: list[_Stretch] = []
+        norm_first, found = first is not None and _is_norm(first), list[_Stretch]()
         while start < len(children):
-            begins = norm_first or self.span == 1 or _is_layer(container._modules[children[start]])
-            names = (
-                self._window(container, path, children[start:], norm_first) if begins else [children[start]]
-            )
-            paths = [_joined(path, name) for name in names]
+            names = children[start : start + 1]
+            if norm_first or self.span == 1 or _is_layer(container._modules[names[0]]):
+                names = self._window(container, path, children[start:], norm_first)
+            paths, label = [_joined(path, name) for name in names], _label(path, names)
             reason = self._reason([container._modules[name] for name in names], paths)
-            label = _labelled(paths)
+            self.lines[label] = f"wrapped, {self.maker.name}" if reason is None else f"not wrapped: {reason}"
             if reason is not None:
-                self.lines[label] = f"not wrapped: {reason}"
                 start += 1
                 continue
-            stretch = _Stretch(
-                container, path, (tuple(names),), self.shapes[paths[0]][0], self.shapes[paths[-1]][1]
-            )
-            previous = found[-1] if found else None
-            if self.maker.spans_depth and previous and stretch.follows(previous, children[start - 1]):
-                found[-1] = previous.joined_with(stretch)
+            before, after = self.shapes[paths[0]][0], self.shapes[paths[-1]][1]
+            last = found[-1] if found else None
+            follows = last is not None and last.names[-1] == children[start - 1] and last.after == before
+            if self.maker.spans_depth and last is not None and follows:
+                found[-1] = replace(last, parts=(*last.parts, tuple(names)), after=after)
             else:
-                found.append(stretch)
-            self.lines[label] = f"wrapped, {self.maker.called}"
+                found.append(_Stretch(container, path, (tuple(names),), before, after))
             self.wrapped += paths
             start += len(names)
         self.stretches += found
@@ -295,18 +268,15 @@ class _Plan:
     def _window(self, container: Any, path: str, names: list[str], norm_first: bool) -> list[str]:
         """``span`` children; in a ``Sequential`` the norm after a layer belongs to it, and an activation after that."""
         stop = self.span
-        if isinstance(container, nn.Sequential) and not norm_first and stop < len(names):
-            modules = [container._modules[name] for name in names[stop : stop + 2]]
-            if _is_norm(modules[0]):
-                stop += 1
-                shapes = self.shapes.get(_joined(path, names[stop])) if len(modules) > 1 else None
-                keeps_shape = isinstance(shapes, tuple) and shapes[0] == shapes[1]
-                if keeps_shape and not any(True for _ in modules[1].parameters()):
-                    stop += 1
-        return names[:stop]
+        after = [container._modules[name] for name in names[stop : stop + 2]]
+        if not isinstance(container, nn.Sequential) or norm_first or not after or not _is_norm(after[0]):
+            return names[:stop]
+        shapes = self.shapes.get(_joined(path, names[stop + 1])) if len(after) > 1 else None
+        keeps_shape = isinstance(shapes, tuple) and shapes[0] == shapes[1]
+        return names[: stop + 1 + (keeps_shape and not any(True for _ in after[1].parameters()))]
 
     def _reason(self, modules: list[nn.Module], paths: list[str]) -> str | None:
-        """Why no shortcut goes around these; None where one does."""
+        """Why no shortcut goes around these, or None."""
         seen = [self.shapes.get(path, "it did not run") for path in paths]
         unknown = next((shape for shape in seen if isinstance(shape, str)), None)
         if unknown:
@@ -321,95 +291,86 @@ class _Plan:
         if any(one[1] != two[0] for one, two in pairwise(seen)):
             return "its layers do not follow one another"
         if not self.maker.fits(before, after):
-            return f"{_written(before)} comes in, {_written(after)} goes out"
+            return f"{_shape(before)} comes in, {_shape(after)} goes out"
         return None
 
 
-def _labelled(paths: Sequence[str]) -> str:
-    return paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}"
+def _label(path: str, names: Sequence[str]) -> str:
+    return " to ".join(dict.fromkeys([_joined(path, names[0]), _joined(path, names[-1])]))
 
 
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _runnable(twin: nn.Module, plan: _Plan, runs: _Runs) -> list[_Stretch]:
-    """The stretches whose owner does no more with its layers than to call them: each is tried without a shortcut."""
+def _runnable(twin: nn.Module, plan: _Plan, runs: _OriginalRuns) -> list[_Stretch]:
+    """The stretches whose owner only calls its layers: each is tried without a shortcut."""
     if not plan.stretches or _difference(twin, plan.stretches, runs) is None:
         return plan.stretches
-    owners: dict[str, list[_Stretch]] = {}
-    for stretch in plan.stretches:
-        owners.setdefault(stretch.path, []).append(stretch)
     kept = []
-    for path, stretches in owners.items():
+    for path in dict.fromkeys(stretch.path for stretch in plan.stretches):
+        stretches = [stretch for stretch in plan.stretches if stretch.path == path]
         difference = _difference(twin, stretches, runs)
         if difference is None:
             kept += stretches
             continue
-        for stretch in stretches:
-            for part in stretch.parts:
-                label = _labelled([_joined(path, name) for name in part])
-                plan.lines[label] = f"not wrapped: its owner does more with it than to call it ({difference})"
+        reason = f"not wrapped: its owner does more with it than to call it ({difference})"
+        plan.lines |= {_label(path, part): reason for stretch in stretches for part in stretch.parts}
     return kept
 
 
-def _difference(twin: nn.Module, stretches: list[_Stretch], runs: _Runs) -> str | None:
-    """How the twin differs from the original when the layers of these stretches stand in modules of their own."""
+def _difference(twin: nn.Module, stretches: list[_Stretch], runs: _OriginalRuns) -> str | None:
+    """How the twin differs from the original when the layers of these stretches are in modules of their own."""
     before = [(stretch, dict(stretch.container._modules)) for stretch in stretches]
     try:
         for stretch in stretches:
             bare = [_Bare(branch) for branch in stretch.branches()]
             stretch.put(bare[0] if len(bare) == 1 else nn.Sequential(*bare))
-        return runs.differ(twin)
+        return runs.difference(twin)
     finally:
         for stretch, children in reversed(before):
             stretch.container._modules.update(children)
 
 
-def _run_once(twin: nn.Module, stretches: list[_Stretch], maker: _Maker, runs: _Runs) -> None:
+def _run_once(twin: nn.Module, stretches: list[_Stretch], maker: _ShortcutMaker, runs: _OriginalRuns) -> None:
     """Run the twin, and refuse a kind whose width does not fit.
 
     Raises:
-        SkipscopeError: a shortcut module gives another shape than the layers it stands for, or the twin does not run.
+        SkipscopeError: a shortcut module gives another shape than the layers it replaces, or the twin does not run.
     """
     entered: list[_Stretch] = []
-    handles = []
-    for stretch in stretches:
-        module = stretch.container._modules[stretch.names[0]]
 
-        def enter(_: nn.Module, args: Any, stretch: _Stretch = stretch) -> None:
-            entered.append(stretch)
+    def enter(stretch: _Stretch, *_: Any) -> None:
+        entered.append(stretch)
 
-        def leave(_: nn.Module, args: Any, output: Any, stretch: _Stretch = stretch) -> None:
-            entered.pop()
-            if isinstance(output, Tensor) and output.shape != stretch.after:
-                raise _does_not_fit(maker, stretch, _written(output.shape))
+    def leave(stretch: _Stretch, _: nn.Module, args: Any, output: Any) -> None:
+        entered.pop()
+        if isinstance(output, Tensor) and output.shape != stretch.after:
+            raise _does_not_fit(maker, stretch, _shape(output.shape))
 
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        for training in runs.outputs:
-            runs.run(twin, training)
-    except SkipscopeError as error:
-        if error.problem.startswith(_MISFIT):
-            raise
-        raise _does_not_fit(maker, entered[-1] if entered else None, error.problem) from error
-    except Exception as error:
-        raise _does_not_fit(
-            maker, entered[-1] if entered else None, f"{type(error).__name__}: {error}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks:
+        for stretch in stretches:
+            module = stretch.container._modules[stretch.names[0]]
+            hooks.callback(module.register_forward_pre_hook(partial(enter, stretch)).remove)
+            hooks.callback(module.register_forward_hook(partial(leave, stretch)).remove)
+        try:
+            for training in runs.outputs:
+                runs.run(twin, training)
+        except Exception as error:
+            problem = getattr(error, "problem", f"{type(error).__name__}: {error}")
+            if problem.startswith(_MISFIT):
+                raise
+            raise _does_not_fit(maker, entered[-1] if entered else None, problem) from error
 
 
 _MISFIT = "a shortcut of kind"
 
 
-def _does_not_fit(maker: _Maker, stretch: _Stretch | None, got: str) -> SkipscopeError:
+def _does_not_fit(maker: _ShortcutMaker, stretch: _Stretch | None, got: str) -> SkipscopeError:
     return SkipscopeError(
-        "add_shortcuts", f"{_MISFIT} {maker.called!r} does not fit here: the twin would not run",
+        "add_shortcuts", f"{_MISFIT} {maker.name!r} does not fit here: the twin would not run",
         layer=stretch.label if stretch else None,
-        expected=f"{_written(stretch.before)} in, {_written(stretch.after)} out" if stretch else "a twin that runs",
+        expected=f"{_shape(stretch.before)} in, {_shape(stretch.after)} out" if stretch else "a twin that runs",
         got=got[:200],
         cure="choose a kind that keeps the width, such as 'identity' or 'rezero', leave this layer out by where=, "
         "or build the network for it with skipscope.nn",
@@ -428,14 +389,9 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _holds_convolution(branch: nn.Module) -> bool:
-    return any(
-        isinstance(m, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm) for m in branch.modules()
-    )
+    kinds = nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm
+    return any(isinstance(module, kinds) for module in branch.modules())
 
 
-def _width_changes_only(before: torch.Size, after: torch.Size) -> bool:
-    return len(before) == len(after) and sum(a != b for a, b in zip(before, after, strict=True)) == 1
-
-
-def _written(shape: torch.Size) -> str:
+def _shape(shape: torch.Size) -> str:
     return " x ".join(map(str, shape))

@@ -1,4 +1,4 @@
-"""Batch-norm statistics of a twin are its original's: one pass over data makes them its own."""
+"""Batch-norm statistics of an edited twin, measured by one pass over data."""
 
 from __future__ import annotations
 

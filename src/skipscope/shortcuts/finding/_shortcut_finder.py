@@ -1,4 +1,4 @@
-"""Find the shortcuts of any eager model by one forward pass: no symbolic tracing, nothing declared, nothing left."""
+"""``find_shortcuts``: the shortcuts of any eager model, read from the trace of one forward pass."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
 
 
 def traced(model: nn.Module, inputs: Any) -> Trace:
-    """The trace of one forward pass, which leaves the inputs as they are; on the meta device if the model is there."""
+    """Trace one forward pass, on the meta device if the model is there; the inputs are left as they are."""
     lent = LentInputs()
     on_meta = any(parameter.is_meta for parameter in model.parameters())
 
@@ -107,7 +107,7 @@ def read(trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = Non
 
 
 def _not_run(trace: Trace, model: nn.Module) -> tuple[str, ...]:
-    """Paths of the modules with weights that took no part in a pass."""
+    """Paths of the modules with weights that did not run."""
     ran = {run.path for run in trace.runs} | {name.rpartition(".")[0] for name in trace.parameters}
     return tuple(path for path, module in model.named_modules() if module._parameters and path not in ran)
 
@@ -129,12 +129,12 @@ def _passed(
 def _rejected(
     verdicts: Sequence[tuple[Merge, Candidate | Reason | None]], found: Sequence[Candidate], parts: set[int]
 ) -> tuple[Rejected, ...]:
-    """The merges that are none of ``found``, each with its reason."""
+    """The merges that are not in ``found``, each with its reason."""
     merging, others = {id(item.call) for item in found}, []
     for call, verdict in verdicts:
         if verdict is None or id(call) in merging:
             continue
-        # A verdict that came to nothing: its branch is one more of the shortcut before it.
+        # Its branch was added to the shortcut before it.
         reason = Reason.PARALLEL if isinstance(verdict, Candidate) else verdict
         reason = Reason.PART_OF_A_GATE if id(call) in parts else reason
         others.append(Rejected(merge_name(call), reason.value, call.source))
@@ -145,7 +145,7 @@ _NO_SUMS = frozenset({"maximum", "minimum", "fmax", "fmin", "logaddexp", "logadd
 
 
 def _joined_otherwise(graph: Graph) -> Iterator[Rejected]:
-    """What joins activations, and is no sum of theirs."""
+    """The calls that join activations without adding them."""
     for call in graph.trace.calls if graph.activations else ():
         nodes = [graph.node_of(v) for v in call.operands] if call.function in _NO_SUMS else []
         if sum(bool(graph.bit(node)) for node in nodes) > 1:
@@ -155,7 +155,7 @@ def _joined_otherwise(graph: Graph) -> Iterator[Rejected]:
 def _with_addends(
     judge: Judge, verdicts: Sequence[tuple[Merge, Candidate | Reason | None]]
 ) -> list[Candidate]:
-    """The shortcuts; what is added to the sum of one later, and made from the same x, is of its branch."""
+    """The shortcuts. What is added to the sum of one later, and computed from the same x, belongs to its branch."""
     found: list[Candidate] = []
     last: dict[int, int] = {}  # by the node of a sum, its shortcut
 

@@ -1,7 +1,7 @@
-"""Where a call is made, so that it is met again in another run.
+"""Stable identifiers for call sites, comparable across runs.
 
-By its *key*: the module whose forward makes it (host), the function, line and instruction (site), and how many times
-that host has been there (nth).
+The *key* of a call: the module whose forward makes it (host), the function, line and instruction (site), and how many
+times that host has been there (nth).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _is_plumbing: dict[str, bool] = {}
 
 
 def caller() -> FrameType:
-    """The innermost frame that is the model's: outside torch's plumbing and our modes."""
+    """The innermost frame of the model's own code."""
     frame = sys._getframe(2)
     while frame.f_back is not None:
         filename = frame.f_code.co_filename
@@ -70,7 +70,7 @@ _sources: dict[tuple[int, int], tuple[CodeType, str]] = {}
 
 
 def source_of(frame: FrameType) -> str:
-    """``file.py:line`` for people."""
+    """``file.py:line``."""
     code = frame.f_code
     known = _sources.get((id(code), frame.f_lasti))
     if known is None:
@@ -86,13 +86,13 @@ def first_argument(frame: FrameType) -> Any:
 
 
 def is_model_code(frame: FrameType) -> bool:
-    """Whether a frame is neither that of a module's call nor one around the methods of an edited module."""
+    """Whether a frame is neither a module's call nor what runs around the methods of an edited module."""
     filename = frame.f_code.co_filename
     return filename != PLUMBING and not filename.startswith(_TWIN)
 
 
 def is_forward(frame: FrameType) -> bool:
-    """Whether a frame that belongs to a module is its forward: a method named so, or called by ``Module.__call__``."""
+    """Whether a frame of a module's method is its forward: by its name, or called by ``Module.__call__``."""
     back = frame.f_back
     while back is not None and back.f_code.co_filename.startswith(_TWIN):
         back = back.f_back
@@ -124,7 +124,7 @@ def _compiled_around(frame: FrameType | None, host: FrameType | None) -> Literal
 
 @dataclass(eq=False)
 class _Entered:
-    """One call of a module's forward: the frame (kept, so that its id stays its own) and the counts when it began."""
+    """One call of a module's forward, and the counts when it began. The frame is kept alive so that its id stays unique."""
 
     frame: FrameType | None
     path: str
@@ -134,7 +134,7 @@ class _Entered:
 
 
 class Sites:
-    """Finds the key of a call from its frames, and counts occurrences over one forward pass.
+    """The keys of calls, found from frames and from counts over one forward pass.
 
     Args:
         model: the module whose forward pass runs.
@@ -155,11 +155,11 @@ class Sites:
         self._latest: dict[str, _Entered] = {}
 
     def owner_and_host(self, frame: FrameType | None) -> tuple[str, str, FrameType | None, bool]:
-        """Who makes a call.
+        """Find the modules that make a call.
 
         Returns:
-            The innermost module on the stack; the innermost whose forward runs, and that frame; and whether
-            checkpointing stands between the call and that forward, which will then be run again without it.
+            The path of the innermost module on the stack; that of the innermost whose forward runs, and its frame; and
+            whether a checkpoint is between the call and that forward, so that the call is run again outside of it.
         """
         owner, checkpointed = None, False
         while frame is not None:
@@ -175,7 +175,7 @@ class Sites:
         return owner or "", "", None, checkpointed
 
     def occurrence(self, frame: FrameType, operation: str) -> tuple[str, str, int]:
-        """Host, site and how many times this host was at this site before."""
+        """The host, the site, and how many times this host was at this site before."""
         _, host, _, _ = self.owner_and_host(frame)
         site = site_of(frame, operation)
         nth = self.occurrences[host, site]
@@ -183,7 +183,7 @@ class Sites:
         return host, site, nth
 
     def key(self, frame: FrameType, operation: str) -> tuple[CallKey, str, bool]:
-        """The call's whole key, its owner's path, and whether it is checkpointed outside any module."""
+        """The complete key of a call, its owner's path, and whether it is checkpointed outside any module."""
         owner, host, host_frame, checkpointed = self.owner_and_host(frame)
         site = site_of(frame, operation)
         nth = self.occurrences[host, site]
@@ -196,7 +196,7 @@ class Sites:
         return CallKey(host, site, nth, index, entered.call, compiled=compiled), owner, checkpointed
 
     def _enter(self, frame: FrameType | None, path: str) -> _Entered:
-        """Note a forward that has begun, and those around it, with what had been counted before."""
+        """Note a forward that has begun, and those around it, with the counts before it."""
         known = self.entered.get(id(frame))
         if known is not None:
             return known
@@ -228,7 +228,7 @@ class Sites:
             self.entered = {at: e for at, e in self.entered.items() if (e.path, e.call) != over}
 
     def complete(self, key: CallKey) -> CallKey:
-        """The key with what is known only when the forward pass is over."""
+        """Add to a key what is known only after the forward pass."""
         operation = key.site.rpartition(":")[2]
         entered = self._calls[key.host, key.call]
         among = 0 if entered.after is None else entered.after[operation] - entered.before.get(operation, 0)

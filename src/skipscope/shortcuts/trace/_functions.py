@@ -21,7 +21,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# They read no values. Asked for thousands of times, so they are passed on at once.
+# They read no values, and are called so often that they are not recorded.
 QUERIES = _words(
     """shape size dim ndim dtype device layout is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_nested is_quantized
     is_leaf requires_grad grad_fn numel nelement stride storage_offset is_contiguous is_floating_point is_complex
@@ -40,7 +40,7 @@ SHAPE_ONLY = _words(
     """zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_full
     new_empty new_tensor"""
 )
-# What may give a view of its first argument. Whether it did is seen by the memory of its result.
+# They may return a view of their first argument; the memory of the result shows whether they did.
 VIEWS = _words(
     """view reshape view_as reshape_as transpose t permute getitem select narrow slice unbind split split_with_sizes
     chunk tensor_split hsplit vsplit dsplit expand expand_as squeeze unsqueeze flatten unflatten ravel detach alias
@@ -48,18 +48,18 @@ VIEWS = _words(
     type_as float double half bfloat16 adjoint broadcast_to take_along_dim atleast_1d atleast_2d atleast_3d cpu cuda
     positive resolve_conj resolve_neg unsafe_split unsafe_chunk broadcast_tensors result"""
 )
-# Functions that make an activation of token ids and a weight, however the ids come.
+# They make an activation from token ids and a weight.
 LOOKUPS = _words("embedding embedding_bag index_select getitem gather take take_along_dim index")
-# Linear maps: of one-hot ids they are lookups too.
+# Linear maps; applied to one-hot ids they are lookups too.
 LINEAR = _words(
     """linear matmul mm bmm addmm baddbmm addbmm mv einsum tensordot inner bilinear convolution conv1d conv2d conv3d
     conv_transpose1d conv_transpose2d conv_transpose3d"""
 )
-# In place they keep nothing of what was there before.
+# In place they overwrite all that was there.
 OVERWRITES = _words(
     "copy fill zero normal uniform bernoulli random exponential cauchy log_normal geometric set"
 )
-# Python functions of torch's whose sums and weights are recorded one by one.
+# Torch's own Python functions whose calls are recorded one by one.
 COMPOSITES = _words("multi_head_attention_forward")
 
 _SAME = {
@@ -80,7 +80,7 @@ _known: dict[str, Function] = {}
 
 
 def function_of(func: Any) -> Function:
-    """What a function that a mode is handed is called."""
+    """The canonical name of a function that a mode receives."""
     name = getattr(func, "__name__", "")
     if name in {"__get__", "__set__", "__delete__"}:
         name = getattr(getattr(func, "__self__", None), "__name__", name)
@@ -92,7 +92,7 @@ def function_of(func: Any) -> Function:
         is_foreign = type(func).__module__ == "torch._ops" and not str(func).startswith("aten.")
         is_marked = name.startswith("marked ")
         known = known._replace(may_write=known.in_place or is_foreign or is_marked or name in _EXPOSING)
-        if not is_foreign and not is_marked:  # such names are made without end
+        if not is_foreign and not is_marked:  # there is no end of such names
             _known[name] = known
     return known
 

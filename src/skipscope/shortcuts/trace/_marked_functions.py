@@ -1,4 +1,4 @@
-"""Declare a merge that cannot be seen into: a fused kernel, a foreign autograd function."""
+"""Functions that are declared to merge: fused kernels, custom autograd functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skipscope.shortcuts.trace import _operations
 def mark_shortcut(
     function: Callable[..., Any], *, shortcut: str | int, branch: str | int
 ) -> Callable[..., Any]:
-    """Say of a function that it joins a shortcut and a branch, so that it is found, edited and tapped like an addition.
+    """Declare that a function joins a shortcut and a branch: it is then found, edited and tapped like an addition.
 
     Put the result where the model finds the function (``block.join = mark_shortcut(kernel, ...)``, or as a decorator
     by ``functools.partial``). It does what the function does. Eager code only. Local.

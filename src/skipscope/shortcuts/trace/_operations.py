@@ -1,4 +1,4 @@
-"""Merge-like calls: which functions join tensors, and which of their arguments are operands."""
+"""Operations that join tensors: their functions, and which arguments are operands."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Operation:
         name: of the operation: ``add`` for ``add``, ``add_`` and ``__radd__``.
         slots: its operands; empty when they come as one list.
         in_place: whether it writes into its first operand.
-        slots_in: where the operands of one call are, by its arguments, and None where it adds nothing up; without it
-            they are always in ``slots``.
+        slots_in: gives the operands of one call by its arguments, and None where it does not accumulate; without it
+            they are always ``slots``.
         is_many: it takes lists, and is one such operation for each of their tensors.
     """
 
@@ -75,7 +75,7 @@ _SLOTS_IN: dict[str, SlotsIn] = {
 PRODUCTS = frozenset({"mul"})
 # In place of an operand's number: all of the tensor into a part of which the call writes.
 WHOLE = -1
-# What sums over an axis; by name, as a tape meets it.
+# Functions that sum over an axis.
 REDUCTIONS = frozenset(
     {"sum", "mean", "einsum", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "dot", "tensordot", "inner"}
 )  # fmt: skip
@@ -102,7 +102,7 @@ def _operations() -> dict[str, Operation]:
     return table | {"__setitem__": Operation("setitem", ((0, ""), (2, "")))}
 
 
-# By the function's own name; looked up in compiled code too, which is why it is a plain dict.
+# By the function's own name. Compiled code looks operations up too, so it is a plain dict.
 OPERATIONS = _operations()
 # Where a marked function keeps the operation that it is.
 MARK = "_skipscope_operation"
@@ -114,7 +114,7 @@ def operation_of(func: Any) -> Operation | None:
 
 
 def operands(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The operands of a call, in order; what is no tensor is kept as it is. None where it adds nothing up."""
+    """The operands of a call, in order. Returns [] if the call does not accumulate; non-tensor operands are kept."""
     slots = operation.slots if operation.slots_in is None else operation.slots_in(args, kwargs)
     if slots is None:
         return []
@@ -149,7 +149,7 @@ def out_of_place(operation: Operation, func: Callable[..., Any]) -> Callable[...
 def one_by_one(
     mode: TorchFunctionMode, operation: Operation, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
-    """A call on lists as the calls that it stands for, each of which goes through ``mode``."""
+    """Replace a call on lists by one call for each of their tensors, which go through ``mode``."""
     if len(args) < 2 or kwargs.keys() - {"alpha"}:
         return func(*args, **kwargs)
     single = getattr(Tensor, operation.name)
@@ -161,5 +161,5 @@ def one_by_one(
 
 
 def tensor_operands(values: Sequence[Any]) -> int:
-    """How many operands are tensors of real or complex numbers."""
+    """How many operands are real or complex tensors."""
     return len([v for v in values if isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())])

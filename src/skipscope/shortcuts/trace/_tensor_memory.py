@@ -1,8 +1,8 @@
-"""Which value a tensor holds now, also after something was written into memory that it shares.
+"""The value that a tensor holds now, also after a write into memory that it shares.
 
-Tensors are held by weak references only, so recording needs no memory for activations. A write through a view is
-written into the whole as well: the whole becomes a new value, computed from what it was and from what was written. Any
-other view of that memory is read again from the new whole when it is next met.
+Tensors are held by weak references only, so recording needs no memory for activations. A write through a view changes
+the whole tensor too: the whole becomes a new value, computed from the old one and from what was written. Any other
+view of that memory is computed from the new whole when it is next used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from skipscope.shortcuts.trace._recorded_trace import Operand, Trace
 
 
 def memory_of(tensor: Tensor) -> int | None:
-    """A number that tensors sharing memory have in common; None where a tensor has no memory of its own."""
+    """An identifier of a tensor's memory; None where it has no memory of its own."""
     try:
         storage = tensor.untyped_storage()
         return storage.data_ptr() or -getattr(storage, "_cdata", 0) or None
@@ -44,7 +44,7 @@ class Memory:
         self._writes = 0
 
     def get(self, tensor: Tensor) -> int | None:
-        """The value that a tensor holds now, or None where it has not been met."""
+        """The value that a tensor holds now, or None if it is unknown."""
         entry = self._values.get(id(tensor))
         if entry is None or entry[0]() is not tensor:
             return None
@@ -57,11 +57,11 @@ class Memory:
         return value
 
     def set(self, tensor: Tensor, value: int) -> None:
-        """Note that a tensor holds a value from now on."""
+        """Set the value that a tensor holds."""
         self._values[id(tensor)] = (weakref.ref(tensor), value, self._writes)
 
     def wrote(self, tensor: Tensor, before: int, after: int) -> tuple[int, int] | None:
-        """Note that a call has written into a tensor.
+        """Note that a call wrote into a tensor.
 
         Returns:
             Where the tensor is a part of another: the value of all of that, before and after. Else None.
@@ -83,7 +83,7 @@ class Memory:
         return (whole, new) if is_part else None
 
     def _views(self, value: int) -> tuple[int, list[int]]:
-        """The value of which ``value`` is a view, and the views between them, the last first."""
+        """The value of which ``value`` is a view, and the views between them, from the last to the first."""
         values, calls, views = self.trace.values, self.trace.calls, []
         while True:
             call = values[value].call
@@ -96,7 +96,7 @@ class Memory:
                 return value, views
 
     def _read_again(self, value: int, whole: int) -> int:
-        """The same view of what the whole is now."""
+        """The same view of the current whole."""
         values, now = self.trace.values, whole
         for view in reversed(self._views(value)[1]):
             call = self.trace.calls[values[view].call or 0]
