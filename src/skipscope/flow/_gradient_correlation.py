@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ def gradient_correlation(
     data: Any,
     loss: Any = None,
     *,
-    of: str = "output",
+    of: Literal["output", "loss"] = "output",
     pairs: int = 2000,
     bins: int = 8,
     seed: int = 0,

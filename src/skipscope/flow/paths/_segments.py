@@ -99,7 +99,7 @@ def segment_end(tensor: Tensor) -> SegmentEnd | None:
     edge = torch.autograd.graph.get_gradient_edge(tensor)
     owner = None
     # Holding a custom function's node in Python keeps nothing alive; newer torch does the same in the edge itself.
-    if isinstance(edge.node, torch._C._FunctionBase):
+    if isinstance(edge.node, torch.autograd.function.BackwardCFunction):
         with torch.enable_grad():
             owner = tensor.view_as(tensor).grad_fn
     return SegmentEnd(edge, (edge.node, edge.output_nr), *size, owner)

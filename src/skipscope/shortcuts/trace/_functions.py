@@ -17,12 +17,13 @@ class Function(NamedTuple):
     may_write: bool = False
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
 # They read no values, and are called so often that they are not recorded.
-QUERIES = _words(
+QUERIES = words(
     """shape size dim ndim dtype device layout is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_nested is_quantized
     is_leaf requires_grad grad_fn numel nelement stride storage_offset is_contiguous is_floating_point is_complex
     is_signed element_size data_ptr untyped_storage storage _version _is_view _base is_inference is_conj is_neg len
@@ -32,16 +33,16 @@ QUERIES = _words(
     _backward_hooks _is_zerotensor has_names is_mkldnn is_sparse_csr is_maia is_ipu is_xla is_vulkan is_mtia is_hpu"""
 )
 # They give access to a tensor's memory, through which anything may be written.
-_EXPOSING = _words(
+_EXPOSING = words(
     """data_ptr untyped_storage storage numpy __array__ __dlpack__ __cuda_array_interface__ share_memory_ apply_ map_ set_"""
 )
 # Functions whose result has a tensor's shape but nothing of its values.
-SHAPE_ONLY = _words(
+SHAPE_ONLY = words(
     """zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_full
     new_empty new_tensor"""
 )
 # They may return a view of their first argument; the memory of the result shows whether they did.
-VIEWS = _words(
+VIEWS = words(
     """view reshape view_as reshape_as transpose t permute getitem select narrow slice unbind split split_with_sizes
     chunk tensor_split hsplit vsplit dsplit expand expand_as squeeze unsqueeze flatten unflatten ravel detach alias
     diagonal unfold movedim as_strided view_as_real view_as_complex real imag conj T mT H mH data contiguous to
@@ -49,18 +50,18 @@ VIEWS = _words(
     positive resolve_conj resolve_neg unsafe_split unsafe_chunk broadcast_tensors result"""
 )
 # They make an activation from token ids and a weight.
-LOOKUPS = _words("embedding embedding_bag index_select getitem gather take take_along_dim index")
+LOOKUPS = words("embedding embedding_bag index_select getitem gather take take_along_dim index")
 # Linear maps; applied to one-hot ids they are lookups too.
-LINEAR = _words(
+LINEAR = words(
     """linear matmul mm bmm addmm baddbmm addbmm mv einsum tensordot inner bilinear convolution conv1d conv2d conv3d
     conv_transpose1d conv_transpose2d conv_transpose3d"""
 )
 # In place they overwrite all that was there.
-OVERWRITES = _words(
+OVERWRITES = words(
     "copy fill zero normal uniform bernoulli random exponential cauchy log_normal geometric set"
 )
 # Torch's own Python functions whose calls are recorded one by one.
-COMPOSITES = _words("multi_head_attention_forward")
+COMPOSITES = words("multi_head_attention_forward")
 
 _SAME = {
     "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "truediv": "div", "concat": "cat",
@@ -112,4 +113,4 @@ def _named(name: str) -> Function:
     return Function(_SAME.get(plain, plain), in_place)
 
 
-_AUGMENTED = _words("add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift")
+_AUGMENTED = words("add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift")

@@ -7,8 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.overrides import handle_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
 from skipscope._errors import SkipscopeError
 from skipscope.shortcuts.trace import _operations
@@ -47,7 +46,7 @@ def mark_shortcut(
 
     @functools.wraps(function)
     def marked(*args: Any, **kwargs: Any) -> Any:
-        if torch._C._is_torch_function_mode_enabled():
+        if has_torch_function((function,)):
             return handle_torch_function(marked, (), *args, **kwargs)
         return function(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The record of one forward pass, as plain data: every torch call in order, and which values it took and gave.
+"""The record of one forward pass, as plain data: every torch call in order, with the values it took and gave.
 
 A *value* is one tensor at one time: an input, a parameter, a constant, or what a call gave. A call that writes into
 its argument gives a new value, and so does every view that shares its memory, when it is next read. Values and calls
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
@@ -98,7 +97,7 @@ class TracedCall:
         step: how many times this line had made this call before in this module: the time step of a recurrence.
         in_place: whether it writes into its first operand.
         is_view: whether its results share the memory of its first operand.
-        inferred: it stands for no call, but for what a write into shared memory does to another view of it.
+        inferred: it was not made, but describes what a write into shared memory does to another view of it.
         inside: the composite function of torch's that makes it, or empty; no edit can be made there.
         transformed: it is made under ``torch.vmap`` or ``torch.func``: its tensors are not the model's own.
         key: identifier of the call site, for calls that join tensors or make activations of ids; None for any other.
@@ -109,7 +108,7 @@ class TracedCall:
         owner: path of the module whose code makes the call, for calls that join tensors.
         checkpointed: it is run again in the backward pass, outside of any module's forward.
         lists_index: its index is a list: ``x[[1]]``, which the arguments have as a tuple like ``x[1,]``.
-        zeroed: a product with zeros of its own size that are no weights: a state that has not begun.
+        zeroed: a product with zeros of its own size that are not weights: an initial state.
     """
 
     index: int
@@ -181,11 +180,11 @@ class ModuleRun:
 
 @dataclass(slots=True, eq=False)
 class Hidden:
-    """A call into which the trace cannot look.
+    """A call that may hold shortcuts inside, which the trace cannot see.
 
     Attributes:
         name: what was called.
-        reason: why it cannot be looked into.
+        reason: why they cannot be seen.
         source: ``file.py:line``.
         module: path of the innermost module that ran.
     """
@@ -208,7 +207,7 @@ class Trace:
         outputs: values that the model returned.
         result: values that the recorded function returned: the loss, where it computes one.
         parameters: value of each parameter that took part, by its path.
-        hidden: calls into which the trace cannot look.
+        hidden: calls that may hold shortcuts inside.
         with_gradients: the pass was run with gradients, because the model differentiates inside its forward.
         writes_inputs: the pass wrote into tensors that the model was called with.
     """
@@ -232,12 +231,13 @@ class Trace:
         return () if call is None else self.calls[call].operands
 
     def ancestors(self, value: int) -> set[int]:
-        """Every value that ``value`` was computed from, itself among them."""
-        return _reached([value], self.operands_of)
-
-    def descendants(self, value: int) -> set[int]:
-        """Every value that was computed from ``value``, itself among them."""
-        return _reached([value], lambda v: [r for c in self.consumers(v) for r in self.calls[c].results])
+        """Every value that ``value`` was computed from, including itself."""
+        seen, waiting = {value}, [value]
+        while waiting:
+            fresh = [v for v in self.operands_of(waiting.pop()) if v not in seen]
+            seen.update(fresh)
+            waiting += fresh
+        return seen
 
     def consumers(self, value: int) -> list[int]:
         """The calls that take a value."""
@@ -265,7 +265,7 @@ class Trace:
         return known
 
     def addends(self, value: int) -> list[int]:
-        """The values whose sum ``value`` is, taken apart through sums, constant factors, means and stacks.
+        """The values whose sum ``value`` is, found through sums, constant factors, means and stacks.
 
         For the scalar loss these are the terms of the loss; ``[value]`` where it is no sum.
         """
@@ -282,7 +282,7 @@ class Trace:
         return found
 
     def _summands(self, call: TracedCall) -> list[int]:
-        """What a call adds up; nothing where it does something else."""
+        """The operands that a call adds up, or []."""
         operands = [v for v in call.operands if self.values[v].from_data]
         constant = len(operands) == 1 and not self.weights_of(call)
         if call.function in {"add", "sub", "rsub", "stack", "cat"}:
@@ -300,12 +300,3 @@ class Trace:
 
 
 _SCALING = frozenset(["mul", "div", "neg", "mean", "sum", "reshape", "view", "squeeze", "to", "getitem"])
-
-
-def _reached(starts: Iterable[int], following: Any) -> set[int]:
-    seen, waiting = set(starts), list(starts)
-    while waiting:
-        fresh = [v for v in following(waiting.pop()) if v not in seen]
-        seen.update(fresh)
-        waiting += fresh
-    return seen

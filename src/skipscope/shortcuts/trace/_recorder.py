@@ -1,4 +1,4 @@
-"""Recording a forward pass: one ``TorchFunctionMode`` that notes every call, and hooks that note which module runs."""
+"""The recorder of a forward pass: a ``TorchFunctionMode`` that notes every call, and hooks that note module runs."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from skipscope.shortcuts.trace._functions import (
     VIEWS,
     Function,
     function_of,
+    words,
 )
 from skipscope.shortcuts.trace._lent_inputs import LentInputs
 from skipscope.shortcuts.trace._recorded_trace import (
@@ -47,18 +48,8 @@ _TRANSFORMS = os.path.join(_call_sites.TORCH, "_functorch") + os.sep
 _MODULE = os.path.join(_call_sites.TORCH, "nn", "modules", "module.py")
 _DIFFERENTIATING = frozenset({"grad", "backward"})
 # One call that holds weights and joins activations inside.
-CELLS = frozenset(
-    [
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "rnn_relu",
-        "lstm_cell",
-        "gru_cell",
-        "rnn_tanh_cell",
-        "rnn_relu_cell",
-        "transformer_encoder_layer",
-    ]
+CELLS = words(
+    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell transformer_encoder_layer"
 )
 IN_FUNCTION = "an autograd.Function: what it joins cannot be seen"
 CELL = "a fused recurrent cell: the gates in it cannot be seen"
@@ -66,7 +57,7 @@ TRANSFORMED = "a function under torch.vmap or torch.func: what it joins cannot b
 
 
 class _NeedsGradients(BaseException):
-    """The model differentiates in its forward pass. No exception that a model's own code would catch."""
+    """The model differentiates in its forward pass. Not an Exception, which a model's own code might catch."""
 
 
 def record(model: nn.Module, call: Callable[[], Any], lent: LentInputs | None = None) -> Trace:
@@ -280,7 +271,7 @@ class Recorder(TorchFunctionMode):
             self._hide(call.function, CELL, call.source)
 
     def _inherit(self, value: Value, call: TracedCall) -> None:
-        """What a value is by what it was computed from."""
+        """Set the properties that a value has from what it was computed from."""
         given = [self.trace.values[v] for v in call.operands]
         if any(v.index in self._derived for v in given):
             self._derived.add(value.index)
@@ -315,7 +306,7 @@ class Recorder(TorchFunctionMode):
             call.whole, call.written = parts
 
     def _opened(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run a Python function of torch's so that the calls inside it are recorded too."""
+        """Run one of torch's Python functions so that the calls inside it are recorded too."""
         outer, self._composite = self._composite, self._composite or func.__name__
         try:
             with self:
@@ -337,7 +328,7 @@ class Recorder(TorchFunctionMode):
         return tuple(self.value_of(tensor) for tensor in _data.tensors_in(nest))
 
     def _adopt(self, tensor: Tensor) -> int:
-        """A tensor that no recorded call gave: a weight, a constant, or what came out of a call that is not seen."""
+        """The value of a tensor that no recorded call gave: a weight, a constant, or the result of an unseen call."""
         known = self._weights.get(id(tensor))
         if known is not None:
             value = self._new(tensor, Origin.PARAMETER)
@@ -355,7 +346,7 @@ class Recorder(TorchFunctionMode):
         return value.index
 
     def _alias_of(self, tensor: Tensor) -> int | None:
-        """The value of the tensor of which this one is a view that no recorded call made."""
+        """The value of a view that no recorded call made, or None."""
         is_wrapped = functorch.is_functorch_wrapped_tensor(tensor)
         base = functorch.get_unwrapped(tensor) if is_wrapped else tensor._base
         value = None if base is None else self.memory.get(base)
@@ -369,14 +360,14 @@ class Recorder(TorchFunctionMode):
         return value
 
     def _unwrap(self, tensor: Tensor, value: int) -> None:
-        """What a transformation shows of a tensor is known by the tensor inside it when the transformation is over."""
+        """Give the tensor inside a transformed one the same value: it remains when the transformation is over."""
         while functorch.is_functorch_wrapped_tensor(tensor):
             tensor = functorch.get_unwrapped(tensor)
             value = self._infer("alias", (Operand(value),), (value,), None, tensor=tensor)
             self.memory.set(tensor, value)
 
     def _emerged(self, unseen: int, tensor: Tensor) -> int:
-        """What came out of a call that cannot be looked into."""
+        """The value of the result of an unseen call."""
         name, operands = self._unseen[unseen]
         index = self._infer(name, tuple(map(Operand, operands)), operands, None, tensor=tensor)
         self.memory.set(tensor, index)
@@ -395,7 +386,7 @@ class Recorder(TorchFunctionMode):
         self, function: str, arguments: tuple[Any, ...], operands: tuple[int, ...], like: int | None,
         keywords: Mapping[str, Any] | None = None, position: int = 0, tensor: Tensor | None = None,
     ) -> int:  # fmt: skip
-        """Note a call that was not made, and its result."""
+        """Add a call that was not made, and give its result."""
         values, run = self.trace.values, self.stack[-1] if self.stack else None
         call = TracedCall(
             -1, function, operands, (), arguments, dict(keywords or {}), run.path if run else "", run.nth if run else 0,
@@ -425,7 +416,7 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return any(not bool(tensor.any()) for tensor in constant)
 
-    # --- what cannot be seen ---
+    # --- unseen calls ---
 
     def _unseen_around(self, frame: Any) -> int | None:
         """Which call of an ``autograd.Function`` a call is made in, by itself or by a module that the function runs."""
@@ -536,7 +527,7 @@ class Recorder(TorchFunctionMode):
             self.trace.inputs += (value.index,)
 
     def finish(self) -> None:
-        """Complete the keys of call sites, and let go of every frame and tensor."""
+        """Complete the keys of call sites, and release every frame and tensor."""
         for call in self._keys:
             if call.key is not None:
                 call.key = self.sites.complete(call.key)
@@ -555,7 +546,7 @@ def _outside_of_the_call() -> Any:
 
 
 def _body(func: FunctionType) -> FunctionType:
-    """A Python function of torch's that does not hand itself to the mode, but runs."""
+    """A copy of one of torch's Python functions that runs its body instead of calling the mode."""
     plain = {name: _never for name in func.__code__.co_names if name.startswith("has_torch_function")}
     copied = FunctionType(
         func.__code__, {**func.__globals__, **plain}, func.__name__, func.__defaults__, func.__closure__
@@ -565,7 +556,7 @@ def _body(func: FunctionType) -> FunctionType:
 
 
 def _label(func: Any, call: TracedCall) -> str:
-    """What a tap, which sees the function only, calls it."""
+    """The name by which a tap, which sees the function only, finds a call."""
     return getattr(func, "__name__", call.function)
 
 
@@ -589,13 +580,8 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
 def _attributes(module: nn.Module) -> Iterator[Tensor]:
     """The tensors in a module's attributes, and in lists and dicts there; not deeper, for objects may go in circles."""
     for value in vars(module).values():
-        items = (
-            value.values()
-            if isinstance(value, dict)
-            else value
-            if isinstance(value, list | tuple)
-            else [value]
-        )
+        nested = value.values() if isinstance(value, dict) else value
+        items = nested if isinstance(value, dict | list | tuple) else [value]
         yield from (item for item in items if isinstance(item, Tensor))
 
 
@@ -629,7 +615,7 @@ def _whole(end: Any) -> int | None:
 
 
 def _number(tensor: Tensor) -> int | None:
-    """The value of a single integer in the processor's own memory."""
+    """The value of a single integer in CPU memory, or None."""
     if tensor.dtype not in _INTEGERS or tensor.numel() != 1 or tensor.device.type != "cpu":
         return None
     try:
@@ -645,7 +631,7 @@ def _shares(one: Tensor, other: Tensor) -> bool:
 
 
 def _indexed(target: Tensor, index: Any) -> Tensor | None:
-    """What is at an index, where that is a view."""
+    """The part at an index if it is a view, or None."""
     try:
         part = target[index]
     except (RuntimeError, IndexError, TypeError):
