@@ -13,10 +13,12 @@ import skipscope as ss
 from skipscope import reference
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
-from skipscope.comparison._compare import Evidence, Roles
-from skipscope.comparison._lecture import build
+from skipscope.comparison._claims import _compare_surfaces, share, summary
+from skipscope.comparison._evidence import Evidence, Roles, Settings
+from skipscope.comparison._lecture import QUICK_RATES, _affordable, build
+from skipscope.comparison._processes import in_processes
 from skipscope.comparison._results import Curves, _learns
-from skipscope.comparison._words import _compare_surfaces, share, summary
+from skipscope.comparison._stages import Clock
 
 WITH = partial(reference.deep_mlp, 4, width=16, shortcut="identity", scale=0.5)
 PLAIN = partial(reference.deep_mlp, 4, width=16)
@@ -213,7 +215,7 @@ def test_a_summary_of_nothing_says_nothing():
 @pytest.mark.slow
 def test_the_main_job_whole():
     result = ss.compare()
-    assert [r.depth for r in result.ladder] == [8, 12, 16, 30]
+    assert [r.depth for r in result.ladder] == [8, 16, 30]
     assert set(result.training.curves) == {"plain", "plain, He", "shortcuts", "shortcuts, scaled"}
     assert result.flow["plain"].verdict.state == "vanishing"
     assert result.flow["shortcuts"].verdict.fall_decades < -1
@@ -236,7 +238,7 @@ def assert_one_depth(result):
 
 
 def test_the_main_job_quick():
-    result = ss.compare(quick=True)
+    result = ss.compare(quick=True, budget=900)
     removed, plain = result.flow["shortcuts, removed"], result.flow["plain"]
     assert [b.gradient_rms for b in removed.boundaries][-1] == pytest.approx(
         plain.boundaries[-1].gradient_rms
@@ -247,6 +249,38 @@ def test_the_main_job_quick():
     assert not any(result.ladder[-1].learns["plain"].values())
     assert result.ladder[-1].learns["shortcuts"]["Adam"]
     assert_one_depth(result)
+
+
+def test_work_in_processes_has_the_bits_of_one_process(monkeypatch):
+    def train(seed):
+        torch.manual_seed(seed)
+        model, batch = nn.Linear(64, 10), (torch.randn(64, 64), torch.arange(64) % 10)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        for _ in range(20):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+        return model.weight.detach().numpy()
+
+    found = {}
+    for count in (1, 2, 3):
+        monkeypatch.setattr("skipscope.comparison._processes.workers", lambda: count)
+        found[count] = dict(in_processes(train, [3, 1, 2]))
+    for count in (2, 3):
+        assert all((found[count][i] == found[1][i]).all() for i in range(3))
+
+
+def test_a_busy_machine_makes_quick_leave_out_and_say_so():
+    settings, clock = Settings(steps=100, seeds=1, optimizers=QUICK_RATES), Clock(30.0)
+    assert _affordable((8, 30), settings, 1e-5, clock) == ([30, 8], settings) and not clock.notes
+    depths, fewer = _affordable((8, 30), settings, 1e-3, clock)
+    assert depths == [30] and 20 <= fewer.steps < 100
+    assert not clock.fits("the loss surfaces", 31.0)
+    assert [note.partition(" to ")[0].partition(";")[0] for note in clock.notes] == [
+        "training at 8 hidden layers was left out",
+        "training was cut from 100",
+        "left out: the loss surfaces",
+    ]
 
 
 # --- the claim on surfaces ---------------------------------------------------------------------------------------------

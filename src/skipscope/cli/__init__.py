@@ -91,7 +91,7 @@ def compare(
 
     Args:
         model: without one: the lecture's network, made deep, on embedded digits.
-        quick: a smaller version, in at most half a minute.
+        quick: a smaller version, in at most half a minute; what a busy machine has no time for is left out and named.
         train: also train the twins side by side; --no-train leaves it out.
         steps: optimizer steps a run; more where neither twin has learnt in the default.
         budget: seconds to stay within; parts that do not fit are left out and named.

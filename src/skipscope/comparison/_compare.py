@@ -3,125 +3,36 @@
 from __future__ import annotations
 
 import copy
-import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from skipscope._calls import no_gradient
 from skipscope._data import batch_size, rows
 from skipscope._errors import SkipscopeError
-from skipscope._progress import say
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
-from skipscope._untouched import one_snapshot, private_copy, random_state_kept, require_module, set_mode
-from skipscope._version import __version__
-from skipscope.comparison._measure import Clock, attempt, strength_sweep
+from skipscope._untouched import one_snapshot, private_copy, random_state_kept, require_module
+from skipscope.comparison._claims import comparison_of
+from skipscope.comparison._evidence import Evidence, Factory, Roles, Settings
+from skipscope.comparison._lecture import compare_lecture
 from skipscope.comparison._options import require_size, require_whole
-from skipscope.comparison._results import Comparison, Rung, StrengthSweep, Training, Twin
-from skipscope.comparison._threads import fitting_threads
-from skipscope.comparison._train import RATES, train_and_keep
-from skipscope.comparison._words import claims, methods, summary
-from skipscope.flow import (
-    GradientFlow,
-    GradientSplit,
-    Importance,
-    PathSpectrum,
-    flow_of,
-    importance_of,
-    paths_of,
-    split_of,
+from skipscope.comparison._results import Comparison
+from skipscope.comparison._stages import (
+    QUICK_SECONDS,
+    Clock,
+    describe,
+    measure_flow,
+    measure_importance,
+    measure_surfaces,
+    measure_training,
 )
-from skipscope.shortcuts import Shortcuts, ablate, add_shortcuts
-from skipscope.surfaces import PairedSurfaces, paired_landscapes
-
-Factory = Callable[[], nn.Module]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much is done.
-
-    Attributes:
-        seeds, steps, batch_size: of the training.
-        grid: points a side of a surface.
-        samples: how many samples gradients and surfaces rest on.
-        train: whether to train at all.
-        optimizers: optimizer -> rates to try.
-        target: the loss to be reached; None: half of the first loss.
-        seed: for everything drawn.
-    """
-
-    seeds: int = 3
-    steps: int = 200
-    batch_size: int | None = None
-    grid: int = 21
-    samples: int = 256
-    train: bool = True
-    optimizers: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: RATES)
-    target: float | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Which twin has the shortcuts, which has none, and which are controls."""
-
-    having: str
-    lacking: str
-    controls: tuple[str, ...] = ()
-
-
-@dataclass
-class Evidence:
-    """What has been measured so far; becomes a :class:`Comparison`."""
-
-    roles: Roles
-    twins: dict[str, Twin]
-    found: dict[str, Shortcuts] = field(default_factory=dict)
-    flow: dict[str, GradientFlow] = field(default_factory=dict)
-    split: dict[str, GradientSplit] = field(default_factory=dict)
-    paths: dict[str, PathSpectrum] = field(default_factory=dict)
-    training: Training | None = None
-    ladder: list[Rung] = field(default_factory=list)
-    surfaces: dict[str, PairedSurfaces] = field(default_factory=dict)
-    importance: dict[str, Importance] = field(default_factory=dict)
-    strength: dict[str, StrengthSweep] = field(default_factory=dict)
-
-    def finish(self, subject: str, settings: Settings, clock: Clock, details: str = "") -> Comparison:
-        """Put the words around the numbers."""
-        provenance = {
-            "skipscope": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-            "seed": settings.seed,
-            "seconds": {name: round(seconds, 2) for name, seconds in clock.stages.items()},
-            "seconds in all": round(clock.spent, 1),
-        }
-        return Comparison(
-            subject=subject,
-            summary=summary(self),
-            claims=claims(self),
-            twins=tuple(self.twins.values()),
-            found=self.found,
-            flow=self.flow,
-            split=self.split,
-            paths=self.paths,
-            training=self.training,
-            ladder=tuple(self.ladder),
-            surfaces=self.surfaces,
-            importance=self.importance,
-            strength=self.strength,
-            methods=methods(self, settings, details),
-            notes=tuple(clock.notes),
-            provenance=provenance,
-        )
+from skipscope.comparison._threads import fitting_threads
+from skipscope.comparison._train import train_and_keep
+from skipscope.shortcuts import ablate, add_shortcuts
 
 
 @public_call("compare")
@@ -157,11 +68,11 @@ def compare(
         variants: more networks to stand beside the model, by name, each a factory or a module.
         train: whether the twins are also trained side by side.
         seeds: training runs of each twin.
-        steps: optimizer steps a run; by default 200, with ``quick`` 60 (the lecture's network: 400 and 120).
+        steps: optimizer steps a run; by default 200, with ``quick`` 60 (the lecture's network: 300 and 100).
         batch_size: samples a step where the data is one batch.
         grid: points a side of the loss surfaces.
         budget: seconds to stay within; parts that do not fit are left out and named in ``notes``.
-        quick: a smaller version of everything.
+        quick: a smaller version of everything, within a ``budget`` of 30 seconds unless another is given.
         seed: for all that is drawn.
         name: what the page calls the model.
         about: sentences on the data or the model for the paragraph of methods.
@@ -187,15 +98,14 @@ def compare(
         seeds=1 if quick else seeds, steps=steps or (60 if quick else 200), batch_size=batch_size,
         grid=min(grid, 11) if quick else grid, samples=128 if quick else 256, train=train, seed=seed,
     )  # fmt: skip
+    clock = Clock(QUICK_SECONDS if quick and budget is None else budget)
     if model is None:
         if data is not None or variants is not None:
             raise SkipscopeError(
                 "compare", "data without a model", cure="compare(model, data, loss), or compare()"
             )
-        from skipscope.comparison._lecture import compare_lecture
-
-        return compare_lecture(settings, Clock(budget), quick=quick, steps=steps)
-    return _compare_own(model, data, loss, variants or {}, settings, Clock(budget), name, about, weight)
+        return compare_lecture(settings, clock, quick=quick, steps=steps)
+    return _compare_own(model, data, loss, variants or {}, settings, clock, name, about, weight)
 
 
 def _compare_own(
@@ -226,7 +136,8 @@ def _compare_own(
             measure_flow(evidence, subjects, clock)
             trained: dict[str, nn.Module] = {}
             if settings.train:
-                trained = measure_training(evidence, makers, data, loss, settings, clock, weight)
+                train = partial(train_and_keep, data=data, loss=loss, weight=weight)
+                trained = measure_training(evidence, makers, train, subject, settings, clock)
             if not trained:
                 clock.notes.append(
                     "nothing was trained: surfaces and importance are those of the weights as they were given"
@@ -237,7 +148,9 @@ def _compare_own(
             measure_surfaces(evidence, subjects, settings, clock)
             measure_importance(evidence, subjects, clock)
     details = "".join(f"{sentence[0].upper()}{sentence[1:]}. " for sentence in about)
-    return evidence.finish(f"{label}, measured on {batch_size(batch)} samples", settings, clock, details)
+    return comparison_of(
+        evidence, f"{label}, measured on {batch_size(batch)} samples", settings, clock, details
+    )
 
 
 def _ready(model: Any, seed: int) -> nn.Module:
@@ -292,142 +205,3 @@ def _twins(model, subject: Subject, variants, settings: Settings, clock: Clock):
         subjects[name] = subject.other(_ready(variant, settings.seed), owned=False)
         makers[name], meanings[name] = variant, "variant"
     return subjects, makers, roles, meanings
-
-
-def describe(subjects: Mapping[str, Subject], meanings: Mapping[str, str], label: str) -> dict[str, Twin]:
-    """One line of description for each network."""
-    return {
-        name: Twin(
-            name, meanings[name], f"{label}, {meanings[name]}", sum(p.numel() for p in one.model.parameters())
-        )
-        for name, one in subjects.items()
-    }
-
-
-def measure_flow(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clock) -> None:
-    """Flow of every network; for those with shortcuts also removed and detached, split, paths and strength."""
-    say("gradient flow, paths and shortcut strength")
-    removed = {name for name, twin in evidence.twins.items() if twin.meaning == "removed"}
-    for name, subject in subjects.items():
-        with clock.stage("flow"):
-            evidence.flow[name] = flow_of(subject)
-        if name in removed or not len(subject.found):
-            continue
-        evidence.found[name] = subject.found
-        twins = {"detached": "detach"} if removed else {"removed": "remove", "detached": "detach"}
-        for word, how in twins.items():
-            flow = attempt(clock, f"flow: {name}, {word}", _flow_of_twin, subject, how)
-            if flow is not None:
-                evidence.flow[f"{name}, {word}"] = flow
-        questions = ("split", split_of, evidence.split), ("paths", paths_of, evidence.paths)
-        for question, measure, store in questions:
-            answer = attempt(clock, f"{question}: {name}", measure, subject)
-            if answer is not None:
-                store[name] = answer
-        sweep = attempt(clock, f"strength: {name}", strength_sweep, subject, name)
-        if sweep is not None:
-            evidence.strength[name] = sweep
-
-
-def _flow_of_twin(subject: Subject, how: str) -> GradientFlow:
-    return flow_of(subject.twin(ablate(subject.model, subject.found, how=how)))
-
-
-def measure_training(
-    evidence, makers, data, loss, settings: Settings, clock: Clock, weight
-) -> dict[str, nn.Module]:
-    """Train the twins side by side; returns one trained network each, under the optimizer that most of them like."""
-    runs = len(makers) * sum(len(r) + settings.seeds for r in settings.optimizers.values())
-    steps, per_step = settings.steps, seconds_a_step(makers, data, loss, settings, weight)
-    if clock.budget is not None:
-        steps = int(min(steps, max(0.0, (clock.budget - clock.spent) * 0.6) / (runs * per_step)))
-    say(f"training: {runs} runs of {steps} steps, about {runs * steps * per_step:.0f} s")
-    if steps < min(20, settings.steps):
-        clock.notes.append(
-            f"training was left out: the budget of {clock.budget:.0f} s has room for {steps} steps only"
-        )
-        return {}
-    if steps < settings.steps:
-        clock.notes.append(f"training was cut to {steps} steps to stay within the budget")
-    with clock.stage("training"):
-        evidence.training, kept = train_and_keep(
-            makers, data, loss, seeds=range(settings.seed, settings.seed + settings.seeds), steps=steps,
-            batch_size=settings.batch_size, optimizers=settings.optimizers, target=settings.target, weight=weight,
-            extend=clock.budget is None,
-        )  # fmt: skip
-    return trained_alike(evidence.training, kept)
-
-
-def trained_alike(training: Training, kept: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, nn.Module]:
-    """One trained network a twin, all under one optimizer: the one under which most of them learn."""
-    optimizers = list(next(iter(kept.values())))
-
-    def merit(optimizer: str) -> tuple[int, float]:
-        finals = [
-            np.nan_to_num(by[optimizer].final_loss, nan=1e9, posinf=1e9) for by in training.curves.values()
-        ]
-        return len(training.learners(optimizer)), -float(np.mean(finals))
-
-    best = max(optimizers, key=merit)
-    return {name: by[best] for name, by in kept.items()}
-
-
-def seconds_a_step(makers, data, loss, settings: Settings, weight) -> float:
-    """What one step of the first twin takes, under each optimizer's first rate, timed over a few steps."""
-    name, maker = next(iter(makers.items()))
-    few = {optimizer: rates[:1] for optimizer, rates in settings.optimizers.items()}
-    seconds = {}
-    for steps in (1, 2, 12):  # the first pays for what happens only once
-        start = time.perf_counter()
-        train_and_keep(
-            {name: maker},
-            data,
-            loss,
-            seeds=1,
-            steps=steps,
-            batch_size=settings.batch_size,
-            optimizers=few,
-            weight=weight,
-        )
-        seconds[steps] = time.perf_counter() - start
-    return max((seconds[12] - seconds[2]) / 10, seconds[12] / 48) / len(few)
-
-
-def measure_surfaces(
-    evidence: Evidence, subjects: Mapping[str, Subject], settings: Settings, clock: Clock
-) -> None:
-    """Each network's own surface; and, from shared weights, with against removed."""
-    say(f"loss surfaces of {len(subjects)} networks, {settings.grid} x {settings.grid} points each")
-    if not clock.fits("the loss surfaces", 2.0):
-        return
-    having = evidence.roles.having
-    networks = {name: subject.model for name, subject in subjects.items()}
-    subject = subjects[having]
-
-    def surfaces_of(models: dict[str, nn.Module]) -> PairedSurfaces:
-        return paired_landscapes(models, subject.data, subject.loss, grid=settings.grid, seed=settings.seed)
-
-    def with_and_removed() -> PairedSurfaces:
-        twin = ablate(networks[having], evidence.found[having], how="remove")
-        subject.recalibrate(twin)
-        return surfaces_of({having: networks[having], f"{having}, removed": twin})
-
-    questions: dict[str, Callable[[], PairedSurfaces]] = {"trained": lambda: surfaces_of(dict(networks))}
-    if having in evidence.found:
-        questions["paired"] = with_and_removed
-    for name, question in questions.items():
-        answer = attempt(clock, f"surfaces: {name}", question)
-        if answer is not None:
-            evidence.surfaces[name] = answer
-
-
-def measure_importance(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clock) -> None:
-    """Which shortcuts matter, on the network that has them."""
-    having = evidence.roles.having
-    if having in subjects and having in evidence.found and clock.fits("importance", 2.0):
-        model = private_copy(subjects[having].model, "compare")
-        set_mode(model, False)
-        subject = subjects[having].twin(model, owned=False)
-        answer = attempt(clock, f"importance: {having}", importance_of, subject)
-        if answer is not None:
-            evidence.importance[having] = answer

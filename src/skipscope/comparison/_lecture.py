@@ -6,20 +6,23 @@ shortcuts, and with shortcuts whose branches are scaled by 1/sqrt(L).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch.nn.functional as F
 from torch import nn
 
 from skipscope import reference
-from skipscope._progress import say
+from skipscope._progress import progress, say, track
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import one_snapshot, random_state_kept
-from skipscope.comparison._compare import (
-    Evidence,
-    Factory,
-    Roles,
-    Settings,
+from skipscope.comparison._claims import comparison_of
+from skipscope.comparison._evidence import Evidence, Factory, Roles, Settings
+from skipscope.comparison._processes import in_processes, workers
+from skipscope.comparison._results import Comparison, Rung, Training
+from skipscope.comparison._stages import (
+    Clock,
     describe,
     measure_flow,
     measure_importance,
@@ -27,13 +30,14 @@ from skipscope.comparison._compare import (
     seconds_a_step,
     trained_alike,
 )
-from skipscope.comparison._measure import Clock
-from skipscope.comparison._results import Comparison, Rung, Training
 from skipscope.comparison._threads import fitting_threads
 from skipscope.comparison._train import train_and_keep
 from skipscope.flow import GradientFlow, flow_of
 
-DEPTHS = (8, 12, 16, 30)
+DEPTHS, QUICK_DEPTHS = (8, 16, 30), (8, 30)
+# Three rates an optimizer: a fourth, smaller one was never the best at any depth.
+RATES = {"SGD": (0.1, 0.03, 0.01), "Adam": (0.01, 0.003, 0.001)}
+QUICK_RATES = {"SGD": (0.1, 0.01), "Adam": (0.01, 0.001)}
 TARGET = 0.5  # well below 2.303, the loss of guessing among ten digits
 ROLES = Roles("shortcuts", "plain", ("plain, He", "shortcuts, scaled"))
 MEANINGS = {
@@ -71,22 +75,20 @@ def build(depth: int, seed: int) -> dict[str, nn.Module]:
 
 def compare_lecture(settings: Settings, clock: Clock, *, quick: bool, steps: int | None = None) -> Comparison:
     """The main job on the lecture's network."""
-    depths = (8, 30) if quick else DEPTHS
-    steps = steps or (120 if quick else 400)
-    settings = Settings(
-        seeds=2 if quick else 3, steps=steps, batch_size=64, grid=15 if quick else 31, samples=256,
-        train=settings.train, target=TARGET, seed=settings.seed,
+    depths = QUICK_DEPTHS if quick else DEPTHS
+    settings = replace(
+        settings, seeds=1 if quick else 3, steps=steps or (100 if quick else 300), batch_size=64,
+        grid=11 if quick else 31, samples=128 if quick else 256, optimizers=QUICK_RATES if quick else RATES, target=TARGET,
     )  # fmt: skip
     deepest = build(depths[-1], settings.seed)
     batch = reference.digits(settings.samples)
-    plain = prepare(deepest[ROLES.lacking], batch, F.cross_entropy, "compare")
+    plain = prepare(deepest[ROLES.without_shortcuts], batch, F.cross_entropy, "compare")
     subjects = {name: plain.other(model, owned=False) for name, model in deepest.items()}
     evidence = Evidence(ROLES, describe(subjects, MEANINGS, f"{depths[-1]} hidden layers of width 64"))
     with (
         one_snapshot(*deepest.values()),
-        fitting_threads(build(depths[-1], settings.seed)[ROLES.lacking], plain.loss, batch),
+        fitting_threads(build(depths[-1], settings.seed)[ROLES.without_shortcuts], plain.loss, batch),
     ):
-        say(_estimate(depths, settings))
         _measure(evidence, subjects, depths, settings, clock)
     subject = f"The lecture's network, {depths[-1]} hidden layers deep, on 1,797 real digits"
     shallower = ", ".join(map(str, depths[:-1]))
@@ -96,69 +98,128 @@ def compare_lecture(settings: Settings, clock: Clock, *, quick: bool, steps: int
         "one seed; that sweep ends when its first rate is at the target, or half way when no rate has brought the loss "
         "down by 1 %: there '> N' counts the steps that were run. "
     )
-    return evidence.finish(subject, settings, clock, details if settings.train else DETAILS)
+    return comparison_of(evidence, subject, settings, clock, details if settings.train else DETAILS)
 
 
 def _measure(
     evidence: Evidence,
     deepest: dict[str, Subject],
-    depths: tuple[int, ...],
+    depths: Sequence[int],
     settings: Settings,
     clock: Clock,
 ) -> None:
     """Measure everything on the deepest networks, and the fall and the training also on shallower ones."""
-    data, subject = reference.digits(), deepest[ROLES.lacking]
+    plain = deepest[ROLES.without_shortcuts]
     measure_flow(evidence, deepest, clock)
+    trainings: dict[int, Training] = {}
     trained = deepest
-    with clock.stage("other depths"):
-        evidence.ladder = [_rung(depth, subject, data, settings) for depth in depths[:-1]]
     if settings.train:
-        say(f"{depths[-1]} hidden layers")
         with clock.stage("training"):
-            evidence.training, kept = _train(depths[-1], data, settings, settings.seeds)
+            trainings, kept = _train_all(depths, settings, plain, clock)
+        evidence.training = trainings.get(depths[-1])
+    else:
+        clock.notes.append("nothing was trained: the surfaces are those of the initial weights")
+    if evidence.training is not None:
         trained = {
             name: deepest[name].other(model, owned=False)
             for name, model in trained_alike(evidence.training, kept).items()
         }
-    else:
-        clock.notes.append("nothing was trained: the surfaces are those of the initial weights")
+    with clock.stage("other depths"):
+        for depth in depths[:-1]:
+            networks = build(depth, settings.seed)
+            flows = {name: flow_of(plain.other(model)) for name, model in networks.items()}
+            evidence.ladder.append(_rung(depth, flows, trainings.get(depth)))
     flows = {name: evidence.flow[name] for name in deepest}
-    evidence.ladder.append(_rung_of(depths[-1], flows, evidence.training))
+    evidence.ladder.append(_rung(depths[-1], flows, evidence.training))
     measure_surfaces(evidence, trained, settings, clock)
     measure_importance(evidence, trained, clock)
 
 
-def _estimate(depths: tuple[int, ...], settings: Settings) -> str:
-    if not settings.train:
-        return "without training: about 15 s"
-    each = (
-        seconds_a_step(makers(depths[-1]), reference.digits(256), F.cross_entropy, settings, None)
-        / depths[-1]
+# --- the trainings, each independent of the others
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One network under one optimizer: its rates, then its seeds."""
+
+    depth: int
+    name: str
+    optimizer: str
+
+
+def _train_all(
+    depths: Sequence[int], settings: Settings, plain: Subject, clock: Clock
+) -> tuple[dict[int, Training], dict[str, dict[str, nn.Module]]]:
+    """Depth -> training, and the deepest trained networks by name and optimizer. The longest jobs come first."""
+    each = seconds_a_step(plain, settings.batch_size) / depths[-1]
+    chosen, settings = _affordable(depths, settings, each, clock)
+    jobs = [_Job(d, n, o) for d in chosen for n in _BUILD for o in settings.optimizers]
+
+    def train(job: _Job) -> tuple[Training, dict[str, dict[str, nn.Module]]]:
+        is_deepest = job.depth == depths[-1]
+        with progress(show=False):
+            return train_and_keep(
+                {job.name: makers(job.depth)[job.name]}, reference.digits(), F.cross_entropy,
+                seeds=range(settings.seed, settings.seed + (settings.seeds if is_deepest else 1)),
+                steps=settings.steps, batch_size=settings.batch_size,
+                optimizers={job.optimizer: settings.optimizers[job.optimizer]}, target=TARGET,
+                stop_at_target=not is_deepest, extend=False,
+            )  # fmt: skip
+
+    trainings: dict[int, Training] = {}
+    kept: dict[str, dict[str, nn.Module]] = {name: {} for name in _BUILD}
+    done = track(in_processes(train, jobs), "training, networks x optimizers x depths", len(jobs))
+    answers = dict(done)
+    for i, job in enumerate(jobs):
+        training, networks = answers[i]
+        if job.depth == depths[-1]:
+            kept[job.name] |= networks[job.name]
+        whole = trainings.setdefault(job.depth, replace(training, curves={}, engine={}))
+        whole.curves.setdefault(job.name, {}).update(training.curves[job.name])
+        whole.engine.update(training.engine)
+    return trainings, kept
+
+
+def _affordable(
+    depths: Sequence[int], settings: Settings, each: float, clock: Clock
+) -> tuple[list[int], Settings]:
+    """The depths to train at, deepest first, and the settings with as many steps as the budget has room for.
+
+    Args:
+        depths: those that were asked for.
+        settings: with the steps that were asked for.
+        each: seconds a step of one network takes for each layer.
+        clock: says how much time is left; what is left out becomes a note.
+    """
+    rates = sum(map(len, settings.optimizers.values()))
+    a_step = (
+        each * len(_BUILD) * depths[-1] * (rates + len(settings.optimizers) * (settings.seeds)) / workers()
     )
-    # Four rates at once cost about twice as much as one.
-    sweeps = 2 * len(settings.optimizers)
-    # The shallower networks stop early; the deepest have a sweep and the seeds.
-    layers = 0.5 * sum(depths[:-1]) + 2 * depths[-1]
-    seconds = 20 + each * settings.steps * 4 * sweeps * layers
-    return f"about {seconds:.0f} s: {len(depths)} depths, 4 networks, 2 optimizers, {settings.seeds} seeds"
+    seconds = a_step * settings.steps
+    say(
+        f"training: about {seconds * 1.3:.0f} s; {len(depths)} depths, 4 networks, 2 optimizers, {settings.seeds} seeds"
+    )
+    if clock.budget is None:
+        return sorted(depths, reverse=True), settings
+    left = 0.6 * (clock.budget - clock.spent)
+    chosen = [depths[-1]]
+    for depth in depths[:-1]:
+        seconds += a_step * settings.steps * 0.4 * depth / depths[-1]
+        if seconds > left:
+            clock.notes.append(
+                f"training at {depth} hidden layers was left out to stay within {clock.budget:.0f} s"
+            )
+        else:
+            chosen.append(depth)
+    steps = max(20, min(settings.steps, int(left / a_step)))
+    if steps < settings.steps:
+        clock.notes.append(
+            f"training was cut from {settings.steps} to {steps} steps to stay within {clock.budget:.0f} s"
+        )
+    return chosen, replace(settings, steps=steps)
 
 
-def _train(depth: int, data, settings: Settings, seeds: int, *, stop_at_target: bool = False):
-    return train_and_keep(
-        makers(depth), data, F.cross_entropy, seeds=range(settings.seed, settings.seed + seeds),
-        steps=settings.steps, batch_size=settings.batch_size, optimizers=settings.optimizers, target=TARGET,
-        stop_at_target=stop_at_target, extend=False,
-    )  # fmt: skip
-
-
-def _rung(depth: int, subject: Subject, data, settings: Settings) -> Rung:
-    say(f"{depth} hidden layers")
-    flows = {name: flow_of(subject.other(model)) for name, model in build(depth, settings.seed).items()}
-    training = _train(depth, data, settings, 1, stop_at_target=True)[0] if settings.train else None
-    return _rung_of(depth, flows, training)
-
-
-def _rung_of(depth: int, flows: dict[str, GradientFlow], training: Training | None) -> Rung:
+def _rung(depth: int, flows: dict[str, GradientFlow], training: Training | None) -> Rung:
     """What one depth shows; a network learns where every seed's loss reaches the target under that optimizer."""
     curves = training.curves if training is not None else {}
     return Rung(

@@ -8,6 +8,9 @@ from skipscope.surfaces._band_results import PairedBand as PairedBand
 from skipscope.surfaces._band_results import SurfaceBand as SurfaceBand
 from skipscope.surfaces._curvature_map import curvature_map as curvature_map
 from skipscope.surfaces._directions import random_direction as random_direction
+from skipscope.surfaces._forked import CAN_FORK as CAN_FORK
+from skipscope.surfaces._forked import Forked as Forked
+from skipscope.surfaces._forked import one_thread as one_thread
 from skipscope.surfaces._landscape import landscape as landscape
 from skipscope.surfaces._landscape import paired_landscapes as paired_landscapes
 from skipscope.surfaces._map_result import CurvatureMap as CurvatureMap

@@ -7,17 +7,18 @@ what is true here, and what does not follow from it. Numbers that a reader may w
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import platform
 
 import numpy as np
+import torch
 
 from skipscope._numbers import short
-from skipscope.comparison._results import Claim, Curves, Training
+from skipscope._version import __version__
+from skipscope.comparison._evidence import Evidence, Roles, Settings
+from skipscope.comparison._results import Claim, Comparison, Curves, Training
+from skipscope.comparison._stages import Clock
 from skipscope.flow import GradientFlow
 from skipscope.surfaces import Scores, Surface
-
-if TYPE_CHECKING:
-    from skipscope.comparison._compare import Evidence, Roles, Settings
 
 HOLDS, PART, FAILS, UNKNOWN = "holds", "holds in part", "does not hold here", "not measured"
 # A surface is called chaotic from this roughness on, or below this convex share; both shares of the plane's points.
@@ -91,15 +92,17 @@ def summary(evidence: Evidence) -> tuple[str, ...]:
 
 def _flow_sentences(evidence: Evidence) -> list[str]:
     roles, flow = evidence.roles, evidence.flow
-    if not {roles.having, roles.lacking} <= flow.keys():
+    if not {roles.with_shortcuts, roles.without_shortcuts} <= flow.keys():
         return []
-    lost, grown = (flow[name].verdict.fall_decades or 0.0 for name in (roles.lacking, roles.having))
+    lost, grown = (
+        flow[name].verdict.fall_decades or 0.0 for name in (roles.without_shortcuts, roles.with_shortcuts)
+    )
     beside = (
         ", a small change beside what is lost without" if lost > 6 and -3 < grown < -math.log10(2) else ""
     )
     return [
-        f"Without shortcuts, {arrival(flow[roles.lacking])}.",
-        f"With shortcuts, {arrival(flow[roles.having])}{beside}.",
+        f"Without shortcuts, {arrival(flow[roles.without_shortcuts])}.",
+        f"With shortcuts, {arrival(flow[roles.with_shortcuts])}{beside}.",
     ]
 
 
@@ -107,14 +110,19 @@ def _training_sentence(evidence: Evidence) -> str:
     training, roles = evidence.training, evidence.roles
     if training is None:
         return ""
-    optimizers = list(training.curves[roles.having])
+    optimizers = list(training.curves[roles.with_shortcuts])
     told = [optimizer for optimizer in optimizers if _tells(training, roles, optimizer)]
     if not told:
         return f"Neither network reaches a loss of {short(training.target)} in {training.steps} steps."
     best = min(
-        told, key=lambda o: min(_middle(training.curves[name][o]) for name in (roles.having, roles.lacking))
+        told,
+        key=lambda o: min(
+            _middle(training.curves[name][o]) for name in (roles.with_shortcuts, roles.without_shortcuts)
+        ),
     )
-    with_, without = (_middle(training.curves[name][best]) for name in (roles.having, roles.lacking))
+    with_, without = (
+        _middle(training.curves[name][best]) for name in (roles.with_shortcuts, roles.without_shortcuts)
+    )
     goal = f"a loss of {short(training.target)} under {best}"
     if math.isinf(without):
         return f"With shortcuts training reaches {goal} in {with_:.0f} steps; without, never in {training.steps}."
@@ -124,7 +132,7 @@ def _training_sentence(evidence: Evidence) -> str:
 
 
 def _path_sentence(evidence: Evidence) -> str:
-    paths = evidence.paths.get(evidence.roles.having)
+    paths = evidence.paths.get(evidence.roles.with_shortcuts)
     if paths is None or not paths.branches:
         return ""
     middle = int(np.searchsorted(np.cumsum(paths.shares), 0.5))
@@ -144,14 +152,14 @@ _SMALLER = "Gradients become progressively smaller as we go back through the net
 
 def _claim_smaller(evidence: Evidence) -> Claim:
     roles, flow = evidence.roles, evidence.flow
-    lacking, having = flow[roles.lacking], flow[roles.having]
+    lacking, having = flow[roles.without_shortcuts], flow[roles.with_shortcuts]
     shrinks = lacking.verdict.state == "vanishing"
     healthy = [
         name
-        for name in (*roles.controls, roles.having)
+        for name in (*roles.controls, roles.with_shortcuts)
         if name in flow and flow[name].verdict.state == "healthy"
     ]
-    without_shortcuts = [name for name in healthy if name.startswith(roles.lacking)]
+    without_shortcuts = [name for name in healthy if name.startswith(roles.without_shortcuts)]
     answer = FAILS if not shrinks else PART if without_shortcuts else HOLDS
     if without_shortcuts:
         limits = f"It does not come from depth alone: {without_shortcuts[0]!r} is as deep, has no shortcut, and keeps its gradient."
@@ -163,7 +171,7 @@ def _claim_smaller(evidence: Evidence) -> Claim:
         limits = "This says nothing of deeper networks, or of other initialisations."
     why = [f"{_capital(name)}: {f.verdict.finding or f.verdict.state}" for name, f in flow.items()]
     why.append(f"Without shortcuts: {lacking.verdict.reason}.")
-    if f"{roles.having}, detached" in flow:
+    if f"{roles.with_shortcuts}, detached" in flow:
         why.append("Detached: the same forward pass, with no gradient through the shortcuts.")
     return Claim(
         "smaller", _SMALLER, answer, f"Without shortcuts, {arrival(lacking)}.", limits, " ".join(why),
@@ -175,7 +183,7 @@ _PRODUCT = "It becomes extremely small because it is a product of small quantiti
 
 
 def _claim_product(evidence: Evidence) -> Claim:
-    flow = evidence.flow[evidence.roles.lacking]
+    flow = evidence.flow[evidence.roles.without_shortcuts]
     factors = np.array([b.factor for b in flow.boundaries if b.factor], dtype=float)
     if not len(factors) or not np.isfinite(factors).all():
         return _not_measured("product", _PRODUCT, "There are no two boundaries with a gradient between them.")
@@ -191,7 +199,7 @@ def _claim_product(evidence: Evidence) -> Claim:
         else f"No single layer is to blame: the smallest factor is {short(smallest)}."
     )
     why = f"Without shortcuts there are {len(factors)} factors; {below:.0%} of them are below 1; their product is {short(product)}."
-    having = evidence.flow.get(evidence.roles.having)
+    having = evidence.flow.get(evidence.roles.with_shortcuts)
     if having is not None and having.product is not None:
         per = having.product ** (1 / max(1, len(having.boundaries) - 1))
         why += f" With shortcuts the mean factor is {short(per)} and the product {short(having.product)}."
@@ -209,20 +217,22 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
     training, roles = evidence.training, evidence.roles
     if training is None:
         return _not_measured("stagnate", _STAGNATE, "The networks were not trained.")
-    optimizers = list(training.curves[roles.having])
+    optimizers = list(training.curves[roles.with_shortcuts])
     told = [optimizer for optimizer in optimizers if _tells(training, roles, optimizer)]
     slower = [_slower(training, roles, optimizer) for optimizer in told]
     cures = [
         name
         for name in roles.controls
-        if name.startswith(roles.lacking)
+        if name.startswith(roles.without_shortcuts)
         and any(curves.learns for curves in training.curves.get(name, {}).values())
     ]
     answer = (
         UNKNOWN if not told else FAILS if not any(slower) else PART if cures or not all(slower) else HOLDS
     )
-    lost = [o for o in optimizers if o in told and math.isinf(_middle(training.curves[roles.having][o]))]
-    lost = lost or [o for o in optimizers if not training.curves[roles.having][o].learns]
+    lost = [
+        o for o in optimizers if o in told and math.isinf(_middle(training.curves[roles.with_shortcuts][o]))
+    ]
+    lost = lost or [o for o in optimizers if not training.curves[roles.with_shortcuts][o].learns]
     if not told:
         limits = "Who is slower is not known: more steps would tell (steps=, --steps)."
     elif cures:
@@ -232,13 +242,13 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
         better = [
             name
             for name in roles.controls
-            if name.startswith(roles.having) and training.curves[name][lost[0]].learns
+            if name.startswith(roles.with_shortcuts) and training.curves[name][lost[0]].learns
         ]
         if better:
             limits = f"Shortcuts as they are do not always suffice: under {lost[0]} they fail, and {better[0]!r} learns."
     else:
         limits = "It is a matter of speed here: both networks learn, each at its best rate."
-        if any(math.isinf(_middle(training.curves[roles.lacking][o])) for o in told):
+        if any(math.isinf(_middle(training.curves[roles.without_shortcuts][o])) for o in told):
             limits = (
                 "That the network without them can never learn is not shown: these are a few hundred steps."
             )
@@ -253,9 +263,13 @@ def _training_numbers(evidence: Evidence, told: list[str]) -> str:
     training, roles = evidence.training, evidence.roles
     assert training is not None
     why = [f"Steps to a loss of {short(training.target)}, each at its best rate."]
-    for optimizer in training.curves[roles.having]:
-        with_, without = (training.curves[name][optimizer] for name in (roles.having, roles.lacking))
-        counts = [training.steps_text(name, optimizer) for name in (roles.having, roles.lacking)]
+    for optimizer in training.curves[roles.with_shortcuts]:
+        with_, without = (
+            training.curves[name][optimizer] for name in (roles.with_shortcuts, roles.without_shortcuts)
+        )
+        counts = [
+            training.steps_text(name, optimizer) for name in (roles.with_shortcuts, roles.without_shortcuts)
+        ]
         if optimizer in told:
             why.append(f"{optimizer}: {counts[0]} with shortcuts, {counts[1]} without.")
         else:
@@ -278,13 +292,13 @@ def _training_numbers(evidence: Evidence, told: list[str]) -> str:
 
 def _tells(training: Training, roles: Roles, optimizer: str) -> bool:
     """Whether the steps were enough to say who is slower: most seeds of one of the two reach the target."""
-    both = (training.curves[name][optimizer] for name in (roles.having, roles.lacking))
+    both = (training.curves[name][optimizer] for name in (roles.with_shortcuts, roles.without_shortcuts))
     return any(math.isfinite(_middle(curves)) for curves in both)
 
 
 def _slower(training: Training, roles: Roles, optimizer: str) -> bool:
-    return _middle(training.curves[roles.lacking][optimizer]) > _middle(
-        training.curves[roles.having][optimizer]
+    return _middle(training.curves[roles.without_shortcuts][optimizer]) > _middle(
+        training.curves[roles.with_shortcuts][optimizer]
     )
 
 
@@ -307,7 +321,7 @@ _PATH = "Shortcut connections create an alternative path for the gradient by ski
 
 def _claim_path(evidence: Evidence) -> Claim:
     roles = evidence.roles
-    split, paths = evidence.split.get(roles.having), evidence.paths.get(roles.having)
+    split, paths = evidence.split.get(roles.with_shortcuts), evidence.paths.get(roles.with_shortcuts)
     shares = np.array([s.share for s in split if s.share is not None]) if split is not None else np.array([])
     if not len(shares) or paths is None:
         return _not_measured("path", _PATH, "The split or the path spectrum could not be measured.")
@@ -331,9 +345,9 @@ _SURFACE = "Shortcuts change the loss surface (Li et al. 2018): smooth with them
 
 def _claim_surface(evidence: Evidence) -> Claim:
     trained, roles = evidence.surfaces.get("trained"), evidence.roles
-    if trained is None or not {roles.having, roles.lacking} <= trained.surfaces.keys():
+    if trained is None or not {roles.with_shortcuts, roles.without_shortcuts} <= trained.surfaces.keys():
         return _not_measured("surface", _SURFACE, "The surfaces could not be computed.")
-    having, lacking = (trained.surfaces[name] for name in (roles.having, roles.lacking))
+    having, lacking = (trained.surfaces[name] for name in (roles.with_shortcuts, roles.without_shortcuts))
     why = [f"{_capital(name)}: {s.label or _shape(s.scores)}." for name, s in trained.surfaces.items()]
     why.append(
         "Convex share: points of the plane that curve up in both directions. Roughness: how much the surface goes up and down "
@@ -422,12 +436,12 @@ _CRUCIAL = "They play a crucial role in preserving the flow of gradients."
 def _claim_crucial(evidence: Evidence) -> Claim:
     """Decided by the flow: what remains of it when the shortcuts are taken out of the same weights."""
     roles, flow = evidence.roles, evidence.flow
-    removed = flow.get(f"{roles.having}, removed")
-    if removed is None and evidence.twins[roles.lacking].meaning == "removed":
-        removed = flow[roles.lacking]
+    removed = flow.get(f"{roles.with_shortcuts}, removed")
+    if removed is None and evidence.twins[roles.without_shortcuts].meaning == "removed":
+        removed = flow[roles.without_shortcuts]
     if removed is None:
         return _not_measured("which", _CRUCIAL, "The flow without the shortcuts could not be measured.")
-    lost, kept = removed.verdict, flow[roles.having].verdict
+    lost, kept = removed.verdict, flow[roles.with_shortcuts].verdict
     broken = lost.state in {"vanishing", "dead"} and kept.state not in {"vanishing", "dead"}
     true = f"With all shortcuts taken out of the same weights, {arrival(removed)}."
     limits, why = _single_shortcuts(evidence)
@@ -439,7 +453,7 @@ def _claim_crucial(evidence: Evidence) -> Claim:
 
 def _single_shortcuts(evidence: Evidence) -> tuple[str, str]:
     """What one shortcut alone does: the limit of the claim, and the numbers."""
-    ranking = evidence.importance.get(evidence.roles.having)
+    ranking = evidence.importance.get(evidence.roles.with_shortcuts)
     removed = (
         [(i.name, i.removed) for i in ranking.ranked if i.removed is not None] if ranking is not None else []
     )
@@ -471,7 +485,7 @@ _STRENGTH = "The effect is the shortcut's: turn it up and the gradient comes thr
 
 
 def _claim_strength(evidence: Evidence) -> Claim:
-    sweep = evidence.strength.get(evidence.roles.having)
+    sweep = evidence.strength.get(evidence.roles.with_shortcuts)
     if sweep is None or not np.isfinite(sweep.fall_decades[[0, -1]]).all():
         return _not_measured("strength", _STRENGTH, "The strength could not be varied.")
     start, end = (float(sweep.fall_decades[i]) for i in (0, -1))
@@ -542,4 +556,37 @@ def _training_methods(training: Training) -> str:
         f"Training: {training.steps} steps of {training.batch_size} samples, {len(training.seeds)} seeds (varying "
         f"{training.varies}), each network and optimizer at its best rate out of the same sweep on a seed of its own ({tried}); "
         f"SGD has momentum 0.9. A target counts as reached where the mean loss of ten steps is there. Bands run from the lowest to the highest seed."
+    )
+
+
+def comparison_of(
+    evidence: Evidence, subject: str, settings: Settings, clock: Clock, details: str = ""
+) -> Comparison:
+    """Put the words around the numbers."""
+    provenance = {
+        "skipscope": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "seed": settings.seed,
+        "seconds": {name: round(seconds, 2) for name, seconds in clock.stages.items()},
+        "seconds in all": round(clock.spent, 1),
+    }
+    return Comparison(
+        subject=subject,
+        summary=summary(evidence),
+        claims=claims(evidence),
+        twins=tuple(evidence.twins.values()),
+        found=evidence.found,
+        flow=evidence.flow,
+        split=evidence.split,
+        paths=evidence.paths,
+        training=evidence.training,
+        ladder=tuple(evidence.ladder),
+        surfaces=evidence.surfaces,
+        importance=evidence.importance,
+        strength=evidence.strength,
+        methods=methods(evidence, settings, details),
+        notes=tuple(clock.notes),
+        provenance=provenance,
     )

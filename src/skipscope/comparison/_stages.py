@@ -1,0 +1,250 @@
+"""The stages of a comparison, each a function of the evidence so far, and a clock that keeps to the budget."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from skipscope._data import batch_size as samples_of
+from skipscope._data import rows
+from skipscope._errors import SkipscopeError
+from skipscope._progress import say, track
+from skipscope._subject import Subject
+from skipscope._untouched import private_copy, set_mode
+from skipscope.comparison._evidence import Evidence, Settings
+from skipscope.comparison._processes import workers
+from skipscope.comparison._results import StrengthSweep, Training, Twin
+from skipscope.flow import GradientFlow, flow_of, importance_of, paths_of, split_of
+from skipscope.shortcuts import ablate
+from skipscope.surfaces import PairedSurfaces, paired_landscapes
+
+# What ``quick`` announces: parts that a busy machine has no time for are left out and named.
+QUICK_SECONDS = 30.0
+STRENGTHS = np.linspace(0.0, 1.0, 11)
+
+
+@dataclass
+class Clock:
+    """Seconds by stage, and whether another stage fits into the budget.
+
+    Attributes:
+        budget: seconds for everything; None: no limit.
+        stages: stage -> seconds it took.
+        notes: what was left out, and why.
+    """
+
+    budget: float | None = None
+    stages: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self.start
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what runs inside."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - begun
+
+    def fits(self, name: str, seconds: float) -> bool:
+        """Whether ``seconds`` more are within the budget; if not, a note says what was left out."""
+        if self.budget is None or self.spent + seconds <= self.budget:
+            return True
+        self.notes.append(
+            f"left out: {name}; about {seconds:.0f} s more would have passed the budget of {self.budget:.0f} s"
+        )
+        return False
+
+
+def strength_sweep(subject: Subject, name: str) -> StrengthSweep:
+    """The flow at each strength of all shortcuts."""
+    twins = (ablate(subject.model, subject.found, strength=float(s), share=True) for s in STRENGTHS)
+    flows = [
+        flow_of(subject.twin(twin)) for twin in track(twins, f"shortcut strength of {name}", len(STRENGTHS))
+    ]
+    return StrengthSweep(
+        strengths=STRENGTHS,
+        names=tuple(b.name for b in flows[0].boundaries),
+        gradient_rms=np.array([[_number(b.gradient_rms) for b in f.boundaries] for f in flows]),
+        fall_decades=np.array([_number(f.verdict.fall_decades) for f in flows]),
+        states=tuple(f.verdict.state for f in flows),
+    )
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def attempt(clock: Clock, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run one stage; what skipscope refuses becomes a note, and the page goes on without it."""
+    with clock.stage(name.partition(":")[0]):
+        try:
+            return function(*arguments)
+        except SkipscopeError as error:
+            clock.notes.append(f"{name} could not be measured: {error.problem}")
+            return None
+
+
+def describe(subjects: Mapping[str, Subject], meanings: Mapping[str, str], label: str) -> dict[str, Twin]:
+    """One line of description for each network."""
+    return {
+        name: Twin(
+            name, meanings[name], f"{label}, {meanings[name]}", sum(p.numel() for p in one.model.parameters())
+        )
+        for name, one in subjects.items()
+    }
+
+
+def measure_flow(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clock) -> None:
+    """Flow of every network; for those with shortcuts also removed and detached, split, paths and strength."""
+    say("gradient flow, paths and shortcut strength")
+    removed = {name for name, twin in evidence.twins.items() if twin.meaning == "removed"}
+    for name, subject in subjects.items():
+        with clock.stage("flow"):
+            evidence.flow[name] = flow_of(subject)
+        if name in removed or not len(subject.found):
+            continue
+        evidence.found[name] = subject.found
+        twins = {"detached": "detach"} if removed else {"removed": "remove", "detached": "detach"}
+        for word, how in twins.items():
+            flow = attempt(clock, f"flow: {name}, {word}", _flow_of_twin, subject, how)
+            if flow is not None:
+                evidence.flow[f"{name}, {word}"] = flow
+        questions = ("split", split_of, evidence.split), ("paths", paths_of, evidence.paths)
+        for question, measure, store in questions:
+            answer = attempt(clock, f"{question}: {name}", measure, subject)
+            if answer is not None:
+                store[name] = answer
+        sweep = attempt(clock, f"strength: {name}", strength_sweep, subject, name)
+        if sweep is not None:
+            evidence.strength[name] = sweep
+
+
+def _flow_of_twin(subject: Subject, how: str) -> GradientFlow:
+    return flow_of(subject.twin(ablate(subject.model, subject.found, how=how)))
+
+
+def measure_training(
+    evidence: Evidence,
+    makers: Mapping[str, Any],
+    train: Callable[..., Any],
+    subject: Subject,
+    settings: Settings,
+    clock: Clock,
+) -> dict[str, nn.Module]:
+    """Train the twins side by side; returns one trained network each, under the optimizer that most of them like.
+
+    Args:
+        evidence: gets the training.
+        makers: twin -> how to make it.
+        train: ``train_and_keep`` with the data, the loss and the weight.
+        subject: one of the twins, on which a step is timed.
+        settings: steps, seeds and rates.
+        clock: the steps are cut to its budget.
+    """
+    runs = len(makers) * sum(len(r) + settings.seeds for r in settings.optimizers.values())
+    steps, per_step = settings.steps, seconds_a_step(subject, settings.batch_size)
+    if clock.budget is not None:
+        steps = int(min(steps, max(0.0, (clock.budget - clock.spent) * 0.6) / (runs * per_step)))
+    say(f"training: {runs} runs of {steps} steps, about {runs * steps * per_step:.0f} s")
+    if steps < min(20, settings.steps):
+        clock.notes.append(
+            f"training was left out: the budget of {clock.budget:.0f} s has room for {steps} steps only"
+        )
+        return {}
+    if steps < settings.steps:
+        clock.notes.append(f"training was cut to {steps} steps to stay within the budget")
+    with clock.stage("training"):
+        training, kept = train(
+            makers, seeds=range(settings.seed, settings.seed + settings.seeds), steps=steps,
+            batch_size=settings.batch_size, optimizers=settings.optimizers, target=settings.target,
+            extend=clock.budget is None,
+        )  # fmt: skip
+    evidence.training = training
+    return trained_alike(training, kept)
+
+
+def trained_alike(training: Training, kept: Mapping[str, Mapping[str, nn.Module]]) -> dict[str, nn.Module]:
+    """One trained network a twin, all under one optimizer: the one under which most of them learn."""
+    optimizers = list(next(iter(kept.values())))
+
+    def merit(optimizer: str) -> tuple[int, float]:
+        finals = [
+            np.nan_to_num(by[optimizer].final_loss, nan=1e9, posinf=1e9) for by in training.curves.values()
+        ]
+        return len(training.learners(optimizer)), -float(np.mean(finals))
+
+    best = max(optimizers, key=merit)
+    return {name: by[best] for name, by in kept.items()}
+
+
+def seconds_a_step(subject: Subject, batch_size: int | None) -> float:
+    """What one step of training takes: a forward and a backward pass, timed, and a fifth more for the optimizer."""
+    batch = subject.data.first()
+    if batch_size is not None and samples_of(batch) > batch_size:
+        batch = rows(batch, slice(0, batch_size))
+    seconds = []
+    with subject.running(0):
+        for _ in range(4):  # the first pays for what happens only once
+            start = time.perf_counter()
+            subject.loss(subject.model, batch).backward()
+            seconds.append(time.perf_counter() - start)
+            subject.model.zero_grad()
+    return 1.2 * statistics.median(seconds[1:])
+
+
+def measure_surfaces(
+    evidence: Evidence, subjects: Mapping[str, Subject], settings: Settings, clock: Clock
+) -> None:
+    """Each network's own surface; and, from shared weights, with against removed."""
+    say(f"loss surfaces of {len(subjects)} networks, {settings.grid} x {settings.grid} points each")
+    having = evidence.roles.with_shortcuts
+    networks = {name: subject.model for name, subject in subjects.items()}
+    subject = subjects[having]
+    evaluations = settings.grid**2 * (len(networks) + 2)  # a forward pass is about a third of a step
+    if not clock.fits("the loss surfaces", evaluations * seconds_a_step(subject, None) / 3 / workers()):
+        return
+
+    def surfaces_of(models: dict[str, nn.Module]) -> PairedSurfaces:
+        return paired_landscapes(models, subject.data, subject.loss, grid=settings.grid, seed=settings.seed)
+
+    def with_and_removed() -> PairedSurfaces:
+        twin = ablate(networks[having], evidence.found[having], how="remove")
+        subject.recalibrate(twin)
+        return surfaces_of({having: networks[having], f"{having}, removed": twin})
+
+    questions: dict[str, Callable[[], PairedSurfaces]] = {"trained": lambda: surfaces_of(dict(networks))}
+    if having in evidence.found:
+        questions["paired"] = with_and_removed
+    for name, question in questions.items():
+        answer = attempt(clock, f"surfaces: {name}", question)
+        if answer is not None:
+            evidence.surfaces[name] = answer
+
+
+def measure_importance(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clock) -> None:
+    """Which shortcuts matter, on the network that has them."""
+    having = evidence.roles.with_shortcuts
+    if having not in subjects or having not in evidence.found:
+        return
+    each = 3 * seconds_a_step(subjects[having], None)  # two edits, and what reading them costs
+    if clock.fits("importance", each * len(evidence.found[having])):
+        model = private_copy(subjects[having].model, "compare")
+        set_mode(model, False)
+        subject = subjects[having].twin(model, owned=False)
+        answer = attempt(clock, f"importance: {having}", importance_of, subject)
+        if answer is not None:
+            evidence.importance[having] = answer
