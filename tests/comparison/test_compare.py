@@ -251,6 +251,18 @@ def test_the_main_job_quick():
     assert_one_depth(result)
 
 
+def test_the_users_network_runs_at_most_90_times(monkeypatch):
+    runs, forward = [], reference.DeepMLP.forward
+    monkeypatch.setattr(reference.DeepMLP, "forward", lambda self, x: runs.append(1) or forward(self, x))
+    make = lambda: reference.deep_mlp(6, shortcut="identity")  # noqa: E731
+    result = ss.compare(make, reference.digits(64), F.cross_entropy, train=False, grid=3)
+    assert len(runs) <= 90
+    sweep, flow = result.strength["with"], result.flow
+    assert sweep.fall_decades[0] == flow["without"].verdict.fall_decades
+    assert sweep.fall_decades[-1] == flow["with"].verdict.fall_decades
+    assert np.isfinite(result.surfaces["paired"].difference).all()
+
+
 def test_work_in_processes_has_the_bits_of_one_process(monkeypatch):
     def train(seed):
         torch.manual_seed(seed)
@@ -275,7 +287,7 @@ def test_a_busy_machine_makes_quick_leave_out_and_say_so():
     assert _affordable((8, 30), settings, 1e-5, clock) == ([30, 8], settings) and not clock.notes
     depths, fewer = _affordable((8, 30), settings, 1e-3, clock)
     assert depths == [30] and 20 <= fewer.steps < 100
-    assert not clock.fits("the loss surfaces", 31.0)
+    assert not clock.fits("the loss surfaces", lambda: 31.0)
     assert [note.partition(" to ")[0].partition(";")[0] for note in clock.notes] == [
         "training at 8 hidden layers was left out",
         "training was cut from 100",

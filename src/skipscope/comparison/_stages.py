@@ -59,9 +59,9 @@ class Clock:
         finally:
             self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - begun
 
-    def fits(self, name: str, seconds: float) -> bool:
-        """Whether ``seconds`` more are within the budget; if not, a note says what was left out."""
-        if self.budget is None or self.spent + seconds <= self.budget:
+    def fits(self, name: str, estimate: Callable[[], float]) -> bool:
+        """Whether so many seconds more are within the budget; if not, a note says what was left out."""
+        if self.budget is None or self.spent + (seconds := estimate()) <= self.budget:
             return True
         self.notes.append(
             f"left out: {name}; about {seconds:.0f} s more would have passed the budget of {self.budget:.0f} s"
@@ -69,12 +69,15 @@ class Clock:
         return False
 
 
-def strength_sweep(subject: Subject, name: str) -> StrengthSweep:
-    """The flow at each strength of all shortcuts."""
-    twins = (ablate(subject.model, subject.found, strength=float(s), share=True) for s in STRENGTHS)
-    flows = [
-        flow_of(subject.twin(twin)) for twin in track(twins, f"shortcut strength of {name}", len(STRENGTHS))
-    ]
+def strength_sweep(subject: Subject, name: str, known: Mapping[float, GradientFlow]) -> StrengthSweep:
+    """The flow at each strength of all shortcuts; ``known`` are those that have been measured."""
+    flows = []
+    for strength in track(STRENGTHS, f"shortcut strength of {name}", len(STRENGTHS)):
+        flow = known.get(float(strength))
+        if flow is None:
+            twin = ablate(subject.model, subject.found, strength=float(strength), share=True)
+            flow = flow_of(subject.twin(twin))
+        flows.append(flow)
     return StrengthSweep(
         strengths=STRENGTHS,
         names=tuple(b.name for b in flows[0].boundaries),
@@ -128,7 +131,9 @@ def measure_flow(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clo
             answer = attempt(clock, f"{question}: {name}", measure, subject)
             if answer is not None:
                 store[name] = answer
-        sweep = attempt(clock, f"strength: {name}", strength_sweep, subject, name)
+        without = evidence.flow.get(evidence.roles.without_shortcuts if removed else f"{name}, removed")
+        known = {1.0: evidence.flow[name]} | ({0.0: without} if without is not None else {})
+        sweep = attempt(clock, f"strength: {name}", strength_sweep, subject, name, known)
         if sweep is not None:
             evidence.strength[name] = sweep
 
@@ -215,7 +220,9 @@ def measure_surfaces(
     networks = {name: subject.model for name, subject in subjects.items()}
     subject = subjects[having]
     evaluations = settings.grid**2 * (len(networks) + 2)  # a forward pass is about a third of a step
-    if not clock.fits("the loss surfaces", evaluations * seconds_a_step(subject, None) / 3 / workers()):
+    if not clock.fits(
+        "the loss surfaces", lambda: evaluations * seconds_a_step(subject, None) / 3 / workers()
+    ):
         return
 
     def surfaces_of(models: dict[str, nn.Module]) -> PairedSurfaces:
@@ -229,7 +236,13 @@ def measure_surfaces(
     questions: dict[str, Callable[[], PairedSurfaces]] = {"trained": lambda: surfaces_of(dict(networks))}
     if having in evidence.found:
         questions["paired"] = with_and_removed
+    # Untrained, the twin from which the shortcuts were removed has shared weights already.
+    removed = evidence.twins[evidence.roles.without_shortcuts].meaning == "removed"
+    is_paired = evidence.training is None and removed and len(networks) == 2
     for name, question in questions.items():
+        if name == "paired" and is_paired and "trained" in evidence.surfaces:
+            evidence.surfaces[name] = evidence.surfaces["trained"]
+            continue
         answer = attempt(clock, f"surfaces: {name}", question)
         if answer is not None:
             evidence.surfaces[name] = answer
@@ -240,8 +253,8 @@ def measure_importance(evidence: Evidence, subjects: Mapping[str, Subject], cloc
     having = evidence.roles.with_shortcuts
     if having not in subjects or having not in evidence.found:
         return
-    each = 3 * seconds_a_step(subjects[having], None)  # two edits, and what reading them costs
-    if clock.fits("importance", each * len(evidence.found[having])):
+    count = 3 * len(evidence.found[having])  # two edits, and what reading them costs
+    if clock.fits("importance", lambda: count * seconds_a_step(subjects[having], None)):
         model = private_copy(subjects[having].model, "compare")
         set_mode(model, False)
         subject = subjects[having].twin(model, owned=False)
