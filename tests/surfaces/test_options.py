@@ -150,3 +150,30 @@ def test_every_seed_of_a_band_sees_the_same_data():
     hashes = {surface.provenance.data_hash for surface in band.surfaces.values()}
     assert len(hashes) == 1 and len({surface.scores.centre for surface in band.surfaces.values()}) == 1
     assert all(surface.checks.samples == 20 for surface in band.surfaces.values())
+
+
+@pytest.mark.parametrize("mode", ["frozen", "recalibrate", "batch"])
+def test_an_instance_norm_that_keeps_statistics_follows_the_mode(mode):
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm1d(3, track_running_stats=True, affine=True)
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), norm, nn.Flatten(), nn.Linear(12, 2)).double()
+    norm.running_mean.copy_(torch.tensor([0.3, -0.2, 0.1]))
+    data = ss.batches([(torch.randn(n, 2, 4).double(), torch.randn(n, 2).double()) for n in (5, 3)])
+    found = ss.landscape(model, data, F.mse_loss, grid=(1,), batch_norm=mode, strategy="plain")
+    means, variances = [], []
+    for x, _ in data:
+        h = model[0](x).detach()
+        means.append(h.mean(2).mean(0))
+        variances.append(h.var(2).mean(0))  # torch keeps the unbiased variance, averaged over the batch
+    total = 0.0
+    for x, y in data:
+        h = model[0](x).detach()
+        if mode == "batch":
+            centre, spread = h.mean(2, keepdim=True), h.var(2, keepdim=True, unbiased=False)
+        elif mode == "recalibrate":
+            centre, spread = torch.stack(means).mean(0)[:, None], torch.stack(variances).mean(0)[:, None]
+        else:
+            centre, spread = norm.running_mean[:, None], norm.running_var[:, None]
+        out = model[3](((h - centre) / (spread + norm.eps).sqrt()).flatten(1)).detach()
+        total += float((out - y).square().sum())
+    assert found.values[0] == pytest.approx(total / 16, rel=1e-12)

@@ -16,6 +16,7 @@ from skipscope.shortcuts._shortcut_result import Shortcut as Shortcut
 from skipscope.shortcuts._shortcut_result import Shortcuts as Shortcuts
 from skipscope.shortcuts.edits._added_shortcuts import add_shortcuts as add_shortcuts
 from skipscope.shortcuts.edits._recalibration import average_statistics as average_statistics
+from skipscope.shortcuts.edits._recalibration import norms_with_statistics as norms_with_statistics
 from skipscope.shortcuts.edits._recalibration import recalibrate as recalibrate
 from skipscope.shortcuts.finding._shortcut_finder import find_shortcuts as find_shortcuts
 from skipscope.shortcuts.taps import Merge as Merge

@@ -22,8 +22,8 @@ from skipscope._sharding import refuse_spread
 from skipscope._untouched import private_copy, require_module, set_mode, untouched
 from skipscope._version import __version__
 from skipscope.curvature import CurvatureOperator, How, Matrix, Wish, open_operator, require_memory
+from skipscope.shortcuts import average_statistics
 from skipscope.surfaces._directions import Direction
-from skipscope.surfaces._evaluate import recalibrate
 from skipscope.surfaces._grid import Sheet, axes
 from skipscope.surfaces._map_result import CurvatureMap, PairedMaps
 from skipscope.surfaces._planes import Plane
@@ -212,7 +212,7 @@ class _Plane:
             elif stale_statistics(first, model, centre, self._centre(model)):
                 model = private_copy(model, _OPERATION)
                 set_mode(model, False)
-                recalibrate(model, self.data)
+                average_statistics(model, self.data, self.loss.run)
                 notes.append(
                     f"{name}: batch-norm statistics measured anew (they were those of {first_name})."
                 )

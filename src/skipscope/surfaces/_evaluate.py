@@ -26,6 +26,7 @@ from skipscope._cached_weights import (
 from skipscope._data import Batch, Batches, Objective, forward
 from skipscope._errors import SkipscopeError
 from skipscope._random import generator_states, generators_moved, refuse_noise, seed_generators
+from skipscope.shortcuts import average_statistics, norms_with_statistics
 from skipscope.surfaces._directions import Direction, inner
 from skipscope.surfaces._moving import MovingCopy
 from skipscope.surfaces._points import Metric, PointLoss, Reading, gather, joined, parts
@@ -54,13 +55,6 @@ class Strategy(Protocol):
 # --- batch norm ----------------------------------------------------------------------------------------------------
 
 
-def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The layers whose output depends on how batch statistics are treated."""
-    return [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
-
-
 def prepare_batch_norm(copy: nn.Module, mode: str) -> str:
     """Put our own copy into a batch-norm mode; returns its words.
 
@@ -71,27 +65,11 @@ def prepare_batch_norm(copy: nn.Module, mode: str) -> str:
         raise SkipscopeError(
             "landscape", "unknown batch-norm mode", expected=" or ".join(BATCH_NORM), got=repr(mode)
         )
-    layers = batch_norms(copy)
+    layers = norms_with_statistics(copy)
     if mode == "batch":
         for layer in layers:
             layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
     return BATCH_NORM[mode] if layers else "none"
-
-
-@torch.no_grad()
-def recalibrate(copy: nn.Module, data: Batches) -> None:
-    """Measure the batch-norm statistics of ``copy`` anew: the average over batches, as in torch's ``update_bn``."""
-    layers = batch_norms(copy)
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None
-        layer.training = True
-    for batch in data:
-        forward(copy, batch, "landscape")
-    for layer, momentum in zip(layers, momenta):
-        layer.momentum = momentum
-        layer.training = False
 
 
 # --- the plain loop, and loops like it -----------------------------------------------------------------------------
@@ -145,7 +123,7 @@ class Loop:
         if self.draws:
             seed_generators(0)  # a forward pass that draws numbers draws the same ones at every point
         if self.recalibrates:
-            recalibrate(copy, self.at_point.data)
+            average_statistics(copy, self.at_point.data, self.at_point.loss.run)
         return self.at_point.read(copy, self.run)
 
     def read_origin(self, origin: Point) -> Reading:
@@ -213,7 +191,7 @@ class Evaluator:
         self.model, self.loss, self.directions = model, loss, directions
         self.mode, self.knob = batch_norm, knob
         self.plain = Loop(model, directions, PointLoss(data, loss, metrics), batch_norm, knob=knob)
-        self.batch_norm = BATCH_NORM[batch_norm] if batch_norms(model) else "none"
+        self.batch_norm = BATCH_NORM[batch_norm] if norms_with_statistics(model) else "none"
         self.strategy: Strategy = self.plain
         self._penalty = _Penalty(model, directions, l2) if l2 else None
         # As built: no step along any direction, and a strength of one.

@@ -1,5 +1,7 @@
 """Results on a grid for other programs: ``.npz`` for NumPy, ``.csv`` with one line a point, ``.tex`` with the table.
 
+``.h5`` has the layout of the code of Li et al., ``.vtk`` and ``.vtp`` are for ParaView: see ``_scientific_formats``.
+
 An ``.npz`` has ``alphas``, ``betas`` (empty for a line) and every number under its name; where there are several
 surfaces, each one's as ``surface/number``. Numbers come back bit for bit from both.
 """
@@ -9,8 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,8 @@ import numpy as np
 from skipscope._files import write_whole
 from skipscope._result import Result
 from skipscope._table import Table, plain_text
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Numbers on one grid.
-
-    Attributes:
-        name: of the surface, as a ``.csv`` names it.
-        alphas: the first axis, [a].
-        betas: the second axis, [b]; empty for a line.
-        columns: name -> numbers, [a, b] or [a].
-        prefix: before the numbers' names in an ``.npz``; "" where there is one surface alone.
-        more: what lies on no grid, for the ``.npz``.
-    """
-
-    name: str
-    alphas: np.ndarray
-    betas: np.ndarray
-    columns: dict[str, np.ndarray]
-    prefix: str = ""
-    more: dict[str, np.ndarray] = field(default_factory=dict)
+from skipscope.surfaces._scientific_formats import Layer as Layer
+from skipscope.surfaces._scientific_formats import hdf5, legacy_vtk, vtk_xml
 
 
 class Exported(Result):
@@ -54,13 +36,19 @@ class Exported(Result):
         return self.table()
 
     def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
-        """As :meth:`Result.save`, and ``.npz``, ``.csv`` (one line a point) and ``.tex`` (a table of the scores)."""
+        """As :meth:`Result.save`, and for other programs.
+
+        ``.npz``, ``.csv`` (one line a point) and ``.tex`` (a table of the scores). ``.h5`` is read by the scripts of Li et
+        al. (``xcoordinates``, ``ycoordinates``, ``train_loss``; several surfaces have a group each) and needs h5py.
+        ``.vtk`` and ``.vtp`` are surfaces with the loss as height, for ParaView; several stand side by side.
+        """
         path, ending = Path(path), Path(path).suffix.lower()
         if ending == ".tex":
             return write_whole(path, self.paper_table().latex())
-        layers = list(self.layers()) if ending in {".npz", ".csv"} else []
-        if layers:
-            return write_whole(path, _npz(layers) if ending == ".npz" else _csv(layers))
+        writer = _WRITERS.get(ending)
+        layers = list(self.layers()) if writer else []
+        if writer and layers:
+            return write_whole(path, writer(layers))
         return super().save(path, **options)
 
 
@@ -90,3 +78,8 @@ def _csv(layers: list[Layer]) -> str:
 
 def _cell(value: Any) -> str:
     return str(int(value)) if isinstance(value, np.bool_) else repr(float(value))
+
+
+_WRITERS: dict[str, Callable[[list[Layer]], str | bytes]] = {
+    ".npz": _npz, ".csv": _csv, ".h5": hdf5, ".hdf5": hdf5, ".vtk": legacy_vtk, ".vtp": vtk_xml,
+}  # fmt: skip

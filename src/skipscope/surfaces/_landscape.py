@@ -60,8 +60,8 @@ def landscape(
         zero: what does not move: any of "biases", "norms", "embeddings".
         parameters: names or patterns (``"layer1.*"``, an adapter's ``"*lora_*"``) of what moves; default: all.
         orthogonal: make the second direction orthogonal to the first, filter by filter.
-        batch_norm: "frozen" (running statistics as they are), "recalibrate" (measured anew at each point) or "batch"
-            (each batch's own statistics).
+        batch_norm: "frozen" (running statistics as they are), "recalibrate" (measured again at each point) or "batch"
+            (each batch's own statistics); of instance norms that keep running statistics too.
         samples: use a random subset of the data of this size; ``stderr`` says what that costs.
         metrics: name -> ``f(output, target) -> number``, read in the same pass.
         l2: a regulariser to count in: l2/2 |w|^2 over all parameters.

@@ -19,9 +19,10 @@ from skipscope._random import refuse_noise, seed_generators
 from skipscope._sharding import refuse_spread
 from skipscope._untouched import private_copy, require_module, untouched
 from skipscope._version import __version__
+from skipscope.shortcuts import average_statistics
 from skipscope.surfaces._adaptive import Adaptive
 from skipscope.surfaces._choice import Choice, choose
-from skipscope.surfaces._evaluate import Point, prepare_batch_norm, recalibrate
+from skipscope.surfaces._evaluate import Point, prepare_batch_norm
 from skipscope.surfaces._finish import Facts, Interpolated, Run, finish
 from skipscope.surfaces._grid import Sheet, axes
 from skipscope.surfaces._learnt import own_loss
@@ -271,7 +272,7 @@ def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings
     if settings.batch_norm in {"recalibrate", "batch"}:
         model = private_copy(model, "landscape")
         if prepare_batch_norm(model, settings.batch_norm) != "none" and anew:
-            recalibrate(model, data)
+            average_statistics(model, data, loss.run)
     own, learnt = own_loss(model, data, loss)
     some = next((p.dtype for p in model.parameters()), torch.float32)
     refuse_noise("landscape", twin.centre - twin.evaluator.penalty_at_origin(), own, some)
@@ -291,6 +292,6 @@ def _losses_at(model: nn.Module, plane: Plane, data: Batches, loss: Objective, a
                 if name in own and own[name].shape == tensor.shape:
                     own[name].copy_(tensor)
         if anew:
-            recalibrate(copy, data)
+            average_statistics(copy, data, loss.run)
         losses.append(mean_loss(copy, data, loss))
     return losses

@@ -17,9 +17,9 @@ from torch import nn
 from skipscope._data import Batches, Objective
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import private_copy, set_mode
-from skipscope.shortcuts import ablate
+from skipscope.shortcuts import ablate, average_statistics, norms_with_statistics
 from skipscope.surfaces import _directions as dirs
-from skipscope.surfaces._evaluate import Evaluator, Point, batch_norms, recalibrate
+from skipscope.surfaces._evaluate import Evaluator, Point
 from skipscope.surfaces._grid import Sheet
 from skipscope.surfaces._memory import directions_fit
 from skipscope.surfaces._points import FOLDS, Reading, fold_sums, influence
@@ -89,7 +89,7 @@ def make_twins(
         frozen = shared and twin.evaluator.mode == "frozen"
         if first and frozen and stale_statistics(first.model, model, first.centre, twin.centre):
             twin.fresh = private_copy(model, "landscape")
-            recalibrate(twin.fresh, data)
+            average_statistics(twin.fresh, data, loss.run)
             twin.evaluator = make(twin.fresh)
             twin.evaluator.batch_norm = (
                 "frozen, after one recalibration (the statistics were those of the first twin)"
@@ -119,7 +119,7 @@ def stale_statistics(
     """The twin computes something else than the first with the first one's batch-norm statistics."""
     if twin is first or centre_of_twin == centre_of_first:
         return False
-    pairs = [(a.running_mean, b.running_mean) for a, b in zip(batch_norms(twin), batch_norms(first))]
+    pairs = [(a.running_mean, b.running_mean) for a, b in zip(*map(norms_with_statistics, (twin, first)))]
     return bool(pairs) and all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
 
 

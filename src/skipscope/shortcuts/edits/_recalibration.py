@@ -1,4 +1,4 @@
-"""Batch-norm statistics of an edited twin, measured by one pass over data."""
+"""Running statistics of an edited twin's norms, measured by one pass over data."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from skipscope._untouched import random_state_kept, set_mode
 
 @public_call("recalibrate")
 def recalibrate(twin: nn.Module, data: Any) -> nn.Module:
-    """Set every batch norm's running statistics to the average over ``data``, in place, and return the twin.
+    """Set the running statistics of batch norms and instance norms to the average over ``data``, in place.
 
     Local: under DDP each rank's statistics are those of the data it gives. Collective where the twin is sharded.
 
     Args:
-        twin: usually what ``ablate`` returned; without batch norms nothing happens.
+        twin: usually what ``ablate`` returned; without such norms nothing happens.
         data: batches (definitions.md), or bare inputs of the model.
+
+    Returns:
+        The twin.
 
     Example:
         >>> net = nn.BatchNorm1d(2)
@@ -39,10 +42,8 @@ def recalibrate(twin: nn.Module, data: Any) -> nn.Module:
 def average_statistics(
     twin: nn.Module, batches: Iterable[Any], run: Callable[[nn.Module, Any], object]
 ) -> nn.Module:
-    """Set every batch norm's running statistics to the average over ``run(twin, batch)``, in place (local)."""
-    norms = [
-        m for m in twin.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
+    """Set every norm's running statistics to the average over ``run(twin, batch)``, in place (local)."""
+    norms = norms_with_statistics(twin)
     if not norms:
         return twin
     flags = {m: m.training for m in twin.modules()}
@@ -51,10 +52,13 @@ def average_statistics(
         set_mode(twin, False)
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # the plain average over batches
             norm.training = True
         with random_state_kept(0), torch.no_grad():
-            for batch in batches:
+            for count, batch in enumerate(batches, 1):
+                for norm in norms:
+                    norm.momentum = (
+                        1 / count
+                    )  # the plain average over batches; None means it for batch norms alone
                 run(twin, batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -62,3 +66,10 @@ def average_statistics(
         for module, flag in flags.items():
             module.training = flag
     return twin
+
+
+def norms_with_statistics(model: nn.Module) -> list[nn.modules.batchnorm._NormBase]:
+    """The batch norms and instance norms that keep running statistics."""
+    return [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats
+    ]
