@@ -25,6 +25,18 @@ def short(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))) if value else 0)}f}"
 
 
+def student_quantile(probability: float, freedom: int) -> float:
+    """The quantile of Student's t distribution with ``freedom`` degrees of freedom.
+
+    Example:
+        >>> round(student_quantile(0.975, 9), 4)
+        2.2622
+    """
+    from scipy.special import stdtrit  # scipy.stats takes seconds to import
+
+    return float(stdtrit(freedom, probability))
+
+
 def times(value: float) -> str:
     """A ratio for people: ``4.2x``, ``1,099x``.
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import betainc
 
 from skipscope.curvature._lanczos import Krylov, Restart, Step
 
@@ -42,6 +41,8 @@ def chance_unseen(run: Krylov, places: Sequence[float], block: int, diluted: flo
     # What an SVD cannot tell from zero must count as zero.
     weakest = np.maximum(sizes[:, -1] - 8 * np.finfo(float).eps * sizes[:, 0], 1e-300)
     shares = diluted**2 * (1 + constraints) * np.exp(np.minimum(-2 * (np.log(weakest) + log_scale), 0.0))
+    from scipy.special import betainc
+
     return float(betainc(block / 2, (run.size - block) / 2, np.minimum(shares, 1.0)).sum())
 
 

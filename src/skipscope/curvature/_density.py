@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 from torch import nn
 
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope._free_memory import SHARE, free_bytes
+from skipscope._numbers import student_quantile
 from skipscope._progress import say, track
 from skipscope._public_call import public_call
 from skipscope.curvature._ladder import Matrix
@@ -150,7 +150,7 @@ def _curve(nodes: np.ndarray, weights: np.ndarray, points: int, bandwidth: float
         width * np.sqrt(2 * np.pi)
     )
     each = (weights[..., None] * shapes).sum(1)  # [probes, points]
-    half = student.ppf(0.975, len(each) - 1) * each.std(0, ddof=1) / np.sqrt(len(each))
+    half = student_quantile(0.975, len(each) - 1) * each.std(0, ddof=1) / np.sqrt(len(each))
     density = each.mean(0)
     return {
         "grid": grid,

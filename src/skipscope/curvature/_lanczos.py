@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -53,8 +52,7 @@ class Step:
         kept, width = self.onward.shape
         if kept == width:
             return np.linalg.inv(self.onward), np.zeros((width, 0))
-        lost = scipy.linalg.null_space(self.onward) if kept else np.eye(width)
-        return np.linalg.pinv(self.onward), lost
+        return np.linalg.pinv(self.onward), np.linalg.svd(self.onward)[2][kept:].T if kept else np.eye(width)
 
 
 @dataclass

@@ -6,6 +6,7 @@ first product on the first batch tries the rungs of the ladder from the cheapest
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 
 from skipscope._data import Batch, Batches, Objective, read
@@ -43,12 +43,14 @@ class How:
     memory: int = _MEMORY
 
 
-class CurvatureOperator(LinearOperator):
-    """The matrix of second derivatives of a loss, known by its products; a ``scipy.sparse.linalg.LinearOperator``.
+class CurvatureOperator:
+    """The matrix of second derivatives of a loss, known by its products.
 
-    Made by :func:`curvature_operator`. It keeps a copy of the model as it was then.
+    Made by :func:`curvature_operator`, which returns a ``scipy.sparse.linalg.LinearOperator`` too. It keeps a copy of the
+    model as it was then.
 
     Attributes:
+        dtype: float64.
         shape: ``(n, n)``, n the number of parameters chosen.
         matrix: "hessian" or "gauss_newton".
         layout: how a vector ``[n]`` is cut into parameters.
@@ -72,7 +74,7 @@ class CurvatureOperator(LinearOperator):
         self.held_bytes = 0
         self._memory, self._held = memory, {}
         self._shares = self._count_shares()
-        super().__init__(np.dtype(np.float64), (self.layout.size, self.layout.size))
+        self.dtype, self.shape = np.dtype(np.float64), (self.layout.size, self.layout.size)
         index, batch, _ = next(iter(self._batches()))
         model.refuse_hidden_parameters(batch, index)  # and a user's own error comes out as such
         trial = self._cut(torch.randn(self.layout.size, generator=own_generator(0)))
@@ -286,10 +288,30 @@ def curvature_operator(
         array([5.])
     """
     how = How(matrix, parameters, weight, training, seed, mode, memory)
-    return open_operator("curvature_operator", model, data, loss, how)
+    return open_operator("curvature_operator", model, data, loss, how, _scipy_class())
 
 
-def open_operator(operation: str, model: nn.Module, data: Any, loss: Any, how: How) -> CurvatureOperator:
+@functools.cache
+def _scipy_class() -> type[CurvatureOperator]:
+    """The class that is a ``LinearOperator`` too: scipy's sparse solvers are slow to import."""
+    from scipy.sparse.linalg import LinearOperator
+
+    class LinearCurvatureOperator(CurvatureOperator, LinearOperator):
+        def __init__(self, *arguments: Any, **options: Any):
+            CurvatureOperator.__init__(self, *arguments, **options)
+            LinearOperator.__init__(self, self.dtype, self.shape)
+
+    return LinearCurvatureOperator
+
+
+def open_operator(
+    operation: str,
+    model: nn.Module,
+    data: Any,
+    loss: Any,
+    how: How,
+    kind: type[CurvatureOperator] = CurvatureOperator,
+) -> CurvatureOperator:
     """:func:`curvature_operator` in the name of another public call."""
     if how.matrix not in get_args(Matrix):
         raise SkipscopeError(
@@ -301,4 +323,4 @@ def open_operator(operation: str, model: nn.Module, data: Any, loss: Any, how: H
     own = private_model(
         model, objective, operation, parameters=how.parameters, training=how.training, seed=how.seed
     )
-    return CurvatureOperator(own, batches, how.matrix, mode=how.mode, memory=how.memory)
+    return kind(own, batches, how.matrix, mode=how.mode, memory=how.memory)

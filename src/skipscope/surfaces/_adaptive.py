@@ -256,12 +256,10 @@ def beyond(drawn: int, left: int, draws: int = 1) -> float:
         >>> round(beyond(24, 2500), 3), round(beyond(59, 2500), 3), beyond(24, 24)
         (0.118, 0.05, 0.0)
     """
-    from scipy.stats import hypergeom
-
     if drawn >= left:
         return 0.0
     further = np.arange(left - drawn + 1)
-    missed = hypergeom.pmf(0, left, further, drawn)
+    missed = np.cumprod([1.0, *(1 - drawn / (left - further[:-1]))])
     return float(further[missed >= _DOUBT / draws].max() / (left - drawn))
 
 

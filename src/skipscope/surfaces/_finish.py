@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from skipscope._data import Batches, Objective
+from skipscope._numbers import student_quantile
 from skipscope._version import __version__
 from skipscope.surfaces import _directions as dirs
 from skipscope.surfaces._choice import Choice
@@ -149,14 +150,12 @@ def _known_points(run: Run, twin: TwinOnPlane) -> KnownPoints | None:
 
 
 def _difference(run: Run, sheet: Sheet, first: TwinOnPlane, twin: TwinOnPlane) -> Difference:
-    from scipy.stats import t as student
-
     values = sheet[f"{twin.name}/value"] - sheet[f"{first.name}/value"]
     name = f"{twin.name} - {first.name}"
     if f"{twin.name}/difference_stderr" not in sheet:
         return Difference(name, values, None, None, None)
     error = sheet[f"{twin.name}/difference_stderr"]
-    half = student.ppf(0.975, sum(twin.evaluator.plain.at_point.sizes) - 1) * error
+    half = student_quantile(0.975, sum(twin.evaluator.plain.at_point.sizes) - 1) * error
     # An interpolated point may be off by the interpolation's error in both surfaces; its interval says so.
     off = sum(run.interpolated.errors[t.name] for t in (first, twin)) if run.interpolated else 0.0
     guess = off * ~sheet.done.reshape(sheet.shape)

@@ -18,6 +18,7 @@ from torch import nn
 
 from skipscope._data import Batches, Objective
 from skipscope._errors import MissingExtra
+from skipscope.surfaces._opened_work import open_work
 from skipscope.surfaces._runner import Remote
 from skipscope.surfaces._settings import Settings
 from skipscope.surfaces._strategies import PER_CORE
@@ -98,13 +99,10 @@ def on_ray(job: Job) -> Remote:
 
 def compute_unit(job: Job, unit: np.ndarray) -> np.ndarray:
     """One unit, in a worker."""
-    from skipscope.surfaces._run import worker_work
-
     if job.key not in _built:
         for _, opened in _built.values():
             opened.close()
         _built.clear()
         torch.set_num_threads(job.threads)
-        opened = ExitStack()
-        _built[job.key] = worker_work(job, opened), opened
+        _built[job.key] = open_work(job.models, job.data, job.loss, job.settings, job.axes, job.strategies)
     return _built[job.key][0](np.array(unit))

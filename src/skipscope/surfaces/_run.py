@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -14,30 +14,29 @@ import torch
 from torch import nn
 
 from skipscope._data import Batches, Objective, mean_loss, read
-from skipscope._errors import SkipscopeError
 from skipscope._random import refuse_noise, seed_generators
 from skipscope._sharding import refuse_spread
 from skipscope._untouched import private_copy, require_module, untouched
 from skipscope._version import __version__
 from skipscope.shortcuts import average_statistics
 from skipscope.surfaces._adaptive import Adaptive
-from skipscope.surfaces._choice import Choice, choose
-from skipscope.surfaces._evaluate import Point, prepare_batch_norm
+from skipscope.surfaces._choice import Choice
+from skipscope.surfaces._evaluate import prepare_batch_norm
 from skipscope.surfaces._finish import Facts, Interpolated, Run, finish
 from skipscope.surfaces._grid import Sheet, axes
 from skipscope.surfaces._learnt import own_loss
 from skipscope.surfaces._memory import check_grid
+from skipscope.surfaces._opened_work import choose_for_all, open_twins, precision_of
 from skipscope.surfaces._planes import Plane
 from skipscope.surfaces._points import data_hash, direction_hash, resident, weights_hash
-from skipscope.surfaces._ray import Job, job, on_ray
+from skipscope.surfaces._ray import job, on_ray
 from skipscope.surfaces._results import PairedSurfaces
 from skipscope.surfaces._runner import Runner, engine_for
 from skipscope.surfaces._settings import Settings
 from skipscope.surfaces._store import Plan, Store, check_plan, read_plan
-from skipscope.surfaces._twins import TwinOnPlane, Work, make_twins
+from skipscope.surfaces._twins import TwinOnPlane, Work
 
 _UNIT_S = 2.0  # a unit of work in a store takes about this long: what a killed process loses at most
-_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings) -> PairedSurfaces:
@@ -60,10 +59,10 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
     hashes = {name: weights_hash(model) for name, model in models.items()}
     with (
         untouched(*models.values(), training=False, seed=0, operation="landscape"),
-        _precision(settings.precision, first),
+        precision_of(settings.precision, first),
         ExitStack() as opened,
     ):
-        twins = opened.enter_context(_open_twins(models, held, objective, settings, len(at)))
+        twins = opened.enter_context(open_twins(models, held, objective, settings, len(at)))
         work = Work(twins, at)
         check_grid(int(np.prod(work.shape)), len(work.names))
         sheet = Sheet(work.names, work.shape)
@@ -87,57 +86,6 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
     return end(interpolated)
 
 
-@contextmanager
-def _open_twins(
-    models: Mapping[str, nn.Module], data: Batches, loss: Objective, settings: Settings, axes: int
-) -> Iterator[list[TwinOnPlane]]:
-    """The twins, and at the end of whatever happens no process of theirs."""
-    twins = make_twins(models, data, loss, settings, axes)
-    try:
-        yield twins
-    finally:
-        for twin in twins:
-            twin.evaluator.strategy.close()
-
-
-def worker_work(job: Job, opened: ExitStack) -> Work:
-    """The same work in a worker process; what must be undone at its end is pushed on ``opened``."""
-    first = next(iter(job.models.values()))
-    opened.enter_context(untouched(*job.models.values(), training=False, seed=0, operation="landscape"))
-    opened.enter_context(_precision(job.settings.precision, first))
-    twins = opened.enter_context(_open_twins(job.models, job.data, job.loss, job.settings, len(job.axes)))
-    work = Work(twins, job.axes)
-    some = _some_points(work, int(np.prod(work.shape)))
-    for twin in twins:
-        choose(twin.evaluator, some, len(some), job.strategies[twin.name])
-    return work
-
-
-@contextmanager
-def _precision(precision: str | None, model: nn.Module) -> Iterator[None]:
-    """The explicit choice of lower precision; None is the model's own, with torch's present settings."""
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    if precision is None:
-        yield
-    elif precision in _PRECISIONS:
-        with torch.autocast(device, _PRECISIONS[precision], cache_enabled=False):
-            yield
-    elif precision in {"tf32", "fp32"}:
-        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    else:
-        raise SkipscopeError(
-            "landscape",
-            "unknown precision",
-            expected="None (the model's own), fp32, tf32, bf16 or fp16",
-            got=repr(precision),
-        )
-
-
 def _prepare(
     twins: list[TwinOnPlane],
     work: Work,
@@ -150,18 +98,18 @@ def _prepare(
     count = int(np.prod(work.shape))
     folder = settings.store
     if folder is None:
-        return None, _choose(twins, work, count, settings.strategy)
+        return None, choose_for_all(twins, work, count, settings.strategy)
     found = read_plan(folder)
     identity, probes = _identity(twins, work, settings, hashes, data, loss), work.fingerprint()
     plan = Plan(identity, probes, work.names, count, 1, "plain")
     if found is not None:
         check_plan(found, plan, folder)
-        return Store(folder, found), _choose(twins, work, count, found.strategy)
-    choices = _choose(twins, work, count, settings.strategy)
+        return Store(folder, found), choose_for_all(twins, work, count, found.strategy)
+    choices = choose_for_all(twins, work, count, settings.strategy)
     name = choices[twins[0].name].name
     store = Store.create(folder, replace(plan, unit=_unit(work, choices, settings), strategy=name))
     if store.plan.strategy != name:  # another process made the store first
-        choices = _choose(twins, work, count, store.plan.strategy)
+        choices = choose_for_all(twins, work, count, store.plan.strategy)
     return store, choices
 
 
@@ -206,22 +154,6 @@ def _identity(
         },
         "versions": {"skipscope": __version__, "torch": torch.__version__},
     }  # fmt: skip
-
-
-def _choose(twins: list[TwinOnPlane], work: Work, count: int, wanted: str) -> dict[str, Choice]:
-    """One way for all twins: the first one's choice, where it holds."""
-    some = _some_points(work, count)
-    choices = {}
-    for twin in twins:
-        choices[twin.name] = choose(twin.evaluator, some, count, wanted, asked=twin is twins[0])
-        wanted = choices[twins[0].name].name
-    return choices
-
-
-def _some_points(work: Work, count: int) -> list[Point]:
-    """Where strategies are tried: next to the middle (at the origin itself nothing has moved), and on."""
-    middle = range(count // 2 + 1, min(count, count // 2 + 29))
-    return work.points(np.array([*middle, *range(min(4, count // 2 + 1))][:28]))
 
 
 def _fill(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from skipscope._numbers import short
+from skipscope._numbers import short, student_quantile
 from skipscope._result import Table
 from skipscope.surfaces._exports import Exported
 from skipscope.surfaces._points import FOLDS
@@ -45,11 +45,9 @@ class Scores(Exported):
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """A score's 95 % interval (Student's; ten groups of samples give nine degrees of freedom); None without an error."""
-        from scipy.stats import t as student
-
         if name not in self.errors:
             return None
-        value, half = getattr(self, name), float(student.ppf(0.975, FOLDS - 1)) * self.errors[name]
+        value, half = getattr(self, name), student_quantile(0.975, FOLDS - 1) * self.errors[name]
         lowest, highest = _POSSIBLE.get(name, (-np.inf, np.inf))
         return max(lowest, value - half), min(highest, value + half)
 
