@@ -15,15 +15,15 @@ from torch import nn
 
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
-from skipscope._free_memory import SHARE, free_bytes
 from skipscope._numbers import student_quantile
-from skipscope._progress import say, track
+from skipscope._progress import track
 from skipscope._public_call import public_call
 from skipscope.curvature._ladder import Matrix
 from skipscope.curvature._lanczos import Draw, Krylov, Product, gaussian_blocks
 from skipscope.curvature._operator import How, open_operator
 from skipscope.curvature._private import Selection
 from skipscope.curvature._results import SpectralDensity, error_of, stderr_of
+from skipscope.curvature._vector_memory import require_vectors
 
 
 def quadrature(product: Product, size: int, steps: int, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
@@ -102,8 +102,9 @@ def spectral_density(
     how = How(matrix, parameters, weight, training, seed, mode)
     operator = open_operator(operation, model, data, loss, how)
     size, device = operator.shape[0], operator.basis_device
-    require_steps(operation, size, min(steps, size), device)
-    draw, steps = gaussian_blocks(size, seed, device), min(steps, operator.shape[0])
+    steps = min(steps, size)
+    require_vectors(operation, size, steps, 6, device, lambda n: f"steps={n}" if n > 1 else None)
+    draw = gaussian_blocks(size, seed, device)
     found = [quadrature(operator.apply, size, steps, draw) for _ in track(range(probes), "spectral density")]
     nodes, weights = (np.stack(parts, axis=1) for parts in zip(*found, strict=True))
     numbers = _summary(nodes, weights, size, cut)
@@ -121,25 +122,6 @@ def spectral_density(
         half_nodes=half_nodes,
         half_weights=half_weights,
     )
-
-
-def require_steps(operation: str, size: int, steps: int, device: torch.device) -> None:
-    """Say how much memory the steps take, and refuse those whose basis does not fit into the free memory.
-
-    Raises:
-        SkipscopeError: with the ``steps=`` that fit.
-    """
-    row, beside = 8 * size, 6
-    needed, free = (steps + beside) * row, SHARE * free_bytes(device)
-    if needed > free:
-        fitting = int(free / row) - beside
-        raise SkipscopeError(
-            operation, f"the vectors of {steps} steps do not fit into memory",
-            expected=f"{needed / 2**30:.2f} GiB for {size:,} parameters in float64",
-            got=f"{free / 2**30:.2f} GiB that may be used on {device}",
-            cure=f"steps={fitting}" if fitting > 1 else "fewer parameters: parameters=[...]",
-        )  # fmt: skip
-    say(f"{operation}: {steps} vectors, at most {needed / 2**30:.2g} GiB")
 
 
 def _curve(nodes: np.ndarray, weights: np.ndarray, points: int, bandwidth: float | None) -> dict[str, Any]:

@@ -101,9 +101,7 @@ class Krylov:
 
     def start(self, block: Tensor) -> None:
         """Begin (again) with ``block [b, n]``, made orthogonal to the basis and to itself."""
-        kept, _, _ = self._orthonormal(block, floor=0.0, sure=False)
-        self.width = kept.shape[0]
-        self.rows[self.filled : self.filled + self.width] = kept
+        self.width = len(self._orthonormal(block, floor=0.0, sure=False)[0])
         self.coupling = np.zeros((self.filled, self.width))
 
     @property
@@ -149,52 +147,44 @@ class Krylov:
 
     def _next_block(self, image: Tensor, measured: np.ndarray) -> None:
         m, b = self.filled, image.shape[0]
-        kept, onward, dropped = self._orthonormal(image, _BREAKDOWN * self.scale, sure=True)
+        onward, dropped = self._orthonormal(image, _BREAKDOWN * self.scale, sure=True)
         self._dropped = max(self._dropped, dropped)
         if not self.invariant:
             self.history.append(Step(measured, onward, dropped))
-        self.width = kept.shape[0]
+        self.width = len(onward)
         self.coupling = np.zeros((m, self.width))
         self.coupling[m - b :] = onward.T
-        if self.width:
-            self.rows[m : m + self.width] = kept
-        elif m < self.size:  # invariant: what else there is can only be met by a new start
+        if not self.width and m < self.size:  # invariant: what else there is can only be met by a new start
             self.invariant = True
             self.start(self.draw(min(b, self.size - m)))
 
-    def _orthonormal(self, block: Tensor, floor: float, *, sure: bool) -> tuple[Tensor, np.ndarray, float]:
-        """Orthonormal rows for ``block``, its coordinates in them, and what was cut off: what is below ``floor``.
+    def _orthonormal(self, block: Tensor, floor: float, *, sure: bool) -> tuple[np.ndarray, float]:
+        """Write orthonormal rows for ``block`` behind the basis; the block is overwritten.
 
-        Where the block is ``sure`` to be orthogonal to the basis, only a row of which its own block takes much away is
+        Returns its coordinates in these rows, and the norm of what was cut off: what is below ``floor``. Where the block is ``sure`` to be orthogonal to the basis, only a row of which its own block takes much away is
         not any more.
         """
-        space, found = self.rows[: self.filled], []
-        room = self.size - self.filled
+        m, kept, room = self.filled, 0, self.size - self.filled
         onward, dropped = np.zeros((min(block.shape[0], room), block.shape[0])), 0.0
         for i, row in enumerate(block):
             whole = float(torch.linalg.vector_norm(row))
-            for j, other in enumerate(found):
+            for j, other in enumerate(self.rows[m : m + kept]):
                 inner = float(other @ row)
                 onward[j, i] += inner
-                row = row - inner * other
-            norm = float(torch.linalg.vector_norm(row)) if found else whole
-            if norm <= floor or norm == 0.0 or len(found) == room:
+                row.add_(other, alpha=-inner)
+            norm = float(torch.linalg.vector_norm(row)) if kept else whole
+            if norm <= floor or norm == 0.0 or kept == room:
                 dropped = max(dropped, norm)
                 continue
-            row = row / norm
+            row.div_(norm)
             if not sure or norm < _KEPT * whole:
-                row = self._again(row, found, space)
-            onward[len(found), i] = norm
-            found.append(row)
-        kept = torch.stack(found) if found else block[:0]
-        return kept, onward[: len(found)], dropped
-
-    def _again(self, row: Tensor, found: list[Tensor], space: Tensor) -> Tensor:
-        """``row`` made orthogonal to everything, twice."""
-        for _ in range(2):
-            for others in (self.outside, space, *([torch.stack(found)] if found else [])):
-                row = row - (others @ row) @ others
-        return row / torch.linalg.vector_norm(row)
+                for others in (self.outside, self.rows[: m + kept]) * 2:
+                    row.addmv_(others.T, others @ row, alpha=-1)
+                row.div_(torch.linalg.vector_norm(row))
+            onward[kept, i] = norm
+            self.rows[m + kept] = row
+            kept += 1
+        return onward[:kept], dropped
 
     def _note_rounding(self, difference: np.ndarray) -> None:
         if difference.size:

@@ -118,16 +118,15 @@ class CurvatureOperator:
             SkipscopeError: a product is not finite; the batch is named.
         """
         tangents = [self._cut(vector) for vector in vectors]
-        total = None
+        total = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+        sizes = [parameter.numel() for parameter in self.model.parameters]
         for index, batch, share in self._batches():
             found = self._on_batch(index, batch, tangents)
-            rows = torch.cat([part.reshape(-1) for parts in found for part in parts]).view(len(found), -1)
-            if not math.isfinite(float(rows.sum())) and not rows.isfinite().all():  # a sum may overflow
+            for row, parts in zip(total, found, strict=True):
+                for piece, part in zip(row.split(sizes), parts, strict=True):
+                    piece.add_(part.reshape(-1).to(piece.device), alpha=share)
+            if not math.isfinite(float(total.sum())) and not total.isfinite().all():  # a sum may overflow
                 self._refuse_nonfinite(index, batch, found)
-            rows = rows.to(vectors.device, torch.float64)
-            rows = rows if share == 1.0 else rows.mul_(share)
-            total = rows if total is None else total.add_(rows)
-        assert total is not None  # some batch counts, or the operator would not have been made
         self.products += vectors.shape[0]
         return total
 

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipscope._errors import SkipscopeError
-from skipscope._free_memory import SHARE, free_bytes
-from skipscope._progress import say, track
+from skipscope._progress import track
 from skipscope.curvature._certificate import chance_unseen
 from skipscope.curvature._lanczos import Draw, Krylov, Product, gaussian_blocks
+from skipscope.curvature._vector_memory import require_vectors
 
 _BASIS_BYTES = 1 << 30
 _BESIDE = 4  # vectors that a product and an orthogonalisation hold beside the basis
@@ -151,30 +150,19 @@ def _fewest(wish: Wish) -> int:
 
 
 def require_memory(operation: str, size: int, wish: Wish, device: torch.device) -> None:
-    """Say how much memory the basis takes, and refuse one that does not fit into what is free, before it is taken.
-
-    Args:
-        operation: named in the error.
-        size: n.
-        wish: what is asked for.
-        device: where the vectors live.
+    """Print what the basis takes, and refuse one that does not fit into free memory, before it is taken.
 
     Raises:
         SkipscopeError: with the ``basis=`` that fits.
     """
-    row, rows = 8 * size, min(_rows(size, wish), size)
-    beside = _BESIDE + wish.block + (2 * wish.k if wish.k > 1 else 2)
-    needed, free = (rows + beside) * row, SHARE * free_bytes(device)
-    if needed > free:
-        fitting = int(free / row) - beside
-        cure = f"basis={fitting}" if fitting >= _fewest(wish) else "fewer parameters: parameters=[...]"
-        raise SkipscopeError(
-            operation, f"a basis of {rows} vectors does not fit into memory",
-            expected=f"{needed / 2**30:.2f} GiB for {size:,} parameters in float64",
-            got=f"{free / 2**30:.2f} GiB that may be used on {device}",
-            cure=cure + ("; it restarts more often, and needs more products" if "basis=" in cure else ""),
-        )  # fmt: skip
-    say(f"{operation}: a basis of {rows} vectors, at most {needed / 2**30:.2g} GiB")
+
+    def cure(fitting: int) -> str | None:
+        if fitting < _fewest(wish):
+            return None
+        return f"basis={fitting}; it restarts more often, and needs more products"
+
+    beside = _BESIDE + wish.block + 2 * wish.k
+    require_vectors(operation, size, min(_rows(size, wish), size), beside, device, cure)
 
 
 def _joined(known: Tensor, found: Tensor) -> Tensor:

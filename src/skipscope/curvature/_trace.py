@@ -18,6 +18,7 @@ from skipscope.curvature._lanczos import Product, own_generator
 from skipscope.curvature._operator import How, open_operator
 from skipscope.curvature._private import Selection
 from skipscope.curvature._results import TraceEstimate, stderr_of
+from skipscope.curvature._vector_memory import require_vectors
 
 Method = Literal["hutch++", "hutchinson"]
 
@@ -41,22 +42,36 @@ def trace_of(
     def signs() -> Tensor:
         return (torch.randint(0, 2, (1, size), generator=generator) * 2 - 1).to(device, torch.float64)
 
-    def images(rows: Tensor) -> Tensor:
-        return torch.cat([product(row[None]) for row in track(rows, "trace")])
-
-    exact, carried = 0.0, torch.zeros(0, size, dtype=torch.float64, device=device)
-    third = min(products // 3, size)
-    if method == "hutch++" and third:
-        carried = torch.linalg.qr(images(torch.cat([signs() for _ in range(third)])).T)[0].T
-        exact = float((carried * images(carried)).sum())
-        if third == size:
-            return exact, 0.0, third
+    third = min(products // 3, size) if method == "hutch++" else 0
+    carried = torch.empty(third, size, dtype=torch.float64, device=device)
+    kept = 0
+    for _ in track(range(third), "trace"):
+        kept += _append_orthonormal(carried, kept, product(signs())[0])
+    carried = carried[:kept]
+    exact = sum(float(row @ product(row[None])[0]) for row in track(carried, "trace"))
+    if third and third == size:
+        return exact, 0.0, third
     rest = []
-    for _ in track(range(max(2, products - 2 * carried.shape[0])), "trace"):
+    for _ in track(range(max(2, products - 2 * third)), "trace"):
         probe = signs()
-        probe = probe - (probe @ carried.T) @ carried
+        probe.addmm_(probe @ carried.T, carried, alpha=-1)
         rest.append(float((probe * product(probe)).sum()))
     return exact + float(np.mean(rest)), stderr_of(np.array(rest)), len(rest)
+
+
+def _append_orthonormal(rows: Tensor, count: int, row: Tensor) -> bool:
+    """Write the part of ``row`` that is orthogonal to the first ``count`` rows behind them, as a unit vector.
+
+    Returns whether there is one: a remainder that is rounding is left out.
+    """
+    whole = float(torch.linalg.vector_norm(row))
+    for _ in range(2):  # twice is enough (Giraud, Langou & Rozloznik 2005)
+        row.addmv_(rows[:count].T, rows[:count] @ row, alpha=-1)
+    rest = float(torch.linalg.vector_norm(row))
+    if rest <= 1e-12 * whole:
+        return False
+    torch.div(row, rest, out=rows[count])
+    return True
 
 
 @public_call("curvature_trace")
@@ -90,7 +105,8 @@ def curvature_trace(
         mode: as in :func:`curvature_operator`.
 
     Raises:
-        SkipscopeError: data or loss cannot be read, a product is not finite, or an unknown method.
+        SkipscopeError: data or loss cannot be read, a product is not finite, an unknown method, or the vectors of hutch++
+            (a third of ``products``, in float64) do not fit into memory.
 
     Example:
         >>> import torch, skipscope as ss
@@ -109,9 +125,17 @@ def curvature_trace(
         raise SkipscopeError(operation, "too few products", expected="at least 2", got=products)
     how = How(matrix, parameters, weight, training, seed, mode)
     operator = open_operator(operation, model, data, loss, how)
-    value, stderr, probes = trace_of(
-        operator.apply, operator.shape[0], products, method, seed, operator.basis_device
+    size, device = operator.shape[0], operator.basis_device
+    kept = min(products // 3, size) if method == "hutch++" else 0
+    require_vectors(
+        operation,
+        size,
+        kept,
+        6,
+        device,
+        lambda n: f'products={3 * n}, or method="hutchinson"' if n > 0 else None,
     )
+    value, stderr, probes = trace_of(operator.apply, size, products, method, seed, device)
     return TraceEstimate(
         value=value,
         stderr=stderr,

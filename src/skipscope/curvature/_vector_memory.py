@@ -1,0 +1,44 @@
+"""Whether the float64 vectors of a call fit into free memory: said, or refused, before they are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from skipscope._errors import SkipscopeError
+from skipscope._free_memory import SHARE, free_bytes
+from skipscope._progress import say
+
+
+def require_vectors(
+    operation: str,
+    size: int,
+    count: int,
+    beside: int,
+    device: torch.device,
+    cure: Callable[[int], str | None],
+) -> None:
+    """Print the memory that vectors take, or refuse them.
+
+    Args:
+        operation: named in the error.
+        size: of a vector.
+        count: how many are kept.
+        beside: how many more are held at the peak.
+        device: where they are kept.
+        cure: the cure, from how many would fit; None where too few do.
+
+    Raises:
+        SkipscopeError: they need more than may be used of the free memory.
+    """
+    row = 8 * size
+    needed, free = (count + beside) * row, SHARE * free_bytes(device)
+    if needed > free:
+        raise SkipscopeError(
+            operation, f"{count} vectors of the parameters' size do not fit into memory",
+            expected=f"{needed / 2**30:.2f} GiB for {size:,} parameters in float64",
+            got=f"{free / 2**30:.2f} GiB that may be used on {device}",
+            cure=cure(int(free / row) - beside) or "fewer parameters: parameters=[...]",
+        )  # fmt: skip
+    say(f"{operation}: {count} vectors, at most {needed / 2**30:.2g} GiB")
