@@ -60,6 +60,10 @@ def seconds(tool: str, name: str, grid: int) -> float:
     from torch import nn
 
     model, (x, y) = network(name)
+    with torch.no_grad():  # loss-landscapes divides by the norm of every filter, zero biases too
+        for p in model.parameters():
+            if p.ndim < 2 and not p.any():
+                p.normal_(std=1e-3)
     began = time.perf_counter()
     if tool == "skipscope":
         import skipscope as ss
