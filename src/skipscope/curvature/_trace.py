@@ -44,10 +44,10 @@ def trace_of(
 
     third = min(products // 3, size) if method == "hutch++" else 0
     carried = torch.empty(third, size, dtype=torch.float64, device=device)
-    kept = 0
-    for _ in track(range(third), "trace"):
-        kept += _append_orthonormal(carried, kept, product(signs())[0])
-    carried = carried[:kept]
+    for kept in track(range(third), "trace"):
+        if not _append_orthonormal(carried, kept, product(signs())[0]):  # the images so far are all there is
+            other = torch.randn(size, generator=generator, dtype=torch.float64).to(device)
+            _append_orthonormal(carried, kept, other)
     exact = sum(float(row @ product(row[None])[0]) for row in track(carried, "trace"))
     if third and third == size:
         return exact, 0.0, third
