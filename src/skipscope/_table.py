@@ -119,7 +119,7 @@ class Table:
                 else np.array([_words(cell) for cell in cells], dtype=str)
             )
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **columns)
+        np.savez_compressed(buffer, **columns)
         return buffer.getvalue()
 
     def dataframe(self) -> Any:

@@ -250,7 +250,7 @@ def fine(level: np.ndarray, least: int = 61) -> np.ndarray:
     finer = [np.linspace(0, n - 1, max(n, math.ceil(least / (n - 1)) * (n - 1) + 1)) for n in level.shape]
     grid = np.meshgrid(*finer, indexing="ij")
     method = "cubic" if known.all() else "linear"  # a cubic would carry NaN over the whole plane
-    made = RegularGridInterpolator(axes, level, method=method)(grid)
+    made = RegularGridInterpolator(axes, level, method=method)(tuple(grid))
     # A cubic may overshoot: never beyond what was measured
     return np.clip(made, np.nanmin(level), np.nanmax(level))
 

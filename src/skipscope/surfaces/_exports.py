@@ -58,7 +58,7 @@ def _npz(layers: list[Layer]) -> bytes:
         lead = layer.prefix + "/" if layer.prefix else ""
         arrays |= {lead + name: column for name, column in {**layer.columns, **layer.more}.items()}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
 
 
