@@ -171,12 +171,16 @@ def test_find_flow_paths_and_show(folder):
 
 
 def test_compare_ones_own_model(folder):
-    done = skipscope(folder, "compare", "mine:make", "--data", "mine:batch", "--quick", "--out", "mine")
+    done = skipscope(
+        folder, "compare", "mine:make", "--data", "mine:batch", "--quick", "--steps", "20",
+        "--kinds", "rezero,dense", "--out", "mine",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "training:" in done.stderr
     result = json.loads((folder / "mine" / "compare.json").read_text())["data"]
     assert len(result["found"]["with"]["entries"]) == 2
-    assert set(result["flow"]) == {"with", "with, detached", "without"}
+    assert set(result["flow"]) == {"with", "with, detached", "without", "rezero"}
+    assert "kinds of shortcut" in done.stdout and "(dense was left out: " in " ".join(done.stdout.split())
     page = (folder / "mine" / "compare.html").read_text()
     assert len(page) < 8_000_000
     assert result["summary"][0] in page.replace("&#39;", "'")

@@ -127,6 +127,54 @@ def test_a_ready_model_varies_batch_order_only_and_is_left_alone():
     assert torch.equal(rng, torch.get_rng_state())
 
 
+@pytest.mark.slow
+def test_kinds_of_shortcut_stand_beside_it_trained_alike():
+    """The twin of each kind is `rewire`'s, its curve that of `train_twins`; what does not fit is refused in words."""
+    kinds = ["identity", "rezero", "highway", "dense"]
+    small = {"steps": 12, "seeds": 1, "grid": 3}
+    result = ss.compare(WITH, DATA, F.cross_entropy, variants=kinds, **small)
+    assert [t.meaning for t in result.twins] == [
+        "as built", "removed", "kind: identity", "kind: rezero", "kind: highway",
+    ]  # fmt: skip
+    assert sum(note.startswith("dense was left out: ") for note in result.notes) == 1
+    assert set(result.surfaces["trained"].surfaces) == {"with", "without"}
+    torch.manual_seed(0)
+    model = WITH().train()
+    found = ss.find_shortcuts(model, DATA[0])
+
+    def rezero():
+        return ss.rewire(WITH(), found, kind="rezero", inputs=DATA[0])
+
+    alone = ss.train_twins({"rezero": rezero}, DATA, F.cross_entropy, steps=12, seeds=1)
+    assert alone.curves["rezero"]["Adam"].rate == result.training.curves["rezero"]["Adam"].rate
+    np.testing.assert_array_equal(
+        alone.curves["rezero"]["Adam"].losses, result.training.curves["rezero"]["Adam"].losses
+    )
+    table = result.kinds_table()
+    assert [row[0] for row in table.rows] == ["as built", "removed", "identity", "rezero", "highway"]
+    assert table.rows[3][2] == alone.curves["rezero"]["SGD"].final_loss
+    assert all(row[-1] == result.flow[twin.name].verdict.state for row, twin in zip(table.rows, result.twins))
+    # Shortcuts by the identity are those that the network has.
+    np.testing.assert_array_equal(
+        result.training.curves["identity"]["SGD"].losses, result.training.curves["with"]["SGD"].losses
+    )
+
+
+def test_kinds_are_added_where_there_are_no_shortcuts():
+    result = ss.compare(PLAIN, DATA, F.cross_entropy, variants=["rezero"], train=False, grid=3)
+    assert result.twins[-1].meaning == "kind: rezero"
+    assert [row[0] for row in result.kinds_table().rows] == ["as built", "shortcuts added", "rezero"]
+
+
+@pytest.mark.parametrize(
+    ("variants", "words"),
+    [(["skip"], "unknown kind"), ([PLAIN], "kinds of shortcut"), (["dense"], "cannot take")],
+)
+def test_kinds_that_do_not_exist_or_fit_are_refused(variants, words):
+    with pytest.raises(SkipscopeError, match=words):
+        ss.compare(WITH, DATA, F.cross_entropy, variants=variants, train=False)
+
+
 def test_variants_stand_beside_it():
     variants = {"scaled": partial(reference.deep_mlp, 4, width=16, shortcut="identity", scale="depth")}
     result = ss.compare(WITH, DATA, F.cross_entropy, variants=variants, train=False, grid=3)

@@ -84,6 +84,7 @@ def compare(
     train: bool = True,
     steps: int | None = None,
     budget: float | None = None,
+    kinds: str | None = None,
     source: Source = Source(),
     output: Output = Output(),
 ) -> None:
@@ -95,8 +96,20 @@ def compare(
         train: also train the twins side by side; --no-train leaves it out.
         steps: optimizer steps a run; more where neither twin has learnt in the default.
         budget: seconds to stay within; parts that do not fit are left out and named.
+        kinds: kinds of shortcut to put in the place of its own, e.g. identity,rezero,highway: one line of a table each.
     """
-    _run("compare", model, output, model, source, quick=quick, train=train, steps=steps, budget=budget)
+    _run(
+        "compare",
+        model,
+        output,
+        model,
+        source,
+        quick=quick,
+        train=train,
+        steps=steps,
+        budget=budget,
+        kinds=kinds,
+    )
 
 
 @app.command

@@ -29,15 +29,17 @@ DEFAULT_FOLDER = Path("skipscope-out")
 
 def compare(
     model: str | None, source: Source, *, output: Output, quick: bool, train: bool, budget: float | None,
-    steps: int | None,
+    steps: int | None, kinds: str | None,
 ) -> None:  # fmt: skip
     """Run the main job and write its page."""
     folder = _folder(output, "compare", model)
     with progress(not output.json):
         if model is None:
-            if source.data or source.weights or source.input or source.loss or source.device:
+            if source.data or source.weights or source.input or source.loss or source.device or kinds:
                 raise SkipscopeError(
-                    "compare", "data without a model", cure="skipscope compare MODULE:CALLABLE --data ..."
+                    "compare",
+                    "data or kinds without a model",
+                    cure="skipscope compare MODULE:CALLABLE --data ...",
                 )
             result = ss.compare(quick=quick, train=train, steps=steps, budget=budget, seed=source.seed)
         else:
@@ -45,8 +47,9 @@ def compare(
             result = ss.compare(
                 subject.make or subject.model, subject.data, subject.loss,
                 quick=quick, train=train, steps=steps, budget=budget, seed=source.seed, name=model, about=subject.said,
+                variants=kinds.split(",") if kinds else None,
             )  # fmt: skip
-    _deliver(result, "compare", output, folder)
+    _deliver(result, "compare", output, folder, before=str(result.kinds_table()) if kinds else "")
 
 
 def play(*, output: Output) -> None:

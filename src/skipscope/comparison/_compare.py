@@ -18,9 +18,10 @@ from skipscope._subject import Subject, prepare
 from skipscope._untouched import one_snapshot, private_copy, random_state_kept, require_module
 from skipscope.comparison._claims import comparison_of
 from skipscope.comparison._evidence import Evidence, Factory, Roles, Settings
+from skipscope.comparison._kinds import kind_names, twins_by_kind
 from skipscope.comparison._lecture import compare_lecture
 from skipscope.comparison._options import require_size, require_whole
-from skipscope.comparison._results import Comparison
+from skipscope.comparison._results import KIND, Comparison
 from skipscope.comparison._stages import (
     QUICK_SECONDS,
     Clock,
@@ -41,7 +42,7 @@ def compare(
     data: Any = None,
     loss: Any = None,
     *,
-    variants: Mapping[str, nn.Module | Factory] | None = None,
+    variants: Mapping[str, nn.Module | Factory] | Sequence[str] | None = None,
     train: bool = True,
     seeds: int = 3,
     steps: int | None = None,
@@ -65,7 +66,8 @@ def compare(
             None: the lecture's network, made deep, on embedded digits.
         data: one batch ``(inputs, target)``, a Mapping, or any re-iterable of these.
         loss: ``loss(output, target)``, ``@skipscope.objective``, or nothing when the output carries ``.loss``.
-        variants: more networks to stand beside the model, by name, each a factory or a module.
+        variants: more networks to stand beside the model, by name, each a factory or a module; or names of kinds of
+            ``skipscope.nn.registry()``: for each a twin whose shortcuts are of that kind (``result.kinds_table()``).
         train: whether the twins are also trained side by side.
         seeds: training runs of each twin.
         steps: optimizer steps a run; by default 200, with ``quick`` 60 (the lecture's network: 300 and 100).
@@ -93,6 +95,7 @@ def compare(
     """
     require_whole("compare", seeds=seeds, steps=steps, batch_size=batch_size)
     require_whole("compare", 3, grid=grid)
+    kind_names(variants)
     require_size("compare", budget=budget)
     settings = Settings(
         seeds=1 if quick else seeds, steps=steps or (60 if quick else 200), batch_size=batch_size,
@@ -102,10 +105,10 @@ def compare(
     if model is None:
         if data is not None or variants is not None:
             raise SkipscopeError(
-                "compare", "data without a model", cure="compare(model, data, loss), or compare()"
+                "compare", "data or variants without a model", cure="compare(model, data, loss), or compare()"
             )
         return compare_lecture(settings, clock, quick=quick, steps=steps)
-    return _compare_own(model, data, loss, variants or {}, settings, clock, name, about, weight)
+    return _compare_own(model, data, loss, variants, settings, clock, name, about, weight)
 
 
 def _compare_own(
@@ -201,7 +204,13 @@ def _twins(model, subject: Subject, variants, settings: Settings, clock: Clock):
         clock.notes.append(
             "the model has no shortcuts of its own: its twin has the lecture's, added where shapes agree"
         )
-    for name, variant in variants.items():
+    for name, (twin, maker) in twins_by_kind(kind_names(variants), subject, again, clock.notes).items():
+        subjects[name], makers[name], meanings[name] = (
+            subject.other(twin, owned=False),
+            maker,
+            f"{KIND}{name}",
+        )
+    for name, variant in variants.items() if isinstance(variants, Mapping) else ():
         subjects[name] = subject.other(_ready(variant, settings.seed), owned=False)
         makers[name], meanings[name] = variant, "variant"
     return subjects, makers, roles, meanings

@@ -143,13 +143,17 @@ class StrengthSweep(Result):
         )  # fmt: skip
 
 
+# How a twin's meaning begins, where its shortcuts are of another kind.
+KIND = "kind: "
+
+
 @dataclass(frozen=True)
 class Twin:
     """One network of a comparison.
 
     Attributes:
         name: its key everywhere.
-        meaning: "as built", "removed", "detached", "trained without", "shortcuts added", or a variant's own words.
+        meaning: "as built", "removed", "detached", "trained without", "shortcuts added", "kind: NAME", or a variant's own words.
         description: one line for people.
         parameters: how many trainable numbers it has.
     """
@@ -251,6 +255,28 @@ class Comparison(Result):
     methods: str
     notes: tuple[str, ...]
     provenance: dict[str, Any]
+
+    def kinds_table(self) -> Table:
+        """One line each: as built, without its shortcuts, and with each kind; loss and steps under each optimizer.
+
+        The table of He et al. 2016 (arXiv 1603.05027, table 1) for one's own network.
+        """
+        training, rows = self.training, list[list[Any]]()
+        heads: list[str] = []
+        for twin in self.twins:
+            row: list[Any] = [twin.meaning.removeprefix(KIND), twin.parameters]
+            for name, curves in (training.curves[twin.name] if training else {}).items():
+                assert training is not None
+                row += [curves.final_loss, training.steps_text(twin.name, name)]
+                if not rows:
+                    heads += [f"{name}: final loss", f"{name}: steps to {short(training.target)}"]
+            rows.append([*row, self.flow[twin.name].verdict.state])
+        return Table(
+            "kinds of shortcut",
+            ["shortcuts", "weights", *heads, "gradient at the start"],
+            rows,
+            list(self.notes),
+        )
 
     def table(self) -> Table:
         rows = []

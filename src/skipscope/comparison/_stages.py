@@ -20,7 +20,7 @@ from skipscope._subject import Subject
 from skipscope._untouched import private_copy, set_mode
 from skipscope.comparison._evidence import Evidence, Settings
 from skipscope.comparison._processes import workers
-from skipscope.comparison._results import StrengthSweep, Training, Twin
+from skipscope.comparison._results import KIND, StrengthSweep, Training, Twin
 from skipscope.flow import GradientFlow, flow_of, importance_of, paths_of, split_of
 from skipscope.shortcuts import ablate
 from skipscope.surfaces import PairedSurfaces, paired_landscapes
@@ -115,10 +115,11 @@ def measure_flow(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clo
     """Flow of every network; for those with shortcuts also removed and detached, split, paths and strength."""
     say("gradient flow, paths and shortcut strength")
     removed = {name for name, twin in evidence.twins.items() if twin.meaning == "removed"}
+    by_kind = {name for name, twin in evidence.twins.items() if twin.meaning.startswith(KIND)}
     for name, subject in subjects.items():
         with clock.stage("flow"):
             evidence.flow[name] = flow_of(subject)
-        if name in removed or not len(subject.found):
+        if name in removed or name in by_kind or not len(subject.found):
             continue
         evidence.found[name] = subject.found
         twins = {"detached": "detach"} if removed else {"removed": "remove", "detached": "detach"}
@@ -217,7 +218,11 @@ def measure_surfaces(
     """Each network's own surface; and, from shared weights, with against removed."""
     say(f"loss surfaces of {len(subjects)} networks, {settings.grid} x {settings.grid} points each")
     having = evidence.roles.with_shortcuts
-    networks = {name: subject.model for name, subject in subjects.items()}
+    networks = {
+        name: subject.model
+        for name, subject in subjects.items()
+        if not evidence.twins[name].meaning.startswith(KIND)
+    }
     subject = subjects[having]
     evaluations = settings.grid**2 * (len(networks) + 2)  # a forward pass is about a third of a step
     if not clock.fits(

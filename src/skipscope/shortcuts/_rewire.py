@@ -7,6 +7,7 @@ The model's own code runs. Where it adds, the connection's ``write(x, F)`` stand
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,8 +112,13 @@ def rewire(
     return twin
 
 
-def _refuse_misfit(shortcut: Shortcut) -> None:
-    """Refuse a merge that is no sum of two tensors, one of them the shortcut."""
+def rewirable(found: Shortcuts) -> Shortcuts:
+    """Those of ``found`` that are sums of a shortcut and a branch."""
+    return replace(found, entries=tuple(shortcut for shortcut in found if _misfit(shortcut) is None))
+
+
+def _misfit(shortcut: Shortcut) -> str | None:
+    """Why a merge is no sum of two tensors, one of them the shortcut; None where it is one."""
     operation = shortcut.key.site.rpartition(":")[2]
     places = [*shortcut.shortcut_at, *shortcut.branch_at]
     reason = shortcut.blocked
@@ -124,6 +130,12 @@ def _refuse_misfit(shortcut: Shortcut) -> None:
         reason = f"it merges by {operation} of {', '.join(shortcut.sides)}"
     elif reason is None and any(place.call != shortcut.key for place in places):
         reason = "its two sides do not come straight to the sum"
+    return reason
+
+
+def _refuse_misfit(shortcut: Shortcut) -> None:
+    """Refuse a merge that is no sum of two tensors, one of them the shortcut."""
+    reason = _misfit(shortcut)
     if reason is not None:
         raise SkipscopeError(
             "rewire", "this merge is no sum of a shortcut and a branch", layer=shortcut.name, expected="x + F(x)",

@@ -1,0 +1,72 @@
+"""Twins by kind of connection: the network's own shortcuts, each time computed by another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from skipscope._errors import SkipscopeError
+from skipscope._subject import Subject
+from skipscope.nn import find_kind
+from skipscope.shortcuts import add_shortcuts, rewirable, rewire
+
+
+def kind_names(variants: Any) -> tuple[str, ...]:
+    """The kinds that ``variants`` names; empty where it maps names to networks.
+
+    Raises:
+        SkipscopeError: a name that no kind has, or something that is no name.
+    """
+    names = [variants] if isinstance(variants, str) else list(variants or ())
+    if isinstance(variants, Mapping):
+        return ()
+    for name in names:
+        if not isinstance(name, str):
+            raise SkipscopeError(
+                "compare", "variants are kinds of shortcut, or networks by name", got=type(name).__name__,
+                expected='["rezero", "highway"], or {"wide": make_wide}', cure="skipscope.nn.registry() lists the kinds",
+            )  # fmt: skip
+        find_kind(name, "compare")
+    return tuple(dict.fromkeys(names))
+
+
+def twins_by_kind(
+    names: Sequence[str], subject: Subject, again: Callable[[], nn.Module] | None, notes: list[str]
+) -> dict[str, tuple[nn.Module, Any]]:
+    """Kind -> its twin, and what makes one anew; kinds that do not fit are refused in ``notes``.
+
+    Where the network has shortcuts those that are sums of two are rewired; elsewhere shortcuts of the kind are added.
+
+    Raises:
+        SkipscopeError: none of the kinds fits.
+    """
+    sums = rewirable(subject.found)
+    if names and len(sums) < len(subject.found):
+        notes.append(
+            f"{len(sums)} of {len(subject.found)} shortcuts are sums of two, and have each kind's connection"
+        )
+    twins: dict[str, tuple[nn.Module, Any]] = {}
+    refused: dict[str, SkipscopeError] = {}
+    for name in names:
+        if len(sums):
+            make = partial(rewire, found=sums, kind=name, inputs=subject.inputs)
+        else:
+            make = partial(add_shortcuts, inputs=subject.inputs, kind=name, report=None)
+        try:
+            twin = make(subject.model)
+        except SkipscopeError as error:
+            refused[name] = error
+            continue
+        twins[name] = twin, twin if again is None else partial(_made, make, again)
+    for name, error in refused.items():
+        notes.append(f"{name} was left out: {error.problem} ({error.got})")
+    if refused and not twins:
+        raise next(iter(refused.values()))
+    return twins
+
+
+def _made(make: Callable[[nn.Module], nn.Module], again: Callable[[], nn.Module]) -> nn.Module:
+    return make(again())
