@@ -10,7 +10,7 @@ from skipscope.testing import BrokenContract, check_shortcut
 
 WIDTH = 8
 ALL = (
-    "shape", "repeatable", "samples", "gradient", "weights", "found", "ablatable", "state_dict", "compile", "autocast",
+    "shape", "repeatable", "samples", "strides", "gradient", "weights", "found", "ablatable", "state_dict", "compile", "autocast",
 )  # fmt: skip
 
 
@@ -260,6 +260,115 @@ BROKEN = {
 }
 
 
+class WrongBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Planted(Block):
+    """Whatever a planted mistake may need."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra, self.weight, self.last, self.count = branch(), torch.ones(()), None, 0
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+
+def remembers(self, x):
+    self.last = x
+    return x + self.branch(x)
+
+
+def counts(self, x):
+    self.count += 1
+    return x + self.branch(x)
+
+
+def follows_the_data(self, x):
+    self.mean.mul_(0.9).add_(x.detach().mean(0))
+    return x + self.branch(x)
+
+
+def fresh_dtype(self, x):
+    y = torch.empty(x.shape)
+    y[:] = x + self.branch(x)
+    return y
+
+
+def scaled_gradient(self, x):
+    y = x + 0
+    if y.requires_grad:
+        y.register_hook(lambda grad: 3 * grad)
+    return y + self.branch(x)
+
+
+def in_place(self, x):
+    x.relu_()
+    return x + self.branch(x)
+
+
+# One line a mistake; each block is `Planted` with this forward pass (its `extra` is dropped where it is not used).
+# Rounding to float32 alone is not refused: sound blocks do it in their norms.
+MISTAKES = {
+    "dropout in evaluation": lambda s, x: x + nn.functional.dropout(s.branch(x), 0.5, True),
+    "noise in evaluation": lambda s, x: x + s.branch(x) + 0.1 * torch.randn_like(x),
+    "noise on the shortcut": lambda s, x: x * torch.rand(()) + s.branch(x),
+    "a counter on the module": counts,
+    "keeps its last input": remembers,
+    "a buffer that follows the data in evaluation": follows_the_data,
+    "a tensor outside the state_dict": lambda s, x: x + s.weight * s.branch(x),
+    "trains without a shortcut": lambda s, x: s.branch(x) if s.training else x + s.branch(x),
+    "a shortcut only in training": lambda s, x: x + s.branch(x) if s.training else s.branch(x),
+    "trains with one shortcut more": lambda s, x: (
+        x + s.branch(x) + (x * s.branch(x) + x if s.training else 0)
+    ),
+    "detached branch": lambda s, x: x + s.branch(x).detach(),
+    "branch without gradients": lambda s, x: x + torch.no_grad()(s.branch)(x),
+    "detached shortcut": lambda s, x: x.detach() + s.branch(x),
+    "half of the gradient lost": lambda s, x: x / 2 + (x / 2).detach() + s.branch(x),
+    "the shortcut by .data": lambda s, x: x.data + s.branch(x),
+    "a wrong backward pass": lambda s, x: WrongBackward.apply(x) + s.branch(x),
+    "a hook that scales the gradient": scaled_gradient,
+    "a branch that is forgotten": lambda s, x: x + s.branch(x),
+    "half of a layer unused": lambda s, x: x + s.branch(x) + s.extra[2](x) * 0.5,
+    "a batch of four only": lambda s, x: x + s.branch(x.view(4, WIDTH)),
+    "fails for one sample": lambda s, x: (
+        x + s.branch(x) / (len(x) - 1) * (len(x) - 1) if len(x) > 1 else x[5]
+    ),
+    "the batch's mean": lambda s, x: x - x.mean(0) + s.branch(x),
+    "samples change places": lambda s, x: x.flip(0) + s.branch(x),
+    "one sample's shortcut": lambda s, x: x[:1] + s.branch(x),
+    "the first sample is special": lambda s, x: (
+        x + s.branch(x) * torch.arange(1, len(x) + 1).clamp(max=2)[:, None]
+    ),
+    "a mean in place of x": lambda s, x: x.mean(-1, keepdim=True) + s.branch(x),
+    "one feature in place of x": lambda s, x: x[:, :1] + s.branch(x),
+    "rounds to float32": lambda s, x: x.float() + s.branch(x),
+    "a new tensor's dtype": fresh_dtype,
+    "reads memory, not numbers": lambda s, x: x.as_strided(x.shape, (WIDTH, 1)) + s.branch(x),
+    "changes its input": in_place,
+    "divides by zero": lambda s, x: x + s.branch(x) / 0.0,
+}
+KEEPS_EXTRA = {"a branch that is forgotten", "half of a layer unused"}
+
+
+@pytest.mark.parametrize("mistake", sorted(MISTAKES.keys() - {"rounds to float32"}))
+def test_planted_mistakes_are_refused(mistake):
+    torch.manual_seed(0)
+    block = type("Block", (Planted,), {"forward": MISTAKES[mistake]})()
+    if mistake not in KEEPS_EXTRA:
+        del block.extra
+    if mistake != "a tensor outside the state_dict":
+        del block.weight
+    with pytest.raises(BrokenContract):
+        check_shortcut(block, torch.randn(4, WIDTH), compile=False)
+
+
 def test_the_correct_block_passes():
     assert check_shortcut(Block()) == ALL
 
@@ -375,3 +484,93 @@ def test_layers_of_transformers_keep_the_contract():
 def test_inputs_that_cannot_be_guessed():
     with pytest.raises(SkipscopeError, match="pass inputs="):
         check_shortcut(sn.IdentityShortcut(nn.Tanh()))
+
+
+def stock_blocks():
+    """Blocks of other libraries, each with an input."""
+    from timm.models import convnext, mlp_mixer, regnet, resnet, resnetv2, vision_transformer
+    from torchvision.models import convnext as their_convnext
+    from torchvision.models import mobilenetv2, swin_transformer
+    from torchvision.models import resnet as their_resnet
+    from torchvision.models import vision_transformer as their_vit
+
+    images, tokens = torch.randn(3, 8, 6, 6), torch.randn(3, 4, 16)
+    yield "timm BasicBlock", resnet.BasicBlock(8, 8), images
+    yield "timm Bottleneck", resnet.Bottleneck(8, 2), images
+    yield (
+        "timm PreActBottleneck",
+        resnetv2.PreActBottleneck(32, 32, bottle_ratio=1.0),
+        torch.randn(3, 32, 4, 4),
+    )
+    yield "timm ViT", vision_transformer.Block(16, 2), tokens
+    yield "timm ViT, parallel", vision_transformer.ParallelScalingBlock(16, 2), tokens
+    yield "timm ViT, layer scale", vision_transformer.Block(16, 2, init_values=0.1), tokens
+    yield "timm ConvNeXt", convnext.ConvNeXtBlock(8), images
+    yield "timm Mixer", mlp_mixer.MixerBlock(16, 4), tokens
+    yield "timm ResMLP", mlp_mixer.ResBlock(16, 4, mlp_ratio=4, norm_layer=mlp_mixer.Affine), tokens
+    yield "timm RegNet", regnet.Bottleneck(8, 8, group_size=4), images
+    yield "torchvision BasicBlock", their_resnet.BasicBlock(8, 8), images
+    yield "torchvision Bottleneck", their_resnet.Bottleneck(8, 2), images
+    yield "torchvision inverted residual", mobilenetv2.InvertedResidual(8, 8, 1, 2), images
+    yield "torchvision ConvNeXt", their_convnext.CNBlock(8, 1e-6, 0.0), images
+    yield "torchvision ViT", their_vit.EncoderBlock(2, 16, 32, 0.0, 0.0), tokens
+    yield (
+        "torchvision Swin",
+        swin_transformer.SwinTransformerBlock(16, 2, [2, 2], [1, 1]),
+        torch.randn(2, 4, 4, 16),
+    )
+
+
+def stock_layers():
+    """Layers of transformers, each with an input."""
+    import transformers
+    from transformers.models.bert.modeling_bert import BertLayer
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
+    from transformers.models.t5.modeling_t5 import T5LayerFF
+    from transformers.models.vit.modeling_vit import ViTLayer
+
+    tokens = torch.randn(2, 5, 16)
+    small = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "attn_implementation": "eager",
+    }
+    yield "BERT", BertLayer(transformers.BertConfig(**small)), tokens
+    yield "ViT", ViTLayer(transformers.ViTConfig(**small)), tokens
+    yield "T5", T5LayerFF(transformers.T5Config(d_model=16, d_ff=32)), tokens
+    config = transformers.GPTNeoXConfig(**small)
+    rotary = torch.randn(2, 5, 2), torch.randn(2, 5, 2)
+    yield (
+        "GPT-NeoX",
+        GPTNeoXLayer(config, 0),
+        {"hidden_states": tokens, "attention_mask": None, "position_embeddings": rotary},
+    )
+
+
+class FirstOutput(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **keywords):
+        out = self.block(*args, **keywords)
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+
+@pytest.mark.slow
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("blocks", "library", "count"), [(stock_blocks, "timm", 16), (stock_layers, "transformers", 4)]
+)
+def test_sound_blocks_of_other_libraries_are_not_refused(blocks, library, count):
+    pytest.importorskip(library)
+    torch.manual_seed(0)
+    refused, checked = {}, 0
+    for name, block, inputs in blocks():
+        checked += 1
+        try:
+            check_shortcut(FirstOutput(block), inputs, compile=False)
+        except SkipscopeError as error:
+            refused[name] = str(error)
+    assert not refused and checked == count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from skipscope._calls import call_model
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
 from skipscope._untouched import private_copy, random_state_kept, require_module
-from skipscope.shortcuts import ablate, find_shortcuts
+from skipscope.shortcuts import Merge, Shortcuts, ablate, find_shortcuts, tap_merges
 
 
 class BrokenContract(SkipscopeError, AssertionError):
@@ -76,10 +76,10 @@ def check_shortcut(
     """Check that a module is a shortcut that works everywhere a module should.
 
     In this order: the output's shape, and that the input is left as it was; the identity at the start, where claimed; in
-    evaluation mode it draws no noise and keeps nothing from pass to pass; samples (of vectors and images) do not depend on
-    one another; a gradient reaches the input, and in float64
-    equals a finite difference; each weight gets one while training; it is found by ``find_shortcuts``, with the right
-    kind, and in training mode as in evaluation mode; it can be ablated, and says the same when it should; its
+    evaluation mode it draws no noise and keeps nothing from pass to pass; samples (of vectors and images) do not depend
+    on one another, nor the output on the input's strides; a gradient reaches the input, and in float64 equals a finite
+    difference; each weight gets one while training; it is found by ``find_shortcuts``, with the right kind, as wide as
+    the sum, and in training mode as in evaluation mode; it can be ablated, and says the same when it should; its
     ``state_dict`` holds all its state; it compiles to one graph; it runs under autocast. The module itself stays as
     it was. Local.
 
@@ -103,7 +103,7 @@ def check_shortcut(
     Example:
         >>> from skipscope.nn import Highway
         >>> check_shortcut(Highway(nn.Linear(8, 8), 8), kind="gated", compile=False)
-        ('shape', 'repeatable', 'samples', 'gradient', 'weights', 'found', 'ablatable', 'state_dict', 'autocast')
+        ('shape', 'repeatable', 'samples', 'strides', 'gradient', 'weights', 'found', 'ablatable', 'state_dict', 'autocast')
     """
     require_module(module, "check_shortcut")
     kind = kind or getattr(module, "kind", None)
@@ -116,6 +116,7 @@ def check_shortcut(
         "identity_at_start": _identity_at_start,
         "repeatable": _repeatable,
         "samples": _samples,
+        "strides": _strides,
         "gradient": _gradient,
         "weights": _weights,
         "found": _found,
@@ -184,10 +185,11 @@ def _repeatable(case: _Case) -> None:
     """Two passes of one module in evaluation mode, from two random states, and one of a module that ran before on others."""
     module = case.fresh().eval()
     before = {key: value.clone() for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-    outputs = []
+    outputs, attributes = [], []
     for seed in (0, 1):
         with torch.enable_grad(), random_state_kept(seed):
             outputs.append(case.call(module, case.stream.clone().requires_grad_().clone()).detach())
+        attributes.append(_plain_attributes(module))
     if not torch.equal(*outputs):
         raise _broken(
             case, "repeatable: two passes in evaluation mode differ", expected="the same output from the same input",
@@ -200,6 +202,13 @@ def _repeatable(case: _Case) -> None:
         raise _broken(
             case, "repeatable: a pass in evaluation mode changes the state", expected="a state_dict left as it was",
             got=", ".join(changed)[:200], cure="update buffers only if self.training",
+        )  # fmt: skip
+    # What the first pass makes and every later one keeps (a table of positions) is no memory of the input.
+    left = [name for name, value in attributes[1].items() if not _same(value, attributes[0].get(name))]
+    if left:
+        raise _broken(
+            case, "repeatable: a pass in evaluation mode leaves something behind", expected="plain attributes as they were",
+            got=", ".join(left)[:200], cure="keep no activation and count no calls on the module",
         )  # fmt: skip
     other = case.fresh().eval()
     with torch.no_grad(), random_state_kept(0):
@@ -239,6 +248,39 @@ def _samples(case: _Case) -> None:
                 case, "samples: a sample's output depends on its place or its neighbours", expected="each sample by itself",
                 got=f"another output for sample {index[0]} among {len(index)}", cure="index no fixed sample; mix along features only",
             )  # fmt: skip
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What modules hold beside parameters, buffers and modules; of a container its length."""
+    return {
+        f"{path}.{name}".lstrip("."): len(value) if isinstance(value, list | dict | set) else value
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if not name.startswith("_")
+    }
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b if isinstance(a, int | float | str) else a is b
+
+
+def _strides(case: _Case) -> None:
+    """The same numbers in another memory layout give the same; a block that refuses the layout says so itself."""
+    x = case.stream
+    if x.ndim < 2:
+        return
+    module, expected = case.fresh().eval(), case.output()
+    try:
+        with torch.enable_grad(), random_state_kept(0):
+            output = case.call(module, x.transpose(0, -1).contiguous().transpose(0, -1)).detach()
+    except (RuntimeError, ValueError):
+        return
+    if not _close(output, expected):
+        raise _broken(
+            case, "strides: another memory layout of the same numbers gives another output",
+            expected="an output that depends on the numbers alone", got="another one for a transposed input",
+            cure="reshape and transpose; no as_strided, no view of the storage",
+        )  # fmt: skip
 
 
 def _weights(case: _Case) -> None:
@@ -314,6 +356,12 @@ def _found(case: _Case) -> None:
             expected=case.kind or "any kind", got=", ".join(kinds) or f"no shortcut ({reasons or 'no merges'})",
             cure="in evaluation mode, one operand of the merge must come past the branch",
         )  # fmt: skip
+    broadcast = _broadcast_shortcuts(case, found)
+    if broadcast:
+        raise _broken(
+            case, "found: the shortcut has another shape than the merge", expected="one number for each of the output's",
+            got=broadcast[0], cure="carry all of x past the branch: no mean and no slice of it",
+        )  # fmt: skip
     with random_state_kept(0):
         training = find_shortcuts(case.fresh().train(), case.inputs)
     if len(training) != len(found):
@@ -321,6 +369,25 @@ def _found(case: _Case) -> None:
             case, "found: another number of shortcuts in training mode", expected=f"{len(found)}, as in evaluation mode",
             got=len(training), cure="let the shortcut stand in both modes",
         )  # fmt: skip
+
+
+def _broadcast_shortcuts(case: _Case, found: Shortcuts) -> list[str]:
+    """The shapes of shortcuts that a sum had to expand."""
+    sums = [shortcut for shortcut in found if shortcut.kind in {"identity", "scaled", "projection"}]
+    shapes: list[str] = []
+
+    def note(_: int, merge: Merge) -> Tensor:
+        shapes.extend(
+            f"{tuple(operand.shape)} in a sum of {tuple(merge.output.shape)}"
+            for operand, side in zip(merge.operands, merge.sides, strict=True)
+            if side == "shortcut" and operand.shape != merge.output.shape
+        )
+        return merge.output
+
+    module = case.fresh().eval()
+    with torch.no_grad(), random_state_kept(0), tap_merges(module, replace(found, entries=tuple(sums)), note):
+        case.call(module, case.stream.clone())
+    return shapes
 
 
 def _ablatable(case: _Case) -> None:
@@ -349,6 +416,12 @@ def _ablatable(case: _Case) -> None:
 
 def _state_dict(case: _Case) -> None:
     module = case.fresh()
+    outside = [name for name, value in _plain_attributes(module).items() if isinstance(value, Tensor)]
+    if outside:
+        raise _broken(
+            case, "state_dict: a tensor is kept outside it", expected="parameters and buffers", got=", ".join(outside)[:200],
+            cure="self.register_buffer(name, tensor); persistent=False for what can be computed again",
+        )  # fmt: skip
     with torch.no_grad():
         for tensor in module.state_dict().values():
             if tensor.is_floating_point():
