@@ -136,6 +136,42 @@ def test_the_result_keeps(tmp_path):
     assert ss.load(tmp_path / "split.json") == split
 
 
+READ = {
+    "embedding": nn.functional.embedding,
+    "index": lambda ids, table: table[ids],
+    "select": lambda ids, table: table.index_select(0, ids.flatten()).view(*ids.shape, -1),
+    "one-hot": lambda ids, table: nn.functional.one_hot(ids, len(table)).to(table) @ table,
+}
+
+
+class Tokens(nn.Module):
+    def __init__(self, read):
+        super().__init__()
+        self.table, self.f = (
+            nn.Parameter(torch.randn(7, 4)),
+            nn.ModuleList(oracles.layer(4) for _ in range(2)),
+        )
+        self.read = read
+
+    def forward(self, ids):
+        x = READ[self.read](ids, self.table)
+        for f in self.f:
+            x = 0.5 * x + f(x)
+        return x
+
+
+@pytest.mark.parametrize("read", READ)
+def test_the_first_fork_of_tokens_however_they_are_read(read):
+    torch.manual_seed(0)
+    model, ids = Tokens(read).double(), torch.randint(0, 7, (3, 5))
+    x = READ[read](ids, model.table).detach().requires_grad_()
+    y = 0.5 * x + model.f[0](x)
+    (0.5 * y + model.f[1](y)).square().mean().backward(inputs=[x, y.retain_grad() or y])
+    split = ss.gradient_split(model, (ids, torch.zeros(1)), lambda output, _: output.square().mean())
+    assert split[0].shortcut_rms == pytest.approx(0.5 * rms(y.grad), rel=1e-10)
+    assert split[0].fork_rms == pytest.approx(rms(x.grad), rel=1e-10) and split[0].residual < 1e-14
+
+
 class Recurrent(nn.Module):
     """h + F(h), the same F at every step: a chain as long as is asked for."""
 

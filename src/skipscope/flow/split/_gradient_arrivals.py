@@ -51,7 +51,7 @@ class BackwardGraph:
 
     Args:
         loss: a scalar with a graph.
-        leaves: the model's inputs.
+        leaves: the model's inputs, and what it makes first of token ids.
         merges: shortcut operands that no data reaches are learned streams, and activations too.
 
     Attributes:

@@ -25,7 +25,7 @@ from skipscope.flow._readings import norm_of
 from skipscope.flow._results import GradientSplit, SplitAt
 from skipscope.flow._seed import backward_error
 from skipscope.flow.split._gradient_arrivals import Arrival, BackwardGraph, Done, GradientArrivals, MergeEdges
-from skipscope.shortcuts import Merge, Shortcut, Shortcuts, meaning, tap_merges
+from skipscope.shortcuts import Merge, Shortcut, Shortcuts, meaning, tap_boundaries, tap_merges
 
 
 @public_call("gradient_split")
@@ -141,7 +141,13 @@ def _add_batch(model: nn.Module, batch: Batch, loss: Objective, found: Shortcuts
             merges[k].add(merge.sides, merge.operands)
         return merge.output
 
-    with tap_merges(model, found, touch):
+    def begin(_: int, activation: Tensor) -> Tensor:
+        leaves.append(activation if activation.requires_grad else activation.detach().requires_grad_())
+        return leaves[-1].clone()
+
+    # Where activations begin with token ids, the trace knows the call.
+    entries = tuple(point for point in found.boundaries[:1] if point.key.site != "input")
+    with tap_boundaries(model, entries, begin), tap_merges(model, found, touch):
         value = loss(model, _with_leaves(batch, leaves))
         if not value.requires_grad:
             raise no_gradient("gradient_split", model)
