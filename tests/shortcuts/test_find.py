@@ -15,6 +15,7 @@ from torch import nn
 import skipscope as ss
 from shortcuts.architectures import CASES, Basic, Layer, Lecture, ResNet, features, images, seq, sequences
 from skipscope.shortcuts import Shortcuts, ablate, boundaries, find_shortcuts, mark_shortcut
+from skipscope.shortcuts.trace import _operations
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -230,6 +231,12 @@ def test_what_cannot_be_seen_can_be_declared():
     assert torch.equal(ablate(model, found, "detach")(x), model(x))
     with pytest.raises(ss.SkipscopeError, match="no such argument"):
         mark_shortcut(lambda a, b: a + b, shortcut="x", branch="b")
+
+
+def test_a_declaration_changes_nothing_global():
+    before = dict(_operations.OPERATIONS)
+    mark_shortcut(lambda a, b: a + b, shortcut="a", branch="b")
+    assert before == _operations.OPERATIONS
 
 
 def test_the_model_is_left_as_found():

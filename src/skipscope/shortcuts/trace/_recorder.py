@@ -580,16 +580,22 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
 def _attributes(module: nn.Module) -> Iterator[Tensor]:
     """The tensors in a module's attributes, and in lists and dicts there; not deeper, for objects may go in circles."""
     for value in vars(module).values():
-        nested = value.values() if isinstance(value, dict) else value
-        items = nested if isinstance(value, dict | list | tuple) else [value]
-        yield from (item for item in items if isinstance(item, Tensor))
+        if isinstance(value, dict | list | tuple):
+            if value:
+                items = value.values() if isinstance(value, dict) else value
+                yield from (item for item in items if isinstance(item, Tensor))
+        elif isinstance(value, Tensor):
+            yield value
 
 
 _ATOMS = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, type(Ellipsis))
+_ATOM_TYPES = frozenset(_ATOMS)
 
 
 def _plain(argument: Any, values: Iterator[int]) -> Any:
     """An argument as plain data."""
+    if type(argument) in _ATOM_TYPES:
+        return argument
     if isinstance(argument, Tensor):
         return Operand(next(values))
     if isinstance(argument, _ATOMS):
