@@ -1,7 +1,7 @@
 """One recorded trace of a forward pass: every torch call in order, as plain data. See :class:`Trace`."""
 
-from skipscope.shortcuts.trace._functions import QUERIES as QUERIES
-from skipscope.shortcuts.trace._functions import function_of as function_of
+from skipscope.shortcuts.trace._function_names import QUERIES as QUERIES
+from skipscope.shortcuts.trace._function_names import function_of as function_of
 from skipscope.shortcuts.trace._lent_inputs import LentInputs as LentInputs
 from skipscope.shortcuts.trace._recorded_trace import Hidden as Hidden
 from skipscope.shortcuts.trace._recorded_trace import ModuleRun as ModuleRun

@@ -30,6 +30,7 @@ def mark_shortcut(
         SkipscopeError: the function has no such argument.
 
     Example:
+        >>> import torch
         >>> class Net(torch.nn.Module):
         ...     join = staticmethod(mark_shortcut(lambda x, f: torch.stack([x, f]).sum(0), shortcut="x", branch="f"))
         ...     def __init__(self):

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from skipscope import _data, _sharding
 from skipscope.shortcuts.trace import _call_sites, _operations
-from skipscope.shortcuts.trace._functions import (
+from skipscope.shortcuts.trace._function_names import (
     COMPOSITES,
     LINEAR,
     LOOKUPS,
