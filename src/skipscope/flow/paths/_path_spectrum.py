@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ def _run(backward: PathLengthBackward) -> LengthGradients | None:
 def _with_errors(
     norms: np.ndarray, window: tuple[int, int], branches: int, floor: float
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """All lengths, what an estimate is off by (at least ``floor``), and a note."""
+    """All lengths of an estimate, the error of each (at least ``floor``), and a note."""
     low, count = window
     inside = norms[low : low + count]
     eighth = max(1, len(inside) // 8)
@@ -183,20 +183,23 @@ class _Sums:
     """The sums over batches: of an activation the norms add up, of a parameter the gradients.
 
     Args:
-        shared: the target is one and the same in every batch.
+        is_shared: the target is the same in every batch.
         branches: how many shortcuts count.
+
+    Attributes:
+        norms: by length; of the plain gradient, and of its difference from the sum over all lengths.
+        vectors: the same gradients themselves, of a shared target.
+        window: of an estimate, its first length and how many.
+        folded: of an estimate, how much is beyond the window.
     """
 
-    def __init__(self, shared: bool, branches: int):
-        self.shared, self.branches, self.loss = shared, branches, 0.0
-        self.squares: dict[int, float] = {}
-        self.off = self.all = 0.0
-        self.vectors: dict[int, Tensor] = {}
-        self.plain: Tensor | None = None
-        self.reached = False
+    def __init__(self, is_shared: bool, branches: int):
+        self.is_shared, self.branches, self.loss = is_shared, branches, 0.0
+        self.norms: dict[int | Literal["plain", "rest"], float] = {}
+        self.vectors: dict[int | Literal["plain", "rest"], Tensor] = {}
         self.methods: set[str] = set()
-        self.window: tuple[int, int] | None = None  # of an estimate: its first length, and how many
-        self.folded, self.rounding = 0.0, 0.0  # what lies beyond it, and half precision's share
+        self.window: tuple[int, int] | None = None
+        self.folded, self.rounding = 0.0, 0.0
 
     def add(
         self,
@@ -215,49 +218,41 @@ class _Sums:
                 self.rounding = 16 * torch.finfo(angles.rows.dtype).eps
         if gradients is None or plain is None:
             return
-        self.reached = True
         whole = plain.detach().double() * share
         rest = whole.neg()
+        self._accumulate("plain", whole)
         for i, row in enumerate(gradients.rows):
-            k, row = gradients.low + i, row.detach().double() * (backward.unit * share)
+            row = row.detach().double() * (backward.unit * share)
             rest += row
-            if self.shared:
-                self.vectors[k] = self.vectors[k] + row if k in self.vectors else row
-            else:
-                self.squares[k] = math.hypot(self.squares.get(k, 0.0), norm_of(row))
-        if self.shared:
-            self.plain = whole if self.plain is None else self.plain + whole
-        else:
-            self.off, self.all = math.hypot(self.off, norm_of(rest)), math.hypot(self.all, norm_of(whole))
+            self._accumulate(gradients.low + i, row)
+        self._accumulate("rest", rest)
 
-    def norms(self) -> np.ndarray:
-        """The norm at every length; sets the residual's parts ``off`` and ``all``."""
-        if self.plain is not None:
-            self.squares = {k: norm_of(row) for k, row in self.vectors.items()}
-            rest = self.plain.neg()
-            for row in self.vectors.values():
-                rest += row
-            self.off, self.all = norm_of(rest), norm_of(self.plain)
-        # What is overwritten in place gets a gradient of zeros, which may have come by more branches than there are.
-        highest = max(k for k, norm in self.squares.items() if norm or k <= self.branches)
-        return np.array([self.squares.get(k, 0.0) for k in range(highest + 1)])
+    def _accumulate(self, key: int | Literal["plain", "rest"], gradient: Tensor) -> None:
+        if self.is_shared:
+            gradient = self.vectors[key] = self.vectors[key] + gradient if key in self.vectors else gradient
+        before = 0.0 if self.is_shared else self.norms.get(key, 0.0)
+        self.norms[key] = math.hypot(before, norm_of(gradient))
 
     def result(self, name: str, mode: str, meaning: str) -> PathSpectrum:
         """As a result."""
-        if not self.reached:
+        if not self.norms:
             raise SkipscopeError(
                 "path_spectrum", f"no path leads from the loss to {name}", layer=name,
                 cure="choose another wrt; ss.gradient_flow says where the network comes apart",
             )  # fmt: skip
-        norms = self.norms()
+        plain, rest = self.norms["plain"], self.norms["rest"]
+        of = {k: norm for k, norm in self.norms.items() if isinstance(k, int)}
+        # What is overwritten in place gets a gradient of zeros, which may have come by more branches than there are.
+        highest = max(k for k, norm in of.items() if norm or k <= self.branches)
+        norms = np.array([of.get(k, 0.0) for k in range(highest + 1)])
         mean = float(norms @ np.arange(len(norms)) / norms.sum()) if norms.sum() else math.nan
         method = "mixed" if len(self.methods) == 2 else next(iter(self.methods), "batched")
         errors, notes = None, ()
         if self.window is not None:
-            floor = max(self.folded, self.rounding * self.all)
+            floor = max(self.folded, self.rounding * plain)
             norms, errors, notes = _with_errors(norms, self.window, self.branches, floor)
             method = f"estimate, {method}"
         return PathSpectrum(
-            norms, mean, self.off / self.all if self.all else self.off, self.all, len(norms) - 1, name, method,
-            self.loss, mode, meaning, errors, notes,
+            norms, mean, rest / plain if plain else rest, plain, len(norms) - 1, name, method, self.loss, mode, meaning,
+            errors, notes,
         )  # fmt: skip
