@@ -19,9 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from skipscope import _data
 from skipscope.shortcuts._shortcut_result import Boundary, CallKey, OperandSide, Shortcut, Shortcuts
-from skipscope.shortcuts.taps._gate_sides import GateSides, call_followed
+from skipscope.shortcuts.taps._gate_sides import Call, GateSides, make_followed
 from skipscope.shortcuts.trace import _call_sites, _operations
-from skipscope.shortcuts.trace._operations import Operation
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +54,7 @@ class Merge:
 
 
 Touch = Callable[[int, Tensor], Tensor]
-# Makes a call: with the operation, torch's function, its arguments and keywords.
-Handler = Callable[[Operation | None, Any, tuple[Any, ...], dict[str, Any]], Any]
+Handler = Callable[[Call], Any]
 
 
 class _Tap(TorchFunctionMode):
@@ -73,30 +71,30 @@ class _Tap(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         operation = _operations.operation_of(func)
+        if operation is None and not self.gates and name not in self.lookups:
+            return func(*args, **kwargs)
         if operation is not None and operation.is_many:
             return _operations.one_by_one(self, operation, func, args, kwargs)
-        handler = self._handler(name, operation, args, kwargs)
+        call = Call(operation, func, args, kwargs)
+        handler = self._handler(name, call)
         if handler is not None:
-            return handler(operation, func, args, kwargs)
-        touched = [gate for gate in self.gates.values() if gate.touches(args, kwargs)]
+            return handler(call)
+        touched = [gate for gate in self.gates.values() if gate.touches(call)]
         if not touched:
             return func(*args, **kwargs)
-        output = result = call_followed(touched, func, args, kwargs)
+        output = result = make_followed(touched, call)
         for gate in touched if name in _operations.REDUCTIONS else ():
             if gate.finish is not None:
                 result = gate.finish(output)
         return result
 
-    def _handler(self, name: str, operation: Operation | None, args: Any, kwargs: Any) -> Handler | None:
-        if operation is None and name not in self.lookups:
+    def _handler(self, name: str, call: Call) -> Handler | None:
+        if call.operation is None and name not in self.lookups:
             return None
-        frame, label = _call_sites.caller(), name if operation is None else operation.name
+        frame, label = _call_sites.caller(), name if call.operation is None else call.operation.name
         if _call_sites.site_of(frame, label) not in self.keyed:
             return None
-        if (
-            operation is not None
-            and _operations.tensor_operands(_operations.operands(operation, args, kwargs)) < 2
-        ):
+        if call.operation is not None and _operations.tensor_operands(_values(call)) < 2:
             return None
         return self.handlers.get(self.sites.occurrence(frame, label))
 
@@ -184,31 +182,28 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
     def at_merge(k: int) -> Handler:
         shortcut = found[k]
 
-        def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
-            assert operation is not None
-            if "both" in shortcut.sides:
-                sides = gate_of(k).on_each_side(func, args, kwargs, shortcut.key)
-                del gates[k]
-                # As built too: a checkpoint around the gate counts what the call saves.
-                _operations.out_of_place(operation, func)(*args, **kwargs)
-                merge = _merge_of_sides(shortcut, sides)
-            else:
-                merge = _merge(shortcut.name, shortcut.sides, operation, func, args, kwargs)
-            return _replace(operation, args, kwargs, touch(k, merge))
+        def handle(call: Call) -> Any:
+            if "both" not in shortcut.sides:
+                return _replace(call, touch(k, _merge(shortcut.name, shortcut.sides, call)))
+            sides = gate_of(k).on_each_side(call, shortcut.key)
+            del gates[k]
+            # As built too: a checkpoint around the gate counts what the call saves.
+            call.pure(*call.args, **call.kwargs)
+            return _replace(call, touch(k, _merge_of_sides(shortcut, sides)))
 
         return handle
 
     def at_part(ks: Iterable[int], key: CallKey) -> Handler:
-        def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
+        def handle(call: Call) -> Any:
             begun = [gate_of(k) for k in ks]
-            others = [g for g in gates.values() if g not in begun and g.touches(args, kwargs)]
-            return call_followed([*begun, *others], func, args, kwargs, key)
+            others = [gate for gate in gates.values() if gate not in begun and gate.touches(call)]
+            return make_followed([*begun, *others], call, key)
 
         return handle
 
     def at_stack(k: int) -> Handler:
-        def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
-            stacked = at_part([k], found[k].key)(operation, func, args, kwargs)
+        def handle(call: Call) -> Any:
+            stacked = at_part([k], found[k].key)(call)
             gates[k].finish = lambda output: touch(k, _merge_of_sides(found[k], gates.pop(k).of(output)))
             return stacked
 
@@ -217,10 +212,8 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
     def at_addend(k: int, operand: int) -> Handler:
         sides: tuple[OperandSide, ...] = ("branch", "shortcut") if operand == 0 else ("shortcut", "branch")
 
-        def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
-            assert operation is not None
-            merge = replace(_merge(found[k].name, sides, operation, func, args, kwargs), later=True)
-            return _replace(operation, args, kwargs, touch(k, merge))
+        def handle(call: Call) -> Any:
+            return _replace(call, touch(k, replace(_merge(found[k].name, sides, call), later=True)))
 
         return handle
 
@@ -241,24 +234,26 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
         yield
 
 
-def _merge(
-    label: str, sides: tuple[OperandSide, ...], operation: Operation, func: Any, args: Any, kwargs: Any
-) -> Merge:
-    values = _operations.operands(operation, args, kwargs)
+def _values(call: Call) -> list[Any]:
+    return [] if call.operation is None else _operations.operands(call.operation, call.args, call.kwargs)
+
+
+def _merge(label: str, sides: tuple[OperandSide, ...], call: Call) -> Merge:
+    operation, values = call.operation, _values(call)
+    assert operation is not None
     if operation.in_place:  # its value and its place in the graph are about to be overwritten
         values[0] = values[0].clone()
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
-    pure = _operations.out_of_place(operation, func)
 
     def recompute(operands: Sequence[Tensor]) -> Tensor:
         new = list(values)
         for place, operand in zip(places, operands, strict=True):
             new[place] = operand
-        new_args, new_kwargs = _operations.with_operands(operation, args, kwargs, new)
-        return pure(*new_args, **new_kwargs)
+        args, kwargs = _operations.with_operands(operation, call.args, call.kwargs, new)
+        return call.pure(*args, **kwargs)
 
     operands = tuple(values[i] for i in places)
-    is_sum = operation.name == "add" and len(places) == len(args) + len(kwargs) == 2
+    is_sum = operation.name == "add" and len(places) == len(call.args) + len(call.kwargs) == 2
     return Merge(label, operands, sides, recompute(operands), recompute, is_sum=is_sum)
 
 
@@ -271,11 +266,10 @@ def _merge_of_sides(shortcut: Shortcut, sides: Mapping[OperandSide, Tensor]) -> 
     )  # fmt: skip
 
 
-def _replace(operation: Operation, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-    if not operation.in_place:
+def _replace(call: Call, output: Tensor) -> Tensor:
+    if call.operation is None or not call.operation.in_place:
         return output
-    target = _operations.operands(operation, args, kwargs)[0]
-    return target.copy_(output)  # every alias of the first operand sees the new value, as built
+    return _values(call)[0].copy_(output)  # every alias of the first operand sees the new value, as built
 
 
 @contextmanager
@@ -291,18 +285,16 @@ def tap_boundaries(model: nn.Module, points: tuple[Boundary, ...], touch: Touch)
     gates: dict[int, GateSides] = {}
 
     def at_call(i: int) -> Handler:
-        def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
-            if operation is None or not operation.in_place:
-                return touch(i, func(*args, **kwargs))
-            output = _merge("", (), operation, func, args, kwargs).output
-            return _replace(operation, args, kwargs, touch(i, output))
+        def handle(call: Call) -> Any:
+            in_place = call.operation is not None and call.operation.in_place
+            return _replace(call, touch(i, _merge("", (), call).output if in_place else call.make()))
 
         return handle
 
     def at_stack(i: int) -> Handler:
-        def handle(operation: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
+        def handle(call: Call) -> Any:
             gates[i] = GateSides()
-            output = call_followed([gates[i]], func, args, kwargs)
+            output = make_followed([gates[i]], call)
             gates[i].finish = lambda summed: touch(i, (gates.pop(i), summed)[1])
             return output
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,31 @@ from skipscope._data import map_tensors, tensors_in
 from skipscope._untouched import random_state_kept
 from skipscope.shortcuts._shortcut_result import CallKey, OperandSide, Place
 from skipscope.shortcuts.trace import _operations
+
+
+class Call(NamedTuple):
+    """A call that is about to be made.
+
+    Attributes:
+        operation: the operation that joins tensors, or None.
+        func: torch's function.
+        args: its arguments.
+        kwargs: the same by name.
+    """
+
+    operation: _operations.Operation | None
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def make(self) -> Any:
+        """Make the call as built."""
+        return self.func(*self.args, **self.kwargs)
+
+    @property
+    def pure(self) -> Callable[..., Any]:
+        """The function that computes the same without writing into its first operand."""
+        return self.func if self.operation is None else _operations.out_of_place(self.operation, self.func)
 
 
 class GateSides:
@@ -38,31 +63,26 @@ class GateSides:
         # By id of a tensor that a followed call gave: the tensor, to keep the id its own, and its value on each side.
         self._made: dict[int, tuple[Tensor, dict[OperandSide, Tensor]]] = {}
 
-    def touches(self, args: Any, kwargs: Any) -> bool:
+    def touches(self, call: Call) -> bool:
         """Whether a call takes what a followed call gave."""
-        return bool(self._made) and any(id(tensor) in self._made for tensor in tensors_in((args, kwargs)))
+        made = self._made
+        return bool(made) and any(id(tensor) in made for tensor in tensors_in((call.args, call.kwargs)))
 
-    def on_each_side(
-        self, func: Callable[..., Any], args: Any, kwargs: Any, key: CallKey | None = None
-    ) -> dict[OperandSide, Any]:
-        """What a call that is about to be made would give on each side; a random call draws the same numbers.
+    def on_each_side(self, call: Call, key: CallKey | None = None) -> dict[OperandSide, Any]:
+        """What a call would give on each side; a random call draws the same numbers.
 
         Args:
-            func: what is called.
-            args: its arguments as built.
-            kwargs: the same by name.
+            call: what is about to be made.
             key: of a call with operands that are zero on a side.
         """
-        name = getattr(func, "__name__", "")
-        operation = _operations.operation_of(func)
+        operation, args, name = call.operation, call.args, getattr(call.func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
         if in_place and args and isinstance(args[0], Tensor) and id(args[0]) not in self._made:
             args = (args[0].clone(), *args[1:])  # it is about to be overwritten
-        pure = func if operation is None else _operations.out_of_place(operation, func)
         is_random = "dropout" in name or "bernoulli" in name
         results = {}
         for side, places in self.zeros.items():
-            own_args, own_kwargs = map_tensors((args, kwargs), partial(self._on, side))
+            own_args, own_kwargs = map_tensors((args, call.kwargs), partial(self._on, side))
             empty = [place.operand for place in places if place.call == key]
             if empty and operation is not None:
                 values = _operations.operands(operation, own_args, own_kwargs)
@@ -71,7 +91,7 @@ class GateSides:
             # A checkpoint around the gate counts what is saved: what is saved here is none of its own.
             unsaved = saved_tensors_hooks(lambda t: t, lambda t: t)
             with unsaved, random_state_kept() if is_random else nullcontext():
-                results[side] = pure(*own_args, **own_kwargs)
+                results[side] = call.pure(*own_args, **own_kwargs)
         return results
 
     def _on(self, side: OperandSide, tensor: Tensor) -> Tensor:
@@ -89,12 +109,10 @@ class GateSides:
         return self._made[id(tensor)][1]
 
 
-def call_followed(
-    gates: list[GateSides], func: Callable[..., Any], args: Any, kwargs: Any, key: CallKey | None = None
-) -> Any:
+def make_followed(gates: list[GateSides], call: Call, key: CallKey | None = None) -> Any:
     """Make a call, and follow it in several gates."""
-    sides = [gate.on_each_side(func, args, kwargs, key) for gate in gates]
-    output = func(*args, **kwargs)
+    sides = [gate.on_each_side(call, key) for gate in gates]
+    output = call.make()
     for gate, on_each_side in zip(gates, sides, strict=True):
         gate.follow(output, on_each_side)
     return output
