@@ -3,8 +3,8 @@
 With G(z) = sum_k z^k G_k, and each branch operand multiplying by z = exp(i t), the gradients at M angles t = 2 pi j / M
 give by a discrete Fourier transform the sums over all lengths that are equal modulo M. Lengths fill a band around
 their mean (for a chain of L equal blocks about sqrt(L) wide), so where the band is narrower than M those sums are the
-G_k themselves, once it is known where the band lies: at <G, sum_k k G_k> / |G|^2. Real gradients need half of the
-angles. Three more gradients are carried along: G and its moments sum_k k G_k and sum_k k^2 G_k. What lies beyond the
+G_k themselves, once it is known where the band is: at <G, sum_k k G_k> / |G|^2. Real gradients need half of the
+angles. Three more gradients are carried along: G and its moments sum_k k G_k and sum_k k^2 G_k. What is beyond the
 window is folded into it M away from its place, and the moments of the folded lengths miss it by M and by M^2: they show
 the error, as do the far ends of the window, where a band that is too broad has not died away.
 """
@@ -67,7 +67,7 @@ class PathAngleBackward(PathLengthBackward):
         return LengthGradients(window[0], residues.roll(-(window[0] % MAX_LENGTHS), 0))
 
     def folded(self, gradients: LengthGradients, lengths: LengthGradients) -> float:
-        """An estimate of how much lies beyond the window: how wrong the moments of the lengths in the window are."""
+        """An estimate of how much is beyond the window: how wrong the moments of the lengths in the window are."""
         middle = lengths.low + MAX_LENGTHS // 2
         j = torch.arange(
             lengths.low - middle, lengths.high - middle + 1, dtype=torch.float64, device=lengths.rows.device

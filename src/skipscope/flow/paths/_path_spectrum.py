@@ -139,7 +139,7 @@ def _with_errors(
     norms = np.concatenate([norms, np.zeros(max(0, branches + 1 - len(norms)))])[: branches + 1]
     note = (
         f"Resolved: {count} of {branches + 1} lengths, {low} to {min(branches, low + count - 1)}. Error of each norm: "
-        f"about {floor:.2g}, from what lies beyond, the far ends of these, and rounding."
+        f"about {floor:.2g}, from the lengths beyond, the far ends of these, and rounding."
     )
     return norms, np.full(len(norms), floor), (note,)
 

@@ -92,7 +92,7 @@ class BackwardGraph:
 
     def release(self) -> None:
         """Free autograd nodes from the loss to the inputs; the other order recurses once per node and overflows the
-        stack. Nobody else may hold the loss any more.
+        stack. No other reference to the loss may exist.
         """
         self.position.clear()
         while self._nodes:

@@ -1,4 +1,4 @@
-"""Sets of nodes as Python integers, and which node of a graph depends on which, in memory that a long network bears."""
+"""Bit sets of nodes, and the ancestors of each node of a graph in little memory."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from typing import Any
 
 
 class Ancestors:
-    """For each node the bit set of those it was computed from, itself among them.
+    """For each node the bit set of those it was computed from, including itself.
 
-    Kept is what is missing: nearly every earlier activation of a network is an ancestor of a later one, and what is
-    not lies near it (the other branch). So memory grows with the number of nodes in a network that is narrow, however
-    deep; only where many nodes never meet again (n of N) does it grow like n N / 8 bytes.
+    Stored are the nodes that are missing: nearly every earlier activation of a network is an ancestor of a later one,
+    and the others are near it (the other branch). So memory grows with the number of nodes of a narrow network, however
+    deep; only where n of N nodes never merge again does it grow like n N / 8 bytes.
 
     Args:
         parents: for each node the indices of what it was computed from; those beyond the list do not count.
     """
 
     def __init__(self, parents: list[tuple[int, ...]]):
-        self._missing: list[
-            tuple[int, int]
-        ] = []  # offset and bits: absent is each offset + i where bit i is set
+        # Offset and bits: absent is each offset + i where bit i is set.
+        self._missing: list[tuple[int, int]] = []
         for v, above in enumerate(parents):
             known = sorted((p for p in above if p < len(parents)), reverse=True)
             base, mask = (0, (1 << v) - 1) if not known else self._as_seen_from(v, known[0])
@@ -36,7 +35,7 @@ class Ancestors:
             self._missing.append((base, mask))
 
     def _as_seen_from(self, v: int, parent: int) -> tuple[int, int]:
-        """What ``v`` misses if ``parent`` is all it was computed from."""
+        """The nodes that ``v`` lacks if it was computed from ``parent`` only."""
         base, mask = self._missing[parent]
         base = base if mask else parent + 1
         gap = v - parent - 1
@@ -61,12 +60,12 @@ _ONES = (1 << _WINDOW) - 1
 
 
 def bits(mask: int) -> Iterator[int]:
-    """The positions of the ones, lowest first; a window at a time, since many who ask stop early."""
+    """The positions of the ones, lowest first; a window at a time, since many callers stop early."""
     base = 0
     while mask:
         zeros = (mask & -mask).bit_length() - 1
         base, mask = base + zeros, mask >> zeros
-        if mask == 1:  # sets of one are met most
+        if mask == 1:  # most sets have one member
             yield base
             return
         digits = bin(mask & _ONES)[:1:-1]

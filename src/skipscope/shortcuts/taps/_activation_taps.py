@@ -33,7 +33,7 @@ class Merge:
             operand these are the values before. For a gate where one operand carries both sides, as in x + t (H - x),
             they are those of t H + (1 - t) x.
         sides: of each operand.
-        output: what comes out, computed from the operands.
+        output: computed from the operands.
         recompute: the same from other operands, never in place.
         later: it only adds to the branch of a shortcut that has merged before: b in (x + a) + b.
     """
@@ -58,7 +58,7 @@ Handler = Callable[[Call], Any]
 
 
 class _Tap(TorchFunctionMode):
-    """Calls a handler at each call with a key of its own, and follows the gates that are under way between them."""
+    """Calls a handler at each call with a key of its own, and follows open gates between them."""
 
     def __init__(self, model: nn.Module, handlers: dict[CallKey, Handler], gates: dict[int, GateSides]):
         super().__init__()
@@ -106,7 +106,7 @@ def _running(
     gates: dict[int, GateSides],
     modules: dict[CallKey, Callable[[Tensor], Tensor]] | None = None,
 ) -> Iterator[None]:
-    """Run handlers at calls, and replace inputs of the model and outputs of modules; each pass counts from the start."""
+    """Run handlers at calls, and replace inputs of the model and outputs of modules."""
     tap, runs = _Tap(model, handlers, gates), Counter[str]()
     places = dict(model.named_modules())
 
@@ -258,7 +258,7 @@ def _merge(label: str, sides: tuple[OperandSide, ...], call: Call) -> Merge:
 
 
 def _merge_of_sides(shortcut: Shortcut, sides: Mapping[OperandSide, Tensor]) -> Merge:
-    """A gate as the sum of what comes by the branch and what comes by the shortcut."""
+    """A gate as the sum of its branch and its shortcut."""
     operands = sides["branch"], sides["shortcut"]
     return Merge(
         shortcut.name, operands, ("branch", "shortcut"), operands[0] + operands[1],

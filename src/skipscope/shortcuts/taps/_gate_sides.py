@@ -1,8 +1,8 @@
 """The two summands of a gate, computed beside its calls.
 
-For fixed t a gate is linear in x and in H, however it is written. With H = 0 its value is therefore what comes by the
-shortcut, (1 - t) x, and with x = 0 what comes by the branch, t H: the operands of t H + (1 - t) x, whatever the calls
-are. In x + t (H - x) these are the calls from the difference to the addition; in ``lerp`` it is one call.
+For fixed t a gate is linear in x and in H, however it is written. With H = 0 its value is therefore the shortcut's
+summand (1 - t) x, and with x = 0 the branch's, t H: the operands of t H + (1 - t) x, whatever the calls are. In
+x + t (H - x) these are the calls from the difference to the addition; in ``lerp`` it is one call.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ class Sites:
         entered = self._enter(host_frame, host)
         index = self.operations[operation] - entered.before.get(operation, 0)
         self.operations[operation] += 1
-        # Whoever has compiled something has this module loaded.
+        # Compiled code implies that this module is loaded.
         compiled = _compiled_around(frame, host_frame) if "torch._dynamo.eval_frame" in sys.modules else ""
         return CallKey(host, site, nth, index, entered.call, compiled=compiled), owner, checkpointed
 

@@ -126,7 +126,7 @@ class Recorder(TorchFunctionMode):
     """Notes every torch call.
 
     Args:
-        model: whose modules are told apart.
+        model: whose module runs are noted.
         gradients: whether the pass is run with gradients.
         listener: called after each call.
         lent: inputs whose contents are kept before a call writes into them.
