@@ -46,6 +46,12 @@ MEANINGS = {
     "shortcuts": "as built",
     "shortcuts, scaled": "as built, branches scaled by 1/sqrt(depth)",
 }
+DESCRIPTIONS = {
+    "plain": "no shortcuts, torch's own initialisation",
+    "plain, He": "no shortcuts, He's initialisation",
+    "shortcuts": "the lecture's, x + layer(x)",
+    "shortcuts, scaled": "x + layer(x)/sqrt(depth)",
+}
 _BUILD = {
     "plain": {},
     "plain, He": {"init": "he"},
@@ -84,7 +90,9 @@ def compare_lecture(settings: Settings, clock: Clock, *, quick: bool, steps: int
     batch = reference.digits(settings.samples)
     plain = prepare(deepest[ROLES.without_shortcuts], batch, F.cross_entropy, "compare")
     subjects = {name: plain.other(model, owned=False) for name, model in deepest.items()}
-    evidence = Evidence(ROLES, describe(subjects, MEANINGS, f"{depths[-1]} hidden layers of width 64"))
+    evidence = Evidence(
+        ROLES, describe(subjects, MEANINGS, f"{depths[-1]} hidden layers of width 64", DESCRIPTIONS)
+    )
     with (
         one_snapshot(*deepest.values()),
         fitting_threads(build(depths[-1], settings.seed)[ROLES.without_shortcuts], plain.loss, batch),

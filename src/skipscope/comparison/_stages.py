@@ -101,14 +101,20 @@ def attempt(clock: Clock, name: str, function: Callable[..., Any], *arguments: A
             return None
 
 
-def describe(subjects: Mapping[str, Subject], meanings: Mapping[str, str], label: str) -> dict[str, Twin]:
-    """One line of description for each network."""
+def describe(
+    subjects: Mapping[str, Subject],
+    meanings: Mapping[str, str],
+    label: str,
+    descriptions: Mapping[str, str] = {},
+) -> dict[str, Twin]:
+    """One line of description for each network; by default what it means."""
     return {
         name: Twin(
-            name, meanings[name], f"{label}, {meanings[name]}", sum(p.numel() for p in one.model.parameters())
+            name, meanings[name], f"{label}, {descriptions.get(name, meanings[name])}",
+            sum(p.numel() for p in one.model.parameters()),
         )
         for name, one in subjects.items()
-    }
+    }  # fmt: skip
 
 
 def measure_flow(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clock) -> None:

@@ -13,9 +13,23 @@ _UNWRITABLE = re.compile(
 )
 
 
+_POWER = re.compile(r"\b10\^(-?\d+)\b")
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
 def clean(text: Any) -> str:
     """Text without control characters (nor those that turn the direction of what follows)."""
     return _UNWRITABLE.sub("\N{REPLACEMENT CHARACTER}", str(text))
+
+
+def raised(text: str) -> str:
+    """Powers of ten as they are printed.
+
+    Example:
+        >>> raised("one part in 10^17")
+        'one part in 10¹⁷'
+    """
+    return _POWER.sub(lambda found: "10" + found[1].translate(_RAISED), text)
 
 
 def tag(name: str, *children: Any, **attributes: Any) -> Markup:

@@ -25,7 +25,7 @@ from skipscope._version import __version__
 from skipscope.report import _arcs, _svg_bars, _svg_heat, _svg_lines, _terrain
 from skipscope.report._charts import Bars, Chart, Heat, Lines, Network, Panel, Story, Surfaces
 from skipscope.report._glossary import with_terms
-from skipscope.report._markup import clean
+from skipscope.report._markup import clean, raised
 from skipscope.report._svg import both
 
 MOST = 8_000_000  # bytes: what a browser on a phone still opens, and a mail still carries
@@ -188,7 +188,7 @@ def stress(sentence: str) -> Markup:
     """
     parts, at = [], 0
     for found in _NUMBER.finditer(sentence):
-        parts += [escape(clean(sentence[at : found.start()])), Markup("<b>{}</b>").format(found[0])]
+        parts += [escape(clean(sentence[at : found.start()])), Markup("<b>{}</b>").format(raised(found[0]))]
         at = found.end()
     return Markup("").join([*parts, escape(clean(sentence[at:]))])
 

@@ -14,6 +14,7 @@ from skipscope.report import _view_shortcuts as shortcuts
 from skipscope.report import _view_surfaces as surfaces
 from skipscope.report import _view_training as trainings
 from skipscope.report._charts import Lines, Panel, Series, Story
+from skipscope.report._precomputed import resnet56_panel
 from skipscope.report._story import view
 
 Thing = TypeVar("Thing")
@@ -176,7 +177,7 @@ def _surface(result: Comparison, style: dict[str, int]) -> list[Panel]:
         first, *others = surfaces.pair_panels(pair)
         tables = [*first.tables, *(s.checks.table() for s in pair.surfaces.values())]
         panels += [Panel(headings.get(key, key), first.chart, first.caption, tables), *others]
-    return panels
+    return [*panels, resnet56_panel()]
 
 
 def _which(result: Comparison, style: dict[str, int]) -> list[Panel]:
