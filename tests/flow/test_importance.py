@@ -122,3 +122,25 @@ def test_an_input_that_the_model_overwrites_is_the_same_for_each_pass_and_left_a
     assert splits[0].shortcut_rms == pytest.approx(splits[1].shortcut_rms, rel=1e-12)
     assert ss.gradient_flow(model, (x, y), mse).loss == expected.loss
     assert torch.equal(x, before) and x._version == version
+
+
+def test_edits_that_take_turns_on_one_copy_cost_what_twins_cost():
+    """Batch norms in training mode change with each pass; every edit begins from the statistics as they are."""
+    torch.manual_seed(0)
+    model, batch, loss = ss.reference.resnet20(), ss.reference.digits(16), nn.functional.cross_entropy
+    found = ss.find_shortcuts(model, batch[0])
+    for row, one in zip(ss.importance(model, batch, loss, found=found[:3]), found[:3]):
+        for how, cost in (("remove", row.removed), ("lesion", row.lesioned)):
+            flow = ss.gradient_flow(ss.ablate(model, one, how), batch, loss, found=found)
+            assert (cost.loss, cost.fall_decades, cost.state) == (
+                flow.loss, flow.verdict.fall_decades, flow.verdict.state
+            )  # fmt: skip
+
+
+def test_an_edited_twin_is_ranked_too(case):
+    model, x, _ = case
+    found = ss.find_shortcuts(model, x)
+    half = ss.ablate(model, found, strength=0.5)
+    rank = ss.importance(half, (x, x[:, :3]), mse, found=found[:1])
+    flow = ss.gradient_flow(ss.ablate(half, found[0], "lesion"), (x, x[:, :3]), mse)
+    assert rank[0].lesioned.loss == pytest.approx(flow.loss, rel=1e-12)

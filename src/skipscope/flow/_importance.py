@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -13,11 +14,11 @@ from skipscope._errors import SkipscopeError
 from skipscope._progress import track
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
-from skipscope._untouched import one_snapshot, untouched
+from skipscope._untouched import one_snapshot, private_copy, untouched
 from skipscope.flow._flow import flow_of
 from skipscope.flow._flow_results import GradientFlow
 from skipscope.flow._results import Cost, Importance, ImportanceOf
-from skipscope.shortcuts import ablate, refuse_another_architecture
+from skipscope.shortcuts import ablate, meaning, one_edit, refuse_another_architecture
 
 
 @public_call("importance")
@@ -82,15 +83,21 @@ def _importance(subject: Subject, chosen: Any, seed: int) -> Importance:
     stale = any(
         isinstance(m, _BatchNorm) and m.track_running_stats and not m.training for m in model.modules()
     )
-    rows = []
+    rows, copied = [], None
+    if meaning(model) == "as built":  # an edited twin is edited further in copies of its own
+        with suppress(SkipscopeError):  # each edit says then why there can be no copy
+            copied = private_copy(model, "importance", share=True)
     for i in track(range(len(chosen)), "importance"):
         costs, reasons = {}, []
         for how in ("remove", "lesion"):
+            edit = chosen[i : i + 1]
             try:
-                twin = ablate(model, chosen[i : i + 1], how=how, share=True)
-                if stale:
-                    subject.recalibrate(twin)
-                costs[how] = cost(before, flow_of(subject.twin(twin), seed))
+                if copied is None:
+                    after = _flow(subject, ablate(model, edit, how=how, share=True), stale, seed)
+                else:
+                    with untouched(copied, operation="importance"), one_edit(copied, model, edit, how):
+                        after = _flow(subject, copied, stale, seed)
+                costs[how] = cost(before, after)
             except SkipscopeError as error:
                 reasons.append(f"{how}: {error.problem}")
         one = chosen[i]
@@ -105,6 +112,12 @@ def _importance(subject: Subject, chosen: Any, seed: int) -> Importance:
             "Batch-norm statistics of every twin were recalibrated on the data before it was measured."
         )
     return Importance(tuple(rows), before.loss, before.verdict.fall_decades, before.mode, tuple(notes))
+
+
+def _flow(subject: Subject, twin: nn.Module, stale: bool, seed: int) -> GradientFlow:
+    if stale:
+        subject.recalibrate(twin)
+    return flow_of(subject.twin(twin), seed)
 
 
 def cost(before: GradientFlow, after: GradientFlow) -> Cost:

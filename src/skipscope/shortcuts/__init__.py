@@ -7,6 +7,7 @@ the side that skips it, and they part at the *fork*.
 from skipscope.shortcuts._edit import ablate as ablate
 from skipscope.shortcuts._edit import boundaries as boundaries
 from skipscope.shortcuts._edit import meaning as meaning
+from skipscope.shortcuts._edit import one_edit as one_edit
 from skipscope.shortcuts._edit import refuse_another_architecture as refuse_another_architecture
 from skipscope.shortcuts._model_wrappers import unwrapped as unwrapped
 from skipscope.shortcuts._rewire import rewirable as rewirable

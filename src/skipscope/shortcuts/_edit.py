@@ -6,7 +6,8 @@ The twin runs the model's own code otherwise; the folder ``twin`` says how.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -84,9 +85,23 @@ def ablate(
     if not chosen and not allow_empty:
         raise _nothing_to_edit(model, found)
     refuse_another_architecture(model, chosen if every is None else every, "ablate")
+    twin = private_copy(model, "ablate", share=share)
+    _edit(twin, model, chosen, every, how, strength, share)
+    return twin if recalibrate is None else recalibrate_norms(twin, recalibrate)
+
+
+def _edit(
+    twin: nn.Module,
+    model: nn.Module,
+    chosen: Sequence[Shortcut],
+    every: Shortcuts | None,
+    how: str,
+    strength: float | Tensor | None,
+    share: bool,
+) -> None:
+    """Make a copy of ``model`` follow the edits of ``chosen``; ``every`` are the shortcuts among which they were found."""
     points = remembered_boundaries(model) or (every.boundaries if every is not None else ())
     factor = strength if strength is not None else None if how == "detach" else 0.0
-    twin = private_copy(model, "ablate", share=share)
     group = Group(points, share, (*edits_of(model), _in_words(how, strength, len(chosen), points, every)))
     if every is not None:
         group.known = frozenset(item.source for item in (*every.entries, *every.rejected))
@@ -101,7 +116,30 @@ def ablate(
         for place in shortcut.branch_at if lesion else shortcut.shortcut_at:
             follow(modules[place.call.host], group).add(Rule(place, factor, shortcut.name))
     follow_callers(twin, group)
-    return twin if recalibrate is None else recalibrate_norms(twin, recalibrate)
+
+
+@contextmanager
+def one_edit(twin: nn.Module, model: nn.Module, found: Shortcuts, how: str) -> Iterator[None]:
+    """Edit a copy of ``model`` that shares its parameters inside; outside it is the copy that it was.
+
+    Many edits, one at a time, need one copy. Neither may be an edited twin already. Local.
+
+    Args:
+        twin: the copy.
+        model: what it is a copy of.
+        found: the shortcuts to edit, a part of those found on ``model``.
+        how: as for :func:`ablate`.
+    """
+    before = [(module, type(module), dict(vars(module))) for module in twin.modules()]
+    try:
+        _edit(twin, model, *_chosen(model, found, None), how, None, True)
+        yield
+    finally:
+        for module, kind, attributes in before:
+            if type(module) is not kind:
+                module.__class__ = kind
+                vars(module).clear()
+                vars(module).update(attributes)
 
 
 def _in_words(
