@@ -73,3 +73,84 @@ def test_what_cannot_be_tried_is_said():
 
     advice = ss.prescribe(Bare(), ss.reference.digits(16), loss, steps=0)
     assert len(advice.refused) >= 3 and all("Not tried" in line for line in advice.refused)
+
+
+def relus(depth, norm=False):
+    torch.manual_seed(0)
+    width = lambda i: 20 if i == 0 else 32  # noqa: E731
+    norms = [nn.BatchNorm1d(32)] * norm
+    layers = [q for i in range(depth) for q in (nn.Linear(width(i), 32), *copy.deepcopy(norms), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(32, 10))
+
+
+def rows(n=32):
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(n, 20, generator=draw), torch.randint(0, 10, (n,), generator=draw)
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_around_a_layer_with_its_norm_and_activation(image):
+    model, data = relus(3, norm=True), rows()
+    if image:
+        convs = [q for i in range(3) for q in (nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())]  # fmt: skip
+        model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+        data = torch.randn(8, 3, 8, 8), data[1][:8]
+    advice = ss.prescribe(model, data, loss, steps=0)
+    assert {"identity shortcuts", "rezero shortcuts", "highway shortcuts"} <= {
+        r.name for r in advice.remedies
+    }
+    assert len(advice.refused) == 1 and "a norm could follow" in advice.refused[0]
+
+
+def test_frozen_layers_keep_their_weights():
+    from skipscope.flow._remedies import candidates
+
+    model = relus(4)
+    model[:4].requires_grad_(False)
+    for one in candidates(0)[:3]:
+        changed = one.apply(copy.deepcopy(model), rows()[0])
+        same = [torch.equal(a.weight, b.weight) for a, b in zip(model[::2], changed[::2])]
+        assert same == [True, True, False, False, True], one.name
+    advice = ss.prescribe(model, rows(), loss, steps=0)
+    assert "2 frozen layers keep their weights." in advice.notes
+    assert any("what trained layers have learnt is lost" in note for note in advice.notes)
+
+
+def test_no_recipe_where_the_data_or_the_graph_are_broken():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(20, 32), nn.Linear(32, 10)
+
+        def forward(self, x):
+            return self.b(self.a(x).detach())
+
+    x, y = rows()
+    bad = x.clone()
+    bad[0] = float("nan")
+    for model, data, cure in ((relus(2), (bad, y), "not finite"), (Cut(), (x, y), "detach")):
+        advice = ss.prescribe(model, data, loss, steps=2)
+        assert advice.remedies == () and not any("by hand" in note for note in advice.notes)
+        assert advice.advice.startswith("No remedy for the network can help.") and cure in advice.advice
+
+
+def test_where_all_end_where_they_began_it_is_said():
+    x, _ = rows()
+    constant = lambda output, target: 1e4 + 1e-9 * output.square().mean()  # noqa: E731
+    advice = ss.prescribe(relus(2), (x, torch.zeros(len(x))), constant, steps=2)
+    assert advice.advice.startswith("Nothing that was tried brings the loss down")
+
+
+def test_an_objective_that_differentiates_inside():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    @ss.objective
+    def residual(model, batch):
+        q = batch[0].detach().requires_grad_()
+        u = model(q)
+        (du,) = torch.autograd.grad(u.sum(), q, create_graph=True)
+        return (du - torch.cos(q)).square().mean() + u[0].square().sum()
+
+    advice = ss.prescribe(model, (torch.linspace(0, 1, 8)[:, None], torch.zeros(8, 1)), residual, steps=2)
+    assert advice.before.reached is not None and advice.remedies and not advice.refused

@@ -290,9 +290,9 @@ def _unconnected(readings: Readings, sites: Sequence[SiteReading], reached: set[
     """Trained calls whose values reach the loss and that get no gradient, and the call that lets none through."""
     graph = readings.graph
     assert graph is not None
-    lost = [s for s in sites if s.trained and not s.seen]
-    got = {name for s in sites if s.seen for name in s.weights}
-    lost = [s for s in lost if not set(s.weights) & got]
+    # An output may get none where its weights do: the derivative in a loss that differentiates inside.
+    got = {name for name, weight in readings.weights.items() if weight.total is not None}
+    lost = [s for s in sites if s.trained and not s.seen and not set(s.weights) & got]
     if not lost or reached is None:
         return (), ""
     last = max(s.order for s in lost)

@@ -17,7 +17,8 @@ from skipscope._public_call import public_call
 from skipscope._subject import Subject, as_written, prepare
 from skipscope._untouched import private_copy, random_state_kept
 from skipscope.flow._flow import flow_of
-from skipscope.flow._remedies import Candidate, candidates
+from skipscope.flow._flow_results import Verdict
+from skipscope.flow._remedies import Candidate, candidates, frozen
 from skipscope.flow._results import Prescription, Remedy
 from skipscope.flow._verdict_words import HEALTHY
 
@@ -25,6 +26,10 @@ from skipscope.flow._verdict_words import HEALTHY
 RATES: tuple[tuple[str, type[torch.optim.Optimizer], float], ...] = (
     ("SGD 0.01", torch.optim.SGD, 0.01), ("SGD 0.1", torch.optim.SGD, 0.1), ("Adam 0.001", torch.optim.Adam, 0.001),
 )  # fmt: skip
+# Where data, loss or graph are broken, no change of the network helps.
+BROKEN = {"data", "weights", "loss", "missing path", "softmax", "sqrt", "div", "log", "norm"}
+# Nothing was learnt where more than this share of the loss is left.
+STUCK = 0.99
 
 
 @public_call("prescribe")
@@ -40,7 +45,8 @@ def prescribe(
     """Try remedies for a network in trouble on copies of it, and list them by what they did.
 
     Initialisations, norms, each kind of shortcut, scaled branches: the flow before and after, the loss before and
-    after, and the loss after the same few training steps under the best of three rates. Local.
+    after, and the loss after the same few training steps under the best of three rates. Frozen layers keep their
+    weights. Where data, loss or graph are broken nothing is tried, and ``advice`` says what to mend. Local.
 
     Args:
         model: any eager module; as found afterwards.
@@ -70,7 +76,11 @@ def prescribe(
         )  # fmt: skip
     found = subject.found
     tools = _Tools(subject, steps, seed)
-    before = tools.measure("as it is", "", private_copy(model, "prescribe"))
+    before, verdict = tools.measure("as it is", "", private_copy(model, "prescribe"))
+    if verdict.cause in BROKEN:
+        return Prescription(
+            before, (), (), f"No remedy for the network can help. {verdict.finding} {verdict.advice}"
+        )
     tried, refused = [], []
     for one in track(candidates(len(found)), "remedies"):
         try:
@@ -79,7 +89,7 @@ def prescribe(
             problem = error.problem if isinstance(error, SkipscopeError) else str(error).splitlines()[0][:120]
             refused.append(f"Not tried: {one.name}: {problem}.")
     tried.sort(key=_rank)
-    notes = _notes(before, tried, steps)
+    notes = _notes(before, tried, steps, frozen(model))
     return Prescription(before, tuple(tried), tuple(refused), _advice(before, tried), notes)
 
 
@@ -92,15 +102,14 @@ class _Tools:
     def attempt(self, one: Candidate) -> Remedy:
         with random_state_kept(self.seed), as_written():
             changed = one.apply(private_copy(self.subject.model, "prescribe"), self.subject.inputs)
-        return self.measure(one.name, one.code, changed)
+        return self.measure(one.name, one.code, changed)[0]
 
-    def measure(self, name: str, code: str, model: nn.Module) -> Remedy:
+    def measure(self, name: str, code: str, model: nn.Module) -> tuple[Remedy, Verdict]:
         flow = flow_of(self.subject.other(private_copy(model, "prescribe")), self.seed)
         reached, rate = self.train(model) if self.steps else (None, "")
         verdict = flow.verdict
-        return Remedy(
-            name, code, verdict.state, verdict.fall_decades, flow.loss, reached, rate, verdict.reason
-        )
+        state, fall = verdict.state, verdict.fall_decades
+        return Remedy(name, code, state, fall, flow.loss, reached, rate, verdict.reason), verdict
 
     def train(self, model: nn.Module) -> tuple[float, str]:
         """The lowest loss after the steps, and the rate that reached it."""
@@ -126,8 +135,9 @@ class _Tools:
                 done += 1
                 if done == self.steps:
                     break
-        with torch.no_grad():
-            value = float(self.subject.loss(model, self.subject.data.first()))
+        value = float(
+            self.subject.loss(model, self.subject.data.first()).detach()
+        )  # it may differentiate inside
         return value if math.isfinite(value) else math.inf
 
 
@@ -142,6 +152,8 @@ def _advice(before: Remedy, tried: list[Remedy]) -> str:
     """The answer in a sentence or two."""
     best = tried[0] if tried else None
     lowest = min((r for r in tried if r.reached is not None), key=lambda r: r.reached, default=None)  # type: ignore[arg-type, return-value]
+    if tried and all(r.reached is not None and r.reached > STUCK * r.loss for r in (before, *tried)):
+        return f"Nothing that was tried brings the loss down in so few steps: all end where they began, at about {short(before.loss)}"
     if before.state == "healthy":
         return f"The flow is healthy as it is. {HEALTHY[:-1]}" + _lower(lowest, before)
     if best is None or best.state != "healthy":
@@ -167,10 +179,14 @@ def _lower(lowest: Remedy | None, than: Remedy) -> str:
     return f". Lowest loss after a few steps: {lowest.name} ({short(than.reached)} -> {short(lowest.reached)}{still})"
 
 
-def _notes(before: Remedy, tried: list[Remedy], steps: int) -> tuple[str, ...]:
+def _notes(before: Remedy, tried: list[Remedy], steps: int, frozen_maps: int) -> tuple[str, ...]:
     """Why the flow is as it is, how to do what came out best, and how the steps were taken."""
     notes = [f"As it is: {before.reason}."] if before.state != "healthy" else []
     notes += [f"To do it by hand: {tried[0].name}: {tried[0].code}"] if tried else []
+    if frozen_maps:
+        notes.append(f"{frozen_maps} frozen layers keep their weights.")
+    if any("init" in one.code for one in tried):
+        notes.append("An initialisation draws new weights: what trained layers have learnt is lost.")
     rates = ", ".join(name for name, _, _ in RATES)
     notes += [f"Each copy was trained for {steps} steps at {rates}; its lowest loss counts."] if steps else []
     return tuple(notes)

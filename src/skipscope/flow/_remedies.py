@@ -17,6 +17,13 @@ from skipscope.nn import registry
 from skipscope.shortcuts import add_shortcuts, find_shortcuts
 
 _MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,19 @@ def _maps(model: nn.Module) -> list[nn.Module]:
 
 
 def _hidden(model: nn.Module) -> list[nn.Module]:
-    """All but the last one, whose output is no activation's input."""
+    """The maps whose weights are trained, without the last one, whose output is no activation's input."""
     found = _maps(model)[:-1]
     if not found:
         raise SkipscopeError("prescribe", "the model has no hidden linear map or convolution of torch's own")
+    found = [module for module in found if module.weight.requires_grad]  # type: ignore[union-attr]
+    if not found:
+        raise SkipscopeError("prescribe", "every hidden layer is frozen, and is left alone")
     return found
+
+
+def frozen(model: nn.Module) -> int:
+    """How many maps are frozen."""
+    return sum(not m.weight.requires_grad for m in model.modules() if isinstance(m, _MAPS))
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -112,6 +127,7 @@ def _unit_variance(model: nn.Module, inputs: Any) -> nn.Module:
     """Mishkin & Matas 2015, without the orthogonal start: in one forward pass, each layer in turn."""
     hidden, handles = _hidden(model), []
 
+    @torch.no_grad()
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         spread = float(output.std())
         if not (math.isfinite(spread) and spread > 0):
@@ -124,7 +140,8 @@ def _unit_variance(model: nn.Module, inputs: Any) -> nn.Module:
     for module in hidden:
         handles.append(module.register_forward_hook(hook))
     try:
-        call_model(model, inputs)
+        with torch.enable_grad():  # the model may differentiate inside
+            call_model(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -137,14 +154,16 @@ def _normed(model: nn.Module, inputs: Any) -> nn.Module:
     for container in list(model.modules()):
         if not isinstance(container, nn.Sequential | nn.ModuleList):
             continue
-        for name, child in list(container._modules.items()):
-            if isinstance(child, _MAPS) and child is not last:
+        children = list(container._modules.items())
+        for (name, child), (_, after) in zip(children, [*children[1:], ("", None)]):
+            if isinstance(child, _MAPS) and child is not last and not isinstance(after, _NORMS):
                 norm = _norm_for(child).to(child.weight.device, child.weight.dtype)
                 container._modules[name] = nn.Sequential(child, norm)
                 done += 1
     if not done:
         raise SkipscopeError(
-            "prescribe", "no layer stands in a Sequential or ModuleList, where a norm could follow it"
+            "prescribe",
+            "no layer without a norm stands in a Sequential or ModuleList, where a norm could follow it",
         )
     return model
 
