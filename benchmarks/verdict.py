@@ -1,9 +1,8 @@
 """How well the verdict foretells learning: 300 networks, labelled by training each under a fixed sweep of rates.
 
 ``python benchmarks/verdict.py label FILE`` trains them (torch and the digits alone; minutes on 16 cores) and writes the
-labels; ``figures()`` measures each network as it is at its start and holds the verdict against the labels in
-``results/verdict_labels.json``: for SGD whether it is healthy, for Adam whether it says that Adam is hindered.
-Thresholds were set on the first 200; the last 100 were held out.
+labels; ``figures()`` measures each network as it is at its start and compares the public ``verdict.score`` with the labels
+in ``results/verdict_labels.json`` (AUC), and ``verdict.hinders`` (accuracy). Thresholds were set on the first 200.
 """
 
 from __future__ import annotations
@@ -177,19 +176,19 @@ def figures() -> list[dict]:
     rows = []
     for optimizer in ("sgd", "adam"):
         learns = np.array([min(row[optimizer]) < LEARNT for row in content])
-        aim = ">= 0.95" if optimizer == "sgd" else ""
+        aim = ">= 0.95"
         name_of = {"sgd": "SGD", "adam": "Adam"}[optimizer]
         borne = np.array([name_of not in one["flow"].verdict.hinders for one in seen])
-        trouble = np.array([_trouble(one["flow"].verdict, optimizer) for one in seen])
-        live_trouble = np.array([_trouble(one["live"], optimizer) for one in seen])
+        score = np.array([one["flow"].verdict.score for one in seen])
+        live_score = np.array([_of_fall(one["live"].fall_decades) for one in seen])
         for name, part in parts.items():
-            for what, score, fine in (
-                ("verdict", trouble, borne),
-                ("monitor's verdict from parameter gradients", live_trouble, live),
+            for what, scores, fine in (
+                ("verdict.score", score, borne),
+                ("monitor's fall of parameter gradients", live_score, live),
             ):
                 rows.append({
                     "name": f"{what} foretells learning under {optimizer.upper()}, {name}: AUC",
-                    "value": _auc(-score[part], learns[part]), "unit": "", "aim": aim if what == "verdict" else "",
+                    "value": _auc(scores[part], learns[part]), "unit": "", "aim": aim if what == "verdict.score" else "",
                     "detail": _confusion(fine[part], learns[part]),
                 })  # fmt: skip
         held = parts["100 held out"]
@@ -220,13 +219,8 @@ def _measured(row: dict) -> dict:
     return {"flow": flow, "live": monitor.verdict, **others}
 
 
-def _trouble(verdict, optimizer: str) -> float:
-    """The fall as a share of the optimizer's limit; infinite where there is none to speak of."""
-    from skipscope.flow import _verdict
-
-    limits = {"sgd": (_verdict.FALL, _verdict.GROWTH), "adam": (_verdict.ADAM_FALL, _verdict.ADAM_GROWTH)}
-    fall, (least, most) = verdict.fall_decades, limits[optimizer]
-    return math.inf if fall is None else max(fall / least, -fall / most)
+def _of_fall(fall: float | None) -> float:
+    return -math.inf if fall is None else -abs(fall)
 
 
 def _means(flow) -> list[float]:

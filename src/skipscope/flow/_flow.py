@@ -150,11 +150,12 @@ class _Measurement:
         }  # fmt: skip
         evidence = self._evidence(readings, self.settled, self.exact)
         verdict = judge_chain(evidence, {}, **options)
-        if verdict.state in {"dead", "unconnected"} and self.settled is not readings:
-            # A head that starts at zero silences the line itself.
-            readings, batches = self.settled, self.settled_batches
-            evidence = self._evidence(readings, readings)
-            verdict = judge_chain(evidence, {}, **options)
+        if verdict.state != "healthy" and self.settled is not readings:
+            # Trouble that goes as soon as what starts at zero has moved is none: a zero head, a layer scale of 1e-5.
+            moved = self._evidence(self.settled, self.settled)
+            other = judge_chain(moved, {}, **options)
+            if worst([other, verdict]) is verdict:
+                verdict, evidence, readings, batches = other, moved, self.settled, self.settled_batches
         verdict = self._explained(verdict, evidence, readings, options)
         if len(batches) < 2:
             return verdict
