@@ -300,3 +300,22 @@ def test_a_flow_that_is_not_finite_is_not_taken_for_none():
     states = [event.verdict.state for event in seen]
     assert states[-1] == "nonfinite" and states.count("nonfinite") == 1
     assert np.isinf(monitor.history.flow[-1]).all() and np.isfinite(monitor.history.flow[0]).all()
+
+
+@pytest.mark.parametrize("factor, state", [(1.0, "healthy"), (1e-4, "vanishing")])
+def test_averages_between_hidden_boundaries_are_put_back_as_gradient_flow_puts_them(factor, state):
+    torch.manual_seed(0)
+    convs = [q for i in range(4) for q in (nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2))]  # fmt: skip
+    model = nn.Sequential(
+        *convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
+    with torch.no_grad():
+        model[6].weight.mul_(factor)
+    batch = torch.randn(4, 3, 32, 32), torch.randint(0, 2, (4,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer, flow_every=1) as monitor:
+        steps(model, optimizer, batch, F.cross_entropy, 2)
+    verdict = gradient_flow(model, batch, F.cross_entropy).verdict
+    assert monitor.verdict.state == verdict.state == state
+    assert monitor.verdict.fall_decades == pytest.approx(verdict.fall_decades, abs=1e-4)
+    assert monitor.verdict.finding == verdict.finding

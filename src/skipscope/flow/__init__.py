@@ -1,5 +1,7 @@
 """The gradient on its way back: flow, verdict, split, paths, importance, remedies."""
 
+from skipscope.flow._evidence import Layout as Layout
+from skipscope.flow._evidence import layout_of as layout_of
 from skipscope.flow._flow import flow_of as flow_of
 from skipscope.flow._flow import gradient_flow as gradient_flow
 from skipscope.flow._flow_results import BoundaryFlow as BoundaryFlow

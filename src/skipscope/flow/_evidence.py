@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor, nn
+
 from skipscope.flow._flow_results import Head, Worst
 from skipscope.flow._readings import Readings
-from skipscope.flow._sites import LOOKUPS, SiteReading
+from skipscope.flow._sites import LOOKUPS, CallGraph, PoolReading, SiteReader, SiteReading
 from skipscope.flow._tensor_norms import dense, norm_of
 from skipscope.flow._verdict import Point
+from skipscope.shortcuts import Boundary, tap_boundaries
+from skipscope.shortcuts.trace import NeedsGradients, recording
 
 # A thousandth of the gradient is left: the reach. A sequence longer than so many times its reach vanishes through time.
 LEFT, REACHES = 1e-3, 3
@@ -105,8 +109,8 @@ def evidence_of(
         return Evidence((tuple(points),))
     reached = graph.reached() if graph.results else None
     orders = {k: readings.calls.get(k, (0, 0)) for k in kept}
-    averages = _averages(readings, reached)
-    later = _followed(readings, reached, [orders[k][0] for k in kept])
+    averages = _averages(graph, readings.sites, readings.pools) if graph.results else []
+    later = _followed(graph, readings.sites, [orders[k][0] for k in kept])
     normed = []
     for point, k, followed in zip(points, kept, later):
         order = orders[k][0]
@@ -127,27 +131,72 @@ def evidence_of(
     )  # fmt: skip
 
 
-def _averages(readings: Readings, reached: set[int] | None) -> list[tuple[int, float]]:
+def _averages(
+    graph: CallGraph, sites: Sequence[SiteReading], pools: Sequence[PoolReading]
+) -> list[tuple[int, float]]:
     """The pools that all of the gradient before them comes by: number of the call, and decades lost in it."""
-    graph, found = readings.graph, []
-    assert graph is not None
-    first = [site.order for site in readings.sites if site.order >= 0]
-    for pool in readings.pools:
-        if reached is None or pool.order not in reached or not any(order < pool.order for order in first):
-            continue
-        around = graph.reached(without=pool.order)
-        if not any(order in around for order in first if order < pool.order):
+    found, reached = [], graph.reached()
+    for pool in pools:
+        before = [site.order for site in sites if 0 <= site.order < pool.order]
+        if before and pool.order in reached and not graph.reached(without=pool.order).intersection(before):
             found.append((pool.order, pool.decades))
     return found
 
 
-def _followed(readings: Readings, reached: set[int] | None, orders: Sequence[int]) -> list[bool]:
+def _followed(graph: CallGraph, sites: Sequence[SiteReading], orders: Sequence[int]) -> list[bool]:
     """By boundary, whether a weighted call follows: where none does it is the output."""
-    graph = readings.graph
-    assert graph is not None
-    sites = [s.order for s in readings.sites if s.order >= 0 and (reached is None or s.order in reached)]
-    after = graph.ancestors(parent for site in sites for parent in graph.parents[site])
+    reached = graph.reached()
+    calls = [site.order for site in sites if site.order in reached]
+    after = graph.ancestors(parent for call in calls for parent in graph.parents[call])
     return [order in after for order in orders]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the boundaries of a model lie, known from a forward pass without gradients.
+
+    Attributes:
+        hidden: by boundary, whether weights come before and after it.
+        averaging: by boundary, decades that the norm of its gradient loses by averages between it and the output.
+        normed: norms over the data stand between the weights.
+    """
+
+    hidden: tuple[bool, ...]
+    averaging: tuple[float, ...]
+    normed: bool
+
+
+def layout_of(model: nn.Module, call: Callable[[], Any], points: Sequence[Boundary]) -> Layout:
+    """The layout of a model's boundaries, from one run of ``call``; run it inside ``untouched``."""
+    try:
+        return _layout(model, call, tuple(points), gradients=False)
+    except NeedsGradients:
+        return _layout(model, call, tuple(points), gradients=True)
+
+
+def _layout(
+    model: nn.Module, call: Callable[[], Any], points: tuple[Boundary, ...], gradients: bool
+) -> Layout:
+    sites, values = SiteReader(model, measured=False), dict[int, int]()
+    with recording(model, sites, gradients=gradients) as recorder:
+        sites.recorder = recorder
+
+        def touch(i: int, activation: Tensor) -> Tensor:
+            values.setdefault(i, recorder.value_of(activation))
+            return activation
+
+        with tap_boundaries(model, points, touch):
+            results = recorder.values_in(call())
+    trace = recorder.trace
+    graph = CallGraph.of(trace, results)
+    made = [trace.values[values[i]].call if i in values else None for i in range(len(points))]
+    orders = [-1 if call is None else call for call in made]
+    averages = _averages(graph, sites.sites, sites.pools)
+    followed = _followed(graph, sites.sites, orders)
+    return Layout(
+        tuple(f and p.key.site != "input" for f, p in zip(followed, points)),
+        tuple(sum(d for at, d in averages if at > order) for order in orders), sites.is_normed(trace),
+    )  # fmt: skip
 
 
 def _lines(points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], orders: dict[int, tuple[int, int]], readings: Readings) -> tuple[tuple[Point, ...], ...]:  # fmt: skip

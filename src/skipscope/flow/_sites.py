@@ -121,6 +121,7 @@ class PoolReading:
         positions: how many elements go into one.
         into: norm of the whole gradient at what it takes.
         out: norm of the gradient at what it gives.
+        measured: both are read; else no gradient runs, and disjoint averages are taken for granted.
     """
 
     order: int
@@ -128,10 +129,15 @@ class PoolReading:
     positions: float
     into: float = 0.0
     out: float = 0.0
+    measured: bool = True
 
     @property
     def decades(self) -> float:
         """Decades that the gradient's norm loses in it; negative where it gains."""
+        if not self.measured:
+            # A sum of N makes N copies, whose norm is sqrt(N) times as large; a factor of 1/N follows, or is in a mean.
+            share = {"sum": -0.5, "nansum": -0.5, "mul": 1.0, "div": 1.0}.get(self.function, 0.5)
+            return share * math.log10(self.positions)
         return math.log10(self.out / self.into) if self.into > 0 and self.out > 0 else 0.0
 
 
@@ -215,6 +221,7 @@ class SiteReader:
 
     Args:
         model: whose parameters are weights.
+        measured: gradients will run; else only what is called is noted.
 
     Attributes:
         sites, pools: what was read.
@@ -222,7 +229,8 @@ class SiteReader:
         unit: what one unit of a gradient is worth; empty until the seed is known.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, measured: bool = True):
+        self.measured = measured
         self.sites: list[SiteReading] = []
         self.pools: list[PoolReading] = []
         self.cuts: list[tuple[int, str]] = []
@@ -283,11 +291,14 @@ class SiteReader:
             args[0].register_hook(self._hook(lambda g, u: site.add_steps(by_step(g, sizes, batch_first), u)))
 
     def _pool(self, trace: Trace, call: TracedCall, taken: Tensor, given: Tensor, positions: float) -> None:
-        if not (given.requires_grad and taken.requires_grad and given.numel() > 1 and taken.ndim > 1):
+        if given.numel() <= 1 or taken.ndim <= 1 or positions <= 1 or _is_joined(trace, call.index):
             return
-        if positions <= 1 or _is_joined(trace, call.index):
+        pool = PoolReading(call.index, call.function, positions, measured=self.measured)
+        if not self.measured:
+            self.pools.append(pool)
             return
-        pool = PoolReading(call.index, call.function, positions)
+        if not (given.requires_grad and taken.requires_grad):
+            return
         self.pools.append(pool)
         taken.register_hook(self._hook(lambda g, u: _raise(pool, "into", g, u)))
         given.register_hook(self._hook(lambda g, u: _raise(pool, "out", g, u)))

@@ -27,7 +27,8 @@ from torch.nn.modules import module as module_hooks
 from skipscope import _data
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import world
-from skipscope._untouched import is_measuring
+from skipscope._untouched import is_measuring, untouched
+from skipscope.flow import Layout, layout_of
 from skipscope.monitor import _gradient_norms, _rank_sums, _torch_internals
 from skipscope.monitor._backward_passes import BackwardPass, BackwardPasses, inside_backward
 from skipscope.monitor._step_row import on_its_way
@@ -47,6 +48,8 @@ class FlowRow:
             arrived.
         elements: that it is of, so that the RMS is ``norm / sqrt(elements)``.
         hidden: whether the boundary lies between input and output.
+        averaging: decades that each loses by averages between it and the output.
+        normed: norms over the data stand between the weights.
     """
 
     owner: int
@@ -55,6 +58,8 @@ class FlowRow:
     norm: np.ndarray
     elements: np.ndarray
     hidden: tuple[bool, ...]
+    averaging: tuple[float, ...]
+    normed: bool
 
 
 @dataclass(eq=False)
@@ -109,7 +114,7 @@ class FlowReader:
         self.first_step = first_step
         self.steps = dict.fromkeys(parameters, first_step)
         self._points: tuple[Boundary, ...] | None = None
-        self._hidden: dict[str, bool] = {}
+        self._layout = Layout((), (), False)
         self._whole = self.model
         self._parts: set[int] = set()
         self._running: list[int] = []
@@ -294,8 +299,14 @@ class FlowReader:
             norm[~np.isfinite(norm)] = np.inf  # NaN says that none arrived, and nothing else
             norm = np.where(row.elements > 0, norm, np.nan)
             self.rows += 1
-            hidden = tuple(self._hidden.get(name, True) for name in row.names)
-            self.deliver(FlowRow(row.owner, row.step, row.names, norm, row.elements, hidden))
+            at = {point.name: i for i, point in enumerate(self._points or ())}
+            hidden, averaging = zip(*(
+                (self._layout.hidden[at[n]], self._layout.averaging[at[n]]) if n in at else (True, 0.0)
+                for n in row.names
+            ))  # fmt: skip
+            self.deliver(FlowRow(
+                row.owner, row.step, row.names, norm, row.elements, hidden, averaging, self._layout.normed
+            ))  # fmt: skip
 
     def replace_parameters(self, parameters: Mapping[int, Sequence[Tensor]]) -> None:
         """The model or what its optimizers update has changed: find its boundaries again."""
@@ -377,9 +388,11 @@ class FlowReader:
         """Find the boundaries with the inputs at hand; when that fails the flow is given up, the training goes on."""
         try:
             points = boundaries(self.model, _as_inputs(self.model, args, keywords))
+            with untouched(self.model, seed=0, operation="watch"):
+                # Anything that the model writes into is copied.
+                given, named = _data.map_tensors((args, dict(keywords)), torch.clone)
+                self._layout = layout_of(self.model, lambda: self.model(*given, **named), points)
             self._points = tuple(replace(point) for point in points)
-            # After the last boundary no weights follow: it is the output.
-            self._hidden = {p.name: p.key.site != "input" and p is not self._points[-1] for p in self._points}
         except Exception as error:  # any model may come; a monitor must not end a training
             first = (error.problem if isinstance(error, SkipscopeError) else str(error)).splitlines()
             self.problem = (

@@ -45,6 +45,7 @@ class LiveVerdict:
             that is watched where its kind is known, so empty where that one bears it.
         chain: the model, or the optimizer, whose loss it is about; empty where there is only one.
         chains: one verdict for each of them; empty where there is only one. The whole has the worst state of them.
+        finding: the verdict in one sentence, as ``gradient_flow`` has it.
     """
 
     state: str
@@ -59,12 +60,14 @@ class LiveVerdict:
     hinders: tuple[str, ...] = ()
     chain: str = ""
     chains: tuple[LiveVerdict, ...] = ()
+    finding: str = ""
 
     def __str__(self) -> str:
         where = f" at {self.where}" if self.where else ""
         of = f" {self.chain}:" if self.chain else ""
-        advice = f". {self.advice}" if self.advice else ""
-        return f"step {self.step}:{of} {self.state}{where} (from {self.basis}): {self.reason}{advice}"
+        because = f"{self.reason[:1].upper()}{self.reason[1:]}".rstrip(".")
+        words = " ".join(part for part in (self.finding, f"{because}.", self.advice) if part)
+        return f"step {self.step}:{of} {self.state}{where} (from {self.basis}): {words}"
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ class History(Result):
             -1 where the boundary was no part of the pass; ``[flow rows, B]``.
         flow_owners: the optimizer whose step it was; ``[flow rows]``.
         hidden: whether each boundary lies between input and output, where the fall is taken; ``[B]``.
+        averaging: decades that the norm at each boundary loses by averages between it and the output; ``[B]``.
+        normed: norms over the data stand between the weights.
     """
 
     parameters: tuple[str, ...]
@@ -153,6 +158,8 @@ class History(Result):
     flow_norm: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
     flow_owners: np.ndarray = field(default_factory=lambda: np.empty(0))
     hidden: tuple[bool, ...] = ()
+    averaging: tuple[float, ...] = ()
+    normed: bool = False
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -14,6 +14,7 @@ import numpy as np
 from skipscope._errors import SkipscopeError
 from skipscope.monitor import _live_verdict
 from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
+from skipscope.monitor._live_verdict import Place
 from skipscope.monitor._missing_gradients import MissingGradients
 from skipscope.monitor._row_files import most_rows, read_rows
 from skipscope.monitor._step_row import SCALARS
@@ -72,7 +73,9 @@ def assemble(
         events=tuple(events), notes=tuple(notes), complete=complete,
         chains=tuple(of(key, "chains") if "chains" in place[key][2] else "" for key in keys),
         kinds=tuple(place[key][2].get("kind", "") for key in keys), flow_norm=flow_norm, flow_owners=flow_owners,
-        hidden=tuple(_hidden(flow, name) for name in names),
+        hidden=tuple(_of_boundary(flow, name, "hidden", True) for name in names),
+        averaging=tuple(_of_boundary(flow, name, "averaging", 0.0) for name in names),
+        normed=any(about.get("normed", False) for about, _ in flow[-1:]),
     )  # fmt: skip
     return history if verdict is not None else replace(history, verdict=verdict_of(history))
 
@@ -134,9 +137,9 @@ def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.nd
     return tuple(names), joined[order], np.concatenate(owners)[order], np.concatenate(norms)[order]
 
 
-def _hidden(flow: Columns, name: str) -> bool:
+def _of_boundary(flow: Columns, name: str, what: str, default: Any) -> Any:
     about = next(about for about, _ in reversed(flow) if name in about["names"])
-    return about["hidden"][about["names"].index(name)] if "hidden" in about else True
+    return about[what][about["names"].index(name)] if what in about else default
 
 
 def verdict_of(
@@ -178,7 +181,7 @@ def _verdict_of_chain(
     of_parameters = _verdict_of_parameters(history, part, was, is_early)
     for cause in causes:
         if of_parameters.state in {"dead", "unconnected"} and cause.cause != "unused":
-            of_parameters = replace(of_parameters, reason=cause.reason, advice=cause.advice)
+            of_parameters = replace(of_parameters, finding="", reason=cause.reason, advice=cause.advice)
     first = {}
     for i, owner in enumerate(history.owners):
         first.setdefault(owner, history.chains[i] if history.chains else "")
@@ -193,10 +196,13 @@ def _verdict_of_chain(
         return of_parameters  # the flow was last read before this happened
     values = history.flow_norm[mine[-1]]
     own = np.flatnonzero(values != NOT_RUN)
+    places = [
+        Place(history.boundaries[i], history.hidden[i], history.averaging[i] if history.averaging else 0.0)
+        for i in own
+    ]  # fmt: skip
     return _live_verdict.judge_flow(
-        [history.boundaries[i] for i in own], values[own], [history.hidden[i] for i in own], step, was,
-        is_early=is_early or step == 1,
-    )  # fmt: skip
+        places, values[own], step, was, normed=history.normed, is_early=is_early or step == 1
+    )
 
 
 def _verdict_of_parameters(history: History, part: Sequence[int], was: str, is_early: bool) -> LiveVerdict:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from skipscope._numbers import short
-from skipscope.flow._verdict import FALL, GROWTH, Point, judge
+from skipscope.flow._verdict import FALL, GROWTH, NORMED_GROWTH, Point, judge
+from skipscope.flow._verdict_words import advice_on
 from skipscope.monitor._history import FLOW, GRADIENTS, STATES, LiveVerdict
 
 # dL/dW was seen to fall 1.4 decades where dL/dx grew: ask for more than of a flow, and for more still where no weights
@@ -56,27 +57,38 @@ def for_optimizer(verdict: LiveVerdict, kinds: Collection[str], chain: str) -> L
     return replace(verdict, chain=chain, hinders=hinders, reason=verdict.reason + words)
 
 
+@dataclass(frozen=True)
+class Place:
+    """A boundary.
+
+    Attributes:
+        name: of the boundary.
+        hidden: it lies between input and output. The fall is taken over such places alone: no weight is trained through
+            the input's gradient, and the step to the output is common to all layers.
+        averaging: decades that its gradient loses by averages between it and the output, which are put back.
+    """
+
+    name: str
+    hidden: bool
+    averaging: float = 0.0
+
+
 def judge_flow(
-    names: Sequence[str],
-    values: np.ndarray,
-    hidden: Sequence[bool],
-    step: int,
-    was: str,
-    *,
+    places: Sequence[Place], values: np.ndarray, step: int, was: str, *, normed: bool = False,
     is_early: bool = False,
-) -> LiveVerdict:
+) -> LiveVerdict:  # fmt: skip
     """The verdict on the flow at boundaries.
 
     Args:
-        names: of the boundaries, nearest the input first.
+        places: nearest the input first.
         values: the gradient's size there: norms, so that widths do not matter; NaN where none arrived.
-        hidden: whether the boundary lies between input and output. The fall is taken over these alone: no weight is
-            trained through the input's gradient, and the step to the output is common to all layers.
         step: when it was read.
         was: the state so far.
+        normed: norms over the data stand between the weights.
         is_early: boundaries without a gradient are left out.
     """
-    points = [Point(name, *_flow_state(value)) for name, value in zip(names, values)]
+    hidden = [place.hidden for place in places]
+    points = [Point(place.name, *_flow_state(value, place.averaging)) for place, value in zip(places, values)]
     inner = [point for point, is_hidden in zip(points, hidden) if is_hidden]
     trained = points[1:] if len(points) > 1 and not hidden[0] else points
     missing = {"not_connected", "exact_zero"}
@@ -91,7 +103,7 @@ def judge_flow(
     if len(inner) < 2 and all(p.state == "ok" for p in inner):
         reason = "there are fewer than two hidden boundaries, so no gradient can be lost between them"
         return LiveVerdict("healthy", FLOW, step, reason)
-    return _live(inner, "boundaries", step, was, None)
+    return _live(inner, "boundaries", step, was, None, normed)
 
 
 def judge_gradients(
@@ -143,14 +155,17 @@ def judge_gradients(
 _ONE = {"boundaries": "boundary", "weights": "weight", "biases": "bias"}
 
 
-def _live(points: list[Point], of: str, step: int, was: str, of_weights: float | None) -> LiveVerdict:
-    """The flow room's verdict; between trouble and health by its limits, or those of weights, and not leaving at a hair."""
-    found = judge(points)
+def _live(
+    points: list[Point], of: str, step: int, was: str, of_weights: float | None, normed: bool = False
+) -> LiveVerdict:
+    """The verdict on a flow, by its own limits or those of weights; a state is not left by a hair."""
+    found = judge(points, normed=normed)
     state, reason, where, fall = found.state, found.reason, found.where, found.fall_decades
     basis = FLOW if of == "boundaries" else GRADIENTS
     reason = reason.replace("boundaries", of)
     if fall is not None:
-        trouble, limit = ("vanishing", FALL) if fall >= 0 else ("exploding", max(GROWTH, _GROWTH_OF_NORM))
+        growth = NORMED_GROWTH if normed else max(GROWTH, _GROWTH_OF_NORM)
+        trouble, limit = ("vanishing", FALL) if fall >= 0 else ("exploding", growth)
         limit = of_weights or limit
         lasting = was == trouble and limit - _STICKY <= abs(fall) < limit
         change = f"{short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {len(points)} {of if len(points) != 1 else _ONE[of]}"
@@ -160,17 +175,20 @@ def _live(points: list[Point], of: str, step: int, was: str, of_weights: float |
             hint = "" if basis == FLOW else "; set flow_every= to read the flow itself"
             state, where, reason = "healthy", None, change + hint
     hinders = () if state == "healthy" else found.hinders or ("SGD",)
+    cause = "none" if state == "healthy" else found.cause
+    told = replace(found, state=state, where=where, reason=reason, cause=cause)
     return LiveVerdict(
-        state, basis, step, reason, where, fall, found.slope, found.slope_interval, hinders=hinders
-    )
+        state, basis, step, reason, where, fall, found.slope, found.slope_interval,
+        advice="" if state == "healthy" else advice_on(told), hinders=hinders, finding=told.finding,
+    )  # fmt: skip
 
 
-def _flow_state(value: float) -> tuple[str, float | None]:
+def _flow_state(value: float, averaging: float) -> tuple[str, float | None]:
     if math.isnan(value):
         return "not_connected", None
     if math.isinf(value):
         return "nonfinite", None
-    return ("ok", math.log10(value)) if value > 0 else ("exact_zero", None)
+    return ("ok", math.log10(value) + averaging) if value > 0 else ("exact_zero", None)
 
 
 def _lasting(codes: np.ndarray) -> list[str]:

@@ -65,7 +65,10 @@ class Store:
         key = row.names, row.owner
         rows = next((rows for known, rows in self._flow if known == key), None)
         if rows is None:
-            about = {"names": list(row.names), "optimizer": row.owner, "hidden": list(row.hidden)}
+            about = {
+                "names": list(row.names), "optimizer": row.owner, "hidden": list(row.hidden),
+                "averaging": list(row.averaging), "normed": row.normed,
+            }  # fmt: skip
             rows = self._rows("flow", 1 + 2 * len(row.names), most_rows(2 * len(row.names)), about)
             self._flow.append((key, rows))
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -56,7 +56,7 @@ CELL = "a fused recurrent cell: the gates in it cannot be seen"
 TRANSFORMED = "a function under torch.vmap or torch.func: what it joins cannot be tapped"
 
 
-class _NeedsGradients(BaseException):
+class NeedsGradients(BaseException):
     """The model differentiates in its forward pass. Not an Exception, which a model's own code might catch."""
 
 
@@ -87,7 +87,7 @@ def record(model: nn.Module, call: Callable[[], Any], lent: LentInputs | None = 
     lent = lent or LentInputs()
     try:
         return _recorded(model, call, lent, gradients=False)
-    except _NeedsGradients:
+    except NeedsGradients:
         return _recorded(model, call, lent, gradients=True)
 
 
@@ -169,7 +169,7 @@ class Recorder(TorchFunctionMode):
         if function.name in QUERIES:
             return func(*args, **kwargs)
         if function.name in _DIFFERENTIATING and not self.trace.with_gradients:
-            raise _NeedsGradients
+            raise NeedsGradients
         operation = _operations.operation_of(func)
         if operation is not None and operation.is_many:
             return _operations.one_by_one(self, operation, func, args, kwargs)
