@@ -9,7 +9,7 @@ from torch import nn
 
 import skipscope as ss
 from flow import oracles
-from skipscope.flow._verdict import FALL, GROWTH, SPREAD_GROWTH, Point, judge, least_squares
+from skipscope.flow.verdict._flow_rules import FALL, GROWTH, SPREAD_GROWTH, Point, judge, least_squares
 
 mse = nn.functional.mse_loss
 

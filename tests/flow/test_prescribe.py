@@ -103,7 +103,7 @@ def test_around_a_layer_with_its_norm_and_activation(image):
 
 
 def test_frozen_layers_keep_their_weights():
-    from skipscope.flow._remedies import candidates
+    from skipscope.flow.advice._remedies import candidates
 
     model = relus(4)
     model[:4].requires_grad_(False)

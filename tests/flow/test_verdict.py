@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import skipscope as ss
-from skipscope.flow._verdict import FALL, GROWTH, Point, judge, student_quantile
+from skipscope.flow.verdict._flow_rules import FALL, GROWTH, Point, judge, student_quantile
 
 
 def batch(n=16, width=8, classes=2):

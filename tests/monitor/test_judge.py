@@ -14,7 +14,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope import reference
-from skipscope.flow._verdict import FALL
+from skipscope.flow.verdict._flow_rules import FALL
 from skipscope.monitor import STATES, read_history, watch
 from skipscope.monitor._live_verdict import judge_flow, judge_gradients
 

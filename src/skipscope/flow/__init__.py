@@ -1,17 +1,14 @@
 """The gradient on its way back: flow, verdict, split, paths, importance, remedies."""
 
-from skipscope.flow._evidence import Layout as Layout
-from skipscope.flow._evidence import layout_of as layout_of
-from skipscope.flow._flow import flow_of as flow_of
-from skipscope.flow._flow import gradient_flow as gradient_flow
-from skipscope.flow._flow_results import BoundaryFlow as BoundaryFlow
-from skipscope.flow._flow_results import GradientFlow as GradientFlow
-from skipscope.flow._flow_results import LayerGradient as LayerGradient
-from skipscope.flow._flow_results import Verdict as Verdict
+from skipscope.flow._flow_result import BoundaryFlow as BoundaryFlow
+from skipscope.flow._flow_result import GradientFlow as GradientFlow
+from skipscope.flow._flow_result import LayerGradient as LayerGradient
+from skipscope.flow._flow_result import Verdict as Verdict
 from skipscope.flow._gradient_correlation import gradient_correlation as gradient_correlation
+from skipscope.flow._gradient_flow import flow_of as flow_of
+from skipscope.flow._gradient_flow import gradient_flow as gradient_flow
 from skipscope.flow._importance import importance as importance
 from skipscope.flow._importance import importance_of as importance_of
-from skipscope.flow._prescribe import prescribe as prescribe
 from skipscope.flow._results import Cost as Cost
 from skipscope.flow._results import GradientCorrelation as GradientCorrelation
 from skipscope.flow._results import GradientSplit as GradientSplit
@@ -21,11 +18,14 @@ from skipscope.flow._results import PathSpectrum as PathSpectrum
 from skipscope.flow._results import Prescription as Prescription
 from skipscope.flow._results import Remedy as Remedy
 from skipscope.flow._results import SplitAt as SplitAt
-from skipscope.flow._verdict import FALL as FALL
-from skipscope.flow._verdict import GROWTH as GROWTH
-from skipscope.flow._verdict import Point as Point
-from skipscope.flow._verdict import judge as judge
+from skipscope.flow.advice._prescription import prescribe as prescribe
 from skipscope.flow.paths import path_spectrum as path_spectrum
 from skipscope.flow.paths import paths_of as paths_of
 from skipscope.flow.split import gradient_split as gradient_split
 from skipscope.flow.split import split_of as split_of
+from skipscope.flow.verdict._evidence import Layout as Layout
+from skipscope.flow.verdict._evidence import layout_of as layout_of
+from skipscope.flow.verdict._flow_rules import FALL as FALL
+from skipscope.flow.verdict._flow_rules import GROWTH as GROWTH
+from skipscope.flow.verdict._flow_rules import Point as Point
+from skipscope.flow.verdict._flow_rules import judge as judge

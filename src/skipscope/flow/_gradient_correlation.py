@@ -1,8 +1,9 @@
 """``gradient_correlation``: do near inputs get like gradients? (Balduzzi et al. 2017, "The shattered gradients problem")
 
-For each sample i, g_i is the gradient with respect to its input (the first boundary) of one fixed number: the loss, or
-the output along a fixed random direction. The correlation of two samples is the cosine between g_i and g_j. Balduzzi
-find that it falls like 2^-L in plain ReLU networks of depth L, and like 1/sqrt(L) with shortcuts.
+For each sample i, g_i is the gradient with respect to its input (the first boundary) of one fixed number: the
+loss, or the output along a fixed random direction. The correlation of two samples is the cosine between g_i
+and g_j. Balduzzi find that it falls like 2^-L in plain ReLU networks of depth L, and like 1/sqrt(L) with
+shortcuts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
 from skipscope._subject import prepare
 from skipscope.flow._results import GradientCorrelation
-from skipscope.flow._seed import backward_error
+from skipscope.flow.passes._gradient_seed import backward_error
 from skipscope.shortcuts import tap_boundaries
 
 
@@ -45,8 +46,8 @@ def gradient_correlation(
         model: any eager module; as found afterwards. It runs in the modes its modules are in.
         data: as everywhere; the first batch is used, and needs two samples or more.
         loss: as everywhere; asked for only with ``of="loss"``, or to find the output.
-        of: what is differentiated: the ``"output"`` along one random direction, the same for every sample (Balduzzi's),
-            or the ``"loss"``, whose targets differ.
+        of: what is differentiated: the ``"output"`` along one random direction, the same for every sample
+            (Balduzzi's), or the ``"loss"``, whose targets differ.
         pairs: at most so many pairs, drawn at random.
         bins: rows of the summary.
         seed: of the pairs, the direction, and the random numbers drawn inside.

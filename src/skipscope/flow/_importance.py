@@ -15,8 +15,8 @@ from skipscope._progress import track
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import one_snapshot, private_copy, untouched
-from skipscope.flow._flow import flow_of
-from skipscope.flow._flow_results import GradientFlow
+from skipscope.flow._flow_result import GradientFlow
+from skipscope.flow._gradient_flow import flow_of
 from skipscope.flow._results import Cost, Importance, ImportanceOf
 from skipscope.shortcuts import ablate, meaning, one_edit, refuse_another_architecture
 
@@ -46,8 +46,8 @@ def importance(
         allow_empty: where there is no shortcut to try, return an empty ranking instead of refusing.
 
     Raises:
-        SkipscopeError: data, loss or model cannot be read; the loss has no gradient; there is no shortcut to try, or
-            those given were found on another architecture.
+        SkipscopeError: data, loss or model cannot be read; the loss has no gradient; there is no shortcut to
+            try, or those given were found on another architecture.
 
     Example:
         >>> import torch, skipscope as ss

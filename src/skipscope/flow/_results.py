@@ -1,7 +1,7 @@
 """What this room hands back: plain numbers, and the tables that say what they mean.
 
-Signs and units are those of the definitions: a *fall* and a *slope* are positive when the gradient shrinks on its way
-back from the loss; both are in decades (powers of ten).
+Signs and units are those of the definitions: a *fall* and a *slope* are positive when the gradient shrinks on
+its way back from the loss; both are in decades (powers of ten).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from skipscope._numbers import short
 from skipscope._result import Result, Table
 
-# --- gradient_split -------------------------------------------------------------------------------------------------
+# --- gradient_split ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class GradientSplit(Result):
         )  # fmt: skip
 
 
-# --- path_spectrum --------------------------------------------------------------------------------------------------
+# --- path_spectrum ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +89,8 @@ class PathSpectrum(Result):
     """The gradient, taken apart by how many branches it crossed.
 
     Attributes:
-        norms: ``[branches + 1]``; ``norms[k]`` is the L2 norm over the whole batch of G_k, the sum over all paths that
-            cross exactly k branches.
+        norms: ``[branches + 1]``; ``norms[k]`` is the L2 norm over the whole batch of G_k, the sum over all
+            paths that cross exactly k branches.
         mean_length: sum k |G_k| / sum |G_k|.
         residual: |sum_k G_k - G| / |G|, G from a plain backward pass.
         gradient_norm: |G|.
@@ -137,7 +137,7 @@ class PathSpectrum(Result):
         )  # fmt: skip
 
 
-# --- importance -----------------------------------------------------------------------------------------------------
+# --- importance -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _descending(value: float) -> float:
     return -np.inf if np.isnan(value) else -value
 
 
-# --- prescribe ------------------------------------------------------------------------------------------------------
+# --- prescribe --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,10 @@ class Remedy:
     Attributes:
         name: what was done, in words.
         code: the line that does it.
-        state, fall_decades, loss: of the copy after it; the first row of a prescription is the network as it is.
-        reached: the loss after the same few training steps that were given to every candidate; None if none were.
+        state, fall_decades, loss: of the copy after it; the first row of a prescription is the network as it
+            is.
+        reached: the loss after the same few training steps that were given to every candidate; None if none
+            were.
         notes: the rate that reached it.
         reason: why the flow is as it is, a sentence.
     """
@@ -287,7 +289,7 @@ class Prescription(Result):
         )  # fmt: skip
 
 
-# --- gradient_correlation -------------------------------------------------------------------------------------------
+# --- gradient_correlation ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)

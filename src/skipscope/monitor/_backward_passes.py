@@ -1,9 +1,10 @@
 """Which backward passes end up in the gradients that an optimizer receives.
 
-Between two steps a model may be run backward for other reasons: an attack on the inputs, a generator's step through
-its discriminator, a sharpness-aware first pass. Such a pass either computes no gradient of the optimizer's parameters,
-or its gradients are cleared before the step. Both are seen here from ``p.grad`` alone, without hooks on parameters: its
-identity and version when a pass begins, when it ends, and when the optimizer steps.
+Between two steps a model may be run backward for other reasons: an attack on the inputs, a generator's step
+through its discriminator, a sharpness-aware first pass. Such a pass either computes no gradient of the
+optimizer's parameters, or its gradients are cleared before the step. Both are seen here from ``p.grad``
+alone, without hooks on parameters: its identity and version when a pass begins, when it ends, and when the
+optimizer steps.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class BackwardPass:
     """One backward pass through the model.
 
     Attributes:
-        by_hand: it was ``torch.autograd.grad`` with respect to parameters; only the user knows what became of it.
+        by_hand: it was ``torch.autograd.grad`` with respect to parameters; only the user knows what became of
+            it.
         partial: it computes only the gradients that were asked for, perhaps not that of the model's input.
         before: ``p.grad`` of each parameter when it began.
         touched: parameters whose gradients it changed and that still hold what it added; None while it runs.

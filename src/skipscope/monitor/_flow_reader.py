@@ -1,11 +1,12 @@
 """The flow at boundaries, read from the training's own forward and backward passes, every so many steps.
 
-While a step is read (and only then) a global hook of torch's waits for the model to be called; that forward pass runs
-under a tap, which hangs a hook on the activation of each boundary. Nothing is set on the model or its parameters, so a
-copy or a file of the model made meanwhile holds nothing of ours. Of the backward passes those count whose gradients the
-optimizer receives (``_backward_passes``); gradients of several passes through one activation are added before they are
-squared. Nothing is run a second time, but for finding the boundaries at the start. A compiled model runs the step that is
-read as written (``torch.compiler.set_stance``): its hooks would not be seen, or break its graph.
+While a step is read (and only then) a global hook of torch's waits for the model to be called; that forward
+pass runs under a tap, which hangs a hook on the activation of each boundary. Nothing is set on the model or
+its parameters, so a copy or a file of the model made meanwhile holds nothing of ours. Of the backward passes
+those count whose gradients the optimizer receives (``_backward_passes``); gradients of several passes through
+one activation are added before they are squared. Nothing is run a second time, but for finding the boundaries
+at the start. A compiled model runs the step that is read as written (``torch.compiler.set_stance``): its
+hooks would not be seen, or break its graph.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class FlowRow:
         owner: the optimizer whose step it is.
         step: its number.
         names: of the boundaries.
-        norm: L2 norm of dL/d(activation) over the whole batch; inf where a gradient is not finite, NaN where none
-            arrived.
+        norm: L2 norm of dL/d(activation) over the whole batch; inf where a gradient is not finite, NaN where
+            none arrived.
         elements: that it is of, so that the RMS is ``norm / sqrt(elements)``.
         hidden: whether the boundary lies between input and output.
         averaging: decades that each loses by averages between it and the output.

@@ -1,9 +1,9 @@
 """L2 norm and sum of |g| of many gradients in one read: the default statistics, and what they cost.
 
-On the host each tensor is read in pieces that stay in the cache, once by BLAS's ``dot`` (by its slower ``nrm2`` where
-squares would overflow or underflow) and once by ``asum``; that is faster than torch's own reductions, and more accurate.
-On an accelerator a kernel of our own runs (torch's fused reductions where it cannot), and the numbers travel to the host
-without anyone waiting.
+On the host each tensor is read in pieces that stay in the cache, once by BLAS's ``dot`` (by its slower
+``nrm2`` where squares would overflow or underflow) and once by ``asum``; that is faster than torch's own
+reductions, and more accurate. On an accelerator a kernel of our own runs (torch's fused reductions where it
+cannot), and the numbers travel to the host without anyone waiting.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def _blas(dtype: np.dtype):
 
 
 def plain(grad: Tensor) -> Tensor:
-    """The numbers of a gradient that lie on this rank, without layout: sparse values, a DTensor's local shard."""
+    """This rank's part of a gradient as a plain tensor: sparse values, a DTensor's local shard."""
     if type(grad) is not Tensor and hasattr(grad, "to_local"):
         grad = grad.to_local()  # type: ignore[operator]
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def on_host(grads: Sequence[Tensor]) -> np.ndarray:
-    """``[2, n]``: L2 norm and sum of |g| of each plain gradient on the CPU, to at least float32's precision."""
+    """L2 norm and sum of |g| of each plain gradient on the CPU, ``[2, n]``, in float32 or better."""
     return np.array([one_on_host(grad) for grad in grads]).T.reshape(2, len(grads))
 
 
@@ -76,8 +76,8 @@ def on_device(grads: Sequence[Tensor], wide: bool = False) -> Tensor:
 
     Args:
         grads: plain gradients of one device.
-        wide: sum squares in float64 where our own kernel, which always does, cannot run: slower, for gradients whose
-            squares float32 cannot hold.
+        wide: sum squares in float64 where our own kernel, which always does, cannot run: slower, for
+            gradients whose squares float32 cannot hold.
     """
     if len({grad.dtype for grad in grads}) > 1:  # the kernels want one dtype
         columns: list[Any] = [None] * len(grads)

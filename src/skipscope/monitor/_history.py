@@ -1,4 +1,4 @@
-"""What a monitor hands back: its history as plain columns, the verdict, and the events when it changed."""
+"""Result of a monitor: history as plain columns, verdict, and events when the verdict changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope._result import Result, Table
 
-# The state of one parameter's gradient at one step; History.states holds the index. The kinds of zero stay apart.
+# The state of one parameter's gradient at one step; History.states holds the index. The kinds of zero stay
+# apart.
 STATES = ("ok", "exact_zero", "underflow", "not_connected", "nonfinite", "frozen", "absent")
 
 GRADIENTS = "parameter gradients"
@@ -20,7 +21,7 @@ FLOW = "boundary flow"
 
 
 def total_of(norm: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """The L2 norm over all parameters from each one's (the last axis); inf where one of them is not finite."""
+    """L2 norm over all parameters (the last axis); inf where one of them is not finite."""
     total = np.sqrt(np.nansum(np.square(norm), axis=-1))
     return np.where((states == STATES.index("nonfinite")).any(axis=-1), np.inf, total)
 
@@ -30,10 +31,10 @@ class LiveVerdict:
     """What the gradients are like, as far as a running training lets it be known.
 
     Attributes:
-        state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"``, ``"unconnected"``;
-            ``"unknown"`` before the first step.
-        basis: what it rests on: ``"boundary flow"`` or ``"parameter gradients"`` (weaker: dL/dW can fall where the
-            flow does not).
+        state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"``,
+            ``"unconnected"``; ``"unknown"`` before the first step.
+        basis: what it rests on: ``"boundary flow"`` or ``"parameter gradients"`` (weaker: dL/dW can fall
+            where the flow does not).
         step: the optimizer step it was given at.
         reason: a sentence with the number that says so.
         where: the boundary or parameter where it breaks; None for a healthy one.
@@ -41,10 +42,11 @@ class LiveVerdict:
         slope: decades per boundary (or weight), same sign.
         slope_interval: its 95 % interval.
         advice: what to do about it; empty where nothing need be done.
-        hinders: the kinds of optimizer that it keeps from learning, of ``"SGD"`` and ``"Adam"``: judged for the one
-            that is watched where its kind is known, so empty where that one bears it.
+        hinders: the kinds of optimizer that it keeps from learning, of ``"SGD"`` and ``"Adam"``: judged for
+            the one that is watched where its kind is known, so empty where that one bears it.
         chain: the model, or the optimizer, whose loss it is about; empty where there is only one.
-        chains: one verdict for each of them; empty where there is only one. The whole has the worst state of them.
+        chains: one verdict for each of them; empty where there is only one. The whole has the worst state of
+            them.
         finding: the verdict in one sentence, as ``gradient_flow`` has it.
     """
 
@@ -92,8 +94,9 @@ class VerdictEvent:
 class History(Result):
     """What a monitor recorded: one row an optimizer step, one column a parameter.
 
-    Every gradient is the one that the optimizer received: after accumulation, without the loss scale, reduced over
-    the ranks, whole, and after clipping; ``norm_before_clip`` is that before clipping where it could be known.
+    Every gradient is the one that the optimizer received: after accumulation, without the loss scale, reduced
+    over the ranks, whole, and after clipping; ``norm_before_clip`` is that before clipping where it could be
+    known.
 
     Attributes:
         parameters: names, in the model's order; ``[P]``.
@@ -114,19 +117,22 @@ class History(Result):
         evaluations: how often a closure was evaluated; 0 without a closure; ``[rows]``.
         boundaries: where the flow is read, nearest the input first; ``[B]``.
         flow_steps: ``[flow rows]``.
-        flow: RMS of dL/d(activation), without the loss scale; ``[flow rows, B]``; inf where it is not finite, NaN where none arrived.
+        flow: RMS of dL/d(activation), without the loss scale; ``[flow rows, B]``; inf where it is not finite,
+            NaN where none arrived.
         verdict: the last verdict.
         events: when the state changed.
         notes: what else a reader should know.
         complete: False when read from a folder whose run has not been closed.
         roles: ``"table"`` of an embedding, ``"bias"`` of a linear map or a convolution, else ``""``; ``[P]``.
         chains: the model, or the optimizer, whose loss the parameter belongs to; ``[P]``.
-        kinds: ``"SGD"`` or ``"Adam"`` by how the parameter's optimizer scales its step, ``""`` where unknown; ``[P]``.
-        flow_norm: L2 norm of dL/d(activation) over the whole batch, as ``flow``: a change of width leaves it alone;
-            -1 where the boundary was no part of the pass; ``[flow rows, B]``.
+        kinds: ``"SGD"`` or ``"Adam"`` by how the parameter's optimizer scales its step, ``""`` where unknown;
+            ``[P]``.
+        flow_norm: L2 norm of dL/d(activation) over the whole batch, as ``flow``: a change of width leaves it
+            alone; -1 where the boundary was no part of the pass; ``[flow rows, B]``.
         flow_owners: the optimizer whose step it was; ``[flow rows]``.
         hidden: whether each boundary lies between input and output, where the fall is taken; ``[B]``.
-        averaging: decades that the norm at each boundary loses by averages between it and the output; ``[B]``.
+        averaging: decades that the norm at each boundary loses by averages between it and the output;
+            ``[B]``.
         normed: norms over the data stand between the weights.
     """
 
@@ -176,7 +182,7 @@ class History(Result):
 
     @property
     def total_norm(self) -> np.ndarray:
-        """L2 norm over all parameters of the optimizer that stepped, ``[rows]``; inf where one is not finite."""
+        """L2 norm over the parameters of the optimizer that stepped, ``[rows]``; inf where one is not finite."""
         return total_of(self.norm, self.states)
 
     def matrix(self, what: str = "rms", *, optimizer: int = 0, weights_only: bool = True) -> dict[str, Any]:
@@ -188,8 +194,8 @@ class History(Result):
             weights_only: leave out parameters with fewer than two dimensions (biases, norms).
 
         Returns:
-            ``rows`` (names, nearest the input first), ``columns`` (steps), ``values`` ``[rows, columns]`` (not
-            log; NaN where there is none), ``label``, ``verdict``.
+            ``rows`` (names, nearest the input first), ``columns`` (steps), ``values`` ``[rows, columns]``
+            (not log; NaN where there is none), ``label``, ``verdict``.
         """
         if what == "flow":
             values, names, steps = self.flow.T, list(self.boundaries), self.flow_steps

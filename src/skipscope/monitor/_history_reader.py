@@ -81,7 +81,7 @@ def assemble(
 
 
 def _block(about: dict[str, Any], rows: np.ndarray, column: dict[tuple[int, str], int]) -> np.ndarray:
-    """A file's rows in the history's columns: scalars, optimizer, then norm, mean, before and states, each [P]."""
+    """A file's rows in the history's columns: scalars, optimizer, norm, mean, before, states."""
     P, p, S = len(column), len(about["names"]), len(SCALARS)
     out = np.full((len(rows), S + 1 + 4 * P), np.nan)
     out[:, :S], out[:, S] = rows[:, :S], about["optimizer"]
@@ -206,7 +206,7 @@ def _verdict_of_chain(
 
 
 def _verdict_of_parameters(history: History, part: Sequence[int], was: str, is_early: bool) -> LiveVerdict:
-    """From the biases of linear maps and convolutions, where there are some to compare; else from the weights."""
+    """Judge by biases of linear maps and convolutions that can be compared, else by weights."""
     if not len(history) or not part:
         return _live_verdict.UNKNOWN
     matrices = [i for i in part if len(history.shapes[i]) > 1]
@@ -228,7 +228,7 @@ def _verdict_of_parameters(history: History, part: Sequence[int], was: str, is_e
 def _judged_by(
     history: History, chosen: list[int], alike: Sequence[Any], was: str, what: str, is_early: bool
 ) -> LiveVerdict:  # fmt: skip
-    """The verdict from the last steps of some parameters; those with the same entry in ``alike`` can be compared."""
+    """Judge the last steps of some parameters; equal entries in ``alike`` can be compared."""
     rms, states = np.full((WINDOW, len(chosen)), np.nan), np.full((WINDOW, len(chosen)), np.nan)
     everything = history.rms
     last = 0
@@ -251,7 +251,8 @@ def _judged_by(
 def read_history(path: Path, *, all_rows: bool = False) -> History | None:
     """The history that a monitor writes to a folder, also while it runs or after it was killed; None if it is not one.
 
-    Of a long run every second, or fourth, ... row is read, as many as a live history would hold; a note says so. Local.
+    Of a long run every second, or fourth, ... row is read, as many as a live history would hold; a note says
+    so. Local.
 
     Args:
         path: the folder.

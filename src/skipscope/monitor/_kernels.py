@@ -1,8 +1,8 @@
 """Both statistics of many gradients on an accelerator in one read: two launches, however many tensors.
 
-torch's fused norms read the gradients once for each statistic and hand back a tensor for each gradient; for 150 small
-ones that takes the host longer than the numbers take the device. Imported only where Triton is (it comes with torch for
-accelerators).
+torch's fused norms read the gradients once for each statistic and hand back a tensor for each gradient; for
+150 small ones that takes the host longer than the numbers take the device. Imported only where Triton is (it
+comes with torch for accelerators).
 """
 
 from __future__ import annotations

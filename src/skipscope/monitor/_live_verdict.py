@@ -1,11 +1,12 @@
-"""The live verdict: the flow room's rule, on what a running training lets be seen.
+"""Live verdict: the rules of ``gradient_flow`` on what a running training shows.
 
-On the *boundary flow* the rule applies as it is. *Parameter gradients* are weaker evidence: RMS dL/dW is the flow times
-the size of an activation, and depends on the weight's shape. So only weights of equal shape are compared (each shape
-gets its own level, all share the way it changes with depth), and more is asked for before trouble is called. The gradient of a
-layer's *bias* is better: dL/db is the sum of dL/d(the layer's output) over samples and positions, the flow but for how
-far these agree. Over 200 networks its fall went with the flow's fall with a correlation of 0.998, that of weights with
-0.79 (those of benchmarks/verdict.py that are not held out), so biases are judged by where enough are alike.
+On the *boundary flow* the rule applies as it is. *Parameter gradients* are weaker evidence: RMS dL/dW is the
+flow times the size of an activation, and depends on the weight's shape. So only weights of equal shape are
+compared (each shape gets its own level, all share the way it changes with depth), and more is asked for
+before trouble is called. The gradient of a layer's *bias* is better: dL/db is the sum of dL/d(the layer's
+output) over samples and positions, the flow but for how far these agree. Over 200 networks its fall went with
+the flow's fall with a correlation of 0.998, that of weights with 0.79 (those of benchmarks/verdict.py that
+are not held out), so biases are judged by where enough are alike.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from skipscope._numbers import short
-from skipscope.flow._verdict import FALL, GROWTH, NORMED_GROWTH, Point, judge
-from skipscope.flow._verdict_words import advice_on
+from skipscope.flow.verdict._flow_rules import FALL, GROWTH, NORMED_GROWTH, Point, judge
+from skipscope.flow.verdict._verdict_words import advice_on
 from skipscope.monitor._history import FLOW, GRADIENTS, STATES, LiveVerdict
 
-# dL/dW was seen to fall 1.4 decades where dL/dx grew: ask for more than of a flow, and for more still where no weights
-# of equal shape can be compared.
+# dL/dW was seen to fall 1.4 decades where dL/dx grew: ask for more than of a flow, and for more still where
+# no weights of equal shape can be compared.
 _OF_WEIGHTS, _OF_UNEQUAL = 2.5, 3.5
 # The norm of a stock ResNet's gradient grows by 1.9 decades on its way to the first layer, and it trains.
 _GROWTH_OF_NORM = 2.5
@@ -63,8 +64,8 @@ class Place:
 
     Attributes:
         name: of the boundary.
-        hidden: it lies between input and output. The fall is taken over such places alone: no weight is trained through
-            the input's gradient, and the step to the output is common to all layers.
+        hidden: it lies between input and output. The fall is taken over such places alone: no weight is
+            trained through the input's gradient, and the step to the output is common to all layers.
         averaging: decades that its gradient loses by averages between it and the output, which are put back.
     """
 

@@ -1,8 +1,8 @@
 """Why an optimizer gets no gradient: one step is observed, and four causes are told apart.
 
-The gradients were there after ``backward`` and cleared before the step; no ``backward`` ran; it ran, but no path leads
-from the loss to the parameters; or the modules that hold them were not called at all. Parameters carry a hook during
-the step that is observed, and only then.
+The gradients were there after ``backward`` and cleared before the step; no ``backward`` ran; it ran, but no
+path leads from the loss to the parameters; or the modules that hold them were not called at all. Parameters
+carry a hook during the step that is observed, and only then.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class MissingGradients:
     """What was found.
 
     Attributes:
-        cause: ``"cleared"``, ``"no backward"``, ``"detached"``, ``"replaced"``, ``"unused"``, or ``"zero"`` where the
-            gradients arrived and were exactly 0.
+        cause: ``"cleared"``, ``"no backward"``, ``"detached"``, ``"replaced"``, ``"unused"``, or ``"zero"``
+            where the gradients arrived and were exactly 0.
         reason: a sentence for people.
         advice: what to do.
         unused: parameters of modules that were not called.
@@ -70,7 +70,7 @@ class GradientSearch:
         return note
 
     def conclude(self) -> MissingGradients | None:
-        """What the observed step shows, as the optimizer is about to use its gradients; None where none is missing."""
+        """Why gradients are missing in the observed step; None where none is."""
         passes = _torch_internals.count_backward_passes() - self._passes - 1
         self.close()
         parameters, names = self.tracked.parameters, self.tracked.names

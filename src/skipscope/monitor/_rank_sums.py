@@ -50,7 +50,7 @@ def check_mesh(name: str, parameter: Tensor, size: int) -> None:
 
 
 def disagreement(names: tuple[str, ...], norms: np.ndarray) -> str | None:
-    """Why the ranks' gradients are not one and the same, or None (collective; called once, at the first step)."""
+    """Why the ranks' gradients differ, or None (collective, called once at the first step)."""
     every = gathered((names, norms.tolist()))
     for rank, (other_names, other) in enumerate(every):
         if other_names != every[0][0]:

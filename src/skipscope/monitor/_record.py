@@ -20,7 +20,8 @@ class Record:
     Attributes:
         optimizer, step, seconds: which optimizer, its step, seconds since the watch began.
         names: of its parameters; ``[P]``.
-        rms, mean_abs, norm_before_clip: of each gradient; NaN where there is none, or where it is unknown; ``[P]``.
+        rms, mean_abs, norm_before_clip: of each gradient; NaN where there is none, or where it is unknown;
+            ``[P]``.
         states: in words; ``[P]``.
         total_norm: L2 norm of all gradients together.
         total_before_clip: what ``clip_grad_norm_`` found; NaN where unknown.

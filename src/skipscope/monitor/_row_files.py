@@ -1,8 +1,8 @@
 """Rows of numbers: bounded in memory, appended to a file as they come.
 
-A file is one line of JSON that says what the columns are, then rows of float64. A row is written by one call, so a run
-killed at any moment leaves whole rows and at most one torn one, which readers leave out; they may read while the run
-goes on.
+A file is one line of JSON that says what the columns are, then rows of float64. A row is written by one call,
+so a run killed at any moment leaves whole rows and at most one torn one, which readers leave out; they may
+read while the run goes on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One optimizer under watch: at each of its steps, the gradients that it receives.
 
-Everything happens in the optimizer's own step hook, when accumulation, reduction and clipping are over. On the host
-the numbers are there at once; from an accelerator they arrive later, in order, and are picked up at a later step.
+Everything happens in the optimizer's own step hook, when accumulation, reduction and clipping are over. On
+the host the numbers are there at once; from an accelerator they arrive later, in order, and are picked up at
+a later step.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class StepRecorder:
         step: how many steps it has made, skipped ones and ``first_step`` included.
         rows: how many of them were recorded.
         refusal: why nothing is recorded any more; None while all is well.
-        received: called with ``index`` and GradScaler's scale (None without one) at each step, recorded or not, when
-            the gradients are what the optimizer uses.
+        received: called with ``index`` and GradScaler's scale (None without one) at each step, recorded or
+            not, when the gradients are what the optimizer uses.
         stepped: called with this after each step.
         outer: wrappers around the optimizer, whose ``step`` ends in its own.
         late: another step pre-hook was registered after ours.
@@ -94,8 +95,8 @@ class StepRecorder:
     def _before(
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Any] | None:
-        # A subclass whose step calls its parent's has two hooked functions: only the outer one is a step. A depth
-        # that an exception left behind is told from a real one by the calls under way.
+        # A subclass whose step calls its parent's has two hooked functions: only the outer one is a step. A
+        # depth that an exception left behind is told from a real one by the calls under way.
         self._depth = self._depth + 1 if self._depth and _nested(optimizer) else 1
         if self._depth > 1:
             return None

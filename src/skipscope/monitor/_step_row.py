@@ -1,4 +1,4 @@
-"""The numbers of one optimizer step: read where the gradients lie, made whole over the ranks, put into a row."""
+"""The numbers of one optimizer step, summed over ranks, as one row."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Clip:
     witness: tuple[Tensor, int, int]
 
     def still_true(self) -> bool:
-        """Nobody has changed or replaced the gradient since: what is clipped, then thrown away, does not count."""
+        """Whether the gradient is still the one that was clipped."""
         parameter, address, version = self.witness
         grad = parameter.grad
         return grad is not None and (grad.data_ptr(), grad._version) == (address, version)
@@ -71,8 +71,8 @@ class Step:
         codes: 1 where there is a gradient, else minus its state; ``[P]``.
         parts: the sums.
         squares: whether the first line of a part is a sum of squares instead of a norm.
-        extras: further numbers: ``still_scaled`` (a factor still in the gradients), ``loss_scale``, ``skipped``,
-            ``factor0``, ``total0``, ...
+        extras: further numbers: ``still_scaled`` (a factor still in the gradients), ``loss_scale``,
+            ``skipped``, ``factor0``, ``total0``, ...
         clips: the clipping calls that these gradients went through.
         evaluations: how often the closure was evaluated.
         open: the closure may be evaluated again.

@@ -1,4 +1,4 @@
-"""The names of torch's own that the monitor uses and that its documentation does not promise, each in one place."""
+"""Private names of torch that the monitor uses."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 def keywords_of_call() -> dict[str, Any]:
     """The keyword arguments of the module call whose global forward pre-hook asks, two frames up.
 
-    Global hooks are not handed keywords. The dict belongs to this one call, so an entry that is replaced reaches the
-    forward pass and nobody else.
+    Global hooks are not handed keywords. The dict belongs to this one call, so an entry that is replaced
+    reaches the forward pass and nobody else.
     """
     found = sys._getframe(2).f_locals.get("kwargs")
     return found if isinstance(found, dict) else {}
@@ -88,7 +88,7 @@ class _Quiet:
 
 
 def quiet_about_global_hooks() -> _Quiet:
-    """Until ``remove``: a compiled module does not warn that our global hook is called for its wrapper as well."""
+    """Silence the warning of compiled modules about global hooks, until ``remove``."""
     return _Quiet()
 
 
@@ -99,7 +99,7 @@ class _Eager:
         self._users, self._stance = 0, None
 
     def begin(self) -> bool:
-        """Returns whether it was begun, and is to be ended: nobody who has not compiled anything pays for it."""
+        """Begin to run compiled modules eagerly; False where nothing was compiled."""
         if "torch._dynamo" not in sys.modules:
             return False
         self._users += 1

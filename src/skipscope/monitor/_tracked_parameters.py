@@ -31,8 +31,10 @@ class TrackedParameters:
         roles: ``"table"`` of an embedding, ``"bias"`` of a linear map or a convolution, else ``""``.
         members: the parameters in the optimizer's own order.
         device: where all of them lie, if they share device and dtype; else None.
-        models: the prefix of the model that each belongs to; ``""`` where there is one model, or none holds it.
-        kind: how the optimizer scales its step: ``"SGD"`` (with the gradient), ``"Adam"`` (not), ``""`` for unknown.
+        models: the prefix of the model that each belongs to; ``""`` where there is one model, or none holds
+            it.
+        kind: how the optimizer scales its step: ``"SGD"`` (with the gradient), ``"Adam"`` (not), ``""`` for
+            unknown.
     """
 
     parameters: tuple[Tensor, ...]

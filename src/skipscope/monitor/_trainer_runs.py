@@ -12,8 +12,8 @@ from skipscope.monitor._record import Record, scalars
 def options_of_run(options: dict[str, Any], step: int) -> dict[str, Any]:
     """The options of ``watch`` for a training that begins at the trainer's ``step``.
 
-    A folder that already holds a history is gone on with where the trainer resumes, or where ``resume=True`` asks for
-    it; else the new run gets ``folder/2``, ``folder/3``, ...
+    A folder that already holds a history is gone on with where the trainer resumes, or where ``resume=True``
+    asks for it; else the new run gets ``folder/2``, ``folder/3``, ...
 
     Args:
         options: as for ``watch``; ``resume`` may be None, its default: as the trainer does.
@@ -30,7 +30,7 @@ def options_of_run(options: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _latest_and_unused(folder: Path) -> tuple[Path | None, Path]:
-    """The last of ``folder``, ``folder/2``, ``folder/3``, ... that holds a history, and the first that holds none."""
+    """The last of ``folder``, ``folder/2``, ... that holds a history, and the first that holds none."""
     latest, candidate, n = None, folder, 1
     while (candidate / "monitor.json").exists():
         latest, n = candidate, n + 1
@@ -39,7 +39,7 @@ def _latest_and_unused(folder: Path) -> tuple[Path | None, Path]:
 
 
 class LastNumbers:
-    """A sink that keeps the total norms of the latest recorded step, until a trainer's own logger asks for them."""
+    """Sink that keeps the total norms of the latest step for a trainer's own logger."""
 
     def __init__(self):
         self._values: dict[str, float] = {}

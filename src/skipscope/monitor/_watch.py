@@ -34,9 +34,11 @@ from skipscope.monitor._tracked_parameters import TrackedParameters, named_model
 from skipscope.monitor._wrappers import inner_optimizers, innermost
 
 _log = logging.getLogger("skipscope.monitor")
-# The verdict is judged anew at rows 1, 2, 4, 8, ..., then at every so many; at once when a gradient is not finite.
+# The verdict is judged anew at rows 1, 2, 4, 8, ..., then at every so many; at once when a gradient is not
+# finite.
 _JUDGE_EVERY = 64
-# In so many recorded steps a tensor that starts at zero by design may hold gradients back, and missing ones are looked into.
+# In so many recorded steps a tensor that starts at zero by design may hold gradients back, and missing ones
+# are looked into.
 _EARLY_ROWS, _SEARCHES = 8, 3
 
 
@@ -44,7 +46,8 @@ class Monitor:
     """A live recording; made by :func:`watch`, and a context manager.
 
     Attributes:
-        history: everything recorded so far, a :class:`History`. Waits for numbers on their way from an accelerator.
+        history: everything recorded so far, a :class:`History`. Waits for numbers on their way from an
+            accelerator.
         verdict: the verdict so far, a :class:`LiveVerdict`; says what it rests on.
     """
 
@@ -108,7 +111,7 @@ class Monitor:
         return self._verdict
 
     def close(self) -> None:
-        """Stop: torch, the model and the optimizers are as they were; files are closed. May be called twice."""
+        """Stop; leave torch, model and optimizers as found, and close files. May be called twice."""
         if not self._open:
             return
         self._open = False
@@ -396,42 +399,45 @@ def watch(
 ) -> Monitor:
     """Record, at each optimizer step, the gradient that the optimizer receives.
 
-    Per parameter: L2 norm (from it the RMS) and mean |dL/dw|; after accumulation, without GradScaler's scale, reduced
-    under DDP, whole under FSDP2, after clipping; and the norm before clipping where torch's ``clip_grad_norm_`` did
-    it. Nothing in the loop changes.
+    Per parameter: L2 norm (from it the RMS) and mean |dL/dw|; after accumulation, without GradScaler's scale,
+    reduced under DDP, whole under FSDP2, after clipping; and the norm before clipping where torch's
+    ``clip_grad_norm_`` did it. Nothing in the loop changes.
 
-    An optimizer is watched by one monitor at a time: a later ``watch`` of it closes the earlier monitor, as when a
-    notebook cell is run twice. A copy or a file of the model made meanwhile holds nothing of skipscope.
+    An optimizer is watched by one monitor at a time: a later ``watch`` of it closes the earlier monitor, as
+    when a notebook cell is run twice. A copy or a file of the model made meanwhile holds nothing of
+    skipscope.
 
-    Collective where ``torch.distributed`` is in use: every rank calls it. Only rank 0 prints and writes; the numbers
-    and the verdict are the same on all.
+    Collective where ``torch.distributed`` is in use: every rank calls it. Only rank 0 prints and writes; the
+    numbers and the verdict are the same on all.
 
     Args:
         model: a model, or several (a list, or a dict of names).
         optimizer: the optimizer that trains it, or several.
         every: record each such step, the first one always.
-        flow_every: read the flow at the boundaries at each such step as well (of the first model), from the training's
-            own passes; a compiled model runs those steps uncompiled. Passes whose gradients the optimizer never
-            receives do not count. Where the training calls only a part of the model, it is read there.
-        sinks: where to report as well: ``"terminal"``, ``"run.jsonl"``, ``"run.csv"``, ``"tensorboard:FOLDER"``,
-            ``"wandb"``, ``"mlflow"``, ``"trackio"``, any ``callable(step, values)``, or objects with ``open``,
-            ``step``, ``event`` and ``close`` (see :class:`skipscope.monitor.Sink`).
+        flow_every: read the flow at the boundaries at each such step as well (of the first model), from the
+            training's own passes; a compiled model runs those steps uncompiled. Passes whose gradients the
+            optimizer never receives do not count. Where the training calls only a part of the model, it is
+            read there.
+        sinks: where to report as well: ``"terminal"``, ``"run.jsonl"``, ``"run.csv"``,
+            ``"tensorboard:FOLDER"``, ``"wandb"``, ``"mlflow"``, ``"trackio"``, any ``callable(step,
+            values)``, or objects with ``open``, ``step``, ``event`` and ``close`` (see
+            :class:`skipscope.monitor.Sink`).
         on_verdict: called with a :class:`VerdictEvent` when the state changes, on every rank.
-        folder: where the history is written as it goes; read it with ``skipscope.load`` or ``skipscope show``, also
-            while the run goes on or after it was killed. By default it is kept in memory only.
+        folder: where the history is written as it goes; read it with ``skipscope.load`` or ``skipscope
+            show``, also while the run goes on or after it was killed. By default it is kept in memory only.
         resume: go on with the history that ``folder`` already holds; by default such a folder is refused.
-        first_step: steps that the training has made before, so that a resumed one goes on counting there; by default
-            those in the folder that is resumed, else 0.
-        keep: most rows in memory; when they are full every second is dropped. By default as many as take about 2 MB
-            (405 of a GPT's 148 parameters, at most 1,000). The folder keeps all.
+        first_step: steps that the training has made before, so that a resumed one goes on counting there; by
+            default those in the folder that is resumed, else 0.
+        keep: most rows in memory; when they are full every second is dropped. By default as many as take
+            about 2 MB (405 of a GPT's 148 parameters, at most 1,000). The folder keeps all.
         timeout: seconds to wait for the other ranks' call.
 
     Returns:
         A :class:`Monitor`: a context manager, or call its ``close()``.
 
     Raises:
-        SkipscopeError: the optimizer's steps cannot be seen, it does not train the model, the parameters are spread in
-            a way that cannot be made whole, or a rank is missing.
+        SkipscopeError: the optimizer's steps cannot be seen, it does not train the model, the parameters are
+            spread in a way that cannot be made whole, or a rank is missing.
         MissingExtra: a sink's package is not installed.
 
     Example:

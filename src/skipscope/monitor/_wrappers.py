@@ -1,4 +1,4 @@
-"""What trainers and libraries wrap around a model or an optimizer, and what is inside."""
+"""Unwrap models and optimizers from the wrappers of trainers and libraries."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import nn
 
 from skipscope._errors import SkipscopeError
 
-# Where wrappers keep the optimizer whose step() changes the weights: Accelerate, Lightning, Fabric, timm's Lookahead,
-# sharpness-aware and schedule-free wrappers.
+# Where wrappers keep the optimizer whose step() changes the weights: Accelerate, Lightning, Fabric, timm's
+# Lookahead, sharpness-aware and schedule-free wrappers.
 _INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "base")
-# Where containers keep several: torchtitan, and Hugging Face's layer-wise optimizers (one for each parameter).
+# Where containers keep several: torchtitan, and Hugging Face's layer-wise optimizers (one for each
+# parameter).
 _SEVERAL = ("optimizers", "optimizer_dict")
 
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The module whose forward is the user's: inside DDP, DataParallel, Fabric's and torch.compile's wrapper."""
+    """The user's module inside DDP, DataParallel, Fabric and ``torch.compile`` wrappers."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module

@@ -1,4 +1,4 @@
-"""Accelerate (extra ``accelerate``): a tracker that watches, and a sink that reports to the trackers you have."""
+"""Accelerate (extra ``accelerate``): a tracker that watches, and a sink for other trackers."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class WatchTracker(GeneralTracker):
         Args:
             model: the prepared model.
             optimizer: the prepared optimizer, or several.
-            first_step: steps made before, of a training that is resumed: the history in ``folder`` then goes on; else
-                a folder that holds one already is left, for ``folder/2``, ``folder/3``, ...
+            first_step: steps made before, of a training that is resumed: the history in ``folder`` then goes
+                on; else a folder that holds one already is left, for ``folder/2``, ``folder/3``, ...
         """
         self.finish()
         self.monitor = watch(model, optimizer, **options_of_run(self.options, first_step))

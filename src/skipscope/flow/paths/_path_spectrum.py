@@ -18,11 +18,11 @@ from skipscope._progress import track
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import random_state_kept
-from skipscope.flow._flow import mode_of
-from skipscope.flow._measure import shares_of
-from skipscope.flow._readings import norm_of
+from skipscope.flow._gradient_flow import mode_of
 from skipscope.flow._results import PathSpectrum
-from skipscope.flow._seed import backward_error
+from skipscope.flow.passes._gradient_pass import shares_of
+from skipscope.flow.passes._gradient_seed import backward_error
+from skipscope.flow.passes._tensor_norms import norm_of
 from skipscope.flow.paths._path_angles import MAX_LENGTHS, PathAngleBackward
 from skipscope.flow.paths._segments import LengthGradients, PathLengthBackward, cut_forward
 from skipscope.shortcuts import Boundary, meaning, tap_boundaries

@@ -19,11 +19,11 @@ from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective, map_tensors
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
-from skipscope.flow._flow import mode_of
-from skipscope.flow._measure import shares_of
-from skipscope.flow._readings import norm_of
+from skipscope.flow._gradient_flow import mode_of
 from skipscope.flow._results import GradientSplit, SplitAt
-from skipscope.flow._seed import backward_error
+from skipscope.flow.passes._gradient_pass import shares_of
+from skipscope.flow.passes._gradient_seed import backward_error
+from skipscope.flow.passes._tensor_norms import norm_of
 from skipscope.flow.split._gradient_arrivals import Arrival, BackwardGraph, Done, GradientArrivals, MergeEdges
 from skipscope.shortcuts import Merge, Shortcut, Shortcuts, meaning, tap_boundaries, tap_merges
 

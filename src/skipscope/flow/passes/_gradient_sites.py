@@ -1,8 +1,9 @@
 """Gradients at sites: the output of every weighted call and every pooling, in order of execution.
 
-A *weighted call* is a linear map, convolution, lookup or recurrent cell that takes a parameter, or something computed
-from parameters alone (a transposed, normalised or cast weight). Its site is named after the module that holds the
-parameter. Hooks read the gradient of its output; of a fused recurrent layer that of its input, step by step, too.
+A *weighted call* is a linear map, convolution, lookup or recurrent cell that takes a parameter, or something
+computed from parameters alone (a transposed, normalised or cast weight). Its site is named after the module
+that holds the parameter. Hooks read the gradient of its output; of a fused recurrent layer that of its input,
+step by step, too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from skipscope._data import tensors_in
-from skipscope.flow._tensor_norms import dense, norm_of
+from skipscope.flow.passes._tensor_norms import dense, norm_of
 from skipscope.shortcuts import Trace, TracedCall
 from skipscope.shortcuts.trace import Recorder
 
@@ -29,8 +30,8 @@ LOOKUPS = _words("embedding embedding_bag getitem index_select gather")
 FUSED = _words("lstm gru rnn_tanh rnn_relu")
 WEIGHTED = LOOKUPS | FUSED | _words(
     """linear matmul mm bmm addmm baddbmm addbmm mv einsum tensordot inner dot bilinear chain_matmul conv1d conv2d conv3d
-    conv_transpose1d conv_transpose2d conv_transpose3d convolution lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
-    _grouped_mm grouped_mm"""
+    conv_transpose1d conv_transpose2d conv_transpose3d convolution lstm_cell gru_cell rnn_tanh_cell
+    rnn_relu_cell _grouped_mm grouped_mm"""
 )  # fmt: skip
 # Averages over positions, and sums over them: both change the gradient's norm by geometry alone.
 _POOLS = _words(
@@ -39,8 +40,10 @@ _POOLS = _words(
 )
 _JOINS = _words("stack cat hstack vstack dstack")
 # A term of the loss may be silent on a batch because of one of these.
-_CLAMPS = _words("clamp clamp_min clamp_max relu maximum minimum max min amax amin where hinge_embedding_loss "
-                 "margin_ranking_loss triplet_margin_loss multi_margin_loss cosine_embedding_loss")  # fmt: skip
+_CLAMPS = _words(
+    "clamp clamp_min clamp_max relu maximum minimum max min amax amin where hinge_embedding_loss "
+    "margin_ranking_loss triplet_margin_loss multi_margin_loss cosine_embedding_loss"
+)
 
 
 @dataclass
@@ -135,7 +138,8 @@ class PoolReading:
     def decades(self) -> float:
         """Decades that the gradient's norm loses in it; negative where it gains."""
         if not self.measured:
-            # A sum of N makes N copies, whose norm is sqrt(N) times as large; a factor of 1/N follows, or is in a mean.
+            # A sum of N makes N copies, whose norm is sqrt(N) times as large; a factor of 1/N follows, or is
+            # in a mean.
             share = {"sum": -0.5, "nansum": -0.5, "mul": 1.0, "div": 1.0}.get(self.function, 0.5)
             return share * math.log10(self.positions)
         return math.log10(self.out / self.into) if self.into > 0 and self.out > 0 else 0.0
@@ -212,7 +216,8 @@ ACTIVATIONS = _words(
 )
 # Norms over the data.
 _NORMS = _words("layer_norm batch_norm group_norm instance_norm rms_norm rsqrt normalize")
-# Weights for each norm, at most, where norms stand between the weights: a transformer block has two and six to eight.
+# Weights for each norm, at most, where norms stand between the weights: a transformer block has two and six
+# to eight.
 _WEIGHTS_A_NORM = 6
 
 
@@ -225,7 +230,8 @@ class SiteReader:
 
     Attributes:
         sites, pools: what was read.
-        cuts: calls that take what a gradient could go to and give what none can (``detach``, or any under no_grad).
+        cuts: calls that take what a gradient could go to and give what none can (``detach``, or any under
+            no_grad).
         unit: what one unit of a gradient is worth; empty until the seed is known.
     """
 
@@ -235,7 +241,9 @@ class SiteReader:
         self.pools: list[PoolReading] = []
         self.cuts: list[tuple[int, str]] = []
         self.unit: list[float] = []
-        self._parameters = {n: (p.requires_grad, p.ndim) for n, p in model.named_parameters(remove_duplicate=False)}  # fmt: skip
+        self._parameters = {
+            n: (p.requires_grad, p.ndim) for n, p in model.named_parameters(remove_duplicate=False)
+        }
         self._times: Counter[tuple[str, ...]] = Counter()
         self._scalars: dict[int, Tensor] = {}
         self.recorder: Recorder | None = None
@@ -269,23 +277,31 @@ class SiteReader:
             self._pool(trace, call, args[0], results[0], n)
 
     def _summed(self, trace: Trace, call: TracedCall) -> float:
-        """How many positions were summed where an operand is a sum; else 0. A sum times a constant is an average."""
+        """Number of summed positions where an operand is a sum, else 0: a sum times a constant is an average."""
         last = self.pools[-1] if self.pools else None
         if last is None or last.function != "sum":
             return 0.0
         return last.positions if any(trace.values[v].call == last.order for v in call.operands) else 0.0
 
-    def _site(self, call: TracedCall, known: dict[str, tuple[bool, int]], results: list[Tensor], args: Any) -> None:  # fmt: skip
+    def _site(
+        self, call: TracedCall, known: dict[str, tuple[bool, int]], results: list[Tensor], args: Any
+    ) -> None:
         names = tuple(sorted(n for n, (_, ndim) in known.items() if ndim >= 2))
         owner = names[0].rpartition(".")[0] or names[0]
-        site = SiteReading(owner, call.function, names, self._times[names], call.index, any(known[n][0] for n in names))  # fmt: skip
+        site = SiteReading(
+            owner, call.function, names, self._times[names], call.index, any(known[n][0] for n in names)
+        )
         self._times[names] += 1
         self.sites.append(site)
         for result in results:
             if result.requires_grad:
                 result.register_hook(self._hook(site.add))
         if call.function in FUSED and isinstance(args[0], Tensor) and args[0].requires_grad:
-            packed = args[1] if len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point() else None  # fmt: skip
+            packed = (
+                args[1]
+                if len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point()
+                else None
+            )
             sizes = None if packed is None else packed.tolist()
             batch_first = sizes is None and bool(args[-1])
             args[0].register_hook(self._hook(lambda g, u: site.add_steps(by_step(g, sizes, batch_first), u)))
@@ -345,7 +361,7 @@ class SiteReader:
         return found
 
     def is_normed(self, trace: Trace) -> bool:
-        """Whether norms over the data stand between the weights. A batch norm with running statistics is none."""
+        """Whether norms over the data stand between the weights (no batch norm with running statistics)."""
         norms = sum(
             call.function in _NORMS and not (call.function == "batch_norm" and not call.argument(5, "training", True))
             for call in trace.calls
@@ -378,7 +394,9 @@ def _is_joined(trace: Trace, call: int, steps: int = 4) -> bool:
     """Whether what a call takes was put side by side just before: a sum over that is a merge, no average."""
     for value in trace.calls[call].operands:
         parent = trace.values[value].call
-        if parent is not None and (trace.calls[parent].function in _JOINS or (steps and _is_joined(trace, parent, steps - 1))):  # fmt: skip
+        if parent is not None and (
+            trace.calls[parent].function in _JOINS or (steps and _is_joined(trace, parent, steps - 1))
+        ):
             return True
     return False
 

@@ -1,4 +1,4 @@
-"""Three kinds of zero told apart: dead, too small for the dtype, not connected; by a second pass in float64 where one is needed."""
+"""Three kinds of zero gradient: dead, too small for the dtype, not connected; by a second pass in float64."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from skipscope._data import Batches, map_tensors
 from skipscope._ranks import whole
 from skipscope._subject import Subject
-from skipscope.flow._flow_results import LayerGradient
-from skipscope.flow._measure import measure
-from skipscope.flow._readings import Readings, WeightReading
-from skipscope.flow._tensor_norms import least, norm_of
+from skipscope.flow._flow_result import LayerGradient
+from skipscope.flow.passes._gradient_pass import measure
+from skipscope.flow.passes._gradient_readings import Readings, WeightReading
+from skipscope.flow.passes._tensor_norms import least, norm_of
 from skipscope.shortcuts import tap_boundaries
 
 ROUNDING = (
@@ -27,7 +27,7 @@ UNCERTAIN = "What is exactly 0 here may be too small for its dtype instead: no c
 def second_opinion(
     readings: Readings, subject: Subject, seed: int, term: str = ""
 ) -> tuple[Readings | None, tuple[str, ...]]:
-    """The same readings in float64 where something arrived as zero that is too small for its dtype; and what to note."""
+    """Readings in float64 where a zero may be too small for its dtype, and notes; None where none is."""
     if not _doubtful(readings):
         return None, ()
     exact = None if subject.ranks else _in_float64(subject, seed, term)
@@ -46,7 +46,7 @@ def _doubtful(readings: Readings) -> bool:
 
 
 def _is_rounding(readings: Readings, exact: Readings) -> bool:
-    """What is zero here and not in float64 could all be held by its dtype: it is lost to rounding, not to underflow."""
+    """Whether zeros that float64 does not have are large enough for their dtype: rounding, no underflow."""
     unit = exact.output_gradient or 1.0
     pairs = [
         (mine.dtype, true.rms / unit)
@@ -62,7 +62,7 @@ def _is_rounding(readings: Readings, exact: Readings) -> bool:
 
 
 def _in_float64(subject: Subject, seed: int, term: str) -> Readings | None:
-    """The same readings from a copy in float64, whose range is 300 decades; None where no such copy can be run."""
+    """Readings from a copy in float64; None where it cannot run."""
 
     def wide(value: Tensor) -> Tensor:
         return value.double() if value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""What can be tried on a network in trouble: initialisations, norms, shortcuts, scaled branches. Each changes a copy."""
+"""Candidate remedies: initialisations, norms, shortcuts, scaled branches; each changes a copy."""
 
 from __future__ import annotations
 

@@ -15,18 +15,18 @@ from skipscope._numbers import short
 from skipscope._public_call import public_call
 from skipscope._ranks import greatest, ranks_of
 from skipscope._subject import Subject, prepare
-from skipscope.flow._chain_verdict import judge_chain, worst
-from skipscope.flow._diagnosis import first_nonfinite, stale_norm
-from skipscope.flow._evidence import Evidence, evidence_of
-from skipscope.flow._flow_results import BoundaryFlow, GradientFlow, LayerGradient, SiteFlow, Verdict
-from skipscope.flow._layer_gains import layer_gains
-from skipscope.flow._measure import Touch, measure
-from skipscope.flow._readings import Readings
-from skipscope.flow._sites import LOOKUPS
-from skipscope.flow._tensor_norms import dense, norm_of
-from skipscope.flow._verdict import Clue, Point
-from skipscope.flow._zero_by_design import settled
-from skipscope.flow._zeros import boundary_state, layer, second_opinion
+from skipscope.flow._flow_result import BoundaryFlow, GradientFlow, LayerGradient, SiteFlow, Verdict
+from skipscope.flow.passes._gradient_pass import Touch, measure
+from skipscope.flow.passes._gradient_readings import Readings
+from skipscope.flow.passes._gradient_sites import LOOKUPS
+from skipscope.flow.passes._tensor_norms import dense, norm_of
+from skipscope.flow.passes._zero_by_design import settled
+from skipscope.flow.passes._zero_gradients import boundary_state, layer, second_opinion
+from skipscope.flow.verdict._chain_verdict import judge_chain, worst
+from skipscope.flow.verdict._evidence import Evidence, evidence_of
+from skipscope.flow.verdict._first_nonfinite import first_nonfinite, stale_norm
+from skipscope.flow.verdict._flow_rules import Point, StretchGain
+from skipscope.flow.verdict._layer_gains import layer_gains
 from skipscope.shortcuts import meaning, tap_boundaries
 
 
@@ -43,17 +43,19 @@ def gradient_flow(
 ) -> GradientFlow:
     """Read the gradient on its way back through a network, and say what it is like.
 
-    The flow at a boundary is the RMS over all elements of dL/d(activation) there, squares summed in float64, with
-    |dL/d(output)| set to 1. The modules run in the modes they are in. Called inside ``torch.autocast`` it measures
-    what autocast does. Local: a model wrapped in DDP is measured as itself, on this rank's data. Under FSDP2 collective:
-    every rank calls it; boundaries are of this rank's data, a weight's gradient is the mean over ranks that training has.
+    The flow at a boundary is the RMS over all elements of dL/d(activation) there, squares summed in float64,
+    with |dL/d(output)| set to 1. The modules run in the modes they are in. Called inside ``torch.autocast``
+    it measures what autocast does. Local: a model wrapped in DDP is measured as itself, on this rank's data.
+    Under FSDP2 collective: every rank calls it; boundaries are of this rank's data, a weight's gradient is
+    the mean over ranks that training has.
 
     Args:
         model: any eager module; as found afterwards.
         data: a batch ``(inputs, target)``, a Mapping, or a re-iterable of batches.
         loss: ``loss(output, target)``; left out when the output carries ``.loss``.
         found: shortcuts already found, whose merges are the boundaries; found anew by default.
-        scaler: the training loop's ``torch.amp.GradScaler``, so that underflow is judged at the scale it sets.
+        scaler: the training loop's ``torch.amp.GradScaler``, so that underflow is judged at the scale it
+            sets.
         seed: of the random numbers drawn inside (dropout).
         weight: what a batch counts for in the mean over batches.
 
@@ -119,7 +121,7 @@ class _Measurement:
         self.notes = notes + more
 
     def _keeper(self, batches: list[Evidence]) -> Callable[[Readings], None] | None:
-        """Keeps what each of several batches shows."""
+        """A callback that stores the evidence of each of several batches."""
         if self.subject.data.single or self.subject.ranks:
             return None
         return lambda one: batches.append(self._evidence(one, one))
@@ -142,7 +144,7 @@ class _Measurement:
         )
 
     def verdict(self) -> Verdict:
-        """What the readings come to; a second pass asks why, where there is something to ask."""
+        """Judge the readings; run a second pass for the cause where there is trouble."""
         points, readings, batches = self.subject.boundaries, self.readings, self.batches
         options: dict[str, Any] = {
             "residual": sum(p.kind == "merge" for p in points) > len(points) / 2, "normed": readings.normed,
@@ -151,7 +153,8 @@ class _Measurement:
         evidence = self._evidence(readings, self.settled, self.exact)
         verdict = judge_chain(evidence, {}, **options)
         if verdict.state != "healthy" and self.settled is not readings:
-            # Trouble that goes as soon as what starts at zero has moved is none: a zero head, a layer scale of 1e-5.
+            # Trouble that goes as soon as what starts at zero has moved is none: a zero head, a layer scale
+            # of 1e-5.
             moved = self._evidence(self.settled, self.settled)
             other = judge_chain(moved, {}, **options)
             if worst([other, verdict]) is verdict:
@@ -177,8 +180,8 @@ class _Measurement:
                 stale = stale_norm(model, subject.data, subject.loss)
                 if verdict.state == "nonfinite" and culprit is None:
                     culprit = first_nonfinite(model, subject.data, subject.loss)
-        why = readings.squashed or _asks_why(verdict, evidence, options["residual"])
-        gains: dict[str, Clue] = {}
+        why = readings.squashed or _needs_gains(verdict, evidence, options["residual"])
+        gains: dict[str, StretchGain] = {}
         if greatest(model, why) if spread else why:  # all ranks together, or none
             with subject.running(self.seed):
                 every = layer_gains(
@@ -189,7 +192,7 @@ class _Measurement:
 
 
 def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:
-    """The norm of each weight; of a lookup that of the rows that were used; of zeros what an initialisation gives."""
+    """L2 norm of each weight: of a lookup's used rows, of zeros what an initialisation gives."""
     found = {}
     tables = {name for site in readings.sites if site.function in LOOKUPS for name in site.weights}
     for name, p in model.named_parameters():
@@ -203,8 +206,8 @@ def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:
     return found
 
 
-def _asks_why(verdict: Verdict, evidence: Evidence, residual: bool) -> bool:
-    """Whether clues can tell: along shortcuts they do so only of a step that ends at none."""
+def _needs_gains(verdict: Verdict, evidence: Evidence, residual: bool) -> bool:
+    """Whether stretches can tell: along shortcuts they do so only of a step that ends at none."""
     if verdict.state not in {"vanishing", "exploding"}:
         return verdict.state == "dead"
     if verdict.cause in {"time", "branch"}:
@@ -240,7 +243,7 @@ def _culprit(model: nn.Module, batches: Batches, readings: Readings) -> tuple[st
     return None
 
 
-# --- putting it together --------------------------------------------------------------------------------------
+# --- putting it together ----------------------------------------------------------------------------------
 
 
 def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: float) -> GradientFlow:

@@ -1,7 +1,7 @@
-"""What ``gradient_flow`` hands back: boundaries, weights, the verdict, and the table that says what they mean.
+"""Result of ``gradient_flow``: boundaries, weights, sites and the verdict.
 
-Signs and units are those of the definitions: a *fall* and a *slope* are positive when the gradient shrinks on its way
-back from the loss; both are in decades (powers of ten).
+Signs and units are those of the definitions: a *fall* and a *slope* are positive when the gradient shrinks on
+its way back from the loss; both are in decades (powers of ten).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from skipscope._numbers import short
 from skipscope._result import Result, Table
-from skipscope.flow._verdict_words import finding
+from skipscope.flow.verdict._verdict_words import finding
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class BoundaryFlow:
         name: the boundary, in the words of the model.
         depth: 0 at the first boundary, one more at each next.
         kind: ``"input"``, ``"merge"`` or ``"module"``.
-        gradient_rms: RMS over all elements of dL/d(activation), with |dL/d(output)| set to 1; None where no gradient
-            arrives (not connected).
+        gradient_rms: RMS over all elements of dL/d(activation), with |dL/d(output)| set to 1; None where no
+            gradient arrives (not connected).
         activation_rms: RMS over all elements of the activation.
         factor: the flow here over the flow at the next boundary; None at the last.
         chi: ``factor`` squared, Schoenholz's chi: below 1 the gradient shrinks here on its way back.
         zero_fraction: the share of the gradient's elements that are exactly 0.
         state: ``"ok"``, ``"exact_zero"``, ``"underflow"``, ``"not_connected"`` or ``"nonfinite"``.
-        similarity: mean cosine between the activations of different samples (tokens where there are any): near 1 the
-            network has stopped telling them apart. None where it cannot be had.
+        similarity: mean cosine between the activations of different samples (tokens where there are any):
+            near 1 the network has stopped telling them apart. None where it cannot be had.
     """
 
     name: str
@@ -47,7 +47,7 @@ class BoundaryFlow:
 
 @dataclass(frozen=True)
 class LayerGradient:
-    """The gradient of one weight (a parameter with two dimensions or more), unnormalised: dL/dW as training has it.
+    """The gradient dL/dW of one weight (a parameter of two dimensions or more), as training has it.
 
     Attributes:
         name: the parameter, e.g. ``"layers.0.0.weight"``.
@@ -120,32 +120,37 @@ class Verdict:
     """What the flow is like, where it breaks, and why.
 
     Attributes:
-        state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"``, ``"unconnected"``, or
-            ``"cannot tell"``: within the noise of a limit, or resting on a call that cannot be looked into.
-        fall_decades: decades that the gradient's norm loses from the last hidden boundary to the first one whose weights
-            are trained, without averages over positions; positive: shrinks going back. None without hidden boundaries.
+        state: ``"healthy"``, ``"vanishing"``, ``"exploding"``, ``"dead"``, ``"nonfinite"``,
+            ``"unconnected"``, or ``"cannot tell"``: within the noise of a limit, or resting on a call that
+            cannot be looked into.
+        fall_decades: decades that the gradient's norm loses from the last hidden boundary to the first one
+            whose weights are trained, without averages over positions; positive: shrinks going back. None
+            without hidden boundaries.
         slope: decades per boundary by least squares, same sign.
         slope_interval: its 95 % interval.
         where: the boundary where it breaks, None for a healthy flow.
         reason: a sentence with the number that says so.
         cause: the reason in a word: ``"none"``, ``"saturation"``, ``"gain"``, ``"inactive"``, ``"collapse"``,
-            ``"missing path"``, ``"underflow"``, ``"overflow"``, ``"weights"`` or ``"data"`` (not finite to begin with),
-            ``"loss"``, ``"time"``, ``"branch"``, ``"head"``, ``"batch norm"``, ``"noise"``, ``"opaque"``, ``"unexplained"``;
-            or the function that makes NaN: ``"softmax"``, ``"sqrt"``, ``"div"``, ``"log"``, ``"norm"``.
+            ``"missing path"``, ``"underflow"``, ``"overflow"``, ``"weights"`` or ``"data"`` (not finite to
+            begin with), ``"loss"``, ``"time"``, ``"branch"``, ``"head"``, ``"batch norm"``, ``"noise"``,
+            ``"opaque"``, ``"unexplained"``; or the function that makes NaN: ``"softmax"``, ``"sqrt"``,
+            ``"div"``, ``"log"``, ``"norm"``.
         evidence: that number.
         advice: what to do next, in a sentence.
         agreement: the share of the batches whose own state is the same; None for a single batch.
-        chains: the verdicts on the terms of the loss, each for itself; empty where it is one. The whole has the worst.
-        chain: of a term, the function and the line that make it; summands that one line makes with the same weights
-            (the steps of a recurrence) are one term. Of the whole, the worst term's.
+        chains: the verdicts on the terms of the loss, each for itself; empty where it is one. The whole has
+            the worst.
+        chain: of a term, the function and the line that make it; summands that one line makes with the same
+            weights (the steps of a recurrence) are one term. Of the whole, the worst term's.
         starved: weights that get next to nothing while others do, the most starved first.
         head: what lies between the last hidden boundary and the output.
         worst: the weighted call that gets least.
-        reach: of a recurrent layer, the steps until a thousandth of the gradient is left; None without one, or where
-            more is left at the first step.
+        reach: of a recurrent layer, the steps until a thousandth of the gradient is left; None without one,
+            or where more is left at the first step.
         score: how well it may learn: 0 is best; minus the decades by which the flow is uneven.
-        hinders: the optimizers that such a flow mostly keeps from learning, of ``"SGD"`` and ``"Adam"`` (whose steps do
-            not depend on the gradient's size): what was seen on 200 networks. Empty for a healthy flow.
+        hinders: the optimizers that such a flow mostly keeps from learning, of ``"SGD"`` and ``"Adam"``
+            (whose steps do not depend on the gradient's size): what was seen on 200 networks. Empty for a
+            healthy flow.
     """
 
     state: str
@@ -187,12 +192,13 @@ class GradientFlow(Result):
         boundaries: in order of execution, the one nearest the input first.
         layers: the weights, in the model's order.
         verdict: what it comes to.
-        chi: the mean change of the squared flow from a boundary to the one before it (geometric; 10 ** (-2 slope)).
+        chi: the mean change of the squared flow from a boundary to the one before it (geometric; 10 ** (-2
+            slope)).
         depth_scale: 1/|ln chi|: over so many boundaries the squared flow changes e-fold.
         product: the product of the factors, which is the flow at the first boundary over that at the last.
         loss: the loss on the data.
-        output_gradient_norm: |dL/d(output)|, by which the flow is normalised: multiply ``gradient_rms`` with it to get
-            the RMS of dL/d(activation) itself.
+        output_gradient_norm: |dL/d(output)|, by which the flow is normalised: multiply ``gradient_rms`` with
+            it to get the RMS of dL/d(activation) itself.
         mode: ``"train"``, ``"eval"`` or ``"mixed"``: the modes the modules were in.
         meaning: ``"as built"``, or what was done to this twin: ``"removed"``, ``"detached"``, ...
         dtype: the precision the backward pass ran in.

@@ -32,7 +32,7 @@ def norm_of(value: Tensor) -> float:
 
 
 def sample_norms(value: Tensor, samples: int) -> list[float]:
-    """The L2 norm of each sample's part, ``[B, ...]``; [] where the first dimension is not that of the samples."""
+    """L2 norm of each sample's part; [] where the first dimension is not the samples'."""
     if value.ndim < 2 or samples < 2 or len(value) != samples or not value.numel():
         return []
     return torch.linalg.vector_norm(value.flatten(1), dim=1, dtype=torch.float64).tolist()

@@ -1,8 +1,8 @@
-"""From readings to what a verdict rests on: lines of hidden boundaries, the head, starved weights, reach through time.
+"""Evidence of a verdict: lines of hidden boundaries, the head, starved weights, reach through time.
 
-With g the L2 norm of the gradient over the whole batch, a *line* is the boundaries computed from one input of the
-model, from the first one whose weights are trained to the last hidden one. Where all of a line's gradient comes by an
-average over N positions, what its norm loses there is geometry and is put back.
+With g the L2 norm of the gradient over the whole batch, a *line* is the boundaries computed from one input of
+the model, from the first one whose weights are trained to the last hidden one. Where all of a line's gradient
+comes by an average over N positions, what its norm loses there is geometry and is put back.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from skipscope.flow._flow_results import Head, Worst
-from skipscope.flow._readings import Readings
-from skipscope.flow._sites import LOOKUPS, CallGraph, PoolReading, SiteReader, SiteReading
-from skipscope.flow._tensor_norms import dense, norm_of
-from skipscope.flow._verdict import Point
+from skipscope.flow._flow_result import Head, Worst
+from skipscope.flow.passes._gradient_readings import Readings
+from skipscope.flow.passes._gradient_sites import LOOKUPS, CallGraph, PoolReading, SiteReader, SiteReading
+from skipscope.flow.passes._tensor_norms import dense, norm_of
+from skipscope.flow.verdict._flow_rules import Point
 from skipscope.shortcuts import Boundary, tap_boundaries
 from skipscope.shortcuts.trace import NeedsGradients, recording
 
-# A thousandth of the gradient is left: the reach. A sequence longer than so many times its reach vanishes through time.
+# A thousandth of the gradient is left: the reach. A sequence longer than so many times its reach vanishes
+# through time.
 LEFT, REACHES = 1e-3, 3
 # So many decades below the chain's median of |dL/dW| / |W| a weight starves.
 STARVED = 4.0
@@ -67,7 +68,7 @@ class Starved:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict rests on, beside the points of its line.
+    """Plain numbers from which a verdict follows.
 
     Attributes:
         lines: by line, the points, each with its norm and whether it is hidden.
@@ -94,7 +95,7 @@ def evidence_of(
     points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], readings: Readings,
     settled: Readings, sizes: dict[str, float],
 ) -> Evidence:  # fmt: skip
-    """What the verdict rests on.
+    """Derive the evidence from readings.
 
     Args:
         points: by boundary that was met, its state and the log10 of its flow.
@@ -157,7 +158,8 @@ class Layout:
 
     Attributes:
         hidden: by boundary, whether weights come before and after it.
-        averaging: by boundary, decades that the norm of its gradient loses by averages between it and the output.
+        averaging: by boundary, decades that the norm of its gradient loses by averages between it and the
+            output.
         normed: norms over the data stand between the weights.
     """
 
@@ -199,7 +201,13 @@ def _layout(
     )  # fmt: skip
 
 
-def _lines(points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], orders: dict[int, tuple[int, int]], readings: Readings) -> tuple[tuple[Point, ...], ...]:  # fmt: skip
+def _lines(
+    points: Sequence[Point],
+    places: Sequence[Any],
+    kept: Sequence[int],
+    orders: dict[int, tuple[int, int]],
+    readings: Readings,
+) -> tuple[tuple[Point, ...], ...]:
     """The points of each line, in order; of a module that runs several times the run that gets most."""
     trained = [site for site in readings.sites if site.trained and site.order >= 0]
     given = readings.graph.inputs if readings.graph else []
@@ -218,14 +226,23 @@ def _lines(points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], 
             # Merges in a loop over layers share their line of code, and are several.
             again = key.nth if places[kept[j]].kind == "merge" else 0
             groups[key.host, key.site, again].append(j)
-        line = sorted(max(group, key=lambda j: (points[j].log_flow is not None, points[j].log_flow or 0.0, j)) for group in groups.values())  # fmt: skip
+        line = sorted(
+            max(group, key=lambda j: (points[j].log_flow is not None, points[j].log_flow or 0.0, j))
+            for group in groups.values()
+        )
         chosen = tuple(points[j] for j in line)
         found.setdefault(tuple(p.name for p in chosen), chosen)
     found.pop((), None)
     return tuple(found.values()) or (tuple(points),)
 
 
-def _through(on: list[int], places: Sequence[Any], kept: Sequence[int], orders: dict[int, tuple[int, int]], readings: Readings) -> list[int]:  # fmt: skip
+def _through(
+    on: list[int],
+    places: Sequence[Any],
+    kept: Sequence[int],
+    orders: dict[int, tuple[int, int]],
+    readings: Readings,
+) -> list[int]:
     """Without the modules beside the line: those around which an earlier boundary still reaches the loss."""
     graph = readings.graph
     assert graph is not None
@@ -241,7 +258,13 @@ def _through(on: list[int], places: Sequence[Any], kept: Sequence[int], orders: 
     return found
 
 
-def _head(lines: Sequence[Sequence[Point]], averages: Sequence[tuple[int, float]], orders: dict[int, tuple[int, int]], kept: Sequence[int], points: Sequence[Point]) -> Head | None:  # fmt: skip
+def _head(
+    lines: Sequence[Sequence[Point]],
+    averages: Sequence[tuple[int, float]],
+    orders: dict[int, tuple[int, int]],
+    kept: Sequence[int],
+    points: Sequence[Point],
+) -> Head | None:
     hidden = [p for p in max(lines, key=len) if p.hidden and p.log_flow is not None]
     if not hidden:
         return None
@@ -264,7 +287,11 @@ def _reach(sites: Sequence[SiteReading]) -> Reach | None:
     calls: dict[tuple[str, ...], list[SiteReading]] = defaultdict(list)
     for site in sites:
         calls[site.weights].append(site)
-    profiles += [(g[0].name, [s.norm for s in g]) for g in calls.values() if len(g) > 3 and g[0].function not in LOOKUPS]  # fmt: skip
+    profiles += [
+        (g[0].name, [s.norm for s in g])
+        for g in calls.values()
+        if len(g) > 3 and g[0].function not in LOOKUPS
+    ]
     found = [reach for name, profile in profiles if (reach := reach_of(name, profile)) is not None]
     return max(found, key=lambda r: r.length / (r.steps or math.inf), default=None)
 
@@ -328,15 +355,17 @@ def starved_of(ratio: dict[str, float], calls: Sequence[tuple[str, ...]]) -> Sta
 
 
 def _opaque(readings: Readings) -> str:
-    """A call that cannot be looked into, where more than half of the weights get their gradient in such calls."""
+    """Name of an opaque call, where more than half of the weights get their gradient in such calls."""
     called = {name for site in readings.sites for name in site.weights}
     got = [name for name, weight in readings.weights.items() if weight.total is not None]
     inside = [name for name in got if name not in called]
     return readings.opaque[0] if readings.opaque and 2 * len(inside) > len(got) else ""
 
 
-def _unconnected(readings: Readings, sites: Sequence[SiteReading], reached: set[int] | None) -> tuple[tuple[str, ...], str]:  # fmt: skip
-    """Trained calls whose values reach the loss and that get no gradient, and the call that lets none through."""
+def _unconnected(
+    readings: Readings, sites: Sequence[SiteReading], reached: set[int] | None
+) -> tuple[tuple[str, ...], str]:
+    """Trained calls that reach the loss and get no gradient, and the call that cuts it."""
     graph = readings.graph
     assert graph is not None
     # An output may get none where its weights do: the derivative in a loss that differentiates inside.
@@ -345,5 +374,12 @@ def _unconnected(readings: Readings, sites: Sequence[SiteReading], reached: set[
     if not lost or reached is None:
         return (), ""
     last = max(s.order for s in lost)
-    cut = next((name for order, name in readings.cuts if order >= last and last in graph.ancestors([order]) and order in reached), "")  # fmt: skip
+    cut = next(
+        (
+            name
+            for order, name in readings.cuts
+            if order >= last and last in graph.ancestors([order]) and order in reached
+        ),
+        "",
+    )
     return tuple(dict.fromkeys(s.name for s in lost)), cut

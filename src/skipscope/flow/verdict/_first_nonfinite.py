@@ -1,4 +1,4 @@
-"""Where numbers stop being finite, and which batch norm does not fit the data: passes that run only when asked why."""
+"""The first call that gives a number that is not finite; the first stale batch norm."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _MASKS = {"masked_fill", "where", "setitem", "fill", "new_full", "triu", "tril"}
 
 
 class _Finite:
-    """Listens for the first call whose result is not finite where its operands are, and which call made which node."""
+    """Listener for the first call whose result is not finite where its operands are."""
 
     def __init__(self) -> None:
         self.first: tuple[str, str, bool] | None = None  # function, module, whether NaN
@@ -111,7 +111,7 @@ def _finite(gradients: tuple[Tensor | None, ...]) -> bool:
 
 
 def first_nonfinite(model: nn.Module, data: Batches, loss: Objective) -> tuple[str, str] | None:
-    """(cause, words) for the first call whose result is not finite while its operands were, or the first going back."""
+    """Cause and description of the first call, forward or backward, that makes a number not finite."""
     try:
         for batch in data:
             watched = _Finite()
@@ -121,14 +121,15 @@ def first_nonfinite(model: nn.Module, data: Batches, loss: Objective) -> tuple[s
             if found is None and value.requires_grad:
                 found = watched.first_back(value, [p for p in model.parameters() if p.requires_grad])
             if found is not None:
-                return _told(*found)
+                return _described(*found)
     except RuntimeError:
         return None
     return None
 
 
-def _told(name: str, module: str, nan: bool) -> tuple[str, str]:
-    # Outside their domain these give NaN although nothing overflows; elsewhere it is an infinity less another.
+def _described(name: str, module: str, nan: bool) -> tuple[str, str]:
+    # Outside their domain these give NaN although nothing overflows; elsewhere it is an infinity less
+    # another.
     outside = nan and name in _DOMAINS
     cause = _CAUSES.get(name, "unexplained" if outside else "overflow")
     words = _WORDS.get(cause, "its result overflows" if not nan else "it gives NaN")
@@ -137,7 +138,7 @@ def _told(name: str, module: str, nan: bool) -> tuple[str, str]:
 
 
 def stale_norm(model: nn.Module, data: Batches, loss: Objective) -> str:
-    """The first batch norm in eval mode whose running variance is far from that of the data, in words; else ""."""
+    """Description of the first batch norm in eval mode that does not fit the data, or ""."""
     found: list[str] = []
 
     def look(path: str, module: Any):

@@ -1,7 +1,8 @@
-"""Parts that get exactly 0 because a trained tensor on every way to them starts at 0, and will move at the first step.
+"""Parts whose gradient is exactly 0 only because trained tensors start at 0.
 
-LoRA's B, ReZero's factor, zero-initialised last norms and gates, adaLN-zero: they are judged on a copy in which such
-tensors are small random numbers. Where several stand in series, the next one moves one step later: it is tried again.
+LoRA's B, ReZero's factor, zero-initialised last norms and gates, adaLN-zero: they are judged on a copy in
+which such tensors are small random numbers. Where several stand in series, the next one moves one step later:
+it is tried again.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 
 from skipscope._subject import Subject
-from skipscope.flow._measure import measure
-from skipscope.flow._readings import Readings
+from skipscope.flow.passes._gradient_pass import measure
+from skipscope.flow.passes._gradient_readings import Readings
 from skipscope.shortcuts import tap_boundaries
 
 ROUNDS = 4
@@ -79,7 +80,7 @@ def settled(
 
 
 def _tiny(model: nn.Module) -> set[str]:
-    """Trained scales that are one and the same small number: layer scale (Touvron et al. 2021) starts at 1e-6."""
+    """Names of trained scales that start at one small number, as layer scale (Touvron et al. 2021)."""
     found = set()
     for name, p in model.named_parameters():
         if p.requires_grad and p.is_floating_point() and p.numel() and p.numel() == max(p.shape, default=1):

@@ -1,8 +1,8 @@
-"""Why the gradient changes: the gain of the weights and the slope of the activation functions, stretch by stretch.
+"""Gain of the weights and slope of the activation functions between boundaries.
 
-For a stretch between two boundaries, a weight W puts RMS(W) sqrt(fan-out) on the gradient's RMS and an activation
-function the RMS of its derivative (mean-field theory; Schoenholz 2016, Pennington 2017): in a plain network their
-product is the factor at the boundary, but for correlations.
+For a stretch between two boundaries, a weight W puts RMS(W) sqrt(fan-out) on the gradient's RMS and an
+activation function the RMS of its derivative (mean-field theory; Schoenholz 2016, Pennington 2017): in a
+plain network their product is the factor at the boundary, but for correlations.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope._data import Batch, Objective
-from skipscope.flow._measure import Tap
-from skipscope.flow._sites import ACTIVATIONS
-from skipscope.flow._verdict import Clue
+from skipscope.flow.passes._gradient_pass import Tap
+from skipscope.flow.passes._gradient_sites import ACTIVATIONS
+from skipscope.flow.verdict._flow_rules import StretchGain
 from skipscope.shortcuts.trace import function_of
 
 SATURATED = 0.05  # of the greatest slope
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes weights and activation functions as they are called, under the number of the last boundary passed."""
+    """Gains and slopes of calls, by the number of the last boundary before them."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -82,8 +82,10 @@ def gain(weight: Tensor, stride: Any = 1) -> float:
     return math.sqrt(float(weight.detach().double().square().mean()) * fan_out)
 
 
-def layer_gains(model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap) -> tuple[Clue, ...]:
-    """What follows each boundary, ``[count]``, from a forward pass over one batch; () where it needs gradients."""
+def layer_gains(
+    model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap
+) -> tuple[StretchGain, ...]:
+    """The gain after each boundary, ``[count]``, from a forward pass; () where that needs gradients."""
     recorder = _Recorder(model)
 
     def touch(i: int, activation: Tensor) -> Tensor:
@@ -95,12 +97,14 @@ def layer_gains(model: nn.Module, batch: Batch, loss: Objective, count: int, tap
             loss(model, batch)
     except RuntimeError:
         return ()
-    return tuple(_clue(recorder.gains.get(i, []), recorder.slopes.get(i, [])) for i in range(count))
+    return tuple(_stretch_gain(recorder.gains.get(i, []), recorder.slopes.get(i, [])) for i in range(count))
 
 
-def _clue(gains: list[tuple[str, float]], slopes: list[tuple[str, float, float, float]]) -> Clue:
+def _stretch_gain(
+    gains: list[tuple[str, float]], slopes: list[tuple[str, float, float, float]]
+) -> StretchGain:
     worst = min(slopes, key=lambda s: s[1], default=(None, 1.0, 0.0, 0.0))
-    return Clue(
+    return StretchGain(
         worst[0], math.prod(s[1] for s in slopes), worst[2], worst[3], math.prod(g for _, g in gains),
         min(gains, key=lambda g: g[1])[0] if gains else None,
     )  # fmt: skip

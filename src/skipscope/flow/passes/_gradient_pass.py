@@ -18,10 +18,16 @@ from skipscope._calls import no_gradient
 from skipscope._data import Batch, Batches, Objective, batch_size, map_tensors
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import greatest, ranks_of
-from skipscope.flow._readings import Reading, Readings
-from skipscope.flow._seed import backward_error, output_gradient, seed_for, seeded, wants_backward
-from skipscope.flow._sites import WEIGHTED, CallGraph, SiteReader
-from skipscope.flow._tensor_norms import dense, norm_of, similarity
+from skipscope.flow.passes._gradient_readings import Reading, Readings
+from skipscope.flow.passes._gradient_seed import (
+    backward_error,
+    output_gradient,
+    seed_for,
+    seeded,
+    wants_backward,
+)
+from skipscope.flow.passes._gradient_sites import WEIGHTED, CallGraph, SiteReader
+from skipscope.flow.passes._tensor_norms import dense, norm_of, similarity
 from skipscope.shortcuts.trace import recording
 
 # Called with (i, activation) at boundary i; what it returns takes the activation's place.
@@ -33,7 +39,7 @@ def measure(
     model: nn.Module, data: Batches, loss: Objective, count: int, tap: Tap, *, scale: float = 1.0,
     term: str = "", each: Callable[[Readings], None] | None = None,
 ) -> Readings:  # fmt: skip
-    """Read gradient and activation at ``count`` boundaries and the gradient of every weight, over all batches.
+    """Read gradients and activations at boundaries, and the gradient of every weight, over all batches.
 
     Args:
         model: run as it is, in the mode its modules are in; the caller wraps this in ``untouched``.
@@ -84,9 +90,11 @@ def shares_of(data: Batches, loss: Objective, operation: str) -> list[tuple[Batc
 
 
 class _Arrivals:
-    """What the hooks on activations have read. It holds no tensor: autograd's nodes keep their hooks alive, and
-    Python's garbage collector does not see into autograd's nodes, so a hook that led back to the loss would keep the
-    whole graph, the batch and the model for ever.
+    """Readings of the hooks on activations.
+
+    It holds no tensor of the graph: autograd's nodes keep their hooks alive, and
+    Python's garbage collector does not see into autograd's nodes, so a hook that led back to the loss would
+    keep the whole graph, the batch and the model for ever.
     """
 
     def __init__(self, readings: list[Reading], share: float, scale: float, samples: int):
@@ -145,7 +153,8 @@ class _Pass:
         if not torch.is_grad_enabled():
             return activation
         if activation.is_leaf:
-            # Autograd goes back to a leaf only where it is asked for; some objectives make their inputs leaves.
+            # Autograd goes back to a leaf only where it is asked for; some objectives make their inputs
+            # leaves.
             leaf = activation if activation.requires_grad else activation.detach().requires_grad_()
             self.leaves.append(leaf)
             activation = leaf.clone()  # a leaf could not be changed in place by what follows
@@ -165,7 +174,8 @@ class _Pass:
                 if not value.requires_grad:
                     raise no_gradient("gradient_flow", self.model)
                 self.at_output = output_gradient(value, outputs[-1] if outputs else None, accumulate)
-                # Where weights are spread over ranks their gradient is the mean over ranks: all have one seed.
+                # Where weights are spread over ranks their gradient is the mean over ranks: all have one
+                # seed.
                 size = greatest(self.model, self.at_output) if self.sites is None else self.at_output
                 seed = seed_for(size, value.dtype)
                 self.arrivals.unit = 1.0 / seed
@@ -180,7 +190,8 @@ class _Pass:
         """The loss, or its term; None where this batch has no such term."""
         with ExitStack() as stack:
             if self.sites is not None:
-                # The recorder is the outer of the two: the tap finds its calls by the frames between it and the model.
+                # The recorder is the outer of the two: the tap finds its calls by the frames between it and
+                # the model.
                 recorder = stack.enter_context(recording(self.model, self.sites, gradients=True))
                 self.sites.recorder = recorder
                 recorder.note_inputs(self.batch)
@@ -213,7 +224,7 @@ class _Pass:
         return value
 
     def backward(self, value: Tensor, seed: float, accumulate: bool) -> dict[str, Tensor]:
-        """The gradients of the parameters. ``torch.autograd.grad`` runs no optimizer that hangs on a parameter."""
+        """Compute the parameters' gradients; ``torch.autograd.grad`` runs no optimizer in a hook."""
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if accumulate:
             with _post_accumulate_hooks_off(list(named.values())):

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from skipscope.flow._flow_results import Verdict
+    from skipscope.flow._flow_result import Verdict
 
 HEALTHY = "If training still stalls, check the data, the learning rate and the initialisation."
 _TRY = "ss.prescribe(model, data, loss) tries remedies on copies."

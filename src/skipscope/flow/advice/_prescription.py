@@ -16,11 +16,11 @@ from skipscope._progress import track
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, as_written, prepare
 from skipscope._untouched import private_copy, random_state_kept
-from skipscope.flow._flow import flow_of
-from skipscope.flow._flow_results import Verdict
-from skipscope.flow._remedies import Candidate, candidates, frozen
+from skipscope.flow._flow_result import Verdict
+from skipscope.flow._gradient_flow import flow_of
 from skipscope.flow._results import Prescription, Remedy
-from skipscope.flow._verdict_words import HEALTHY
+from skipscope.flow.advice._remedies import Candidate, candidates, frozen
+from skipscope.flow.verdict._verdict_words import HEALTHY
 
 # The rates under which each copy is trained for a few steps; its best one counts.
 RATES: tuple[tuple[str, type[torch.optim.Optimizer], float], ...] = (
@@ -44,9 +44,10 @@ def prescribe(
 ) -> Prescription:
     """Try remedies for a network in trouble on copies of it, and list them by what they did.
 
-    Initialisations, norms, each kind of shortcut, scaled branches: the flow before and after, the loss before and
-    after, and the loss after the same few training steps under the best of three rates. Frozen layers keep their
-    weights. Where data, loss or graph are broken nothing is tried, and ``advice`` says what to mend. Local.
+    Initialisations, norms, each kind of shortcut, scaled branches: the flow before and after, the loss before
+    and after, and the loss after the same few training steps under the best of three rates. Frozen layers
+    keep their weights. Where data, loss or graph are broken nothing is tried, and ``advice`` says what to
+    mend. Local.
 
     Args:
         model: any eager module; as found afterwards.
@@ -57,7 +58,8 @@ def prescribe(
         weight: what a batch counts for in the mean over batches.
 
     Raises:
-        SkipscopeError: data, loss or model cannot be read, the loss has no gradient, or the model cannot be copied.
+        SkipscopeError: data, loss or model cannot be read, the loss has no gradient, or the model cannot be
+            copied.
 
     Example:
         >>> import skipscope as ss

@@ -1,8 +1,8 @@
-"""From readings at boundaries to a verdict: pure functions of plain numbers.
+"""Rules: from the flow at boundaries to a verdict, by pure functions.
 
 With g_i the flow (RMS of the gradient) at boundary i of n, and y_i = log10 g_i:
-fall = y_last - y_first; slope = the least-squares coefficient of y on i; both positive when the gradient shrinks on
-its way back. chi = 10 ** (-2 slope) is Schoenholz's (2016), and 1/|ln chi| his depth scale.
+fall = y_last - y_first; slope = the least-squares coefficient of y on i; both positive when the gradient
+shrinks on its way back. chi = 10 ** (-2 slope) is Schoenholz's (2016), and 1/|ln chi| his depth scale.
 """
 
 from __future__ import annotations
@@ -16,28 +16,32 @@ from itertools import pairwise
 import numpy as np
 
 from skipscope._numbers import short
-from skipscope.flow._flow_results import Verdict
+from skipscope.flow._flow_result import Verdict
 
-# So many decades lost, or gained, going back are trouble. Of 300 networks labelled by training (benchmarks/verdict.py)
-# none that SGD can train loses more than 2.2, and 3 in 100 gain more than 2.
+# So many decades lost, or gained, going back are trouble. Of 300 networks labelled by training
+# (benchmarks/verdict.py) none that SGD can train loses more than 2.2, and 3 in 100 gain more than 2.
 # Adam, whose steps do not depend on the gradient's size, bears far more of both.
 FALL, GROWTH = 2.5, 2.0
 ADAM_FALL, ADAM_GROWTH = 9.0, 4.2
-# An explosion is spread over at least three steps: so much growth is left without the two greatest. Norms that meet small
-# activations (an embedding of std 0.02, an image of little contrast) put all of theirs into one or two: a change of scale.
+# An explosion is spread over at least three steps: so much growth is left without the two greatest. Norms
+# that meet small activations (an embedding of std 0.02, an image of little contrast) put all of theirs into
+# one or two: a change of scale.
 SPREAD_GROWTH = 1.9
-# Where norms stand between the weights each step adapts to the gradient's size (Arora, Li, Lyu 2018, Theoretical Analysis of
-# Auto Rate-Tuning by Batch Normalization). Batch norms add about 0.1 decades a layer (Yang et al. 2019, A Mean Field Theory
-# of Batch Normalization): stock MobileNets gain 3.2 decades, a residual network of 110 layers 3.7, and they train.
+# Where norms stand between the weights each step adapts to the gradient's size (Arora, Li, Lyu 2018,
+# Theoretical Analysis of Auto Rate-Tuning by Batch Normalization). Batch norms add about 0.1 decades a layer
+# (Yang et al. 2019, A Mean Field Theory of Batch Normalization): stock MobileNets gain 3.2 decades, a
+# residual network of 110 layers 3.7, and they train.
 NORMED_GROWTH = 4.5
-# Two estimates of the same fall may differ by so many standard errors; the band about a limit is never wider than this.
+# Two estimates of the same fall may differ by so many standard errors; the band about a limit is never wider
+# than this.
 ERRORS, WIDEST = 1.0, 0.3
 # A head that passes on less than this share is trouble, though its step is common to all layers.
 HEAD = 1e-4
 # More than this share of a chain's weighted calls starved: the chain itself vanishes there.
 STARVED_SHARE = 0.1
 ALL = ("SGD", "Adam")
-# Activations of different samples whose mean cosine is this near 1 are one and the same for the layers after them.
+# Activations of different samples whose mean cosine is this near 1 are one and the same for the layers after
+# them.
 COLLAPSED = 0.995
 # A second cause is named beside the first when it makes up so much of the change.
 SHARE_OF_SECOND = 0.25
@@ -75,15 +79,16 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Clue:
-    """What one stretch between two boundaries does to the gradient, from its weights and its activation functions.
+class StretchGain:
+    """Factor of the weights and activation functions between two boundaries on the gradient.
 
     Attributes:
         activation: the activation function met in it, None without.
         slope: RMS of its derivative over all units, the factor it puts on the gradient's RMS.
         saturated: the share of units whose derivative is below 5 % of its greatest.
         inactive: the share of units whose derivative is exactly 0.
-        gain: RMS weight x sqrt(fan-out) of the weights in it, multiplied: the factor they put on the gradient's RMS.
+        gain: RMS weight x sqrt(fan-out) of the weights in it, multiplied: the factor they put on the
+            gradient's RMS.
         layer: the first weight met in it.
     """
 
@@ -96,7 +101,7 @@ class Clue:
 
 
 def least_squares(y: Sequence[float]) -> tuple[float, tuple[float, float]] | None:
-    """The slope of ``y`` against 0, 1, 2, ... and its 95 % interval (Student's t); None for fewer than two points.
+    """Slope of ``y`` against 0, 1, 2, ... and its 95 % interval; None for fewer than two points.
 
     Example:
         >>> least_squares([0.0, 1.0, 2.0])
@@ -119,8 +124,8 @@ def least_squares(y: Sequence[float]) -> tuple[float, tuple[float, float]] | Non
 def student_quantile(freedom: int, probability: float = 0.95) -> float:
     """The t that Student's distribution stays within, on both sides of 0, with a probability.
 
-    By bisection on the closed form for whole degrees of freedom (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4), in the
-    angle theta with tan(theta) = t / sqrt(freedom). SciPy's own takes seconds to import.
+    By bisection on the closed form for whole degrees of freedom (Abramowitz & Stegun 1964, 26.7.3 and
+    26.7.4), in the angle theta with tan(theta) = t / sqrt(freedom). SciPy's own takes seconds to import.
 
     Example:
         >>> round(student_quantile(1), 6), round(student_quantile(10), 6)
@@ -142,21 +147,21 @@ def student_quantile(freedom: int, probability: float = 0.95) -> float:
 
 
 def judge(
-    points: Sequence[Point], clues: Sequence[Clue] = (), *, residual: bool = False, normed: bool = False,
+    points: Sequence[Point], stretches: Sequence[StretchGain] = (), *, residual: bool = False, normed: bool = False,
     dtype: str = "", culprit: tuple[str, str] | None = None,
 ) -> Verdict:  # fmt: skip
     """The verdict on a flow.
 
     Args:
         points: in order of execution.
-        clues: for each boundary, what lies between it and the next (or the output); may be empty.
-        residual: shortcuts run along the boundaries, so that clues about branches do not multiply up.
-        normed: norms over the data stand between the weights. They undo the scale of what they take, and of weights
-            before them (Arora, Li, Lyu 2018), so growth is judged by gradient times activation.
+        stretches: for each boundary, what lies between it and the next (or the output); may be empty.
+        residual: shortcuts run along the boundaries, so that stretches about branches do not multiply up.
+        normed: norms over the data stand between the weights. They undo the scale of what they take, and of
+            weights before them (Arora, Li, Lyu 2018), so growth is judged by gradient times activation.
         dtype: for the reason, when it underflows.
         culprit: (cause, words): what is not finite to begin with, where something is.
     """
-    broken = _broken(points, clues, residual, culprit)
+    broken = _broken(points, stretches, residual, culprit)
     if broken is not None:
         return broken
     connected = [(i, p) for i, p in enumerate(points) if p.log_flow is not None and p.hidden]
@@ -181,7 +186,7 @@ def judge(
     first, last = connected[at][0], connected[at + 1][0]
     alone = abs(logs[at + 1] - logs[at]) >= SHARE_OF_ONE * abs(fall)
     cause, reason, evidence = _why(
-        state, logs, at, alone, clues[first:last] if alone else clues[connected[0][0] : connected[-1][0]],
+        state, logs, at, alone, stretches[first:last] if alone else stretches[connected[0][0] : connected[-1][0]],
         residual and not (alone and not points[last].merge),
     )  # fmt: skip
     collapsed = _collapse(points)
@@ -260,7 +265,7 @@ def _in_words(p: Point) -> str:
 
 
 def _broken(
-    points: Sequence[Point], clues: Sequence[Clue], residual: bool, culprit: tuple[str, str] | None
+    points: Sequence[Point], stretches: Sequence[StretchGain], residual: bool, culprit: tuple[str, str] | None
 ) -> Verdict | None:
     """The states in which there is no fall to speak of: non-finite, unconnected, dead."""
     nothing: dict = {"fall_decades": None, "slope": None, "slope_interval": None}
@@ -283,26 +288,30 @@ def _broken(
             reason=f"no path leads from the loss to {name}: {until + 1} of {until + 1 + rest} boundaries get no gradient",
         )  # fmt: skip
     if first.state == "exact_zero":
-        return _dead(points, clues, residual, nothing)
+        return _dead(points, stretches, residual, nothing)
     return None
 
 
-def _dead(points: Sequence[Point], clues: Sequence[Clue], residual: bool, nothing: dict) -> Verdict:
+def _dead(
+    points: Sequence[Point], stretches: Sequence[StretchGain], residual: bool, nothing: dict
+) -> Verdict:
     until = _until(points, "exact_zero")
-    # A layer that is dead can silence all that follow it: the first one is the cause, unless the loss passes nothing on.
-    # Where shortcuts run along, only the last one can be.
+    # A layer that is dead can silence all that follow it: the first one is the cause, unless the loss passes
+    # nothing on. Where shortcuts run along, only the last one can be.
     silent = [
-        i for i, clue in enumerate(clues[: until + 1]) if _is_silent(clue) and (i == until or not residual)
+        i
+        for i, stretch in enumerate(stretches[: until + 1])
+        if _is_silent(stretch) and (i == until or not residual)
     ]
     at = silent[0] if silent and (until < len(points) - 1 or silent[-1] == until) else until
     name = points[at].name
-    clue = clues[at] if at < len(clues) else Clue()
-    if clue.layer and clue.gain == 0:
+    stretch = stretches[at] if at < len(stretches) else StretchGain()
+    if stretch.layer and stretch.gain == 0:
         cause, evidence = "gain", 0.0
-        reason = f"the weights of {clue.layer} are all 0"
-    elif _is_silent(clue):
-        (cause, word), evidence = _off(clue), 1.0
-        reason = f"every unit of the {clue.activation} after {name} is {word} on all of the data (100 % have slope 0)"
+        reason = f"the weights of {stretch.layer} are all 0"
+    elif _is_silent(stretch):
+        (cause, word), evidence = _off(stretch), 1.0
+        reason = f"every unit of the {stretch.activation} after {name} is {word} on all of the data (100 % have slope 0)"
     elif at == len(points) - 1:
         cause, evidence = "loss", 0.0
         reason = f"the gradient is exactly 0 already at {name}, the last boundary: the loss passes none on"
@@ -312,14 +321,14 @@ def _dead(points: Sequence[Point], clues: Sequence[Clue], residual: bool, nothin
     return Verdict("dead", **nothing, where=name, reason=reason, cause=cause, evidence=evidence, hinders=ALL)
 
 
-def _is_silent(clue: Clue) -> bool:
-    """Whether it lets no gradient through: an activation function without slope, or weights that are all 0."""
-    return bool((clue.activation and clue.inactive == 1) or (clue.layer and clue.gain == 0))
+def _is_silent(stretch: StretchGain) -> bool:
+    """Whether an activation function without slope, or weights that are all 0, stop the gradient."""
+    return bool((stretch.activation and stretch.inactive == 1) or (stretch.layer and stretch.gain == 0))
 
 
-def _off(clue: Clue) -> tuple[str, str]:
+def _off(stretch: StretchGain) -> tuple[str, str]:
     """The cause where units have no slope, and what such a unit is called."""
-    return ("inactive", "inactive") if clue.activation in RECTIFIERS else ("saturation", "saturated")
+    return ("inactive", "inactive") if stretch.activation in RECTIFIERS else ("saturation", "saturated")
 
 
 def _until(points: Sequence[Point], state: str) -> int:
@@ -333,7 +342,7 @@ def _until(points: Sequence[Point], state: str) -> int:
 
 
 def _where(logs: Sequence[float]) -> int:
-    """The step at which it breaks: the greatest if it makes up half the fall, else where it has become trouble."""
+    """Index of the greatest step if it is half of the fall, else of the step that crosses the limit."""
     fall = logs[-1] - logs[0]
     sign = math.copysign(1.0, fall)
     steps = [sign * (b - a) for a, b in pairwise(logs)]
@@ -345,7 +354,7 @@ def _where(logs: Sequence[float]) -> int:
 
 
 def _why(
-    state: str, logs: Sequence[float], at: int, alone: bool, clues: Sequence[Clue], residual: bool
+    state: str, logs: Sequence[float], at: int, alone: bool, stretches: Sequence[StretchGain], residual: bool
 ) -> tuple[str, str, float | None]:
     """The cause in a word, the reason in a sentence, and its number."""
     fall, steps = logs[-1] - logs[0], len(logs) - 1
@@ -365,26 +374,27 @@ def _why(
     if residual:
         return "unexplained", what, None
     slopes, gains = (
-        sum(_log(value) for value in column) for column in ([c.slope for c in clues], [c.gain for c in clues])
+        sum(_log(value) for value in column)
+        for column in ([c.slope for c in stretches], [c.gain for c in stretches])
     )
     expected = slopes + gains
     observed = -(logs[at + 1] - logs[at]) if alone else -fall
-    if not clues or expected * observed <= 0 or abs(expected) < 0.5 * abs(observed):
+    if not stretches or expected * observed <= 0 or abs(expected) < 0.5 * abs(observed):
         return "unexplained", what, None
-    causes = [(gains, _of_weights(clues, gains, observed))]
+    causes = [(gains, _of_weights(stretches, gains, observed))]
     if observed < 0:
-        causes.append((slopes, _of_activations(clues)))
+        causes.append((slopes, _of_activations(stretches)))
     causes.sort(key=lambda entry: entry[0] / observed, reverse=True)
     _, (cause, words, evidence) = causes[0]
     besides = [w for size, (_, w, _) in causes[1:] if size / observed >= SHARE_OF_SECOND]
     if cause == "gain" and observed < 0 and not besides and causes[0][0] == slopes:
-        words += f", for which the weights' gain of {short(_gain_a_layer(clues, gains))} does not make up"
+        words += f", for which the weights' gain of {short(_gain_a_layer(stretches, gains))} does not make up"
     return cause, "; besides, ".join([f"{what}: {words}", *besides]), evidence
 
 
-def _of_weights(clues: Sequence[Clue], gains: float, observed: float) -> tuple[str, str, float]:
-    worst = (min if observed < 0 else max)(clues, key=lambda c: c.gain)
-    gain = _gain_a_layer(clues, gains)
+def _of_weights(stretches: Sequence[StretchGain], gains: float, observed: float) -> tuple[str, str, float]:
+    worst = (min if observed < 0 else max)(stretches, key=lambda c: c.gain)
+    gain = _gain_a_layer(stretches, gains)
     return (
         "gain",
         f"the weights' gain (RMS weight x sqrt(fan-out)) is {short(gain)} a layer, {short(worst.gain)} at {worst.layer}",
@@ -392,12 +402,12 @@ def _of_weights(clues: Sequence[Clue], gains: float, observed: float) -> tuple[s
     )
 
 
-def _gain_a_layer(clues: Sequence[Clue], gains: float) -> float:
-    return 10.0 ** (gains / max(1, sum(c.layer is not None for c in clues)))
+def _gain_a_layer(stretches: Sequence[StretchGain], gains: float) -> float:
+    return 10.0 ** (gains / max(1, sum(c.layer is not None for c in stretches)))
 
 
-def _of_activations(clues: Sequence[Clue]) -> tuple[str, str, float]:
-    worst = min(clues, key=lambda c: c.slope)
+def _of_activations(stretches: Sequence[StretchGain]) -> tuple[str, str, float]:
+    worst = min(stretches, key=lambda c: c.slope)
     if worst.inactive >= 0.9:
         cause, word = _off(worst)
         return (
@@ -405,7 +415,7 @@ def _of_activations(clues: Sequence[Clue]) -> tuple[str, str, float]:
             f"{100 * worst.inactive:.0f} % of the units of a {worst.activation} are {word}",
             worst.inactive,
         )
-    saturated = [c.saturated for c in clues if c.activation is not None]
+    saturated = [c.saturated for c in stretches if c.activation is not None]
     share = sum(saturated) / max(1, len(saturated))
     if share >= (0.75 if worst.activation in RECTIFIERS else 0.25):
         return (

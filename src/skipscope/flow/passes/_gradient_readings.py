@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from skipscope._ranks import whole
-from skipscope.flow._sites import CallGraph, PoolReading, SiteReading, Term
-from skipscope.flow._tensor_norms import dense, least, norm_of, sample_norms
+from skipscope.flow.passes._gradient_sites import CallGraph, PoolReading, SiteReading, Term
+from skipscope.flow.passes._tensor_norms import dense, least, norm_of, sample_norms
 
 
 @dataclass
@@ -19,8 +19,8 @@ class Reading:
 
     Attributes:
         norm: L2 norm.
-        relative: L2 norm of the gradient times the activation, element by element: a norm layer's scale has no part
-            in it, nor have positions where the activation is 0 (blank patches, padding).
+        relative: L2 norm of the gradient times the activation, element by element: a norm layer's scale has
+            no part in it, nor have positions where the activation is 0 (blank patches, padding).
         elements, zeros: how many there are, and how many of them are 0.
         lost: elements that training, with its own scale of the loss, would flush to zero.
         samples: log10 of each sample's norm; empty where not known.
@@ -98,7 +98,7 @@ class WeightReading:
     rms: list[float] = field(default_factory=list)
 
     def add(self, gradient: Tensor, unit: float, share: float) -> None:
-        """Take in one batch's gradient; ``unit``: what one unit of it is worth; ``share``: the batch's in the mean."""
+        """Add one batch's gradient, times ``unit``, with its ``share`` in the mean over batches."""
         gradient = gradient.detach()
         gradient = dense(gradient.to_dense() if gradient.is_sparse else gradient)
         self.rms.append(norm_of(whole(gradient)) * unit / math.sqrt(max(1, gradient.numel())))
@@ -130,8 +130,8 @@ class Readings:
         loss, batches, samples: of all data.
         sites, pools: in order of execution.
         graph: of the first batch; None where nothing was recorded.
-        calls: by boundary, the number of the call that gave it in the first batch, -1 for an input; and the model's
-            inputs it was computed from, as bits.
+        calls: by boundary, the number of the call that gave it in the first batch, -1 for an input; and the
+            model's inputs it was computed from, as bits.
         cuts: calls of the first batch that let no gradient through.
         opaque: calls of the first batch that could not be looked into.
         terms: of the loss, in the first batch; empty where it is one.

@@ -1,4 +1,4 @@
-"""The verdict on one term of the loss: its worst line, then what lies beside the lines: time, starved weights, the head."""
+"""Verdict on one term of the loss: its worst line, then time, starved weights and the head."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from skipscope._numbers import short
-from skipscope.flow._evidence import REACHES, Evidence, Reach
-from skipscope.flow._flow_results import Verdict
-from skipscope.flow._verdict import ALL, HEAD, STARVED_SHARE, Clue, judge
-from skipscope.flow._verdict_words import advice_on
+from skipscope.flow._flow_result import Verdict
+from skipscope.flow.verdict._evidence import REACHES, Evidence, Reach
+from skipscope.flow.verdict._flow_rules import ALL, HEAD, STARVED_SHARE, StretchGain, judge
+from skipscope.flow.verdict._verdict_words import advice_on
 
 # The worst first.
 ORDER = ("nonfinite", "unconnected", "dead", "vanishing", "exploding", "cannot tell", "healthy")
 
 
 def judge_chain(
-    evidence: Evidence, clues: dict[str, Clue], *, residual: bool = False, normed: bool = False, dtype: str = "",
+    evidence: Evidence, stretches: dict[str, StretchGain], *, residual: bool = False, normed: bool = False, dtype: str = "",
     culprit: tuple[str, str] | None = None, stale: str = "",
 ) -> Verdict:  # fmt: skip
     """The verdict on one chain, in words.
 
     Args:
         evidence: what was read.
-        clues: by boundary, what lies between it and the next.
+        stretches: by boundary, what lies between it and the next.
         residual: shortcuts run along the boundaries.
         normed: most weights are followed by a norm over the data.
         dtype: of the gradients.
@@ -32,19 +32,23 @@ def judge_chain(
         stale: the first batch norm whose running statistics are far from those of the data, or "".
     """
     judged = [
-        judge(line, [clues.get(p.name, Clue()) for p in line] if clues else (), residual=residual, normed=normed, dtype=dtype, culprit=culprit)
+        judge(line, [stretches.get(p.name, StretchGain()) for p in line] if stretches else (), residual=residual, normed=normed, dtype=dtype, culprit=culprit)
         for line in evidence.lines
     ]  # fmt: skip
     found = min(judged, key=lambda v: (ORDER.index(v.state), -abs(v.fall_decades or 0.0)))
     if found.state == "unconnected" and evidence.cut:
         found = replace(found, reason=f"{evidence.cut} lets no gradient through; {found.reason}")
     last = max(evidence.lines, key=len)[-1] if any(evidence.lines) else None
-    after = clues.get(last.name, Clue()) if last else Clue()
+    after = stretches.get(last.name, StretchGain()) if last else StretchGain()
     head = evidence.head
     if head is not None and after.activation:
         evidence = replace(evidence, head=replace(head, slope=after.slope))
     found = _beside(found, evidence, after)
-    if stale and found.state in {"vanishing", "exploding", "nonfinite", "dead"} and found.cause not in {"weights", "data", "loss"}:  # fmt: skip
+    if (
+        stale
+        and found.state in {"vanishing", "exploding", "nonfinite", "dead"}
+        and found.cause not in {"weights", "data", "loss"}
+    ):
         found = replace(found, cause="batch norm", reason=f"{stale}; {found.reason}")
     found = replace(
         found, head=evidence.head, worst=evidence.worst, starved=evidence.starved.names,
@@ -53,8 +57,8 @@ def judge_chain(
     return replace(found, advice=advice_on(found))
 
 
-def _beside(found: Verdict, evidence: Evidence, after: Clue) -> Verdict:
-    """What the lines do not show, the worst first."""
+def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
+    """Add what the lines do not show, the worst first."""
     if ORDER.index(found.state) > ORDER.index("unconnected") and evidence.unconnected:
         where, n = evidence.unconnected[-1], len(evidence.unconnected)
         by = (

@@ -1,4 +1,4 @@
-"""How a backward pass is seeded: with 1 / |dL/d(output)|; and how one that fails is told."""
+"""Seed of a backward pass, 1 / |dL/d(output)|; errors of passes that fail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from skipscope._calls import told
 from skipscope._data import tensors_in
 from skipscope._errors import SkipscopeError
-from skipscope.flow._readings import dense, norm_of
+from skipscope.flow.passes._gradient_readings import dense, norm_of
 
 # How torch says that re-entrant checkpointing wants .backward(), in older and newer versions.
 RE_ENTRANT = ("Checkpointing is not compatible with .grad()", "checkpoint is incompatible with .grad()")
@@ -45,7 +45,7 @@ def output_gradient(loss: Tensor, output: Any, accumulate: bool = False) -> floa
 def seeded(
     loss: Tensor, tensors: Sequence[Tensor], seed: float, **options: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of ``seed`` times the loss. With ``grad_outputs=`` torch would import sympy, which takes seconds."""
+    """The gradients of ``seed`` times the loss; with ``grad_outputs=`` torch would import sympy."""
     return torch.autograd.grad((loss * seed).sum(), tensors, allow_unused=True, **options)
 
 

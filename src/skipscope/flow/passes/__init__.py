@@ -1,0 +1,1 @@
+"""Forward and backward passes whose gradients are read, before any judgement."""
