@@ -16,7 +16,7 @@ import skipscope as ss
 from skipscope import reference
 from skipscope.flow.verdict._flow_rules import FALL
 from skipscope.monitor import STATES, read_history, watch
-from skipscope.monitor._live_verdict import judge_flow, judge_gradients
+from skipscope.monitor._live_verdict import Place, judge_flow, judge_gradients
 
 from ._loops import loss_of, network
 
@@ -173,16 +173,16 @@ def test_a_change_is_one_line_in_the_log(caplog):
 
 
 def test_the_state_does_not_flicker_at_the_threshold():
-    names = [f"b{i}" for i in range(11)]
+    places = [Place(f"b{i}", hidden=True) for i in range(11)]
 
     def flow(decades):
         return 10.0 ** (np.linspace(-decades, 0.0, 11))
 
-    assert judge_flow(names, flow(FALL + 0.1), [True] * len(names), 1, "healthy").state == "vanishing"
-    assert judge_flow(names, flow(FALL - 0.1), [True] * len(names), 1, "vanishing").state == "vanishing"
-    assert judge_flow(names, flow(FALL - 0.1), [True] * len(names), 1, "healthy").state == "healthy"
-    assert judge_flow(names, flow(FALL - 0.4), [True] * len(names), 1, "vanishing").state == "healthy"
-    assert judge_flow(names, flow(-6.0), [True] * len(names), 1, "healthy").state == "exploding"
+    assert judge_flow(places, flow(FALL + 0.1), 1, "healthy").state == "vanishing"
+    assert judge_flow(places, flow(FALL - 0.1), 1, "vanishing").state == "vanishing"
+    assert judge_flow(places, flow(FALL - 0.1), 1, "healthy").state == "healthy"
+    assert judge_flow(places, flow(FALL - 0.4), 1, "vanishing").state == "healthy"
+    assert judge_flow(places, flow(-6.0), 1, "healthy").state == "exploding"
 
 
 def test_each_shape_has_its_own_level():

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import skipscope as ss
 from skipscope import reference
 from skipscope.flow import gradient_flow
-from skipscope.monitor import watch
+from skipscope.monitor import read_history, watch
 
 from ._loops import loss_of, network
 
@@ -319,3 +319,47 @@ def test_averages_between_hidden_boundaries_are_put_back_as_gradient_flow_puts_t
     assert monitor.verdict.state == verdict.state == state
     assert monitor.verdict.fall_decades == pytest.approx(verdict.fall_decades, abs=1e-4)
     assert monitor.verdict.finding == verdict.finding
+
+
+@pytest.mark.parametrize("length, state", [(6, "healthy"), (60, "vanishing")])
+def test_a_recurrence_that_vanishes_through_time(length, state, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.head = nn.LSTM(4, 16, batch_first=True), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.head(self.net(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, batch = Net(), (torch.randn(4, length, 4), torch.randint(0, 2, (4,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watch(model, optimizer, flow_every=1, folder=tmp_path) as monitor:
+        steps(model, optimizer, batch, F.cross_entropy, 2)
+    verdict = gradient_flow(model, batch, F.cross_entropy).verdict
+    assert monitor.verdict.state == verdict.state == state
+    assert monitor.verdict.finding == verdict.finding
+    assert (monitor.history.recurrent, monitor.history.reach[-1, 1]) == ("net", length)
+    if verdict.reach is not None:
+        assert monitor.history.reach[-1, 0] == verdict.reach
+    np.testing.assert_array_equal(read_history(tmp_path).reach, monitor.history.reach)
+    assert not batch[0]._backward_hooks
+
+
+def test_a_head_that_passes_next_to_nothing_on():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    with torch.no_grad():
+        model[4].weight.mul_(1e-6)
+    batch, optimizer = (
+        (torch.randn(8, 6), torch.randint(0, 2, (8,))),
+        torch.optim.SGD(model.parameters(), lr=0.0),
+    )
+    with watch(model, optimizer, flow_every=1) as monitor:
+        steps(model, optimizer, batch, F.cross_entropy, 2)
+    verdict = gradient_flow(model, batch, F.cross_entropy).verdict
+    assert (
+        (monitor.verdict.state, monitor.verdict.where)
+        == (verdict.state, verdict.where)
+        == ("vanishing", "head")
+    )

@@ -2,6 +2,7 @@
 
 from skipscope.flow._flow_result import BoundaryFlow as BoundaryFlow
 from skipscope.flow._flow_result import GradientFlow as GradientFlow
+from skipscope.flow._flow_result import Head as Head
 from skipscope.flow._flow_result import LayerGradient as LayerGradient
 from skipscope.flow._flow_result import Verdict as Verdict
 from skipscope.flow._gradient_correlation import gradient_correlation as gradient_correlation
@@ -19,13 +20,20 @@ from skipscope.flow._results import Prescription as Prescription
 from skipscope.flow._results import Remedy as Remedy
 from skipscope.flow._results import SplitAt as SplitAt
 from skipscope.flow.advice._prescription import prescribe as prescribe
+from skipscope.flow.passes._gradient_sites import by_step as by_step
 from skipscope.flow.paths import path_spectrum as path_spectrum
 from skipscope.flow.paths import paths_of as paths_of
 from skipscope.flow.split import gradient_split as gradient_split
 from skipscope.flow.split import split_of as split_of
+from skipscope.flow.verdict._chain_verdict import judge_chain as judge_chain
+from skipscope.flow.verdict._evidence import Evidence as Evidence
 from skipscope.flow.verdict._evidence import Layout as Layout
+from skipscope.flow.verdict._evidence import Reach as Reach
 from skipscope.flow.verdict._evidence import layout_of as layout_of
+from skipscope.flow.verdict._evidence import reach_of as reach_of
 from skipscope.flow.verdict._flow_rules import FALL as FALL
 from skipscope.flow.verdict._flow_rules import GROWTH as GROWTH
+from skipscope.flow.verdict._flow_rules import NORMED_GROWTH as NORMED_GROWTH
 from skipscope.flow.verdict._flow_rules import Point as Point
 from skipscope.flow.verdict._flow_rules import judge as judge
+from skipscope.flow.verdict._verdict_words import advice_on as advice_on

@@ -29,7 +29,7 @@ from skipscope import _data
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import world
 from skipscope._untouched import is_measuring, untouched
-from skipscope.flow import Layout, layout_of
+from skipscope.flow import Layout, Reach, by_step, layout_of, reach_of
 from skipscope.monitor import _gradient_norms, _rank_sums, _torch_internals
 from skipscope.monitor._backward_passes import BackwardPass, BackwardPasses, inside_backward
 from skipscope.monitor._step_row import on_its_way
@@ -51,6 +51,7 @@ class FlowRow:
         hidden: whether the boundary lies between input and output.
         averaging: decades that each loses by averages between it and the output.
         normed: norms over the data stand between the weights.
+        reach: of the recurrent layer with the shortest one for its length; None without one.
     """
 
     owner: int
@@ -61,14 +62,24 @@ class FlowRow:
     hidden: tuple[bool, ...]
     averaging: tuple[float, ...]
     normed: bool
+    reach: Reach | None
 
 
 @dataclass(eq=False)
 class _Activation:
-    """What arrived at one boundary's activation of one forward pass, by backward pass."""
+    """What arrived at one activation of one forward pass, by backward pass.
+
+    Attributes:
+        boundary: its number; -1 for the input of a recurrent layer.
+        elements: of the gradient.
+        recurrent: the layer.
+        batch_first: the layer's input is ``[B, T, F]``.
+    """
 
     boundary: int
     elements: int
+    recurrent: str = ""
+    batch_first: bool = False
     arrived: dict[BackwardPass, Any] = field(default_factory=dict)  # a norm; [gradient] where more may follow
 
 
@@ -82,6 +93,7 @@ class _Pending:
     elements: np.ndarray
     norms: Any
     scale: Any
+    reach: Reach | None
 
 
 class FlowReader:
@@ -235,12 +247,14 @@ class FlowReader:
             step = max(self.steps.values())
         norms: dict[int, list[Any]] = {}
         elements = np.zeros(len(points))
-        for activation in self._activations:
+        recurrent = [activation for activation in self._activations if activation.recurrent]
+        crossed = [activation for activation in self._activations if not activation.recurrent]
+        for activation in crossed:
             value = _norm_of([activation.arrived[p] for p in counted if p in activation.arrived])
             if value is not None:
                 norms.setdefault(activation.boundary, []).append(value)
                 elements[activation.boundary] += activation.elements
-        seen = {activation.boundary for activation in self._activations}
+        seen = {activation.boundary for activation in crossed}
         if len(self.parameters) > 1 and not any(p.certain for p in counted):
             seen &= set(norms)  # another optimizer's loss may lead elsewhere
         elif any(p.partial for p in counted):
@@ -250,7 +264,8 @@ class FlowReader:
         elif norms:
             at = sorted(seen)
             values = [_root(norms.get(i)) for i in at]
-            self._wait_for(owner, step, tuple(points[i].name for i in at), elements[at], values, scale)
+            names = tuple(points[i].name for i in at)
+            self._wait_for(owner, step, names, elements[at], values, scale, _reach_of(recurrent, counted))
 
     def _cut_on_all_ranks(
         self, owner: int, step: int, points: tuple[Boundary, ...], norms: dict[int, list[Any]],
@@ -306,7 +321,8 @@ class FlowReader:
                 for n in row.names
             ))  # fmt: skip
             self.deliver(FlowRow(
-                row.owner, row.step, row.names, norm, row.elements, hidden, averaging, self._layout.normed
+                row.owner, row.step, row.names, norm, row.elements, hidden, averaging, self._layout.normed,
+                row.reach,
             ))  # fmt: skip
 
     def replace_parameters(self, parameters: Mapping[int, Sequence[Tensor]]) -> None:
@@ -327,12 +343,22 @@ class FlowReader:
             return None
         if module is self.model:
             return self._forward_begins(module, args, _torch_internals.keywords_of_call())
+        if self.forwards and isinstance(module, nn.RNNBase):
+            return self._recurrence_begins(module, args)
         if id(module) in self._parts and not self.forwards:
             if not self._running and any(True for _ in module.parameters()):
                 name = next(name for name, part in self._whole.named_modules() if part is module)
                 self._called[name] = module
             self._running.append(id(module))
         return None
+
+    def _recurrence_begins(self, module: nn.RNNBase, args: Any) -> Any:
+        """Read the gradient of a recurrent layer's input at each step."""
+        name = next((name for name, part in self.model.named_modules() if part is module), None)
+        if name is None or not args or not isinstance(args[0], Tensor) or self._ranks > 1:
+            return None
+        arrived = _Activation(-1, 0, name or "the model", module.batch_first)
+        return self._hooked(args[0], arrived, is_input=True), *args[1:]
 
     def _called_after(self, module: nn.Module, *_: Any) -> None:
         if self._running and self._running[-1] == id(module):
@@ -363,12 +389,14 @@ class FlowReader:
     def _touch(self, i: int, activation: Tensor, is_input: bool = False) -> Tensor:
         if not torch.is_grad_enabled():  # inside re-entrant checkpointing: not seen, which is not a zero
             return activation
+        return self._hooked(activation, _Activation(i, 0), is_input)
+
+    def _hooked(self, activation: Tensor, arrived: _Activation, is_input: bool) -> Tensor:
         if not activation.requires_grad:
             # A clone may be changed in place downstream.
             activation = activation.detach().requires_grad_().clone()
         elif is_input or activation.is_leaf:
             activation = activation.view_as(activation)  # the user's own tensor gets no hook
-        arrived = _Activation(i, 0)
         self._activations.append(arrived)
         self._hooks.append(activation.register_hook(functools.partial(self._arrive, arrived)))
         return activation
@@ -379,7 +407,7 @@ class FlowReader:
             return
         grad = _gradient_norms.plain(gradient).detach()
         activation.elements = grad.numel()
-        if _torch_internals.keeps_graph() or activation.arrived:
+        if _torch_internals.keeps_graph() or activation.arrived or activation.recurrent:
             # Another pass through the same graph may follow, and autograd may add to this tensor in place.
             activation.arrived[current] = [grad.clone()]
         else:
@@ -414,7 +442,8 @@ class FlowReader:
             _torch_internals.eager.end()
 
     def _wait_for(
-        self, owner: int, step: int, names: tuple[str, ...], elements: np.ndarray, norms: list[Any], scale: Any
+        self, owner: int, step: int, names: tuple[str, ...], elements: np.ndarray, norms: list[Any], scale: Any,
+        reach: Reach | None = None,
     ) -> None:  # fmt: skip
         device = next((v for v in norms if isinstance(v, Tensor)), None)
         if device is not None:
@@ -423,7 +452,25 @@ class FlowReader:
         else:
             on_the_way = norms
         factor = 1.0 if scale is None else on_its_way(scale)
-        self._waiting.append(_Pending(owner, step, names, elements, on_the_way, factor))
+        self._waiting.append(_Pending(owner, step, names, elements, on_the_way, factor, reach))
+
+
+def _reach_of(recurrent: Sequence[_Activation], counted: Sequence[BackwardPass]) -> Reach | None:
+    """The reach of the recurrent layer with the shortest one for its length."""
+    profiles: dict[str, list[float]] = {}
+    for activation in recurrent:
+        gradients = [grad for p in counted if p in activation.arrived for grad in activation.arrived[p]]
+        if gradients:
+            total = gradients[0] if len(gradients) == 1 else torch.stack(gradients).double().sum(dim=0)
+            rows = torch.stack(by_step(total, None, activation.batch_first)).flatten(1)
+            squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square().tolist()
+            known = profiles.setdefault(activation.recurrent, [])
+            known += [0.0] * (len(squares) - len(known))
+            for t, square in enumerate(squares):
+                known[t] += square
+    found = (reach_of(name, [math.sqrt(q) for q in profile]) for name, profile in profiles.items())
+    long = [reach for reach in found if reach is not None and reach.length > 3]
+    return max(long, key=lambda reach: reach.length / (reach.steps or math.inf), default=None)
 
 
 def _norm_of(arrived: list[Any]) -> Any:

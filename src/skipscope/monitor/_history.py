@@ -134,6 +134,9 @@ class History(Result):
         averaging: decades that the norm at each boundary loses by averages between it and the output;
             ``[B]``.
         normed: norms over the data stand between the weights.
+        recurrent: the recurrent layer whose reach was read; empty without one.
+        reach: steps until a thousandth of the gradient is left there (NaN where more is left at the first step), and
+            length of the sequence; ``[flow rows, 2]``.
     """
 
     parameters: tuple[str, ...]
@@ -166,6 +169,8 @@ class History(Result):
     hidden: tuple[bool, ...] = ()
     averaging: tuple[float, ...] = ()
     normed: bool = False
+    recurrent: str = ""
+    reach: np.ndarray = field(default_factory=lambda: np.empty((0, 2)))
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from skipscope._errors import SkipscopeError
+from skipscope.flow import Reach
 from skipscope.monitor import _live_verdict
 from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
 from skipscope.monitor._live_verdict import Place
@@ -56,7 +58,7 @@ def assemble(
     P, S = len(keys), len(SCALARS) + 1
     norm, mean, before, states = (joined[:, S + k * P : S + (k + 1) * P] for k in range(4))
     step, seconds, evaluations, skipped, scale, total, owner = joined[:, :S].T
-    names, flow_rows, flow_owners, flow_norm = _flow(flow)
+    names, flow_rows, flow_owners, flow_norm, reach = _flow(flow)
 
     def of(key: tuple[int, str], what: str) -> Any:
         about, i = place[key][2:]
@@ -76,6 +78,7 @@ def assemble(
         hidden=tuple(_of_boundary(flow, name, "hidden", True) for name in names),
         averaging=tuple(_of_boundary(flow, name, "averaging", 0.0) for name in names),
         normed=any(about.get("normed", False) for about, _ in flow[-1:]),
+        recurrent=next((about.get("recurrent", "") for about, _ in flow[-1:]), ""), reach=reach,
     )  # fmt: skip
     return history if verdict is not None else replace(history, verdict=verdict_of(history))
 
@@ -110,8 +113,12 @@ def states_of(mean: np.ndarray, tiny: np.ndarray) -> np.ndarray:
     return states
 
 
-def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:
-    """The boundaries of all sets, nearest the input first; ``[rows, 1 + B]`` of step and RMS; owners; norms ``[rows, B]``."""
+def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Join the flow of all sets of boundaries.
+
+    Returns:
+        Names, nearest the input first; step and RMS ``[rows, 1 + B]``; owners; norms ``[rows, B]``; reach ``[rows, 2]``.
+    """
     names: list[str] = []
     for about, _ in reversed(flow):
         place = 0
@@ -119,22 +126,25 @@ def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.nd
             if name not in names:
                 names.insert(place, name)
             place = names.index(name) + 1
-    blocks, owners, norms = [], [], []
+    blocks, owners, norms, reaches = [], [], [], []
     for about, rows in flow:
         own, B = about["names"], len(about["names"])
         at = [names.index(name) for name in own]
         block, norm = np.full((len(rows), 1 + len(names)), np.nan), np.full((len(rows), len(names)), NOT_RUN)
         block[:, 0] = rows[:, 0]
         block[:, [1 + i for i in at]] = rows[:, 1 : 1 + B]
-        norm[:, at] = rows[:, 1 + B :] if rows.shape[1] == 1 + 2 * B else rows[:, 1:]
+        norm[:, at] = rows[:, 1 + B : 1 + 2 * B] if rows.shape[1] > 1 + B else rows[:, 1:]
+        has_reach = rows.shape[1] == 3 + 2 * B
+        reaches.append(rows[:, 1 + 2 * B :] if has_reach else np.full((len(rows), 2), np.nan))
         blocks.append(block)
         norms.append(norm)
         owners.append(np.full(len(rows), float(about.get("optimizer", 0))))
     if not blocks:
-        return (), np.empty((0, 1)), np.empty(0), np.empty((0, 0))
+        return (), np.empty((0, 1)), np.empty(0), np.empty((0, 0)), np.empty((0, 2))
     joined = np.concatenate(blocks)
     order = np.argsort(joined[:, 0], kind="stable")
-    return tuple(names), joined[order], np.concatenate(owners)[order], np.concatenate(norms)[order]
+    owner, norm, reach = (np.concatenate(column)[order] for column in (owners, norms, reaches))
+    return tuple(names), joined[order], owner, norm, reach
 
 
 def _of_boundary(flow: Columns, name: str, what: str, default: Any) -> Any:
@@ -200,8 +210,10 @@ def _verdict_of_chain(
         Place(history.boundaries[i], history.hidden[i], history.averaging[i] if history.averaging else 0.0)
         for i in own
     ]  # fmt: skip
+    steps, length = history.reach[mine[-1]] if len(history.reach) else (math.nan, math.nan)
+    reach = Reach(history.recurrent, int(steps), int(length)) if math.isfinite(steps) else None
     return _live_verdict.judge_flow(
-        places, values[own], step, was, normed=history.normed, is_early=is_early or step == 1
+        places, values[own], step, was, normed=history.normed, reach=reach, is_early=is_early or step == 1
     )
 
 

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from skipscope._numbers import short
-from skipscope.flow.verdict._flow_rules import FALL, GROWTH, NORMED_GROWTH, Point, judge
-from skipscope.flow.verdict._verdict_words import advice_on
+from skipscope.flow import FALL, GROWTH, NORMED_GROWTH, Evidence, Head, Point, Reach, advice_on, judge_chain
 from skipscope.monitor._history import FLOW, GRADIENTS, STATES, LiveVerdict
 
 # dL/dW was seen to fall 1.4 decades where dL/dx grew: ask for more than of a flow, and for more still where
@@ -76,7 +75,7 @@ class Place:
 
 def judge_flow(
     places: Sequence[Place], values: np.ndarray, step: int, was: str, *, normed: bool = False,
-    is_early: bool = False,
+    reach: Reach | None = None, is_early: bool = False,
 ) -> LiveVerdict:  # fmt: skip
     """The verdict on the flow at boundaries.
 
@@ -86,6 +85,7 @@ def judge_flow(
         step: when it was read.
         was: the state so far.
         normed: norms over the data stand between the weights.
+        reach: of a recurrent layer.
         is_early: boundaries without a gradient are left out.
     """
     hidden = [place.hidden for place in places]
@@ -101,10 +101,19 @@ def judge_flow(
         inner = points
     elif trained[0].state in missing:
         inner = trained
-    if len(inner) < 2 and all(p.state == "ok" for p in inner):
-        reason = "there are fewer than two hidden boundaries, so no gradient can be lost between them"
-        return LiveVerdict("healthy", FLOW, step, reason)
-    return _live(inner, "boundaries", step, was, None, normed)
+    evidence = Evidence((tuple(inner),), _head_of(points, hidden, places), reach=reach)
+    return _live(evidence, "boundaries", step, was, None, normed)
+
+
+def _head_of(points: Sequence[Point], hidden: Sequence[bool], places: Sequence[Place]) -> Head | None:
+    """What lies between the last hidden boundary and the output, where both are read."""
+    last = max((i for i, inside in enumerate(hidden) if inside), default=None)
+    if last is None or last == len(points) - 1:
+        return None
+    inside, output = points[last].log_flow, points[-1].log_flow
+    if inside is None or output is None:
+        return None
+    return Head(places[last].averaging, 10.0 ** (inside - output), None)
 
 
 def judge_gradients(
@@ -150,21 +159,22 @@ def judge_gradients(
     if what == "biases" and not alike:
         return LiveVerdict("unknown", GRADIENTS, step, "too few biases are alike")
     limit = _OF_WEIGHTS if alike else _OF_UNEQUAL
-    return _live(points, what, step, was, limit)
+    return _live(Evidence((tuple(points),)), what, step, was, limit)
 
 
 _ONE = {"boundaries": "boundary", "weights": "weight", "biases": "bias"}
 
 
 def _live(
-    points: list[Point], of: str, step: int, was: str, of_weights: float | None, normed: bool = False
+    evidence: Evidence, of: str, step: int, was: str, of_weights: float | None, normed: bool = False
 ) -> LiveVerdict:
-    """The verdict on a flow, by its own limits or those of weights; a state is not left by a hair."""
-    found = judge(points, normed=normed)
+    """Judge as ``gradient_flow`` does, or by the limits of weights; a state is not left by a hair."""
+    found = judge_chain(evidence, {}, normed=normed)
+    (points,) = evidence.lines
     state, reason, where, fall = found.state, found.reason, found.where, found.fall_decades
     basis = FLOW if of == "boundaries" else GRADIENTS
     reason = reason.replace("boundaries", of)
-    if fall is not None:
+    if fall is not None and found.cause not in {"time", "head"}:
         growth = NORMED_GROWTH if normed else max(GROWTH, _GROWTH_OF_NORM)
         trouble, limit = ("vanishing", FALL) if fall >= 0 else ("exploding", growth)
         limit = of_weights or limit

@@ -68,12 +68,14 @@ class Store:
             about = {
                 "names": list(row.names), "optimizer": row.owner, "hidden": list(row.hidden),
                 "averaging": list(row.averaging), "normed": row.normed,
+                "recurrent": row.reach.site if row.reach is not None else "",
             }  # fmt: skip
-            rows = self._rows("flow", 1 + 2 * len(row.names), most_rows(2 * len(row.names)), about)
+            rows = self._rows("flow", 3 + 2 * len(row.names), most_rows(2 * len(row.names)), about)
             self._flow.append((key, rows))
         with np.errstate(invalid="ignore", divide="ignore"):
             rms = row.norm / np.sqrt(row.elements)
-        rows.append(np.array([row.step, *rms, *row.norm], dtype=float))
+        reach = (np.nan, np.nan) if row.reach is None else (row.reach.steps or np.nan, row.reach.length)
+        rows.append(np.array([row.step, *rms, *row.norm, *reach], dtype=float))
 
     def add_event(self, event: VerdictEvent) -> None:
         """The state changed."""

@@ -157,7 +157,7 @@ class Layout:
     """Where the boundaries of a model lie, known from a forward pass without gradients.
 
     Attributes:
-        hidden: by boundary, whether weights come before and after it.
+        hidden: by boundary, whether trained weights come before it, and any after it.
         averaging: by boundary, decades that the norm of its gradient loses by averages between it and the
             output.
         normed: norms over the data stand between the weights.
@@ -195,8 +195,9 @@ def _layout(
     orders = [-1 if call is None else call for call in made]
     averages = _averages(graph, sites.sites, sites.pools)
     followed = _followed(graph, sites.sites, orders)
+    start = min((site.order for site in sites.sites if site.trained), default=0)
     return Layout(
-        tuple(f and p.key.site != "input" for f, p in zip(followed, points)),
+        tuple(f and o >= start and p.key.site != "input" for f, o, p in zip(followed, orders, points)),
         tuple(sum(d for at, d in averages if at > order) for order in orders), sites.is_normed(trace),
     )  # fmt: skip
 
