@@ -34,6 +34,7 @@ from skipscope.flow.verdict._evidence import reach_of as reach_of
 from skipscope.flow.verdict._flow_rules import FALL as FALL
 from skipscope.flow.verdict._flow_rules import GROWTH as GROWTH
 from skipscope.flow.verdict._flow_rules import NORMED_GROWTH as NORMED_GROWTH
+from skipscope.flow.verdict._flow_rules import FlowContext as FlowContext
 from skipscope.flow.verdict._flow_rules import Point as Point
 from skipscope.flow.verdict._flow_rules import judge as judge
 from skipscope.flow.verdict._verdict_words import advice_on as advice_on

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from skipscope._public_call import public_call
 from skipscope._ranks import greatest, ranks_of
 from skipscope._subject import Subject, prepare
 from skipscope.flow._flow_result import BoundaryFlow, GradientFlow, LayerGradient, SiteFlow, Verdict
-from skipscope.flow.passes._gradient_pass import Touch, measure
+from skipscope.flow.passes._gradient_pass import measure
 from skipscope.flow.passes._gradient_readings import Readings
 from skipscope.flow.passes._gradient_sites import LOOKUPS
 from skipscope.flow.passes._tensor_norms import dense, norm_of
@@ -25,9 +24,9 @@ from skipscope.flow.passes._zero_gradients import boundary_state, layer, second_
 from skipscope.flow.verdict._chain_verdict import judge_chain, worst
 from skipscope.flow.verdict._evidence import Evidence, evidence_of
 from skipscope.flow.verdict._first_nonfinite import first_nonfinite, stale_norm
-from skipscope.flow.verdict._flow_rules import Point, StretchGain
+from skipscope.flow.verdict._flow_rules import FlowContext, Point, StretchGain
 from skipscope.flow.verdict._layer_gains import layer_gains
-from skipscope.shortcuts import meaning, tap_boundaries
+from skipscope.shortcuts import meaning
 
 
 @public_call("gradient_flow")
@@ -110,10 +109,7 @@ class _Measurement:
         self.batches: list[Evidence] = []
         self.settled_batches: list[Evidence] = []
         with subject.running(seed):
-            self.readings = measure(
-                subject.model, subject.data, subject.loss, len(subject.boundaries), self.tap, scale=scale,
-                term=term, each=self._keeper(self.batches),
-            )  # fmt: skip
+            self.readings = measure(subject, scale=scale, term=term, each=self._keeper(self.batches))
         self.exact, notes = second_opinion(self.readings, subject, seed, term)
         if self.exact is not None and self.readings.output_gradient == 0:
             self.readings.output_gradient = self.exact.output_gradient
@@ -125,10 +121,6 @@ class _Measurement:
         if self.subject.data.single or self.subject.ranks:
             return None
         return lambda one: batches.append(self._evidence(one, one))
-
-    def tap(self, touch: Touch) -> AbstractContextManager[Any]:
-        """Calls ``touch`` at each boundary."""
-        return tap_boundaries(self.subject.model, self.subject.boundaries, touch)
 
     def _evidence(self, readings: Readings, settled: Readings, exact: Readings | None = None) -> Evidence:
         points, seen, kept = self.subject.boundaries, [], []
@@ -146,27 +138,25 @@ class _Measurement:
     def verdict(self) -> Verdict:
         """Judge the readings; run a second pass for the cause where there is trouble."""
         points, readings, batches = self.subject.boundaries, self.readings, self.batches
-        options: dict[str, Any] = {
-            "residual": sum(p.kind == "merge" for p in points) > len(points) / 2, "normed": readings.normed,
-            "dtype": _dtype_name(readings),
-        }  # fmt: skip
+        merges = sum(p.kind == "merge" for p in points)
+        context = FlowContext(2 * merges > len(points), readings.normed, _dtype_name(readings))
         evidence = self._evidence(readings, self.settled, self.exact)
-        verdict = judge_chain(evidence, {}, **options)
+        verdict = judge_chain(evidence, {}, context)
         if verdict.state != "healthy" and self.settled is not readings:
             # Trouble that goes as soon as what starts at zero has moved is none: a zero head, a layer scale
             # of 1e-5.
             moved = self._evidence(self.settled, self.settled)
-            other = judge_chain(moved, {}, **options)
+            other = judge_chain(moved, {}, context)
             if worst([other, verdict]) is verdict:
                 verdict, evidence, readings, batches = other, moved, self.settled, self.settled_batches
-        verdict = self._explained(verdict, evidence, readings, options)
+        verdict = self._explained(verdict, evidence, readings, context)
         if len(batches) < 2:
             return verdict
-        own = [judge_chain(replace(one, starved=evidence.starved), {}, **options).state for one in batches]
+        own = [judge_chain(replace(one, starved=evidence.starved), {}, context).state for one in batches]
         return replace(verdict, agreement=own.count(verdict.state) / len(own))
 
     def _explained(
-        self, verdict: Verdict, evidence: Evidence, readings: Readings, options: dict[str, Any]
+        self, verdict: Verdict, evidence: Evidence, readings: Readings, context: FlowContext
     ) -> Verdict:
         """The verdict with its cause."""
         subject, spread = self.subject, bool(self.subject.ranks)
@@ -180,15 +170,12 @@ class _Measurement:
                 stale = stale_norm(model, subject.data, subject.loss)
                 if verdict.state == "nonfinite" and culprit is None:
                     culprit = first_nonfinite(model, subject.data, subject.loss)
-        why = readings.squashed or _needs_gains(verdict, evidence, options["residual"])
+        why = readings.squashed or _needs_gains(verdict, evidence, context.residual)
         gains: dict[str, StretchGain] = {}
         if greatest(model, why) if spread else why:  # all ranks together, or none
             with subject.running(self.seed):
-                every = layer_gains(
-                    model, subject.data.first(), subject.loss, len(subject.boundaries), self.tap
-                )
-            gains = {point.name: gain for point, gain in zip(subject.boundaries, every)}
-        return judge_chain(evidence, gains, culprit=culprit, stale=stale, **options)
+                gains = layer_gains(subject)
+        return judge_chain(evidence, gains, context, culprit, stale)
 
 
 def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:

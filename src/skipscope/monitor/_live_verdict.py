@@ -20,7 +20,18 @@ from typing import Any
 import numpy as np
 
 from skipscope._numbers import short
-from skipscope.flow import FALL, GROWTH, NORMED_GROWTH, Evidence, Head, Point, Reach, advice_on, judge_chain
+from skipscope.flow import (
+    FALL,
+    GROWTH,
+    NORMED_GROWTH,
+    Evidence,
+    FlowContext,
+    Head,
+    Point,
+    Reach,
+    advice_on,
+    judge_chain,
+)
 from skipscope.monitor._history import FLOW, GRADIENTS, STATES, LiveVerdict
 
 # dL/dW was seen to fall 1.4 decades where dL/dx grew: ask for more than of a flow, and for more still where
@@ -101,6 +112,7 @@ def judge_flow(
         inner = points
     elif trained[0].state in missing:
         inner = trained
+    inner = inner or [replace(point, hidden=False) for point in trained]
     evidence = Evidence((tuple(inner),), _head_of(points, hidden, places), reach=reach)
     return _live(evidence, "boundaries", step, was, None, normed)
 
@@ -169,7 +181,7 @@ def _live(
     evidence: Evidence, of: str, step: int, was: str, of_weights: float | None, normed: bool = False
 ) -> LiveVerdict:
     """Judge as ``gradient_flow`` does, or by the limits of weights; a state is not left by a hair."""
-    found = judge_chain(evidence, {}, normed=normed)
+    found = judge_chain(evidence, {}, FlowContext(normed=normed))
     (points,) = evidence.lines
     state, reason, where, fall = found.state, found.reason, found.where, found.fall_decades
     basis = FLOW if of == "boundaries" else GRADIENTS

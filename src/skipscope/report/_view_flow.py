@@ -12,7 +12,6 @@ from skipscope.flow import (
     Prescription,
 )
 from skipscope.report._charts import Bars, Lines, Mark, Panel, Series, Story
-from skipscope.report._scale import SUPERSCRIPTS
 from skipscope.report._story import view
 
 DEPTH = "boundary, from the input (left) to the loss (right)"
@@ -82,25 +81,10 @@ def factor_lines(flows: Mapping[str, GradientFlow], styles: Mapping[str, int] | 
     )
 
 
-def fall_sentence(flow: GradientFlow) -> str:
-    """The verdict as one sentence with its number."""
-    fall = flow.verdict.fall_decades
-    if fall is None:
-        return f"The gradient's flow is {flow.verdict.state}: {flow.verdict.reason}."
-    if abs(fall) < 0.05:
-        return f"The flow is {flow.verdict.state}: the gradient arrives at the first boundary as large as it left the last."
-    times = float(f"{10 ** min(abs(fall), 5):.2g}")
-    power = "10" + f"{abs(fall):.0f}".translate(SUPERSCRIPTS)
-    size = power if abs(fall) >= 5 else f"{times:,.0f}" if times >= 10 else f"{times:g}"
-    return (
-        f"The flow is {flow.verdict.state}: at the first boundary the gradient is {size} times {'smaller' if fall > 0 else 'larger'} than "
-        f"at the last ({abs(fall):.2g} decades {'lost' if fall > 0 else 'gained'})."
-    )
-
-
 @view.register
 def _(result: GradientFlow) -> Story:
     verdict = result.verdict
+    because = f"{verdict.reason[:1].upper()}{verdict.reason[1:]}".rstrip(".")
     broken = f"It breaks at {verdict.where}." if verdict.where else ""
     panels = [
         Panel(
@@ -132,7 +116,7 @@ def _(result: GradientFlow) -> Story:
             )
         )  # fmt: skip
     return Story("How the gradient flows", f"{result.meaning}, {result.mode} mode, {result.samples:,} samples",
-                 [fall_sentence(result), verdict.reason[:1].upper() + verdict.reason[1:] + ("" if verdict.reason.endswith(".") else ".")], panels,
+                 [verdict.finding, f"{because}.", verdict.advice], panels,
                  methods=result.table().notes)  # fmt: skip
 
 

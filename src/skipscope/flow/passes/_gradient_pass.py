@@ -18,6 +18,7 @@ from skipscope._calls import no_gradient
 from skipscope._data import Batch, Batches, Objective, batch_size, map_tensors
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import greatest, ranks_of
+from skipscope._subject import Subject
 from skipscope.flow.passes._gradient_readings import Reading, Readings
 from skipscope.flow.passes._gradient_seed import (
     backward_error,
@@ -28,6 +29,7 @@ from skipscope.flow.passes._gradient_seed import (
 )
 from skipscope.flow.passes._gradient_sites import WEIGHTED, CallGraph, SiteReader
 from skipscope.flow.passes._tensor_norms import dense, norm_of, similarity
+from skipscope.shortcuts import tap_boundaries
 from skipscope.shortcuts.trace import recording
 
 # Called with (i, activation) at boundary i; what it returns takes the activation's place.
@@ -36,32 +38,35 @@ Tap = Callable[[Touch], AbstractContextManager[Any]]
 
 
 def measure(
-    model: nn.Module, data: Batches, loss: Objective, count: int, tap: Tap, *, scale: float = 1.0,
+    subject: Subject, model: nn.Module | None = None, data: Batches | None = None, *, scale: float = 1.0,
     term: str = "", each: Callable[[Readings], None] | None = None,
 ) -> Readings:  # fmt: skip
     """Read gradients and activations at boundaries, and the gradient of every weight, over all batches.
 
     Args:
-        model: run as it is, in the mode its modules are in; the caller wraps this in ``untouched``.
-        data: as ``_data.read`` gave it.
-        loss: as ``_data.read`` gave it.
-        count: how many boundaries there are.
-        tap: enters what calls ``touch(i, activation)`` at each boundary.
+        subject: what is measured; the caller runs this inside ``subject.running``.
+        model: a copy that is run in the model's place.
+        data: batches in place of the subject's.
         scale: by which training multiplies the loss (a GradScaler's).
         term: the term of the loss whose gradient is read alone; batches without it are left out.
         each: called with the readings of each batch.
     """
-    total = Readings.empty(count, _weights(model))
+    model = model or subject.model
+    count, total = len(subject.boundaries), Readings.empty(len(subject.boundaries), _weights(model))
     spread = bool(ranks_of(model))
-    for batch, share in shares_of(data, loss, "gradient_flow"):
-        one = _Pass(model, batch, loss, share, scale, count)
+
+    def tap(touch: Touch) -> AbstractContextManager[Any]:
+        return tap_boundaries(model, subject.boundaries, touch)
+
+    for batch, share in shares_of(data or subject.data, subject.loss, "gradient_flow"):
+        one = _Pass(model, batch, subject.loss, share, scale, count)
         one.term = term
         try:
             one.run(tap, accumulate=spread)
         except RuntimeError as error:
             if not wants_backward(error):
                 raise backward_error("gradient_flow", error) from error
-            one = _Pass(model, batch, loss, share, scale, count)
+            one = _Pass(model, batch, subject.loss, share, scale, count)
             one.term = term
             one.run(tap, accumulate=True)
         if one.readings.batches:

@@ -17,7 +17,6 @@ from torch import nn
 from skipscope._subject import Subject
 from skipscope.flow.passes._gradient_pass import measure
 from skipscope.flow.passes._gradient_readings import Readings
-from skipscope.shortcuts import tap_boundaries
 
 ROUNDS = 4
 # Of the size that an initialisation would give: small, so that the part hardly changes what the network does.
@@ -41,7 +40,7 @@ def settled(
         term: of the loss.
         each: called with the readings of each batch.
     """
-    model, points = subject.model, subject.boundaries
+    model = subject.model
     tiny = set() if subject.ranks else _tiny(model)
     if subject.ranks or not (tiny or (readings.moving and _silent(readings))):
         return readings, ()
@@ -59,13 +58,9 @@ def settled(
                 _move(twin, new, draw)
                 kept.clear()
                 moved |= new
-                now = measure(
-                    twin, subject.data, subject.loss, len(points),
-                    lambda touch: tap_boundaries(twin, points, touch), term=term, each=kept.append if each else None,
-                )  # fmt: skip
-        except (
-            Exception
-        ):  # whatever a model holds that cannot be copied: the verdict is on the readings as they are
+                now = measure(subject, twin, term=term, each=kept.append if each else None)
+        # Whatever a model holds that cannot be copied: the verdict is on the readings as they are.
+        except Exception:
             return readings, ()
     if not moved or (not moved & tiny and _still_silent(readings, now)):
         return readings, ()

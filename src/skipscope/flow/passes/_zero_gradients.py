@@ -15,7 +15,6 @@ from skipscope.flow._flow_result import LayerGradient
 from skipscope.flow.passes._gradient_pass import measure
 from skipscope.flow.passes._gradient_readings import Readings, WeightReading
 from skipscope.flow.passes._tensor_norms import least, norm_of
-from skipscope.shortcuts import tap_boundaries
 
 ROUNDING = (
     "What is exactly 0 here is so by rounding in an activation function (1 - tanh^2, say), which a scale of the loss does "
@@ -67,7 +66,6 @@ def _in_float64(subject: Subject, seed: int, term: str) -> Readings | None:
     def wide(value: Tensor) -> Tensor:
         return value.double() if value.is_floating_point() else value
 
-    points = subject.boundaries
     with subject.running(seed):
         try:
             twin = copy.deepcopy(subject.model).double()
@@ -75,13 +73,9 @@ def _in_float64(subject: Subject, seed: int, term: str) -> Readings | None:
                 [map_tensors(batch, wide) for batch in subject.data], single=subject.data.single
             )
             with torch.autocast(next(twin.parameters()).device.type, enabled=False):
-                return measure(
-                    twin, batches, subject.loss, len(points), lambda touch: tap_boundaries(twin, points, touch),
-                    term=term,
-                )  # fmt: skip
-        except (
-            Exception
-        ):  # whatever a model does that cannot be copied or run in float64: it is a second opinion
+                return measure(subject, twin, batches, term=term)
+        # Whatever a model does that cannot be copied or run in float64: it is a second opinion.
+        except Exception:
             return None
 
 

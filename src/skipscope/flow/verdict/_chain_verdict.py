@@ -9,7 +9,7 @@ from dataclasses import replace
 from skipscope._numbers import short
 from skipscope.flow._flow_result import Verdict
 from skipscope.flow.verdict._evidence import REACHES, Evidence, Reach
-from skipscope.flow.verdict._flow_rules import ALL, HEAD, STARVED_SHARE, StretchGain, judge
+from skipscope.flow.verdict._flow_rules import ALL, HEAD, STARVED_SHARE, FlowContext, StretchGain, judge
 from skipscope.flow.verdict._verdict_words import advice_on
 
 # The worst first.
@@ -17,29 +17,28 @@ ORDER = ("nonfinite", "unconnected", "dead", "vanishing", "exploding", "cannot t
 
 
 def judge_chain(
-    evidence: Evidence, stretches: dict[str, StretchGain], *, residual: bool = False, normed: bool = False, dtype: str = "",
+    evidence: Evidence, gains: dict[str, StretchGain], context: FlowContext,
     culprit: tuple[str, str] | None = None, stale: str = "",
 ) -> Verdict:  # fmt: skip
     """The verdict on one chain, in words.
 
     Args:
         evidence: what was read.
-        stretches: by boundary, what lies between it and the next.
-        residual: shortcuts run along the boundaries.
-        normed: most weights are followed by a norm over the data.
-        dtype: of the gradients.
+        gains: by boundary, what lies between it and the next.
+        context: what to know of the network.
         culprit: (cause, words): what is not finite to begin with, where something is.
         stale: the first batch norm whose running statistics are far from those of the data, or "".
     """
+    none = StretchGain()
     judged = [
-        judge(line, [stretches.get(p.name, StretchGain()) for p in line] if stretches else (), residual=residual, normed=normed, dtype=dtype, culprit=culprit)
+        judge(line, [gains.get(p.name, none) for p in line] if gains else (), context, culprit)
         for line in evidence.lines
     ]  # fmt: skip
     found = min(judged, key=lambda v: (ORDER.index(v.state), -abs(v.fall_decades or 0.0)))
     if found.state == "unconnected" and evidence.cut:
         found = replace(found, reason=f"{evidence.cut} lets no gradient through; {found.reason}")
     last = max(evidence.lines, key=len)[-1] if any(evidence.lines) else None
-    after = stretches.get(last.name, StretchGain()) if last else StretchGain()
+    after = gains.get(last.name, none) if last else none
     head = evidence.head
     if head is not None and after.activation:
         evidence = replace(evidence, head=replace(head, slope=after.slope))

@@ -100,6 +100,25 @@ class StretchGain:
     layer: str | None = None
 
 
+@dataclass(frozen=True)
+class FlowContext:
+    """What the rules must know of the network.
+
+    Attributes:
+        residual: shortcuts run along the boundaries, so that gains of branches do not multiply up.
+        normed: norms over the data stand between the weights. They undo the scale of what they take, and of
+            weights before them (Arora, Li, Lyu 2018), so growth is judged by gradient times activation.
+        dtype: of the gradients, for the reason when they underflow.
+    """
+
+    residual: bool = False
+    normed: bool = False
+    dtype: str = ""
+
+
+_PLAIN = FlowContext()
+
+
 def least_squares(y: Sequence[float]) -> tuple[float, tuple[float, float]] | None:
     """Slope of ``y`` against 0, 1, 2, ... and its 95 % interval; None for fewer than two points.
 
@@ -147,20 +166,18 @@ def student_quantile(freedom: int, probability: float = 0.95) -> float:
 
 
 def judge(
-    points: Sequence[Point], stretches: Sequence[StretchGain] = (), *, residual: bool = False, normed: bool = False,
-    dtype: str = "", culprit: tuple[str, str] | None = None,
+    points: Sequence[Point], stretches: Sequence[StretchGain] = (), context: FlowContext = _PLAIN,
+    culprit: tuple[str, str] | None = None,
 ) -> Verdict:  # fmt: skip
     """The verdict on a flow.
 
     Args:
         points: in order of execution.
         stretches: for each boundary, what lies between it and the next (or the output); may be empty.
-        residual: shortcuts run along the boundaries, so that stretches about branches do not multiply up.
-        normed: norms over the data stand between the weights. They undo the scale of what they take, and of
-            weights before them (Arora, Li, Lyu 2018), so growth is judged by gradient times activation.
-        dtype: for the reason, when it underflows.
+        context: what to know of the network.
         culprit: (cause, words): what is not finite to begin with, where something is.
     """
+    residual, normed = context.residual, context.normed
     broken = _broken(points, stretches, residual, culprit)
     if broken is not None:
         return broken
@@ -197,7 +214,7 @@ def judge(
     if any(p.state == "underflow" for p in points):
         zero = next(p for p in reversed(points) if p.state == "underflow")
         cause, evidence = "underflow", 10.0 ** (zero.log_flow or 0.0)
-        reason = f"the gradient underflows {dtype or 'its dtype'} at {zero.name}, where it is {short(evidence)} in float64; {reason}"
+        reason = f"the gradient underflows {context.dtype or 'its dtype'} at {zero.name}, where it is {short(evidence)} in float64; {reason}"
     return Verdict(
         state, **numbers, where=connected[at][1].name, reason=reason, cause=cause, evidence=evidence,
         hinders=("SGD",) if -ADAM_GROWTH < fall < ADAM_FALL else ALL,

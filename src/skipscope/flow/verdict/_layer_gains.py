@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from skipscope._data import Batch, Objective
-from skipscope.flow.passes._gradient_pass import Tap
+from skipscope._subject import Subject
 from skipscope.flow.passes._gradient_sites import ACTIVATIONS
 from skipscope.flow.verdict._flow_rules import StretchGain
+from skipscope.shortcuts import tap_boundaries
 from skipscope.shortcuts.trace import function_of
 
 SATURATED = 0.05  # of the greatest slope
@@ -82,22 +82,21 @@ def gain(weight: Tensor, stride: Any = 1) -> float:
     return math.sqrt(float(weight.detach().double().square().mean()) * fan_out)
 
 
-def layer_gains(
-    model: nn.Module, batch: Batch, loss: Objective, count: int, tap: Tap
-) -> tuple[StretchGain, ...]:
-    """The gain after each boundary, ``[count]``, from a forward pass; () where that needs gradients."""
-    recorder = _Recorder(model)
+def layer_gains(subject: Subject) -> dict[str, StretchGain]:
+    """The gain after each boundary, from a forward pass over one batch; empty where that needs gradients."""
+    recorder, points = _Recorder(subject.model), subject.boundaries
 
     def touch(i: int, activation: Tensor) -> Tensor:
         recorder.at = i
         return activation
 
     try:
-        with torch.no_grad(), tap(touch), recorder:
-            loss(model, batch)
+        with torch.no_grad(), tap_boundaries(subject.model, points, touch), recorder:
+            subject.loss(subject.model, subject.data.first())
     except RuntimeError:
-        return ()
-    return tuple(_stretch_gain(recorder.gains.get(i, []), recorder.slopes.get(i, [])) for i in range(count))
+        return {}
+    gains, slopes = recorder.gains, recorder.slopes
+    return {p.name: _stretch_gain(gains.get(i, []), slopes.get(i, [])) for i, p in enumerate(points)}
 
 
 def _stretch_gain(
