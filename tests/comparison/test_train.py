@@ -1,6 +1,7 @@
 """Training of twins: the stacked engine is torch's own training, seeds are seeds, and a target never reached says so."""
 
 import math
+import time
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,7 @@ import skipscope as ss
 from skipscope import reference
 from skipscope._data import read
 from skipscope._errors import SkipscopeError
+from skipscope.comparison import _engines
 from skipscope.comparison._engines import Course, Maker, Run, is_stackable, train_one_by_one, train_stacked
 from skipscope.comparison._optimizers import choices
 from skipscope.comparison._results import smoothed
@@ -211,7 +213,8 @@ ALONE = {
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_what_is_more_than_a_function_of_its_weights_is_trained_one_by_one(name):
+def test_what_is_more_than_a_function_of_its_weights_is_trained_one_by_one(name, monkeypatch):
+    monkeypatch.setattr(_engines, "_is_faster", lambda *_: True)
     assert stackable(tanh_net)
     assert not stackable(ALONE[name])
 
@@ -225,6 +228,33 @@ def test_train_twins_is_a_plain_loop_whatever_the_model_does(name):
     for seed in (0, 1):
         expected, _ = plain_loop(make, course(Maker(make), batch(), steps=8), OPTIMIZERS["SGD"], seed)
         np.testing.assert_allclose(runs.curves["m"]["SGD"].losses[seed], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("slow", ["stacked", "one by one"])
+def test_the_stacked_engine_is_taken_only_where_a_timed_step_says_so(slow, monkeypatch):
+    calls = {"stacked": (_engines.Stacked, "losses"), "one by one": (torch.autograd, "grad")}
+    owner, name = calls[slow]
+    plain = getattr(owner, name)
+
+    def slowly(*args, **keywords):
+        # Stacked networks ask for their gradients once; four alone do so four times.
+        time.sleep(0.2 if slow == "stacked" else 0.05)
+        return plain(*args, **keywords)
+
+    monkeypatch.setattr(_engines, "_TIMED", {})
+    monkeypatch.setattr(owner, name, slowly)
+    assert stackable(tanh_net) == (slow == "one by one")
+    monkeypatch.setattr(owner, name, plain)
+    assert stackable(tanh_net) == (slow == "one by one"), "asked again, the answer is the same"
+
+
+@pytest.mark.parametrize("engine", [train_stacked, train_one_by_one])
+def test_a_course_stops_at_its_loss(engine):
+    make, choice = Maker(tanh_net), choices("test", {"SGD": (0.5, 0.1)})["SGD"]
+    runs = [Run(0, 0.5), Run(0, 0.1)]
+    logs = engine(make, runs, choice, course(make, batch(), steps=200, stop_at=0.7), "t")
+    lengths = [len(logs[run].losses) for run in runs]
+    assert max(lengths) < 200 and (smoothed(logs[runs[0]].losses) <= 0.7).any()
 
 
 def test_what_vmap_only_loops_over_is_not_stacked():
