@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
@@ -355,7 +355,7 @@ class Recorder(TorchFunctionMode):
         if value is None or base is None:
             return None
         if base.shape != tensor.shape:
-            value = self._infer("alias", (Operand(value),), (value,), None, tensor=tensor)
+            value = self._infer("alias", (value,), tensor)
         self.memory.set(tensor, value)
         return value
 
@@ -363,13 +363,13 @@ class Recorder(TorchFunctionMode):
         """Give the tensor inside a transformed one the same value: it remains when the transformation is over."""
         while functorch.is_functorch_wrapped_tensor(tensor):
             tensor = functorch.get_unwrapped(tensor)
-            value = self._infer("alias", (Operand(value),), (value,), None, tensor=tensor)
+            value = self._infer("alias", (value,), tensor)
             self.memory.set(tensor, value)
 
     def _emerged(self, unseen: int, tensor: Tensor) -> int:
         """The value of the result of an unseen call."""
         name, operands = self._unseen[unseen]
-        index = self._infer(name, tuple(map(Operand, operands)), operands, None, tensor=tensor)
+        index = self._infer(name, operands, tensor)
         self.memory.set(tensor, index)
         return index
 
@@ -383,22 +383,30 @@ class Recorder(TorchFunctionMode):
         self.trace.calls.append(call)
 
     def _infer(
-        self, function: str, arguments: tuple[Any, ...], operands: tuple[int, ...], like: int | None,
-        keywords: Mapping[str, Any] | None = None, position: int = 0, tensor: Tensor | None = None,
-    ) -> int:  # fmt: skip
-        """Add a call that was not made, and give its result."""
-        values, run = self.trace.values, self.stack[-1] if self.stack else None
+        self, function: str, operands: tuple[int, ...], like: Tensor | Value, again: TracedCall | None = None
+    ) -> int:
+        """Add a call that was not made, and give its result.
+
+        Args:
+            function: of the call.
+            operands: of the call.
+            like: has the shape and dtype of the result.
+            again: the call that this one repeats with another first operand.
+        """
+        run, values = self.stack[-1] if self.stack else None, self.trace.values
+        arguments, keywords = tuple(map(Operand, operands)), {}
+        if again is not None:
+            starts_with_it = bool(again.arguments) and isinstance(again.arguments[0], Operand)
+            arguments = (arguments[0], *again.arguments[1:]) if starts_with_it else again.arguments
+            keywords = dict(again.keywords)
         call = TracedCall(
-            -1, function, operands, (), arguments, dict(keywords or {}), run.path if run else "", run.nth if run else 0,
+            -1, function, operands, (), arguments, keywords, run.path if run else "", run.nth if run else 0,
             inferred=True, is_view=function in VIEWS,
         )  # fmt: skip
         self._append(call)
-        if tensor is not None:
-            value = self._new(tensor, Origin.CALL, call.index, position)
-        else:
-            model = values[operands[0] if like is None else like]
-            value = Value(len(values), Origin.CALL, model.shape, model.dtype, call.index, position)
-            values.append(value)
+        position = like.position if isinstance(like, Value) and again is not None else 0
+        value = Value(len(values), Origin.CALL, tuple(like.shape), like.dtype, call.index, position)
+        values.append(value)
         self._inherit(value, call)
         call.results = (value.index,)
         return value.index

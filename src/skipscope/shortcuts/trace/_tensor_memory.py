@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
-from skipscope.shortcuts.trace._recorded_trace import Operand, Trace
+from skipscope.shortcuts.trace._recorded_trace import Trace
 
 
 def memory_of(tensor: Tensor) -> int | None:
@@ -75,7 +73,7 @@ class Memory:
             whole = root if written is None or written[0] < root else written[0]
             is_part = self.trace.values[root].numel != self.trace.values[before].numel
             name, operands = ("write", (whole, after)) if is_part else ("write_all", (after,))
-            new = self.infer(name, tuple(map(Operand, operands)), operands, whole)
+            new = self.infer(name, operands, self.trace.values[whole])
         if memory is not None:
             self._writes += 1
             self._wholes[memory] = (new, self._writes)
@@ -100,12 +98,5 @@ class Memory:
         values, now = self.trace.values, whole
         for view in reversed(self._views(value)[1]):
             call = self.trace.calls[values[view].call or 0]
-            arguments = _with_first(call.arguments, now)
-            operands = (now, *call.operands[1:])
-            now = self.infer(call.function, arguments, operands, view, call.keywords, values[view].position)
+            now = self.infer(call.function, (now, *call.operands[1:]), values[view], call)
         return now
-
-
-def _with_first(arguments: tuple[Any, ...], value: int) -> tuple[Any, ...]:
-    first = replace(arguments[0], value=value) if arguments and isinstance(arguments[0], Operand) else None
-    return arguments if first is None else (first, *arguments[1:])
