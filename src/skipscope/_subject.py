@@ -83,7 +83,7 @@ class Subject:
 
     def with_own_inputs(self) -> Subject:
         """The same, with inputs copied for each pass where the model writes into them."""
-        if not self.found.writes_inputs:
+        if not getattr(self.found, "writes_inputs", False):  # it may be a plain list of shortcuts
             return self
         return replace(self, data=self.data.copied(), given=self.found, given_inputs=self.inputs)
 

@@ -116,6 +116,13 @@ def test_two_batches_are_one():
         )
 
 
+def test_some_of_the_shortcuts_in_a_plain_list():
+    model, x = oracles.chain(3), torch.randn(4, 6, dtype=torch.float64)
+    chosen = list(ss.find_shortcuts(model, x))[1:]
+    split = ss.gradient_split(model, (x, x[:, :3]), mse, found=chosen)
+    assert list(split) == list(ss.gradient_split(model, (x, x[:, :3]), mse))[1:]
+
+
 def test_under_autocast_and_frozen():
     model = nn.Sequential(*[oracles.Residual(oracles.layer(8)) for _ in range(3)])
     model.requires_grad_(False)

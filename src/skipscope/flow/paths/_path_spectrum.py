@@ -101,7 +101,7 @@ def paths_of(
     with subject.running(seed), _sharding.whole(model):
         mode = mode_of(model)
         for i, (batch, share) in enumerate(track(shares_of(batches, objective, "path_spectrum"), "paths")):
-            given = map_tensors(batch, Tensor.clone) if found.writes_inputs else batch
+            given = map_tensors(batch, Tensor.clone) if getattr(found, "writes_inputs", False) else batch
             with random_state_kept(seed + i):
                 forward = cut_forward(model, given, objective, found, target)
             if not forward.loss.requires_grad:

@@ -146,7 +146,7 @@ def _add_batch(model: nn.Module, batch: Batch, loss: Objective, found: Shortcuts
         return leaves[-1].clone()
 
     # Where activations begin with token ids, the trace knows the call.
-    entries = tuple(point for point in found.boundaries[:1] if point.key.site != "input")
+    entries = tuple(point for point in getattr(found, "boundaries", ())[:1] if point.key.site != "input")
     with tap_boundaries(model, entries, begin), tap_merges(model, found, touch):
         value = loss(model, _with_leaves(batch, leaves))
         if not value.requires_grad:
