@@ -273,15 +273,21 @@ class Recorder(TorchFunctionMode):
     def _inherit(self, value: Value, call: TracedCall) -> None:
         """Set the properties that a value has from what it was computed from."""
         given = [self.trace.values[v] for v in call.operands]
-        if any(v.index in self._derived for v in given):
-            self._derived.add(value.index)
-        value.from_data = any(v.from_data for v in given)
+        has_weight = is_activation = False
+        for v in given:
+            is_derived = v.index in self._derived
+            if is_derived:
+                self._derived.add(value.index)
+            if v.from_data:
+                value.from_data = True
+                is_activation = is_activation or (v.is_float and not v.is_code)
+            elif is_derived:
+                has_weight = True
         if not value.from_data:
             return
         if not value.is_float:
             value.is_code = True
-        elif not any(v.is_activation for v in given):
-            has_weight = any(v.index in self._derived and not v.from_data for v in given)
+        elif not is_activation:
             looks_up = call.function in LOOKUPS and given[0].is_float and not given[0].from_data
             maps = has_weight and (call.function in LINEAR or looks_up)
             value.starts = maps or call.function.startswith("embedding")
