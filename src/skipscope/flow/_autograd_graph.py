@@ -19,7 +19,7 @@ def edge_of(tensor: Tensor) -> Edge:
 
 
 def nodes_above(roots: Iterable[Any]) -> list[Any]:
-    """Every node that ``roots`` were computed from, each after those it was computed from; ``roots`` come last."""
+    """Every node above ``roots``, each after those it was computed from; ``roots`` come last."""
     done: dict[Any, None] = {}
     stack = [(root, False) for root in roots]
     while stack:

@@ -1,4 +1,4 @@
-"""``gradient_correlation``: do near inputs get like gradients? (Balduzzi et al. 2017, "The shattered gradients problem")
+"""``gradient_correlation``: do near inputs have like gradients? (Balduzzi et al. 2017)
 
 For each sample i, g_i is the gradient with respect to its input (the first boundary) of one fixed number: the
 loss, or the output along a fixed random direction. The correlation of two samples is the cosine between g_i

@@ -1,4 +1,4 @@
-"""``importance``: each shortcut taken out alone, each branch taken out alone, and what it costs in loss and in flow."""
+"""``importance``: the cost of each shortcut and each branch, taken out alone, in loss and in flow."""
 
 from __future__ import annotations
 

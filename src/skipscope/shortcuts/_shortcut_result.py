@@ -21,20 +21,21 @@ BoundaryKind = Literal["input", "merge", "module"]
 class CallKey:
     """The place of one call in a forward pass, the same in every run and process.
 
-    In eager code host, site and ``nth`` identify a call. Compiled code has no frames: there host, ``call`` and ``index``
-    do, checked by ``among``.
+    In eager code host, site and ``nth`` identify a call. Compiled code has no frames: there host, ``call``
+    and ``index`` do, checked by ``among``.
 
     Attributes:
         host: path of the module whose forward makes the call ("" is the model itself).
         site: function, line, instruction and operation.
         nth: how many times this host was at this site before in the same forward pass.
-        index: how many calls of the same operation this host's forward had seen before, its children's included.
+        index: how many calls of the same operation this host's forward had seen before, its children's
+            included.
         call: how many times this host's forward had run before.
         total: how many times this host is at this site in the whole pass.
         among: how many calls of the same operation this host's forward sees in this call of it.
         runs: how many times this host's forward runs in the whole pass.
-        compiled: what ``torch.compile`` made and stands around the call: a ``"function"`` that the host's forward
-            calls, or the ``"host"`` itself or something around it.
+        compiled: what ``torch.compile`` made and stands around the call: a ``"function"`` that the host's
+            forward calls, or the ``"host"`` itself or something around it.
     """
 
     host: str
@@ -103,7 +104,8 @@ class Shortcut:
         shortcut: modules with weights on the shortcut side.
         source: ``file.py:line`` of the merge.
         span: positions in ``Shortcuts.layers`` of the first and last layer of the branch.
-        sides: ``"branch"`` or ``"shortcut"`` for each operand of the merge, or ``"both"``: t (H - x) in x + t (H - x).
+        sides: ``"branch"`` or ``"shortcut"`` for each operand of the merge, or ``"both"``: t (H - x) in x + t
+            (H - x).
         key: the merge's call, for skipscope's own use.
         shortcut_at: operands that carry the shortcut, for editing.
         branch_at: operands that carry the branch, for editing.
@@ -159,9 +161,10 @@ class Shortcuts(Result, Sequence):
         layers: the modules with weights, in order of execution, for drawing.
         opaque: calls that may hold shortcuts inside (fused kernels, custom autograd functions), and where.
         model: class name of the model.
-        not_run: modules with weights that this pass did not call (LayerDrop, an expert that was not chosen), by path.
-        passed: concatenations of a decoder whose skip passes a block with weights of its own: no shortcuts by the rule,
-            and editable like them.
+        not_run: modules with weights that this pass did not call (LayerDrop, an expert that was not chosen),
+            by path.
+        passed: concatenations of a decoder whose skip passes a block with weights of its own: no shortcuts by
+            the rule, and editable like them.
         writes_inputs: the model writes into tensors that it is called with.
     """
 

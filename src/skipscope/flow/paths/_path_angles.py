@@ -1,12 +1,13 @@
 """Path lengths of very deep networks: a bounded number of gradients, however many lengths there are.
 
-With G(z) = sum_k z^k G_k, and each branch operand multiplying by z = exp(i t), the gradients at M angles t = 2 pi j / M
-give by a discrete Fourier transform the sums over all lengths that are equal modulo M. Lengths fill a band around
-their mean (for a chain of L equal blocks about sqrt(L) wide), so where the band is narrower than M those sums are the
-G_k themselves, once it is known where the band is: at <G, sum_k k G_k> / |G|^2. Real gradients need half of the
-angles. Three more gradients are carried along: G and its moments sum_k k G_k and sum_k k^2 G_k. What is beyond the
-window is folded into it M away from its place, and the moments of the folded lengths miss it by M and by M^2: they show
-the error, as do the far ends of the window, where a band that is too broad has not died away.
+With G(z) = sum_k z^k G_k, and each branch operand multiplying by z = exp(i t), the gradients at M angles t =
+2 pi j / M give by a discrete Fourier transform the sums over all lengths that are equal modulo M. Lengths
+fill a band around their mean (for a chain of L equal blocks about sqrt(L) wide), so where the band is
+narrower than M those sums are the G_k themselves, once it is known where the band is: at <G, sum_k k G_k> /
+|G|^2. Real gradients need half of the angles. Three more gradients are carried along: G and its moments sum_k
+k G_k and sum_k k^2 G_k. What is beyond the window is folded into it M away from its place, and the moments of
+the folded lengths miss it by M and by M^2: they show the error, as do the far ends of the window, where a
+band that is too broad has not died away.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MAX_LENGTHS = (
 
 
 class PathAngleBackward(PathLengthBackward):
-    """A backward pass with real and imaginary parts at each angle, G and its two moments in place of lengths."""
+    """A backward pass with values at angles, G and its two moments in place of lengths."""
 
     angles = MAX_LENGTHS // 2 + 1
 
@@ -67,7 +68,7 @@ class PathAngleBackward(PathLengthBackward):
         return LengthGradients(window[0], residues.roll(-(window[0] % MAX_LENGTHS), 0))
 
     def folded(self, gradients: LengthGradients, lengths: LengthGradients) -> float:
-        """An estimate of how much is beyond the window: how wrong the moments of the lengths in the window are."""
+        """Estimate how much is beyond the window by the error of the moments of its lengths."""
         middle = lengths.low + MAX_LENGTHS // 2
         j = torch.arange(
             lengths.low - middle, lengths.high - middle + 1, dtype=torch.float64, device=lengths.rows.device

@@ -1,4 +1,4 @@
-"""``path_spectrum``: the gradient taken apart by how many branches it crossed (Veit et al. 2016 sampled it)."""
+"""``path_spectrum``: the gradient by number of branches crossed (Veit et al. 2016 sampled it)."""
 
 from __future__ import annotations
 
@@ -42,25 +42,27 @@ def path_spectrum(
     seed: int = 0,
     weight: Callable[[Batch], float] | None = None,
 ) -> PathSpectrum:
-    """Sort the gradient by the number of branches it crossed: exactly, over all 2^L paths, in one backward pass.
+    """Sort the gradient by the number of branches it crossed, exactly, over all 2^L paths, in one pass.
 
-    Any graph of shortcuts: chains, nested, dense, two merges a block. The forward pass is cut at each merge; in the
-    backward pass each cut holds one gradient for each length that can exist there. Local; where the model is sharded (FSDP2)
-    collective, with all weights on every rank, and the spectrum is that of the calling rank's data.
+    Any graph of shortcuts: chains, nested, dense, two merges a block. The forward pass is cut at each merge;
+    in the backward pass each cut holds one gradient for each length that can exist there. Local; where the
+    model is sharded (FSDP2) collective, with all weights on every rank, and the spectrum is that of the
+    calling rank's data.
 
     Args:
         model: any eager module; as found afterwards. It runs in the modes its modules are in.
         data: a batch ``(inputs, target)``, a Mapping, or a re-iterable of batches.
         loss: ``loss(output, target)``; left out when the output carries ``.loss``.
-        wrt: what the paths lead back to: a boundary or a parameter, or the name of one; the first boundary by default.
+        wrt: what the paths lead back to: a boundary or a parameter, or the name of one; the first boundary by
+            default.
         found: the shortcuts that count; all that are found by default.
-        batched: carry all lengths through the backward pass at once (torch's vmap), or one after the other; by default
-            whichever is faster.
-        max_bytes: a bound on the gradients that go into and come out of a segment at once. In addition, memory holds
-            the forward pass, and at each waiting cut one gradient for each length: in a chain at two cuts at a time.
-            Passed segments are freed.
-        exact: False: an estimate that carries 256 gradients, however many lengths there are, and shows its error; None:
-            that beyond 256 branches.
+        batched: carry all lengths through the backward pass at once (torch's vmap), or one after the other;
+            by default whichever is faster.
+        max_bytes: a bound on the gradients that go into and come out of a segment at once. In addition,
+            memory holds the forward pass, and at each waiting cut one gradient for each length: in a chain at
+            two cuts at a time. Passed segments are freed.
+        exact: False: an estimate that carries 256 gradients, however many lengths there are, and shows its
+            error; None: that beyond 256 branches.
         seed: of the random numbers drawn inside (dropout).
         weight: what a batch counts for in the mean over batches.
 
@@ -242,7 +244,8 @@ class _Sums:
             )  # fmt: skip
         plain, rest = self.norms["plain"], self.norms["rest"]
         of = {k: norm for k, norm in self.norms.items() if isinstance(k, int)}
-        # What is overwritten in place gets a gradient of zeros, which may have come by more branches than there are.
+        # What is overwritten in place gets a gradient of zeros, which may have come by more branches than
+        # there are.
         highest = max(k for k, norm in of.items() if norm or k <= self.branches)
         norms = np.array([of.get(k, 0.0) for k in range(highest + 1)])
         mean = float(norms @ np.arange(len(norms)) / norms.sum()) if norms.sum() else math.nan

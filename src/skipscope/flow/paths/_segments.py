@@ -1,11 +1,12 @@
-"""A forward pass cut at every merge, and the backward pass over its segments that sorts the gradient by path length.
+"""A forward pass cut at every merge, and the backward pass over its segments by path length.
 
-A *cut* is the output of a merge, detached: a leaf for all that follows. Between cuts are *segments*, ordinary autograd
-graphs. The backward pass goes from the last cut to the first. At a cut its gradient is complete, one row for each path
-length from the loss to there, since all that use it come later. It passes through the merge to the operands, where the
-lengths of a branch operand grow by one; then all operands go back together through their segments to earlier cuts. Few
-lengths exist near the loss, and no gradient of a weight is computed unless asked for: this is why all lengths together
-cost less than as many plain backward passes. Each step is a vector-Jacobian product of ``torch.autograd.grad``.
+A *cut* is the output of a merge, detached: a leaf for all that follows. Between cuts are *segments*, ordinary
+autograd graphs. The backward pass goes from the last cut to the first. At a cut its gradient is complete, one
+row for each path length from the loss to there, since all that use it come later. It passes through the merge
+to the operands, where the lengths of a branch operand grow by one; then all operands go back together through
+their segments to earlier cuts. Few lengths exist near the loss, and no gradient of a weight is computed
+unless asked for: this is why all lengths together cost less than as many plain backward passes. Each step is
+a vector-Jacobian product of ``torch.autograd.grad``.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from skipscope._data import Batch, Objective
 from skipscope.flow._autograd_graph import leaves_above
 from skipscope.shortcuts import Boundary, Merge, OperandSide, Shortcuts, tap_boundaries, tap_merges
 
-# Elements of an activation up to which carrying all lengths at once was faster than one after the other (measured:
-# benchmarks/paths.py).
+# Elements of an activation up to which carrying all lengths at once was faster than one after the other
+# (measured: benchmarks/paths.py).
 SMALL_ON_CPU, SMALL_ELSEWHERE = 2**14, 2**20
 
 
@@ -98,7 +99,8 @@ def segment_end(tensor: Tensor) -> SegmentEnd | None:
         return SegmentEnd(tensor, (id(tensor), 0), *size)
     edge = torch.autograd.graph.get_gradient_edge(tensor)
     owner = None
-    # Holding a custom function's node in Python keeps nothing alive; newer torch does the same in the edge itself.
+    # Holding a custom function's node in Python keeps nothing alive; newer torch does the same in the edge
+    # itself.
     if isinstance(edge.node, torch.autograd.function.BackwardCFunction):
         with torch.enable_grad():
             owner = tensor.view_as(tensor).grad_fn
@@ -113,8 +115,8 @@ class Cut:
         leaf: what the rest of the network gets.
         operands: what the merge joined, still attached to their segments.
         sides: of each operand.
-        inner: the operands once more, detached, and the merge's output computed from them; None where each operand's
-            gradient is the output's, as in a plain sum.
+        inner: the operands once more, detached, and the merge's output computed from them; None where each
+            operand's gradient is the output's, as in a plain sum.
     """
 
     leaf: Tensor
@@ -191,8 +193,8 @@ class PathLengthBackward:
 
     Args:
         forward: the cut forward pass; it is used up.
-        batched: carry all lengths through a segment at once (vmap); False: one after the other; None: at once where
-            a row is so small that the calls cost more than the arithmetic.
+        batched: carry all lengths through a segment at once (vmap); False: one after the other; None: at once
+            where a row is so small that the calls cost more than the arithmetic.
         max_bytes: a bound on the gradients that pass a segment at once.
 
     Attributes:
@@ -281,7 +283,7 @@ class PathLengthBackward:
             self.at_leaves[id(leaf)] = old.widened(new.low, high).plus(new)
 
     def propagate_pending(self) -> None:
-        """Send back what waits at operands that no earlier merge uses; their part of the graph is then freed."""
+        """Send back what waits at operands that no earlier merge uses, which frees their graph."""
         ends = [self.pending.pop(key) for key in self.first_used.pop() if key in self.pending]
         if ends:
             self.through_segment([end for end, _ in ends], [gradients for _, gradients in ends])
@@ -301,7 +303,7 @@ class PathLengthBackward:
                     self.accumulate(source, LengthGradients(low + i, rows, is_own=True), high)
 
     def vjp(self, end: SegmentEnd, rows: Tensor, sources: Sequence[Tensor]) -> list[Tensor | None]:
-        """Vector-Jacobian products of all rows: ``[n, *source.shape]`` for each source, None where unreached."""
+        """Vector-Jacobian products, ``[n, *source.shape]`` for each source, None where unreached."""
         columns = zip(*(products for _, products in self.vjp_chunks([end], [rows], sources)))
         return [None if c[0] is None else c[0] if len(c) == 1 else torch.cat(c) for c in columns]
 

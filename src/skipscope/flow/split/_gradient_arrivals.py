@@ -1,7 +1,8 @@
 """Which gradient edges reach a fork, and from which side.
 
-This reads autograd's public graph and not the trace. Only that graph knows every consumer of a fork: custom functions,
-scripted code, and writes through views, which no function mode sees. A hook on it leaves the forward pass as it is.
+This reads autograd's public graph and not the trace. Only that graph knows every consumer of a fork: custom
+functions, scripted code, and writes through views, which no function mode sees. A hook on it leaves the
+forward pass as it is.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class BackwardGraph:
 
     Attributes:
         position: each activation's place; what it was computed from comes before it.
-        starts: the leaves that activations begin with: inputs, tables of embeddings, weights of learned streams.
+        starts: the leaves that activations begin with: inputs, tables of embeddings, weights of learned
+            streams.
         visited: how many nodes all searches for forks have looked at.
     """
 
@@ -91,8 +93,8 @@ class BackwardGraph:
         return [None if r.fork is None else r.arrivals(consumers[r.fork]) for r in regions]
 
     def release(self) -> None:
-        """Free autograd nodes from the loss to the inputs; the other order recurses once per node and overflows the
-        stack. No other reference to the loss may exist.
+        """Free autograd nodes from the loss to the inputs; the other order recurses once per node and
+        overflows the stack. No other reference to the loss may exist.
         """
         self.position.clear()
         while self._nodes:
@@ -122,9 +124,9 @@ class _Entry:
 class _Region:
     """The activations between a merge and its fork, each marked with the operands that it leads to.
 
-    The fork is the last activation at which a shortcut operand's path meets the branch's. Of several on one path it is
-    the first: of x and a gate computed from x, x. Nodes are visited from the last to the first, so a node's marks are
-    complete when it is visited, and the search ends at the fork.
+    The fork is the last activation at which a shortcut operand's path meets the branch's. Of several on one
+    path it is the first: of x and a gate computed from x, x. Nodes are visited from the last to the first, so
+    a node's marks are complete when it is visited, and the search ends at the fork.
 
     Args:
         position: of each activation.
@@ -192,7 +194,8 @@ class _Region:
         assert fork is not None
         gates = [
             (entry.node, entry.index, entry.edge) for entry in entries
-            if entry.node is not None and entry.edge != fork and self.marks[fork[0]] & self._meetings[entry.edge[0]]
+            if entry.node is not None and entry.edge != fork
+            and self.marks[fork[0]] & self._meetings[entry.edge[0]]
         ]  # fmt: skip
         return GradientArrivals(fork, [(node, i, self._side(node)) for node, i in consumers], gates)
 
@@ -210,13 +213,14 @@ class _Region:
 class GradientArrivals:
     """The edges into one fork, and the gradients that arrive by them.
 
-    A gate t is on both sides, in t H and in (1 - t) x. What reaches t by the shortcut is kept, and sent on from there
-    to the fork once more by itself: a backward pass through the gate's own layer.
+    A gate t is on both sides, in t H and in (1 - t) x. What reaches t by the shortcut is kept, and sent on
+    from there to the fork once more by itself: a backward pass through the gate's own layer.
 
     Attributes:
         fork: its edge.
         edges: a node that takes the fork, as which of its inputs, and the side that it is on.
-        gates: a node on the shortcut's side alone, which of its inputs is on both sides, and that input's edge.
+        gates: a node on the shortcut's side alone, which of its inputs is on both sides, and that input's
+            edge.
     """
 
     fork: Edge
@@ -227,7 +231,7 @@ class GradientArrivals:
     _total: Tensor | None = None
 
     def watch(self, done: Done) -> list[Any]:
-        """Hook the edges; ``done`` gets the parts and the whole when all have arrived, or from :meth:`part_gates`."""
+        """Hook the edges; ``done`` is called when all have arrived, or by :meth:`part_gates`."""
 
         def complete(grad_outputs: tuple[Tensor | None, ...]) -> None:
             self._total = grad_outputs[self.fork[1]]

@@ -1,7 +1,7 @@
-"""``gradient_split``: how much gradient arrives at each fork through the branch, and how much through the shortcut.
+"""``gradient_split``: the gradient at each fork through the branch, and through the shortcut.
 
-The gradient of each edge into a fork is read as it arrives; the edges are sorted by the side that they lead to, and they
-sum to the fork's gradient. One backward pass for all forks, and no gradient of a weight.
+The gradient of each edge into a fork is read as it arrives; the edges are sorted by the side that they lead
+to, and they sum to the fork's gradient. One backward pass for all forks, and no gradient of a weight.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def gradient_split(
         weight: what a batch counts for in the mean over batches.
 
     Raises:
-        SkipscopeError: data or loss cannot be read, the loss has no gradient, or re-entrant checkpointing hides the graph.
+        SkipscopeError: data or loss cannot be read, the loss has no gradient, or re-entrant checkpointing
+            hides the graph.
 
     Example:
         >>> import skipscope as ss

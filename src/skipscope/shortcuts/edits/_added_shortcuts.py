@@ -1,4 +1,4 @@
-"""Add shortcuts to the children of sequential containers and lists: the lecture's rule, where the shapes agree."""
+"""``add_shortcuts``: the lecture's rule, where the shapes of a container's children agree."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def add_shortcuts(
 ) -> nn.Module:
     """A twin of ``model`` with a shortcut around every ``span`` layers of its containers whose shapes agree.
 
-    A *stretch* is ``span`` children of a ``Sequential`` or ``ModuleList``, in order. It is wrapped when it holds the
-    weights of a layer (a norm alone is none), when each child takes one tensor and gives one, and when the output has
-    the input's shape; otherwise the next stretch begins one child later. Containers inside a wrapped stretch are left
-    alone, and so are layers that their owner not only calls. In a ``Sequential`` the norm after a layer, and the
-    activation after that norm, stay on its branch. A kind that spans depth (hyper-connections, attention residuals)
-    joins neighbouring stretches to one chain. The twin is run before it is returned. Local; shard a twin afterwards.
+    A *stretch* is ``span`` children of a ``Sequential`` or ``ModuleList``, in order. It is wrapped when it
+    holds the weights of a layer (a norm alone is none), when each child takes one tensor and gives one, and
+    when the output has the input's shape; otherwise the next stretch begins one child later. Containers
+    inside a wrapped stretch are left alone, and so are layers that their owner not only calls. In a
+    ``Sequential`` the norm after a layer, and the activation after that norm, stay on its branch. A kind that
+    spans depth (hyper-connections, attention residuals) joins neighbouring stretches to one chain. The twin
+    is run before it is returned. Local; shard a twin afterwards.
 
     Args:
         model: any eager module; it is left as found.
@@ -53,8 +54,8 @@ def add_shortcuts(
         arguments: the kind's own, for instance ``init=0.1`` of ``"layer-scale"``.
 
     Raises:
-        SkipscopeError: an unknown kind, a span that is no positive number, a kind that does not keep the width that
-            the next layer takes, or a twin that does not run.
+        SkipscopeError: an unknown kind, a span that is no positive number, a kind that does not keep the
+            width that the next layer takes, or a twin that does not run.
 
     Example:
         >>> deep = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1))
@@ -103,7 +104,8 @@ class _OriginalRuns:
 
     Attributes:
         shapes: by module path, what went in and came out, or why that is no one shape.
-        outputs: by training mode, None for the mode as found; without a mode in which the original does not run.
+        outputs: by training mode, None for the mode as found; without a mode in which the original does not
+            run.
     """
 
     def __init__(self, model: nn.Module, inputs: Any):
@@ -240,7 +242,7 @@ class _Plan:
     stretches: list[_Stretch] = field(default_factory=list)
 
     def add(self, container: Any, path: str) -> None:
-        """Add the stretches of one container; where a stretch cannot be wrapped, the next begins one child later."""
+        """Add the stretches of one container; after a failed one the next begins one child later."""
         children, start = list(container._modules), 0
         first = next((m for m in container if any(True for _ in m.parameters())), None)
         norm_first, found = first is not None and _is_norm(first), list[_Stretch]()
@@ -266,7 +268,7 @@ class _Plan:
         self.stretches += found
 
     def _window(self, container: Any, path: str, names: list[str], norm_first: bool) -> list[str]:
-        """``span`` children; in a ``Sequential`` the norm after a layer belongs to it, and an activation after that."""
+        """``span`` children; in a ``Sequential`` also the norm after a layer and its activation."""
         stop = self.span
         after = [container._modules[name] for name in names[stop : stop + 2]]
         if not isinstance(container, nn.Sequential) or norm_first or not after or not _is_norm(after[0]):
@@ -320,7 +322,7 @@ def _runnable(twin: nn.Module, plan: _Plan, runs: _OriginalRuns) -> list[_Stretc
 
 
 def _difference(twin: nn.Module, stretches: list[_Stretch], runs: _OriginalRuns) -> str | None:
-    """How the twin differs from the original when the layers of these stretches are in modules of their own."""
+    """How the twin differs from the original when its layers are in modules of their own."""
     before = [(stretch, dict(stretch.container._modules)) for stretch in stretches]
     try:
         for stretch in stretches:
@@ -336,7 +338,8 @@ def _run_once(twin: nn.Module, stretches: list[_Stretch], maker: _ShortcutMaker,
     """Run the twin, and refuse a kind whose width does not fit.
 
     Raises:
-        SkipscopeError: a shortcut module gives another shape than the layers it replaces, or the twin does not run.
+        SkipscopeError: a shortcut module gives another shape than the layers it replaces, or the twin does
+            not run.
     """
     entered: list[_Stretch] = []
 
@@ -378,7 +381,7 @@ def _does_not_fit(maker: _ShortcutMaker, stretch: _Stretch | None, got: str) -> 
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module has weights, and each of them scales or shifts one feature: batch norm and its like."""
+    """Whether a module has weights that only scale or shift features, as batch norm."""
     parameters = list(module.parameters())
     return bool(parameters) and all(p.ndim < 2 for p in parameters)
 

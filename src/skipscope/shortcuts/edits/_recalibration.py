@@ -17,7 +17,8 @@ from skipscope._untouched import random_state_kept, set_mode
 def recalibrate(twin: nn.Module, data: Any) -> nn.Module:
     """Set the running statistics of batch norms and instance norms to the average over ``data``, in place.
 
-    Local: under DDP each rank's statistics are those of the data it gives. Collective where the twin is sharded.
+    Local: under DDP each rank's statistics are those of the data it gives. Collective where the twin is
+    sharded.
 
     Args:
         twin: usually what ``ablate`` returned; without such norms nothing happens.

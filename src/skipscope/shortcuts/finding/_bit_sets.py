@@ -9,9 +9,9 @@ from typing import Any
 class Ancestors:
     """For each node the bit set of those it was computed from, including itself.
 
-    Stored are the nodes that are missing: nearly every earlier activation of a network is an ancestor of a later one,
-    and the others are near it (the other branch). So memory grows with the number of nodes of a narrow network, however
-    deep; only where n of N nodes never merge again does it grow like n N / 8 bytes.
+    Stored are the nodes that are missing: nearly every earlier activation of a network is an ancestor of a
+    later one, and the others are near it (the other branch). So memory grows with the number of nodes of a
+    narrow network, however deep; only where n of N nodes never merge again does it grow like n N / 8 bytes.
 
     Args:
         parents: for each node the indices of what it was computed from; those beyond the list do not count.

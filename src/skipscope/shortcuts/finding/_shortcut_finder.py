@@ -29,19 +29,20 @@ from skipscope.shortcuts.trace import LentInputs, Trace, record
 def find_shortcuts(model: nn.Module, inputs: Any) -> Shortcuts:
     """Find and name every shortcut in one forward pass.
 
-    Local, under DDP too. Collective where the forward pass is (FSDP2, tensor parallel): every rank calls it, and each
-    finds what the unsharded model has.
+    Local, under DDP too. Collective where the forward pass is (FSDP2, tensor parallel): every rank calls it,
+    and each finds what the unsharded model has.
 
     Args:
-        model: any eager module (a compiled or DDP-wrapped one is run as the eager module inside); left as found.
+        model: any eager module (a compiled or DDP-wrapped one is run as the eager module inside); left as
+            found.
         inputs: what it is called with: a tensor, a tuple (positional) or a Mapping (keywords).
 
     Returns:
         The shortcuts in order of execution; ``.rejected`` has every other merge with its reason.
 
     Raises:
-        SkipscopeError: the model or its inputs cannot be run; its parameters are flattened (FSDP1); or it is sharded,
-            and a rank has not called within a minute.
+        SkipscopeError: the model or its inputs cannot be run; its parameters are flattened (FSDP1); or it is
+            sharded, and a rank has not called within a minute.
 
     Example:
         >>> import torch
@@ -155,7 +156,7 @@ def _joined_otherwise(graph: Graph) -> Iterator[Rejected]:
 def _with_addends(
     judge: Judge, verdicts: Sequence[tuple[Merge, Candidate | Reason | None]]
 ) -> list[Candidate]:
-    """The shortcuts. What is added to the sum of one later, and computed from the same x, belongs to its branch."""
+    """The shortcuts; what is added to a sum later, computed from the same x, is of its branch."""
     found: list[Candidate] = []
     last: dict[int, int] = {}  # by the node of a sum, its shortcut
 
@@ -163,7 +164,8 @@ def _with_addends(
         return found[last[node]] if node in last else None
 
     for call, verdict in verdicts:
-        # What updates another part of a sum may share its branch with the first, and then looks like a shortcut of its own.
+        # What updates another part of a sum may share its branch with the first, and then looks like a
+        # shortcut of its own.
         may_add = verdict is Reason.PARALLEL or (verdict is not None and call.whole is not None)
         if may_add and (more := judge.gates.with_addend(call, sum_at)) is not None:
             which = last[more[0]]

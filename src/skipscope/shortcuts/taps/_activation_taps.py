@@ -1,7 +1,7 @@
 """Taps: read and replace activations as a forward pass produces them; the model itself is left alone.
 
-A tap is a function mode that handles the calls whose keys :func:`find_shortcuts` returned. On an edited twin it sees
-each edited call once, with the edited operands.
+A tap is a function mode that handles the calls whose keys :func:`find_shortcuts` returned. On an edited twin
+it sees each edited call once, with the edited operands.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Merge:
     Attributes:
         name: of its shortcut.
         operands: the tensors that go in, connected to autograd's graph; for a call that writes into its first
-            operand these are the values before. For a gate where one operand carries both sides, as in x + t (H - x),
-            they are those of t H + (1 - t) x.
+            operand these are the values before. For a gate where one operand carries both sides, as in x + t
+            (H - x), they are those of t H + (1 - t) x.
         sides: of each operand.
         output: computed from the operands.
         recompute: the same from other operands, never in place.
@@ -156,8 +156,8 @@ def tap_merges(model: nn.Module, found: Shortcuts, touch: Callable[[int, Merge],
     Args:
         model: the model that ``found`` is of, or another instance or an edited twin of it.
         found: its shortcuts.
-        touch: ``touch(k, merge) -> Tensor``: called at the merge of ``found[k]``, and again where more is added to its
-            branch; what it returns takes the place of the merge's output.
+        touch: ``touch(k, merge) -> Tensor``: called at the merge of ``found[k]``, and again where more is
+            added to its branch; what it returns takes the place of the merge's output.
 
     Example:
         >>> import torch
@@ -279,8 +279,8 @@ def tap_boundaries(model: nn.Module, points: tuple[Boundary, ...], touch: Touch)
     Args:
         model: the model that the points are of, or another instance or an edited twin of it.
         points: from :func:`boundaries`.
-        touch: ``touch(i, activation) -> activation``: called as the activation of ``points[i]`` is produced; what it
-            returns takes its place downstream.
+        touch: ``touch(i, activation) -> activation``: called as the activation of ``points[i]`` is produced;
+            what it returns takes its place downstream.
     """
     gates: dict[int, GateSides] = {}
 

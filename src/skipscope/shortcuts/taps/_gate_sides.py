@@ -1,8 +1,9 @@
 """The two summands of a gate, computed beside its calls.
 
-For fixed t a gate is linear in x and in H, however it is written. With H = 0 its value is therefore the shortcut's
-summand (1 - t) x, and with x = 0 the branch's, t H: the operands of t H + (1 - t) x, whatever the calls are. In
-x + t (H - x) these are the calls from the difference to the addition; in ``lerp`` it is one call.
+For fixed t a gate is linear in x and in H, however it is written. With H = 0 its value is therefore the
+shortcut's summand (1 - t) x, and with x = 0 the branch's, t H: the operands of t H + (1 - t) x, whatever the
+calls are. In x + t (H - x) these are the calls from the difference to the addition; in ``lerp`` it is one
+call.
 """
 
 from __future__ import annotations
@@ -48,19 +49,21 @@ class Call(NamedTuple):
 
 
 class GateSides:
-    """Follows the calls of one gate from its first to its merge, and makes each of them once more for each side.
+    """Follows the calls of one gate up to its merge, and makes each once more for each side.
 
     Args:
         zeros: for each side, the operands that are zero on it; without sides, calls are followed only.
 
     Attributes:
-        finish: computes what takes the place of the sum over stacked operands; None where the merge is no such sum.
+        finish: computes what takes the place of the sum over stacked operands; None where the merge is no
+            such sum.
     """
 
     def __init__(self, zeros: Mapping[OperandSide, tuple[Place, ...]] | None = None):
         self.zeros = dict(zeros or {})
         self.finish: Callable[[Tensor], Tensor] | None = None
-        # By id of a tensor that a followed call gave: the tensor, to keep the id its own, and its value on each side.
+        # By id of a tensor that a followed call gave: the tensor, to keep the id its own, and its value on
+        # each side.
         self._made: dict[int, tuple[Tensor, dict[OperandSide, Tensor]]] = {}
 
     def touches(self, call: Call) -> bool:

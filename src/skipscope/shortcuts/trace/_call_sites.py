@@ -1,7 +1,7 @@
 """Stable identifiers for call sites, comparable across runs.
 
-The *key* of a call: the module whose forward makes it (host), the function, line and instruction (site), and how many
-times that host has been there (nth).
+The *key* of a call: the module whose forward makes it (host), the function, line and instruction (site), and
+how many times that host has been there (nth).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _is_called_between(inner: FrameType, outer: FrameType) -> bool:
 
 
 def _compiled_around(frame: FrameType | None, host: FrameType | None) -> Literal["", "function", "host"]:
-    """What ``torch.compile`` made and a call is made in: a function that the host's forward calls, or what runs that."""
+    """What was compiled around a call: a function that the host's forward calls, or the host."""
     is_inside = host is not None
     while frame is not None:
         is_inside = is_inside and frame is not host
@@ -124,7 +124,7 @@ def _compiled_around(frame: FrameType | None, host: FrameType | None) -> Literal
 
 @dataclass(eq=False)
 class _Entered:
-    """One call of a module's forward, and the counts when it began. The frame is kept alive so that its id stays unique."""
+    """One call of a module's forward, and the counts when it began; the frame keeps its id unique."""
 
     frame: FrameType | None
     path: str
@@ -158,8 +158,9 @@ class Sites:
         """Find the modules that make a call.
 
         Returns:
-            The path of the innermost module on the stack; that of the innermost whose forward runs, and its frame; and
-            whether a checkpoint is between the call and that forward, so that the call is run again outside of it.
+            The path of the innermost module on the stack; that of the innermost whose forward runs, and its
+            frame; and whether a checkpoint is between the call and that forward, so that the call is run
+            again outside of it.
         """
         owner, checkpointed = None, False
         while frame is not None:

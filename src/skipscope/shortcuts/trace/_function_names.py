@@ -1,7 +1,7 @@
 """Names of torch functions: one name for each operation, however it is called.
 
-``x + y``, ``torch.add``, ``Tensor.add_`` and ``torch.ops.aten.add.Tensor`` are all ``"add"``. A property that gives a
-tensor (``x.T``) is named like the property.
+``x + y``, ``torch.add``, ``Tensor.add_`` and ``torch.ops.aten.add.Tensor`` are all ``"add"``. A property that
+gives a tensor (``x.T``) is named like the property.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Function(NamedTuple):
-    """What a torch function is called, whether it writes into its first argument, and whether it may write at all."""
+    """A torch function's name; whether it writes into its first argument, or may write at all."""
 
     name: str
     in_place: bool
@@ -24,13 +24,14 @@ def words(text: str) -> frozenset[str]:
 
 # They read no values, and are called so often that they are not recorded.
 QUERIES = words(
-    """shape size dim ndim dtype device layout is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_nested is_quantized
-    is_leaf requires_grad grad_fn numel nelement stride storage_offset is_contiguous is_floating_point is_complex
-    is_signed element_size data_ptr untyped_storage storage _version _is_view _base is_inference is_conj is_neg len
-    __len__ names itemsize nbytes get_device is_shared output_nr retains_grad __repr__ __format__ __hash__
-    is_coalesced __deepcopy__ __reduce_ex__ register_hook is_tensor is_same_size result_type can_cast promote_types
-    is_grad_enabled _set_grad_enabled finfo iinfo set_default_dtype get_default_dtype is_set_to .grad dim_order
-    _backward_hooks _is_zerotensor has_names is_mkldnn is_sparse_csr is_maia is_ipu is_xla is_vulkan is_mtia is_hpu"""
+    """shape size dim ndim dtype device layout is_cuda is_cpu is_meta is_mps is_xpu is_sparse is_nested
+    is_quantized is_leaf requires_grad grad_fn numel nelement stride storage_offset is_contiguous
+    is_floating_point is_complex is_signed element_size data_ptr untyped_storage storage _version _is_view
+    _base is_inference is_conj is_neg len __len__ names itemsize nbytes get_device is_shared output_nr
+    retains_grad __repr__ __format__ __hash__ is_coalesced __deepcopy__ __reduce_ex__ register_hook is_tensor
+    is_same_size result_type can_cast promote_types is_grad_enabled _set_grad_enabled finfo iinfo
+    set_default_dtype get_default_dtype is_set_to .grad dim_order _backward_hooks _is_zerotensor has_names
+    is_mkldnn is_sparse_csr is_maia is_ipu is_xla is_vulkan is_mtia is_hpu"""
 )
 # They give access to a tensor's memory, through which anything may be written.
 _EXPOSING = words(
@@ -43,18 +44,19 @@ SHAPE_ONLY = words(
 )
 # They may return a view of their first argument; the memory of the result shows whether they did.
 VIEWS = words(
-    """view reshape view_as reshape_as transpose t permute getitem select narrow slice unbind split split_with_sizes
-    chunk tensor_split hsplit vsplit dsplit expand expand_as squeeze unsqueeze flatten unflatten ravel detach alias
-    diagonal unfold movedim as_strided view_as_real view_as_complex real imag conj T mT H mH data contiguous to
-    type_as float double half bfloat16 adjoint broadcast_to take_along_dim atleast_1d atleast_2d atleast_3d cpu cuda
-    positive resolve_conj resolve_neg unsafe_split unsafe_chunk broadcast_tensors result"""
+    """view reshape view_as reshape_as transpose t permute getitem select narrow slice unbind split
+    split_with_sizes chunk tensor_split hsplit vsplit dsplit expand expand_as squeeze unsqueeze flatten
+    unflatten ravel detach alias diagonal unfold movedim as_strided view_as_real view_as_complex real imag
+    conj T mT H mH data contiguous to type_as float double half bfloat16 adjoint broadcast_to take_along_dim
+    atleast_1d atleast_2d atleast_3d cpu cuda positive resolve_conj resolve_neg unsafe_split unsafe_chunk
+    broadcast_tensors result"""
 )
 # They make an activation from token ids and a weight.
 LOOKUPS = words("embedding embedding_bag index_select getitem gather take take_along_dim index")
 # Linear maps; applied to one-hot ids they are lookups too.
 LINEAR = words(
-    """linear matmul mm bmm addmm baddbmm addbmm mv einsum tensordot inner bilinear convolution conv1d conv2d conv3d
-    conv_transpose1d conv_transpose2d conv_transpose3d"""
+    """linear matmul mm bmm addmm baddbmm addbmm mv einsum tensordot inner bilinear convolution conv1d conv2d
+    conv3d conv_transpose1d conv_transpose2d conv_transpose3d"""
 )
 # In place they overwrite all that was there.
 OVERWRITES = words(

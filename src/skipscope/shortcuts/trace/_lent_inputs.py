@@ -16,8 +16,8 @@ from skipscope.shortcuts.trace._tensor_memory import memory_of
 class LentInputs:
     """Lends tensors to a pass, and puts back what the pass wrote into them.
 
-    A lent tensor has a version counter and a history of its own, so the owner's graph is not disturbed. Tensors whose
-    memory overlaps, and tensors of special kinds, are copied at once.
+    A lent tensor has a version counter and a history of its own, so the owner's graph is not disturbed.
+    Tensors whose memory overlaps, and tensors of special kinds, are copied at once.
     """
 
     def __init__(self):

@@ -16,10 +16,10 @@ from skipscope.shortcuts.trace import _operations
 def mark_shortcut(
     function: Callable[..., Any], *, shortcut: str | int, branch: str | int
 ) -> Callable[..., Any]:
-    """Declare that a function joins a shortcut and a branch: it is then found, edited and tapped like an addition.
+    """Declare that a function joins a shortcut and a branch, to be found and edited like an addition.
 
-    Put the result where the model finds the function (``block.join = mark_shortcut(kernel, ...)``, or as a decorator
-    by ``functools.partial``). It does what the function does. Eager code only. Local.
+    Put the result where the model finds the function (``block.join = mark_shortcut(kernel, ...)``, or as a
+    decorator by ``functools.partial``). It does what the function does. Eager code only. Local.
 
     Args:
         function: returns one tensor, and is linear in each of the two operands while the other is zero.

@@ -22,8 +22,8 @@ class Operation:
         name: of the operation: ``add`` for ``add``, ``add_`` and ``__radd__``.
         slots: its operands; empty when they come as one list.
         in_place: whether it writes into its first operand.
-        slots_in: gives the operands of one call by its arguments, and None where it does not accumulate; without it
-            they are always ``slots``.
+        slots_in: gives the operands of one call by its arguments, and None where it does not accumulate;
+            without it they are always ``slots``.
         is_many: it takes lists, and is one such operation for each of their tensors.
     """
 
@@ -61,7 +61,7 @@ def _in_scatter_reduce(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
 
 
 def _in_where(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Slot, ...] | None:
-    """``torch.where(t, H, x)`` is t H + (1 - t) x, and so is ``H.where(t, x)``; of a condition alone it gives indices."""
+    """``torch.where(t, H, x)`` and ``H.where(t, x)`` are t H + (1 - t) x; ``where(t)`` gives indices."""
     if len(args) + len(kwargs) < 3:
         return None
     # Asked in compiled code too: torch 2.6 cannot trace the bool of a tuple.
@@ -114,7 +114,7 @@ def operation_of(func: Any) -> Operation | None:
 
 
 def operands(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The operands of a call, in order. Returns [] if the call does not accumulate; non-tensor operands are kept."""
+    """The operands of a call, also those that are not tensors; [] if it does not accumulate."""
     slots = operation.slots if operation.slots_in is None else operation.slots_in(args, kwargs)
     if slots is None:
         return []

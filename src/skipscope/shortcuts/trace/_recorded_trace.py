@@ -1,8 +1,9 @@
 """The record of one forward pass, as plain data: every torch call in order, with the values it took and gave.
 
-A *value* is one tensor at one time: an input, a parameter, a constant, or what a call gave. A call that writes into
-its argument gives a new value, and so does every view that shares its memory, when it is next read. Values and calls
-are numbered in order of execution, so a value is computed from values with smaller numbers only.
+A *value* is one tensor at one time: an input, a parameter, a constant, or what a call gave. A call that
+writes into its argument gives a new value, and so does every view that shares its memory, when it is next
+read. Values and calls are numbered in order of execution, so a value is computed from values with smaller
+numbers only.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Value:
         position: which of the call's results it is.
         name: of a parameter, its path.
         from_data: whether it was computed from an input.
-        is_code: whether it is integers or truth values of the data (token ids, masks), or computed from those without
-            weights (one-hot ids, additive masks).
+        is_code: whether it is integers or truth values of the data (token ids, masks), or computed from those
+            without weights (one-hot ids, additive masks).
         starts: whether activations begin here: an input with numbers, or what a weight makes of token ids.
         number: the value of a constant that is a single integer, as an index is.
     """
@@ -87,20 +88,24 @@ class TracedCall:
 
     Attributes:
         index: its number, an index of ``Trace.calls``.
-        function: the operation, one name for all of its spellings: ``"add"`` for ``+``, ``torch.add`` and ``add_``.
+        function: the operation, one name for all of its spellings: ``"add"`` for ``+``, ``torch.add`` and
+            ``add_``.
         operands: values of the tensors among the arguments, in order.
         results: values that it gave.
-        arguments: positional arguments; each tensor as an :class:`Operand`, what is no plain data as its type's name.
+        arguments: positional arguments; each tensor as an :class:`Operand`, what is no plain data as its
+            type's name.
         keywords: the same for keyword arguments.
         module: path of the innermost module that runs.
         run: how many times that module had run before.
-        step: how many times this line had made this call before in this module: the time step of a recurrence.
+        step: how many times this line had made this call before in this module: the time step of a
+            recurrence.
         in_place: whether it writes into its first operand.
         is_view: whether its results share the memory of its first operand.
         inferred: it was not made, but describes what a write into shared memory does to another view of it.
         inside: the composite function of torch's that makes it, or empty; no edit can be made there.
         transformed: it is made under ``torch.vmap`` or ``torch.func``: its tensors are not the model's own.
-        key: identifier of the call site, for calls that join tensors or make activations of ids; None for any other.
+        key: identifier of the call site, for calls that join tensors or make activations of ids; None for any
+            other.
         joins: for a call that joins tensors, the operation; else empty.
         joined: the operands that it joins: values, or None for what is no tensor.
         whole: for a write into a part of a tensor, all of that tensor before; else None.
@@ -249,7 +254,7 @@ class Trace:
         return self._consumers.get(value, [])
 
     def weights_of(self, call: TracedCall) -> frozenset[str]:
-        """Paths of the parameters that enter at a call: its own, and those from which its other weights are computed."""
+        """Paths of the parameters that enter at a call, itself or in weights computed from them."""
         mine = (self._parameters_in(v) for v in call.operands if not self.values[v].from_data)
         return frozenset().union(*mine)
 

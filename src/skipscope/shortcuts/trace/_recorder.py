@@ -1,4 +1,4 @@
-"""The recorder of a forward pass: a ``TorchFunctionMode`` that notes every call, and hooks that note module runs."""
+"""The recorder of a forward pass: a ``TorchFunctionMode`` for calls, and hooks for module runs."""
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ TRANSFORMED = "a function under torch.vmap or torch.func: what it joins cannot b
 
 
 class NeedsGradients(BaseException):
-    """The model differentiates in its forward pass. Not an Exception, which a model's own code might catch."""
+    """The model differentiates in its forward pass. Its own code might catch an Exception."""
 
 
 def record(model: nn.Module, call: Callable[[], Any], lent: LentInputs | None = None) -> Trace:
     """Run ``call`` once, and record every torch call that it makes.
 
-    The pass runs without gradients; where the model's own forward differentiates (forces, a gradient penalty) it is
-    run once more with them, and ``Trace.with_gradients`` says so. Call it inside ``untouched(model)``: hooks are set, and
-    buffers may change.
+    The pass runs without gradients; where the model's own forward differentiates (forces, a gradient penalty)
+    it is run once more with them, and ``Trace.with_gradients`` says so. Call it inside ``untouched(model)``:
+    hooks are set, and buffers may change.
 
     Args:
         model: the eager module that ``call`` runs. What it is called with are the trace's inputs.
-        call: ``lambda: model(x)``, or ``lambda: loss(model(x), y)`` to record the loss too. It is run twice where the
-            model differentiates, so it must not use up its inputs.
+        call: ``lambda: model(x)``, or ``lambda: loss(model(x), y)`` to record the loss too. It is run twice
+            where the model differentiates, so it must not use up its inputs.
         lent: inputs of ``call`` that are to be as they were after each run.
 
     Returns:
@@ -101,8 +101,8 @@ def _recorded(model: nn.Module, call: Callable[[], Any], lent: LentInputs, gradi
     return recorder.trace
 
 
-# Called after each recorded call with the call, torch's function, its arguments and keywords, and what it returned.
-# The index of a call inside an ``autograd.Function`` is -1: it is no part of the trace.
+# Called after each recorded call with the call, torch's function, its arguments and keywords, and what it
+# returned. The index of a call inside an ``autograd.Function`` is -1: it is no part of the trace.
 Listener = Callable[[TracedCall, Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]
 
 
@@ -110,9 +110,10 @@ Listener = Callable[[TracedCall, Callable[..., Any], tuple[Any, ...], dict[str, 
 def recording(
     model: nn.Module, listener: Listener | None = None, *, gradients: bool, lent: LentInputs | None = None
 ) -> Iterator[Recorder]:
-    """Record what runs inside, with gradients or without; a listener sees the tensors of each call as well."""
+    """Record what runs inside; a listener sees the tensors of each call as well."""
     recorder = Recorder(model, gradients, listener, lent)
-    # Compiled code runs as it is written. Who has compiled something has this module loaded; loading it takes seconds.
+    # Compiled code runs as it is written. Who has compiled something has this module loaded; loading it takes
+    # seconds.
     loaded = "torch._dynamo" in sys.modules
     stance = torch.compiler.set_stance("force_eager") if loaded else nullcontext()
     try:
@@ -334,7 +335,7 @@ class Recorder(TorchFunctionMode):
         return tuple(self.value_of(tensor) for tensor in _data.tensors_in(nest))
 
     def _adopt(self, tensor: Tensor) -> int:
-        """The value of a tensor that no recorded call gave: a weight, a constant, or the result of an unseen call."""
+        """The value of a weight, a constant, or the result of an unseen call."""
         known = self._weights.get(id(tensor))
         if known is not None:
             value = self._new(tensor, Origin.PARAMETER)
@@ -366,7 +367,7 @@ class Recorder(TorchFunctionMode):
         return value
 
     def _unwrap(self, tensor: Tensor, value: int) -> None:
-        """Give the tensor inside a transformed one the same value: it remains when the transformation is over."""
+        """Give the tensor inside a transformed one, which outlives it, the same value."""
         while functorch.is_functorch_wrapped_tensor(tensor):
             tensor = functorch.get_unwrapped(tensor)
             value = self._infer("alias", (value,), tensor)
@@ -418,8 +419,9 @@ class Recorder(TorchFunctionMode):
         return value.index
 
     def _is_zeroed(self, values: list[Any]) -> bool:
-        """Whether one factor is zeros, and as large as the product: smaller, it is a gain (a frozen norm's may start at
-        0).
+        """Whether one factor is zeros, and as large as the product.
+
+        A smaller one is a gain (a frozen norm's may start at 0).
         """
         tensors = [value for value in values if isinstance(value, Tensor)]
         most = max(tensor.numel() for tensor in tensors)
@@ -433,7 +435,7 @@ class Recorder(TorchFunctionMode):
     # --- unseen calls ---
 
     def _unseen_around(self, frame: Any) -> int | None:
-        """Which call of an ``autograd.Function`` a call is made in, by itself or by a module that the function runs."""
+        """Which call of an ``autograd.Function`` a call is made in, also by a module in it."""
         found = None
         for _ in range(16):
             frame = frame.f_back
@@ -592,7 +594,7 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _attributes(module: nn.Module) -> Iterator[Tensor]:
-    """The tensors in a module's attributes, and in lists and dicts there; not deeper, for objects may go in circles."""
+    """The tensors in a module's attributes, and in lists and dicts there."""
     for value in vars(module).values():
         if isinstance(value, dict | list | tuple):
             if value:

@@ -1,8 +1,8 @@
 """The value that a tensor holds now, also after a write into memory that it shares.
 
-Tensors are held by weak references only, so recording needs no memory for activations. A write through a view changes
-the whole tensor too: the whole becomes a new value, computed from the old one and from what was written. Any other
-view of that memory is computed from the new whole when it is next used.
+Tensors are held by weak references only, so recording needs no memory for activations. A write through a view
+changes the whole tensor too: the whole becomes a new value, computed from the old one and from what was
+written. Any other view of that memory is computed from the new whole when it is next used.
 """
 
 from __future__ import annotations
