@@ -18,7 +18,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 
 import skipscope as ss
-from skipscope.surfaces import _rows
+from skipscope.surfaces.maps import _row_workers
 
 TOL = 1e-3
 
@@ -255,11 +255,11 @@ def _rows_side_by_side(rounds: int = 3) -> list[dict]:
         seconds: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(rounds):
             for forks in seconds:
-                able, _rows.CAN_FORK = _rows.CAN_FORK, forks
+                able, _row_workers.CAN_FORK = _row_workers.CAN_FORK, forks
                 start = time.perf_counter()
                 ss.curvature_map(model.eval(), batch, F.cross_entropy, grid=grid, span=0.3)
                 seconds[forks].append(time.perf_counter() - start)
-                _rows.CAN_FORK = able
+                _row_workers.CAN_FORK = able
         copies, alone = (statistics.median(seconds[forks]) for forks in (True, False))
         found.append(
             {"name": f"a map with a row a core, {name}, {torch.get_num_threads()} threads", "value": alone / copies,

@@ -30,10 +30,10 @@ from skipscope import reference
 from skipscope._data import read
 from skipscope._untouched import untouched
 from skipscope.surfaces import random_direction
-from skipscope.surfaces._choice import choose
-from skipscope.surfaces._grid import axes
-from skipscope.surfaces._settings import Settings
-from skipscope.surfaces._twins import Work, make_twins
+from skipscope.surfaces._landscape_settings import Settings
+from skipscope.surfaces.evaluation._autotune import choose
+from skipscope.surfaces.evaluation._twins_on_plane import Work, make_twins
+from skipscope.surfaces.grids._grid import axes
 
 ROUNDS = 3
 FULL = 51 * 51

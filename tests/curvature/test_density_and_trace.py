@@ -8,9 +8,9 @@ from scipy.stats import t as student
 from torch import nn
 
 import skipscope as ss
-from skipscope.curvature._density import _summary, quadrature
 from skipscope.curvature._lanczos import gaussian_blocks
-from skipscope.curvature._trace import trace_of
+from skipscope.curvature._spectral_density import _summary, quadrature
+from skipscope.curvature._trace_estimate import trace_of
 
 from .oracle import dense_gauss_newton, dense_hessian
 

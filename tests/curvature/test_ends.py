@@ -85,16 +85,16 @@ def test_an_unconverged_result_says_so():
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "options",
     [
         {"k": 0}, {"k": 10_000}, {"k": 1.5}, {"k": "1"}, {"k": True}, {"tol": 0}, {"tol": None}, {"tol": float("nan")},
         {"block": 0}, {"block": 1.5}, {"confidence": 1.0}, {"max_products": 2.5},
     ],
     ids=str,
 )  # fmt: skip
-def test_wishes_out_of_range_are_refused(wish):
+def test_wishes_out_of_range_are_refused(options):
     with pytest.raises(ss.SkipscopeError, match="out of range"):
-        ss.extreme_eigenvalues(net(0), data(0), F.cross_entropy, **wish)
+        ss.extreme_eigenvalues(net(0), data(0), F.cross_entropy, **options)
 
 
 def test_a_loss_that_draws_from_a_generator_of_its_own_is_refused():

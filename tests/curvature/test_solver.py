@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skipscope.curvature._eigensolver import Ends, SolverOptions, find_ends
 from skipscope.curvature._lanczos import Krylov, gaussian_blocks
-from skipscope.curvature._solve import Ends, Wish, find_ends
 
 
 def with_spectrum(values, seed=0) -> np.ndarray:
@@ -16,12 +16,12 @@ def with_spectrum(values, seed=0) -> np.ndarray:
     return (q * np.asarray(values, float)) @ q.T
 
 
-def solve(matrix: np.ndarray, *, single=False, **wish) -> Ends:
+def solve(matrix: np.ndarray, *, single=False, **options) -> Ends:
     kept = torch.tensor(matrix, dtype=torch.float32 if single else torch.float64)
     return find_ends(
         lambda rows: (rows.to(kept.dtype) @ kept.T).double(),
         len(matrix),
-        Wish(**wish, precision=1.2e-7 * single),
+        SolverOptions(**options, precision=1.2e-7 * single),
     )
 
 
@@ -72,14 +72,14 @@ WISHES = [
 ]
 
 
-@pytest.mark.parametrize("wish", WISHES, ids=str)
+@pytest.mark.parametrize("options", WISHES, ids=str)
 @pytest.mark.parametrize("values", SPECTRA.values(), ids=SPECTRA)
-def test_awkward_spectra(values, wish):
+def test_awkward_spectra(values, options):
     matrix = with_spectrum(values)
-    k = min(wish.get("k", 1), len(matrix))
-    found = solve(matrix, **{**wish, "k": k})
+    k = min(options.get("k", 1), len(matrix))
+    found = solve(matrix, **{**options, "k": k})
     assert found.converged
-    check(matrix, found, k, wish.get("tol", 1e-3))
+    check(matrix, found, k, options.get("tol", 1e-3))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -132,7 +132,7 @@ def hidden_end(size: int, seed: int) -> tuple[bool, bool]:
         image[:, 0] += rows[:, 0]
         return image
 
-    found = find_ends(product, size, Wish(seed=seed, tol=1e-2, max_products=1))
+    found = find_ends(product, size, SolverOptions(seed=seed, tol=1e-2, max_products=1))
     return found.converged, abs(found.values.max() - 2) < 0.1
 
 
@@ -142,14 +142,16 @@ def test_a_small_residual_is_not_taken_for_the_end():
     assert outcomes == [(False, False)] * 3
 
 
-@pytest.mark.parametrize("wish", [{}, {"basis": 14}, {"block": 2}], ids=str)
-def test_the_probability_is_what_it_says(wish):
+@pytest.mark.parametrize("options", [{}, {"basis": 14}, {"block": 2}], ids=str)
+def test_the_probability_is_what_it_says(options):
     """A far eigenvalue that is hard to see: among runs that claim 70 %, at most 30 % (and a margin) are wrong."""
     n, wrong, claims = 400, 0, 0
     values = np.r_[np.linspace(-1, 1, n - 1), 1.05]
     spectrum = torch.tensor(values)
     for seed in range(200):
-        found = find_ends(lambda rows: rows * spectrum, n, Wish(seed=seed, tol=2e-2, confidence=0.7, **wish))
+        found = find_ends(
+            lambda rows: rows * spectrum, n, SolverOptions(seed=seed, tol=2e-2, confidence=0.7, **options)
+        )
         claims += found.converged
         wrong += found.converged and found.values.max() < 1.05 - 2 * 2e-2 * 1.05
     assert claims > 150
@@ -159,7 +161,8 @@ def test_the_probability_is_what_it_says(wish):
 def test_the_claim_grows_surer_the_more_is_seen():
     spectrum = torch.linspace(-1, 1, 300, dtype=torch.float64)
     doubts = [
-        find_ends(lambda rows: rows * spectrum, 300, Wish(confidence=c)).doubt for c in (0.5, 0.9, 0.999)
+        find_ends(lambda rows: rows * spectrum, 300, SolverOptions(confidence=c)).miss_probability
+        for c in (0.5, 0.9, 0.999)
     ]
     assert doubts[0] >= doubts[1] > doubts[2] and doubts[2] <= 1e-3
 

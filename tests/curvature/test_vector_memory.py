@@ -12,7 +12,7 @@ import skipscope as ss
 from skipscope._errors import SkipscopeError
 from skipscope._free_memory import SHARE
 from skipscope.curvature import _vector_memory
-from skipscope.curvature._trace import _append_orthonormal
+from skipscope.curvature._trace_estimate import _append_orthonormal
 
 SIZE = 200
 MODEL = nn.Sequential(nn.Linear(20, 9, bias=False), nn.Tanh(), nn.Linear(9, 2)).double()

@@ -12,9 +12,9 @@ from torch import nn
 
 import skipscope as ss
 from skipscope import reference
-from skipscope.surfaces import _adaptive
-from skipscope.surfaces._adaptive import Adaptive, _levels, beyond
-from skipscope.surfaces._grid import Sheet
+from skipscope.surfaces.grids import _adaptive_grid
+from skipscope.surfaces.grids._adaptive_grid import Adaptive, _levels, beyond
+from skipscope.surfaces.grids._grid import Sheet
 
 
 def _fill(function, n, tolerance, m=None):
@@ -93,7 +93,7 @@ def test_a_draw_that_fails_is_followed_by_a_larger_one():
 
 def test_after_a_draw_that_fails_twice_as_many_are_drawn(monkeypatch):
     drawn: list[tuple[int, ...]] = []
-    monkeypatch.setattr(_adaptive, "beyond", lambda *counts: drawn.append(counts) or beyond(*counts))
+    monkeypatch.setattr(_adaptive_grid, "beyond", lambda *counts: drawn.append(counts) or beyond(*counts))
     for seed in range(6):
         bad = np.random.default_rng(seed).random((51, 51)) < 0.03
         _fill(lambda a, b: a**2 + b**2 + 0.06 * bad, 51, 0.01)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import skipscope as ss
-from skipscope.curvature import _solve
-from skipscope.surfaces import _curvature_map, _forked, _rows, _walk
+from skipscope.curvature import _eigensolver
+from skipscope.surfaces.evaluation import _process_pool
+from skipscope.surfaces.maps import _curvature_map, _row_walk, _row_workers
 
 DOUBLE = torch.float64
 
@@ -89,9 +90,9 @@ def test_an_end_that_the_walk_cannot_see_is_found_by_the_checks(monkeypatch):
         def forward(self, x):
             return (1 - self.move) * self.v**2 + (1 + self.move) * self.w**2 + 0 * x.sum()
 
-    monkeypatch.setattr(_solve, "_SHAKE", 1e-14)
-    monkeypatch.setattr(_walk, "_SMALL", 0)
-    monkeypatch.setattr(_walk, "GLANCE", (0.0, 0.5))
+    monkeypatch.setattr(_eigensolver, "_SHAKE", 1e-14)
+    monkeypatch.setattr(_row_walk, "_SMALL", 0)
+    monkeypatch.setattr(_row_walk, "SCREENING", (0.0, 0.5))
     model, x = Two(), torch.ones(1, dtype=DOUBLE)
     line = [{"move": torch.ones(1, dtype=DOUBLE)}]
     found = ss.curvature_map(
@@ -296,13 +297,13 @@ def two_threads():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(not _forked.CAN_FORK, reason="copies are made by fork, on Linux")
+@pytest.mark.skipif(not _process_pool.CAN_FORK, reason="copies are made by fork, on Linux")
 @pytest.mark.parametrize("case", ["whole", "a copy dies", "no memory", "a line", "twins"])
 def test_rows_walked_side_by_side_have_the_bits_of_one_thread(two_threads, monkeypatch, tmp_path, case):
     model, data = small_net()
     made, marker = [], tmp_path / "one"
 
-    class Seen(_forked.Forked):
+    class Seen(_process_pool.Forked):
         def __init__(self, compute, *args):
             made.append(self)
             super().__init__(compute, *args)
@@ -330,9 +331,9 @@ def test_rows_walked_side_by_side_have_the_bits_of_one_thread(two_threads, monke
     torch.set_num_threads(1)
     alone = run()
     torch.set_num_threads(2)
-    monkeypatch.setattr(_rows, "Forked", Seen)
+    monkeypatch.setattr(_row_workers, "Forked", Seen)
     if case == "no memory":
-        monkeypatch.setattr(_rows, "fits", lambda needed: needed < 0)
+        monkeypatch.setattr(_row_workers, "fits", lambda needed: needed < 0)
     found = run()
     assert len(made) == {"no memory": 0, "a line": 0, "twins": 2}.get(case, 1)
     assert marker.exists() == (case == "a copy dies")

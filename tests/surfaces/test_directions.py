@@ -13,7 +13,7 @@ from torch import nn
 import skipscope as ss
 from skipscope import reference
 from skipscope.surfaces import random_direction
-from skipscope.surfaces._directions import cosine
+from skipscope.surfaces.planes._directions import cosine
 
 
 def _filters(weight, dimension=0):

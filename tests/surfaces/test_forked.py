@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import skipscope as ss
-from skipscope.surfaces import _choice, _forked, _strategies
-from skipscope.surfaces._forked import Forked, Lost
+from skipscope.surfaces.evaluation import _autotune, _process_pool, _strategies
+from skipscope.surfaces.evaluation._process_pool import Forked, Lost
 
-pytestmark = pytest.mark.skipif(not _forked.CAN_FORK, reason="copies are made by fork, on Linux")
+pytestmark = pytest.mark.skipif(not _process_pool.CAN_FORK, reason="copies are made by fork, on Linux")
 
 
 @pytest.fixture(autouse=True)
@@ -108,13 +108,15 @@ def test_without_answers_the_copies_are_gone(how):
 
 
 def test_the_memory_of_a_copy_is_measured():
-    needed, seconds, answer = _forked.measured_in_a_copy(lambda n: torch.ones(n).sum().item(), 2**24, 60)
+    needed, seconds, answer = _process_pool.measured_in_a_copy(
+        lambda n: torch.ones(n).sum().item(), 2**24, 60
+    )
     assert 2**26 <= needed < 2**27 and seconds > 0 and answer == 2**24
 
 
 SCRIPT = """
     import os, sys, time, torch
-    from skipscope.surfaces._forked import Forked
+    from skipscope.surfaces.evaluation._process_pool import Forked
     torch.set_num_threads(2)
     torch.randn(600, 600) @ torch.randn(600, 600)
     one, two = (Forked(lambda n: (os.getpid(), time.sleep(n))[0], 2, 600) for _ in range(2))
@@ -285,12 +287,12 @@ def test_a_copy_killed_on_the_way_costs_nothing(tmp_path):
 @pytest.mark.parametrize("strategy", ["auto", "plain, a point a core"])
 def test_ctrl_c_while_ways_are_tried_leaves_no_copy(strategy, monkeypatch):
     """It comes while a strategy is timed whose copies nobody else knows yet."""
-    monkeypatch.setattr(_choice, "_known", {})
+    monkeypatch.setattr(_autotune, "_known", {})
     # On so small a surface no trial would pay, and with one thread a core is not tried.
-    monkeypatch.setattr(_choice._Autotune, "_worth", lambda *_: True)
-    monkeypatch.setattr(_choice, "MIN_SPEEDUP", 0.0)
+    monkeypatch.setattr(_autotune._Autotune, "_worth", lambda *_: True)
+    monkeypatch.setattr(_autotune, "MIN_SPEEDUP", 0.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    real, seen = _choice._timed, []
+    real, seen = _autotune._timed, []
 
     def time_of(way, points):
         if way.name.endswith("a point a core"):
@@ -298,7 +300,7 @@ def test_ctrl_c_while_ways_are_tried_leaves_no_copy(strategy, monkeypatch):
             raise KeyboardInterrupt
         return real(way, points)
 
-    monkeypatch.setattr(_choice, "_timed", time_of)
+    monkeypatch.setattr(_autotune, "_timed", time_of)
     model, data = _net(torch.float64)
     with pytest.raises(KeyboardInterrupt):
         ss.landscape(model, data, F.cross_entropy, grid=5, strategy=strategy)
@@ -316,15 +318,15 @@ def test_copies_that_do_not_fit_are_not_made(monkeypatch):
 
 def test_where_it_pays_it_is_chosen(monkeypatch):
     """The clock is ours: a point a core takes half the time of every other way."""
-    monkeypatch.setattr(_choice, "_known", {})
-    monkeypatch.setattr(_choice, "_SHARE", 1e9)
-    real = _choice._timed
+    monkeypatch.setattr(_autotune, "_known", {})
+    monkeypatch.setattr(_autotune, "_SHARE", 1e9)
+    real = _autotune._timed
 
     def time_of(strategy, points):
         _, reading = real(strategy, points)
         return (0.5 if strategy.name.endswith("a point a core") else 1.0), reading
 
-    monkeypatch.setattr(_choice, "_timed", time_of)
+    monkeypatch.setattr(_autotune, "_timed", time_of)
     model, data = _net(torch.float64)
     surface = ss.landscape(model, data, F.cross_entropy, grid=5)
     assert surface.provenance.strategy == "plain, a point a core", surface.provenance.why

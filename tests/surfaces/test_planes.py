@@ -155,7 +155,7 @@ def trajectory(end, count):
 
 def test_a_long_trajectory_is_read_in_parts(monkeypatch):
     """What is held at once stays small beside the checkpoints, and the parts change nothing: against NumPy's SVD."""
-    from skipscope.surfaces import _planes
+    from skipscope.surfaces.planes import _plane
 
     end = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 50), nn.PReLU()).to(
         memory_format=torch.channels_last
@@ -163,7 +163,7 @@ def test_a_long_trajectory_is_read_in_parts(monkeypatch):
     end.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
     way = list(trajectory(end, 120))
     whole = trajectory_plane(end, way)
-    monkeypatch.setattr(_planes, "_PART", 4000)
+    monkeypatch.setattr(_plane, "_PART", 4000)
     sizes, stack = [], torch.stack
     monkeypatch.setattr(torch, "stack", lambda ts: sizes.append(sum(t.numel() for t in ts)) or stack(ts))
     plane = trajectory_plane(end, way)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import skipscope as ss
-from skipscope.surfaces._scores import (
+from skipscope.surfaces.results._surface_scores import (
     Part,
     barrier,
     convexity_share,
@@ -62,11 +62,11 @@ def test_roughness_of_noise_is_near_one_and_of_a_plateau_zero():
 
 @pytest.mark.parametrize("depth", [0.1, 0.5])
 def test_the_barrier_between_two_valleys(depth):
-    """-exp around (-.5, 0) at depth 1 and around (.5, 0) at ``depth``: the climb out of the shallow one is its depth."""
+    """-exp around (-.5, 0) at depth 1 and around (.5, 0) at ``depth``: the select_mode out of the shallow one is its depth."""
     two = -np.exp(-40 * ((A + 0.5) ** 2 + B**2)) - depth * np.exp(-40 * ((A - 0.5) ** 2 + B**2))
     assert barrier(two) == pytest.approx(depth, rel=0.02)
     line = np.array([0.0, 3.0, 1.0, 5.0, -1.0])
-    assert barrier(line) == 5.0  # from 0.0 the way to -1.0 goes over 5.0; from 1.0 it is a climb of 2.0
+    assert barrier(line) == 5.0  # from 0.0 the way to -1.0 goes over 5.0; from 1.0 it is a select_mode of 2.0
 
 
 def test_the_barrier_by_brute_force():
@@ -81,7 +81,7 @@ def test_the_barrier_by_brute_force():
             if values[regions == regions[place]].min() < values[place]:
                 best = max(best, level - values[place])
                 break
-    # A point that is no valley has a deeper neighbour at its own level, a climb of nothing.
+    # A point that is no valley has a deeper neighbour at its own level, a select_mode of nothing.
     assert barrier(values) == pytest.approx(best)
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import skipscope as ss
-from skipscope.surfaces import _runner
-from skipscope.surfaces._grid import Sheet
+from skipscope.surfaces.grids import _grid_runner
+from skipscope.surfaces.grids._grid import Sheet
 
 HERE = Path(__file__).parent
 
@@ -235,7 +235,7 @@ def test_torchrun_ranks(tmp_path, ranks):
 
 def test_a_lost_rank_costs_its_units_and_no_more(tmp_path, monkeypatch):
     """Rank 1 of 2 never comes: rank 0 does its own share, waits, and takes the rest over."""
-    monkeypatch.setattr(_runner, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(_grid_runner, "_PATIENCE_S", 0.5)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     began = time.monotonic()
@@ -265,7 +265,7 @@ def test_a_rank_that_begins_late_takes_its_own_share(monkeypatch, there):
     computed = {}
     for rank in (1, 0):  # rank 1 is ahead; rank 0 finds some units done
         monkeypatch.setenv("RANK", str(rank))
-        runner = _runner.Runner(
+        runner = _grid_runner.Runner(
             Sheet(["v"], (12,)), lambda unit: unit[None] * 1.0, Folder(), "torchrun", "test"
         )
         monkeypatch.setattr(runner, "_wait", lambda units, patience: None)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import skipscope as ss
-from skipscope.surfaces import _choice, _one_dnn
+from skipscope.surfaces.evaluation import _autotune, _onednn_linears
 
 
 def _close(one, other, tolerance=1e-9):
@@ -109,7 +109,7 @@ def test_activations_are_computed_on_the_way(activation):
     run = nn.Sequential(nn.Linear(6, 32), activation(), nn.Linear(32, 4))
     with torch.no_grad():
         expected = run(data[0])
-        _one_dnn.through_one_dnn(run, lambda: run(data[0]))
+        _onednn_linears.through_one_dnn(run, lambda: run(data[0]))
         assert run[1](data[0]) is data[0], "the layer before it has done it"
         assert torch.allclose(run(data[0]), expected, rtol=1e-5, atol=1e-6)
 
@@ -120,7 +120,7 @@ def test_an_activation_is_left_to_itself_unless_it_follows_layers_only(kind, fus
     model, x = kind(), torch.randn(20, 6)
     with torch.no_grad():
         expected = model(x)
-        _one_dnn.through_one_dnn(model, lambda: model(x))
+        _onednn_linears.through_one_dnn(model, lambda: model(x))
         assert ("forward" in model.act.__dict__) == fused
         assert torch.allclose(model(x), expected, rtol=1e-5, atol=1e-6)
 
@@ -205,8 +205,8 @@ def test_what_draws_random_numbers_draws_the_same_at_every_point():
 
 @pytest.fixture
 def no_knowledge(monkeypatch):
-    monkeypatch.setattr(_choice, "_known", {})
-    monkeypatch.setattr(_choice, "_SHARE", 1e9)
+    monkeypatch.setattr(_autotune, "_known", {})
+    monkeypatch.setattr(_autotune, "_SHARE", 1e9)
 
 
 def test_the_choice_is_timed_told_and_kept(no_knowledge):
@@ -250,11 +250,11 @@ def test_no_evaluation_is_lost_on_the_plain_loop(grid):
 
 def test_what_a_chosen_strategy_was_timed_on_is_kept(monkeypatch, no_knowledge):
     """The clock is ours: the candidate is clearly faster, so it is run on one point only before it is chosen."""
-    real = _choice._timed
+    real = _autotune._timed
     monkeypatch.setattr(
-        _choice, "_timed", lambda s, points: (0.5 if "channels" in s.name else 2.0, real(s, points)[1])
+        _autotune, "_timed", lambda s, points: (0.5 if "channels" in s.name else 2.0, real(s, points)[1])
     )
-    monkeypatch.setattr(_choice, "CAN_FORK", False)
+    monkeypatch.setattr(_autotune, "CAN_FORK", False)
     data = torch.randn(100, 1, 6, 6), torch.randint(4, (100,))
     passes, surface = _passes(_Net(), data, 7)
     assert surface.provenance.strategy == "channels last, batches of 64"
@@ -262,16 +262,16 @@ def test_what_a_chosen_strategy_was_timed_on_is_kept(monkeypatch, no_knowledge):
 
 
 def test_a_dear_candidate_does_not_shut_out_the_others(monkeypatch, no_knowledge):
-    real = _choice.candidate_strategies
+    real = _autotune.candidate_strategies
     made = []
 
     def dear(evaluator):
         plain, *others = real(evaluator)
         yield plain
-        yield _choice.StrategySpec("dear", lambda: made.append(1), gain=2.0, seconds=1e6)
+        yield _autotune.StrategySpec("dear", lambda: made.append(1), gain=2.0, seconds=1e6)
         yield from others
 
-    monkeypatch.setattr(_choice, "candidate_strategies", dear)
+    monkeypatch.setattr(_autotune, "candidate_strategies", dear)
     data = torch.randn(100, 1, 6, 6), torch.randint(4, (100,))
     _, surface = _passes(_Net(), data, 9)
     assert "channels last" in surface.provenance.why and not made
@@ -281,7 +281,7 @@ def test_a_larger_grid_goes_on_from_what_a_smaller_one_learnt(no_knowledge):
     data = torch.randn(100, 1, 6, 6), torch.randint(4, (100,))
     model = _Net()
     ss.landscape(model, data, F.cross_entropy, grid=5)
-    (knowledge,) = _choice._known.values()
+    (knowledge,) = _autotune._known.values()
     measured = dict(knowledge.seconds)
     ss.landscape(model, data, F.cross_entropy, grid=9)
     assert set(knowledge.choices) == {25, 81} and set(measured) <= set(knowledge.seconds)
@@ -310,8 +310,8 @@ def test_a_lower_precision_is_an_explicit_choice_and_is_told(precision):
 def test_a_later_choice_replaces_an_earlier_one():
     """A rank that loses the race for the store takes the store's way, whatever it had chosen itself."""
     from skipscope._data import read
-    from skipscope.surfaces._settings import Settings
-    from skipscope.surfaces._twins import make_twins
+    from skipscope.surfaces._landscape_settings import Settings
+    from skipscope.surfaces.evaluation._twins_on_plane import make_twins
 
     model = _convolutional().eval()
     data, loss = read(
@@ -323,7 +323,7 @@ def test_a_later_choice_replaces_an_earlier_one():
         ("plain", "plain"),
         ("plain, a point a core", "plain, a point a core"),
     ):
-        _choice.choose(twin.evaluator, [(0.1, 0.2)], 9, wanted)
+        _autotune.choose(twin.evaluator, [(0.1, 0.2)], 9, wanted)
         assert twin.evaluator.strategy.name == name
 
 
@@ -402,7 +402,7 @@ def test_what_cannot_be_recorded_is_evaluated_plainly(kind):
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_the_gelu_taken_in_is_the_one_that_was_called(approximate):
     """The two differ by up to 5e-4, which no tolerance on a loss would show."""
-    from skipscope.surfaces._recorded import Recorded
+    from skipscope.surfaces.evaluation._recorded_forward import Recorded
 
     class Curved(nn.Module):
         def __init__(self):
@@ -415,19 +415,19 @@ def test_the_gelu_taken_in_is_the_one_that_was_called(approximate):
     torch.manual_seed(0)
     model, x = Curved().requires_grad_(False), 3 * torch.randn(50, 6)
     expected = model(x)
-    _one_dnn.through_one_dnn(model, None)
+    _onednn_linears.through_one_dnn(model, None)
     recorded = Recorded(model, lambda m, batch: m(batch[0]))
     assert torch.allclose(recorded(model, (x, None)), expected, rtol=0, atol=2e-6)
 
 
 @needs_one_dnn
 def test_activations_called_as_functions_are_taken_in():
-    from skipscope.surfaces._recorded import Recorded
+    from skipscope.surfaces.evaluation._recorded_forward import Recorded
 
     torch.manual_seed(0)
     model, x = _Functions().requires_grad_(False), torch.randn(20, 6)
     expected = model(x)
-    _one_dnn.through_one_dnn(model, None)
+    _onednn_linears.through_one_dnn(model, None)
     recorded = Recorded(model, lambda m, batch: m(batch[0]))
     assert torch.allclose(recorded(model, (x, None)), expected, rtol=1e-5, atol=1e-6)
     (graph,) = recorded.graphs.values()

@@ -30,7 +30,7 @@ from report.payloads import PAYLOADS
 from skipscope import _files, _result
 from skipscope.cli import Output, _commands, _named, _subject
 from skipscope.report import _page
-from skipscope.surfaces import _store
+from skipscope.surfaces.grids import _surface_store
 from trust._hazard import Hazard, attempt, replaced
 from trust._model import batch, network
 
@@ -232,16 +232,16 @@ def killed(count: int) -> Iterator[str | None]:
 
 def _store_that_forgets():
     """A store whose chunks are read back with a bit that was not written."""
-    original = _store.Store.read_into
+    original = _surface_store.Store.read_into
 
     def read_into(self, sheet):
         original(self, sheet)
         sheet.numbers[...] += 1e-9 if hasattr(sheet, "numbers") else 0
 
-    def reread(self, unit, numbers, write=_store.Store.write):
+    def reread(self, unit, numbers, write=_surface_store.Store.write):
         write(self, unit, numbers * (1 + 1e-9))
 
-    return replaced((_store.Store, "write", reread), (_store.Store, "read_into", read_into))
+    return replaced((_surface_store.Store, "write", reread), (_surface_store.Store, "read_into", read_into))
 
 
 def damaged_chunks(count: int) -> Iterator[str | None]:

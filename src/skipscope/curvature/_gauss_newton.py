@@ -1,4 +1,4 @@
-"""The ways to multiply a batch's Gauss-Newton matrix with a vector, rung by rung as in ``_modes``.
+"""The ways to multiply a batch's Gauss-Newton matrix with a vector, candidate by candidate as in ``_modes``.
 
 With f the model's outputs, l the loss as a function of them and J = df/dp, the matrix is J' (d2l/df2) J (Schraudolph
 2002): the Hessian of the loss of the linearised model. ``J v`` is taken in one of three ways, the rest in reverse mode.
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from skipscope._data import Batch, inputs_of, tensors_in
 from skipscope._errors import SkipscopeError
-from skipscope.curvature._modes import Differences, Tangent, backward, difference, each
-from skipscope.curvature._private import PrivateModel
+from skipscope.curvature._hessian_products import Differences, Tangent, backward, difference, each
+from skipscope.curvature._private_model import PrivateModel
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from torch import nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import require_module
-from skipscope.surfaces._band_results import PairedBand, SurfaceBand
-from skipscope.surfaces._points import resident
-from skipscope.surfaces._results import PairedSurfaces
-from skipscope.surfaces._run import surfaces
-from skipscope.surfaces._score_result import Scores
-from skipscope.surfaces._settings import Settings
+from skipscope.surfaces._landscape_settings import Settings
+from skipscope.surfaces._surface_run import surfaces
+from skipscope.surfaces.evaluation._point_loss import resident
+from skipscope.surfaces.results._band_result import PairedBand, SurfaceBand
+from skipscope.surfaces.results._score_result import Scores
+from skipscope.surfaces.results._surface_result import PairedSurfaces
 
 _SCORES = ("convexity_share", "roughness", "barrier", "width")
 

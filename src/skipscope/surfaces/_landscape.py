@@ -10,11 +10,11 @@ from torch import nn
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
 from skipscope.shortcuts import unwrapped
-from skipscope.surfaces._band_results import PairedBand, SurfaceBand
 from skipscope.surfaces._bands import by_seed, paired_band, read_seed, surface_band
-from skipscope.surfaces._results import PairedSurfaces, Surface
-from skipscope.surfaces._run import surfaces
-from skipscope.surfaces._settings import OneModelOptions, Options, Settings, with_signature
+from skipscope.surfaces._landscape_settings import OneModelOptions, Options, Settings, with_signature
+from skipscope.surfaces._surface_run import surfaces
+from skipscope.surfaces.results._band_result import PairedBand, SurfaceBand
+from skipscope.surfaces.results._surface_result import PairedSurfaces, Surface
 
 
 @overload

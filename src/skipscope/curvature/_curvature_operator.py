@@ -1,0 +1,325 @@
+"""The Hessian or Gauss-Newton matrix of a loss over data, as something to multiply with.
+
+The loss over several batches is their weighted mean (or sum), and so is its matrix; products are summed in float64. The
+first product on the first batch tries the candidates of the ladder from the cheapest; what ran is reported.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skipscope._data import Batch, Batches, Objective, read
+from skipscope._errors import SkipscopeError
+from skipscope._public_call import public_call
+from skipscope._sharding import refuse_spread
+from skipscope._untouched import random_state_kept, require_module
+from skipscope.curvature._curvature_results import Layout
+from skipscope.curvature._hessian_products import Tangent
+from skipscope.curvature._lanczos import own_generator
+from skipscope.curvature._private_model import PrivateModel, Selection, private_model
+from skipscope.curvature._product_modes import Matrix, graph_bytes, select_mode
+
+_MEMORY = 1 << 30
+
+
+@dataclass(frozen=True)
+class How:
+    """Which matrix, and how it is multiplied with; each as in :func:`curvature_operator`."""
+
+    matrix: Matrix = "hessian"
+    parameters: Selection = None
+    weight: Callable[[Batch], float] | None = None
+    training: bool | None = False
+    seed: int = 0
+    mode: str | None = None
+    memory: int = _MEMORY
+
+
+class CurvatureOperator:
+    """The matrix of second derivatives of a loss, known by its products.
+
+    Made by :func:`curvature_operator`, which returns a ``scipy.sparse.linalg.LinearOperator`` too. It keeps a copy of the
+    model as it was then.
+
+    Attributes:
+        dtype: float64.
+        shape: ``(n, n)``, n the number of parameters chosen.
+        matrix: "hessian" or "gauss_newton".
+        layout: how a vector ``[n]`` is cut into parameters.
+        products: vectors multiplied so far, the trial of the modes included.
+        tried: for each mode that was refused, why.
+        held_bytes: memory that kept graphs take.
+    """
+
+    def __init__(
+        self,
+        model: PrivateModel,
+        data: Batches,
+        matrix: Matrix,
+        *,
+        mode: str | None = None,
+        memory: int = _MEMORY,
+    ):
+        self.model, self.data, self.matrix = model, data, matrix
+        self.layout: Layout = model.layout
+        self.products = 1  # the trial
+        self.held_bytes = 0
+        self._memory, self._held = memory, {}
+        self._shares = self._count_shares()
+        self.dtype, self.shape = np.dtype(np.float64), (self.layout.size, self.layout.size)
+        index, batch, _ = next(iter(self._batches()))
+        model.refuse_hidden_parameters(batch, index)  # and a user's own error comes out as such
+        trial = self._cut(torch.randn(self.layout.size, generator=own_generator(0)))
+        self._product_mode, self.tried = select_mode(model, batch, index, matrix, trial, mode)
+
+    # --- as a matrix ---
+
+    @property
+    def device(self) -> torch.device:
+        """Where products come back."""
+        return self.model.parameters[0].device
+
+    @property
+    def basis_device(self) -> torch.device:
+        """Where float64 vectors live: Apple's GPUs have none."""
+        return self.device if self.device.type != "mps" else torch.device("cpu")
+
+    @property
+    def precision(self) -> float:
+        """The relative rounding error to expect of a product, at the least."""
+        coarsest = max(torch.finfo(p.dtype).eps for p in self.model.parameters)
+        return coarsest ** (2 / 3) if self._product_mode.name == "finite differences" else coarsest
+
+    @property
+    def method(self) -> str:
+        """The mode that runs."""
+        name, held, total = self._product_mode.name, len(self._held), len(self._shares)
+        if not held:
+            return name
+        return (
+            f"{name}, cached graph"
+            if held == total
+            else f"{name}, cached graph for {held} of {total} batches"
+        )
+
+    @public_call("curvature_operator")
+    def apply(self, vectors: Tensor) -> Tensor:
+        """The matrix times each row of ``vectors [b, n]``, in float64.
+
+        Raises:
+            SkipscopeError: a product is not finite; the batch is named.
+        """
+        tangents = [self._cut(vector) for vector in vectors]
+        total = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+        sizes = [parameter.numel() for parameter in self.model.parameters]
+        for index, batch, share in self._batches():
+            found = self._on_batch(index, batch, tangents)
+            for row, parts in zip(total, found, strict=True):
+                for piece, part in zip(row.split(sizes), parts, strict=True):
+                    piece.add_(part.reshape(-1).to(piece.device), alpha=share)
+            if not math.isfinite(float(total.sum())) and not total.isfinite().all():  # a sum may overflow
+                self._refuse_nonfinite(index, batch, found)
+        self.products += vectors.shape[0]
+        return total
+
+    def loss(self) -> float:
+        """The loss over all batches at the present values of the parameters."""
+        total = 0.0
+        for index, batch, share in self._batches(held=False):
+            total += share * float(self.model.output_and_loss(batch, index)[1].detach().double())
+        return total
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._matmat(np.asarray(x).reshape(-1, 1))[:, 0]
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        rows = torch.from_numpy(np.array(X.T, dtype=np.float64))
+        return self.apply(rows).cpu().numpy().T
+
+    def _adjoint(self) -> CurvatureOperator:
+        return self
+
+    def move_to(self, values: Mapping[str, Tensor]) -> None:
+        """Measure at other values of the model's parameters, by name (a landscape's next point)."""
+        parameters = dict(self.model.module.named_parameters())
+        self.model.move(((parameters[name], value) for name, value in values.items()))
+        self._held.clear()
+        self.held_bytes = 0
+
+    # --- batches ---
+
+    def _batches(self, held: bool = True) -> Iterator[tuple[int, Batch, float]]:
+        """Every batch that counts, with its number and its share of the mean (or 1 in a sum).
+
+        Where ``held``, a batch whose graph is kept need not be read again and is None.
+        """
+        if held and len(self._held) == len(self._shares):  # nothing is run anew: the data need not be read
+            yield from ((index, None, share) for index, share in self._shares.items())
+            return
+        with random_state_kept(self.model.seed):  # a shuffling loader gives the same batches in every pass
+            items = enumerate(self.data)
+            while (item := next(items, None)) is not None:
+                if item[0] in self._shares:
+                    yield item[0], item[1], self._shares[item[0]]
+
+    def _count_shares(self) -> dict[int, float]:
+        objective: Objective = self.model.objective
+        if self.data.single or objective.sums:
+            with random_state_kept(self.model.seed):
+                return dict.fromkeys(range(1 if self.data.single else sum(1 for _ in self.data)), 1.0)
+        with random_state_kept(self.model.seed):
+            weights = {i: float(objective.weight(batch)) for i, batch in enumerate(self.data)}
+        total = sum(weights.values())
+        if not total > 0:
+            raise SkipscopeError(
+                self.model.operation, "no batch counts for anything, so the mean over batches is undefined",
+                expected="weights with a positive sum", got=f"a sum of {total}",
+                cure="check weight=, or the labels that are ignored",
+            )  # fmt: skip
+        return {i: weight / total for i, weight in weights.items() if weight}
+
+    # --- products of a batch ---
+
+    def _on_batch(self, index: int, batch: Batch, tangents: list[Tangent]) -> list[Tangent]:
+        mode = self._product_mode.mode
+        with self._product_mode.running():
+            prepared = self._held.get(index)
+            if prepared is None:
+                prepared = mode.prepare(self.model, batch, index)
+                if self._product_mode.keeps:
+                    self._hold(index, prepared)
+            return mode.product(prepared, tangents)
+
+    def _hold(self, index: int, prepared: Any) -> None:
+        size = graph_bytes(prepared)
+        if self.held_bytes + size <= self._memory:
+            self._held[index] = prepared
+            self.held_bytes += size
+
+    def _cut(self, vector: Tensor) -> Tangent:
+        parameters = self.model.parameters
+        if len({(p.device, p.dtype) for p in parameters}) == 1:  # once for all
+            vector = vector.to(parameters[0].device, parameters[0].dtype)
+        parts = torch.split(vector, [p.numel() for p in parameters])
+        return [part.to(p.device, p.dtype).view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+
+    def _refuse_nonfinite(self, index: int, batch: Batch, found: list[Tangent]) -> None:
+        if batch is None:
+            with random_state_kept(self.model.seed):
+                batch = next(b for i, b in enumerate(self.data) if i == index)
+        _, loss = self.model.output_and_loss(batch, index)
+        bad = [
+            n
+            for n, g in zip(self.layout.names, self.model.gradients(batch, index), strict=True)
+            if not g.isfinite().all()
+        ]
+        if not loss.isfinite():
+            what, layer = f"the loss itself is {float(loss.detach())}", None
+        elif bad:
+            what, layer = f"the loss is {float(loss.detach()):.4g} but its gradient is not finite", bad[0]
+        else:
+            layer = next(
+                (
+                    n
+                    for parts in found
+                    for n, part in zip(self.layout.names, parts, strict=True)
+                    if not part.isfinite().all()
+                ),
+                None,
+            )
+            what = "loss and gradient are finite, but a second derivative is not (a square root at 0, for instance)"
+        raise SkipscopeError(
+            self.model.operation, f"a product is not finite on batch {index}: {what}", layer=layer,
+            expected="finite numbers",
+            cure="look at that batch and layer; float64, or a smaller learning rate before measuring, may help",
+        )  # fmt: skip
+
+
+@public_call("curvature_operator")
+def curvature_operator(
+    model: nn.Module,
+    data: Any,
+    loss: Any = None,
+    *,
+    matrix: Matrix = "hessian",
+    parameters: Selection = None,
+    weight: Callable[[Batch], float] | None = None,
+    training: bool | None = False,
+    seed: int = 0,
+    mode: str | None = None,
+    memory: int = _MEMORY,
+) -> CurvatureOperator:
+    """The Hessian or Gauss-Newton matrix of a loss, to multiply with. Local: under DDP it sees this rank's data.
+
+    Args:
+        model: any module; it is copied and left as found.
+        data: one batch, or a re-iterable of batches.
+        loss: ``loss(output, target)``; None when the output carries ``.loss``; or an ``@ss.objective``.
+        matrix: "hessian", or "gauss_newton": the Hessian of the loss with the model replaced by its linearisation.
+        parameters: names or patterns (``"layer1.*"``) of what it is taken in; default: all that require a gradient.
+        weight: what a batch counts for in the mean; default: the loss's own normaliser.
+        training: False runs in eval mode, True in training mode, None leaves each module's flag.
+        seed: of random numbers inside the model (dropout), the same in every product.
+        mode: which way to make products; default: the first that works of "reverse over reverse", "forward over
+            reverse", the two with fused kernels spelt out ("math kernels"), and "finite differences".
+        memory: bytes that kept graphs may take; batches beyond it are run anew for each product.
+
+    Returns:
+        A scipy ``LinearOperator`` of shape ``(n, n)`` in float64, with ``.method``, ``.products`` and ``.apply`` for
+        rows of torch vectors.
+
+    Raises:
+        SkipscopeError: data or loss cannot be read, batches cannot be averaged, or no mode works.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1)
+        >>> operator = ss.curvature_operator(torch.nn.Linear(1, 1, bias=False), (x, y), torch.nn.functional.mse_loss)
+        >>> operator.matvec([1.0])  # 2/N x'x
+        array([5.])
+    """
+    how = How(matrix, parameters, weight, training, seed, mode, memory)
+    return open_operator("curvature_operator", model, data, loss, how, _scipy_class())
+
+
+@functools.cache
+def _scipy_class() -> type[CurvatureOperator]:
+    """The class that is a ``LinearOperator`` too: scipy's sparse solvers are slow to import."""
+    from scipy.sparse.linalg import LinearOperator
+
+    class LinearCurvatureOperator(CurvatureOperator, LinearOperator):
+        def __init__(self, *arguments: Any, **options: Any):
+            CurvatureOperator.__init__(self, *arguments, **options)
+            LinearOperator.__init__(self, self.dtype, self.shape)
+
+    return LinearCurvatureOperator
+
+
+def open_operator(
+    operation: str,
+    model: nn.Module,
+    data: Any,
+    loss: Any,
+    how: How,
+    kind: type[CurvatureOperator] = CurvatureOperator,
+) -> CurvatureOperator:
+    """:func:`curvature_operator` in the name of another public call."""
+    if how.matrix not in get_args(Matrix):
+        raise SkipscopeError(
+            operation, f"unknown matrix {how.matrix!r}", expected=" or ".join(map(repr, get_args(Matrix)))
+        )
+    require_module(model, operation)
+    refuse_spread(model, operation)
+    batches, objective = read(model, data, loss, operation, weight=how.weight)
+    own = private_model(
+        model, objective, operation, parameters=how.parameters, training=how.training, seed=how.seed
+    )
+    return kind(own, batches, how.matrix, mode=how.mode, memory=how.memory)

@@ -1,0 +1,112 @@
+"""Is a product what it claims to be? A derivative that exists may still be a wrong one.
+
+Seen: a backward pass marked ``once_differentiable`` is left out of a second derivative without a word, and the second
+derivative of torch's fused weight norm is wrong. So the first product of every mode is held against differences of
+gradients, in float64 where the model can be run in it. A kink (ReLU) between the points of a difference proves nothing:
+a mode is refused only when differences at two steps agree with each other and not with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skipscope._data import Batch
+from skipscope.curvature._hessian_products import Differences, Mode, Tangent
+from skipscope.curvature._private_model import PrivateModel, in_double
+
+# For each precision: two steps, as parts of |p|; how well two differences agree; and the error of a right product.
+_STEPS = {torch.float64: (1e-5, 1e-7, 1e-3, 1e-6), torch.float32: (1e-2, 3e-3, 3e-2, 3e-2)}
+_ROUNDED = 1e-4  # the error of a right product in float32, at the least
+_MOST = 1 << 14  # coordinates of a parameter that are compared: a wrong derivative spreads over all of them
+
+
+@dataclass
+class ProductCheck:
+    """The comparison of a mode's first product with differences of gradients, at some coordinates of each parameter.
+
+    Attributes:
+        model: what was multiplied with.
+        batch: the batch it was on.
+        index: its number.
+        tangent: the vector.
+        differences: makes the matrix's finite-difference mode for a step.
+    """
+
+    model: PrivateModel
+    batch: Batch
+    index: int
+    tangent: Tangent
+    differences: Callable[[float], Differences]
+
+    def __post_init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.places = [
+            None
+            if p.numel() <= _MOST
+            else torch.randint(p.numel(), (_MOST,), generator=generator).to(p.device)
+            for p in self.model.parameters
+        ]
+
+    def part(self, i: int, tensor: Tensor) -> Tensor:
+        """The coordinates of parameter ``i`` that are compared, in float64."""
+        flat, places = tensor.detach().reshape(-1), self.places[i]
+        return (flat if places is None else flat[places]).double().clone()
+
+    def some(self, parts: Tangent) -> Tensor:
+        """The coordinates of a product that are compared."""
+        return torch.cat([self.part(i, part) for i, part in enumerate(parts)])
+
+    def reason_to_doubt(self, found: Tensor, mode: Mode) -> str | None:
+        """Why a product cannot be right.
+
+        Args:
+            found: its coordinates, by :meth:`some`.
+            mode: what made it; where rounding may hide an error the product is made again in float64.
+
+        Returns:
+            The reason, or None when nothing speaks against the product.
+        """
+        if not found.isfinite().all():
+            return None  # told by the product itself
+        own = self.model.parameters[0].dtype
+        model, batch = in_double(self.model, self.batch, self.index) or (self.model, self.batch)
+        dtype = model.parameters[0].dtype
+        if dtype not in _STEPS:
+            return None
+        try:
+            return self._compare(found, mode, model, batch, rounded=own != dtype)
+        except Exception:  # a check that cannot be made speaks for nothing
+            return None
+        finally:
+            self.model.drop_double()
+
+    def _compare(
+        self, found: Tensor, mode: Mode, model: PrivateModel, batch: Batch, rounded: bool
+    ) -> str | None:
+        dtype = model.parameters[0].dtype
+        *steps, agree, exact = _STEPS[dtype]
+        slow: list[Tensor] = []
+        for step in steps:
+            parts = self.differences(step).in_parts(model, batch, self.index, self.tangent, self.part)
+            slow.append(torch.cat(parts))
+            if _apart(found, slow[-1]) <= (max(exact, _ROUNDED) if rounded else exact):
+                return None
+        if rounded:
+            tangent = [t.to(dtype) for t in self.tangent]
+            found = self.some(mode.product(mode.prepare(model, batch, self.index), [tangent])[0])
+        apart, spread = _apart(found, slow[0]), _apart(*slow)
+        if spread > agree or apart <= 10 * max(spread, exact):
+            return None
+        share = f"{100 * apart:.0f} %" if apart > 0.01 else f"{apart:.1g} of its size"
+        return (
+            f"differs by {share} from differences of gradients: some operation's second derivative is wrong"
+        )
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    size = max(float(a.norm()), float(b.norm()))
+    return float((a - b).norm()) / size if size else 0.0

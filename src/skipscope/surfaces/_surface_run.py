@@ -1,0 +1,229 @@
+"""The straight line from models, data and a loss to surfaces."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from skipscope._data import Batches, Objective, mean_loss, read
+from skipscope._random import refuse_noise, seed_generators
+from skipscope._sharding import refuse_spread
+from skipscope._untouched import private_copy, require_module, untouched
+from skipscope._version import __version__
+from skipscope.shortcuts import average_statistics
+from skipscope.surfaces._landscape_settings import Settings
+from skipscope.surfaces.evaluation._autotune import Choice
+from skipscope.surfaces.evaluation._evaluator import prepare_batch_norm
+from skipscope.surfaces.evaluation._memory_limits import check_grid
+from skipscope.surfaces.evaluation._permutation_test import own_loss
+from skipscope.surfaces.evaluation._point_loss import data_hash, direction_hash, resident, weights_hash
+from skipscope.surfaces.evaluation._twins_on_plane import TwinOnPlane, Work
+from skipscope.surfaces.evaluation._work_setup import choose_for_all, open_twins, precision_of
+from skipscope.surfaces.grids._adaptive_grid import Adaptive
+from skipscope.surfaces.grids._grid import Sheet, axes
+from skipscope.surfaces.grids._grid_runner import Runner, engine_for
+from skipscope.surfaces.grids._ray_cluster import job, on_ray
+from skipscope.surfaces.grids._surface_store import Plan, Store, check_plan, read_plan
+from skipscope.surfaces.planes._plane import Plane
+from skipscope.surfaces.results._surface_assembly import Facts, Interpolated, Run, finish
+from skipscope.surfaces.results._surface_result import PairedSurfaces
+
+_UNIT_S = 2.0  # a unit of work in a store takes about this long: what a killed process loses at most
+
+
+def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings) -> PairedSurfaces:
+    """Every twin's surface on the plane that ``settings`` describe.
+
+    Raises:
+        SkipscopeError: model, data, loss or settings that cannot be used.
+    """
+    began = time.perf_counter()
+    first = next(iter(models.values()))
+    for model in models.values():
+        require_module(model, "landscape")
+        refuse_spread(model, "landscape")
+    engine = engine_for(settings.engine, settings.store is not None)
+    at = axes(settings.grid, settings.span, settings.axis_count, settings.strength is not None)
+    held = resident(first, data, loss, settings.samples, settings.seed)
+    held, objective = read(
+        first, held, loss, "landscape", weight=settings.weight, sample_loss=settings.sample_loss
+    )
+    hashes = {name: weights_hash(model) for name, model in models.items()}
+    with (
+        untouched(*models.values(), training=False, seed=0, operation="landscape"),
+        precision_of(settings.precision, first),
+        ExitStack() as opened,
+    ):
+        twins = opened.enter_context(open_twins(models, held, objective, settings, len(at)))
+        work = Work(twins, at)
+        check_grid(int(np.prod(work.shape)), len(work.names))
+        sheet = Sheet(work.names, work.shape)
+        facts = {t.name: _facts(t, held, objective, settings) for t in twins}
+        store, choices = _prepare(twins, work, settings, hashes, held, objective)
+        what = f"loss surface of {', '.join(models)} ({_expected(choices, sheet.done.size)})"
+        remote, at_once, in_flight = None, _at_once(twins), _unit_points(work, choices)
+        if engine == "ray":
+            strategies = {name: choice.name for name, choice in choices.items()}
+            remote, at_once = on_ray(job(models, held, objective, settings, at, strategies)), min(at_once, 16)
+        runner = Runner(sheet, work, store, engine, what, at_once, remote, in_flight)
+
+        def end(interpolated: Interpolated | None) -> PairedSurfaces:
+            run = Run(settings, at, held, objective, hashes, facts, choices, interpolated, began)
+            result = finish(run, _with_origin(sheet, twins, at), twins)
+            if store is not None and runner.rank == 0:
+                store.finish(result if len(twins) > 1 else result.surfaces[twins[0].name])
+            return result
+
+        interpolated = _fill(sheet, runner, twins, at, settings.tolerance, end if store is not None else None)
+    return end(interpolated)
+
+
+def _prepare(
+    twins: list[TwinOnPlane],
+    work: Work,
+    settings: Settings,
+    hashes: dict[str, str],
+    data: Batches,
+    loss: Objective,
+) -> tuple[Store | None, dict[str, Choice]]:
+    """Open the store, if any, and choose the way of evaluating: the store's own when it has one."""
+    count = int(np.prod(work.shape))
+    folder = settings.store
+    if folder is None:
+        return None, choose_for_all(twins, work, count, settings.strategy)
+    found = read_plan(folder)
+    identity, probes = _identity(twins, work, settings, hashes, data, loss), work.fingerprint()
+    plan = Plan(identity, probes, work.names, count, 1, "plain")
+    if found is not None:
+        check_plan(found, plan, folder)
+        return Store(folder, found), choose_for_all(twins, work, count, found.strategy)
+    choices = choose_for_all(twins, work, count, settings.strategy)
+    name = choices[twins[0].name].name
+    store = Store.create(folder, replace(plan, unit=_unit(work, choices, settings), strategy=name))
+    if store.plan.strategy != name:  # another process made the store first
+        choices = choose_for_all(twins, work, count, store.plan.strategy)
+    return store, choices
+
+
+def _expected(choices: dict[str, Choice], points: int) -> str:
+    seconds = points * sum(choice.point_seconds for choice in choices.values())
+    return f"about {seconds:.0f} s" if seconds < 120 else f"about {seconds / 60:.0f} min"
+
+
+def _at_once(twins: list[TwinOnPlane]) -> int:
+    """Points whose per-sample losses are held together: up to 64 or four a core, up to 64 MiB."""
+    samples = sum(twins[0].evaluator.plain.at_point.sizes)
+    return int(np.clip(2**23 // max(samples, 1), 1, max(64, 4 * torch.get_num_threads())))
+
+
+def _unit(work: Work, choices: dict[str, Choice], settings: Settings) -> int:
+    """Points a unit in a store; an adaptive run asks for single ones."""
+    return 1 if settings.tolerance is not None else min(work.shape[-1], _unit_points(work, choices))
+
+
+def _unit_points(work: Work, choices: dict[str, Choice]) -> int:
+    seconds = sum(choice.point_seconds for choice in choices.values())
+    return int(np.clip(_UNIT_S / max(seconds, 1e-9), 1, _at_once(work.twins)))
+
+
+def _identity(
+    twins: list[TwinOnPlane],
+    work: Work,
+    settings: Settings,
+    hashes: dict[str, str],
+    data: Batches,
+    loss: Objective,
+) -> dict[str, Any]:
+    return {
+        "weights": hashes,
+        "data": data_hash(data),
+        "loss": loss.name,
+        "grid": [at.tolist() for at in work.axes],
+        "directions": {t.name: direction_hash(t.directions) for t in twins},
+        "settings": {
+            "seed": settings.seed, "strength": settings.strength and [getattr(s, "name", s) for s in settings.strength], "batch_norm": settings.batch_norm, "l2": settings.l2,
+            "tolerance": settings.tolerance, "precision": settings.precision,
+        },
+        "versions": {"skipscope": __version__, "torch": torch.__version__},
+    }  # fmt: skip
+
+
+def _fill(
+    sheet: Sheet,
+    runner: Runner,
+    twins: list[TwinOnPlane],
+    at: tuple[np.ndarray, ...],
+    tolerance: float | None,
+    keep: Callable[[Interpolated], object] | None,
+) -> Interpolated | None:
+    """Compute the sheet; where it is kept, the surface after each level is too.
+
+    Returns:
+        What was interpolated; None when all was computed.
+    """
+    everything = np.arange(sheet.done.size)
+    if tolerance is None or len(at) == 1 or min(sheet.shape) < 5:
+        runner.compute(everything)
+        return None
+    fields = [(f"{t.name}/value", f"{t.name}/stderr" if t.has_samples else None) for t in twins]
+    adaptive = Adaptive(sheet, at, runner.compute, fields, tolerance)
+
+    def known(beyond: float | None) -> Interpolated:
+        by_twin = {t.name: adaptive.errors[f"{t.name}/value"] for t in twins}
+        return Interpolated(by_twin, adaptive.level, adaptive.held_out, beyond)
+
+    if keep is not None and runner.rank == 0:
+        adaptive.after_level = lambda: keep(known(None))
+    adaptive.run()
+    return None if sheet.done.all() else known(adaptive.beyond)
+
+
+def _with_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ...]) -> Sheet:
+    """Where the origin is a point of the grid it carries the plain loop's value: the model's own loss, bit for bit."""
+    sheet = copy.deepcopy(sheet)  # what is still refined goes on from what was computed
+    for twin in twins:
+        places = [np.flatnonzero(axis == c) for axis, c in zip(at, twin.evaluator.origin_point)]
+        if all(len(p) for p in places):
+            sheet[f"{twin.name}/value"][tuple(int(p[0]) for p in places)] = twin.centre
+    return sheet
+
+
+def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings) -> Facts:
+    """What is measured apart from the evaluator: the model's own loss, and whether it has learnt."""
+    model, anew = twin.fresh or twin.model, settings.batch_norm == "recalibrate"
+    if twin.evaluator.plain.draws:
+        seed_generators(0)  # the same draws as at every point
+    if settings.batch_norm in {"recalibrate", "batch"}:
+        model = private_copy(model, "landscape")
+        if prepare_batch_norm(model, settings.batch_norm) != "none" and anew:
+            average_statistics(model, data, loss.run)
+    own, learnt = own_loss(model, data, loss)
+    some = next((p.dtype for p in model.parameters()), torch.float32)
+    refuse_noise("landscape", twin.centre - twin.evaluator.penalty_at_origin(), own, some)
+    plane = settings.directions if isinstance(settings.directions, Plane) else None
+    # A twin whose statistics did not fit it has none that fit at a checkpoint either.
+    known = _losses_at(model, plane, data, loss, anew or twin.fresh is not None) if plane else []
+    return Facts(own, learnt, known)
+
+
+def _losses_at(model: nn.Module, plane: Plane, data: Batches, loss: Objective, anew: bool) -> list[float]:
+    """Each known point's own loss: with its own buffers where it came with them, batch norm as on the surface."""
+    copy, losses = private_copy(model, "landscape"), []
+    own = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
+    for weights in plane.weights:
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                if name in own and own[name].shape == tensor.shape:
+                    own[name].copy_(tensor)
+        if anew:
+            average_statistics(copy, data, loss.run)
+        losses.append(mean_loss(copy, data, loss))
+    return losses

@@ -1,0 +1,1 @@
+"""From points of a plane to losses: the plain loop, and faster strategies."""

@@ -1,0 +1,257 @@
+"""From points of a plane to losses: the plain loop over points, and one twin's evaluator around it.
+
+The plain loop (move our copy of the model, run every batch as it came) is the reference; faster ways are tried
+against it on the first points (see :mod:`skipscope.surfaces.evaluation._autotune`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skipscope._cached_weights import (
+    Cache,
+    caches_filled_by,
+    empty,
+    holds_generators,
+    refuse_full_caches,
+    tensors_kept,
+)
+from skipscope._data import Batch, Batches, Objective, forward
+from skipscope._errors import SkipscopeError
+from skipscope._random import generator_states, generators_moved, refuse_noise, seed_generators
+from skipscope.shortcuts import average_statistics, norms_with_statistics
+from skipscope.surfaces.evaluation._moving_copy import MovingCopy
+from skipscope.surfaces.evaluation._point_loss import Metric, PointLoss, Reading, gather, joined, parts
+from skipscope.surfaces.planes._directions import Direction, inner
+
+BATCH_NORM = {
+    "frozen": "frozen", "recalibrate": "recalibrated at each point", "batch": "batch statistics",
+    "as found": "frozen as found",
+}  # fmt: skip
+Point = tuple[float, ...]
+
+
+class Strategy(Protocol):
+    """A way to evaluate points."""
+
+    name: str
+
+    def __call__(self, points: Sequence[Point]) -> Reading:
+        """The losses at ``points``."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what does not end by itself."""
+        ...
+
+
+# --- batch norm ----------------------------------------------------------------------------------------------------
+
+
+def prepare_batch_norm(copy: nn.Module, mode: str) -> str:
+    """Put our own copy into a batch-norm mode; returns its words.
+
+    Raises:
+        SkipscopeError: an unknown mode.
+    """
+    if mode not in BATCH_NORM:
+        raise SkipscopeError(
+            "landscape", "unknown batch-norm mode", expected=" or ".join(BATCH_NORM), got=repr(mode)
+        )
+    layers = norms_with_statistics(copy)
+    if mode == "batch":
+        for layer in layers:
+            layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+    return BATCH_NORM[mode] if layers else "none"
+
+
+# --- the plain loop, and loops like it -----------------------------------------------------------------------------
+
+
+class Loop:
+    """Point after point: move the copy, run every batch.
+
+    Args:
+        model: the user's model in evaluation mode; it is only read.
+        directions: one direction an axis.
+        at_point: the data and the loss.
+        batch_norm: a key of :data:`BATCH_NORM`.
+        name: for the result.
+        channels_last: lay the copy's convolution weights out that way.
+        run: the forward pass, ``run(model, batch) -> output``.
+        knob: the shortcut strength's tensor, where the first coefficient is the strength.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        directions: Sequence[Direction],
+        at_point: PointLoss,
+        batch_norm: str,
+        *,
+        name: str = "plain",
+        channels_last: bool = False,
+        run: Callable[[nn.Module, Batch], Any] | None = None,
+        knob: Tensor | None = None,
+    ):
+        self.name, self.at_point, self.knob = name, at_point, knob
+        self.moving = MovingCopy(model, directions, channels_last=channels_last)
+        self.recalibrates = prepare_batch_norm(self.moving.model, batch_norm) == BATCH_NORM["recalibrate"]
+        self.run = run or _run
+        self.draws = False
+        self.caches: list[Cache] = []
+
+    def __call__(self, points: Sequence[Point]) -> Reading:
+        return gather([self._one(point) for point in points])
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _one(self, point: Point) -> dict[str, Any]:
+        if self.knob is not None:
+            self.knob.fill_(point[0])
+            point = point[1:]
+        copy = self.moving.move(point)
+        empty(copy, self.caches)
+        if self.draws:
+            seed_generators(0)  # a forward pass that draws numbers draws the same ones at every point
+        if self.recalibrates:
+            average_statistics(copy, self.at_point.data, self.at_point.loss.run)
+        return self.at_point.read(copy, self.run)
+
+    def read_origin(self, origin: Point) -> Reading:
+        """The reading at the origin; it also shows what has to be reset before each point.
+
+        Random numbers that are drawn are the same ones at every point. What the model keeps of a computation with its
+        weights is emptied before each point.
+
+        Raises:
+            SkipscopeError: the model came with such a cache already full, or draws from a generator that it holds.
+        """
+        before, copy = generator_states(), self.moving.model
+        held = tensors_kept(copy)
+        reading, self.caches = caches_filled_by(lambda: self([origin]), copy)
+        refuse_full_caches(
+            "landscape", copy, held, self.moving.names, lambda model: self.at_point.read(model, self.run)
+        )
+        self.draws = generators_moved(before)
+        if self.draws:
+            reading = self([origin])
+        if holds_generators(copy):
+            again, dtype = self([origin]), next((p.dtype for p in copy.parameters()), torch.float32)
+            refuse_noise("landscape", float(reading.values[0]), float(again.values[0]), dtype)
+        return reading
+
+
+def _run(model: nn.Module, batch: Batch) -> Any:
+    return forward(model, batch, "landscape")
+
+
+class Evaluator:
+    """One twin on the plane.
+
+    Args:
+        model: the user's model in evaluation mode; it is only read.
+        data: resident batches.
+        loss: the objective.
+        directions: one direction an axis.
+        metrics: name -> ``f(output, target)``.
+        batch_norm: a key of :data:`BATCH_NORM`.
+        l2: adds l2/2 |w|^2 over all parameters to every value.
+        knob: the shortcut strength's tensor in ``model``, where the first axis is the strength.
+
+    Attributes:
+        plain: the reference.
+        strategy: the way points are evaluated; the plain loop until another is chosen.
+        origin_point: the coefficients of the model as it is.
+        origin: the reading there, by the plain loop.
+        origin_seconds: what that took.
+        batch_norm: the mode in words.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        data: Batches,
+        loss: Objective,
+        directions: Sequence[Direction],
+        metrics: dict[str, Metric],
+        batch_norm: str,
+        l2: float,
+        knob: Tensor | None = None,
+    ):
+        self.model, self.loss, self.directions = model, loss, directions
+        self.mode, self.knob = batch_norm, knob
+        self.plain = Loop(model, directions, PointLoss(data, loss, metrics), batch_norm, knob=knob)
+        self.batch_norm = BATCH_NORM[batch_norm] if norms_with_statistics(model) else "none"
+        self.strategy: Strategy = self.plain
+        self._penalty = _Penalty(model, directions, l2) if l2 else None
+        # As built: no step along any direction, and a strength of one.
+        self.origin_point = (*([1.0] if knob is not None else []), *(0.0 for _ in directions))
+        began = time.perf_counter()
+        reading = self.plain.read_origin(self.origin_point)
+        self.origin_seconds = time.perf_counter() - began
+        self.origin = self._with_penalty(reading, [self.origin_point])
+        self._kept: dict[Point, Reading] = {}
+        self.keep([self.origin_point], reading)
+
+    def __call__(self, points: Sequence[Point]) -> Reading:
+        """The losses at ``points``; what was kept of them is handed out once, and not computed again."""
+        missing = [point for point in points if point not in self._kept]
+        computed = iter(parts(self.strategy(missing)) if missing else ())
+        each = [self._kept.pop(point) if point in self._kept else next(computed) for point in points]
+        return self._with_penalty(joined(each), points)
+
+    def keep(self, points: Sequence[Point], reading: Reading) -> None:
+        """Remember points that the strategy in use has computed."""
+        self._kept = dict(zip(points, parts(reading))) | self._kept
+
+    def _with_penalty(self, reading: Reading, points: Sequence[Point]) -> Reading:
+        if self._penalty is not None:
+            steps = [point[1:] if self.knob is not None else point for point in points]
+            reading = _with_each(reading, np.array([self._penalty(step) for step in steps]), self.loss.sums)
+        return reading
+
+    def use(self, strategy: Strategy) -> None:
+        """Evaluate this way from now on."""
+        if strategy is not self.strategy:
+            self.strategy.close()
+            # Every point of a surface has the bits of one strategy; the origin always those of the plain loop.
+            self._kept = {point: r for point, r in self._kept.items() if point == self.origin_point}
+            self.strategy = strategy
+
+    def penalty_at_origin(self) -> float:
+        """The regulariser's part of the value at the origin."""
+        return self._penalty((0.0,) * len(self.directions)) if self._penalty is not None else 0.0
+
+
+def _with_each(reading: Reading, penalties: np.ndarray, sums: bool) -> Reading:
+    """Every sample carries its share of the regulariser, so that a surface without some of them has it whole too."""
+    n, d = reading.numerators, reading.denominators
+    if n is not None and d is not None:
+        n = n + penalties[:, None] * (np.full(n.shape[1], 1 / n.shape[1]) if sums else d)
+    return replace(reading, values=reading.values + penalties, numerators=n)
+
+
+class _Penalty:
+    """l2/2 |w + sum c_i d_i|^2 in closed form: a quadratic in the coefficients."""
+
+    def __init__(self, model: nn.Module, directions: Sequence[Direction], l2: float):
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        self.l2, self.constant = l2, inner(weights, weights)
+        self.linear = [inner(d, weights) for d in directions]
+        self.square = [[inner(d, e) for e in directions] for d in directions]
+
+    def __call__(self, point: Point) -> float:
+        size = self.constant + 2 * sum(c * l for c, l in zip(point, self.linear))
+        for c, row in zip(point, self.square):
+            size += sum(c * e * s for e, s in zip(point, row))
+        return self.l2 / 2 * size

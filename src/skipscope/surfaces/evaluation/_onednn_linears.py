@@ -1,0 +1,99 @@
+"""Linear layers of our own copy through oneDNN's kernel, in the same precision, each with the activation after it.
+
+The BLAS that torch comes with runs at half speed on some processors; oneDNN's kernel does not, and computes an
+activation function on the way. Which activation follows which layer is seen in one forward pass. That nothing else
+reads the layer's output cannot be seen, but it is tried: a way of evaluating is taken only if it gives the plain loop's
+numbers (:mod:`skipscope.surfaces.evaluation._autotune`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Epilogue = tuple[str, str]  # oneDNN's name of an activation function, and which algorithm
+
+# Exact types only: a subclass may do anything.
+_EPILOGUES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu", nn.GELU: "gelu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "swish",
+}  # fmt: skip
+
+
+def linears(model: nn.Module) -> list[nn.Linear]:
+    """The layers that oneDNN's kernel can run: linear ones in float32 on a CPU, none under autocast."""
+    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+        return []
+    return [
+        m for m in model.modules()
+        if type(m) is nn.Linear and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
+    ]  # fmt: skip
+
+
+def through_one_dnn(copy: nn.Module, run: Callable[[], Any] | None) -> None:
+    """Let the linear layers of ``copy`` run oneDNN's kernel.
+
+    Args:
+        copy: our own; its modules' ``forward`` is replaced.
+        run: one forward pass of it; None leaves the activations to themselves.
+    """
+    layers = linears(copy)
+    after = {} if run is None else _followers(copy, layers, run)
+    for layer in layers:
+        activation = after.get(layer)
+        then = None if activation is None else type(activation).forward.__get__(activation)
+        layer.forward = functools.partial(_linear, layer, _epilogue(activation), then)
+    for activation in set(after.values()):
+        activation.forward = _as_it_is
+
+
+def _epilogue(activation: nn.Module | None) -> Epilogue:
+    if activation is None:
+        return "none", ""
+    return _EPILOGUES[type(activation)], getattr(activation, "approximate", "")
+
+
+def _linear(
+    layer: nn.Linear, epilogue: Epilogue, then: Callable[[Tensor], Tensor] | None, input: Tensor
+) -> Tensor:
+    if input.dtype != torch.float32 or input.ndim < 2:  # what the kernel does not take, torch's own way does
+        output = functional.linear(input, layer.weight, layer.bias)
+        return output if then is None else then(output)
+    name, algorithm = epilogue
+    return torch.ops.mkldnn._linear_pointwise(input, layer.weight, layer.bias, name, [], algorithm)
+
+
+def _as_it_is(input: Tensor) -> Tensor:
+    return input
+
+
+def _followers(
+    copy: nn.Module, layers: list[nn.Linear], run: Callable[[], Any]
+) -> dict[nn.Linear, nn.Module]:
+    """For each layer the activation that is given its output, at each of its calls and nothing else's output."""
+    made: dict[int, tuple[Tensor, nn.Linear]] = {}  # the outputs are kept, so that their ids stay their own
+    calls: Counter[nn.Linear] = Counter()
+    uses: Counter[tuple[nn.Module, nn.Linear | None]] = Counter()
+
+    def note(layer: Any, args: Any, output: Tensor) -> None:
+        made[id(output)] = (output, layer)
+        calls[layer] += 1
+
+    def meet(activation: nn.Module, args: Any) -> None:
+        uses[activation, made[id(args[0])][1] if args and id(args[0]) in made else None] += 1
+
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    handles += [m.register_forward_pre_hook(meet) for m in copy.modules() if type(m) in _EPILOGUES]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {layer: activation for (activation, layer), n in uses.items() if layer and n == calls[layer]}
+    mixed = {activation for activation, layer in uses if layer is None or found.get(layer) is not activation}
+    return {layer: activation for layer, activation in found.items() if activation not in mixed}

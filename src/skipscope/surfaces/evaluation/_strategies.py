@@ -1,0 +1,245 @@
+"""Strategies for evaluating points, each giving the plain loop's numbers to rounding.
+
+None is the fastest everywhere: convolutions on a CPU want channels-last and small batches, linear layers may want
+oneDNN's kernel instead of the BLAS that torch came with (twice as fast on some processors), small networks a point a
+core (on several threads they wait for threads), a GPU wants its kernels replayed as one graph; compiling costs its own
+half minute. What won by less than 1.2 on every network of the benchmark is not here (other batch sizes, several points
+under one vmap, compiling on a CPU). :mod:`skipscope.surfaces.evaluation._autotune` times them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._data import Batch, Batches, batch_size, map_tensors
+from skipscope.surfaces.evaluation._evaluator import Evaluator, Loop, Point, Strategy
+from skipscope.surfaces.evaluation._memory_limits import fits
+from skipscope.surfaces.evaluation._onednn_linears import linears, through_one_dnn
+from skipscope.surfaces.evaluation._point_loss import PointLoss, Reading, joined, take
+from skipscope.surfaces.evaluation._process_pool import CAN_FORK, Forked, measured_in_a_copy, one_thread
+from skipscope.surfaces.evaluation._recorded_forward import Recorded
+
+_RECORD_S = 0.3  # what recording a forward pass may cost
+_IMPORT_S = 2.0  # and the first time, when torch has not loaded its compiler yet (an optimizer does, too)
+COMPILE_S = 40.0  # what compiling may cost
+_BATCH = 64  # samples of a convolution's batch: between the 32 and 128 that were as fast and slower
+_FORK_S = 0.03  # what a copy of this process may cost
+PER_CORE = ", a point a core"
+
+
+@dataclass(frozen=True)
+class StrategySpec:
+    """A strategy that can be made.
+
+    Attributes:
+        name: in results, in stores, and for ``strategy=``.
+        make: makes it.
+        gain: how many times as fast as the plain loop one of its kind has been on the networks of the benchmark.
+        seconds: what making it may cost.
+        evaluations: what trying it may cost beside that, in evaluations of a point.
+        forks: copies of the process can use it, each with one thread.
+    """
+
+    name: str
+    make: Callable[[], Strategy]
+    gain: float = 1.0
+    seconds: float = 0.0
+    evaluations: float = 1.0
+    forks: bool = False
+
+
+# --- the ways ------------------------------------------------------------------------------------------------------
+
+
+def split_loop(
+    evaluator: Evaluator,
+    name: str,
+    size: int | None = None,
+    channels_last: bool = False,
+    compiled: bool = False,
+    recorded: bool = False,
+) -> Loop:
+    """The plain loop on smaller batches (``size``), with channels-last layout, or with a compiled or recorded model."""
+    old = evaluator.plain.at_point
+    data = _resplit(old.data, size, channels_last)
+    at_point = PointLoss(data, old.loss, old.metrics, once=True)
+    loop = Loop(
+        evaluator.model, evaluator.directions, at_point, evaluator.mode, name=name, channels_last=channels_last,
+        knob=evaluator.knob,
+    )  # fmt: skip
+    if compiled:
+        faster = torch.compile(loop.moving.model, dynamic=False)
+        loop.run = lambda model, batch: _call(faster, batch)
+    elif not channels_last and linears(evaluator.model):
+        once = None if recorded else lambda: at_point.read(loop.moving.model, loop.run)
+        through_one_dnn(loop.moving.model, once)
+    if recorded:
+        loop.run = Recorded(loop.moving.model, loop.run)
+        # Recorded at the origin: a number that was read from a weight then shows where the weights have moved.
+        at_point.read(loop.moving.model, loop.run)
+    return loop
+
+
+def _call(model: Callable[..., Any], batch: Batch) -> Any:
+    inputs = batch[0] if isinstance(batch, tuple | list) else batch
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def _resplit(data: Batches, size: int | None, channels_last: bool) -> Batches:
+    def lay_out(t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=torch.channels_last) if channels_last and t.ndim == 4 else t
+
+    parts: list[Batch] = []
+    for batch in data:
+        n = batch_size(batch)
+        if size is None or n <= size:
+            parts.append(batch)
+            continue
+        for start in range(0, n, size):
+            part = take(batch, slice(start, start + size), n)
+            parts.append(tuple(part) if isinstance(batch, tuple) else part)
+    return Batches([map_tensors(part, lay_out) for part in parts], single=data.single and len(parts) == 1)
+
+
+class Replayed(Loop):
+    """The loop as one CUDA graph: kernels are recorded once on the copy's fixed addresses, and replayed at each point.
+
+    Args:
+        loop: the loop to record.
+    """
+
+    def __init__(self, loop: Loop):
+        self.name, self.at_point, self.moving = loop.name, loop.at_point, loop.moving
+        self.recalibrates, self.draws, self.run, self.knob, self.caches = False, False, loop.run, None, []
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # The fastest kernels are looked for once; the recording then holds them to the end.
+        searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            with torch.cuda.stream(stream):  # libraries set themselves up outside the recording
+                for _ in range(2):
+                    loop.at_point.read(loop.moving.model, loop.run)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.static = loop.at_point.read(loop.moving.model, loop.run)
+        finally:
+            torch.backends.cudnn.benchmark = searching
+
+    def _one(self, point: Point) -> dict[str, Any]:
+        self.moving.move(point)
+        self.graph.replay()
+        return map_tensors(self.static, torch.clone)
+
+
+class WorkerPool:
+    """A point a core: copies of this process go through the loop, each with one thread.
+
+    One thread's numbers are the same in a copy and here, so that how many copies there are changes no bit; where there
+    can be none, this process does it all.
+
+    Args:
+        name: for the result.
+        loop: the loop.
+        cores: how many copies.
+        point: of the grid, to try on.
+        seconds: what a point takes here, about.
+
+    Attributes:
+        first: the seconds that ``point`` took in a copy alone, and its reading; None without copies.
+
+    Raises:
+        MemoryError: the copies would not fit.
+    """
+
+    def __init__(self, name: str, loop: Loop, cores: int, point: Point, seconds: float):
+        self.name, self.loop, self.cores = name, loop, cores
+        self._copies: Forked[Sequence[Point], Reading] | None = None
+        self.first: tuple[float, Reading] | None = None
+        if not CAN_FORK or cores < 2:
+            return
+        patience = 10 + 100 * cores * seconds
+        needed, took, reading = measured_in_a_copy(loop, [point], patience)
+        needed += loop.moving.bytes
+        if not fits(cores * needed):
+            raise MemoryError(f"{cores} copies need {cores * needed / 2**30:.1f} GiB")
+        self.first = took, reading
+        self._copies = Forked(loop, cores, patience)
+
+    def __call__(self, points: Sequence[Point]) -> Reading:
+        if self._copies is None:
+            with one_thread():
+                return self.loop(points)
+        size = max(1, len(points) // (8 * self.cores))
+        parts = [points[start : start + size] for start in range(0, len(points), size)]
+        found = dict(self._copies.surely(parts))
+        return joined([found[i] for i in range(len(parts))])
+
+    def close(self) -> None:
+        """End the copies."""
+        if self._copies is not None:
+            self._copies.close()
+            self._copies = None
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------
+
+
+def candidate_strategies(evaluator: Evaluator) -> Iterator[StrategySpec]:
+    """The strategies for this model on its device, the plain loop first, then the likeliest."""
+    plain = evaluator.plain
+    device = next((p.device.type for p in evaluator.model.parameters()), "cpu")
+    yield StrategySpec("plain", lambda: plain, forks=device == "cpu")
+    if plain.draws or plain.recalibrates or plain.caches or plain.at_point.records:
+        return
+    knob = evaluator.knob is not None  # a strength is read from outside the weights: only loops see it move
+    convolutions = any(isinstance(m, nn.Conv2d) for m in evaluator.model.modules())
+    if device == "cpu" and convolutions:
+        # What a layer leaves should stay in the cache for the next one: tens of samples.
+        size = _BATCH if evaluator.mode != "batch" and max(plain.at_point.sizes) > _BATCH else None
+        name = "channels last" + (f", batches of {size}" if size else "")
+        yield StrategySpec(name, partial(split_loop, evaluator, name, size, True), gain=2.5, forks=True)
+    if not convolutions and linears(evaluator.model):
+        yield StrategySpec("oneDNN", partial(split_loop, evaluator, "oneDNN"), gain=1.5, forks=True)
+        if not knob:
+            make = partial(split_loop, evaluator, "oneDNN, recorded", recorded=True)
+            seconds = _RECORD_S + _IMPORT_S * ("torch._dynamo" not in sys.modules)
+            yield StrategySpec("oneDNN, recorded", make, 1.2, seconds, forks=True)
+    if device == "cuda" and not knob:
+        words = ["channels last"] * convolutions + ["CUDA graph"]
+        for compiled in (False, True):
+            name = ", ".join(["compiled"] * compiled + words)
+            make = partial(split_loop, evaluator, name, None, convolutions, compiled)
+            yield StrategySpec(name, partial(_replayed, make), 1.5, COMPILE_S * compiled, evaluations=4)
+
+
+def _replayed(make: Callable[[], Loop]) -> Strategy:
+    return Replayed(make())
+
+
+def per_core(spec: StrategySpec, point: Point, seconds: float) -> StrategySpec:
+    """The same, a point a core.
+
+    Args:
+        spec: one that forks.
+        point: of the grid, to try on.
+        seconds: what a point takes, about.
+    """
+    name, cores = spec.name + PER_CORE, torch.get_num_threads()
+
+    def make() -> Strategy:
+        loop = spec.make()
+        assert isinstance(loop, Loop)
+        return WorkerPool(name, loop, cores, point, seconds)
+
+    # One point with one thread alone, and then one a core side by side.
+    return StrategySpec(name, make, 1 + 0.4 * (cores - 1), (cores + 1) * _FORK_S, cores + 1.0)

@@ -1,0 +1,262 @@
+"""Twins on one plane: what is computed at each point, as named numbers.
+
+For each twin k: ``k/value``; with per-sample losses ``k/stderr``, ``k/centre_stderr`` and the folds of
+the jackknife; each metric; and for a twin that shares the first one's weights ``k/difference_stderr``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from skipscope._data import Batches, Objective
+from skipscope._errors import SkipscopeError
+from skipscope._untouched import private_copy, set_mode
+from skipscope.shortcuts import ablate, average_statistics, norms_with_statistics
+from skipscope.surfaces._landscape_settings import Settings
+from skipscope.surfaces.evaluation._evaluator import Evaluator, Point
+from skipscope.surfaces.evaluation._memory_limits import directions_fit
+from skipscope.surfaces.evaluation._point_loss import FOLDS, Reading, fold_sums, influence
+from skipscope.surfaces.grids._grid import Sheet
+from skipscope.surfaces.grids._surface_store import AWAY
+from skipscope.surfaces.planes import _directions as dirs
+
+
+@dataclass
+class TwinOnPlane:
+    """One twin, ready to be evaluated.
+
+    Attributes:
+        name: its key.
+        model: the user's.
+        directions: one an axis.
+        evaluator: goes to points.
+        shared: its weights are the first twin's.
+        fresh: a copy of the model with batch-norm statistics of its own, where those it came with were another's.
+    """
+
+    name: str
+    model: nn.Module
+    directions: list[dirs.Direction]
+    evaluator: Evaluator
+    shared: bool
+    fresh: nn.Module | None = None
+
+    @property
+    def origin(self) -> Reading:
+        """The reading at the origin, by the plain loop."""
+        return self.evaluator.origin
+
+    @property
+    def centre(self) -> float:
+        """The loss at the origin."""
+        return float(self.origin.values[0])
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether standard errors can be had."""
+        return influence(self.origin, self.evaluator.loss.sums) is not None
+
+
+def make_twins(
+    models: Mapping[str, nn.Module], data: Batches, loss: Objective, settings: Settings, axes: int
+) -> list[TwinOnPlane]:
+    """Every twin with its directions: identical tensors for those that share the first one's weights."""
+    first: TwinOnPlane | None = None
+    twins: list[TwinOnPlane] = []
+    keep = directions_fit(models.values(), next(iter(models.values())).parameters(), axes)
+    for name, model in models.items():
+        shared = first is None or same_weights(first.model, model)
+        if not shared:
+            refuse_own_directions(name, settings)
+        moving = axes - (settings.strength is not None)
+        directions = (
+            first.directions
+            if first is not None and shared
+            else directions_for(model, settings, moving, keep)
+        )
+        edited, knob = _with_knob(model, settings)
+        make = partial(
+            Evaluator, data=data, loss=loss, directions=directions, metrics=dict(settings.metrics or {}),
+            batch_norm=settings.batch_norm, l2=settings.l2, knob=knob,
+        )  # fmt: skip
+        twin = TwinOnPlane(name, model, directions, make(edited), shared)
+        frozen = shared and twin.evaluator.mode == "frozen"
+        if first and frozen and stale_statistics(first.model, model, first.centre, twin.centre):
+            twin.fresh = private_copy(model, "landscape")
+            average_statistics(twin.fresh, data, loss.run)
+            twin.evaluator = make(twin.fresh)
+            twin.evaluator.batch_norm = (
+                "frozen, after one recalibration (the statistics were those of the first twin)"
+            )
+        twins.append(twin)
+        first = first or twin
+    return twins
+
+
+def refuse_own_directions(name: str, settings: Settings) -> None:
+    """Refuse the user's own directions, or a plane, for a twin with other weights than the first.
+
+    Raises:
+        SkipscopeError: as said.
+    """
+    if settings.own_directions is not None:
+        raise SkipscopeError(
+            "paired_landscapes", f"{name} has other weights than the first twin: directions made for one lead elsewhere for the other",
+            expected="twins that share the first one's weights, or no directions=",
+            cure="ss.landscape(twin, ..., directions=...) for each",
+        )  # fmt: skip
+
+
+def stale_statistics(
+    first: nn.Module, twin: nn.Module, centre_of_first: float, centre_of_twin: float
+) -> bool:
+    """The twin computes something else than the first with the first one's batch-norm statistics."""
+    if twin is first or centre_of_twin == centre_of_first:
+        return False
+    pairs = [(a.running_mean, b.running_mean) for a, b in zip(*map(norms_with_statistics, (twin, first)))]
+    return bool(pairs) and all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
+
+
+def _with_knob(model: nn.Module, settings: Settings) -> tuple[nn.Module, torch.Tensor | None]:
+    """The model, and a twin of it whose shortcuts' strength is a tensor of ours where that is an axis."""
+    if settings.strength is None:
+        return model, None
+    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    knob = torch.ones((), device=place)
+    twin = ablate(model, settings.strength, strength=knob)
+    set_mode(twin, False)
+    return twin, knob
+
+
+def same_weights(first: nn.Module, other: nn.Module) -> bool:
+    """Parameters of the same names and values."""
+    a, b = dict(first.named_parameters()), dict(other.named_parameters())
+    return a.keys() == b.keys() and all(
+        a[n] is b[n] or (a[n].shape == b[n].shape and torch.equal(a[n], b[n])) for n in a
+    )
+
+
+def directions_for(
+    model: nn.Module, settings: Settings, count: int, keep: bool = True
+) -> list[dirs.Direction]:
+    if settings.own_directions is not None:
+        return [dirs.checked_direction(d, model) for d in settings.own_directions]
+    made: list[dirs.Direction] = []
+    for axis in range(count):
+        like = made[0] if axis and settings.orthogonal else None
+        seeded = dirs.random_direction(
+            model,
+            seed=settings.seed,
+            axis=axis,
+            normalize=settings.normalize,
+            zero=settings.zeroed,
+            parameters=settings.parameters,
+            like=like,
+            keep=keep,
+        )
+        made.append(seeded)
+    return made
+
+
+class Work:
+    """What one point of the grid costs and gives: the numbers of every twin.
+
+    Args:
+        twins: the twins; differences are taken to the first.
+        axes: the grid's axes.
+
+    Attributes:
+        names: the numbers' names, in order.
+    """
+
+    def __init__(self, twins: list[TwinOnPlane], axes: tuple[np.ndarray, ...]):
+        self.twins, self.axes = twins, axes
+        self.shape: tuple[int, ...] = tuple(len(at) for at in axes)
+        self.names = [name for twin in twins for name in self._names(twin)]
+
+    def _names(self, twin: TwinOnPlane) -> list[str]:
+        names = [f"{twin.name}/value", *(f"{twin.name}/metric/{m}" for m in twin.origin.metrics)]
+        if twin.has_samples:
+            names += [f"{twin.name}/stderr", f"{twin.name}/centre_stderr"]
+        if fold_sums(twin.origin) is not None:
+            names += [f"{twin.name}/fold/{g}" for g in range(FOLDS)]
+        if twin.shared and twin.has_samples and twin is not self.twins[0]:
+            names.append(f"{twin.name}/difference_stderr")
+        return names
+
+    def points(self, flat: np.ndarray) -> list[Point]:
+        """Coefficients of flat grid indices."""
+        places = np.unravel_index(flat, self.shape)
+        return [tuple(float(at[i]) for at, i in zip(self.axes, place)) for place in zip(*places)]
+
+    def __call__(self, flat: np.ndarray) -> np.ndarray:
+        """The numbers at flat grid indices, [names, points]."""
+        points, out = self.points(flat), []
+        first: np.ndarray | None = None
+        for twin in self.twins:
+            reading = twin.evaluator(points)
+            numbers, own = self._numbers(twin, reading)
+            if twin is self.twins[0]:
+                first = own
+            elif twin.shared and own is not None and first is not None:
+                numbers.append(_size(own - first))
+            out += numbers
+        return np.stack(out)
+
+    def fingerprint(self) -> dict[str, float]:
+        """Every twin's loss and metrics at the origin and at two opposite corners of the plane.
+
+        Other functions of the same names (a loss that is cut off where it is high) give others at the one or the other.
+        """
+        found = {}
+        for twin in self.twins:
+            whose = f" of {twin.name}" if len(self.twins) > 1 else ""
+            readings = {"at the origin": twin.origin}
+            for end in (0, -1):
+                corner = tuple(float(axis[end]) for axis in self.axes)
+                readings[f"{AWAY}, corner {end % 3 + 1}"] = twin.evaluator([corner])
+            for place, reading in readings.items():
+                for name, values in {"loss": reading.values, **reading.metrics}.items():
+                    kind = "" if name == "loss" else "metric "
+                    found[f"{kind}{name}{whose} {place}"] = float(values[0])
+        return found
+
+    def _numbers(self, twin: TwinOnPlane, reading: Reading) -> tuple[list[np.ndarray], np.ndarray | None]:
+        numbers = [reading.values, *reading.metrics.values()]
+        sums = twin.evaluator.loss.sums
+        own, origin = influence(reading, sums), influence(twin.origin, sums)
+        if own is not None and origin is not None:
+            numbers += [_size(own), _size(own - origin)]
+        folds = fold_sums(reading)
+        if folds is not None:
+            numbers += list(_without_each(*folds, sums).T)
+        return numbers, own
+
+
+def _size(influences: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.sqrt(np.square(influences).sum(1))
+
+
+def _without_each(numerators: np.ndarray, denominators: np.ndarray, sums: bool) -> np.ndarray:
+    """The loss without each fold, [points, folds]."""
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        rest = numerators.sum(1, keepdims=True) - numerators
+        if sums:
+            return rest * FOLDS / (FOLDS - 1)
+        return rest / (denominators.sum() - denominators)
+
+
+def folds_of(sheet: Sheet, twin: TwinOnPlane) -> list[tuple[float, np.ndarray]] | None:
+    """(centre, surface) without each group of samples in turn, or None."""
+    folds = fold_sums(twin.origin)
+    if folds is None:
+        return None
+    centres = _without_each(*folds, twin.evaluator.loss.sums)[0]
+    return [(float(centres[g]), sheet[f"{twin.name}/fold/{g}"]) for g in range(FOLDS)]

@@ -1,0 +1,94 @@
+"""Twins on a plane, ready to be evaluated: opened in a precision, with one strategy, and closed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from skipscope._data import Batches, Objective
+from skipscope._errors import SkipscopeError
+from skipscope._untouched import untouched
+from skipscope.surfaces._landscape_settings import Settings
+from skipscope.surfaces.evaluation._autotune import Choice, choose
+from skipscope.surfaces.evaluation._evaluator import Point
+from skipscope.surfaces.evaluation._twins_on_plane import TwinOnPlane, Work, make_twins
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def open_twins(
+    models: Mapping[str, nn.Module], data: Batches, loss: Objective, settings: Settings, axes: int
+) -> Iterator[list[TwinOnPlane]]:
+    """Make the twins; at the end none of their processes is left."""
+    twins = make_twins(models, data, loss, settings, axes)
+    try:
+        yield twins
+    finally:
+        for twin in twins:
+            twin.evaluator.strategy.close()
+
+
+def open_work(
+    models: Mapping[str, nn.Module],
+    data: Batches,
+    loss: Objective,
+    settings: Settings,
+    axes: tuple[np.ndarray, ...],
+    strategies: Mapping[str, str],
+) -> tuple[Work, ExitStack]:
+    """The work of a run in another process, and what must be closed at its end."""
+    opened, first = ExitStack(), next(iter(models.values()))
+    opened.enter_context(untouched(*models.values(), training=False, seed=0, operation="landscape"))
+    opened.enter_context(precision_of(settings.precision, first))
+    twins = opened.enter_context(open_twins(models, data, loss, settings, len(axes)))
+    work = Work(twins, axes)
+    some = some_points(work, int(np.prod(work.shape)))
+    for twin in twins:
+        choose(twin.evaluator, some, len(some), strategies[twin.name])
+    return work, opened
+
+
+@contextmanager
+def precision_of(precision: str | None, model: nn.Module) -> Iterator[None]:
+    """The explicit choice of lower precision; None is the model's own, with torch's present settings."""
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if precision is None:
+        yield
+    elif precision in _PRECISIONS:
+        with torch.autocast(device, _PRECISIONS[precision], cache_enabled=False):
+            yield
+    elif precision in {"tf32", "fp32"}:
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    else:
+        raise SkipscopeError(
+            "landscape",
+            "unknown precision",
+            expected="None (the model's own), fp32, tf32, bf16 or fp16",
+            got=repr(precision),
+        )
+
+
+def choose_for_all(twins: list[TwinOnPlane], work: Work, count: int, wanted: str) -> dict[str, Choice]:
+    """Choose one strategy for all twins: the first one's, where it works."""
+    some = some_points(work, count)
+    choices = {}
+    for twin in twins:
+        choices[twin.name] = choose(twin.evaluator, some, count, wanted, asked=twin is twins[0])
+        wanted = choices[twins[0].name].name
+    return choices
+
+
+def some_points(work: Work, count: int) -> list[Point]:
+    """The points that strategies are tried on: from the middle on, where weights have moved."""
+    middle = range(count // 2 + 1, min(count, count // 2 + 29))
+    return work.points(np.array([*middle, *range(min(4, count // 2 + 1))][:28]))

@@ -1,0 +1,1 @@
+"""Grids of points, and the stores that keep them."""

@@ -1,0 +1,150 @@
+"""Who computes which unit: this process, the ranks of a torchrun, or a Ray cluster. No collectives anywhere.
+
+Under torchrun each rank takes every WORLD_SIZE-th unit and writes it to the store, then waits for the others'. When
+nothing has come for a while a rank is taken for lost, and those that are left compute its units: both may write one,
+which does no harm, for a unit has the same bits whoever computes it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from skipscope._errors import SkipscopeError
+from skipscope._progress import track
+from skipscope.surfaces.grids._grid import Sheet
+from skipscope.surfaces.grids._surface_store import Store
+
+ENGINES = ("auto", "local", "torchrun", "ray")
+Remote = Callable[[Sequence[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]
+_POLL_S = 0.02
+_PATIENCE_S = 10.0  # without a new unit before a rank is taken for lost; at least five units' time
+
+
+def engine_for(engine: str, stored: bool) -> str:
+    """The engine to use; "auto" is torchrun's ranks when there are some and a store to meet in, else this process.
+
+    Raises:
+        SkipscopeError: an unknown engine, or ranks without a store.
+    """
+    if engine == "auto":
+        return "torchrun" if stored and int(os.environ.get("WORLD_SIZE", "1")) > 1 else "local"
+    if engine not in ENGINES:
+        raise SkipscopeError("landscape", "unknown engine", expected=" or ".join(ENGINES), got=repr(engine))
+    if engine == "torchrun" and not stored:
+        raise SkipscopeError(
+            "landscape",
+            "ranks meet in a store, and none was given",
+            cure='store="surface.zarr", a folder all ranks see',
+        )
+    return engine
+
+
+class Runner:
+    """Computes points into a sheet, and into the store if there is one.
+
+    Args:
+        sheet: filled.
+        work: flat indices -> numbers [names, points].
+        store: kept as it comes, or None.
+        engine: "local", "torchrun" or "ray".
+        what: for the progress display.
+        at_once: points computed together where no store says how many.
+        remote: computes units elsewhere and yields (unit, numbers) as they come.
+        in_flight: points that a killed process may lose: a store's units are computed together up to that many.
+    """
+
+    def __init__(
+        self,
+        sheet: Sheet,
+        work: Callable[[np.ndarray], np.ndarray],
+        store: Store | None,
+        engine: str,
+        what: str,
+        at_once: int = 64,
+        remote: Remote | None = None,
+        in_flight: int = 1,
+    ):
+        self.sheet, self.work, self.store, self.what = sheet, work, store, what
+        self.at_once, self.remote, self.in_flight = at_once, remote, in_flight
+        self.rank = int(os.environ.get("RANK", "0")) if engine == "torchrun" else 0
+        self.world = int(os.environ.get("WORLD_SIZE", "1")) if engine == "torchrun" else 1
+        # What an earlier run left is taken point by point, when it is asked for: a resumed adaptive run then decides as
+        # the first one did.
+        self.kept = Sheet(sheet.names, sheet.shape)
+
+    def compute(self, points: np.ndarray) -> None:
+        """Make sure that ``points`` are done."""
+        points = np.unique(points)
+        points = points[~self.sheet.done[points]]
+        if self.store is not None and not self.kept.done[points].all():
+            self.store.read_into(self.kept)
+        units = self.store.units(points) if self.store is not None else _chunks(points, self.at_once)
+        self._compute(units)
+        self.sheet.put(points, self.kept.data[:, points])
+
+    def _compute(self, units: list[np.ndarray]) -> None:
+        # Shared out before what is done is left out: ranks that begin at different times see different units done, and
+        # must still agree on whose each one is.
+        mine = self._missing(units[self.rank :: self.world])
+        longest, last = 0.0, time.perf_counter()
+        for unit, numbers in track((self.remote or self._here)(mine), self.what, len(mine)):
+            self._keep(unit, numbers)
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+        if self.world > 1:
+            self._wait(units, max(_PATIENCE_S, 5 * longest))
+
+    def _here(self, units: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for group in _groups(units, self.in_flight):
+            numbers = self.work(np.concatenate(group))
+            ends = np.cumsum([len(unit) for unit in group])
+            yield from zip(group, np.split(numbers, ends[:-1], axis=1))
+
+    def _missing(self, units: list[np.ndarray]) -> list[np.ndarray]:
+        return [unit for unit in units if not self.kept.done[unit].all()]
+
+    def _keep(self, unit: np.ndarray, numbers: np.ndarray) -> None:
+        self.kept.put(unit, numbers)
+        if self.store is not None:
+            self.store.write(unit, numbers)
+
+    def _wait(self, units: list[np.ndarray], patience: float) -> None:
+        """Until the other ranks' units are there, or their silence says that someone must take them over."""
+        assert self.store is not None
+        done, since = -1, time.monotonic()
+        while True:
+            began = time.monotonic()
+            self.store.read_into(self.kept)
+            missing = self._missing(units)
+            if not missing:
+                return
+            if int(self.kept.done.sum()) != done:
+                done, since = int(self.kept.done.sum()), time.monotonic()
+            elif time.monotonic() - since > patience:
+                unit = missing[self.rank % len(missing)]
+                self._keep(unit, self.work(unit))
+                done += len(unit)  # our own unit is no sign of life
+            else:
+                time.sleep(
+                    min(1.0, max(_POLL_S, 4 * (time.monotonic() - began)))
+                )  # reading must not slow the others
+
+
+def _groups(units: Sequence[np.ndarray], most: int) -> list[list[np.ndarray]]:
+    """Units in groups of up to ``most`` points, at least one unit each."""
+    groups: list[list[np.ndarray]] = []
+    points = 0
+    for unit in units:
+        points += len(unit)
+        if not groups or points > most:
+            groups.append([])
+            points = len(unit)
+        groups[-1].append(unit)
+    return groups
+
+
+def _chunks(points: np.ndarray, size: int) -> list[np.ndarray]:
+    return [points[i : i + size] for i in range(0, len(points), size)]

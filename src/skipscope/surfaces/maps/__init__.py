@@ -1,0 +1,1 @@
+"""Curvature over a grid."""

@@ -1,0 +1,147 @@
+"""What a curvature map is: both ends of the Hessian's spectrum on a landscape's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from skipscope._numbers import short
+from skipscope._result import Table
+from skipscope.surfaces.results._grid_exports import Exported, Layer
+
+
+@dataclass(frozen=True, eq=False)
+class CurvatureMap(Exported):
+    """The smallest and the largest eigenvalue of the Hessian at every point of a plane (or line) of weight space.
+
+    Attributes:
+        name: which network.
+        smallest: ``[a, b]``; nan where the loss is not finite.
+        largest: ``[a, b]``.
+        residuals: a bound on the distance of both to an eigenvalue ``[a, b]``.
+        probability: how surely no eigenvalue lies farther out ``[a, b]``: by more than the tolerance where ``checked``, by
+            more than half of max |lambda| elsewhere; over the random starts.
+        converged: the residual is within the tolerance and the probability as asked where ``checked``, 90 % elsewhere
+            ``[a, b]``.
+        checked: the probability is that for the tolerance; elsewhere the solver walked on from neighbours ``[a, b]``.
+        alphas: the first axis ``[a]``.
+        betas: the second axis ``[b]``; empty for a line.
+        tol: the tolerance, relative to max |lambda| at a point.
+        confidence: the probability asked for where ``checked``.
+        products: spent on the whole map.
+        differed: checks at which the walk had gone wrong; the points before them were solved afresh.
+        method: the mode of the products.
+        matrix: "hessian" or "gauss_newton".
+        parameters: the size of the matrix.
+        loss_name: the loss.
+        seed: of directions and solver.
+        weights_hash: of the model's parameters and buffers.
+        data_hash: of the data.
+    """
+
+    name: str
+    smallest: np.ndarray
+    largest: np.ndarray
+    residuals: np.ndarray
+    probability: np.ndarray
+    converged: np.ndarray
+    checked: np.ndarray
+    alphas: np.ndarray
+    betas: np.ndarray
+    tol: float
+    confidence: float
+    products: int
+    differed: int
+    method: str
+    matrix: str
+    parameters: int
+    loss_name: str
+    seed: int
+    weights_hash: str
+    data_hash: str
+
+    def __post_init__(self):
+        # A file keeps numbers; masks become masks again.
+        for name in ("converged", "checked"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=bool))
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """|lambda_min / lambda_max| ``[a, b]``, the paper's map: near 0 where the loss is nearly convex."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.abs(self.smallest / self.largest)
+
+    @property
+    def convex(self) -> np.ndarray:
+        """Where no eigenvalue is below zero by more than its bound ``[a, b]``; False where not converged."""
+        return self.converged & (self.smallest >= -self.residuals)
+
+    def table(self) -> Table:
+        """The map in a few numbers."""
+        ratio = self.ratio[self.converged]
+        rows = [
+            ["grid", " x ".join(str(n) for n in self.smallest.shape)],
+            ["|lambda_min / lambda_max|, median", short(float(np.median(ratio)) if ratio.size else None)],
+            ["the same, largest", short(float(ratio.max()) if ratio.size else None)],
+            ["largest lambda_max", short(_extreme(np.nanmax, self.largest))],
+            ["smallest lambda_min", short(_extreme(np.nanmin, self.smallest))],
+            ["share of points that are convex", short(float(self.convex.mean()))],
+            ["points not converged", short(int((~self.converged).sum()))],
+        ]
+        notes = [
+            f"{self.products:,} products ({self.method}), {self.products / self.smallest.size:.1f} a point; "
+            f"{self.parameters:,} parameters; tolerance {short(self.tol)} of max |lambda|.",
+            f"At {int(self.checked.sum())} points nothing lies farther out by more than the tolerance with probability "
+            f"{100 * self.confidence:g} %, at the others by more than half of max |lambda| with 90 %; the walk had gone wrong "
+            f"before {self.differed} of the checks, and was done again there.",
+            "Convex: no eigenvalue below zero by more than its bound.",
+        ]
+        return Table(f"curvature map of {self.name}", ["what", "value"], rows, notes)
+
+    def layers(self) -> Iterator[Layer]:
+        yield self.layer()
+
+    def layer(self, name: str = "") -> Layer:
+        """The map's numbers on its grid; under another name where it is one of several."""
+        columns = {
+            "smallest": self.smallest, "largest": self.largest, "ratio": self.ratio, "residuals": self.residuals,
+            "probability": self.probability, "converged": self.converged, "checked": self.checked,
+        }  # fmt: skip
+        return Layer(name or self.name, self.alphas, self.betas, columns, name)
+
+
+@dataclass(frozen=True, eq=False)
+class PairedMaps(Exported):
+    """Curvature maps of twins on one plane: with shortcuts and without.
+
+    Attributes:
+        maps: by twin.
+        shared_weights: every twin has the same weights as the first (removed, detached, other strength).
+        notes: what was done to make them comparable, and what may not be compared.
+    """
+
+    maps: dict[str, CurvatureMap]
+    shared_weights: bool
+    notes: tuple[str, ...]
+
+    def table(self) -> Table:
+        """The maps in a few numbers, side by side."""
+        tables = {name: found.table() for name, found in self.maps.items()}
+        first = next(iter(tables.values()))
+        rows = [
+            [str(row[0]), *(table.rows[i][1] for table in tables.values())]
+            for i, row in enumerate(first.rows)
+        ]
+        spent = ", ".join(f"{name} {found.products:,}" for name, found in self.maps.items())
+        notes = [*self.notes, f"Products: {spent}.", first.notes[-1]]
+        return Table("curvature maps", ["what", *tables], rows, notes)
+
+    def layers(self) -> Iterator[Layer]:
+        for name, found in self.maps.items():
+            yield found.layer(name)
+
+
+def _extreme(function, values: np.ndarray) -> float | None:
+    return float(function(values)) if np.isfinite(values).any() else None

@@ -1,0 +1,1 @@
+"""Planes and directions in weight space."""
