@@ -1,7 +1,7 @@
 """The Hessian or Gauss-Newton matrix of a loss over data, as something to multiply with.
 
 The loss over several batches is their weighted mean (or sum), and so is its matrix; products are summed in float64. The
-first product on the first batch tries the candidates of the ladder from the cheapest; what ran is reported.
+first product on the first batch tries the modes from the cheapest on; the one that runs is reported.
 """
 
 from __future__ import annotations

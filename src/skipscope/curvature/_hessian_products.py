@@ -1,4 +1,4 @@
-"""The ways to multiply a batch's Hessian with a vector: each a candidate of the ladder.
+"""Modes of multiplying a batch's Hessian with a vector.
 
 With p the parameters, L the loss of a batch and g = dL/dp:
 

@@ -96,7 +96,7 @@ class PrivateModel:
             return self._refuse_no_gradient(batch, index)
         try:
             found = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:  # told by the ladder, all but this
+        except RuntimeError as error:  # the choice of a mode reports all others
             if "use_reentrant" in str(error):
                 raise self._hidden(None) from error
             return
