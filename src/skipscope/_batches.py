@@ -306,9 +306,9 @@ def batch_size(batch: Batch) -> int:
     return 1 if count is None else count
 
 
-def rows(batch: Any, index: Tensor | slice) -> Any:
-    """Some samples of a batch: what has the batch's length is indexed, everything else is kept."""
-    n = batch_size(batch)
+def rows(batch: Any, index: Tensor | slice, size: int | None = None) -> Any:
+    """Some samples of a batch of ``size``: tensors of that length are indexed, everything else is kept."""
+    n = batch_size(batch) if size is None else size
 
     def some(tensor: Tensor) -> Tensor:
         if not tensor.ndim or tensor.shape[0] != n:

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, Batches, Objective, read
+from skipscope._data import Batch, Batches, Objective
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
 from skipscope._sharding import refuse_spread
+from skipscope._subject import prepare
 from skipscope._untouched import random_state_kept, require_module
 from skipscope.curvature._curvature_results import Layout
 from skipscope.curvature._hessian_products import Tangent
@@ -318,8 +319,13 @@ def open_operator(
         )
     require_module(model, operation)
     refuse_spread(model, operation)
-    batches, objective = read(model, data, loss, operation, weight=how.weight)
+    subject = prepare(model, data, loss, operation, weight=how.weight)
     own = private_model(
-        model, objective, operation, parameters=how.parameters, training=how.training, seed=how.seed
+        subject.model,
+        subject.loss,
+        operation,
+        parameters=how.parameters,
+        training=how.training,
+        seed=how.seed,
     )
-    return kind(own, batches, how.matrix, mode=how.mode, memory=how.memory)
+    return kind(own, subject.data, how.matrix, mode=how.mode, memory=how.memory)

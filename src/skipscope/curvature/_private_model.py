@@ -222,7 +222,6 @@ def private_model(
     Raises:
         SkipscopeError: the model cannot be copied, no parameter was chosen, or one of them is complex.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper cannot be differentiated twice
     own = private_copy(model, operation)
     if training is not None:
         set_mode(own, training)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, Batches, Objective, batch_size, forward, target_of, without_gradients
-from skipscope.surfaces.evaluation._point_loss import take
+from skipscope._data import Batch, Batches, Objective, batch_size, forward, rows, target_of, without_gradients
 
 _MARGIN = 0.05
 
@@ -94,5 +93,5 @@ def _exchanged(batch: Batch, loss: Objective) -> Batch | None:
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     if isinstance(batch, Mapping):
         keys = [k for k in ("labels", "label", "target", "targets") if k in batch]
-        return {**batch, keys[0]: take(batch[keys[0]], order, size)} if keys else None
-    return batch[0], take(target_of(batch), order, size)
+        return {**batch, keys[0]: rows(batch[keys[0]], order, size)} if keys else None
+    return batch[0], rows(target_of(batch), order, size)

@@ -19,6 +19,7 @@ from skipscope._data import (
     as_batches,
     batch_size,
     map_tensors,
+    rows,
     sample_count,
     tensors_in,
 )  # fmt: skip
@@ -53,22 +54,11 @@ def _subset(held: list[Batch], samples: int, seed: int) -> list[Batch]:
     order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
     kept, start = [], 0
     for batch, size in zip(held, sizes):
-        rows = order[(order >= start) & (order < start + size)] - start
-        if len(rows):
-            kept.append(take(batch, rows, size))
+        chosen = order[(order >= start) & (order < start + size)] - start
+        if len(chosen):
+            kept.append(rows(batch, chosen, size))
         start += size
     return kept
-
-
-def take(batch: Batch, rows: Any, size: int) -> Batch:
-    """The given rows (indices or a slice) of every tensor of a batch that has a row a sample."""
-
-    def pick(t: Tensor) -> Tensor:
-        return (
-            t[rows.to(t.device) if isinstance(rows, Tensor) else rows] if t.ndim and t.shape[0] == size else t
-        )
-
-    return map_tensors(batch, pick)
 
 
 def hash_of(tensors: Iterable[Tensor]) -> str:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._data import Batch, Batches, batch_size, map_tensors
+from skipscope._data import Batch, Batches, batch_size, map_tensors, rows
 from skipscope.surfaces.evaluation._evaluator import Evaluator, Loop, Point, Strategy
 from skipscope.surfaces.evaluation._memory_limits import fits
 from skipscope.surfaces.evaluation._onednn_linears import linears, through_one_dnn
-from skipscope.surfaces.evaluation._point_loss import PointLoss, Reading, joined, take
+from skipscope.surfaces.evaluation._point_loss import PointLoss, Reading, joined
 from skipscope.surfaces.evaluation._process_pool import CAN_FORK, Forked, measured_in_a_copy, one_thread
 from skipscope.surfaces.evaluation._recorded_forward import Recorded
 
@@ -105,7 +105,7 @@ def _resplit(data: Batches, size: int | None, channels_last: bool) -> Batches:
             parts.append(batch)
             continue
         for start in range(0, n, size):
-            part = take(batch, slice(start, start + size), n)
+            part = rows(batch, slice(start, start + size), n)
             parts.append(tuple(part) if isinstance(batch, tuple) else part)
     return Batches([map_tensors(part, lay_out) for part in parts], single=data.single and len(parts) == 1)
 

@@ -22,7 +22,7 @@ from skipscope._sharding import refuse_spread
 from skipscope._untouched import private_copy, require_module, set_mode, untouched
 from skipscope._version import __version__
 from skipscope.curvature import CurvatureOperator, How, Matrix, SolverOptions, open_operator, require_memory
-from skipscope.shortcuts import average_statistics
+from skipscope.shortcuts import average_statistics, unwrapped
 from skipscope.surfaces._landscape_settings import Settings
 from skipscope.surfaces.evaluation._point_loss import data_hash, direction_hash, resident, weights_hash
 from skipscope.surfaces.evaluation._twins_on_plane import (
@@ -156,8 +156,7 @@ def curvature_map(
         parameters=parameters, orthogonal=orthogonal, samples=samples, engine=engine, weight=weight,
     )  # fmt: skip
     named = model if isinstance(model, Mapping) else {type(model).__name__: model}
-    # Curvature is measured on the uncompiled module, by its names.
-    models = {name: getattr(one, "_orig_mod", one) for name, one in named.items()}
+    models = {name: unwrapped(one) for name, one in named.items()}
     for one in models.values():
         require_module(one, _OPERATION)
         refuse_spread(one, _OPERATION)
