@@ -248,12 +248,19 @@ def test_no_evaluation_is_lost_on_the_plain_loop(grid):
     assert passes == grid**2 + 1 and surface.complete
 
 
-def test_what_a_chosen_strategy_was_timed_on_is_kept(monkeypatch, no_knowledge):
+@pytest.mark.parametrize("short", [0.2, 0.0], ids=["timed at a point", "compared at the origin"])
+def test_what_a_chosen_strategy_was_timed_on_is_kept(short, monkeypatch, no_knowledge):
     """The clock is ours: the candidate is clearly faster, so it is run on one point only before it is chosen."""
     real = _autotune._timed
+    monkeypatch.setattr(_autotune, "_SHORT_S", short)
+    if not short:
+        monkeypatch.setattr(_autotune, "_SHARE", 1e9)  # the origin's real time is short
+        monkeypatch.setattr(_autotune._Autotune, "_worth", lambda self, spec: True)
     monkeypatch.setattr(
         _autotune, "_timed", lambda s, points: (0.5 if "channels" in s.name else 2.0, real(s, points)[1])
     )
+    if not short:
+        monkeypatch.setattr(_autotune, "_timed", lambda s, points: (1e-9, real(s, points)[1]))
     monkeypatch.setattr(_autotune, "CAN_FORK", False)
     data = torch.randn(100, 1, 6, 6), torch.randint(4, (100,))
     passes, surface = _passes(_Net(), data, 7)

@@ -161,10 +161,13 @@ class _Autotune:
 
     def __init__(self, evaluator: Evaluator, points: Sequence[Point], left: int, knowledge: _Knowledge):
         self.evaluator, self.points, self.left, self.knowledge = evaluator, list(points), left, knowledge
-        self.seconds, self.reference = _timed(evaluator.plain, self.points[:1])
-        if self.seconds < _SHORT_S:  # the first passes of a process are slow
+        self._known_reference: Reading | None = None
+        self.seconds = evaluator.origin_seconds
+        if self.seconds < _SHORT_S:  # the first pass of a process says little where it is short
+            self.seconds, self._known_reference = _timed(evaluator.plain, self.points[:1])
+            evaluator.keep(self.points[:1], self._known_reference)
+        if self.seconds < _SHORT_S:
             self.seconds = min(self.seconds, *(_timed(evaluator.plain, self.points[:1])[0] for _ in range(2)))
-        evaluator.keep(self.points[:1], self.reference)
         self.best = Choice("plain", "", 0.0, self.seconds)
         self.told = [f"plain {_ms(self.seconds)}"]
         self.budget = _SHARE * self.seconds * left
@@ -186,6 +189,14 @@ class _Autotune:
             self.best, why="per point: " + ", ".join(self.told) if tried else "too little work to try others"
         )
 
+    @property
+    def reference(self) -> Reading:
+        """The reading at the first point by the fastest strategy so far, which agrees with the plain loop."""
+        if self._known_reference is None:
+            self._known_reference = self.evaluator.strategy(self.points[:1])
+            self.evaluator.keep(self.points[:1], self._known_reference)
+        return self._known_reference
+
     def _worth(self, spec: StrategySpec) -> bool:
         price = spec.seconds + spec.evaluations * self.best.point_seconds
         gain = self.left * self.best.point_seconds * (1 - 1 / spec.gain)
@@ -205,7 +216,7 @@ class _Autotune:
         began, strategy = time.perf_counter(), None
         try:
             strategy = spec.make()
-            return self._benchmark(spec.name, strategy)
+            return self._benchmark(spec, strategy)
         except Exception as refused:
             self._refuse(spec.name, f"refused ({_brief(refused)})")
             return False
@@ -214,14 +225,17 @@ class _Autotune:
             if strategy is not None and self.evaluator.strategy is not strategy:
                 strategy.close()
 
-    def _benchmark(self, name: str, strategy: Strategy) -> bool:
+    def _benchmark(self, spec: StrategySpec, strategy: Strategy) -> bool:
+        name, reference = spec.name, None
         first = strategy.first if isinstance(strategy, WorkerPool) else None
         if first is not None:  # one thread's time is known: the copies together cannot be faster than this
             seconds, reading, points = first[0] / strategy.cores, first[1], self.points[:1]  # type: ignore[union-attr]
         else:
             points = self.points[:1]
+            if spec.reads_weights and self._known_reference is None:
+                points, reference = [self.evaluator.origin_point], self.evaluator.plain_origin
             seconds, reading = _timed(strategy, points)
-        error = _disagreement(reading, self.reference)
+        error = _disagreement(reading, self.reference if reference is None else reference)
         if error > _allowed(self.evaluator):
             self._refuse(name, f"differs by {error:.1e}")
             return False
@@ -239,6 +253,7 @@ class _Autotune:
             seconds, incumbent = self._again(strategy, points, seconds)
         won = self._measured(name, seconds, incumbent, error)
         if won:
+            self._known_reference = None
             self.best = Choice(name, "", error, seconds)
             self.evaluator.use(strategy)
             for points, reading in kept:

@@ -172,6 +172,7 @@ class Evaluator:
         strategy: the way points are evaluated; the plain loop until another is chosen.
         origin_point: the coefficients of the model as it is.
         origin: the reading there, by the plain loop.
+        plain_origin: the same without the regulariser.
         origin_seconds: what that took.
         batch_norm: the mode in words.
     """
@@ -199,6 +200,7 @@ class Evaluator:
         began = time.perf_counter()
         reading = self.plain.read_origin(self.origin_point)
         self.origin_seconds = time.perf_counter() - began
+        self.plain_origin = reading
         self.origin = self._with_penalty(reading, [self.origin_point])
         self._kept: dict[Point, Reading] = {}
         self.keep([self.origin_point], reading)

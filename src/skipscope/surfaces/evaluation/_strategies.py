@@ -45,6 +45,8 @@ class StrategySpec:
         seconds: what making it may cost.
         evaluations: what trying it may cost beside that, in evaluations of a point.
         forks: copies of the process can use it, each with one thread.
+        reads_weights: at every point it reads all weights from where the loop has moved them, so that agreement with the
+            plain loop at the origin, where this has been read already, is enough.
     """
 
     name: str
@@ -53,6 +55,7 @@ class StrategySpec:
     seconds: float = 0.0
     evaluations: float = 1.0
     forks: bool = False
+    reads_weights: bool = False
 
 
 # --- the ways ------------------------------------------------------------------------------------------------------
@@ -207,7 +210,9 @@ def candidate_strategies(evaluator: Evaluator) -> Iterator[StrategySpec]:
         # What a layer leaves should stay in the cache for the next one: tens of samples.
         size = _BATCH if evaluator.mode != "batch" and max(plain.at_point.sizes) > _BATCH else None
         name = "channels last" + (f", batches of {size}" if size else "")
-        yield StrategySpec(name, partial(split_loop, evaluator, name, size, True), gain=2.5, forks=True)
+        yield StrategySpec(
+            name, partial(split_loop, evaluator, name, size, True), 2.5, forks=True, reads_weights=True
+        )
     if not convolutions and linears(evaluator.model):
         yield StrategySpec("oneDNN", partial(split_loop, evaluator, "oneDNN"), gain=1.5, forks=True)
         if not knob:
