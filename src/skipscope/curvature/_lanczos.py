@@ -28,7 +28,7 @@ Draw = Callable[[int], Tensor]  # b -> a random block [b, n]
 _BREAKDOWN = 1e-12  # a remainder this small against the matrix is rounding: the space is invariant
 _KEPT = 0.5  # what is left of an image, against all of it, where one orthogonalisation has lost nothing
 _EPS = float(np.finfo(float).eps)
-_COLUMNS = 1 << 18  # of the basis that are combined at once
+_COLUMNS = 1 << 15  # of the basis that are combined at once
 _SAFETY = 4.0  # on the estimate of the products' rounding error
 
 
@@ -223,10 +223,11 @@ class Krylov:
         """Keep only the Ritz vectors ``chosen`` (indices into :meth:`ritz`) and the next block."""
         values, coordinates, _ = self.ritz()
         kept = coordinates[:, chosen]
-        ahead = self.rows[self.filled : self.filled + self.width].clone()
+        ahead = self.rows[self.filled : self.filled + self.width]
         self._combine(kept)
+        for i in range(self.width):  # forward, row by row: fewer rows are kept than there were
+            self.rows[len(chosen) + i] = ahead[i]
         self.filled = len(chosen)
-        self.rows[self.filled : self.filled + self.width] = ahead
         self.projected = np.diag(values[chosen])
         self.coupling, self.leak, self._ritz = kept.T @ self.coupling, self.leak @ kept, None
         if not self.invariant:
