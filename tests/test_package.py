@@ -58,6 +58,7 @@ def test_the_core_imports_no_plotting_and_no_logger():
     assert "torch" in modules
     assert not modules & {
         "matplotlib",
+        "scipy",
         "tensorboard",
         "wandb",
         "lightning",

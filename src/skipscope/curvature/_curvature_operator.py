@@ -138,9 +138,6 @@ class CurvatureOperator:
             total += share * float(self.model.output_and_loss(batch, index)[1].detach().double())
         return total
 
-    def _matvec(self, x: np.ndarray) -> np.ndarray:
-        return self._matmat(np.asarray(x).reshape(-1, 1))[:, 0]
-
     def _matmat(self, X: np.ndarray) -> np.ndarray:
         rows = torch.from_numpy(np.array(X.T, dtype=np.float64))
         return self.apply(rows).cpu().numpy().T
