@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-oldest test-newest trust mutate audit lint format compare bench picture
+.PHONY: help install test test-all test-oldest test-newest trust mutate audit lint format compare bench picture docs docs-quick
 
 help:        ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: *##/\t/' | expand -t 14
@@ -45,6 +45,12 @@ compare:     ## the main job
 
 bench:       ## every benchmark, as ratios measured in one run; JSON in benchmarks/results/
 	$(PYTHON) -m benchmarks
+
+docs:        ## build the site into docs/_build, running every snippet and the gallery (minutes)
+	$(PYTHON) -m sphinx -W --keep-going -b html docs docs/_build
+
+docs-quick:  ## build the site without running anything
+	SKIPSCOPE_DOCS_RUN=0 $(PYTHON) -m sphinx -W --keep-going -b html docs docs/_build
 
 picture:     ## draw the README's picture anew
 	$(PYTHON) docs/make_picture.py

@@ -1,0 +1,105 @@
+"""The site builds without a warning, every page's code runs, and every public name has a page."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import skipscope as ss
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+spec = importlib.util.spec_from_file_location("snippets", DOCS / "_ext" / "snippets.py")
+assert spec is not None and spec.loader is not None
+snippets = importlib.util.module_from_spec(spec)
+sys.modules["snippets"] = snippets
+spec.loader.exec_module(snippets)
+
+PAGES = {
+    str(path.relative_to(ROOT)): path
+    for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "howto").glob("*.md"))]
+}
+QUICK = {
+    "docs/words.md",
+    "docs/howto/data.md",
+    "docs/howto/extend.md",
+    "docs/howto/nan.md",
+    "docs/howto/watch.md",
+}
+SCRIPTS = sorted((ROOT / "examples" / "gallery").glob("*.py"))
+
+
+def runs(name: str) -> bool:
+    return any(
+        block.language in {"python", "bash", "shell"} for block in snippets.blocks(PAGES[name].read_text())
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in PAGES if runs(n)],
+)
+def test_every_snippet_runs(name, monkeypatch):
+    text = PAGES[name].read_text()
+    if missing := snippets.missing_packages(text):
+        pytest.skip(f"{', '.join(missing)} not installed")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    assert list(snippets.run_page(text, name, slow=True))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_block_is_run_or_says_that_it_is_not(name):
+    kinds = {block.language for block in snippets.blocks(PAGES[name].read_text())}
+    assert kinds <= {"python", "bash", "shell", "console", "text", "bibtex"}
+
+
+def test_a_failing_snippet_names_its_page_and_line():
+    page = "words\n\n```python\nx = 1\n```\n\n<!-- python\nassert x == 2\n-->\n"
+    with pytest.raises(RuntimeError, match=r"page\.md:8: AssertionError"):
+        list(snippets.run_page(page, "page.md"))
+
+
+def test_the_last_line_of_a_block_is_shown():
+    page = "```python\nprint('a')\n1 + 1\n```\n"
+    [(block, printed, value)] = snippets.run_page(page, "page.md")
+    assert (block.line, printed, value) == (2, "a\n", 2)
+
+
+def test_every_public_name_is_in_the_reference():
+    listed = set(re.findall(r"^   (\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    modules = {"book", "nn", "reference", "testing"}
+    assert set(ss.__all__) - modules <= listed
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    for package in ("sphinx", "myst_parser", "furo", "sphinx_gallery", "sphinx_copybutton", "sphinx_design"):
+        pytest.importorskip(package, reason="the site's tools are not installed (extra docs)")
+    # A copy: the builder writes stubs beside the pages. "dummy" reads and resolves everything, and writes no page.
+    shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("_build", "api", "gallery"))
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "dummy", "docs", "out"],
+        cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"SKIPSCOPE_DOCS_RUN": "0", "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_gallery_runs(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"MPLBACKEND": "agg", "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_gallery_has_ten_scripts():
+    assert len(SCRIPTS) == 10
