@@ -26,6 +26,8 @@ extensions = [
     "snippets",
     "site_parts",
 ]
+# Tables that a target of make writes need not be in a table of contents.
+suppress_warnings = ["toc.not_included"]
 exclude_patterns = ["_build", "sg_execution_times.rst", "gallery/sg_execution_times.rst"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline", "attrs_block"]
