@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from skipscope import SkipscopeError
+
 MODELS = """
 import torch
 from torch import nn
@@ -86,8 +88,9 @@ BAD = {
     "misspelt": (["flow", "mine:mak", "--data", "mine:batch"], "expected: make"),
     "a file": (
         ["flow", "./models/mine.py:make", "--data", "mine:batch"],
-        "a module, not a file: models.mine:make",
+        "there is no file models/mine.py",
     ),
+    "a misspelt file": (["flow", "mnie.py:make", "--data", "mine:batch"], "expected: mine.py"),
     "code as a name": (["flow", "__import__('os').system('true'):x"], "is not module:callable"),
     "no data": (["flow", "mine:make"], "--data"),
     "no such loss": (["flow", "mine:make", "--data", "mine:batch", "--loss", "focal"], "cross_entropy"),
@@ -124,6 +127,34 @@ def test_bad_input_is_answered_in_words(name, folder):
     assert done.returncode == 1, done.stderr
     assert cure in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_command_without_a_loss_needs_no_target(monkeypatch, tmp_path):
+    from skipscope.cli import Source
+    from skipscope.cli._subject import load_subject
+
+    code = MODELS + "\ndef inputs_only():\n    return {'input': torch.ones(2, 8)}\n"
+    (tmp_path / "without_target.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = Source(data="without_target:inputs_only")
+    subject = load_subject("without_target.py:make", source, uses_loss=False)
+    assert set(subject.inputs) == {"input"} and subject.loss is None
+    assert not [sentence for sentence in subject.said if sentence.startswith("loss:")]
+    with pytest.raises(SkipscopeError, match="without labels"):
+        load_subject("without_target.py:make", source)
+
+
+def test_options_that_are_handed_on(capsys, monkeypatch):
+    from skipscope.cli import _run, app
+
+    seen = []
+    monkeypatch.setattr("skipscope.cli._run", lambda *args, **options: seen.append((args, options)))
+    app(["compare", "resnet20", "--seeds", "5"], result_action="return_value")
+    assert seen[0][1]["seeds"] == 5
+    app(["--help"], result_action="return_value")
+    assert "--install-completion" in capsys.readouterr().out
+    assert callable(_run)
 
 
 def test_ctrl_c_says_what_was_kept(folder):

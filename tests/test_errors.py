@@ -141,3 +141,22 @@ def test_an_error_of_a_call_inside_is_told_as_the_call_outside():
         outside()
     assert str(refusal.value) == "outside: something is wrong\n  layer:    block.3\n  cure:     put it right"
     assert (refusal.value.operation, refusal.value.layer) == ("outside", "block.3")
+
+
+def test_keys_that_forward_does_not_take_are_named():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, input_ids, mask, scale=1.0):
+            return self.linear(input_ids * mask * scale)
+
+    x = torch.ones(2, 4)
+    with pytest.raises(SkipscopeError) as caught:
+        ss.find_shortcuts(Net(), {"ids": x, "mask": x})
+    message = str(caught.value)
+    assert "expected: input_ids, mask, scale (optional)" in message
+    assert "got:      ids, mask" in message
+    assert "leave out or rename ids; add input_ids" in message
+    assert len(ss.find_shortcuts(Net(), {"input_ids": x, "mask": x})) == 0

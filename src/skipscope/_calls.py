@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -94,6 +95,7 @@ def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
     except _MISFITS as error:
         if isinstance(error, SkipscopeError | torch.OutOfMemoryError):
             raise
+        _require_keywords(model, inputs_of(batch), operation, error)
         name, layer = _failing_layer(model, error)
         tensors = tensors_in(inputs_of(batch))
         raise SkipscopeError(
@@ -101,6 +103,29 @@ def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
             expected=_taken_by(layer),
             got=f"inputs of shape {_shapes(tensors)}" if tensors else f"{type(inputs_of(batch)).__name__}, no tensor",
             cure=_how_to_pass(inputs_of(batch)),
+        ) from error  # fmt: skip
+
+
+def _require_keywords(model: nn.Module, inputs: Any, operation: str, error: BaseException) -> None:
+    """Name the keywords of a batch that ``forward`` does not take, and those that it needs and did not get."""
+    if not isinstance(inputs, Mapping):
+        return
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    unknown = [] if open_ended else [key for key in inputs if key not in {p.name for p in named}]
+    missing = [p.name for p in named if p.default is p.empty and p.name not in inputs]
+    if unknown or missing:
+        raise SkipscopeError(
+            operation, "the keys of the batch are not the keywords of the model's forward",
+            expected=", ".join(p.name if p.default is p.empty else f"{p.name} (optional)" for p in named) or "none",
+            got=", ".join(map(str, inputs)),
+            cure="; ".join(
+                part for part in (
+                    f"leave out or rename {', '.join(map(str, unknown))}" if unknown else "",
+                    f"add {', '.join(missing)}" if missing else "",
+                ) if part
+            ) + "; or write @ss.objective on f(model, batch)",
         ) from error  # fmt: skip
 
 

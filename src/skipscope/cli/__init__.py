@@ -24,6 +24,9 @@ app = App(
     help_epilogue="Start with: skipscope compare",
     suppress_keyboard_interrupt=False,  # main() says what was kept
 )
+app.register_install_completion_command(
+    help="Complete commands and options in this shell, from its next start on."
+)
 _model, _output = Group("Model and data", sort_key=1), Group("Output", sort_key=9)
 
 
@@ -82,6 +85,7 @@ def compare(
     *,
     quick: bool = False,
     train: bool = True,
+    seeds: int = 3,
     steps: int | None = None,
     budget: float | None = None,
     kinds: str | None = None,
@@ -94,6 +98,7 @@ def compare(
         model: without one: the lecture's network, made deep, on embedded digits.
         quick: a smaller version, in at most half a minute; what a busy machine has no time for is left out and named.
         train: also train the twins side by side; --no-train leaves it out.
+        seeds: training runs of each twin.
         steps: optimizer steps a run; more where neither twin has learnt in the default.
         budget: seconds to stay within; parts that do not fit are left out and named.
         kinds: kinds of shortcut to put in the place of its own, e.g. identity,rezero,highway: one line of a table each.
@@ -106,6 +111,7 @@ def compare(
         source,
         quick=quick,
         train=train,
+        seeds=seeds,
         steps=steps,
         budget=budget,
         kinds=kinds,

@@ -29,7 +29,7 @@ DEFAULT_FOLDER = Path("skipscope-out")
 
 def compare(
     model: str | None, source: Source, *, output: Output, quick: bool, train: bool, budget: float | None,
-    steps: int | None, kinds: str | None,
+    seeds: int, steps: int | None, kinds: str | None,
 ) -> None:  # fmt: skip
     """Run the main job and write its page."""
     folder = _folder(output, "compare", model)
@@ -41,12 +41,14 @@ def compare(
                     "data or kinds without a model",
                     cure="skipscope compare MODULE:CALLABLE --data ...",
                 )
-            result = ss.compare(quick=quick, train=train, steps=steps, budget=budget, seed=source.seed)
+            result = ss.compare(
+                quick=quick, train=train, seeds=seeds, steps=steps, budget=budget, seed=source.seed
+            )
         else:
             subject = _subject(model, source, samples=512)
             result = ss.compare(
                 subject.make or subject.model, subject.data, subject.loss,
-                quick=quick, train=train, steps=steps, budget=budget, seed=source.seed, name=model, about=subject.said,
+                quick=quick, train=train, seeds=seeds, steps=steps, budget=budget, seed=source.seed, name=model, about=subject.said,
                 variants=kinds.split(",") if kinds else None,
             )  # fmt: skip
     _deliver(result, "compare", output, folder, before=str(result.kinds_table()) if kinds else "")

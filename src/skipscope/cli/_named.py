@@ -51,19 +51,22 @@ def _place(error: BaseException) -> str:
     return f"{Path(last.filename).name}:{last.lineno}, {last.line}"
 
 
-def _as_module(name: str) -> str | None:
-    """What a path to a file would be as a module, where one was given."""
-    path, _, rest = name.rpartition(":")
-    if not path.endswith(".py") or not rest.isidentifier():
-        return None
-    module = ".".join(part for part in Path(path).with_suffix("").parts if part not in {".", "/"})
-    return f"a module, not a file: {module}:{rest}"
+def _file_of(name: str, what: str) -> Path | None:
+    """The file that ``train.py:make`` names. Returns None if it names a module.
 
-
-def _file_of(name: str) -> Path | None:
-    """The file that ``train.py:make`` names. Returns None if there is no such file."""
+    Raises:
+        SkipscopeError: there is no such file.
+    """
     path = Path(name.rpartition(":")[0])
-    return path if path.suffix == ".py" and path.stem.isidentifier() and path.is_file() else None
+    if path.suffix != ".py" or not path.stem.isidentifier():
+        return None
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.py")], 1)
+        raise SkipscopeError(
+            what, f"there is no file {path}", expected=str(path.with_name(near[0])) if near else None, got=name[:80],
+            cure="run the command from the folder that holds it",
+        )  # fmt: skip
+    return path
 
 
 def factory(found: Any, name: str) -> Callable[[], nn.Module]:
@@ -99,7 +102,7 @@ def named_model(name: str, said: list[str]) -> Any:
 
 def resolve(name: str, what: str) -> Any:
     """Import ``module:callable``; only the command line does this, never a file that is read."""
-    if (file := _file_of(name)) is not None:
+    if (file := _file_of(name, what)) is not None:
         sys.path.insert(0, str(file.parent.resolve()))
         name = f"{file.stem}:{name.rpartition(':')[2]}"
     if not _OBJECT.fullmatch(name):
@@ -108,7 +111,6 @@ def resolve(name: str, what: str) -> Any:
             f"{name!r:.80} is not module:callable",
             expected="e.g. my_package.models:make_model",
             got=name[:80],
-            cure=_as_module(name),
         )
     try:
         return pkgutil.resolve_name(name)

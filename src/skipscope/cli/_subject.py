@@ -82,9 +82,7 @@ def load_subject(name: str, source: Source, samples: int = 128, *, uses_loss: bo
         make = None  # weights from a file are one model, not a family of initialisations
     if source.device:
         model, make = _moved(model, source.device), None
-    data, loss = _data(name, model, source, samples, said)
-    if not uses_loss:
-        loss, said = None, [sentence for sentence in said if not sentence.startswith("loss:")]
+    data, loss = _data(name, model, source, samples, said, uses_loss)
     return Subject(name, make, model, data, loss, said)
 
 
@@ -120,21 +118,23 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 # --- data and loss --------------------------------------------------------------------------------------------------
 
 
-def _data(name: str, model: nn.Module, source: Source, samples: int, said: list[str]) -> tuple[Any, Any]:
+def _data(
+    name: str, model: nn.Module, source: Source, samples: int, said: list[str], uses_loss: bool
+) -> tuple[Any, Any]:
     if source.data:
         found = resolve(source.data, "data")
         if callable(found) and not isinstance(found, Tensor):
             with random_state_kept(source.seed):  # the same data when the command is run again
                 found = called(found, source.data, "data")
         found = _on_device(found, source.device)
-        return found, _loss(model, found, source.loss, said)
+        return found, _loss(model, found, source.loss, said) if uses_loss else None
     if source.input:
-        inputs, loss = _random_data(source.input, model, source, said)
-        return _on_device(inputs, source.device), loss
+        inputs = _on_device(_random_inputs(source.input, model, source, said), source.device)
+        return inputs, _mean_square(source, said) if uses_loss else None
     if name in reference.networks():
         data = _on_device(reference.data_for(name, samples), source.device)
         said.append(f"data: {samples} {_text_or_digits(data)}")
-        return data, _loss(model, data, source.loss, said)
+        return data, _loss(model, data, source.loss, said) if uses_loss else None
     raise SkipscopeError(
         "data", "nothing says what the model is to be called with", expected="--data module:callable, or --input SHAPE",
         cure="--data my_package.data:make_batch, or --input 8x3x224x224 for random data",
@@ -168,7 +168,7 @@ def _text_or_digits(data: tuple[Tensor, Tensor]) -> str:
     return f"passages of English from Python's pydoc_data.topics (SHA-256 {reference.english_text().sha256})"
 
 
-def _random_data(shape: str, model: nn.Module, source: Source, said: list[str]) -> tuple[Any, Any]:
+def _random_inputs(shape: str, model: nn.Module, source: Source, said: list[str]) -> Tensor:
     if not _SHAPE.fullmatch(shape):
         raise SkipscopeError(
             "input", "this is not a shape", expected="numbers joined by x, e.g. 8x3x224x224", got=shape[:60]
@@ -176,19 +176,21 @@ def _random_data(shape: str, model: nn.Module, source: Source, said: list[str]) 
     sizes = [int(n) for n in shape.split("x")]
     generator = torch.Generator().manual_seed(source.seed)
     words = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    if words and len(sizes) <= 2:
-        inputs = torch.randint(0, words, sizes, generator=generator)
-    else:
-        inputs = torch.randn(sizes, generator=generator)
+    tokens = words is not None and len(sizes) <= 2
+    said.append(f"data: random {'token ids' if tokens else 'normal numbers'} of shape {shape}, not real data")
+    if words is not None and tokens:
+        return torch.randint(0, words, sizes, generator=generator)
+    return torch.randn(sizes, generator=generator)
+
+
+def _mean_square(source: Source, said: list[str]) -> Any:
+    """A loss for random inputs, which have no targets."""
     if source.loss:
         raise SkipscopeError(
             "loss",
             "a loss needs targets, and random inputs have none",
             cure="give --data, or leave --loss out",
         )
-    said.append(
-        f"data: random {'token ids' if words and len(sizes) <= 2 else 'normal numbers'} of shape {shape}, not real data"
-    )
     said.append("loss: the mean square of the output, which is enough to send a gradient back")
 
     @objective
@@ -198,7 +200,7 @@ def _random_data(shape: str, model: nn.Module, source: Source, said: list[str]) 
         ]
         return torch.stack([t.float().square().mean() for t in outputs]).sum()
 
-    return inputs, mean_square
+    return mean_square
 
 
 def _loss(model: nn.Module, data: Any, name: str | None, said: list[str]) -> Any:
