@@ -69,8 +69,9 @@ plt.show()
 # %%
 runs = ss.train_twins(
     {"with": model, "without": plain},
-    ss.batches([data]),
+    data,
     F.cross_entropy,
+    batch_size=nodes,  # the whole graph at each step
     seeds=1,
     steps=60,
     optimizers=["Adam"],

@@ -19,14 +19,8 @@ found = ss.find_shortcuts(model, data[0])
 print(found.draw("text"))
 
 # %%
-
-
-def next_byte(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each next byte."""
-    return F.cross_entropy(logits.flatten(0, -2), target.flatten())
-
-
-paths = ss.path_spectrum(model, data, next_byte)
+# Cross-entropy of each next byte.
+paths = ss.path_spectrum(model, data, F.cross_entropy)
 paths.plot()
 plt.show()
 
@@ -37,4 +31,4 @@ print(f"mean length {paths.mean_length:.1f} of {paths.branches}; residual {paths
 # The same without shortcuts: one path, through every branch. What of the gradient is left?
 plain = ss.ablate(model, found)
 for name, net in {"with": model, "without": plain}.items():
-    print(f"{name:<8}", ss.gradient_flow(net, data, next_byte).verdict)
+    print(f"{name:<8}", ss.gradient_flow(net, data, F.cross_entropy).verdict)

@@ -51,7 +51,7 @@ def discs(n: int, size: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 torch.manual_seed(0)
-model, data = UNet(), discs(64)
+model, data = UNet(), discs(48)
 found = ss.find_shortcuts(model, data[0])
 found
 
@@ -59,7 +59,7 @@ found
 # Both learn from the same batches, each at its best rate.
 runs = ss.train_twins(
     {"with": model, "without": ss.ablate(model, found)}, data, F.binary_cross_entropy_with_logits,
-    seeds=1, steps=60, batch_size=16, optimizers=["Adam"],
+    seeds=1, steps=40, batch_size=16, optimizers=["Adam"],
 )  # fmt: skip
 runs.plot()
 plt.show()

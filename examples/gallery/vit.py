@@ -55,7 +55,7 @@ class ViT(nn.Module):
 
 
 torch.manual_seed(0)
-model, data = ViT(), reference.digits(128, image=True)
+model, data = ViT(), reference.digits(64, image=True)
 print(ss.gradient_flow(model, data, F.cross_entropy).verdict)
 
 # %%
@@ -65,9 +65,9 @@ split.plot()
 plt.show()
 
 # %%
-# After a hundred steps the branches carry more.
+# After sixty steps the branches carry more.
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-for step in range(100):
+for step in range(60):
     optimizer.zero_grad()
     F.cross_entropy(model(data[0]), data[1]).backward()
     optimizer.step()
