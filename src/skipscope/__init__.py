@@ -9,13 +9,35 @@ Example:
     9
 """
 
-import lazy_loader as _lazy
+import importlib as _importlib
+import re as _re
+from pathlib import Path as _Path
+from typing import Any as _Any
 
 from skipscope import _result
 from skipscope._version import __version__ as __version__
 
 # Every public name is listed once, in __init__.pyi, and imported when first used: `import skipscope` is immediate.
-__getattr__, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)
+_STUB = _Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+_MODULES = {name: module for module, name in _re.findall(r"^from (\S+) import (\w+) as", _STUB, _re.MULTILINE)}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _MODULES[name]
+    if module == ".":
+        value = _importlib.import_module(f".{name}", __name__)
+    else:
+        value = getattr(_importlib.import_module(module, __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 # The one way upward: results draw themselves by this room's hand, and are read back from the rooms' own stores.
 _result.register_drawer("skipscope.report")
