@@ -19,7 +19,9 @@ from skipscope._version import __version__ as __version__
 
 # Every public name is listed once, in __init__.pyi, and imported when first used: `import skipscope` is immediate.
 _STUB = _Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
-_MODULES = {name: module for module, name in _re.findall(r"^from (\S+) import (\w+) as", _STUB, _re.MULTILINE)}
+_MODULES = {
+    name: module for module, name in _re.findall(r"^from (\S+) import (\w+) as", _STUB, _re.MULTILINE)
+}
 __all__ = sorted(_MODULES)
 
 
