@@ -5,8 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import os
+import itertools
 import re
+import shutil
+import textwrap
+import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 from skipscope._errors import MissingExtra
@@ -53,28 +57,28 @@ class Table:
 
     def text(self, width: int | None = None) -> str:
         """The table as text that fits ``width`` columns (default: the terminal's; at least 60, to be legible)."""
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
-        for i, column in enumerate(self.columns):
-            justify = "right" if self.numeric(i) else "left"
-            table.add_column(Text(printable(column)), justify=justify, overflow="fold")
-        for row in self.rows:
-            table.add_row(*(Text(_words(cell)) for cell in row))
-        # In a notebook rich would display the table itself, and the caller's print would show it a second time.
-        with open(os.devnull, "w") as nowhere:
-            console = Console(width=width, record=True, file=nowhere, force_jupyter=False)
-            console.width = max(console.width, _NARROWEST)
-            # The title is printed apart: the table's own would be folded at the table's width.
-            console.print(Text(printable(self.title), style="bold"))
-            if self.columns:
-                console.print(table)
-            for note in self.notes:
-                console.print(Text("\n".join(map(printable, note.splitlines()))))
-        return "\n".join(line.rstrip() for line in console.export_text().splitlines()).strip("\n")
+        width = max(width or shutil.get_terminal_size().columns, _NARROWEST)
+        lines = textwrap.wrap(printable(self.title), width, break_on_hyphens=False)
+        if self.columns:
+            cells = [
+                [printable(column) for column in self.columns],
+                *([_words(c) for c in row] for row in self.rows),
+            ]
+            sizes = [max(map(_cell_width, column)) for column in zip(*cells, strict=True)]
+            room = width - 2 - 3 * (len(sizes) - 1)
+            while sum(sizes) > room and max(sizes) > 1:
+                sizes[sizes.index(max(sizes))] -= 1  # the widest column folds
+            right = [self.numeric(i) for i in range(len(sizes))]
+            head, *body = (
+                [line for row in rows for line in _aligned(row, sizes, right)]
+                for rows in ([cells[0]], cells[1:])
+            )
+            rule = "\u2500" * (sum(sizes) + 3 * (len(sizes) - 1) + 1)
+            lines += ["", *head, f" {rule}", *body[0], ""]
+        for note in self.notes:
+            for line in note.splitlines():
+                lines += textwrap.wrap(printable(line), width, break_on_hyphens=False) or [""]
+        return "\n".join(line.rstrip() for line in lines).strip("\n")
 
     def markdown(self) -> str:
         """The table in GitHub's Markdown."""
@@ -139,6 +143,38 @@ def plain_text(text: str) -> str:
     """Text for a cell of a CSV file: printable, and never read as a formula."""
     text = printable(text)
     return "'" + text if text.startswith(_FORMULA) else text
+
+
+def _cell_width(text: str) -> int:
+    """The columns that a text takes in a terminal: wide letters take two, combining marks none."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )
+
+
+def _folded(text: str, width: int) -> list[str]:
+    """A text cut at ``width`` columns, between words where that is possible."""
+    lines, line = [], ""
+    for word in re.findall(r"\S+\s*|\s+", text):
+        if line and _cell_width(line + word.rstrip()) > width:
+            lines.append(line)
+            line = ""
+        for letter in word:
+            if line and not letter.isspace() and _cell_width(line + letter) > width:
+                lines.append(line)
+                line = ""
+            line += letter
+    return [part.rstrip() for part in [*lines, line]]
+
+
+def _aligned(row: list[str], sizes: list[int], right: list[bool]) -> Iterator[str]:
+    """The lines of one row; numbers stand at the right of their column."""
+    parts = [_folded(cell, size) for cell, size in zip(row, sizes, strict=True)]
+    for line in itertools.zip_longest(*parts, fillvalue=""):
+        pads = [" " * (size - _cell_width(part)) for part, size in zip(line, sizes, strict=True)]
+        yield " " + "   ".join(p + s if r else s + p for p, s, r in zip(pads, line, right, strict=True))
 
 
 def _words(cell: Any) -> str:
