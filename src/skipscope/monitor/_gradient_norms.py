@@ -26,9 +26,19 @@ _BLAS_HAS = (torch.float32, torch.float64)
 
 @functools.cache
 def _blas(dtype: np.dtype):
-    from scipy.linalg.blas import get_blas_funcs
-
+    try:
+        from scipy.linalg.blas import get_blas_funcs
+    except ImportError:  # slower, and the same to rounding
+        return np.dot, _norm, lambda values: np.abs(values).sum()
     return get_blas_funcs(("dot", "nrm2", "asum"), dtype=dtype)
+
+
+def _norm(values: np.ndarray) -> float:
+    """The L2 norm of values whose squares may over- or underflow."""
+    largest = float(np.abs(values).max())
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * math.sqrt(float(np.square(values / largest, dtype=np.float64).sum()))
 
 
 def plain(grad: Tensor) -> Tensor:
