@@ -11,7 +11,7 @@ import skipscope
 
 RUN = os.environ.get("SKIPSCOPE_DOCS_RUN", "1") != "0"
 # Where notebooks open in the cloud, such as https://colab.research.google.com/github/OWNER/REPO/blob/gh-pages.
-COLAB = os.environ.get("SKIPSCOPE_DOCS_COLAB", "").rstrip("/")
+notebooks_base = os.environ.get("SKIPSCOPE_DOCS_NOTEBOOKS", "").rstrip("/")
 
 project, author, copyright = "skipscope", "The skipscope developers", "The skipscope developers"
 version = release = skipscope.__version__

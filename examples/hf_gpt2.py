@@ -1,12 +1,15 @@
 """Hugging Face's GPT-2 class with random weights, on English text: a model whose output carries its own loss.
 
-    skipscope compare examples.hf_gpt2:make_model --data examples.hf_gpt2:make_data
+Run it, or name its functions on the command line:
 
-Needs the extra: python -m pip install "skipscope[hf]". Nothing is downloaded.
+    skipscope compare examples/hf_gpt2.py:make_model --data examples/hf_gpt2.py:make_data
+
+Needs transformers: python -m pip install transformers. Nothing is downloaded.
 """
 
 import transformers
 
+import skipscope as ss
 from skipscope import reference
 
 
@@ -23,3 +26,9 @@ def make_data():
     """64 passages of 64 bytes as a Mapping: its labels make the output carry a loss."""
     inputs, _ = reference.english(64, seed=0)
     return {"input_ids": inputs, "labels": inputs.clone()}
+
+
+if __name__ == "__main__":
+    model, data = make_model(), make_data()
+    print(ss.find_shortcuts(model, data))
+    print(ss.gradient_flow(model, data).verdict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,22 @@ def _schemes(css: str) -> tuple[str, str]:
     return before, after.partition("}")[0]
 
 
+def _link_notebooks(app: Any, name: str, content: list[str]) -> None:
+    """Link a gallery page's notebook in the cloud, where a base address is set."""
+    if app.config.notebooks_base and name.startswith("gallery/") and not name.endswith("index"):
+        address = f"{app.config.notebooks_base}/notebooks/{name.removeprefix('gallery/')}.ipynb"
+        content[0] += f"\n\n`Open this notebook in the cloud <{address}>`_\n"
+
+
+def _copy_notebooks(app: Any, error: Exception | None) -> None:
+    """Put the gallery's notebooks where their addresses do not change."""
+    if error is None and app.builder.format == "html":
+        folder = Path(app.outdir) / "notebooks"
+        folder.mkdir(exist_ok=True)
+        for notebook in Path(app.srcdir, "gallery").glob("*.ipynb"):
+            shutil.copy(notebook, folder)
+
+
 def _escape_bars(app: Any, kind: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Keep ``|G|`` in a docstring a norm: in reStructuredText bars would be a substitution."""
     for at, line in enumerate(lines):
@@ -59,6 +76,9 @@ def setup(app: Any) -> dict[str, bool]:
     app.add_html_math_renderer(
         "mathml", inline_renderers=(_visit_math, None), block_renderers=(_visit_math_block, None)
     )
+    app.add_config_value("notebooks_base", "", "env")
     app.connect("builder-inited", _write_files)
+    app.connect("source-read", _link_notebooks)
+    app.connect("build-finished", _copy_notebooks)
     app.connect("autodoc-process-docstring", _escape_bars)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,7 @@ def _run_shell(code: str) -> str:
 def _shown(printed: str, value: Any) -> str:
     """What stands under a block, as MyST."""
     parts = []
+    printed = "\n".join(_wrapped(line) for line in printed.split("\n"))
     if printed.strip():
         parts.append(f"``````{{code-block}} text\n:class: output\n{printed.rstrip()}\n``````\n")
     if hasattr(value, "_repr_html_"):
@@ -148,6 +150,11 @@ def _shown(printed: str, value: Any) -> str:
     elif value is not None:
         parts.append(f"``````{{code-block}} text\n:class: output\n{value!r}\n``````\n")
     return "".join(f"\n{part}" for part in parts)
+
+
+def _wrapped(line: str) -> str:
+    """A sentence in lines that fit the page; tables are narrower."""
+    return line if len(line) <= 100 else textwrap.fill(line, 96, break_long_words=False)
 
 
 def _insert_outputs(app: Any, name: str, content: list[str]) -> None:

@@ -101,5 +101,28 @@ def test_the_gallery_runs(script, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet_digits", "hf_gpt2"])
+def test_examples_run_when_run(name):
+    if name == "hf_gpt2":
+        pytest.importorskip("transformers")
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{name}.py"], capture_output=True, text=True, timeout=240,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "healthy" in done.stdout
+
+
+def test_paths_that_pages_name_are_there():
+    for name, path in PAGES.items():
+        for file in re.findall(r"`((?:tests|benchmarks|docs|src|examples)/[\w./]*)`", path.read_text()):
+            assert (ROOT / file).exists() or file == "docs/_build/", f"{name} names {file}"
+
+
+def test_the_version_to_cite_is_the_version():
+    assert f"version = {{{ss.__version__}}}" in (ROOT / "README.md").read_text()
+
+
 def test_the_gallery_has_ten_scripts():
     assert len(SCRIPTS) == 10
