@@ -117,7 +117,7 @@ def test_examples_run_when_run(name):
 def test_paths_that_pages_name_are_there():
     for name, path in PAGES.items():
         for file in re.findall(r"`((?:tests|benchmarks|docs|src|examples)/[\w./]*)`", path.read_text()):
-            assert (ROOT / file).exists() or file == "docs/_build/", f"{name} names {file}"
+            assert (ROOT / file).exists() or file.startswith("docs/_build"), f"{name} names {file}"
 
 
 def test_the_version_to_cite_is_the_version():
