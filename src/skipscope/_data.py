@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ from skipscope._errors import SkipscopeError
 from skipscope._stock import Samples as Samples
 from skipscope._stock import stock_loss
 from skipscope._untouched import require_numbers, untouched
+
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,13 @@ class Objective:
             self.function(model, batch)
 
 
+@overload
+def objective(function: _Function, *, weight: Callable[[Any], float] | None = None) -> _Function: ...
+@overload
 def objective(
-    function: Callable[[nn.Module, Batch], Tensor] | None = None,
-    *,
-    weight: Callable[[Batch], float] | None = None,
-) -> Any:
+    function: None = None, *, weight: Callable[[Any], float] | None = None
+) -> Callable[[_Function], _Function]: ...
+def objective(function: Any = None, *, weight: Callable[[Any], float] | None = None) -> Any:
     """Turn ``f(model, batch) -> scalar`` into a loss, for what ``loss(output, target)`` cannot say.
 
     Local.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from skipscope.shortcuts.twin import Group, Rule, edits_of, follow, follow_calle
 def ablate(
     model: nn.Module,
     found: Shortcuts | Shortcut | Iterable[Shortcut] | None = None,
-    how: str = "remove",
+    how: Literal["remove", "detach", "lesion"] = "remove",
     *,
     strength: float | Tensor | None = None,
     inputs: Any = None,
@@ -34,7 +34,7 @@ def ablate(
     recalibrate: Any = None,
     allow_empty: bool = False,
 ) -> nn.Module:
-    """A twin of ``model`` in which shortcuts are edited, exactly as the table in definitions.md has it.
+    """A twin of ``model`` in which shortcuts are edited, by the table of the documentation (What words mean).
 
     The twin is a module of the same class name with the same ``state_dict`` keys. It can be trained, copied, pickled,
     compiled and edited again. Edits multiply: strength 0.5 twice is 0.25. Local. A twin is sharded like any model,
