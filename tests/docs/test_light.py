@@ -41,6 +41,9 @@ from skipscope.monitor._gradient_norms import on_host
 norms = on_host([torch.full((3,), 1e-30), torch.full((4,), 1e30), torch.zeros(2), torch.full((2,), float("inf"))])[0]
 assert abs(norms[0] / (3**0.5 * 1e-30) - 1) < 1e-6 and abs(norms[1] / 2e30 - 1) < 1e-6
 assert norms[2] == 0 and norms[3] == float("inf")
+large = torch.linspace(-1, 2, 200_001)  # read in pieces
+norm, total = on_host([large])[:, 0]
+assert abs(norm / large.double().norm() - 1) < 1e-6 and abs(total / large.double().abs().sum() - 1) < 1e-5
 print("light")
 """
 

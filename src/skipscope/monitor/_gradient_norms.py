@@ -25,20 +25,30 @@ _BLAS_HAS = (torch.float32, torch.float64)
 
 
 @functools.cache
-def _blas(dtype: np.dtype):
+def _blas(dtype: np.dtype) -> Any:
+    """BLAS's ``dot``, ``nrm2`` and ``asum``; without SciPy the same by NumPy, slower."""
     try:
         from scipy.linalg.blas import get_blas_funcs
-    except ImportError:  # slower, and the same to rounding
-        return np.dot, _norm, lambda values: np.abs(values).sum()
+    except ImportError:
+        return _dot, _nrm2, _asum
     return get_blas_funcs(("dot", "nrm2", "asum"), dtype=dtype)
 
 
-def _norm(values: np.ndarray) -> float:
-    """The L2 norm of values whose squares may over- or underflow."""
-    largest = float(np.abs(values).max())
+def _dot(x: np.ndarray, y: np.ndarray, n: int | None = None, start: int = 0, *_: int) -> float:
+    n = x.size if n is None else n
+    return float(np.dot(x[start : start + n], y[start : start + n]))
+
+
+def _nrm2(x: np.ndarray, n: int | None = None, start: int = 0) -> float:
+    values = np.abs(x[start : start + (x.size if n is None else n)])
+    largest = float(values.max())
     if largest == 0 or not math.isfinite(largest):
         return largest
     return largest * math.sqrt(float(np.square(values / largest, dtype=np.float64).sum()))
+
+
+def _asum(x: np.ndarray, n: int | None = None, start: int = 0) -> float:
+    return float(np.abs(x[start : start + (x.size if n is None else n)]).sum())
 
 
 def plain(grad: Tensor) -> Tensor:
