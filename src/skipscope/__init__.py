@@ -22,7 +22,7 @@ _STUB = _Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
 _MODULES = {
     name: module for module, name in _re.findall(r"^from (\S+) import (\w+) as", _STUB, _re.MULTILINE)
 }
-__all__ = sorted(_MODULES)
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> _Any:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -145,7 +145,7 @@ def measure_flow(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clo
             evidence.strength[name] = sweep
 
 
-def _flow_of_twin(subject: Subject, how: str) -> GradientFlow:
+def _flow_of_twin(subject: Subject, how: Literal["remove", "detach", "lesion"]) -> GradientFlow:
     return flow_of(subject.twin(ablate(subject.model, subject.found, how=how)))
 
 
