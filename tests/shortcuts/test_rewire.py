@@ -252,7 +252,49 @@ class Taken(Block):
     shortcuts = None
 
 
+class NormFirst(nn.Module):
+    """The block of a vision transformer: each fork feeds a norm beside the branch that names the merge."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = (
+            nn.LayerNorm(WIDTH),
+            Branch(),
+            nn.LayerNorm(WIDTH),
+            Branch(),
+        )
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def test_kinds_that_read_read_before_the_norm_of_a_block():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(NormFirst(), NormFirst()), torch.randn(5, WIDTH)
+    found = ss.find_shortcuts(model, x)
+    twin = shaken(ss.rewire(model, found, kind="fixup", inputs=x))
+    y = x
+    for i, block in enumerate(twin[:2]):
+        for name, norm, branch in (("attn", block.norm1, block.attn), ("mlp", block.norm2, block.mlp)):
+            own = twin.shortcuts.get_submodule(f"{i}.{name}")
+            y = y + own.multiplier * branch(norm(y + own.bias_in)) + own.bias_out
+    torch.testing.assert_close(twin(x), y)
+    streams = ss.rewire(model, found, kind="hyper", inputs=x)
+    torch.testing.assert_close(streams(x), model(x))
+
+
+class Projected(Block):
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.map(x) + self.branch(x)
+
+
 REFUSED = {
+    "a projection before the sum": (Projected, "pre-norm", "a projection stands between"),
     "two modules read the fork": (TwoReaders, "pre-norm", "something else uses the fork"),
     "no chain": (Between, "hyper", "do not form one chain"),
     "a gate": (Gated, "rezero", "no sum of a shortcut and a branch"),
@@ -280,3 +322,27 @@ def test_a_kind_that_reads_may_not_leave_out_a_reader_unseen():
     model, x = TwoReaders(), torch.randn(5, WIDTH)
     twin = ss.rewire(model, ss.find_shortcuts(model, x), kind="rezero")
     assert torch.equal(twin(x), x)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", registry())
+def test_a_stock_vision_transformer_trains_with_each_kind_or_is_refused_in_words(kind):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model, x = timm.create_model("vit_tiny_patch16_224", **small), torch.randn(2, 3, 16, 16)
+    found = ss.find_shortcuts(model, x)
+    if kind not in FITTING:
+        with pytest.raises(SkipscopeError, match="cannot take the place of a sum"):
+            ss.rewire(model, found, kind=kind, inputs=x)
+        return
+    twin = ss.rewire(model, found, kind=kind, inputs=x).train()
+    optimizer = torch.optim.SGD(twin.parameters(), 1e-2)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        losses.append(F.cross_entropy(twin(x), torch.tensor([0, 1])))
+        losses[-1].backward()
+        optimizer.step()
+    assert all(p.grad is not None for n, p in twin.named_parameters() if n.startswith("shortcuts."))
+    assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]

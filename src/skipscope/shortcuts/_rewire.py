@@ -158,10 +158,10 @@ def _shapes(model: nn.Module, chosen: Sequence[Shortcut], inputs: Any) -> list[t
 
 
 def _reader(shortcut: Shortcut) -> str:
-    """The module that takes the fork's tensor: the branch's own, or its first where the branch is spread in the host."""
+    """The module that takes the fork's tensor: the branch's own; its first where it begins elsewhere (a norm before it)."""
     home, host = shortcut.name.partition("#")[0], shortcut.key.host
     is_around = not home or home == host or host.startswith(home + ".")
-    return shortcut.branch[0] if is_around or home not in _ancestors(shortcut.branch) else home
+    return shortcut.branch[0] if is_around or home not in _ancestors(shortcut.branch[:1]) else home
 
 
 def _ancestors(paths: Sequence[str]) -> set[str]:
@@ -207,6 +207,12 @@ class _Builder:
             if isinstance(module, connections.Connection):
                 module.initialise_(nn.ModuleList(branch))
             reads = getattr(type(module), "read", None) not in {None, connections.Connection.read}
+            if reads and shortcut.kind == "projection":
+                raise SkipscopeError(
+                    "rewire", "this kind reads what the branch and the sum read, and a projection stands between",
+                    layer=shortcut.name, expected="a shortcut that carries the fork's own tensor", got=shortcut.kind,
+                    cure='leave it out: found.select(kind=("identity", "scaled"))',
+                )  # fmt: skip
             made.append(Join.at(shortcut, module, reads=reads))
         return made
 
