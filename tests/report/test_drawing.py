@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 
 from report import samples
 from skipscope import SkipscopeError
-from skipscope.report import _arcs, _palette, _svg, _svg_bars, _svg_heat, _svg_lines, _terrain, draw, story
+from skipscope.report import (
+    _arcs,
+    _palette,
+    _surface_charts,
+    _svg,
+    _svg_bars,
+    _svg_heat,
+    _svg_lines,
+    document,
+    draw,
+)
 from skipscope.report._arcs_text import text
 from skipscope.report._charts import Arc, Bars, Heat, Lines, Network, Series, Surface, Surfaces
 from skipscope.report._scale import axis, power, whole_axis
@@ -88,7 +98,7 @@ def test_every_chart_of_every_result_is_well_formed(width):
     from skipscope.report._page import svg
 
     for result in samples.everything():
-        for panel in story(result).panels:
+        for panel in document(result).panels:
             for chart in panel.charts:
                 root = parse(f"<both>{svg(chart)}</both>")
                 assert len(list(root.iter("svg"))) == 2
@@ -123,12 +133,12 @@ def test_heat_and_surfaces_of_one_value_are_drawn(fill):
     values = np.full((3, 4), fill)
     parse(_svg_heat.heat(Heat(values, list("abc"), [1, 2, 3, 4]), _svg.WIDE))
     parse(
-        _terrain.contours(
+        _surface_charts.contours(
             Surfaces([Surface(values, np.linspace(-1, 1, 3), np.linspace(-1, 1, 4), "x")]), _svg.WIDE
         )
     )
     parse(
-        _terrain.contours(
+        _surface_charts.contours(
             Surfaces([Surface(values, np.linspace(-1, 1, 3), np.linspace(-1, 1, 4), "x", signed=True)]),
             _svg.WIDE,
         )
@@ -203,7 +213,7 @@ def test_a_history_tells_not_finite_from_not_connected():
 
 
 def test_the_whole_gradient_is_no_zero_where_it_is_not_finite():
-    series = story(samples.restless()).panels[-1].chart.series[0]
+    series = document(samples.restless()).panels[-1].chart.series[0]
     assert [step for step, y in zip(series.x, series.y) if y == np.inf] == list(range(21, 31))
     assert 0 not in series.y
 
@@ -218,17 +228,19 @@ def test_no_event_is_drawn_beside_the_map_and_flickering_does_not_hide_it():
 
 def test_events_are_told_in_sentences_the_first_and_the_last_two():
     restless = samples.restless()
-    assert story(restless).answer[1:] == [
+    assert document(restless).answer[1:] == [
         "Step 1: from vanishing to healthy: reason 0.",
         "And 9 more, listed under the numbers.",
         "Step 59: from dead to exploding: reason 10.",
         "Step 60: from exploding to vanishing: reason 11.",
     ]
-    assert story(restless).answer[0].startswith("Step 60: vanishing")
-    assert [row[0] for row in story(restless).panels[0].tables[1].rows] == [e.step for e in restless.events]
+    assert document(restless).answer[0].startswith("Step 60: vanishing")
+    assert [row[0] for row in document(restless).panels[0].tables[1].rows] == [
+        e.step for e in restless.events
+    ]
     few = dataclasses.replace(restless, events=restless.events[:3])
-    assert len(story(few).answer) == 4
-    assert not any("more" in sentence for sentence in story(few).answer)
+    assert len(document(few).answer) == 4
+    assert not any("more" in sentence for sentence in document(few).answer)
 
 
 def test_thinning_keeps_every_spike():
@@ -242,7 +254,7 @@ def test_thinning_keeps_every_spike():
 
 
 def test_a_dead_gradient_is_drawn_on_the_floor_and_not_left_out():
-    root = parse(_svg_lines.lines(story(samples.flow(12, zeros=4)).panels[0].chart, _svg.WIDE))
+    root = parse(_svg_lines.lines(document(samples.flow(12, zeros=4)).panels[0].chart, _svg.WIDE))
     assert "0" in [t.text for t in root.iter("text")]
 
 
@@ -251,7 +263,7 @@ def test_a_dead_gradient_is_drawn_on_the_floor_and_not_left_out():
 
 def test_heights_are_logs_clipped_five_decades_above_the_lowest():
     chart = Surfaces([Surface(np.array([[0.01, 1.0], [1e9, np.inf]]), np.arange(2.0), np.arange(2.0))])
-    scale = _terrain.heights(chart)
+    scale = _surface_charts.heights(chart)
     np.testing.assert_allclose(scale(chart.surfaces[0].values), [[-2, 0], [3, 3]])
     assert scale.cut
 
@@ -259,7 +271,7 @@ def test_heights_are_logs_clipped_five_decades_above_the_lowest():
 def test_surfaces_side_by_side_share_one_scale():
     low, high = np.full((3, 3), 0.1), np.full((3, 3), 10.0)
     at = np.arange(3.0)
-    drawn = _terrain.payload(Surfaces([Surface(low, at, at), Surface(high, at, at)]))
+    drawn = _surface_charts.payload(Surfaces([Surface(low, at, at), Surface(high, at, at)]))
     assert drawn["low"] == pytest.approx(-1, abs=0.03)
     assert drawn["high"] == pytest.approx(1, abs=0.03)
     assert drawn["surfaces"][0]["z"][0][0] == -1
@@ -269,7 +281,7 @@ def test_surfaces_side_by_side_share_one_scale():
 def test_what_is_unknown_is_a_hole_and_never_a_height():
     values = np.ones((3, 3))
     values[1, 2] = np.nan
-    drawn = _terrain.payload(Surfaces([Surface(values, np.arange(3.0), np.arange(3.0))]))
+    drawn = _surface_charts.payload(Surfaces([Surface(values, np.arange(3.0), np.arange(3.0))]))
     assert drawn["surfaces"][0]["z"][2][1] is None  # rows are the second axis there
     assert sum(v is None for row in drawn["surfaces"][0]["z"] for v in row) == 1
 
@@ -277,7 +289,7 @@ def test_what_is_unknown_is_a_hole_and_never_a_height():
 def test_axes_are_not_exchanged():
     a, b = np.linspace(-1, 1, 5), np.linspace(-2, 2, 7)
     values = 1 + np.abs(a)[:, None] * 10 + np.abs(b)[None] * 100
-    drawn = _terrain.payload(Surfaces([Surface(values, a, b)]))["surfaces"][0]
+    drawn = _surface_charts.payload(Surfaces([Surface(values, a, b)]))["surfaces"][0]
     heights = np.array(drawn["z"])
     assert heights.shape == (len(drawn["y"]), len(drawn["x"]))
     # The finer grid keeps the computed points, and what is measured there.

@@ -8,7 +8,7 @@ import pytest
 
 from report import samples
 from skipscope import SkipscopeError
-from skipscope.report import story
+from skipscope.report import document
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -25,7 +25,7 @@ def no_figures_left():
 
 @pytest.mark.parametrize("result", RESULTS, ids=NAMES)
 def test_every_chart_is_drawn_into_given_axes(result):
-    for number in range(sum(len(p.charts) for p in story(result).panels)):
+    for number in range(sum(len(p.charts) for p in document(result).panels)):
         _, ax = plt.subplots()
         assert result.plot(ax=ax, chart=number) is ax
         assert ax.has_data()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import skipscope as ss
-from skipscope.report import _terrain, story
+from skipscope.report import _surface_charts, document
 from skipscope.report._charts import Surface, Surfaces
 from skipscope.surfaces import solutions_plane
 
@@ -28,7 +28,7 @@ def _surface(loss, **options) -> Any:
 
 
 def _chart_of(surface) -> Any:
-    return story(surface).panels[0].chart
+    return document(surface).panels[0].chart
 
 
 def _partly_nan(output, target):
@@ -38,25 +38,25 @@ def _partly_nan(output, target):
 
 def test_losses_below_zero_have_heights_of_their_own():
     values = AT[:, None] ** 2 + AT[None] ** 2 - 1.5
-    scale = _terrain.heights(_chart(values))
+    scale = _surface_charts.heights(_chart(values))
     assert not scale.log and scale(values).min() == values.min() and len(np.unique(scale(values))) > 50
     far = np.where(values > 0.2, 1e9, values)  # what explodes does not hide the rest
-    assert _terrain.heights(_chart(far)).cut and _terrain.heights(_chart(far)).high < 10
+    assert _surface_charts.heights(_chart(far)).cut and _surface_charts.heights(_chart(far)).high < 10
 
 
 def test_a_centre_far_below_the_rest_is_no_bottom_to_measure_from():
     values = AT[:, None] ** 2 + AT[None] ** 2
     values[10, 10] = 1e-30  # a network that fits its data
-    scale = _terrain.heights(_chart(values))
+    scale = _surface_charts.heights(_chart(values))
     assert scale.under and not scale.cut and len(np.unique(scale(values).round(6))) > 50
 
 
 def test_an_accuracy_is_drawn_on_a_linear_scale():
     values = np.tile(np.linspace(0.1, 1.0, 21), (21, 1))
-    scale = _terrain.heights(_chart(values, linear=True))
+    scale = _surface_charts.heights(_chart(values, linear=True))
     assert not scale.log and scale.ends() == (pytest.approx(0.1), pytest.approx(1.0))
     surface = _surface(F.mse_loss, metrics={"fit": lambda o, t: (o - t).abs().mean()})
-    assert "fit" in [panel.heading.partition(" ")[0] for panel in story(surface).panels]
+    assert "fit" in [panel.heading.partition(" ")[0] for panel in document(surface).panels]
 
 
 def test_nan_is_striped_and_counted_in_the_map(tmp_path):
@@ -100,12 +100,12 @@ def test_the_cross_is_where_the_model_is_also_when_the_axis_is_a_strength():
     found = ss.find_shortcuts(model, X)
     surface = ss.landscape(model, (X, X), F.mse_loss, grid=5, strength=found, strategy="plain")
     assert _chart_of(surface).surfaces[0].origin == (1.0, 0.0)
-    text = str(_terrain.contours(_chart_of(surface), 700))
+    text = str(_surface_charts.contours(_chart_of(surface), 700))
     assert "shortcut strength, 0 to 1" in text and "the weights as they are" in text
 
 
 def test_axes_say_their_unit_and_how_far_they_go():
-    text = str(_terrain.contours(_chart_of(_surface(F.mse_loss, span=0.5)), 700))
+    text = str(_surface_charts.contours(_chart_of(_surface(F.mse_loss, span=0.5)), 700))
     assert "random direction 1 in |w| by filter, -0.500 to 0.500" in text
 
 
@@ -136,5 +136,5 @@ def test_a_difference_of_nothing_but_nan_is_told_without_a_warning(recwarn):
     model = nn.Linear(4, 3)
     nan = lambda output, target: F.mse_loss(output, target) * float("nan")  # noqa: E731
     pair = ss.paired_landscapes({"a": model, "b": model}, (X, torch.zeros(20, 3)), nan, grid=5)
-    assert "nan" in " ".join(panel.caption for panel in story(pair).panels)
+    assert "nan" in " ".join(panel.caption for panel in document(pair).panels)
     assert not [w for w in recwarn if "NaN" in str(w.message)]

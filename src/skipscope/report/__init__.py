@@ -1,7 +1,7 @@
 """Everything that is drawn: pictures, notebook fragments, the network with its arcs, and the page.
 
 The ground knows this room by four functions (see ``_result.py``): :func:`plot`, :func:`save`, :func:`fragment` and
-:func:`draw`. A result is told once, as a :class:`~skipscope.report._charts.Story`, and drawn by two hands: SVG for
+:func:`draw`. A result is told once, as a :class:`~skipscope.report._charts.Document`, and drawn by two hands: SVG for
 pages, matplotlib for figures.
 """
 
@@ -21,13 +21,13 @@ from skipscope._files import write_whole
 from skipscope._result import Result
 from skipscope.report import _arcs, _arcs_text, _page
 from skipscope.report._charts import Chart, Lines, Surfaces
+from skipscope.report._document import document as document
 from skipscope.report._figure_style import style as style
 from skipscope.report._figure_style import with_options
 from skipscope.report._live import LIVE_PAGE as LIVE_PAGE
 from skipscope.report._live import live_page as live_page
 from skipscope.report._side_by_side import SideBySide as SideBySide
 from skipscope.report._side_by_side import side_by_side as side_by_side
-from skipscope.report._story import story as story
 
 if TYPE_CHECKING:
     from skipscope.flow import GradientSplit
@@ -51,7 +51,7 @@ def plot(
     import matplotlib
     import numpy as np
 
-    from skipscope.report import _hero, _matplotlib
+    from skipscope.report import _comparison_picture, _matplotlib
     from skipscope.report import _matplotlib_maps as _matplotlib_maps
 
     if ax is not None and figsize is not None:
@@ -66,7 +66,11 @@ def plot(
         matplotlib.rc_context(look.rc),
     ):
         try:
-            axes = _hero.hero(result) if drawn is None else _matplotlib.draw(drawn, ax=ax, **options)  # type: ignore[arg-type]
+            axes = (
+                _comparison_picture.comparison_picture(result)  # type: ignore[arg-type]
+                if drawn is None
+                else _matplotlib.draw(drawn, ax=ax, **options)
+            )
         except TypeError as error:
             if "unexpected keyword" not in str(error):
                 raise
@@ -86,7 +90,7 @@ def _is_comparison(result: Any) -> bool:
 
 
 def _chart(result: Result, number: int | None) -> Chart:
-    charts = [chart for panel in story(result).panels for chart in panel.charts]
+    charts = [chart for panel in document(result).panels for chart in panel.charts]
     if number is None:  # of a comparison the flow, which its networks share; of everything else the first
         lines = (i for i, chart in enumerate(charts) if isinstance(chart, Lines))
         number = next(lines, 0) if _is_comparison(result) else 0
@@ -103,7 +107,7 @@ def _limits(
     result: Result, chart: Chart | None, number: int | None, limits: Any
 ) -> tuple[float, float] | None:
     """Both ends of the scale: as given, or those that a surface and the other results have in common."""
-    from skipscope.report import _terrain
+    from skipscope.report import _surface_charts
 
     if limits is None:
         return None
@@ -112,7 +116,7 @@ def _limits(
     others = [_chart(other, number) for other in limits if isinstance(other, Result)]
     if others and len(others) == len(limits) and all(isinstance(c, Surfaces) for c in [chart, *others]):
         together = [surface for c in [chart, *others] for surface in c.surfaces]  # type: ignore[union-attr]
-        scale = _terrain.heights(dataclasses.replace(chart, surfaces=together))  # type: ignore[type-var]
+        scale = _surface_charts.heights(dataclasses.replace(chart, surfaces=together))  # type: ignore[type-var]
         return scale.low, scale.high
     try:
         low, high = map(float, limits)
@@ -142,7 +146,7 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
     ending = path.suffix.lower().removeprefix(".")
     if ending == "html":
         live = LIVE_PAGE if path.with_name(LIVE_PAGE).exists() else None
-        return write_whole(path, _page.page(result, story(result), path.name, live))
+        return write_whole(path, _page.page(result, document(result), path.name, live))
     surfaces = (_class("surfaces", name) for name in ("Surface", "PairedSurfaces"))
     if ending == "gif" and isinstance(result, tuple(surfaces)):
         from skipscope.report._animation import gif
@@ -183,7 +187,7 @@ def _picture(result: Result, ending: str, *, dpi: int = 160, **options: Any) -> 
 
 def fragment(result: Result) -> str:
     """A result as a piece of HTML for a notebook: its answer, its first chart, its numbers."""
-    return _page.fragment(story(result))
+    return _page.fragment(document(result))
 
 
 class Drawing(str):

@@ -7,7 +7,7 @@ import io
 import numpy as np
 
 from skipscope._errors import SkipscopeError
-from skipscope.report import _terrain
+from skipscope.report import _surface_charts
 from skipscope.report import _view_surfaces as views
 from skipscope.report._charts import Surfaces
 from skipscope.surfaces import PairedSurfaces, Surface
@@ -42,7 +42,7 @@ def gif(result: Surface | PairedSurfaces, *, dpi: int = 90, seconds: float = 0.3
             cure="landscape(..., directions=trajectory_plane(...)), or save as .png",
         )  # fmt: skip
     frames = []
-    scale = _terrain.heights(chart)
+    scale = _surface_charts.heights(chart)
     for step in range(1, len(path) + 1):
         with with_options(to_file=True):
             figure = new_figure(4.6 * len(twins), 4.4)

@@ -231,7 +231,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Story:
+class Document:
     """A whole page, before it is laid out.
 
     Attributes:

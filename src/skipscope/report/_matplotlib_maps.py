@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from skipscope._errors import SkipscopeError
-from skipscope.report import _terrain
+from skipscope.report import _surface_charts
 from skipscope.report._charts import Heat, Surface, Surfaces
 from skipscope.report._figure_style import current
 from skipscope.report._matplotlib import draw, foot, new_axes, plain, require_flat
@@ -100,7 +100,7 @@ def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None 
     if not axes:
         options = {"subplot_kw": {"projection": "3d"}} if solid else {"sharey": True}
         axes = list(np.ravel(new_axes(3.3 * count + 0.7, 3.5, ncols=count, squeeze=False, **options)))
-    scale = _terrain.heights(chart, current().limits)
+    scale = _surface_charts.heights(chart, current().limits)
     drawn = None
     for where, surface in zip(axes, chart.surfaces):
         drawn = terrain(where, surface, scale) if solid else contours(where, surface, scale)
@@ -125,7 +125,7 @@ def square(figure: Any) -> None:
     figure.draw_without_rendering()  # a second pass may move what a file, written in one, would show
 
 
-def contours(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
+def contours(ax: Any, surface: Surface, scale: _surface_charts.Heights) -> Any:
     """One surface as a contour map."""
     from matplotlib.patches import Rectangle
 
@@ -167,9 +167,9 @@ def contours(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
     return drawn
 
 
-def terrain(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
+def terrain(ax: Any, surface: Surface, scale: _surface_charts.Heights) -> Any:
     """One surface in 3-D, from the same side as on the page."""
-    level = _terrain.fine(scale(np.asarray(surface.values, dtype=float))).T
+    level = _surface_charts.fine(scale(np.asarray(surface.values, dtype=float))).T
     sides = zip((surface.alphas, surface.betas), level.T.shape)
     a, b = np.meshgrid(*(np.linspace(side[0], side[-1], count) for side, count in sides))
     low, high = scale.ends()
@@ -203,4 +203,4 @@ def terrain(ax: Any, surface: Surface, scale: _terrain.Heights) -> Any:
 def _colours(signed: bool) -> Any:
     from matplotlib.colors import ListedColormap
 
-    return ListedColormap(_terrain.colours(signed) / 255)
+    return ListedColormap(_surface_charts.colours(signed) / 255)

@@ -22,8 +22,8 @@ from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope._result import Result, Table, dumps
 from skipscope._version import __version__
-from skipscope.report import _arcs, _svg_bars, _svg_heat, _svg_lines, _terrain
-from skipscope.report._charts import Bars, Chart, Heat, Lines, Network, Panel, Story, Surfaces
+from skipscope.report import _arcs, _surface_charts, _svg_bars, _svg_heat, _svg_lines
+from skipscope.report._charts import Bars, Chart, Document, Heat, Lines, Network, Panel, Surfaces
 from skipscope.report._glossary import with_terms
 from skipscope.report._markup import clean, raised
 from skipscope.report._svg import both
@@ -41,29 +41,29 @@ def svg(chart: Chart) -> Markup:
 svg.register(Lines, functools.partial(both, _svg_lines.lines))
 svg.register(Bars, functools.partial(both, _svg_bars.bars))
 svg.register(Heat, functools.partial(both, _svg_heat.heat))
-svg.register(Surfaces, functools.partial(both, _terrain.contours))
+svg.register(Surfaces, functools.partial(both, _surface_charts.contours))
 svg.register(Network, functools.partial(both, _arcs.network))
 
 
-def page(result: Result, story: Story, file: str = "report.html", live: str | None = None) -> str:
+def page(result: Result, document: Document, file: str = "report.html", live: str | None = None) -> str:
     """A result as a page.
 
     Args:
         result: carried along, so that the page can be loaded.
-        story: what is told of it.
+        document: what is told of it.
         file: the page's name, for the line that says how to load it.
         live: address of the live page, where it lies beside this one.
 
     Raises:
         SkipscopeError: it would be larger than a browser should be given.
     """
-    panels = [_panel(panel, f"s{i + 1}") for i, panel in enumerate(story.panels)]
-    turning = any(_turns(chart) for panel in story.panels for chart in panel.charts)
+    panels = [_panel(panel, f"s{i + 1}") for i, panel in enumerate(document.panels)]
+    turning = any(_turns(chart) for panel in document.panels for chart in panel.charts)
     scripts = [*([_asset("surface3d.js")] if turning else []), _asset("page.js")]
     data = _safe_json(dumps(result))
     content = {
-        "story": story, "panels": panels, "contents": [p for p in panels if p["claim"]] if len(panels) > 3 else [],
-        "facts": [(name, _cell(value)) for name, value in story.facts.items()], "file": file, "version": __version__, "live": live,
+        "document": document, "panels": panels, "contents": [p for p in panels if p["claim"]] if len(panels) > 3 else [],
+        "facts": [(name, _cell(value)) for name, value in document.facts.items()], "file": file, "version": __version__, "live": live,
         "css": Markup(_asset("chart.css") + _asset("page.css")),
         "scripts": [Markup(script) for script in scripts], "policy": _policy(scripts),
     }  # fmt: skip
@@ -78,10 +78,10 @@ def page(result: Result, story: Story, file: str = "report.html", live: str | No
     return made
 
 
-def fragment(story: Story) -> str:
+def fragment(document: Document) -> str:
     """The first panel as a piece of HTML for a notebook, with its style."""
-    first = _panel(story.panels[0], "s1") if story.panels else None
-    content = {"story": story, "panel": first, "css": Markup(_asset("chart.css"))}
+    first = _panel(document.panels[0], "s1") if document.panels else None
+    content = {"document": document, "panel": first, "css": Markup(_asset("chart.css"))}
     return _environment().get_template("fragment").render(content)
 
 
@@ -121,7 +121,7 @@ def _figure(chart: Chart, name: str) -> dict[str, Any]:
         figure |= {
             "scenes": chart.surfaces,
             "height": chart.height,
-            "payload": _safe_json(json.dumps(_terrain.payload(chart))),
+            "payload": _safe_json(json.dumps(_surface_charts.payload(chart))),
         }
     if isinstance(chart, Lines) and chart.frames:
         labels = json.dumps([clean(label) for label in chart.frames])

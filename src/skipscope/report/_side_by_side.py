@@ -9,8 +9,8 @@ from typing import Any
 
 from skipscope._errors import SkipscopeError
 from skipscope._result import Result, Table, dumps, loads
-from skipscope.report._charts import Chart, Lines, Panel, Story
-from skipscope.report._story import story, view
+from skipscope.report._charts import Chart, Document, Lines, Panel
+from skipscope.report._document import document, view
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def _shortened(names: list[str]) -> tuple[str, ...]:
 
 
 @view.register
-def _(result: SideBySide) -> Story:
-    stories = {name: story(one) for name, one in result.results.items()}
+def _(result: SideBySide) -> Document:
+    stories = {name: document(one) for name, one in result.results.items()}
     panels = [Panel("All numbers", tables=[result.table()])]
     for k, panel in enumerate(next(iter(stories.values())).panels):
         drawn = {name: s.panels[k].chart for name, s in stories.items() if k < len(s.panels)}
@@ -102,7 +102,7 @@ def _(result: SideBySide) -> Story:
         elif charts:
             parts = [Panel(name, chart) for name, chart in charts.items()]
             panels.append(Panel(panel.heading, None, panel.caption, parts=parts))
-    return Story(
+    return Document(
         "Side by side", ", ".join(stories), [f"{name}: {s.answer[0]}" for name, s in stories.items() if s.answer], panels
     )  # fmt: skip
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from skipscope._numbers import short
-from skipscope.report._charts import Bars, Chart, Lines, Panel, Series, Story, Surface, Surfaces
-from skipscope.report._story import view
+from skipscope.report._charts import Bars, Chart, Document, Lines, Panel, Series, Surface, Surfaces
+from skipscope.report._document import view
 from skipscope.report._view_surfaces import axes_of, height_sentence, pair_panels, surface_chart
 from skipscope.surfaces import CurvatureMap, PairedBand, PairedMaps, SurfaceBand
 
 
 @view.register
-def _(result: SurfaceBand) -> Story:
+def _(result: SurfaceBand) -> Document:
     first = next(iter(result.surfaces.values()))
     if result.betas.size:
         parts = {"median": result.median, "lowest": result.low, "highest": result.high}
@@ -36,7 +36,7 @@ def _(result: SurfaceBand) -> Story:
     answer = "; ".join(
         f"{name} {short(mean)} ± {short(spread, 2)}" for name, (mean, spread) in result.scores.items()
     )
-    return Story(
+    return Document(
         table.title[:1].upper() + table.title[1:],
         "",
         [f"Over {len(result.surfaces)} seeds: {answer}."],
@@ -46,7 +46,7 @@ def _(result: SurfaceBand) -> Story:
 
 
 @view.register
-def _(result: PairedBand) -> Story:
+def _(result: PairedBand) -> Document:
     table = result.table()
     first = next(iter(result.scores))
     shares = {
@@ -73,17 +73,17 @@ def _(result: PairedBand) -> Story:
     ]
     seed, pair = next(iter(result.pairs.items()))
     panels += [Panel(f"{p.heading} (seed {seed})", p.chart, p.caption, p.tables) for p in pair_panels(pair)]
-    return Story(table.title[:1].upper() + table.title[1:], "", answers[:3], panels, table.notes)
+    return Document(table.title[:1].upper() + table.title[1:], "", answers[:3], panels, table.notes)
 
 
 @view.register
-def _(result: CurvatureMap) -> Story:
+def _(result: CurvatureMap) -> Document:
     table = result.table()
     convex = f"{100 * float(result.convex.mean()):.0f} % of the plane is convex in all {result.parameters:,} directions."
     if not result.betas.size:
         series = [Series("|smallest / largest|", result.alphas.tolist(), result.ratio.tolist())]
         chart: Chart = Lines(series, "direction 1", "|smallest / largest eigenvalue|", log_y=True)
-        return Story(
+        return Document(
             table.title,
             "",
             [convex],
@@ -103,11 +103,11 @@ def _(result: CurvatureMap) -> Story:
         panels.append(
             Panel(heading, drawing, f"{caption} {height_sentence(drawing)}", [] if panels else [table])
         )
-    return Story(table.title[:1].upper() + table.title[1:], "", [convex], panels, table.notes)
+    return Document(table.title[:1].upper() + table.title[1:], "", [convex], panels, table.notes)
 
 
 @view.register
-def _(result: PairedMaps) -> Story:
+def _(result: PairedMaps) -> Document:
     table = result.table()
     first = next(iter(result.maps.values()))
     answers = [
@@ -128,4 +128,4 @@ def _(result: PairedMaps) -> Story:
         chart = Lines(series, "direction 1", "|smallest / largest eigenvalue|", log_y=True)
     caption = f"Low is convex or nearly so, in every direction. {height_sentence(chart)}"
     panels = [Panel("Where the surface curves down", chart, caption, [table])]
-    return Story(table.title[:1].upper() + table.title[1:], "", answers, panels, table.notes)
+    return Document(table.title[:1].upper() + table.title[1:], "", answers, panels, table.notes)

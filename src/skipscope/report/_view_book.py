@@ -6,8 +6,8 @@ import numpy as np
 
 from skipscope._numbers import short, times
 from skipscope.book import BookExperiment
-from skipscope.report._charts import Lines, Panel, Series, Story
-from skipscope.report._story import view
+from skipscope.report._charts import Document, Lines, Panel, Series
+from skipscope.report._document import view
 
 
 def seed_lines(result: BookExperiment) -> Lines:
@@ -46,7 +46,7 @@ def distribution(result: BookExperiment) -> Lines:
 
 
 @view.register
-def _(result: BookExperiment) -> Story:
+def _(result: BookExperiment) -> Document:
     first, last, flow = result.gradient_means[0], result.gradient_means[-1], result.first_over_last
     median = result.median_first_over_last
     answer = [
@@ -59,7 +59,7 @@ def _(result: BookExperiment) -> Story:
         Panel("The lecture's five numbers", seed_lines(result), f"With shortcuts every number is larger, also the last, {times(last.factor)}, whose layer has none: that is the loss. What the shortcuts did is in how the lines slope.", [table]),
         Panel("The same over many seeds", distribution(result), "Each seed is a network of its own. The further to the right a line, the more of the gradient reaches the first layer."),
     ]  # fmt: skip
-    return Story(
+    return Document(
         "What the lecture's experiment shows, and what it does not",
         f"{len(result.layers)} layers, {len(result.means_with):,} seeds",
         answer,

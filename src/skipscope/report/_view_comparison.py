@@ -13,9 +13,9 @@ from skipscope.report import _view_paths as paths
 from skipscope.report import _view_shortcuts as shortcuts
 from skipscope.report import _view_surfaces as surfaces
 from skipscope.report import _view_training as trainings
-from skipscope.report._charts import Lines, Panel, Series, Story
+from skipscope.report._charts import Document, Lines, Panel, Series
+from skipscope.report._document import view
 from skipscope.report._precomputed import resnet56_panel
-from skipscope.report._story import view
 
 Thing = TypeVar("Thing")
 HEADINGS = {
@@ -241,7 +241,7 @@ def _network_panel(result: Comparison) -> Panel | None:
 
 
 @view.register
-def _(result: Comparison) -> Story:
+def _(result: Comparison) -> Document:
     style = styles(result)
     network = _network_panel(result)
     panels = [
@@ -253,7 +253,7 @@ def _(result: Comparison) -> Story:
     twins = Table("The networks", ["name", "what it is", "without means", "parameters"], rows)
     panels.append(Panel("All in one table", tables=[Table(whole.title, whole.columns, whole.rows), twins]))
     credits = (*CREDITS, *([DIGITS] if "digits" in result.subject.lower() else []))
-    return Story(
+    return Document(
         "What do its shortcuts do for this network?",
         result.subject,
         result.summary,

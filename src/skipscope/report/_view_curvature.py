@@ -6,12 +6,12 @@ import numpy as np
 
 from skipscope._numbers import short
 from skipscope.curvature import ExtremeEigenvalues, SpectralDensity
-from skipscope.report._charts import Bars, Lines, Mark, Panel, Series, Story
-from skipscope.report._story import view
+from skipscope.report._charts import Bars, Document, Lines, Mark, Panel, Series
+from skipscope.report._document import view
 
 
 @view.register
-def _(result: ExtremeEigenvalues) -> Story:
+def _(result: ExtremeEigenvalues) -> Document:
     values = np.concatenate([result.largest, result.smallest[::-1]])
     bounds = np.concatenate([result.largest_residuals, result.smallest_residuals[::-1]])
     labels = [f"largest {i + 1}" for i in range(len(result.largest))] + [
@@ -36,11 +36,11 @@ def _(result: ExtremeEigenvalues) -> Story:
         "To the left of zero the surface curves down. Whiskers are bounds.",
         [table],
     )
-    return Story(table.title, "", [answer], [panel], table.notes)
+    return Document(table.title, "", [answer], [panel], table.notes)
 
 
 @view.register
-def _(result: SpectralDensity) -> Story:
+def _(result: SpectralDensity) -> Document:
     floor = float(np.nanmax(result.density)) * 1e-8 or 1e-300
     keep = result.density > floor
     series = Series(
@@ -51,7 +51,7 @@ def _(result: SpectralDensity) -> Story:
     chart = Lines([series], "eigenvalue", "density", log_y=True, marks=marks)
     table = result.table()
     answer = f"{100 * result.negative_share:.2g} % of the eigenvalues are negative; the trace is {short(result.trace)}."
-    return Story(
+    return Document(
         table.title,
         "",
         [answer],

@@ -11,8 +11,8 @@ from skipscope.flow import (
     GradientFlow,
     Prescription,
 )
-from skipscope.report._charts import Bars, Lines, Mark, Panel, Series, Story
-from skipscope.report._story import view
+from skipscope.report._charts import Bars, Document, Lines, Mark, Panel, Series
+from skipscope.report._document import view
 
 DEPTH = "boundary, from the input (left) to the loss (right)"
 
@@ -82,7 +82,7 @@ def factor_lines(flows: Mapping[str, GradientFlow], styles: Mapping[str, int] | 
 
 
 @view.register
-def _(result: GradientFlow) -> Story:
+def _(result: GradientFlow) -> Document:
     verdict = result.verdict
     because = f"{verdict.reason[:1].upper()}{verdict.reason[1:]}".rstrip(".")
     broken = f"It breaks at {verdict.where}." if verdict.where else ""
@@ -115,13 +115,13 @@ def _(result: GradientFlow) -> Story:
                 tables=[result.layer_table()],
             )
         )  # fmt: skip
-    return Story("How the gradient flows", f"{result.meaning}, {result.mode} mode, {result.samples:,} samples",
+    return Document("How the gradient flows", f"{result.meaning}, {result.mode} mode, {result.samples:,} samples",
                  [verdict.finding, f"{because}.", verdict.advice], panels,
                  methods=result.table().notes)  # fmt: skip
 
 
 @view.register
-def _(result: Prescription) -> Story:
+def _(result: Prescription) -> Document:
     rows = (result.before, *result.remedies)
     charts: Sequence[Bars] = [
         Bars(
@@ -147,13 +147,13 @@ def _(result: Prescription) -> Story:
             title="loss after the same few training steps",
         )
         panels.append(Panel("And what it did to the training", reached, "Shorter is better."))
-    return Story(
+    return Document(
         "Remedies that were tried", "", [result.advice] if result.advice else [], panels, result.refused
     )
 
 
 @view.register
-def _(result: GradientCorrelation) -> Story:
+def _(result: GradientCorrelation) -> Document:
     chart = Lines(
         [Series("correlation", [b[0] for b in result.bins], [b[1] for b in result.bins],
                 tips=[f"distance {short(b[0])}: {short(b[1])} ({b[2]} pairs)" for b in result.bins])],
@@ -165,7 +165,7 @@ def _(result: GradientCorrelation) -> Story:
         "A line near zero: the gradient is shattered, neighbours are told unrelated things.",
         [result.table()],
     )
-    return Story(
+    return Document(
         "How alike the gradients of two inputs are",
         f"read at {result.boundary}",
         [f"The mean correlation is {short(result.mean)}."],

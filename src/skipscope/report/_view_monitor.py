@@ -8,8 +8,8 @@ import numpy as np
 
 from skipscope._result import Table
 from skipscope.monitor import STATES, History, VerdictEvent
-from skipscope.report._charts import Heat, Lines, Mark, Panel, Series, Story
-from skipscope.report._story import view
+from skipscope.report._charts import Document, Heat, Lines, Mark, Panel, Series
+from skipscope.report._document import view
 
 KEY = "Colour is a log scale; grey is exactly zero, red stripes are not finite (inf or NaN), blank is not known."
 
@@ -36,7 +36,7 @@ def heat_of(result: History, what: str) -> Heat | None:
 
 
 @view.register
-def _(result: History) -> Story:
+def _(result: History) -> Document:
     panels = []
     for what, heading in (
         ("rms", "The gradient of each weight, step by step"),
@@ -58,7 +58,7 @@ def _(result: History) -> Story:
                 "The norm over all parameters.",
             )
         )
-    return Story(
+    return Document(
         "Gradients during training",
         f"{len(result):,} steps recorded",
         [_sentence(str(result.verdict)), *_told(result.events)],

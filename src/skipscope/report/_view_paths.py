@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from skipscope._numbers import short
 from skipscope.flow import Cost, GradientSplit, Importance, PathSpectrum
-from skipscope.report._charts import Bars, Lines, Mark, Panel, Series, Story
-from skipscope.report._story import view
+from skipscope.report._charts import Bars, Document, Lines, Mark, Panel, Series
+from skipscope.report._document import view
 from skipscope.report._view_flow import number
 
 
@@ -39,13 +39,13 @@ def split_answer(split: GradientSplit) -> str:
 
 
 @view.register
-def _(result: GradientSplit) -> Story:
+def _(result: GradientSplit) -> Document:
     panel = Panel(
         "Two ways back, at each fork", split_lines(result),
         "At each fork the gradient arrives by two ways. Where the upper line is the shortcut's, it is the shortcut that keeps the gradient alive.",
         [result.table()],
     )  # fmt: skip
-    return Story(
+    return Document(
         "Shortcut against branch",
         f"{result.meaning}, {result.mode} mode",
         [split_answer(result)],
@@ -97,14 +97,14 @@ def path_answer(spectrum: PathSpectrum) -> str:
 
 
 @view.register
-def _(result: PathSpectrum) -> Story:
+def _(result: PathSpectrum) -> Document:
     panel = Panel(
         "The gradient by the length of its path", path_lines({result.meaning: result}),
         "Each point adds up all paths that cross so many branches; at 0 is the way by shortcuts alone. The axis is "
         "logarithmic: a step down is a factor.",
         [result.table()],
     )  # fmt: skip
-    return Story(
+    return Document(
         "Which paths the gradient takes",
         f"back to {result.wrt}, {result.meaning}",
         [path_answer(result)],
@@ -156,6 +156,6 @@ def importance_panels(result: Importance) -> list[Panel]:
 
 
 @view.register
-def _(result: Importance) -> Story:
-    return Story("Which shortcuts matter", f"loss as built {short(result.loss)}, {result.mode} mode", [importance_answer(result)],
+def _(result: Importance) -> Document:
+    return Document("Which shortcuts matter", f"loss as built {short(result.loss)}, {result.mode} mode", [importance_answer(result)],
                  importance_panels(result), result.notes)  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from skipscope.report._charts import Arc, Network, Panel, Story
-from skipscope.report._story import view
+from skipscope.report._charts import Arc, Document, Network, Panel
+from skipscope.report._document import view
 from skipscope.shortcuts import Shortcuts
 
 
@@ -41,9 +41,9 @@ def found_answer(found: Shortcuts) -> str:
 
 
 @view.register
-def _(result: Shortcuts) -> Story:
+def _(result: Shortcuts) -> Document:
     panel = Panel(
         "The network with its shortcuts", drawing(result),
         "Layers from left to right; each arc leaves where the shortcut forks and lands where it merges again.", [result.table()],
     )  # fmt: skip
-    return Story(f"The shortcuts of {result.model or 'the network'}", "", [found_answer(result)], [panel])
+    return Document(f"The shortcuts of {result.model or 'the network'}", "", [found_answer(result)], [panel])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from skipscope._numbers import short
-from skipscope.report import _terrain
-from skipscope.report._charts import Chart, Lines, Mark, Panel, Series, Story, Surface, Surfaces
-from skipscope.report._story import view
+from skipscope.report import _surface_charts
+from skipscope.report._charts import Chart, Document, Lines, Mark, Panel, Series, Surface, Surfaces
+from skipscope.report._document import view
 from skipscope.surfaces import Difference, PairedSurfaces
 from skipscope.surfaces import Surface as LossSurface
 
@@ -86,7 +86,7 @@ def height_sentence(chart: Chart) -> str:
     """What the heights are, where they were clipped."""
     if not isinstance(chart, Surfaces):
         return ""
-    scale = _terrain.heights(chart)
+    scale = _surface_charts.heights(chart)
     if any(surface.signed for surface in chart.surfaces):
         return f"Colours end at {short(scale.high)} on either side of zero." if scale.cut else ""
     cut = ", where it is cut off" if scale.cut else ""
@@ -107,7 +107,7 @@ def surface_answer(name: str, surface: LossSurface) -> str:
 
 
 @view.register
-def _(result: LossSurface) -> Story:
+def _(result: LossSurface) -> Document:
     chart = surface_chart({result.name: result})
     table = result.table()
     tables = [
@@ -130,7 +130,7 @@ def _(result: LossSurface) -> Story:
             Panel("How sure each height is", error, "Standard error over the samples, point by point.")
         )
     panels += [metric_panel(result, name) for name in result.metrics]
-    return Story(
+    return Document(
         f"The loss surface of {result.name or 'the network'}",
         "",
         [surface_answer(result.name or "The network", result)],
@@ -185,11 +185,13 @@ def difference_sentence(result: Difference) -> str:
 
 
 @view.register
-def _(result: Difference) -> Story:
+def _(result: Difference) -> Document:
     panel = Panel(
         "One surface minus the other", difference_chart(result), "White is no difference.", [result.table()]
     )
-    return Story(f"The difference of two surfaces: {result.name}", "", [difference_sentence(result)], [panel])
+    return Document(
+        f"The difference of two surfaces: {result.name}", "", [difference_sentence(result)], [panel]
+    )
 
 
 def pair_panels(result: PairedSurfaces) -> list[Panel]:
@@ -205,6 +207,6 @@ def pair_panels(result: PairedSurfaces) -> list[Panel]:
 
 
 @view.register
-def _(result: PairedSurfaces) -> Story:
+def _(result: PairedSurfaces) -> Document:
     answers = [surface_answer(name, surface) for name, surface in result.surfaces.items()]
-    return Story("Loss surfaces side by side", "", answers, pair_panels(result), result.table().notes)
+    return Document("Loss surfaces side by side", "", answers, pair_panels(result), result.table().notes)

@@ -11,8 +11,8 @@ from skipscope._numbers import short
 from skipscope._result import Table
 from skipscope.comparison import StrengthSweep, Training, smoothed
 from skipscope.report import _view_flow as flows
-from skipscope.report._charts import Lines, Panel, Series, Story
-from skipscope.report._story import view
+from skipscope.report._charts import Document, Lines, Panel, Series
+from skipscope.report._document import view
 
 
 def training_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
@@ -80,7 +80,7 @@ def sweep_table(training: Training) -> Table:
 
 
 @view.register
-def _(result: Training) -> Story:
+def _(result: Training) -> Document:
     optimizers = list(dict.fromkeys(o for by in result.curves.values() for o in by))
     panels = [
         Panel(
@@ -91,7 +91,7 @@ def _(result: Training) -> Story:
         )
         for i, optimizer in enumerate(optimizers)
     ]
-    return Story(
+    return Document(
         "Twins, trained side by side",
         f"{len(result.seeds)} seeds, {result.steps} steps",
         _training_answer(result, optimizers),
@@ -139,11 +139,11 @@ def strength_lines(sweep: StrengthSweep) -> Lines:
 
 
 @view.register
-def _(result: StrengthSweep) -> Story:
+def _(result: StrengthSweep) -> Document:
     caption = "Move the slider: at 0 every shortcut is removed, at 1 the network is as built. The thin lines are the other strengths."
     first, last = result.fall_decades[0], result.fall_decades[-1]
     answer = f"At strength {short(float(result.strengths[0]))} the gradient loses {short(float(first))} decades, at {short(float(result.strengths[-1]))} {short(float(last))}."
-    return Story(
+    return Document(
         "The flow as shortcuts are turned up",
         "",
         [answer],

@@ -10,12 +10,12 @@ import numpy as np
 from skipscope.comparison import Comparison
 from skipscope.report import _matplotlib as by
 from skipscope.report import _matplotlib_maps as maps
-from skipscope.report import _terrain, _view_comparison, _view_flow, _view_shortcuts
+from skipscope.report import _surface_charts, _view_comparison, _view_flow, _view_shortcuts
 from skipscope.report._charts import Surface, Surfaces
 from skipscope.report._palette import LIGHT
 
 
-def hero(result: Comparison) -> Any:
+def comparison_picture(result: Comparison) -> Any:
     """A figure of a comparison; returns its axes: network, flow, and a surface each for two networks.
 
     Args:
@@ -70,7 +70,7 @@ def _surfaces(result: Comparison, figure: Any) -> Any:
         ]
     )
     axes = np.ravel(figure.subplots(len(shown), 1, subplot_kw={"projection": "3d"}))
-    scale = _terrain.heights(chart)
+    scale = _surface_charts.heights(chart)
     for ax, surface in zip(axes, chart.surfaces):
         maps.terrain(ax, surface, scale)
         note = f"\n{surface.note}" if surface.note else ""

@@ -1,4 +1,4 @@
-"""From a result to its story: a title, the answer, and a panel for each claim. One function, by the result's class.
+"""From a result to its document: a title, the answer, and a panel for each claim. One function, by the result's class.
 
 The views (`_view_*.py`) register themselves here. Those of a room are imported when one of its results is first
 drawn, so that a page on shortcuts does not wait for SciPy. A result that has no view of its own still has its table.
@@ -10,7 +10,7 @@ import functools
 import importlib
 
 from skipscope._result import Result
-from skipscope.report._charts import Panel, Story
+from skipscope.report._charts import Document, Panel
 
 _VIEWS = {
     "book": ("_view_book",),
@@ -23,7 +23,7 @@ _VIEWS = {
 }
 
 
-def story(result: Result) -> Story:
+def document(result: Result) -> Document:
     """What a page says about a result, the answer first."""
     for kind in type(result).__mro__:
         _import_views(kind.__module__)
@@ -38,9 +38,9 @@ def _import_views(module: str) -> None:
 
 
 @functools.singledispatch
-def view(result: Result) -> Story:
-    """The story of a result without a view of its own: its table. Views register theirs."""
+def view(result: Result) -> Document:
+    """The document of a result without a view of its own: its table. Views register theirs."""
     table = result.table()
-    return Story(
+    return Document(
         title=table.title, lead=type(result).__name__, panels=[Panel(heading="The numbers", tables=[table])]
     )
