@@ -212,7 +212,7 @@ def _repeatable(case: _Case) -> None:
         )  # fmt: skip
     other = case.fresh().eval()
     with torch.no_grad(), random_state_kept(0):
-        # Drawn anew it could be the same numbers: a guessed input comes from the same seed.
+        # A second draw could be the same numbers: a guessed input comes from the same seed.
         case.call(other, 1 - 2 * case.stream)
     if not _close(case.output(other), outputs[0]):
         raise _broken(
@@ -329,7 +329,7 @@ def _refuse_wrong_gradient(case: _Case) -> None:
     if abs(slopes[0] - slopes[1]) < 1e-3 * size < abs(slope - slopes[0]) / 10:
         raise _broken(
             case, "gradient: it is not that of the output", expected=f"{slopes[0]:.6g} along a random direction, by finite differences",
-            got=f"{slope:.6g} by autograd", cure="look for .detach(), .data or torch.no_grad() on a part of the way",
+            got=f"{slope:.6g} by autograd", cure="look for .detach(), .data or torch.no_grad() on a part of the path",
         )  # fmt: skip
 
 
@@ -341,7 +341,7 @@ def _gradient(case: _Case) -> None:
             got = "no gradient" if gradient is None else "zero" if not gradient.any() else "not finite"
             raise _broken(
                 case, f"gradient: none reaches the input in {mode} mode", expected="not zero", got=got,
-                cure="look for .detach(), .data, torch.no_grad() or a factor of 0 on the way from the input",
+                cure="look for .detach(), .data, torch.no_grad() or a factor of 0 between input and output",
             )  # fmt: skip
     _refuse_wrong_gradient(case)
 

@@ -1,4 +1,4 @@
-"""The two ways in which networks are trained: many as one batch of networks, or one after the other.
+"""Two training engines: many networks as one batch of networks, or one network after the other.
 
 Both give the numbers of a plain training loop. The stacked engine (parameters stacked, the forward pass under
 ``torch.vmap``, one backward pass for all) is taken only for a model whose gradients it was seen to reproduce, in less
@@ -34,7 +34,7 @@ from skipscope.comparison._stream import Stream
 
 @dataclass(frozen=True)
 class Maker:
-    """Makes a network anew; called with a seed, it leaves the global random states as they are.
+    """Makes a network; called with a seed, it leaves the global random states as they are.
 
     Attributes:
         build: makes the network from the random numbers that come next.
@@ -113,7 +113,7 @@ class Course:
 def train_one_by_one(
     make: Maker, runs: Sequence[Run], choice: OptimizerChoice, course: Course, name: str
 ) -> dict[Run, Log]:
-    """Each run is a plain loop: seed, make the network, train it; its noise goes on from where making it left it.
+    """Each run is a plain loop: seed, make the network, train it; its noise continues from the state that making it left.
 
     Where the course stops at a loss, a run ends there, and later ones have no more steps than the first that got there.
     """
@@ -335,7 +335,7 @@ def is_stackable(make: Maker, seeds: Sequence[int], course: Course) -> bool:
     """Whether the stacked engine trains this model as a plain loop does.
 
     It is tried on one batch: losses and gradients of every seed's network equal those of a plain step on a network
-    made anew, which draws no noise, keeps no state from call to call, and has no hooks that a copy could lose; and a
+    made again, which draws no noise, keeps no state from call to call, and has no hooks that a copy could lose; and a
     step of all takes less time stacked.
     """
     if course.autocast == torch.float16:

@@ -36,7 +36,7 @@ def kind_names(variants: Any) -> tuple[str, ...]:
 def twins_by_kind(
     names: Sequence[str], subject: Subject, again: Callable[[], nn.Module] | None, notes: list[str]
 ) -> dict[str, tuple[nn.Module, Any]]:
-    """Kind -> its twin, and what makes one anew; kinds that do not fit are refused in ``notes``.
+    """Kind -> its twin, and what makes another; kinds that do not fit are refused in ``notes``.
 
     Where the network has shortcuts those that are sums of two are rewired; elsewhere shortcuts of the kind are added.
 

@@ -77,12 +77,12 @@ def train_twins(
 
     Every twin sees the same batches in the same order for a given seed, and has its best learning rate out of the
     same sweep, on a seed that is not among those reported; where the best is the greatest or smallest rate tried,
-    the sweep goes on, and what is still at the edge then is named. Each run is what a plain loop gives: seed, make
+    the sweep is extended, and what is still at the edge then is named. Each run is what a plain loop gives: seed, make
     the network, train it, in the modes in which it was made (a ready module wholly in evaluation mode is put in
     training mode). The models given are not trained: their copies are. Local.
 
     Args:
-        twins: name -> factory (called anew for every run, after seeding) or ready module (seeds then vary the batch
+        twins: name -> factory (called for every run, after seeding) or ready module (seeds then vary the batch
             order only, and the result says so).
         data: training data; one large batch is cut into random batches.
         loss: see ``skipscope.gradient_flow``.
@@ -96,7 +96,7 @@ def train_twins(
         clip_norm: scale a longer gradient down to this norm.
         autocast: ``torch.bfloat16`` or ``torch.float16`` (with a gradient scaler); None: full precision.
         target: the loss whose first crossing is counted; default: half of the lowest first loss of any twin. Where a
-            loss falls to zero or below: half way from there to the lowest loss that any twin reaches.
+            loss falls to zero or below: half of the distance from there to the lowest loss that any twin reaches.
         weight: see ``skipscope.gradient_flow``.
 
     Returns:
@@ -210,7 +210,7 @@ def _stocks(chosen: Mapping[str, OptimizerChoice]) -> bool:
 
 
 def _maker(name: str, twin: nn.Module | Callable[[], nn.Module], notes: dict[str, None]) -> Maker:
-    """Makes the network of one seed anew, as it is to be trained; what is worth telling becomes a note."""
+    """Make the network of one seed, ready for training; remarks become notes."""
     if isinstance(twin, nn.Module):
         refuse_shared(twin, "train_twins", name)
         if any(p._post_accumulate_grad_hooks for p in twin.parameters()):  # type: ignore[attr-defined]
@@ -382,7 +382,7 @@ def _refuse_bad_first_loss(logs: dict[str, dict[str, _Sweep]]) -> None:
 
 
 def _default_target(logs: dict[str, dict[str, _Sweep]]) -> float:
-    """Half of the lowest first loss of any twin; where a loss falls to zero or below, half way to the lowest reached.
+    """Half of the lowest first loss of any twin; where a loss falls to zero or below, half of the distance to the lowest reached.
 
     There a fall counts from a hundredth of the first loss on, and from three times the spread of a smoothed loss
     whose steps differ as those of the best run do.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Connection(nn.Module):
-    """A branch with a way around it.
+    """A branch, and a shortcut around it.
 
     Attributes:
         kind: what ``find_shortcuts`` says of its merge: identity, scaled, projection, gated or concat.
@@ -59,7 +59,7 @@ class Connection(nn.Module):
 class Chain(nn.Module):
     """Branches in a row, joined over all of the depth.
 
-    A chain begins with the input x, and goes on after each branch: what it keeps between branches is its state.
+    A chain begins with the input x and steps once a branch; what it keeps between branches is its state.
 
     Attributes:
         kind: what ``find_shortcuts`` says of its merges.
@@ -121,7 +121,7 @@ class Holder(nn.Module):
         return x
 
 
-# --- layers that act on one dimension, wherever it lies ---------------------------------------------------------
+# --- layers that act on one dimension, whichever it is ---------------------------------------------------------
 
 
 class Pointwise(nn.Linear):

@@ -3,7 +3,7 @@
 X_i = B_i(Y_{i-1}^1, ..., Y_{i-1}^C),   Y_i^c = sum over j <= i of A_ij^c(X_i) X_j,   X_0 = x, Y_0^c = x
 A_i(X_i) = a_i + GELU(RMSNorm(X_i) W1) W2;   a_ii = 1, the others and W2 are 0 at the start
 
-B_i are the blocks of a network, with the shortcuts that they have; each of the C ways is an input of its own (a
+B_i are the blocks of a network, with the shortcuts that they have; each of the C sums is an input of its own (a
 transformer's query, key, value and residual). At the start the network is what it was.
 """
 
@@ -33,7 +33,7 @@ class DynamicDense(Chain):
     Args:
         blocks: B_1, B_2, ..., each called with ``ways`` tensors of one width.
         width: size of dimension ``dim``.
-        ways: C; the paper's transformer has 4. The output is of one way.
+        ways: C; the paper's transformer has 4. The output is one sum.
         dim: the dimension that holds the features.
 
     Example:
@@ -63,7 +63,7 @@ class DynamicDense(Chain):
         return self.blocks
 
     def begin(self, x: Tensor) -> tuple[list[Tensor], Tensor | tuple[Tensor, ...]]:
-        """``X_0 = x``, which each way of the first block reads."""
+        """``X_0 = x``, which every input of the first block is."""
         h = x.movedim(self.dim, -1)
         read = tuple(h.movedim(-1, self.dim) for _ in range(self.ways))
         return [h], read[0] if self.ways == 1 else read
@@ -75,5 +75,5 @@ class DynamicDense(Chain):
         state, static = [*state, f.movedim(self.dim, -1)], self.static[index]
         hidden = F.gelu(self.inner[index](normed(state[-1])))
         weights = static + self.outer[index](hidden).unflatten(-1, static.shape)
-        read = [dynamic_dense(state, way).movedim(-1, self.dim) for way in weights.unbind(-2)]
+        read = [dynamic_dense(state, sum_weights).movedim(-1, self.dim) for sum_weights in weights.unbind(-2)]
         return state, read[0] if len(read) == 1 else tuple(read)

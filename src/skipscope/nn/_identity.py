@@ -40,7 +40,7 @@ class PostActivation(IdentityShortcut):
 
 
 class PreActivation(IdentityShortcut):
-    """``x + F(relu(norm(x)))``: nothing but additions on the way back.
+    """``x + F(relu(norm(x)))``: the backward pass of the stream is additions alone.
 
     Args:
         branch: F.

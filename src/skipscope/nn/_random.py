@@ -52,7 +52,7 @@ class DropoutShortcut(Connection):
 
 
 class StochasticDepth(Connection):
-    """``x + b F(x) / (1 - p)``, b drawn anew each time while training; ``x + F(x)`` otherwise.
+    """``x + b F(x) / (1 - p)``, b drawn in every training pass; ``x + F(x)`` otherwise.
 
     Args:
         branch: F.

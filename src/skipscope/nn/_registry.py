@@ -41,7 +41,7 @@ from skipscope.nn._random import DropoutShortcut, StochasticDepth
 from skipscope.nn._residual_streams import ResidualStreams
 from skipscope.nn._reversible import Reversible
 from skipscope.nn._scaled import DepthScaled, ScaledShortcut
-from skipscope.nn._shake import ShakeShake, anew
+from skipscope.nn._shake import ShakeShake, permuted_copy
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Kind:
         return self.module(*branches, **given)
 
 
-# What `Kind.__call__` gives to every kind that takes it, and what is no choice of the user's.
+# What `Kind.__call__` gives to every kind that takes it, and the user does not choose.
 _GIVEN = {
     "self",
     "branch",
@@ -226,7 +226,7 @@ _KINDS = (
     Kind("admin", Admin, "y = N(diag(w) x + F(x))", "Liu et al. 2020, arXiv 2004.08249"),
     Kind(
         "parallel", ParallelBranches, "y = x + F1(N(x)) + F2(N(x))", "Chowdhery et al. 2022, arXiv 2204.02311",
-        own_branches=True, _make=lambda f, width, dim, depth: ParallelBranches(f, anew(f), width=width, dim=dim),
+        own_branches=True, _make=lambda f, width, dim, depth: ParallelBranches(f, permuted_copy(f), width=width, dim=dim),
     ),
     Kind(
         "hyper", HyperConnection, "X' = H X + h F(w . X), n streams from the first branch to the last (HyperConnected)",

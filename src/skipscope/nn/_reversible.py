@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from skipscope.nn._connection import Chain
-from skipscope.nn._shake import anew
+from skipscope.nn._shake import permuted_copy
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -52,7 +52,7 @@ class Reversible(Chain):
 
     def __init__(self, *branches: nn.Module):
         super().__init__()
-        branches = branches if len(branches) % 2 == 0 else (*branches, anew(branches[-1]))
+        branches = branches if len(branches) % 2 == 0 else (*branches, permuted_copy(branches[-1]))
         self.branches = nn.ModuleList(branches)
 
     def begin(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:

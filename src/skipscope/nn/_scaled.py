@@ -20,7 +20,7 @@ def scaled_shortcut(x: Tensor, f: Tensor, scale: float, branch_scale: float = 1.
 
 
 class ScaledShortcut(Connection):
-    """``scale * x + branch_scale * F(x)``: the way back shrinks by ``scale`` at every block.
+    """``scale * x + branch_scale * F(x)``: the gradient shrinks by ``scale`` at every block.
 
     Args:
         branch: F.

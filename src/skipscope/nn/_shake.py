@@ -1,6 +1,6 @@
 """Two branches mixed at random: Gastaldi 2017 (shake-shake, arXiv 1705.07485).
 
-y = x + a F1(x) + (1 - a) F2(x), a uniform in [0, 1] and drawn anew in each forward pass; the backward pass sees another
+y = x + a F1(x) + (1 - a) F2(x), a uniform in [0, 1] and drawn in each forward pass; the backward pass sees another
 draw in its place. When not training, a = 1/2.
 """
 
@@ -34,7 +34,7 @@ class ShakeShake(IdentityShortcut):
         self, branch: nn.Module, other: nn.Module | None = None, mode: Literal["row", "batch"] = "row"
     ):
         super().__init__(branch)
-        self.other = anew(branch) if other is None else other
+        self.other = permuted_copy(branch) if other is None else other
         self.mode: Literal["row", "batch"] = mode
 
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
@@ -48,7 +48,7 @@ class ShakeShake(IdentityShortcut):
 
 
 @torch.no_grad()
-def anew(branch: nn.Module) -> nn.Module:
+def permuted_copy(branch: nn.Module) -> nn.Module:
     """A copy of ``branch`` with other weights of the same initialisation: each tensor's columns are permuted."""
     other = copy.deepcopy(branch)
     for parameter in other.parameters():
