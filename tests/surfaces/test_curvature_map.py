@@ -179,7 +179,7 @@ def test_a_removed_twins_stale_batch_norm_statistics_are_measured_anew():
     pair = ss.curvature_map({"with": model, "without": plain}, data, F.cross_entropy, grid=(3,))
     fresh = ss.recalibrate(ss.ablate(model, inputs=data[0]), data)
     assert same(pair.maps["without"], ss.curvature_map(fresh, data, F.cross_entropy, grid=(3,)))
-    assert "measured anew" in " ".join(pair.notes)
+    assert "measured again" in " ".join(pair.notes)
     assert all(torch.equal(before[n], t) for n, t in plain.state_dict().items())
 
 

@@ -159,7 +159,7 @@ class CurvatureOperator:
 
         Where ``held``, a batch whose graph is kept need not be read again and is None.
         """
-        if held and len(self._held) == len(self._shares):  # nothing is run anew: the data need not be read
+        if held and len(self._held) == len(self._shares):  # nothing is run again: the data need not be read
             yield from ((index, None, share) for index, share in self._shares.items())
             return
         with random_state_kept(self.model.seed):  # a shuffling loader gives the same batches in every pass
@@ -268,7 +268,7 @@ def curvature_operator(
         seed: of random numbers inside the model (dropout), the same in every product.
         mode: which way to make products; default: the first that works of "reverse over reverse", "forward over
             reverse", the two with fused kernels spelt out ("math kernels"), and "finite differences".
-        memory: bytes that kept graphs may take; batches beyond it are run anew for each product.
+        memory: bytes that kept graphs may take; batches beyond it are run again for each product.
 
     Returns:
         A scipy ``LinearOperator`` of shape ``(n, n)`` in float64, with ``.method``, ``.products`` and ``.apply`` for

@@ -1,6 +1,6 @@
 """Activations whose second derivative is worked out once for all products on a kept graph.
 
-A product runs backward through a gradient's graph, and there torch works out an activation's derivatives anew, from
+A product runs backward through a gradient's graph, and there torch works out an activation's derivatives again, from
 exponentials and error functions, in every product. They do not depend on the vector. With y = f(x), backward
 ``g -> g f'(x)``, and that one's own backward ``s -> (s f'(x), s g f''(x))``: three factors that are known after the
 gradient, and a product only multiplies with.

@@ -139,7 +139,7 @@ def paired_landscapes(
         seed: as in :func:`landscape`.
         **options: those of :func:`landscape` but ``strength``. ``directions`` is for twins that share weights;
             ``tolerance`` holds for every twin; ``strategy`` is one for all. ``batch_norm``: a twin that computes something
-            else with the first one's running statistics (a removed one) has them measured anew once, unless this is
+            else with the first one's running statistics (a removed one) has them measured again once, unless this is
             "as found".
 
     Returns:

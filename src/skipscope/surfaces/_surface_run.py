@@ -198,23 +198,25 @@ def _with_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, .
 
 def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings) -> Facts:
     """What is measured apart from the evaluator: the model's own loss, and whether it has learnt."""
-    model, anew = twin.fresh or twin.model, settings.batch_norm == "recalibrate"
+    model, recalibrated = twin.fresh or twin.model, settings.batch_norm == "recalibrate"
     if twin.evaluator.plain.draws:
         seed_generators(0)  # the same draws as at every point
     if settings.batch_norm in {"recalibrate", "batch"}:
         model = private_copy(model, "landscape")
-        if prepare_batch_norm(model, settings.batch_norm) != "none" and anew:
+        if prepare_batch_norm(model, settings.batch_norm) != "none" and recalibrated:
             average_statistics(model, data, loss.run)
     own, learnt = own_loss(model, data, loss)
     some = next((p.dtype for p in model.parameters()), torch.float32)
     refuse_noise("landscape", twin.centre - twin.evaluator.penalty_at_origin(), own, some)
     plane = settings.directions if isinstance(settings.directions, Plane) else None
     # A twin whose statistics did not fit it has none that fit at a checkpoint either.
-    known = _losses_at(model, plane, data, loss, anew or twin.fresh is not None) if plane else []
+    known = _losses_at(model, plane, data, loss, recalibrated or twin.fresh is not None) if plane else []
     return Facts(own, learnt, known)
 
 
-def _losses_at(model: nn.Module, plane: Plane, data: Batches, loss: Objective, anew: bool) -> list[float]:
+def _losses_at(
+    model: nn.Module, plane: Plane, data: Batches, loss: Objective, recalibrated: bool
+) -> list[float]:
     """Each known point's own loss: with its own buffers where it came with them, batch norm as on the surface."""
     copy, losses = private_copy(model, "landscape"), []
     own = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
@@ -223,7 +225,7 @@ def _losses_at(model: nn.Module, plane: Plane, data: Batches, loss: Objective, a
             for name, tensor in weights.items():
                 if name in own and own[name].shape == tensor.shape:
                     own[name].copy_(tensor)
-        if anew:
+        if recalibrated:
             average_statistics(copy, data, loss.run)
         losses.append(mean_loss(copy, data, loss))
     return losses

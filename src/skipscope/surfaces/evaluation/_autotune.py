@@ -169,7 +169,7 @@ class _Autotune:
         if self.seconds < _SHORT_S:
             self.seconds = min(self.seconds, *(_timed(evaluator.plain, self.points[:1])[0] for _ in range(2)))
         self.best = Choice("plain", "", 0.0, self.seconds)
-        self.told = [f"plain {_ms(self.seconds)}"]
+        self.timings = [f"plain {_ms(self.seconds)}"]
         self.budget = _SHARE * self.seconds * left
 
     def run(self) -> Choice:
@@ -184,9 +184,10 @@ class _Autotune:
         for spec in others:
             if spec.seconds >= COMPILE_S:
                 self._try(spec)
-        tried = len(self.told) > 1
+        tried = len(self.timings) > 1
         return replace(
-            self.best, why="per point: " + ", ".join(self.told) if tried else "too little work to try others"
+            self.best,
+            why="per point: " + ", ".join(self.timings) if tried else "too little work to try others",
         )
 
     @property
@@ -206,10 +207,10 @@ class _Autotune:
         """Try one candidate if that is worth it. Returns whether it is the fastest now."""
         before = self.knowledge
         if spec.name in before.refused:
-            self.told.append(f"{spec.name} {before.refused[spec.name]}")
+            self.timings.append(f"{spec.name} {before.refused[spec.name]}")
             return False
         if spec.name in before.seconds and before.seconds[spec.name] * MIN_SPEEDUP >= self.best.point_seconds:
-            self.told.append(f"{spec.name} {_ms(before.seconds[spec.name])} before")
+            self.timings.append(f"{spec.name} {_ms(before.seconds[spec.name])} before")
             return False
         if not self._worth(spec):
             return False
@@ -272,12 +273,12 @@ class _Autotune:
         return min(ours), min(theirs)
 
     def _measured(self, name: str, seconds: float, incumbent: float, error: float) -> bool:
-        self.told.append(f"{name} {_ms(seconds)} against {_ms(incumbent)}")
+        self.timings.append(f"{name} {_ms(seconds)} against {_ms(incumbent)}")
         self.knowledge.seconds[name], self.knowledge.errors[name] = seconds, error
         return seconds * MIN_SPEEDUP < incumbent
 
     def _refuse(self, name: str, why: str) -> None:
-        self.told.append(f"{name} {why}")
+        self.timings.append(f"{name} {why}")
         self.knowledge.refused[name] = why
 
 

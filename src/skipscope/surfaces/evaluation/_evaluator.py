@@ -86,7 +86,7 @@ class Loop:
         name: for the result.
         channels_last: lay the copy's convolution weights out that way.
         run: the forward pass, ``run(model, batch) -> output``.
-        knob: the shortcut strength's tensor, where the first coefficient is the strength.
+        strength_tensor: the shortcut strength's tensor, where the first coefficient is the strength.
     """
 
     def __init__(
@@ -99,9 +99,9 @@ class Loop:
         name: str = "plain",
         channels_last: bool = False,
         run: Callable[[nn.Module, Batch], Any] | None = None,
-        knob: Tensor | None = None,
+        strength_tensor: Tensor | None = None,
     ):
-        self.name, self.at_point, self.knob = name, at_point, knob
+        self.name, self.at_point, self.strength_tensor = name, at_point, strength_tensor
         self.moving = MovingCopy(model, directions, channels_last=channels_last)
         self.recalibrates = prepare_batch_norm(self.moving.model, batch_norm) == BATCH_NORM["recalibrate"]
         self.run = run or _run
@@ -115,8 +115,8 @@ class Loop:
         """Nothing is held."""
 
     def _one(self, point: Point) -> dict[str, Any]:
-        if self.knob is not None:
-            self.knob.fill_(point[0])
+        if self.strength_tensor is not None:
+            self.strength_tensor.fill_(point[0])
             point = point[1:]
         copy = self.moving.move(point)
         empty(copy, self.caches)
@@ -165,7 +165,7 @@ class Evaluator:
         metrics: name -> ``f(output, target)``.
         batch_norm: a key of :data:`BATCH_NORM`.
         l2: adds l2/2 |w|^2 over all parameters to every value.
-        knob: the shortcut strength's tensor in ``model``, where the first axis is the strength.
+        strength_tensor: the shortcut strength's tensor in ``model``, where the first axis is the strength.
 
     Attributes:
         plain: the reference.
@@ -187,16 +187,18 @@ class Evaluator:
         metrics: dict[str, Metric],
         batch_norm: str,
         l2: float,
-        knob: Tensor | None = None,
+        strength_tensor: Tensor | None = None,
     ):
         self.model, self.loss, self.directions = model, loss, directions
-        self.mode, self.knob = batch_norm, knob
-        self.plain = Loop(model, directions, PointLoss(data, loss, metrics), batch_norm, knob=knob)
+        self.mode, self.strength_tensor = batch_norm, strength_tensor
+        self.plain = Loop(
+            model, directions, PointLoss(data, loss, metrics), batch_norm, strength_tensor=strength_tensor
+        )
         self.batch_norm = BATCH_NORM[batch_norm] if norms_with_statistics(model) else "none"
         self.strategy: Strategy = self.plain
         self._penalty = _Penalty(model, directions, l2) if l2 else None
         # As built: no step along any direction, and a strength of one.
-        self.origin_point = (*([1.0] if knob is not None else []), *(0.0 for _ in directions))
+        self.origin_point = (*([1.0] if strength_tensor is not None else []), *(0.0 for _ in directions))
         began = time.perf_counter()
         reading = self.plain.read_origin(self.origin_point)
         self.origin_seconds = time.perf_counter() - began
@@ -218,7 +220,7 @@ class Evaluator:
 
     def _with_penalty(self, reading: Reading, points: Sequence[Point]) -> Reading:
         if self._penalty is not None:
-            steps = [point[1:] if self.knob is not None else point for point in points]
+            steps = [point[1:] if self.strength_tensor is not None else point for point in points]
             reading = _with_each(reading, np.array([self._penalty(step) for step in steps]), self.loss.sums)
         return reading
 

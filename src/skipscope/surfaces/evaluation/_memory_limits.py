@@ -1,4 +1,4 @@
-"""What a run will hold in memory, said before it starts: directions are drawn anew where they do not fit, and what does
+"""What a run will hold in memory, said before it starts: directions are drawn again where they do not fit, and what does
 not fit at all is refused with what would.
 """
 
@@ -23,7 +23,7 @@ def fits(needed: float) -> bool:
 
 
 def directions_fit(models: Iterable[nn.Module], moved: Iterable[Tensor], axes: int) -> bool:
-    """Whether every twin's copy and its directions fit; False: the copy alone does, with directions drawn anew.
+    """Whether every twin's copy and its directions fit; False: the copy alone does, with directions drawn again.
 
     Held for each twin: a copy, and for what moves its origin, its present place, a row's start and the directions (twice
     while they are made); the tried strategy has the same again.

@@ -45,7 +45,7 @@ class MovingCopy:
         self.model = private_copy(model, "landscape").requires_grad_(False)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        # Directions that are drawn anew at every point did not fit; then nothing else is held either.
+        # Directions that are drawn again at every point did not fit; then nothing else is held either.
         self._lean = any(isinstance(direction, SeededDirection) for direction in directions)
         self._origin = {name: p.detach() for name, p in model.named_parameters()} if self._lean else {}
         self._directions = directions

@@ -75,7 +75,7 @@ def split_loop(
     at_point = PointLoss(data, old.loss, old.metrics, once=True)
     loop = Loop(
         evaluator.model, evaluator.directions, at_point, evaluator.mode, name=name, channels_last=channels_last,
-        knob=evaluator.knob,
+        strength_tensor=evaluator.strength_tensor,
     )  # fmt: skip
     if compiled:
         faster = torch.compile(loop.moving.model, dynamic=False)
@@ -122,7 +122,13 @@ class Replayed(Loop):
 
     def __init__(self, loop: Loop):
         self.name, self.at_point, self.moving = loop.name, loop.at_point, loop.moving
-        self.recalibrates, self.draws, self.run, self.knob, self.caches = False, False, loop.run, None, []
+        self.recalibrates, self.draws, self.run, self.strength_tensor, self.caches = (
+            False,
+            False,
+            loop.run,
+            None,
+            [],
+        )
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # The fastest kernels are looked for once; the recording then holds them to the end.
@@ -204,7 +210,9 @@ def candidate_strategies(evaluator: Evaluator) -> Iterator[StrategySpec]:
     yield StrategySpec("plain", lambda: plain, forks=device == "cpu")
     if plain.draws or plain.recalibrates or plain.caches or plain.at_point.records:
         return
-    knob = evaluator.knob is not None  # a strength is read from outside the weights: only loops see it move
+    strength_tensor = (
+        evaluator.strength_tensor is not None
+    )  # a strength is read from outside the weights: only loops see it move
     convolutions = any(isinstance(m, nn.Conv2d) for m in evaluator.model.modules())
     if device == "cpu" and convolutions:
         # What a layer leaves should stay in the cache for the next one: tens of samples.
@@ -215,11 +223,11 @@ def candidate_strategies(evaluator: Evaluator) -> Iterator[StrategySpec]:
         )
     if not convolutions and linears(evaluator.model):
         yield StrategySpec("oneDNN", partial(split_loop, evaluator, "oneDNN"), gain=1.5, forks=True)
-        if not knob:
+        if not strength_tensor:
             make = partial(split_loop, evaluator, "oneDNN, recorded", recorded=True)
             seconds = _RECORD_S + _IMPORT_S * ("torch._dynamo" not in sys.modules)
             yield StrategySpec("oneDNN, recorded", make, 1.2, seconds, forks=True)
-    if device == "cuda" and not knob:
+    if device == "cuda" and not strength_tensor:
         words = ["channels last"] * convolutions + ["CUDA graph"]
         for compiled in (False, True):
             name = ", ".join(["compiled"] * compiled + words)

@@ -80,10 +80,10 @@ def make_twins(
             if first is not None and shared
             else directions_for(model, settings, moving, keep)
         )
-        edited, knob = _with_knob(model, settings)
+        edited, strength_tensor = _with_strength(model, settings)
         make = partial(
             Evaluator, data=data, loss=loss, directions=directions, metrics=dict(settings.metrics or {}),
-            batch_norm=settings.batch_norm, l2=settings.l2, knob=knob,
+            batch_norm=settings.batch_norm, l2=settings.l2, strength_tensor=strength_tensor,
         )  # fmt: skip
         twin = TwinOnPlane(name, model, directions, make(edited), shared)
         frozen = shared and twin.evaluator.mode == "frozen"
@@ -123,15 +123,15 @@ def stale_statistics(
     return bool(pairs) and all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
 
 
-def _with_knob(model: nn.Module, settings: Settings) -> tuple[nn.Module, torch.Tensor | None]:
+def _with_strength(model: nn.Module, settings: Settings) -> tuple[nn.Module, torch.Tensor | None]:
     """The model, and a twin of it whose shortcuts' strength is a tensor of ours where that is an axis."""
     if settings.strength is None:
         return model, None
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
-    knob = torch.ones((), device=place)
-    twin = ablate(model, settings.strength, strength=knob)
+    strength_tensor = torch.ones((), device=place)
+    twin = ablate(model, settings.strength, strength=strength_tensor)
     set_mode(twin, False)
-    return twin, knob
+    return twin, strength_tensor
 
 
 def same_weights(first: nn.Module, other: nn.Module) -> bool:

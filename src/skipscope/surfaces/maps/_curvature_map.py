@@ -105,7 +105,7 @@ def curvature_map(
     Args:
         model: in eval mode; only read. Or twins, name -> model: those that share the first one's weights (removed,
             detached) are moved along its directions, others along the same draw, normalised to their own filters.
-            Batch-norm statistics that a twin has of the first one and that do not fit it are measured anew, and said so.
+            Batch-norm statistics that a twin has of the first one and that do not fit it are measured again, and said so.
         data: one batch or re-iterable batches; read once and kept.
         loss: ``loss(output, target)``; left out when the output carries ``.loss``; or ``@ss.objective``.
         grid: as in :func:`landscape`; a point costs some ten products with the Hessian.
@@ -218,7 +218,7 @@ class _Plane:
                 set_mode(model, False)
                 average_statistics(model, self.data, self.loss.run)
                 notes.append(
-                    f"{name}: batch-norm statistics measured anew (they were those of {first_name})."
+                    f"{name}: batch-norm statistics measured again (they were those of {first_name})."
                 )
             maps[name] = self._map(name, model, moved, name if paired else "")
         if apart:
@@ -237,7 +237,7 @@ class _Plane:
         require_memory(_OPERATION, operator.shape[0], options, operator.basis_device)
         sheet = Sheet(NAMES, tuple(len(axis) for axis in self.at))
         identity = self._identity(model, moved, operator)
-        # Rows, and segments of a line, begin anew: with or without a store a walk starts at the same points.
+        # Rows, and segments of a line, start again: with or without a store a walk starts at the same points.
         unit = sheet.shape[-1] if len(sheet.shape) > 1 else SEGMENT
         walk = Walk(operator, moved, self.at, options)
         kept = None

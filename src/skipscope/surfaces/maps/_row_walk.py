@@ -22,7 +22,7 @@ from skipscope.surfaces.grids._surface_store import AWAY
 from skipscope.surfaces.planes._directions import Direction
 
 NAMES = ["smallest", "largest", "residual", "probability", "converged", "products", "checked", "differs"]
-SEGMENT = 64  # columns after which a walk starts anew
+SEGMENT = 64  # columns after which a walk starts again
 _CHECK = 16  # columns between two points where the ends must be as sure as those of a fresh solve
 _SMALL = (
     32  # parameters: the whole space is no more than a walk's products, and every point is as sure as can be

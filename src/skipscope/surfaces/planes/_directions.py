@@ -61,7 +61,7 @@ def random_direction(
         zero: what has no direction: any of "biases", "norms", "embeddings".
         parameters: names or patterns (``"layer1.*"``) of what has a direction; default: all parameters.
         like: make the direction orthogonal to this one, filter by filter, before it is normalised.
-        keep: hold the tensors; False draws each anew whenever it is asked for, for models that fill the memory.
+        keep: hold the tensors; False draws each again whenever it is asked for, for models that fill the memory.
 
     Returns:
         Name -> tensor of the parameter's shape, dtype and device, for each parameter that moves.
@@ -84,7 +84,7 @@ def random_direction(
 
 
 class SeededDirection(Mapping[str, Tensor]):
-    """A direction that holds nothing: every tensor is drawn and normalised anew when it is asked for.
+    """A direction that holds nothing: every tensor is drawn and normalised again when it is asked for.
 
     For models whose directions do not fit beside them.
 

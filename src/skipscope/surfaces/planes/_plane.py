@@ -80,8 +80,8 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
         raise SkipscopeError(
             "solutions_plane", "a line or a plane", expected="one or two other solutions", got=len(others)
         )
-    way = _Way(model, others, "solutions_plane")
-    steps = way.mixed(np.eye(len(others)))
+    differences = _WeightDifferences(model, others, "solutions_plane")
+    steps = differences.mixed(np.eye(len(others)))
     directions = [steps[0]]
     length = inner(steps[0], steps[0]) ** 0.5
     if len(steps) == 2 and length:
@@ -102,7 +102,7 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
     explained = tuple(float(x) for x in (coordinates**2 * square).sum(0) / lengths.sum())
     distances = _distances(coordinates, square, lengths)
     points = tuple(f"solution {i + 2}" for i in range(len(steps)))
-    return Plane(directions, names, coordinates, distances, explained, way.others, points)
+    return Plane(directions, names, coordinates, distances, explained, differences.others, points)
 
 
 @public_call("trajectory_plane")
@@ -121,15 +121,15 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
 
     Example:
         >>> end = nn.Linear(3, 1)
-        >>> way = [nn.Linear(3, 1) for _ in range(4)]
-        >>> plane = trajectory_plane(end, way)
+        >>> checkpoints = [nn.Linear(3, 1) for _ in range(4)]
+        >>> plane = trajectory_plane(end, checkpoints)
         >>> len(plane.explained), plane.coordinates.shape
         (2, (4, 2))
     """
     from scipy.linalg import eigh
 
-    way = _Way(model, checkpoints, "trajectory_plane")
-    count, gram = len(way.others), way.gram()
+    differences = _WeightDifferences(model, checkpoints, "trajectory_plane")
+    count, gram = len(differences.others), differences.gram()
     lengths = np.diagonal(gram)
     if not np.isfinite(gram).all():
         raise SkipscopeError(
@@ -150,10 +150,12 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
     names = tuple(f"PCA {i + 1} ({share:.0%} of the way)" for i, share in enumerate(explained))
     points = tuple(f"checkpoint {i}" for i in range(count))
     distances = _distances(coordinates, square, lengths)
-    return Plane(way.mixed(mixes), names, coordinates, distances, explained, way.others, points)
+    return Plane(
+        differences.mixed(mixes), names, coordinates, distances, explained, differences.others, points
+    )
 
 
-class _Way:
+class _WeightDifferences:
     """Other weights less the model's, as a matrix M with a row each that is never held whole: its columns come in parts.
 
     Args:

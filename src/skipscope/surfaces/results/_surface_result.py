@@ -250,7 +250,7 @@ class Surface(Exported):
         if self.points is not None and self.provenance.batch_norm.startswith("frozen"):
             notes.append(
                 "Batch norm is frozen as at the origin: another point's own loss, with its own statistics, may lie off the "
-                'surface there (batch_norm="recalibrate" measures them anew at each point).'
+                'surface there (batch_norm="recalibrate" measures them again at each point).'
             )
         if self.label:
             notes.insert(0, self.label[0].upper() + self.label[1:] + ".")

@@ -2,7 +2,7 @@
 
 Every score is a function of the values alone. Its standard error is a delete-a-group jackknife over samples: the
 surface without each tenth of the samples in turn, sqrt((G-1)/G * sum (s_g - mean s)^2); the level at which the width is
-read is found anew each time, so that the width's error has the level's in it. A 95 % interval is Student's with G - 1
+read is found again each time, so that the width's error has the level's in it. A 95 % interval is Student's with G - 1
 degrees of freedom. Two things a jackknife does not see are added:
 
 - Where values were interpolated, a score is off by what splines do between their points: about as much as it differs on
