@@ -7,6 +7,7 @@ plain network their product is the factor at the boundary, but for correlations.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -39,7 +40,9 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         name = function_of(func).name
         if name in ACTIVATIONS and args[0].is_floating_point():
-            self.slopes.setdefault(self.at, []).append(self.slope(func, args, kwargs))
+            # Under torch.vmap and torch.func no tensor can be made to require a gradient.
+            with contextlib.suppress(RuntimeError):
+                self.slopes.setdefault(self.at, []).append(self.slope(func, args, kwargs))
         elif name == "linear" or name in {"conv1d", "conv2d", "conv3d"}:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             stride = 1 if name == "linear" else args[3] if len(args) > 3 else kwargs.get("stride", 1)
