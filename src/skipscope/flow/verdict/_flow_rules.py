@@ -7,7 +7,6 @@ shrinks on its way back. chi = 10 ** (-2 slope) is Schoenholz's (2016), and 1/|l
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from skipscope._numbers import short
+from skipscope._numbers import short, student_quantile
 from skipscope.flow._flow_result import Verdict
 
 # So many decades lost, or gained, going back are trouble. Of 300 networks labelled by training
@@ -135,34 +134,8 @@ def least_squares(y: Sequence[float]) -> tuple[float, tuple[float, float]] | Non
     if n == 2:
         return slope, (-math.inf, math.inf)
     rest = sum((v - mean - slope * (i - mid)) ** 2 for i, v in enumerate(y))
-    margin = student_quantile(n - 2) * math.sqrt(rest / (n - 2) / spread)
+    margin = student_quantile(0.975, n - 2) * math.sqrt(rest / (n - 2) / spread)
     return slope, (slope - margin, slope + margin)
-
-
-@functools.lru_cache(maxsize=4096)
-def student_quantile(freedom: int, probability: float = 0.95) -> float:
-    """The t that Student's distribution stays within, on both sides of 0, with a probability.
-
-    By bisection on the closed form for whole degrees of freedom (Abramowitz & Stegun 1964, 26.7.3 and
-    26.7.4), in the angle theta with tan(theta) = t / sqrt(freedom). SciPy's own takes seconds to import.
-
-    Example:
-        >>> round(student_quantile(1), 6), round(student_quantile(10), 6)
-        (12.706205, 2.228139)
-    """
-    odd = freedom % 2
-    ratios = [(k - 1) / k for k in range(2 + odd, freedom - 1, 2)]
-    coefficients = np.cumprod([1.0, *ratios])
-    powers = 2 * np.arange(len(coefficients)) + odd
-
-    def within(theta: float) -> float:
-        series = math.sin(theta) * float(coefficients @ math.cos(theta) ** powers) if freedom > 1 else 0.0
-        return (theta + series) * 2 / math.pi if odd else series
-
-    low, high = 0.0, math.pi / 2
-    while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if within(middle) < probability else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
 
 
 def judge(
