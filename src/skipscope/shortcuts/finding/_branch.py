@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 from skipscope.shortcuts.finding._bit_sets import bits
 from skipscope.shortcuts.finding._candidate import Reason
 from skipscope.shortcuts.finding._couplings import Couplings
@@ -10,18 +12,17 @@ from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import (
     ELEMENTWISE,
     LINEAR,
+    MATRIX_PRODUCTS,
     MATRIX_SUMS,
     NORM,
     POINTWISE,
     STRAIGHT_POINTWISE,
     WHOLE,
 )
-from skipscope.shortcuts.finding._merge import joined_axis
 from skipscope.shortcuts.finding._parts import Part
 from skipscope.shortcuts.finding._sides import Side, Sides
 from skipscope.shortcuts.trace import _operations
 
-_MAPS = LINEAR | NORM
 _SUMS = frozenset({"add", "sub", "rsub", "addcmul"})
 
 
@@ -50,14 +51,14 @@ class Branches:
                 or reader.call.name in _operations.LISTS
             ):
                 continue
-            above = self.graph.active_parents(fork)
-            if not (self.graph.kind(fork) in _MAPS and self.graph.weights[fork] and len(above) == 1):
+            above = self._mapped(fork)
+            if above is None:
                 continue
             others = [j for j in reader.active if j != i]
             between = [self._between(reader, side, fork, j) for j in others]
             if all(nodes == Reason.OTHER_PARTS for nodes in between):
-                if self.graph.matrices[fork]:
-                    found[i] = Side(above[0], "projection", side.region | 1 << fork)
+                if self.graph.kind(fork) in LINEAR:
+                    found[i] = Side(above, "projection", side.region | 1 << fork)
             elif reader.call.name in _SUMS and not any(
                 nodes if isinstance(nodes, Reason) else self.graph.has_weights(nodes) for nodes in between
             ):
@@ -65,6 +66,17 @@ class Branches:
                 if before is not None:
                     found[i] = Side(before[0], "projection", side.region | before[1])
         return found
+
+    def _mapped(self, node: int) -> int | None:
+        """What a node is a linear map of, by weights or by a matrix that is itself made of it; None for no such map."""
+        graph, above = self.graph, self.graph.active_parents(node)
+        if len(above) == 1:
+            return above[0] if graph.kind(node) in LINEAR | NORM and graph.weights[node] else None
+        if graph.kind(node) in MATRIX_PRODUCTS and len(above) == 2:
+            for x, matrix in permutations(above):
+                if graph.ancestors.reaches(x, matrix) and graph.has_weights(graph.on_the_way(x, matrix)):
+                    return x
+        return None
 
     def of(
         self, reader: Sides, sides: dict[int, Side], bypassing: tuple[int, ...], sharing: bool = False
@@ -119,10 +131,9 @@ class Branches:
         taken = self._taken(reader, side, fork)
         if taken and all(part.limits for part in taken):  # then only the same parts are bypassed
             starts = [v for v in graph.leaving(fork, taken) if graph.ancestors.reaches(v, end)]
-            if not starts and all(len(run) == 1 for part in taken for run in part.limits.values()):
-                return Reason.OTHER_PARTS if self._is_made_once(fork) else Reason.OTHER_STEPS
             if not starts and not self.couplings.puts_back(reader.call, fork):
-                return Reason.OTHER_PARTS
+                is_step = all(len(run) == 1 for part in taken for run in part.limits.values())
+                return Reason.OTHER_STEPS if is_step and not self._is_made_once(fork) else Reason.OTHER_PARTS
             starts = starts or [fork]
         nodes = graph.between(starts, end) & ~(1 << fork)
         if (
@@ -147,7 +158,7 @@ class Branches:
         if not side.region & graph.children_of(fork):
             return []
         taken = graph.parts_taken(fork, side.region)
-        dim = joined_axis(call, graph) if call.name != "stack" else None
+        dim = graph.joined_axis(call) if call.name != "stack" else None
         return [] if dim is not None and any(part.axis_along(dim) for part in taken) else taken
 
     def _is_gain(self, region: int) -> bool:

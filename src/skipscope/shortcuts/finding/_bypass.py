@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from skipscope.shortcuts.finding._bit_sets import bits
 from skipscope.shortcuts.finding._candidate import Reason
 from skipscope.shortcuts.finding._graph import Graph
-from skipscope.shortcuts.finding._kinds import BENT, DROPOUT, LINEAR, MAX_POOLS, PRODUCT, SHAPE
+from skipscope.shortcuts.finding._kinds import (
+    BENT,
+    DROPOUT,
+    GATES,
+    LINEAR,
+    MAX_POOLS,
+    POINTWISE,
+    PRODUCT,
+    SHAPE,
+    STRAIGHT_POINTWISE,
+)
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._sides import Side
 from skipscope.shortcuts.trace import _operations
@@ -16,6 +26,7 @@ FREE, SCALED, GATED, NORMED, PROJECTED, CHAINED = range(
     6
 )  # of several ways past a branch, the first is the shortcut
 _LINEAR = SHAPE | PRODUCT | LINEAR
+_CURVED = POINTWISE - STRAIGHT_POINTWISE - GATES - {"where", "masked_fill"}
 _PASSING = SHAPE | DROPOUT | {"mul", "div"}
 _MATRIX_PRODUCTS = frozenset({"bmm", "mm", "matmul", "einsum", "mv", "dot", "tensordot"})
 
@@ -87,14 +98,19 @@ class Bypass:
         """Whether a set of nodes does more than one linear map: two, one after the other, or one and something bent."""
         graph = self.graph
         matrices = graph.matrices_in(region, enough=2).bit_count()
-        if matrices and self._bends(region):
+        # Of a single matrix most functions make a gate or a scale (the exp of a log-variance); of several, a branch.
+        if matrices and (self._bends(region) or (matrices > 1 and region & graph.of_kinds(_CURVED))):
             return True
         passed: set[int] = set()  # what comes after a matrix
         for v in bits(region) if matrices > 1 else ():
             is_after = any(p in passed for p in graph.parents[v])
-            if graph.matrices[v] and is_after:
+            is_map = graph.matrices[v] and graph.kind(v) not in {
+                "add",
+                "sub",
+            }  # a bias of several dimensions is none
+            if is_map and is_after:
                 return True
-            if graph.matrices[v] or is_after:
+            if is_map or is_after:
                 passed.add(v)
         return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from skipscope.shortcuts._shortcut_result import Place
+from skipscope.shortcuts._shortcut_result import Kind, Place
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._mixtures import Mixture
 
@@ -54,7 +54,7 @@ class Candidate:
     """
 
     call: Merge
-    kind: str
+    kind: Kind
     forks: tuple[int, ...]
     bypassing: tuple[int, ...]
     shortcut_operands: tuple[int, ...]

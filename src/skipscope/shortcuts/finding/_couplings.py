@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import WHOLE
-from skipscope.shortcuts.finding._merge import Merge, joined_axis
+from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._parts import Axis, Part
 from skipscope.shortcuts.trace import _operations
 
@@ -37,19 +37,26 @@ class Couplings:
 
     def _covers(self, joined: Merge, fork: int) -> bool:
         """Whether what is put together comes from parts of ``fork``, along the same axis, that are all of it."""
-        whole, dim = self.graph.parts_of(fork).get(fork), joined_axis(joined, self.graph)
+        whole, dim = self.graph.parts_of(fork).get(fork), self.graph.joined_axis(joined)
+        # Two features of one number each may be coupled; steps of a sequence, one by one, are a recurrence.
+        least = 1 if joined.name != "stack" and self._is_of_features(joined, dim) else 2
         if whole is None or dim is None:
             return False
         taken: dict[Axis, list[range]] = {}
         for node in joined.operands:
             for part in self._parts_carried(node, fork):
-                axis = part.axis_along(dim)
+                axis = part.axis_along(dim, least)
                 if axis is not None and not any(set(axis[1]) & set(run) for run in taken.get(axis[0], ())):
                     taken.setdefault(axis[0], []).append(axis[1])
                     break
         return any(
             isinstance(axis, int) and sum(map(len, runs)) == whole.shape[axis] for axis, runs in taken.items()
         )
+
+    def _is_of_features(self, joined: Merge, dim: int | None) -> bool:
+        """Whether a call joins along the axis of the features: the last, or that of an image's channels."""
+        ndim = 0 if joined.output is None else len(self.graph.shape(joined.output))
+        return ndim > 1 and dim is not None and (dim == ndim - 1 or (ndim > 3 and dim == 1))
 
     def _parts_carried(self, node: int | None, fork: int) -> list[Part]:
         """The parts of ``fork``, in the shape of ``node``, that it may carry on."""

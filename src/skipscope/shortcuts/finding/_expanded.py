@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations
 
-from skipscope.shortcuts._shortcut_result import Place
+from skipscope.shortcuts._shortcut_result import Kind, Place
 from skipscope.shortcuts.finding._candidate import Candidate
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import WHOLE
@@ -104,7 +104,7 @@ class Expanded:
         self,
         call: Merge,
         parts: list[Merge],
-        kind: str,
+        kind: Kind,
         reading: _Reading,
     ) -> Candidate:
         x, shortcut, branch, ends, side = reading

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import permutations
 
-from skipscope.shortcuts._shortcut_result import Place
+from skipscope.shortcuts._shortcut_result import Kind, Place
 from skipscope.shortcuts.finding._bit_sets import bits
 from skipscope.shortcuts.finding._candidate import Candidate, Reason
 from skipscope.shortcuts.finding._graph import Graph
@@ -66,7 +66,7 @@ class Gates:
 
     def difference(
         self, reader: Sides, i: int, branches: tuple[int, ...]
-    ) -> tuple[Merge, int, tuple[int, ...], str] | None:
+    ) -> tuple[Merge, int, tuple[int, ...], Kind] | None:
         """In x + t (H - x): the call of H - x, which of its operands is x, the operands that carry both sides, and the
         kind: scaled where t does not depend on the data.
         """
@@ -175,7 +175,7 @@ class Gates:
         return None
 
 
-def _kind(reader: Sides, is_gate: bool) -> str:
+def _kind(reader: Sides, is_gate: bool) -> Kind:
     """Gated where a gate was passed, or the merge itself multiplies by an activation; else scaled."""
     in_call = bool(reader.factors) and all(f in reader.active for f in reader.factors)
     return "gated" if is_gate or in_call else "scaled"

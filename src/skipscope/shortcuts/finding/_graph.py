@@ -22,6 +22,7 @@ from skipscope.shortcuts.finding._parts import Cuts, Part, part_after, takes_eve
 from skipscope.shortcuts.trace import Operand, Origin, Trace, TracedCall, Value, _operations
 
 _MAPS = LINEAR | NORM | WHOLE
+_AXES = {"hstack": 1, "column_stack": 1, "vstack": 0, "dstack": 2}
 _OF_TWO = {"min": "minimum", "max": "maximum"}
 
 
@@ -412,6 +413,17 @@ class Graph:
     def on_the_way(self, start: int, end: int) -> int:
         """The set of nodes on the ways from ``start``, without it, to ``end``; empty where none leads there."""
         return self.between([start], end) & ~(1 << start) if self.ancestors.reaches(start, end) else 0
+
+    def joined_axis(self, merge: Merge) -> int | None:
+        """The axis along which a call puts tensors side by side, counted from the front; None for any other call."""
+        if merge.output is None or merge.name not in _operations.LISTS:
+            return None
+        ndim = len(self.shape(merge.output))
+        if merge.name in _AXES:
+            return min(_AXES[merge.name], ndim - 1)
+        call = merge.traced
+        dim = call.argument(1, "dim", call.keywords.get("axis", 0))
+        return dim % ndim if isinstance(dim, int) and ndim else None
 
     def before_map(self, node: int, end: int) -> tuple[int, int] | None:
         """The operand of the linear map that made ``node``, where ``end`` depends on it otherwise too.

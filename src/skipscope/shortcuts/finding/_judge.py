@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
 
-from skipscope.shortcuts._shortcut_result import Place
+from skipscope.shortcuts._shortcut_result import Kind, Place
 from skipscope.shortcuts.finding._branch import Branches
 from skipscope.shortcuts.finding._bypass import CHAINED, PROJECTED, Bypass
 from skipscope.shortcuts.finding._candidate import Candidate, Reason
@@ -18,7 +18,7 @@ from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import ENLARGING
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._mixtures import Mixtures
-from skipscope.shortcuts.finding._sides import Side, Sides, is_scaled
+from skipscope.shortcuts.finding._sides import Role, Side, Sides, is_scaled
 from skipscope.shortcuts.trace import _operations
 
 _BY_WEIGHT = ("identity", "scaled", "gated")
@@ -216,12 +216,9 @@ class Judge:
         if call.whole is not None:
             shortcut_at = self._widened(reader, shortcut_at, sides[bypassing[0]].fork)
             branch_at = self._widened(reader, branch_at, None)
-        how = sides[bypassing[0]].how
-        how = "scaled" if how == "identity" and is_scaled(call, bypassing[0]) else how
-        how = "projection" if how == "linear maps" else how
         plain = Candidate(
             call=call,
-            kind="concat" if call.name in _operations.LISTS else how,
+            kind=_kind(call, sides[bypassing[0]].how, bypassing[0]),
             forks=tuple(f for i in bypassing if (f := sides[i].fork) is not None),
             bypassing=bypassing,
             shortcut_operands=tuple(sorted({*bypassing, *self._multiplied(reader, bypassing)})),
@@ -246,8 +243,8 @@ class Judge:
             kind = max(mixture.kind, *(sides[i].how for i in bypassing), key=_BY_WEIGHT.index)
             both = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor and mixture.alone)
             return replace(plain, kind=kind, both=both, mixture=mixture)
-        if plain.kind in {"branch", "bent"}:  # declared by its author, whatever leads to it
-            return replace(plain, kind="identity")
+        if sides[bypassing[0]].how in {"branch", "bent"}:
+            return plain
         if plain.kind in {"identity", "projection"} and (
             found := self.gates.difference(reader, bypassing[0], branches)
         ):
@@ -276,7 +273,7 @@ class Judge:
 
     def _place(self, call: Merge, i: int, side: Side) -> Place:
         """Where x is met before its factor: the factor stays as built, and its gradient live."""
-        for product in side.products:
+        for product in () if side.is_sum else side.products:
             made = self.made.get(product)
             if made is not None:
                 for k, node in enumerate(made.operands):
@@ -303,6 +300,17 @@ class Judge:
                 return False
             at = parents[0]
         return True
+
+
+def _kind(call: Merge, role: Role, bypassing: int) -> Kind:
+    """The kind of a shortcut by the role of its operand."""
+    if call.name in _operations.LISTS:
+        return "concat"
+    if role in ("branch", "bent"):  # declared by its author, whatever leads to it
+        return "identity"
+    if role == "linear maps":
+        return "projection"
+    return "scaled" if role == "identity" and is_scaled(call, bypassing) else role
 
 
 # Each returns a candidate, a reason why there is none, or None where it does not decide.

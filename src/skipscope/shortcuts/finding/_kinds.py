@@ -36,8 +36,13 @@ SHAPE = (
         as_strided diagonal interpolate upsample upsample_nearest2d upsample_bilinear2d pixel_shuffle pixel_unshuffle
         channel_shuffle native_channel_shuffle add sub rsub neg sum max min amax amin slice_scatter select_scatter
         masked_fill tril triu where index_put index_add index_copy scatter scatter_add scatter_reduce masked_scatter
-        max_unpool2d view_as_real view_as_complex real"""
+        max_unpool2d view_as_real view_as_complex real imag conj complex cumsum"""
     )
+)
+# Linear transforms with constant coefficients; with a filter between them they are a branch as it is written.
+TRANSFORMS = words(
+    """fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn
+    fft_irfftn fft_hfft fft_ihfft fft_fftshift fft_ifftshift stft istft"""
 )
 PRODUCT = words(
     "mul div lerp addcmul addcdiv dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout linear matmul bmm mm addmm "
@@ -63,6 +68,8 @@ CONVOLUTION = words(
     "convolution _convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc"
 )
 LINEAR = CONVOLUTION | words("linear addmm mm matmul bmm baddbmm einsum mv tensordot inner bilinear")
+# What makes factors between 0 and 1.
+GATES = words("sigmoid hardsigmoid softmax")
 # What makes a branch of a single matrix more than another linear map beside the first.
 BENT = words(
     """relu relu6 gelu silu leaky_relu elu tanh hardswish mish prelu hardtanh celu threshold selu rrelu softmax

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from skipscope.shortcuts._shortcut_result import CallKey, Place
-from skipscope.shortcuts.trace import TracedCall, _operations
-
-if TYPE_CHECKING:
-    from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.trace import TracedCall
 
 
 @dataclass(eq=False, slots=True)
@@ -58,18 +54,3 @@ class Merge:
     def order(self) -> int:
         """Position among all calls."""
         return self.traced.index
-
-
-def joined_axis(merge: Merge, graph: Graph) -> int | None:
-    """The axis along which a call puts tensors side by side, counted from the front; None for any other call."""
-    if merge.output is None or merge.name not in _operations.LISTS:
-        return None
-    ndim = len(graph.shape(merge.output))
-    if merge.name in _AXES:
-        return min(_AXES[merge.name], ndim - 1)
-    call = merge.traced
-    dim = call.argument(1, "dim", call.keywords.get("axis", 0))
-    return dim % ndim if isinstance(dim, int) and ndim else None
-
-
-_AXES = {"hstack": 1, "column_stack": 1, "vstack": 0, "dstack": 2}

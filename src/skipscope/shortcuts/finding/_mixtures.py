@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from skipscope.shortcuts._shortcut_result import Kind
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import WHOLE
-from skipscope.shortcuts.finding._merge import Merge, joined_axis
+from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._parts import order_of
 from skipscope.shortcuts.trace import TracedCall
 
@@ -36,7 +37,7 @@ class Mixture:
     """
 
     end: int
-    kind: str
+    kind: Kind
     alone: bool
 
 
@@ -68,15 +69,16 @@ class Mixtures:
         """How many indices go before that of the stacked."""
         graph = self.graph
         shapes = {graph.shape(node) for node in call.operands if node is not None}
-        dim = joined_axis(call, graph)
+        dim = graph.joined_axis(call)
         if count < 2 or len(shapes) != 1 or dim is None or call.output is None:
             return None
         joined = graph.shape(call.output)
         return prod(joined[:dim]) if prod(joined) == count * prod(shapes.pop()) else None
 
-    def _along(self, start: int, at: int, left: int, count: int) -> tuple[int, str] | None:
+    def _along(self, start: int, at: int, left: int, count: int) -> tuple[int, Kind] | None:
         """From the stack through views and weights to a sum over it: its node, and the kind."""
-        graph, kind, before, shape = self.graph, "identity", start, self.graph.shape(start)
+        graph, before, shape = self.graph, start, self.graph.shape(start)
+        kind: Kind = "identity"
         while True:
             name, new, axis = graph.kind(at), graph.shape(at), _axis(shape, left, count)
             call = graph.call_at(at)
@@ -90,10 +92,11 @@ class Mixtures:
                 place = [graph.node_of(v) for v in call.operands].index(before)
                 ends = (
                     len(others) <= 1
-                    and len(call.operands) == 2
+                    and len(call.operands) <= 2
                     and axis in _contracted(call, place, len(shape))
                 )
-                return (at, self._heavier(kind, others)) if ends else None
+                kind = self._heavier(kind, others) if len(call.operands) == 2 else kind
+                return (at, kind) if ends else None
             if name == "mul" and not (len(others) <= 1 and at in self.made):
                 return None
             if name in {"mul", "expand", "expand_as"}:
@@ -109,7 +112,7 @@ class Mixtures:
                 return None
             before, shape, at = at, new, graph.children[at][0]
 
-    def _heavier(self, kind: str, weights: list[int]) -> str:
+    def _heavier(self, kind: Kind, weights: list[int]) -> Kind:
         is_active = any(w < self.graph.activations for w in weights)
         return "gated" if kind == "gated" or is_active else "scaled"
 

@@ -42,12 +42,12 @@ class Part:
             if axis in other.limits
         )
 
-    def axis_along(self, dim: int) -> tuple[Axis, range] | None:
-        """The axis of the whole along which one of its own axes runs, and where, if it is a part along that alone, and
-        more than a single step: a class token is none of several channels.
+    def axis_along(self, dim: int, least: int = 2) -> tuple[Axis, range] | None:
+        """The axis of the whole along which one of its own axes runs, and where, if it is a part along that alone, and not
+        shorter than ``least``: a class token is none of several channels.
         """
         axis = self.axes[dim] if -len(self.axes) <= dim < len(self.axes) else None
-        return axis if axis is not None and set(self.limits) <= {axis[0]} and len(axis[1]) > 1 else None
+        return axis if axis and set(self.limits) <= {axis[0]} and len(axis[1]) >= least else None
 
     def with_new_axis(self, dim: int) -> Part:
         """The same with an axis of size one before another."""

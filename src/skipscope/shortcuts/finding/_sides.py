@@ -12,24 +12,26 @@ from functools import reduce
 from itertools import accumulate, permutations
 from math import prod
 from operator import or_
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from skipscope.shortcuts.finding._bit_sets import bits
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import (
+    CONVOLUTION,
     ELEMENTWISE,
+    GATES,
     LINEAR,
     MATRIX_PRODUCTS,
     MATRIX_SUMS,
     NORM,
     PRODUCT,
     SHAPE,
+    TRANSFORMS,
     WHOLE,
 )
 from skipscope.shortcuts.finding._merge import Merge
 
-_STRAIGHT, _PAIRING = SHAPE | PRODUCT | NORM | LINEAR, PRODUCT | LINEAR
-_BOUNDED = frozenset({"sigmoid", "hardsigmoid", "softmax"})
+_STRAIGHT, _PAIRING = SHAPE | PRODUCT | NORM | LINEAR | TRANSFORMS, PRODUCT | LINEAR
 _FACTORS = {**dict.fromkeys(MATRIX_SUMS, (1, 2)), "addcmul": (1, 2), "addcdiv": (1,)}
 
 
@@ -56,6 +58,10 @@ def is_scaled(call: Merge, i: int) -> bool:
 _SCALED = {("add", 1), ("sub", 1), ("rsub", 0)}
 
 
+# What an operand is, seen from its merge: the kinds of shortcut, several linear maps, a branch, or bent without weights.
+Role = Literal["identity", "scaled", "projection", "gated", "linear maps", "branch", "bent"]
+
+
 class Side(NamedTuple):
     """One operand as seen from its merge.
 
@@ -70,7 +76,7 @@ class Side(NamedTuple):
     """
 
     fork: int | None
-    how: str
+    how: Role
     region: int
     products: tuple[int, ...] = ()
     is_sum: bool = False
@@ -104,6 +110,12 @@ class Sides:
         for i, common in zip(self.active, self._common(), strict=True):
             for carry, product in self.gatings(i):
                 own = self.graph.ancestors[carry] & ~common
+                if not own:  # the gate, or what it multiplies on the other side, depends on it
+                    before = self._before_map(carry, i)
+                    if before is not None:
+                        region = before[1] | self.graph.ancestors[self.position(i)] & ~common
+                        found[i] = Side(before[0], "gated", region, (product,), carry=carry)
+                    continue
                 entries = self.graph.entries(own, common)
                 if len(entries) == 1 and self.graph.matrices_in(own, enough=1):
                     (fork,) = entries
@@ -111,6 +123,11 @@ class Sides:
                         region = self.graph.ancestors[self.position(i)] & ~common
                         found[i] = Side(fork, "gated", region, (product,), carry=carry)
         return found
+
+    def _before_map(self, carry: int, i: int) -> tuple[int, int] | None:
+        """Where the linear map begins that a node is, seen from another operand than i."""
+        ends = (self.position(j) for j in self.active if self._are_added(i, j))
+        return next(filter(None, (self.graph.before_map(carry, end) for end in ends)), None)
 
     def gatings(self, i: int) -> list[tuple[int, int]]:
         """Where operand i is what a gate multiplies: that, and the product."""
@@ -126,7 +143,7 @@ class Sides:
     def _is_gate(self, gate: int) -> bool:
         """Whether a node is a sigmoid or a softmax, scaled or taken from 1 at most, or a part of one."""
         graph = self.graph
-        while graph.kind(gate) not in _BOUNDED:
+        while graph.kind(gate) not in GATES:
             above = graph.active_parents(gate)
             if graph.kind(gate) not in SHAPE | ELEMENTWISE or len(above) != 1:
                 return False
@@ -201,6 +218,8 @@ class Sides:
         if fork is not None:
             if walk.is_bent(at):
                 return Side(fork, "bent", own)
+            if own & graph.of_kinds(TRANSFORMS) and graph.has_weights(own):
+                return Side(fork, "branch", own)  # a product of spectra is a convolution
             how = "gated" if walk.gate else "scaled" if walk.products else "identity"
             return Side(fork, how, own, tuple(walk.products), len(reached) > 1)
         fork = walk.nearest(graph.entries(own, common))
@@ -294,7 +313,9 @@ class _Walk:
             reached.append((yield parent))
             if not reached[-1]:
                 return frozenset()
-        if kind not in SHAPE or any(parent in self._bent for parent in parents):
+        # A convolution with constants, as a blur is, is linear.
+        is_linear = kind in SHAPE | TRANSFORMS or (kind in CONVOLUTION and len(parents) == 1)
+        if not is_linear or any(parent in self._bent for parent in parents):
             self._bent.add(v)
         return frozenset().union(*reached)
 
@@ -321,11 +342,23 @@ class _Walk:
                 return frozenset()
             self.has_rivals = self.has_rivals or len(first) > 1
             entered = frozenset(first)
-        # A gate may be bent; what is bent and multiplied by a branch alone, std(x) F(x), carries nothing.
-        if all(parent in self._bent for parent in parents if reached[parent] & entered):
+        # A gate may be bent; what is bent and multiplied by a branch alone, std(x) F(x), carries nothing, and neither does x
+        # times a function of x without weights.
+        carrying = [parent for parent in parents if reached[parent] & entered]
+        if all(parent in self._bent for parent in carrying) or (
+            len(carrying) > 1
+            and len(entered) == 1
+            and any(self._is_bent_alone(p, *entered) for p in carrying)
+        ):
             self._bent.add(v)
         self.products.append(v)
         return entered
+
+    def _is_bent_alone(self, parent: int, x: int) -> bool:
+        """Whether a node is a nonlinear function of ``x`` and of nothing else."""
+        graph, way = self.graph, self.graph.on_the_way(x, parent)
+        above = (p for v in bits(way) for p in graph.parents[v])
+        return parent in self._bent and all(p == x or (p < graph.activations and way >> p & 1) for p in above)
 
     def first(self, candidates: frozenset[int] | set[int]) -> list[int]:
         """Those that depend on none of the others."""

@@ -303,7 +303,10 @@ class Recorder(TorchFunctionMode):
                 return  # x[1:] += y ends by putting back what is there already
         before = self.value_of(target)
         if call.function in OVERWRITES or not call.in_place:
-            call.operands = tuple(v for v in call.operands if v != before)
+            # The target itself is not read: the first operand, or the last where it is given by name. It may be read too.
+            at = [i for i, v in enumerate(call.operands) if v == before]
+            dropped = at[0 if call.in_place else -1] if at else None
+            call.operands = tuple(v for i, v in enumerate(call.operands) if i != dropped)
         self._append(call)
         value = self._new(target, Origin.CALL, call.index)
         self._inherit(value, call)
