@@ -279,6 +279,42 @@ def test_a_decoder_skip_that_passes_a_block_is_listed_apart():
     torch.testing.assert_close(ss.ablate(model, passed)(x), by_hand)
 
 
+class TransformerDecoder(nn.Module):
+    """UNETR: tokens of two layers are enlarged by blocks of their own before the decoder joins them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.one, self.two = nn.Conv2d(3, 6, 2, 2), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.image, self.skip = nn.Conv2d(3, 2, 3, 1, 1), nn.ConvTranspose2d(6, 4, 2, 2)
+        self.up, self.join = nn.ConvTranspose2d(6, 4, 2, 2), nn.Conv2d(8, 2, 3, 1, 1)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x, skip=1.0, image=1.0):
+        low = self.patches(x)
+        low = self.one(low).relu()
+        high = self.two(low).tanh()
+        y = self.join(torch.cat([self.up(self.two(high).relu()), skip * self.skip(low).relu()], 1)).relu()
+        return self.head(torch.cat([y, image * self.image(x).relu()], 1))
+
+
+def test_each_decoder_skip_that_passes_a_block_is_edited_by_itself():
+    torch.manual_seed(0)
+    model, x = TransformerDecoder(), torch.randn(1, 3, 8, 8)
+    skip, image = ss.find_shortcuts(model, x).passed
+    assert (skip.shortcut, image.shortcut) == (("skip",), ("image",))
+    with torch.no_grad():
+        built = model(x)
+        for chosen, by_hand in (
+            (skip, {"skip": 0.0}),
+            (image, {"image": 0.0}),
+            ([skip, image], {"skip": 0.0, "image": 0.0}),
+        ):
+            torch.testing.assert_close(ss.ablate(model, chosen)(x), model(x, **by_hand))
+            assert torch.equal(ss.ablate(model, chosen, "detach")(x), built)
+        torch.testing.assert_close(ss.ablate(model, skip, strength=0.25)(x), model(x, skip=0.25))
+    ss.ablate(model, [skip, image], "detach")(x).sum().backward()
+
+
 @pytest.mark.parametrize("join", [torch.maximum, torch.minimum, torch.logaddexp])
 def test_what_is_joined_otherwise_than_by_a_sum_is_listed(join):
     found = ss.find_shortcuts(Net(lambda n, x: join(x, n.f(x).tanh())), torch.randn(4, 6))
