@@ -203,6 +203,11 @@ def reversed_difference(n, x):
     return torch.rsub(n.branch(x), x)
 
 
+@kind("addmm of turned operands", ["identity"], lambda n, x: F.linear(x, n.w))
+def addmm_of_turned_operands(n, x):
+    return torch.addmm(x.T, n.w, x.T).T
+
+
 @kind("outputs kept in a list", ["identity"], lambda n, x: n.b(n.a(x).tanh()).tanh())
 def kept_in_a_list(n, x):
     outputs = [x]
@@ -297,6 +302,16 @@ def reparametrised(n, x):
 @kind("a filter in the frequencies beside a linear map", [])
 def spectral(n, x):
     return torch.fft.irfft(torch.fft.rfft(x) * n.filter, n=6) + n.c(x)
+
+
+@kind("a square", [])
+def square(n, x):
+    return x * x + n.branch(x)
+
+
+@kind("a swish written out", [])
+def swish(n, x):
+    return x * torch.sigmoid(x) + n.branch(x)
 
 
 @kind("two factors", [])

@@ -242,6 +242,21 @@ def test_what_a_function_runs_by_modules_is_as_little_seen_as_what_it_runs_itsel
     assert [hidden.name for hidden in found.opaque] == ["RunsModule"]
 
 
+@torch.library.custom_op("skipscope_tests::residual", mutates_args=())
+def residual(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x + torch.tanh(x @ w)
+
+
+@torch.library.custom_op("skipscope_tests::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def test_an_operator_of_a_library_that_takes_weights_is_opaque():
+    trace = recorded(Of(lambda net, x: residual(doubled(x), net.lin.weight)), features(3, 4))
+    assert [h.name for h in trace.hidden] == ["residual"]
+
+
 class Reversible(torch.autograd.Function):
     """Takes a single activation, and modules: so reversible blocks are written."""
 

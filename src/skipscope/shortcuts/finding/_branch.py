@@ -105,8 +105,8 @@ class Branches:
                 branches.append(j)
         if is_list and not sharing and branches and self._repeats(reader, region, bypassing):
             return region, Reason.RECURRENCE
-        if branches and not region and call.output is not None:
-            region = graph.bit(call.output)  # addmm(x, x, W): the branch is inside the call
+        if branches and not graph.has_weights(region) and call.output is not None:
+            region |= graph.bit(call.output)  # addmm(x, x, W): the branch is inside the call
         elif branches and self._is_gain(region):
             return region, Reason.BOTH_LINEAR
         if branches and self._is_activation_function(region):

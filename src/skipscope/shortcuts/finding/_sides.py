@@ -345,20 +345,21 @@ class _Walk:
         # A gate may be bent; what is bent and multiplied by a branch alone, std(x) F(x), carries nothing, and neither does x
         # times a function of x without weights.
         carrying = [parent for parent in parents if reached[parent] & entered]
-        if all(parent in self._bent for parent in carrying) or (
-            len(carrying) > 1
-            and len(entered) == 1
-            and any(self._is_bent_alone(p, *entered) for p in carrying)
-        ):
+        is_function_of_x = len(entered) == 1 and (
+            len(set(carrying)) < len(carrying) or any(self._is_bent_alone(p, *entered) for p in carrying)
+        )
+        if all(parent in self._bent for parent in carrying) or (len(carrying) > 1 and is_function_of_x):
             self._bent.add(v)
         self.products.append(v)
         return entered
 
     def _is_bent_alone(self, parent: int, x: int) -> bool:
-        """Whether a node is a nonlinear function of ``x`` and of nothing else."""
+        """Whether a node is a nonlinear function of all of ``x``, and of nothing else."""
         graph, way = self.graph, self.graph.on_the_way(x, parent)
+        if parent not in self._bent or any(part.limits for part in graph.parts_taken(x, way)):
+            return False
         above = (p for v in bits(way) for p in graph.parents[v])
-        return parent in self._bent and all(p == x or (p < graph.activations and way >> p & 1) for p in above)
+        return all(p == x or (p < graph.activations and way >> p & 1) for p in above)
 
     def first(self, candidates: frozenset[int] | set[int]) -> list[int]:
         """Those that depend on none of the others."""

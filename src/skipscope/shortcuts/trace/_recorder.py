@@ -53,6 +53,7 @@ CELLS = words(
 )
 IN_FUNCTION = "an autograd.Function: what it joins cannot be seen"
 CELL = "a fused recurrent cell: the gates in it cannot be seen"
+LIBRARY = "an operator of a library: what it joins cannot be seen"
 TRANSFORMED = "a function under torch.vmap or torch.func: what it joins cannot be tapped"
 
 
@@ -195,6 +196,8 @@ class Recorder(TorchFunctionMode):
         output = func(*args, **kwargs)
         if function.name not in SHAPE_ONLY or function.in_place:
             self._note(call, tensors, args, kwargs, output)
+            if not call.joins and _is_of_a_library(func):
+                self._note_library(call)
             if self.listener is not None:
                 self.listener(call, func, args, kwargs, output)
         elif isinstance(output, Tensor):
@@ -270,6 +273,12 @@ class Recorder(TorchFunctionMode):
         call.results = tuple(results)
         if call.function in CELLS and any(self.trace.values[v].from_data for v in results):
             self._hide(call.function, CELL, call.source)
+
+    def _note_library(self, call: TracedCall) -> None:
+        """Note that a call of a library's operator may join what it takes: activations, or one and weights."""
+        takes = sum(v in self._derived for v in dict.fromkeys(call.operands))
+        if takes > 1 and any(self.trace.values[v].from_data for v in call.results):
+            self._hide(call.function, LIBRARY, call.source)
 
     def _inherit(self, value: Value, call: TracedCall) -> None:
         """Set the properties that a value has from what it was computed from."""
@@ -572,6 +581,12 @@ def _body(func: FunctionType) -> FunctionType:
     )
     copied.__kwdefaults__ = func.__kwdefaults__
     return copied
+
+
+def _is_of_a_library(func: Any) -> bool:
+    """Whether a function is an operator that is not torch's own."""
+    is_operator = type(func).__name__ in {"OpOverload", "OpOverloadPacket"}
+    return is_operator and str(func).partition(".")[0] not in {"aten", "prims", "prim", "quantized"}
 
 
 def _label(func: Any, call: TracedCall) -> str:
