@@ -207,6 +207,20 @@ def test_an_autograd_function_is_one_call():
     assert names == [{"gain"}, {"gain", "lin.weight", "lin.bias"}]
 
 
+def test_an_input_whose_memory_the_model_frees_is_left_as_found():
+    """Reversible networks free what they can compute again."""
+
+    def forward(net, x):
+        y = x + net.lin(x).tanh()
+        x.untyped_storage().resize_(0)
+        return y
+
+    x = features(3, 4)
+    before = x.clone()
+    assert [s.kind for s in find_shortcuts(Of(forward), x)] == ["identity"]
+    assert torch.equal(x, before)
+
+
 class RunsModule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, module, *weights):

@@ -22,7 +22,7 @@ class LentInputs:
 
     def __init__(self):
         self._lent: dict[int, Tensor] = {}
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._before: list[tuple[Tensor, Tensor, int]] = []
 
     def lend(self, nest: Any) -> Any:
         """The same nest with lent tensors."""
@@ -47,7 +47,7 @@ class LentInputs:
             for key in [memory] if memory is not None else list(self._lent):
                 lent = self._lent.pop(key, None)
                 if lent is not None:
-                    self._before.append((lent, lent.clone()))
+                    self._before.append((lent, lent.clone(), lent.untyped_storage().nbytes()))
 
     def restore(self) -> bool:
         """Put the contents back.
@@ -59,8 +59,13 @@ class LentInputs:
         is_changed = False
         with torch.no_grad():
             while self._before:
-                lent, before = self._before[-1]
-                if not torch.equal(lent, before):
+                lent, before, size = self._before[-1]
+                is_freed = (
+                    lent.untyped_storage().nbytes() < size
+                )  # reversible networks free what they can compute again
+                if is_freed:
+                    lent.untyped_storage().resize_(size)
+                if is_freed or not torch.equal(lent, before):
                     is_changed = True
                     lent.data.copy_(before)
                 self._before.pop()
