@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import math
 
-import numpy as np
-
 
 def short(value: float | None, digits: int = 3) -> str:
     """A number in as few characters as it can be read from: 0.0412, 1.2e-07, nan, -.
@@ -40,12 +38,14 @@ def student_quantile(probability: float, freedom: int) -> float:
         2.2622
     """
     odd = freedom % 2
-    coefficients = np.cumprod([1.0, *((k - 1) / k for k in range(2 + odd, freedom - 1, 2))])
-    powers = 2 * np.arange(len(coefficients)) + odd
 
     def within(theta: float) -> float:
         """The probability of -t to t."""
-        series = math.sin(theta) * float(coefficients @ math.cos(theta) ** powers) if freedom > 1 else 0.0
+        term = total = math.cos(theta) if odd else 1.0
+        for k in range(2 + odd, freedom - 1, 2):
+            term *= (k - 1) / k * math.cos(theta) ** 2
+            total += term
+        series = math.sin(theta) * total if freedom > 1 else 0.0
         return (theta + series) * 2 / math.pi if odd else series
 
     low, high = 0.0, math.pi / 2
