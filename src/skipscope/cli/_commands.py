@@ -51,7 +51,7 @@ def compare(
                 quick=quick, train=train, seeds=seeds, steps=steps, budget=budget, seed=source.seed, name=model, about=subject.said,
                 variants=kinds.split(",") if kinds else None,
             )  # fmt: skip
-    _deliver(result, "compare", output, folder, before=str(result.kinds_table()) if kinds else "")
+    _deliver(result, "compare", output, folder, before=result.kinds_table().text() if kinds else "")
 
 
 def play(*, output: Output) -> None:
