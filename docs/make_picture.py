@@ -1,6 +1,6 @@
 """The picture of the README: the main job's answer, its network, its flow and two surfaces.
 
-Run it from the repository: ``python docs/make_picture.py`` (about two minutes), or give it a saved comparison.
+Run it from the repository: ``python docs/make_picture.py`` (about a minute), or give it a saved comparison.
 """
 
 import sys

@@ -84,7 +84,7 @@ def compare_lecture(settings: Settings, clock: Clock, *, quick: bool, steps: int
     depths = QUICK_DEPTHS if quick else DEPTHS
     settings = replace(
         settings, seeds=1 if quick else 3, steps=steps or (100 if quick else 300), batch_size=64,
-        grid=11 if quick else 31, samples=128 if quick else 256, optimizers=QUICK_RATES if quick else RATES, target=TARGET,
+        grid=11 if quick else 25, samples=128 if quick else 256, optimizers=QUICK_RATES if quick else RATES, target=TARGET,
     )  # fmt: skip
     deepest = build(depths[-1], settings.seed)
     batch = reference.digits(settings.samples)

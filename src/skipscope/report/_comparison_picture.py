@@ -12,6 +12,7 @@ from skipscope.report import _matplotlib as by
 from skipscope.report import _matplotlib_maps as maps
 from skipscope.report import _surface_charts, _view_comparison, _view_flow, _view_shortcuts
 from skipscope.report._charts import Surface, Surfaces
+from skipscope.report._markup import raised
 from skipscope.report._palette import LIGHT
 
 
@@ -23,7 +24,7 @@ def comparison_picture(result: Comparison) -> Any:
     """
     figure = by.new_figure(11.0, 7.4)
     head, top, bottom = figure.subfigures(3, 1, height_ratios=[0.5, 0.75, 3.3])
-    words = textwrap.fill(result.summary[0] if result.summary else result.subject, 92)
+    words = textwrap.fill(raised(result.summary[0]) if result.summary else result.subject, 92)
     head.text(0.02, 0.5, by.plain(words), fontsize=14, family="serif", va="center")
     network = _network(result, top.subplots())
     left, right = bottom.subfigures(1, 2, width_ratios=[1.3, 1.0])
