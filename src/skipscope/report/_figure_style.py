@@ -28,7 +28,7 @@ class FigureStyle:
         to_file: new figures are no windows.
     """
 
-    rc: dict[str, Any] = field(default_factory=dict)
+    rc: dict[Any, Any] = field(default_factory=dict)
     width: float | None = None
     notes: bool = True
     legend: bool = True
