@@ -466,7 +466,7 @@ ROWS = (
         lambda p: _part("vit_pytorch.cait", "CaiT")(
             image_size=32, patch_size=8, num_classes=3, dim=16, depth=2, cls_depth=2, heads=2, mlp_dim=16
         ),
-        image(32),
+        image(32, count=2),
         {"identity": 8, "concat": 1},
         "2 a layer; the patches beside the second class attention",
     ),
@@ -476,7 +476,7 @@ ROWS = (
         lambda p: _part("vit_pytorch.xcit", "XCiT")(
             image_size=32, patch_size=8, num_classes=3, dim=16, depth=2, cls_depth=1, heads=2, mlp_dim=16
         ),
-        image(32),
+        image(32, count=2),
         {"identity": 8},
         "3 a layer, 2 in the class layer",
     ),
