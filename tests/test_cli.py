@@ -131,7 +131,7 @@ def test_bad_input_is_answered_in_words(name, folder):
 
 def test_a_command_without_a_loss_needs_no_target(monkeypatch, tmp_path):
     from skipscope.cli import Source
-    from skipscope.cli._subject import load_subject
+    from skipscope.cli._command_subject import load_subject
 
     code = MODELS + "\ndef inputs_only():\n    return {'input': torch.ones(2, 8)}\n"
     (tmp_path / "without_target.py").write_text(code)

@@ -210,7 +210,7 @@ def test_the_split_check_leaves_the_model_in_its_mode(linear):
     "options", [{}, {"ignore_index": 2, "label_smoothing": 0.1, "weight": torch.arange(1.0, 12).double()}]
 )
 def test_classes_that_lie_side_by_side_give_the_same_per_sample_losses(options):
-    from skipscope._stock import stock_loss
+    from skipscope._torch_losses import stock_loss
 
     output, target = torch.randn(5, 7, 11, dtype=torch.float64).transpose(1, 2), torch.randint(11, (5, 7))
     target[0, :3] = 2

@@ -17,7 +17,8 @@ from typing import Any as _Any
 from skipscope import _result
 from skipscope._version import __version__ as __version__
 
-# Every public name is listed once, in __init__.pyi, and imported when first used: `import skipscope` is immediate.
+# Every public name is listed once, in __init__.pyi, and imported when first used: `import skipscope` is
+# immediate.
 _STUB = _Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
 _MODULES = {
     name: module for module, name in _re.findall(r"^from (\S+) import (\w+) as", _STUB, _re.MULTILINE)
@@ -41,7 +42,8 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# The one way upward: results draw themselves by this room's hand, and are read back from the rooms' own stores.
+# The one way upward: results draw themselves by this room's hand, and are read back from the rooms' own
+# stores.
 _result.register_drawer("skipscope.report")
 _result.register_reader("skipscope.surfaces:read_store")
 _result.register_reader("skipscope.monitor:read_history")

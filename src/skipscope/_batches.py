@@ -1,7 +1,7 @@
 """What data is: a batch, several batches, and the tensors in them.
 
-A *batch* is ``(inputs, target)`` or a Mapping that goes to the model as keywords; *data* is one batch or any other
-re-iterable of batches. A list or tuple is always one batch; what could be read both ways is refused.
+A *batch* is ``(inputs, target)`` or a Mapping that goes to the model as keywords; *data* is one batch or any
+other re-iterable of batches. A list or tuple is always one batch; what could be read both ways is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Batch = Any
 
 
 class Batches:
-    """Re-iterable batches, and whether there is only one. What they draw at random leaves the global states as they are.
+    """Re-iterable batches, and whether there is only one. What they draw at random leaves the global states
+    as they are.
 
     Args:
         items: a list, or what makes a new iterator for each pass.
@@ -53,10 +54,12 @@ class Batches:
             yield batch
         if self._length not in {None, count}:
             raise SkipscopeError(
-                self.operation, "the data has another number of batches in a second pass",
-                expected=f"{self._length} batches in every pass", got=f"{count}, from a {type(self.items).__name__}",
+                self.operation,
+                "the data has another number of batches in a second pass",
+                expected=f"{self._length} batches in every pass",
+                got=f"{count}, from a {type(self.items).__name__}",
                 cure="read it once and keep the batches: ss.batches(list(...))",
-            )  # fmt: skip
+            )
         self._length = count
 
     def peek(self, count: int) -> list[Batch]:
@@ -75,7 +78,10 @@ class Batches:
         return self._known_first
 
     def copied(self) -> Batches:
-        """The same batches, with tensors of their own at each reading: for a model that writes into its inputs."""
+        """The same batches, with tensors of their own at each reading:
+
+        for a model that writes into its inputs.
+        """
         return Batches(_Copied(self.items), single=self.single)
 
 
@@ -142,27 +148,35 @@ def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches
         )  # fmt: skip
     if isinstance(data, Iterator) or not isinstance(data, Iterable):
         raise SkipscopeError(
-            operation, "the data can be read only once" if isinstance(data, Iterator) else "this is not data",
-            expected="(inputs, target), a Mapping, or a re-iterable of these (a DataLoader, ss.batches([...]))",
+            operation,
+            "the data can be read only once" if isinstance(data, Iterator) else "this is not data",
+            expected=(
+                "(inputs, target), a Mapping, or a re-iterable of these (a DataLoader, ss.batches([...]))"
+            ),
             got=type(data).__name__,
             cure="ss.batches(list(data))" if isinstance(data, Iterator) else "pass (inputs, target)",
-        )  # fmt: skip
+        )
     found = Batches(data, operation=operation)
     if _is_batch(data, found):
         return Batches([data], single=True)
     if not found.peek(1):
         raise SkipscopeError(
-            operation, "the data is empty", expected="at least one batch", got=f"an empty {type(data).__name__}",
+            operation,
+            "the data is empty",
+            expected="at least one batch",
+            got=f"an empty {type(data).__name__}",
             cure="check what fills it",
-        )  # fmt: skip
+        )
     found.first()
     return found
 
 
 def _is_batch(data: Any, read: Batches) -> bool:
-    """Whether an iterable object is one batch (a graph, an array, a structure that can be unpacked), not a loader.
+    """Whether an iterable object is one batch (a graph, an array, a structure that can be unpacked), not a
+    loader.
 
-    Loaders do not move to a device, and what they yield are not their own attributes, nor pairs of a name and a value.
+    Loaders do not move to a device, and what they yield are not their own attributes, nor pairs of a name and
+    a value.
     """
     if isinstance(data, DataLoader):
         return False
@@ -185,20 +199,26 @@ def _is_dataset(data: Any) -> bool:
 def _one_batch(data: Sequence[Any], operation: str, any_shape: bool) -> Batch:
     if not data:
         raise SkipscopeError(
-            operation, "the data is empty", expected="(inputs, target)", got="an empty " + type(data).__name__,
+            operation,
+            "the data is empty",
+            expected="(inputs, target)",
+            got="an empty " + type(data).__name__,
             cure="check what fills it",
-        )  # fmt: skip
+        )
     looks_like_batches = all(
         isinstance(item, Mapping) or (isinstance(item, list | tuple) and len(item) == 2) for item in data
     )
     if looks_like_batches:
         raise SkipscopeError(
-            operation, "this could be one batch or a list of batches",
+            operation,
+            "this could be one batch or a list of batches",
             expected="a list or tuple is always one batch, (inputs, target)",
             got=f"a {type(data).__name__} of {len(data)} things that look like batches",
-            cure="for several batches write ss.batches([...]); for one, pass inputs as a tuple of tensors and the "
-            "target as a tensor, or use @ss.objective",
-        )  # fmt: skip
+            cure=(
+                "for several batches write ss.batches([...]); for one, pass inputs as a tuple of tensors and"
+                " the target as a tensor, or use @ss.objective"
+            ),
+        )
     if len(data) != 2 and not any_shape:
         raise SkipscopeError(
             operation, "a list or tuple is one batch, and a batch has two parts", expected="(inputs, target)",
@@ -269,12 +289,14 @@ def sample_count(batch: Batch) -> int | None:
     """How many samples a batch has: the first dimension of its first tensor, which its target must share.
 
     Returns:
-        None where that cannot be seen: no tensor has a dimension, inputs and target disagree (images in a list, tokens
+        None where that cannot be seen: no tensor has a dimension, inputs and target disagree (images in a
+        list, tokens
             flattened in the target alone), or both are lists with an entry a sample.
 
     Example:
         >>> import torch
-        >>> sample_count((torch.ones(5, 3), torch.ones(5))), sample_count(([torch.ones(3, 8, 8)], [torch.tensor(1)]))
+        >>> images = [torch.ones(3, 8, 8)], [torch.tensor(1)]
+        >>> sample_count((torch.ones(5, 3), torch.ones(5))), sample_count(images)
         (5, None)
     """
     sizes = [tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim]
@@ -325,13 +347,22 @@ def target_of(batch: Batch, operation: str = "loss") -> Any:
             if key in batch:
                 return batch[key]
         raise SkipscopeError(
-            operation, "the batch is a Mapping without labels", expected="a key 'labels'", got=f"keys {list(batch)}",
+            operation,
+            "the batch is a Mapping without labels",
+            expected="a key 'labels'",
+            got=f"keys {list(batch)}",
             cure="leave the loss out if the output carries .loss, or use @ss.objective on f(model, batch)",
-        )  # fmt: skip
+        )
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise SkipscopeError(
-            operation, "a batch does not have two parts", expected="(inputs, target)",
-            got=f"{type(batch).__name__} of length {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__,
+            operation,
+            "a batch does not have two parts",
+            expected="(inputs, target)",
+            got=(
+                f"{type(batch).__name__} of length {len(batch)}"
+                if isinstance(batch, list | tuple)
+                else type(batch).__name__
+            ),
             cure="yield (inputs, target) from the data, or use @ss.objective on f(model, batch)",
-        )  # fmt: skip
+        )
     return batch[1]

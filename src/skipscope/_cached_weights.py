@@ -1,7 +1,8 @@
-"""Tensors that a model computes from its weights once, in evaluation mode, and keeps: a merged or normalised weight.
+"""Tensors that a model computes from its weights once, in evaluation mode, and keeps: a merged or normalised
+weight.
 
-On a copy that moves they would stay those of the first point. A cache that is empty when the call begins is emptied
-before every point; one that is full hides its weights, and the call is refused.
+On a copy that moves they would stay those of the first point. A cache that is empty when the call begins is
+emptied before every point; one that is full hides its weights, and the call is refused.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def refuse_full_caches(
     moved: Iterable[str],
     run: Callable[[nn.Module], Any],
 ) -> None:
-    """Refuse weights that a forward pass reads in training mode, and in evaluation mode only from a full cache.
+    """Refuse weights that a forward pass reads in training mode, and in evaluation mode only from a full
+    cache.
 
     Args:
         operation: named in the error.
@@ -122,10 +124,15 @@ def refuse_full_caches(
     if hidden:
         owner = max((m for m in held if hidden[0].startswith(f"{m}." if m else "")), key=len)
         raise SkipscopeError(
-            operation, "in evaluation mode the model does not read this weight, but a tensor that it keeps",
-            layer=hidden[0], got=f"{owner}.{held[owner]}".lstrip(".") + ", computed from the weights as they are",
-            cure="empty that cache before the call (often model.train(), then model.eval()): it is then computed at each point",
-        )  # fmt: skip
+            operation,
+            "in evaluation mode the model does not read this weight, but a tensor that it keeps",
+            layer=hidden[0],
+            got=f"{owner}.{held[owner]}".lstrip(".") + ", computed from the weights as they are",
+            cure=(
+                "empty that cache before the call (often model.train(), then model.eval()): it is then"
+                " computed at each point"
+            ),
+        )
 
 
 class _Reads(TorchFunctionMode):
@@ -151,7 +158,9 @@ def _read_by(model: nn.Module, run: Callable[[nn.Module], Any]) -> set[int]:
 
 
 def holds_generators(model: nn.Module) -> bool:
-    """Whether something that can be reached from the modules' attributes draws random numbers from a state of its own."""
+    """Whether something that can be reached from the modules' attributes draws random numbers from a
+    state of its own.
+    """
     waiting: list[tuple[Any, int]] = [(vars(module), 0) for module in model.modules()]
     seen: set[int] = set()
     while waiting:

@@ -1,8 +1,8 @@
 """What a loss is, and how it is averaged over batches: one reading of data and loss for every room.
 
 A *loss* is ``loss(output, target)``, or nothing when the output carries ``.loss``, or ``@objective`` on
-``f(model, batch)``. Several batches are averaged by the loss's own normaliser, and a check that a batch equals its two
-parts runs before anything is averaged. :func:`read` is what every public call does first.
+``f(model, batch)``. Several batches are averaged by the loss's own normaliser, and a check that a batch
+equals its two parts runs before anything is averaged. :func:`read` is what every public call does first.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from skipscope._batches import rows as rows
 from skipscope._batches import sample_count as sample_count
 from skipscope._batches import target_of as target_of
 from skipscope._batches import tensors_in as tensors_in
-from skipscope._calls import call_loss, told
-from skipscope._calls import call_model as call_model
-from skipscope._calls import forward as forward
-from skipscope._calls import without_gradients as without_gradients
 from skipscope._errors import SkipscopeError
-from skipscope._stock import Samples as Samples
-from skipscope._stock import stock_loss
+from skipscope._model_calls import call_loss, error_text
+from skipscope._model_calls import call_model as call_model
+from skipscope._model_calls import forward as forward
+from skipscope._model_calls import without_gradients as without_gradients
+from skipscope._torch_losses import Samples as Samples
+from skipscope._torch_losses import stock_loss
 from skipscope._untouched import require_numbers, untouched
 
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
@@ -47,13 +47,16 @@ class Objective:
         name: for tables and captions.
         function: ``f(model, batch) -> scalar``.
         weight: what a batch counts for in the mean over batches.
-        weight_from: who says so: the user, torch's own loss (its normaliser), or nobody yet: the samples are counted.
+        weight_from: who says so: the user, torch's own loss (its normaliser), or nobody yet: the samples are
+            counted.
         sums: the loss is a sum over samples, so batches add up instead of being averaged.
-        from_output: ``f(output, batch) -> scalar`` where the loss is a function of the model's output, else None.
-        samples: ``f(output, batch) -> (numerators, denominators)``, each ``[samples]``; their sums' ratio (their sum,
-            when ``sums``) is the loss. None when per-sample losses cannot be had.
+        from_output: ``f(output, batch) -> scalar`` where the loss is a function of the model's output, else
+            None.
+        samples: ``f(output, batch) -> (numerators, denominators)``, each ``[samples]``; their sums' ratio
+            (their sum, when ``sums``) is the loss. None when per-sample losses cannot be had.
         why_no_samples: the reason, for people.
-        is_its_samples: ``samples`` are the loss's own terms, not another function's: it need not be computed beside them.
+        is_its_samples: ``samples`` are the loss's own terms, not another function's: it need not be computed
+            beside them.
         candidates: other weights that the loss may mean; the split-batch check chooses.
     """
 
@@ -102,9 +105,12 @@ def objective(function: Any = None, *, weight: Callable[[Any], float] | None = N
     if function is None:
         return functools.partial(objective, weight=weight)
     return Objective(
-        getattr(function, "__name__", "objective"), function, weight or batch_size, "user" if weight else "samples",
+        getattr(function, "__name__", "objective"),
+        function,
+        weight or batch_size,
+        "user" if weight else "samples",
         why_no_samples="an @objective returns one number a batch",
-    )  # fmt: skip
+    )
 
 
 def as_objective(
@@ -121,16 +127,22 @@ def as_objective(
         found = _loss_of_the_output(operation)
     elif isinstance(loss, type) and issubclass(loss, nn.Module):
         raise SkipscopeError(
-            operation, "the loss is a class, and not yet a loss", expected="loss(output, target)", got=loss.__name__,
+            operation,
+            "the loss is a class, and not yet a loss",
+            expected="loss(output, target)",
+            got=loss.__name__,
             cure=f"make one: {loss.__name__}()",
-        )  # fmt: skip
+        )
     elif callable(loss):
         found = _loss_of_output_and_target(loss, operation)
     else:
         raise SkipscopeError(
-            operation, "this is not a loss", expected="loss(output, target), an nn loss module, or @ss.objective",
-            got=f"{type(loss).__name__}: {loss!r:.60}", cure="torch.nn.functional.cross_entropy, for instance",
-        )  # fmt: skip
+            operation,
+            "this is not a loss",
+            expected="loss(output, target), an nn loss module, or @ss.objective",
+            got=f"{type(loss).__name__}: {loss!r:.60}",
+            cure="torch.nn.functional.cross_entropy, for instance",
+        )
     if weight is not None:
         found = replace(found, weight=weight, weight_from="user", candidates=())
     if sample_loss is not None:
@@ -159,17 +171,21 @@ def read(
     """What every public call does first: read data and loss, and make sure that batches may be averaged.
 
     Raises:
-        SkipscopeError: data or loss cannot be read, the model has no numbers, or nothing says what each of several
-            batches counts for: no size is seen in one, or it does not equal its two parts under any known weight.
+        SkipscopeError: data or loss cannot be read, the model has no numbers, or nothing says what each of
+            several batches counts for: no size is seen in one, or it does not equal its two parts under any
+            known weight.
     """
     require_numbers(model, operation)
     read_loss = as_objective(loss, operation, weight=weight, sample_loss=sample_loss)
     read_data = as_batches(data, operation, any_shape=isinstance(loss, Objective))
     if read_data.single and tensors_in(read_data.first()) and not batch_size(read_data.first()):
         raise SkipscopeError(
-            operation, "the batch is empty: it has no samples", expected="at least one", got="a first dimension of 0",
+            operation,
+            "the batch is empty: it has no samples",
+            expected="at least one",
+            got="a first dimension of 0",
             cure="check the DataLoader",
-        )  # fmt: skip
+        )
     if not read_data.single and not read_loss.sums and read_loss.weight_from != "user":
         read_loss = replace(read_loss, weight=_checked_weight(model, read_data, read_loss, operation))
     return read_data, read_loss
@@ -206,11 +222,15 @@ def _first_fitting_weight(
     for batch in looked_at:
         if sample_count(batch) is None and not _normaliser_is_known(loss, batch):
             raise SkipscopeError(
-                operation, "no number of samples can be seen in a batch, and there are several to average",
-                expected="tensors in inputs and target whose first dimension is the samples", got=_form_of(batch),
-                cure="say what a batch counts for: weight=lambda batch: ... (its number of samples, where the loss is a "
-                "mean over samples)",
-            )  # fmt: skip
+                operation,
+                "no number of samples can be seen in a batch, and there are several to average",
+                expected="tensors in inputs and target whose first dimension is the samples",
+                got=_form_of(batch),
+                cure=(
+                    "say what a batch counts for: weight=lambda batch: ... (its number of samples, where the"
+                    " loss is a mean over samples)"
+                ),
+            )
     standing = [loss.weight, *loss.candidates]
     for whole in [batch for batch in looked_at if batch_size(batch) > 1][:2]:
         n = batch_size(whole)
@@ -223,11 +243,14 @@ def _first_fitting_weight(
                 if _normaliser_is_known(loss, whole):
                     return standing[0]
                 raise SkipscopeError(
-                    operation, f"a batch cannot be cut in two ({told(error)}), so nothing shows what it counts for",
+                    operation,
+                    f"a batch cannot be cut in two ({error_text(error)}): nothing shows what it counts for",
                     got=_form_of(whole),
-                    cure="say what a batch counts for: weight=lambda batch: ... (its number of samples, where the loss is "
-                    "a mean over samples)",
-                ) from error  # fmt: skip
+                    cure=(
+                        "say what a batch counts for: weight=lambda batch: ... (its number of samples, where"
+                        " the loss is a mean over samples)"
+                    ),
+                ) from error
             tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(value.dtype, 2e-2)
             target = float(value)
             near = [
@@ -238,15 +261,18 @@ def _first_fitting_weight(
                 if abs(again - target) > tolerance * max(abs(target), 1e-12):
                     return standing[0]  # it draws noise of its own: one batch is not even equal to itself
                 raise SkipscopeError(
-                    operation, "the loss of a batch is not the weighted mean of the losses of its two parts, so "
+                    operation,
+                    "the loss of a batch is not the weighted mean of the losses of its two parts, so "
                     f"batches cannot be averaged (loss: {loss.name})",
                     expected=f"{target:.9g}, the loss of one batch of {n}",
                     got=f"{averages[0]:.9g} from its parts of {cut} and {n - cut}",
-                    cure="say what a batch counts for: weight=lambda batch: ... (the loss's own denominator, e.g. "
-                    "the number of labels that are not ignored). Where the samples of a batch interact (a contrastive "
-                    "loss, batch statistics) no weight is right: pass one batch, or weight=lambda batch: 1.0 for the "
-                    "mean over these batches",
-                )  # fmt: skip
+                    cure=(
+                        "say what a batch counts for: weight=lambda batch: ... (the loss's own denominator,"
+                        " e.g. the number of labels that are not ignored). Where the samples of a batch"
+                        " interact (a contrastive loss, batch statistics) no weight is right: pass one batch,"
+                        " or weight=lambda batch: 1.0 for the mean over these batches"
+                    ),
+                )
             standing = [weigh for weigh, ok in zip(standing, near) if ok]
     return standing[0]
 
@@ -296,10 +322,20 @@ def _checked_scalar(
     value = function(model_or_output, batch)
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.dtype.is_floating_point:
         raise SkipscopeError(
-            operation, "the loss is not a scalar", expected="a tensor with one floating-point element",
-            got=f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__,
-            cure='reduce it: .mean(), or reduction="mean"' if isinstance(value, Tensor) else "return the tensor itself, without .item()",
-        )  # fmt: skip
+            operation,
+            "the loss is not a scalar",
+            expected="a tensor with one floating-point element",
+            got=(
+                f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+                if isinstance(value, Tensor)
+                else type(value).__name__
+            ),
+            cure=(
+                'reduce it: .mean(), or reduction="mean"'
+                if isinstance(value, Tensor)
+                else "return the tensor itself, without .item()"
+            ),
+        )
     return (
         value if value.ndim == 0 else value.reshape(())
     )  # the tensor itself: some look for it in the output
@@ -310,10 +346,15 @@ def _loss_of_the_output(operation: str) -> Objective:
         value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if value is None:
             raise SkipscopeError(
-                operation, "no loss was given and the model's output carries none", expected="output.loss",
+                operation,
+                "no loss was given and the model's output carries none",
+                expected="output.loss",
                 got=f"an output of type {type(output).__name__}",
-                cure="pass a loss, e.g. torch.nn.functional.cross_entropy; for Hugging Face put 'labels' in the batch",
-            )  # fmt: skip
+                cure=(
+                    "pass a loss, e.g. torch.nn.functional.cross_entropy; for Hugging Face put 'labels' in"
+                    " the batch"
+                ),
+            )
         return value
 
     def labels(shift: int) -> Callable[[Batch], float]:
@@ -327,10 +368,13 @@ def _loss_of_the_output(operation: str) -> Objective:
 
     # Causal models shift the labels by one, masked ones do not; the split-batch check tells which.
     return Objective(
-        "the output's own loss", lambda model, batch: from_output(forward(model, batch, operation), batch), labels(1),
-        from_output=from_output, candidates=(labels(0), batch_size),
+        "the output's own loss",
+        lambda model, batch: from_output(forward(model, batch, operation), batch),
+        labels(1),
+        from_output=from_output,
+        candidates=(labels(0), batch_size),
         why_no_samples="the model's own loss is one number a batch; pass sample_loss=",
-    )  # fmt: skip
+    )
 
 
 def _loss_of_output_and_target(loss: Callable[..., Any], operation: str) -> Objective:
@@ -343,7 +387,7 @@ def _loss_of_output_and_target(loss: Callable[..., Any], operation: str) -> Obje
         fields = {
             "weight_from": "loss",
             "sums": known.reduction == "sum",
-            "samples": (lambda output, batch: known.samples(output, target_of(batch, operation))),
+            "samples": lambda output, batch: known.samples(output, target_of(batch, operation)),
             "why_no_samples": None,
             "is_its_samples": True,
         }
@@ -363,9 +407,11 @@ def _name_of(loss: Any) -> str:
 def _as_samples(values: Any, operation: str) -> Samples:
     if not isinstance(values, Tensor) or values.ndim == 0:
         raise SkipscopeError(
-            operation, "sample_loss does not return one loss a sample", expected="a tensor of shape [samples]",
+            operation,
+            "sample_loss does not return one loss a sample",
+            expected="a tensor of shape [samples]",
             got=f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__,
             cure='reduction="none", then .flatten(1).mean(1)',
-        )  # fmt: skip
+        )
     values = values if values.ndim == 1 else values.flatten(1).mean(1)
     return values, torch.ones_like(values)

@@ -21,7 +21,9 @@ class SkipscopeError(ValueError):
         cure: what to write instead.
 
     Example:
-        >>> raise SkipscopeError("ablate", "the shortcut cannot be edited", layer="block.3", cure="use nn.Module")
+        >>> raise SkipscopeError(
+        ...     "ablate", "the shortcut cannot be edited", layer="block.3", cure="use nn.Module"
+        ... )
         Traceback (most recent call last):
         ...
         skipscope._errors.SkipscopeError: ablate: the shortcut cannot be edited
@@ -57,7 +59,9 @@ class SkipscopeError(ValueError):
         return shown
 
     def rename(self, operation: str) -> None:
-        """Put the error into the name of the public call that people made, if it carries that of an inner one."""
+        """Put the error into the name of the public call that people made, if it carries that of an inner
+        one.
+        """
         if self.operation.partition(" ")[0] != operation:
             self.args = (operation + str(self).removeprefix(self.operation),)
             self.operation = operation

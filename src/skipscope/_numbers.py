@@ -30,8 +30,8 @@ def short(value: float | None, digits: int = 3) -> str:
 def student_quantile(probability: float, freedom: int) -> float:
     """The quantile, above 1/2, of Student's t distribution with ``freedom`` degrees of freedom.
 
-    By bisection on the closed form for whole degrees of freedom (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4), in the
-    angle theta with tan(theta) = t / sqrt(freedom). SciPy takes long to import.
+    By bisection on the closed form for whole degrees of freedom (Abramowitz & Stegun 1964, 26.7.3 and
+    26.7.4), in the angle theta with tan(theta) = t / sqrt(freedom). SciPy takes long to import.
 
     Example:
         >>> round(student_quantile(0.975, 9), 4)

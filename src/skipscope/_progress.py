@@ -1,8 +1,8 @@
 """One progress display, however deep the work is nested.
 
-Work announces itself with :func:`track`. At a terminal and in IPython a display appears by itself once a call takes
-longer than a moment; in a pipe or a log file nothing is shown. :func:`progress` turns a display on or off explicitly.
-There is never more than one live display: nested work is a second row of the first.
+Work announces itself with :func:`track`. At a terminal and in IPython a display appears by itself once a call
+takes longer than a moment; in a pipe or a log file nothing is shown. :func:`progress` turns a display on or
+off explicitly. There is never more than one live display: nested work is a second row of the first.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class _Bars:
 def progress(show: bool = True, *, file: TextIO | None = None) -> Iterator[None]:
     """Show the progress of everything that runs inside, or with ``show=False`` nothing at all.
 
-    Bars at a terminal, one rewritten line in a notebook, plain lines elsewhere. Nested uses keep the first display. Local.
+    Bars at a terminal, one rewritten line in a notebook, plain lines elsewhere. Nested uses keep the first
+    display. Local.
 
     Args:
         show: False silences what runs inside, also at a terminal.

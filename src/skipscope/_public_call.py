@@ -1,8 +1,9 @@
 """The entry of every public call: one thread at a time, an interrupt never while something is restored.
 
-``torch.no_grad``, hooks, random states and a model's own state are global to a process. Two measurements at a time
-would read each other's; a Ctrl-C that comes while they are put back would leave them changed. So calls of several
-threads take turns, and a SIGINT that comes inside an ``__enter__`` or ``__exit__`` is held until that is over.
+``torch.no_grad``, hooks, random states and a model's own state are global to a process. Two measurements at a
+time would read each other's; a Ctrl-C that comes while they are put back would leave them changed. So calls
+of several threads take turns, and a SIGINT that comes inside an ``__enter__`` or ``__exit__`` is held until
+that is over.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from skipscope._random import generator_states, set_generator_states
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Taken for the whole of a public call: a copy of a model that another call is measuring would have its hooks and modes.
+# Taken for the whole of a public call: a copy of a model that another call is measuring would have its hooks
+# and modes.
 turn = threading.RLock()
 
 _POLL_S = 0.05  # how often a call that waits for its turn looks for a Ctrl-C
@@ -45,7 +47,10 @@ def public_call(operation: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 class _Entry:
-    """What surrounds one public call. A class: the frames of ``__enter__`` and ``__exit__`` are where SIGINT is held."""
+    """What surrounds one public call.
+
+    A class: the frames of ``__enter__`` and ``__exit__`` are where SIGINT is held.
+    """
 
     def __init__(self, operation: str):
         self.operation = operation
@@ -78,7 +83,10 @@ class _Entry:
 
 
 class _Interrupts:
-    """SIGINT during public calls of the main thread: passed on to the handler that was there, or held for a moment."""
+    """SIGINT during public calls of the main thread:
+
+    passed on to the handler that was there, or held for a moment.
+    """
 
     def __init__(self) -> None:
         self.depth, self.pending, self.closing = 0, False, False

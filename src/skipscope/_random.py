@@ -29,10 +29,11 @@ def random_state_kept(seed: int | None = None) -> Iterator[None]:
 
 
 def drawn_apart(items: Iterable[T], seed: int | None = None) -> Iterator[T]:
-    """Iterate; what the items draw (a DataLoader its order, an augmentation) leaves the global states as they are.
+    """Iterate; what the items draw (a DataLoader its order, an augmentation) leaves the global states as they
+    are.
 
-    The items draw from a state of their own that goes on from each to the next. It begins at ``seed``, or where the
-    global states are.
+    The items draw from a state of their own that goes on from each to the next. It begins at ``seed``, or
+    where the global states are.
     """
     if isinstance(items, list | tuple):  # draws nothing
         yield from items
@@ -80,11 +81,21 @@ def refuse_noise(operation: str, first: float, second: float, dtype: torch.dtype
     if first == second or not abs(first - second) > _ROUNDING.get(dtype, 2e-2) * max(abs(first), abs(second)):
         return
     raise SkipscopeError(
-        operation, "the loss has two values at the same weights and data",
-        expected="the same value in every pass: the global generators of torch, NumPy and Python are seeded before each",
-        got=f"{first:.9g}, then {second:.9g}: the model or the loss draws from a generator of its own, or keeps a state",
-        cure="draw from a global generator, seed your own one in forward() or in the loss, or switch the noise off",
-    )  # fmt: skip
+        operation,
+        "the loss has two values at the same weights and data",
+        expected=(
+            "the same value in every pass: the global generators of torch, NumPy and Python are seeded before"
+            " each"
+        ),
+        got=(
+            f"{first:.9g}, then {second:.9g}: the model or the loss draws from a generator of its own, or"
+            " keeps a state"
+        ),
+        cure=(
+            "draw from a global generator, seed your own one in forward() or in the loss, or switch the"
+            " noise off"
+        ),
+    )
 
 
 def _has_cuda() -> bool:
@@ -111,7 +122,8 @@ def seed_generators(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Not torch.manual_seed: without CUDA it costs milliseconds and keeps a stack trace of every call for good.
+    # Not torch.manual_seed: without CUDA it costs milliseconds and keeps a stack trace of every call for
+    # good.
     torch.default_generator.manual_seed(seed)
     if _has_cuda():
         torch.cuda.manual_seed_all(seed)

@@ -1,8 +1,8 @@
 """Several processes: who is there, and whether all of them take part in what needs all of them.
 
-A collective that a rank stays away from waits for ever. So whoever needs the others meets them first, in the store
-that torchrun's processes share: that costs no collective, and fails after a time with the names of those who did not
-come.
+A collective that a rank stays away from waits for ever. So whoever needs the others meets them first, in the
+store that torchrun's processes share: that costs no collective, and fails after a time with the names of
+those who did not come.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def world() -> tuple[int, int]:
 
 
 def ranks_of(model: nn.Module) -> tuple[int, ...]:
-    """The ranks without which ``model`` cannot run, because its weights are spread over them (FSDP, tensor parallel).
+    """The ranks without which ``model`` cannot run, because its weights are spread over them (FSDP, tensor
+    parallel).
 
     Example:
         >>> ranks_of(nn.Linear(2, 2))
@@ -85,8 +86,10 @@ def meet(operation: str, ranks: tuple[int, ...], timeout: float | None = None) -
         if missing:
             store.delete_key(mine)  # a later call must not be taken for this one
             raise SkipscopeError(
-                operation, f"not every rank called it within {seconds:g} s: it is collective",
-                expected=f"a call on each of {len(ranks)} ranks", got=f"none on rank {', '.join(map(str, missing))}",
+                operation,
+                f"not every rank called it within {seconds:g} s: it is collective",
+                expected=f"a call on each of {len(ranks)} ranks",
+                got=f"none on rank {', '.join(map(str, missing))}",
                 cure=f"call {operation} on every rank, not only on rank 0; only rank 0 prints and writes",
-            ) from error  # fmt: skip
+            ) from error
     _held[ranks] += 1

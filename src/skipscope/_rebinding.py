@@ -1,9 +1,9 @@
 """Functions that a deep copy shares with its original, bound to the copy.
 
-``copy.deepcopy`` copies bound methods, partials and objects, but takes functions as they are. A closure that is set
-as ``module.forward``, kept in an attribute or registered as a hook would go on running the original's modules. Here
-each such function is made again, around what stands in the copy for what it holds. A function that names the model as
-a global variable cannot be made again, and is refused.
+``copy.deepcopy`` copies bound methods, partials and objects, but takes functions as they are. A closure that
+is set as ``module.forward``, kept in an attribute or registered as a hook would go on running the original's
+modules. Here each such function is made again, around what stands in the copy for what it holds. A function
+that names the model as a global variable cannot be made again, and is refused.
 """
 
 from __future__ import annotations
@@ -175,11 +175,13 @@ class _Rebinder:
         for name in self._globals(function):
             raise SkipscopeError(
                 self.operation,
-                "a function that was set on the model names the model as a global variable: a copy would run the "
-                "original's weights",
+                "a function that was set on the model names the model as a global variable: a copy would run"
+                " the original's weights",
                 got=f"{function.__qualname__} reads the global variable {name!r}",
-                cure="make the twin first and set the function on it; or let the function take the module as an "
-                "argument: model.forward = types.MethodType(function, model)",
+                cure=(
+                    "make the twin first and set the function on it; or let the function take the module as"
+                    " an argument: model.forward = types.MethodType(function, model)"
+                ),
             )
 
 

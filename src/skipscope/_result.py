@@ -1,7 +1,7 @@
 """What a result is: frozen data that prints, becomes plain data, draws itself, saves and loads.
 
-A result knows nothing of how it is drawn. ``plot``, ``save("x.html")`` and the notebook view ask the drawer that the
-package root registers (see ``skipscope/__init__.py``): the one way upward in the house.
+A result knows nothing of how it is drawn. ``plot``, ``save("x.html")`` and the notebook view ask the drawer
+that the package root registers (see ``skipscope/__init__.py``): the one way upward in the house.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _TABLE_FORMATS = {".csv": Table.csv, ".tex": Table.latex, ".md": Table.markdown,
 class Result:
     """The base of every frozen result.
 
-    A subclass is a frozen dataclass whose fields are numbers, strings, ``numpy`` arrays, other results, or tuples,
-    lists and dicts of these; it implements :meth:`table`.
+    A subclass is a frozen dataclass whose fields are numbers, strings, ``numpy`` arrays, other results, or
+    tuples, lists and dicts of these; it implements :meth:`table`.
     """
 
     # What `save` writes first, so that a file says what it is before it is read.
@@ -67,36 +67,39 @@ class Result:
         """Draw the result with matplotlib.
 
         Args:
-            ax: axes to draw into, 3-D ones too for a surface; several results drawn into the same axes get styles of
-                their own. For several surfaces a sequence of axes.
+            ax: axes to draw into, 3-D ones too for a surface; several results drawn into the same axes get
+                styles of their own. For several surfaces a sequence of axes.
             **options: by keyword, as follows.
 
         Options:
-            chart: which of its charts, counted as on its page; by default the first, and of a comparison its picture.
+            chart: which of its charts, counted as on its page; by default the first, and of a comparison its
+                picture.
             figsize: width and height of a new figure, in inches.
             title: above the axes, instead of a surface's own; "" leaves it out.
             notes: False leaves out the sentences beside the axes.
             legend: False leaves out the legend, or the bar of colours.
-            limits: both ends ``(low, high)`` of the scale of colours, or of a line's y axis. Or other results with a
-                surface: their common scale, so that pictures in several axes can be compared.
+            limits: both ends ``(low, high)`` of the scale of colours, or of a line's y axis. Or other results
+                with a surface: their common scale, so that pictures in several axes can be compared.
             label: of a line, in the legend.
             kind: of a surface, "contour" or "3d"; by default what ``ax`` is.
             most: of bars, how many are drawn.
 
         Returns:
-            The axes; an array of them where there are several. ``skipscope.style("paper")`` fits all of them for a paper.
+            The axes; an array of them where there are several. ``skipscope.style("paper")`` fits all of them
+            for a paper.
 
         Raises:
-            SkipscopeError: the result has no such chart, the chart no such option, or the axes are not for it.
+            SkipscopeError: the result has no such chart, the chart no such option, or the axes are not for
+                it.
         """
         return _draw("plot", self, ax=ax, **options)
 
     def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
         """Write the result to a file, whole or not at all; the ending says how.
 
-        ``.json`` holds everything and is read back by ``skipscope.load``. ``.html`` is one self-contained page (it
-        carries the data too, and loads as well); ``.png``, ``.svg`` and ``.pdf`` are pictures; ``.csv``, ``.tex``,
-        ``.md`` and ``.npz`` hold the table.
+        ``.json`` holds everything and is read back by ``skipscope.load``. ``.html`` is one self-contained
+        page (it carries the data too, and loads as well); ``.png``, ``.svg`` and ``.pdf`` are pictures;
+        ``.csv``, ``.tex``, ``.md`` and ``.npz`` hold the table.
 
         Raises:
             SkipscopeError: an unknown ending, or a place that cannot be written.
@@ -126,13 +129,19 @@ class Result:
 
 
 def register_drawer(module: str) -> None:
-    """Name the module that draws: it has ``plot(result, ax)``, ``save(result, path)`` and ``fragment(result)``."""
+    """Name the module that draws:
+
+    it has ``plot(result, ax)``, ``save(result, path)`` and ``fragment(result)``.
+    """
     global _drawer
     _drawer = module
 
 
 def register_reader(function: str) -> None:
-    """Name a function ``module:name`` that ``load`` asks for files it does not know itself; it may return None."""
+    """Name a function ``module:name`` that ``load`` asks for files it does not know itself;
+
+    it may return None.
+    """
     _readers.append(function)
 
 
@@ -172,9 +181,12 @@ def loads(text: str, source: str = "text") -> Result:
         content = json.loads(text)
         if (written := content.get("format", Result.FORMAT)) > Result.FORMAT:
             raise SkipscopeError(
-                "load", f"{source} was written by a later skipscope ({content.get('skipscope')})",
-                expected=f"format {Result.FORMAT} or earlier", got=f"format {written}", cure="update skipscope",
-            )  # fmt: skip
+                "load",
+                f"{source} was written by a later skipscope ({content.get('skipscope')})",
+                expected=f"format {Result.FORMAT} or earlier",
+                got=f"format {written}",
+                cure="update skipscope",
+            )
         if content.get("sha256", _checksum(content["data"])) != _checksum(content["data"]):
             warnings.warn(
                 f"{printable(source)} has changed since it was saved: its checksum is not that of its data",

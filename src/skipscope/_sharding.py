@@ -1,7 +1,7 @@
 """FSDP2: which modules are sharded units, and leaving them sharded, or whole, as they were found.
 
-After a forward pass without a backward the root's weights stay whole, and the modules hold other Parameter objects
-than before: putting those back alone would leave FSDP believing that they are whole.
+After a forward pass without a backward the root's weights stay whole, and the modules hold other Parameter
+objects than before: putting those back alone would leave FSDP believing that they are whole.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def units(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def as_found(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Run models inside; outside each unit is sharded, or whole, as it was. Collective where one must be made whole."""
+    """Run models inside;
+
+    outside each unit is sharded, or whole, as it was. Collective where one must be made whole.
+    """
     held = [(unit, _identities(unit)) for model in models for unit in reversed(units(model))]
     try:
         yield
@@ -44,12 +47,13 @@ def as_found(models: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Inside, every rank holds all weights: for a backward pass that begins in the middle of a unit, of which FSDP
-    would not know. Collective; call it inside :func:`as_found`, which shards them again.
+    """Inside, every rank holds all weights: for a backward pass that begins in the middle of a unit, of which
+    FSDP would not know. Collective; call it inside :func:`as_found`, which shards them again.
     """
     every = units(model)
     for unit in every:
-        unit._get_fsdp_state()._lazy_init()  # the first forward pass does it, which sets what is changed below
+        # the first forward pass does it, which sets what is changed below
+        unit._get_fsdp_state()._lazy_init()
     groups = [group for unit in every for group in _groups(unit)]
     before = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
     try:
@@ -100,11 +104,16 @@ def refuse_spread(model: nn.Module, operation: str) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "placements"):
             raise SkipscopeError(
-                operation, "it moves whole weights, and these are spread over ranks", layer=name,
+                operation,
+                "it moves whole weights, and these are spread over ranks",
+                layer=name,
                 got=f"a DTensor, {parameter.placements}",  # pyright: ignore[reportAttributeAccessIssue]
-                cure="give it the model as it was built, with the whole weights: torch.distributed.checkpoint.state_dict."
-                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))",
-            )  # fmt: skip
+                cure=(
+                    "give it the model as it was built, with the whole weights:"
+                    " torch.distributed.checkpoint.state_dict.get_model_state_dict(model,"
+                    " options=StateDictOptions(full_state_dict=True))"
+                ),
+            )
 
 
 def class_name(module: nn.Module) -> str:

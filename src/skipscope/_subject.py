@@ -1,4 +1,5 @@
-"""The subject of a public call: a model, its data and its loss, checked and read once, and what is found in them.
+"""The subject of a public call: a model, its data and its loss, checked and read once, and what is found in
+them.
 
 :func:`prepare` is what a public call does first. What it returns is handed down; inner functions take it.
 """
@@ -48,7 +49,8 @@ class Subject:
 
     @property
     def inputs(self) -> Any:
-        """What the model is called with for the first batch: a tensor, a tuple, a Mapping or :class:`Arguments`.
+        """What the model is called with for the first batch: a tensor, a tuple, a Mapping or
+        :class:`Arguments`.
 
         An ``@objective`` calls the model as it likes: one run of it, which ends at that call, tells.
 
@@ -88,7 +90,9 @@ class Subject:
         return replace(self, data=self.data.copied(), given=self.found, given_inputs=self.inputs)
 
     def twin(self, model: nn.Module, *, owned: bool = True) -> Subject:
-        """The same data and loss for a copy of the model, edited, trained or neither, with the same shortcuts."""
+        """The same data and loss for a copy of the model, edited, trained or neither, with the same
+        shortcuts.
+        """
         return replace(self, model=model, owned=owned, given=self.found, given_inputs=self.inputs)
 
     def other(self, model: nn.Module, *, owned: bool = True) -> Subject:
@@ -100,14 +104,17 @@ class Subject:
         return replace(self, data=Batches([batch], single=True))
 
     def recalibrate(self, twin: nn.Module) -> nn.Module:
-        """Measure the batch-norm statistics of a twin anew on the data (as ``skipscope.recalibrate`` does)."""
+        """Measure the batch-norm statistics of a twin anew on the data (as ``skipscope.recalibrate``
+        does).
+        """
         return average_statistics(twin, self.data, self.loss.run)
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
         """What ``compute`` returns, computed at its first use.
 
-        Not ``functools.cached_property``: until Python 3.12 that holds one lock for all subjects, and a thread that
-        waits for its turn to run the model would wait for ever for a thread that waits for that lock.
+        Not ``functools.cached_property``: until Python 3.12 that holds one lock for all subjects, and a
+        thread that waits for its turn to run the model would wait for ever for a thread that waits for that
+        lock.
         """
         known = self.__dict__.setdefault("_known", {})
         if name not in known:
@@ -154,10 +161,12 @@ class Subject:
                 handle.remove()
         if not calls:
             raise SkipscopeError(
-                self.operation, "the objective never calls the model, so nothing tells what it is called with",
-                expected="model(...) somewhere in it", got=self.loss.name,
+                self.operation,
+                "the objective never calls the model, so nothing tells what it is called with",
+                expected="model(...) somewhere in it",
+                got=self.loss.name,
                 cure="call the model itself in the objective, not a method or a part of it",
-            )  # fmt: skip
+            )
         return map_tensors(calls[0], _without_history)
 
 
@@ -200,7 +209,10 @@ def prepare(
 
 
 def as_written() -> AbstractContextManager[Any]:
-    """Compiled modules run as their code is written: hooks set after compilation would silently not be called."""
+    """Compiled modules run as their code is written:
+
+    hooks set after compilation would silently not be called.
+    """
     # Whoever has compiled something has this module loaded; loading it otherwise takes seconds.
     loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()

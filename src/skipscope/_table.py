@@ -18,7 +18,8 @@ from skipscope._numbers import short
 
 # Narrower than this, words and numbers would be cut into pieces; a narrower terminal wraps the lines instead.
 _NARROWEST = 60
-# C0 and C1 control characters, and those that reverse the direction of what follows. A name may hold any of them.
+# C0 and C1 control characters, and those that reverse the direction of what follows. A name may hold any of
+# them.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # A spreadsheet takes a cell that begins with one of these for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -56,7 +57,10 @@ class Table:
         return any(isinstance(c, int | float) for c in cells) and not any(isinstance(c, str) for c in cells)
 
     def text(self, width: int | None = None) -> str:
-        """The table as text that fits ``width`` columns (default: the terminal's; at least 60, to be legible)."""
+        """The table as text that fits ``width`` columns (default:
+
+        the terminal's; at least 60, to be legible).
+        """
         width = max(width or shutil.get_terminal_size().columns, _NARROWEST)
         lines = textwrap.wrap(printable(self.title), width, break_on_hyphens=False)
         if self.columns:
@@ -89,7 +93,10 @@ class Table:
         return "\n\n".join([f"**{printable(self.title)}**", "\n".join(rows), *notes]) + "\n"
 
     def csv(self) -> str:
-        """The rows as comma-separated values: numbers in full, text so that no spreadsheet runs it as a formula."""
+        """The rows as comma-separated values:
+
+        numbers in full, text so that no spreadsheet runs it as a formula.
+        """
         lines = io.StringIO()
         writer = csv.writer(lines)
         writer.writerow([plain_text(column) for column in self.columns])
@@ -181,7 +188,8 @@ def _words(cell: Any) -> str:
     return printable(cell if isinstance(cell, str) else short(cell))
 
 
-# --- LaTeX ------------------------------------------------------------------------------------------------------------
+# --- LaTeX
+# ------------------------------------------------------------------------------------------------------------
 
 _NUMBER = r"-?(?:[\d,]+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
 _MATHS = re.compile(rf"(>= )?({_NUMBER})(?: \+- ({_NUMBER}))?( %)?")

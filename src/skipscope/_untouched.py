@@ -1,8 +1,8 @@
 """Leaving a model, its gradients and the user's random state as they were found.
 
-Every public call that runs a user's model does so inside :func:`untouched`. It takes a cheap snapshot (references,
-flags, clones of buffers and of whatever else a forward pass can write to; never of parameters), and puts everything
-back in ``finally``: after a return, an exception or Ctrl-C.
+Every public call that runs a user's model does so inside :func:`untouched`. It takes a cheap snapshot
+(references, flags, clones of buffers and of whatever else a forward pass can write to; never of parameters),
+and puts everything back in ``finally``: after a return, an exception or Ctrl-C.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ _shared: dict[int, _Snapshot] = {}
 
 
 class _Snapshot:
-    """Everything that can change and be reached from the modules' attributes, apart from the values of parameters.
+    """Everything that can change and be reached from the modules' attributes, apart from the values of
+    parameters.
 
-    Modules (those in a plain list too), containers, tensors, arrays, generators and objects of the user's own keep
-    their identity and get their contents back; parameters get ``.grad`` and ``requires_grad`` back.
+    Modules (those in a plain list too), containers, tensors, arrays, generators and objects of the user's own
+    keep their identity and get their contents back; parameters get ``.grad`` and ``requires_grad`` back.
     """
 
     def __init__(self, models: Iterable[nn.Module]):
@@ -185,7 +186,8 @@ def _restore_numpy_generator(generator: np.random.Generator, before: tuple[Any])
 # What cannot change, and is met most.
 _ATOMS = {int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype, torch.device}
 
-# What can change, how it is copied, and how it gets its contents back. A copy that is a dict or a list is searched further.
+# What can change, how it is copied, and how it gets its contents back. A copy that is a dict or a list is
+# searched further.
 _WAYS: list[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]]] = [
     (Tensor, lambda tensor: tensor.detach().clone(), _restore_tensor),
     (dict, dict, _restore_dict),
@@ -203,9 +205,10 @@ def untouched(
 ) -> Iterator[None]:
     """Do anything with ``models`` inside; outside nothing has changed.
 
-    Kept bit for bit: buffers, the identity of every ``.grad``, training flags, ``requires_grad``, hooks, attributes,
-    and the global random state. Inside, every ``.grad`` is None, gradients are enabled and inference mode is off.
-    A parameter gets its storage back, but not values that were written into it: they are the caller's to leave alone.
+    Kept bit for bit: buffers, the identity of every ``.grad``, training flags, ``requires_grad``, hooks,
+    attributes, and the global random state. Inside, every ``.grad`` is None, gradients are enabled and
+    inference mode is off. A parameter gets its storage back, but not values that were written into it: they
+    are the caller's to leave alone.
 
     Args:
         models: the modules that will be run.
@@ -214,8 +217,8 @@ def untouched(
         operation: named in errors.
 
     Raises:
-        SkipscopeError: a model has parameters that do not exist yet (lazy modules), or is no ``nn.Module``; or its
-            weights are spread over ranks, and one of them has not made the same call within a minute.
+        SkipscopeError: a model has parameters that do not exist yet (lazy modules), or is no ``nn.Module``;
+            or its weights are spread over ranks, and one of them has not made the same call within a minute.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -268,7 +271,8 @@ def _running(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def one_snapshot(*models: nn.Module) -> Iterator[None]:
-    """Take a snapshot of each model once: each :func:`untouched` inside restores this, instead of taking its own.
+    """Take a snapshot of each model once: each :func:`untouched` inside restores this, instead of taking its
+    own.
 
     Inside, the models change within :func:`untouched` alone.
     """
@@ -285,8 +289,9 @@ def one_snapshot(*models: nn.Module) -> Iterator[None]:
 def set_mode(model: nn.Module, training: bool) -> None:
     """Set the ``training`` flag of every module, without calling the model's own ``train()`` or ``eval()``.
 
-    An override of these may merge, fuse or swap weights, and need not undo it to the bit. Where there is one, it is
-    called on a copy, and the flags that it sets there are set here: layers that it keeps frozen stay frozen.
+    An override of these may merge, fuse or swap weights, and need not undo it to the bit. Where there is one,
+    it is called on a copy, and the flags that it sets there are set here: layers that it keeps frozen stay
+    frozen.
     """
     flags: dict[str, bool] = {}
     if model.training is not training and changes_on_mode(model):
@@ -349,8 +354,10 @@ def require_numbers(model: Any, operation: str) -> None:
         raise SkipscopeError(
             operation,
             "the model is on the meta device: it has shapes, and no numbers to measure",
-            cure="give it weights: model.to_empty(device=...), then load them; "
-            "find_shortcuts takes it with meta inputs",
+            cure=(
+                "give it weights: model.to_empty(device=...), then load them; "
+                "find_shortcuts takes it with meta inputs"
+            ),
         )
 
 
@@ -376,18 +383,22 @@ def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn
     """
     if _sharding.units(model):
         raise SkipscopeError(
-            operation, "FSDP2 cannot copy a sharded model", got="fully_shard was called on it",
-            cure="give it the model as it was built, before fully_shard; fully_shard the twin that comes out, and give "
-            "it the weights: torch.distributed.checkpoint.state_dict.set_model_state_dict",
-        )  # fmt: skip
+            operation,
+            "FSDP2 cannot copy a sharded model",
+            got="fully_shard was called on it",
+            cure=(
+                "give it the model as it was built, before fully_shard; fully_shard the twin that comes out,"
+                " and give it the weights: torch.distributed.checkpoint.state_dict.set_model_state_dict"
+            ),
+        )
     with turn:  # beside a call in another thread, the copy would get that call's hooks, modes and statistics
         return _copied(model, operation, share)
 
 
 def _copied(model: nn.Module, operation: str, share: bool) -> nn.Module:
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if share else {}
-    # Tensors with a history (the weight under an old weight norm or pruning, a kept activation) are made anew by each
-    # forward pass, and torch refuses to copy them.
+    # Tensors with a history (the weight under an old weight norm or pruning, a kept activation) are made anew
+    # by each forward pass, and torch refuses to copy them.
     for module in model.modules():
         for tensor in _tensors_within(vars(module)):
             if not tensor.is_leaf:

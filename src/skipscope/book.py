@@ -111,9 +111,12 @@ def _backward(model: nn.Module, x: Tensor) -> _Backward:
     output = forward(model, (x, None), "print_gradients")
     if not isinstance(output, Tensor) or not output.requires_grad:
         raise SkipscopeError(
-            "print_gradients", "the model's output has no gradient", expected="a tensor that requires grad",
-            got=type(output).__name__, cure="skipscope.gradient_flow(model, data, loss) takes any output and loss",
-        )  # fmt: skip
+            "print_gradients",
+            "the model's output has no gradient",
+            expected="a tensor that requires grad",
+            got=type(output).__name__,
+            cure="skipscope.gradient_flow(model, data, loss) takes any output and loss",
+        )
     loss = nn.functional.mse_loss(output, torch.zeros_like(output))
     loss.backward()
     weights = [(n, p.grad) for n, p in model.named_parameters() if "weight" in n and p.grad is not None]
@@ -229,18 +232,25 @@ class BookExperiment(Result):
         first, last, flow = self.gradient_means[0], self.gradient_means[-1], self.first_over_last
         ever_smaller = _ever_smaller(np.array([[mean.without for mean in self.gradient_means]]))[0]
         return [
-            f"The first layer's gradient grows {_fold(first)}. But the last layer, which has no shortcut "
-            f"({LAYER_SIZES[-2]} -> {LAYER_SIZES[-1]}), grows {_fold(last)} too, because the loss goes from "
-            f"{short(self.loss.without)} to {short(self.loss.with_shortcuts)}: the network's numbers are larger, "
-            "and so is the loss's own scale. What the shortcuts did to the flow is the rest, first over last: "
-            f"{short(flow.without)} -> {short(flow.with_shortcuts)}, {_fold(flow)}.",
+            (
+                f"The first layer's gradient grows {_fold(first)}. But the last layer, which has no shortcut"
+                f" ({LAYER_SIZES[-2]} -> {LAYER_SIZES[-1]}), grows {_fold(last)} too, because the loss goes"
+                f" from {short(self.loss.without)} to {short(self.loss.with_shortcuts)}: the network's"
+                " numbers are larger, and so is the loss's own scale. What the shortcuts did to the flow is"
+                f" the rest, first over last: {short(flow.without)} -> {short(flow.with_shortcuts)},"
+                f" {_fold(flow)}."
+            ),
             "One seed is one draw of the weights. Many show what is usual:",
-            f"Shortcuts raise first over last in {self.share_better:.1%} of the seeds. That gradients become ever "
-            "smaller on the way back, layer by layer, holds without shortcuts in "
-            f"{self.share_ever_smaller.without:.1%} of them; in the lecture's own seed it "
-            f"{'holds' if ever_smaller else 'does not'}.",
-            "All these are gradients of weights, which also depend on the activations they meet. The flow "
-            "itself is read at the activations: skipscope flow.",
+            (
+                f"Shortcuts raise first over last in {self.share_better:.1%} of the seeds. That gradients"
+                " become ever smaller on the way back, layer by layer, holds without shortcuts in"
+                f" {self.share_ever_smaller.without:.1%} of them; in the lecture's own seed it"
+                f" {'holds' if ever_smaller else 'does not'}."
+            ),
+            (
+                "All these are gradients of weights, which also depend on the activations they meet. The flow"
+                " itself is read at the activations: skipscope flow."
+            ),
         ]
 
 
@@ -298,7 +308,10 @@ def _both(seed: int) -> tuple[_Backward, _Backward]:
 
 
 def _many_seeds(seeds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean absolute gradients ``[seeds, layers]`` without and with shortcuts: all draws as one batch of networks."""
+    """Mean absolute gradients ``[seeds, layers]`` without and with shortcuts:
+
+    all draws as one batch of networks.
+    """
     drawn = []
     with random_state_kept(0), torch.device("cpu"):
         linears = [nn.Linear(a, b) for a, b in pairwise(LAYER_SIZES)]

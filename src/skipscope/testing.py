@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._batches import map_tensors, rows, tensors_in
-from skipscope._calls import call_model
 from skipscope._errors import SkipscopeError
+from skipscope._model_calls import call_model
 from skipscope._public_call import public_call
 from skipscope._untouched import private_copy, random_state_kept, require_module
 from skipscope.shortcuts import Merge, Shortcuts, ablate, find_shortcuts, tap_merges
@@ -24,7 +24,10 @@ class BrokenContract(SkipscopeError, AssertionError):
 
 @dataclass(frozen=True)
 class _Case:
-    """A block and what it is called with; ``stream`` is the first float tensor of that: what the shortcut carries."""
+    """A block and what it is called with;
+
+    ``stream`` is the first float tensor of that: what the shortcut carries.
+    """
 
     module: nn.Module
     inputs: Any
@@ -75,22 +78,23 @@ def check_shortcut(
 ) -> tuple[str, ...]:
     """Check that a module is a shortcut that works everywhere a module should.
 
-    In this order: the output's shape, and that the input is left as it was; the identity at the start, where claimed; in
-    evaluation mode it draws no noise and keeps nothing from pass to pass; samples (of vectors and images) do not depend
-    on one another, nor the output on the input's strides; a gradient reaches the input, and in float64 equals a finite
-    difference; each weight gets one while training; it is found by ``find_shortcuts``, with the right kind, as wide as
-    the sum, and in training mode as in evaluation mode; it can be ablated, and says the same when it should; its
-    ``state_dict`` holds all its state; it compiles to one graph; it runs under autocast. The module itself stays as
-    it was. Local.
+    In this order: the output's shape, and that the input is left as it was; the identity at the start, where
+    claimed; in evaluation mode it draws no noise and keeps nothing from pass to pass; samples (of vectors and
+    images) do not depend on one another, nor the output on the input's strides; a gradient reaches the input,
+    and in float64 equals a finite difference; each weight gets one while training; it is found by
+    ``find_shortcuts``, with the right kind, as wide as the sum, and in training mode as in evaluation mode;
+    it can be ablated, and says the same when it should; its ``state_dict`` holds all its state; it compiles
+    to one graph; it runs under autocast. The module itself stays as it was. Local.
 
     Args:
         module: a fresh block, one tensor out.
-        inputs: what to call it with: a float tensor, or a tuple or Mapping of which the first float tensor is what the
-            shortcut carries. None draws a batch that fits its first linear layer or convolution.
+        inputs: what to call it with: a float tensor, or a tuple or Mapping of which the first float tensor is
+            what the shortcut carries. None draws a batch that fits its first linear layer or convolution.
         kind: the kind it should be found as; None takes ``module.kind``, or accepts any.
-        identity_at_start: whether it claims to return its input at first; None takes ``module.identity_at_start``, or
-            no.
-        same_shape: whether the output has the input's shape; None expects so unless the kind is projection or concat.
+        identity_at_start: whether it claims to return its input at first; None takes
+            ``module.identity_at_start``, or no.
+        same_shape: whether the output has the input's shape; None expects so unless the kind is projection or
+            concat.
         compile: False leaves compiling out, the slowest part.
 
     Returns:
@@ -103,7 +107,8 @@ def check_shortcut(
     Example:
         >>> from skipscope.nn import Highway
         >>> check_shortcut(Highway(nn.Linear(8, 8), 8), kind="gated", compile=False)
-        ('shape', 'repeatable', 'samples', 'strides', 'gradient', 'weights', 'found', 'ablatable', 'state_dict', 'autocast')
+        ('shape', 'repeatable', 'samples', 'strides', 'gradient', 'weights', 'found', 'ablatable',
+        'state_dict', 'autocast')
     """
     require_module(module, "check_shortcut")
     kind = kind or getattr(module, "kind", None)
@@ -145,7 +150,8 @@ def check_shortcut(
     return tuple(clauses)
 
 
-# --- the clauses ----------------------------------------------------------------------------------------------------
+# --- the clauses
+# ----------------------------------------------------------------------------------------------------
 
 
 def _shape(case: _Case) -> None:
@@ -159,14 +165,19 @@ def _shape(case: _Case) -> None:
         )  # fmt: skip
     if case.same_shape and output.shape != given.shape:
         raise _broken(
-            case, "shape: the output has another shape than the input", expected=tuple(given.shape),
-            got=tuple(output.shape), cure='if it is meant to: kind="projection", kind="concat" or same_shape=False',
-        )  # fmt: skip
+            case,
+            "shape: the output has another shape than the input",
+            expected=tuple(given.shape),
+            got=tuple(output.shape),
+            cure='if it is meant to: kind="projection", kind="concat" or same_shape=False',
+        )
     if not torch.equal(given, case.stream):
         raise _broken(
-            case, "shape: the block changes its input in place, which others may hold too", expected="an input left as it was",
+            case,
+            "shape: the block changes its input in place, which others may hold too",
+            expected="an input left as it was",
             cure="x = x + f(x) in place of x += f(x); no inplace=True on what came in",
-        )  # fmt: skip
+        )
     if not output.isfinite().all():
         raise _broken(case, "shape: the output is not finite")
 
@@ -182,7 +193,9 @@ def _identity_at_start(case: _Case) -> None:
 
 
 def _repeatable(case: _Case) -> None:
-    """Two passes of one module in evaluation mode, from two random states, and one of a module that ran before on others."""
+    """Two passes of one module in evaluation mode, from two random states, and one of a module that ran
+    before on others.
+    """
     module = case.fresh().eval()
     before = {key: value.clone() for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     outputs, attributes = [], []
@@ -192,24 +205,32 @@ def _repeatable(case: _Case) -> None:
         attributes.append(_plain_attributes(module))
     if not torch.equal(*outputs):
         raise _broken(
-            case, "repeatable: two passes in evaluation mode differ", expected="the same output from the same input",
+            case,
+            "repeatable: two passes in evaluation mode differ",
+            expected="the same output from the same input",
             got=f"a difference of {float((outputs[0] - outputs[1]).abs().max()):.3g}",
             cure="draw noise only if self.training; keep no counter and no cache that changes the output",
-        )  # fmt: skip
+        )
     after = module.state_dict()
     changed = [key for key, tensor in before.items() if not torch.equal(after[key], tensor)]
     if changed:
         raise _broken(
-            case, "repeatable: a pass in evaluation mode changes the state", expected="a state_dict left as it was",
-            got=", ".join(changed)[:200], cure="update buffers only if self.training",
-        )  # fmt: skip
+            case,
+            "repeatable: a pass in evaluation mode changes the state",
+            expected="a state_dict left as it was",
+            got=", ".join(changed)[:200],
+            cure="update buffers only if self.training",
+        )
     # What the first pass makes and every later one keeps (a table of positions) is no memory of the input.
     left = [name for name, value in attributes[1].items() if not _same(value, attributes[0].get(name))]
     if left:
         raise _broken(
-            case, "repeatable: a pass in evaluation mode leaves something behind", expected="plain attributes as they were",
-            got=", ".join(left)[:200], cure="keep no activation and count no calls on the module",
-        )  # fmt: skip
+            case,
+            "repeatable: a pass in evaluation mode leaves something behind",
+            expected="plain attributes as they were",
+            got=", ".join(left)[:200],
+            cure="keep no activation and count no calls on the module",
+        )
     other = case.fresh().eval()
     with torch.no_grad(), random_state_kept(0):
         # A second draw could be the same numbers: a guessed input comes from the same seed.
@@ -240,14 +261,20 @@ def _samples(case: _Case) -> None:
                 output = call_model(module, some).detach()
         except Exception as error:
             raise _broken(
-                case, f"samples: {len(index)} of them raise {type(error).__name__}: {_first_line(error)}",
-                expected="any batch size", got=f"a batch of {len(index)}", cure="take sizes from the input: x.shape[0], -1",
-            ) from error  # fmt: skip
+                case,
+                f"samples: {len(index)} of them raise {type(error).__name__}: {_first_line(error)}",
+                expected="any batch size",
+                got=f"a batch of {len(index)}",
+                cure="take sizes from the input: x.shape[0], -1",
+            ) from error
         if not _close(output, whole[picked.to(whole.device)]):
             raise _broken(
-                case, "samples: a sample's output depends on its place or its neighbours", expected="each sample by itself",
-                got=f"another output for sample {index[0]} among {len(index)}", cure="index no fixed sample; mix along features only",
-            )  # fmt: skip
+                case,
+                "samples: a sample's output depends on its place or its neighbours",
+                expected="each sample by itself",
+                got=f"another output for sample {index[0]} among {len(index)}",
+                cure="index no fixed sample; mix along features only",
+            )
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -265,7 +292,10 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _strides(case: _Case) -> None:
-    """The same numbers in another memory layout give the same; a block that refuses the layout says so itself."""
+    """The same numbers in another memory layout give the same;
+
+    a block that refuses the layout says so itself.
+    """
     x = case.stream
     if x.ndim < 2:
         return
@@ -292,9 +322,12 @@ def _weights(case: _Case) -> None:
     without = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
     if without:
         raise _broken(
-            case, "weights: no gradient reaches some trainable weights", expected="one for each", got=", ".join(without)[:200],
+            case,
+            "weights: no gradient reaches some trainable weights",
+            expected="one for each",
+            got=", ".join(without)[:200],
             cure="use them in the forward pass, without .detach() or .data; drop those that are not needed",
-        )  # fmt: skip
+        )
 
 
 def _refuse_wrong_gradient(case: _Case) -> None:
@@ -314,9 +347,12 @@ def _refuse_wrong_gradient(case: _Case) -> None:
         output = at(x.clone())
         if output.dtype != torch.float64:
             raise _broken(
-                case, "gradient: float64 goes in and another dtype comes out", expected="torch.float64", got=output.dtype,
+                case,
+                "gradient: float64 goes in and another dtype comes out",
+                expected="torch.float64",
+                got=output.dtype,
                 cure="no .float() and no dtype of your own: take the input's",
-            )  # fmt: skip
+            )
         seed = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device)
         slope = float((torch.autograd.grad(output, x, seed)[0] * direction).sum())
     slopes = []
@@ -328,9 +364,12 @@ def _refuse_wrong_gradient(case: _Case) -> None:
     # A kink between the two points makes the two differences disagree: then nothing is said.
     if abs(slopes[0] - slopes[1]) < 1e-3 * size < abs(slope - slopes[0]) / 10:
         raise _broken(
-            case, "gradient: it is not that of the output", expected=f"{slopes[0]:.6g} along a random direction, by finite differences",
-            got=f"{slope:.6g} by autograd", cure="look for .detach(), .data or torch.no_grad() on a part of the path",
-        )  # fmt: skip
+            case,
+            "gradient: it is not that of the output",
+            expected=f"{slopes[0]:.6g} along a random direction, by finite differences",
+            got=f"{slope:.6g} by autograd",
+            cure="look for .detach(), .data or torch.no_grad() on a part of the path",
+        )
 
 
 def _gradient(case: _Case) -> None:
@@ -352,23 +391,31 @@ def _found(case: _Case) -> None:
     if not kinds or (case.kind is not None and case.kind not in kinds):
         reasons = "; ".join(f"{merge.name}: {merge.reason}" for merge in found.rejected)
         raise _broken(
-            case, "found: find_shortcuts does not find it" if not kinds else "found: as another kind",
-            expected=case.kind or "any kind", got=", ".join(kinds) or f"no shortcut ({reasons or 'no merges'})",
+            case,
+            "found: find_shortcuts does not find it" if not kinds else "found: as another kind",
+            expected=case.kind or "any kind",
+            got=", ".join(kinds) or f"no shortcut ({reasons or 'no merges'})",
             cure="in evaluation mode, one operand of the merge must come past the branch",
-        )  # fmt: skip
+        )
     broadcast = _broadcast_shortcuts(case, found)
     if broadcast:
         raise _broken(
-            case, "found: the shortcut has another shape than the merge", expected="one number for each of the output's",
-            got=broadcast[0], cure="carry all of x past the branch: no mean and no slice of it",
-        )  # fmt: skip
+            case,
+            "found: the shortcut has another shape than the merge",
+            expected="one number for each of the output's",
+            got=broadcast[0],
+            cure="carry all of x past the branch: no mean and no slice of it",
+        )
     with random_state_kept(0):
         training = find_shortcuts(case.fresh().train(), case.inputs)
     if len(training) != len(found):
         raise _broken(
-            case, "found: another number of shortcuts in training mode", expected=f"{len(found)}, as in evaluation mode",
-            got=len(training), cure="let the shortcut stand in both modes",
-        )  # fmt: skip
+            case,
+            "found: another number of shortcuts in training mode",
+            expected=f"{len(found)}, as in evaluation mode",
+            got=len(training),
+            cure="let the shortcut stand in both modes",
+        )
 
 
 def _broadcast_shortcuts(case: _Case, found: Shortcuts) -> list[str]:
@@ -409,9 +456,12 @@ def _ablatable(case: _Case) -> None:
     whole, rest = case.gradient(module), case.gradient(twins["detach"].eval())
     if whole is not None and rest is not None and torch.equal(whole, rest):
         raise _broken(
-            case, "ablatable: detaching the shortcut changes no gradient", expected="a gradient that comes by the shortcut",
-            got="all of it by the branch", cure="look for .detach(), .data or torch.no_grad() on the shortcut",
-        )  # fmt: skip
+            case,
+            "ablatable: detaching the shortcut changes no gradient",
+            expected="a gradient that comes by the shortcut",
+            got="all of it by the branch",
+            cure="look for .detach(), .data or torch.no_grad() on the shortcut",
+        )
 
 
 def _state_dict(case: _Case) -> None:
@@ -419,9 +469,12 @@ def _state_dict(case: _Case) -> None:
     outside = [name for name, value in _plain_attributes(module).items() if isinstance(value, Tensor)]
     if outside:
         raise _broken(
-            case, "state_dict: a tensor is kept outside it", expected="parameters and buffers", got=", ".join(outside)[:200],
+            case,
+            "state_dict: a tensor is kept outside it",
+            expected="parameters and buffers",
+            got=", ".join(outside)[:200],
             cure="self.register_buffer(name, tensor); persistent=False for what can be computed again",
-        )  # fmt: skip
+        )
     with torch.no_grad():
         for tensor in module.state_dict().values():
             if tensor.is_floating_point():
@@ -459,7 +512,8 @@ def _autocast(case: _Case) -> None:
         )
 
 
-# --- helpers ----------------------------------------------------------------------------------------------------
+# --- helpers
+# ----------------------------------------------------------------------------------------------------
 
 
 def _broken(case: _Case, problem: str, **details: object) -> BrokenContract:
@@ -479,10 +533,12 @@ def _read_inputs(module: nn.Module, inputs: Any) -> Any:
         return _guess_inputs(module)
     if not any(t.is_floating_point() for t in tensors_in(inputs)):
         raise SkipscopeError(
-            "check_shortcut", "nothing that a shortcut could carry is among the inputs", expected="a float tensor, or a tuple or Mapping with one",
+            "check_shortcut",
+            "nothing that a shortcut could carry is among the inputs",
+            expected="a float tensor, or a tuple or Mapping with one",
             got=str(inputs.dtype) if isinstance(inputs, Tensor) else type(inputs).__name__,
             cure="pass what comes out of the embedding, not the integers",
-        )  # fmt: skip
+        )
     return map_tensors(inputs, Tensor.detach)
 
 
@@ -494,6 +550,9 @@ def _guess_inputs(module: nn.Module) -> Tensor:
             shape = [4, layer.in_channels] + [8] * len(layer.kernel_size)
             return torch.randn(shape, dtype=layer.weight.dtype, device=layer.weight.device)
     raise SkipscopeError(
-        "check_shortcut", "no inputs were given, and none can be guessed", expected="a linear layer or a convolution",
-        got=type(module).__name__, cure="pass inputs=, a float tensor that the module takes",
-    )  # fmt: skip
+        "check_shortcut",
+        "no inputs were given, and none can be guessed",
+        expected="a linear layer or a convolution",
+        got=type(module).__name__,
+        cure="pass inputs=, a float tensor that the module takes",
+    )

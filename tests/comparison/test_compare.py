@@ -14,10 +14,10 @@ from skipscope import reference
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope.comparison._claims import _compare_surfaces, share, summary
+from skipscope.comparison._comparison_result import Curves, _learns
 from skipscope.comparison._evidence import Evidence, Roles, Settings
 from skipscope.comparison._lecture import QUICK_RATES, _affordable, build
 from skipscope.comparison._processes import in_processes
-from skipscope.comparison._results import Curves, _learns
 from skipscope.comparison._stages import Clock
 
 WITH = partial(reference.deep_mlp, 4, width=16, shortcut="identity", scale=0.5)

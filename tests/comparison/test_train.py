@@ -15,9 +15,9 @@ from skipscope import reference
 from skipscope._data import read
 from skipscope._errors import SkipscopeError
 from skipscope.comparison import _engines
+from skipscope.comparison._comparison_result import smoothed
 from skipscope.comparison._engines import Course, Maker, Run, is_stackable, train_one_by_one, train_stacked
 from skipscope.comparison._optimizers import choices
-from skipscope.comparison._results import smoothed
 from skipscope.comparison._stream import Stream
 from skipscope.comparison._train import train_and_keep
 

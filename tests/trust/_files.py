@@ -28,7 +28,7 @@ from report import samples
 from report.browser import CHROMIUM, Browser
 from report.payloads import PAYLOADS
 from skipscope import _files, _result
-from skipscope.cli import Output, _commands, _named, _subject
+from skipscope.cli import Output, _command_subject, _commands, _named
 from skipscope.report import _page
 from skipscope.surfaces.grids import _surface_store
 from trust._hazard import Hazard, attempt, replaced
@@ -322,7 +322,7 @@ def malicious_files(count: int) -> Iterator[str | None]:
             else:
                 path.write_bytes(data)
             read = (
-                (lambda path=path: _subject._load_weights(nn.Linear(1, 1), path))
+                (lambda path=path: _command_subject._load_weights(nn.Linear(1, 1), path))
                 if given == "weights"
                 else (lambda path=path: ss.load(path))
             )
@@ -352,7 +352,11 @@ def _put_in_archive(path: Path, data: bytes) -> None:
 def _unpickles():
     load = torch.load
     return replaced(
-        (_subject.torch, "load", lambda path, **options: load(path, **options | {"weights_only": False}))
+        (
+            _command_subject.torch,
+            "load",
+            lambda path, **options: load(path, **options | {"weights_only": False}),
+        )
     )
 
 

@@ -1,4 +1,7 @@
-"""The command line: parse and call. Nothing here imports torch before a command runs, so that --help is immediate."""
+"""The command line:
+
+parse and call. Nothing here imports torch before a command runs, so that --help is immediate.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ from skipscope._version import __version__
 app = App(
     name="skipscope",
     version=__version__,
-    help="See what the shortcut connections in a network do: find them, cut them, add them, measure with and without.",
+    help=(
+        "See what the shortcut connections in a network do: find them, cut them, add them, measure with and"
+        " without."
+    ),
     help_epilogue="Start with: skipscope compare",
     suppress_keyboard_interrupt=False,  # main() says what was kept
 )
@@ -37,7 +43,8 @@ class Source:
 
     Attributes:
         data: module:callable that returns one batch (inputs, target) or a re-iterable of batches.
-        loss: a loss of torch.nn.functional, such as cross_entropy, or module:callable; guessed from the target when left out.
+        loss: a loss of torch.nn.functional, such as cross_entropy, or module:callable; guessed from the
+            target when left out.
         weights: a file of weights (safetensors, or a state_dict read with weights_only).
         input: shape of random inputs where no data are given, e.g. 1x3x224x224.
         device: where to run, e.g. cuda or cuda:1.
@@ -58,7 +65,8 @@ class Output:
     """Where results go.
 
     Attributes:
-        out: folder for the page and the data; by default one for each command and model. Nothing is overwritten.
+        out: folder for the page and the data; by default one for each command and model. Nothing is
+            overwritten.
         save: also write this file: a picture (.svg, .png, .pdf) or a table (.csv, .tex, .md, .npz).
         json: print plain data on standard output, and nothing else.
         open: open the page when done; asked at a terminal when left out.
@@ -73,7 +81,10 @@ class Output:
 Model = Annotated[
     str | None,
     Parameter(
-        help="module:callable, timm:NAME, hf:NAME, torchvision:NAME, or one of skipscope's own (skipscope find --list).",
+        help=(
+            "module:callable, timm:NAME, hf:NAME, torchvision:NAME, or one of skipscope's own (skipscope find"
+            " --list)."
+        ),
         group=_model,
     ),
 ]
@@ -96,12 +107,14 @@ def compare(
 
     Args:
         model: without one: the lecture's network, made deep, on embedded digits.
-        quick: a smaller version, in at most half a minute; what a busy machine has no time for is left out and named.
+        quick: a smaller version, in at most half a minute; what a busy machine has no time for is left out
+            and named.
         train: also train the twins side by side; --no-train leaves it out.
         seeds: training runs of each twin.
         steps: optimizer steps a run; more where neither twin has learnt in the default.
         budget: seconds to stay within; parts that do not fit are left out and named.
-        kinds: kinds of shortcut to put in the place of its own, e.g. identity,rezero,highway: one line of a table each.
+        kinds: kinds of shortcut to put in the place of its own, e.g. identity,rezero,highway: one line of a
+            table each.
     """
     _run(
         "compare",
@@ -192,7 +205,8 @@ def landscape(
         grid: points a side, or a number a side: 51x31.
         line: along one direction only.
         span: the plane reaches this many times the weights' own length in each direction.
-        tolerance: compute coarsely first, and more only where interpolation is off by more than this share of the range.
+        tolerance: compute coarsely first, and more only where interpolation is off by more than this share of
+            the range.
         samples: use a random subset of the data of this size.
         normalize: filter, layer, tensor or none.
         batch_norm: frozen, recalibrate or batch.
@@ -202,9 +216,16 @@ def landscape(
         engine: auto, or ray (extra).
     """
     options = {
-        "span": span, "tolerance": tolerance, "samples": samples, "normalize": normalize, "batch_norm": batch_norm, "l2": l2,
-        "precision": precision, "strategy": strategy, "engine": engine,
-    }  # fmt: skip
+        "span": span,
+        "tolerance": tolerance,
+        "samples": samples,
+        "normalize": normalize,
+        "batch_norm": batch_norm,
+        "l2": l2,
+        "precision": precision,
+        "strategy": strategy,
+        "engine": engine,
+    }
     _run("landscape", model, output, model, source, grid=grid, line=line, **options)
 
 
@@ -269,7 +290,7 @@ def _unexpected(error: Exception) -> None:
     if os.environ.get("SKIPSCOPE_DEBUG"):
         raise error
     _complain(
-        f"skipscope: unexpected {type(error).__name__}: {error}\n  cure:     set SKIPSCOPE_DEBUG=1 to see where, and "
-        "please report it"
+        f"skipscope: unexpected {type(error).__name__}: {error}\n  cure:     set SKIPSCOPE_DEBUG=1 to see"
+        " where, and please report it"
     )
     sys.exit(70)

@@ -1,4 +1,7 @@
-"""What each command does: load what it names, call one public function, say what came out and where it went."""
+"""What each command does:
+
+load what it names, call one public function, say what came out and where it went.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,23 @@ from skipscope.report import side_by_side
 
 if TYPE_CHECKING:
     from skipscope.cli import Output, Source
-    from skipscope.cli._subject import Subject
+    from skipscope.cli._command_subject import Subject
 
 DEFAULT_FOLDER = Path("skipscope-out")
 
 
 def compare(
-    model: str | None, source: Source, *, output: Output, quick: bool, train: bool, budget: float | None,
-    seeds: int, steps: int | None, kinds: str | None,
-) -> None:  # fmt: skip
+    model: str | None,
+    source: Source,
+    *,
+    output: Output,
+    quick: bool,
+    train: bool,
+    budget: float | None,
+    seeds: int,
+    steps: int | None,
+    kinds: str | None,
+) -> None:
     """Run the main job and write its page."""
     folder = _folder(output, "compare", model)
     with progress(not output.json):
@@ -47,10 +58,19 @@ def compare(
         else:
             subject = _subject(model, source, samples=512)
             result = ss.compare(
-                subject.make or subject.model, subject.data, subject.loss,
-                quick=quick, train=train, seeds=seeds, steps=steps, budget=budget, seed=source.seed, name=model, about=subject.said,
+                subject.make or subject.model,
+                subject.data,
+                subject.loss,
+                quick=quick,
+                train=train,
+                seeds=seeds,
+                steps=steps,
+                budget=budget,
+                seed=source.seed,
+                name=model,
+                about=subject.said,
                 variants=kinds.split(",") if kinds else None,
-            )  # fmt: skip
+            )
     _deliver(result, "compare", output, folder, before=result.kinds_table().text() if kinds else "")
 
 
@@ -110,7 +130,10 @@ def paths(model: str | None, source: Source, *, output: Output, wrt: str | None)
 def landscape(
     model: str | None, source: Source, *, output: Output, grid: str, line: bool, **options: Any
 ) -> None:
-    """Compute the loss surface. Checkpointed after every point, so an interrupted run resumes. Only rank 0 prints."""
+    """Compute the loss surface.
+
+    Checkpointed after every point, so an interrupted run resumes. Only rank 0 prints.
+    """
     sizes = _sizes(grid, line)
     folder, leads = _folder(output, "landscape", model), os.environ.get("RANK", "0") == "0"
     subject = _subject(_required(model), source, quiet=not leads)
@@ -164,7 +187,7 @@ def _required(model: str | None) -> str:
 def _subject(
     model: str, source: Source, samples: int = 128, *, quiet: bool = False, uses_loss: bool = True
 ) -> Subject:
-    from skipscope.cli._subject import load_subject
+    from skipscope.cli._command_subject import load_subject
 
     subject = load_subject(model, source, samples, uses_loss=uses_loss)
     for sentence in () if quiet else subject.said:
@@ -173,7 +196,9 @@ def _subject(
 
 
 def _folder(output: Output, command: str, model: str | None) -> Path:
-    """Make the folder for the results before the work, so that a place that cannot be written costs nothing."""
+    """Make the folder for the results before the work, so that a place that cannot be written costs
+    nothing.
+    """
     name = "-".join([command, *([re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")] if model else [])])
     folder = output.out or DEFAULT_FOLDER / name
     try:

@@ -1,4 +1,7 @@
-"""From a name on the command line to what it names: a callable of the user's own, or a network of a library."""
+"""From a name on the command line to what it names:
+
+a callable of the user's own, or a network of a library.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from typing import Any
 from torch import nn
 
 from skipscope import reference
-from skipscope._calls import told
 from skipscope._errors import MissingExtra, SkipscopeError
+from skipscope._model_calls import error_text
 
 _OBJECT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -35,12 +38,15 @@ def called(found: Callable[[], Any], name: str, what: str) -> Any:
     except Exception as error:  # the user's own function may fail in any way
         if isinstance(error, TypeError) and len(traceback.extract_tb(error.__traceback__)) == 1:
             raise SkipscopeError(
-                what, f"{name} cannot be called without arguments ({error})",
-                expected="a callable that returns an nn.Module" if what == "model" else "a callable that returns data",
+                what,
+                f"{name} cannot be called without arguments ({error})",
+                expected="a callable that returns an nn.Module"
+                if what == "model"
+                else "a callable that returns data",
                 cure="write a small function without arguments that fills them in",
-            ) from error  # fmt: skip
+            ) from error
         raise SkipscopeError(
-            what, f"{name} was called, and failed ({told(error)})", got=_place(error),
+            what, f"{name} was called, and failed ({error_text(error)})", got=_place(error),
             cure="call it in Python and mend what fails",
         ) from error  # fmt: skip
 
@@ -63,9 +69,12 @@ def _file_of(name: str, what: str) -> Path | None:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.py")], 1)
         raise SkipscopeError(
-            what, f"there is no file {path}", expected=str(path.with_name(near[0])) if near else None, got=name[:80],
+            what,
+            f"there is no file {path}",
+            expected=str(path.with_name(near[0])) if near else None,
+            got=name[:80],
             cure="run the command from the folder that holds it",
-        )  # fmt: skip
+        )
     return path
 
 

@@ -1,7 +1,8 @@
 """The words around the numbers: the answer, each claim of the lecture, and how everything was measured.
 
-Every sentence is built from what was measured on the network and at the depth that it names. A claim has two lines:
-what is true here, and what does not follow from it. Numbers that a reader may want stand in ``why``, below.
+Every sentence is built from what was measured on the network and at the depth that it names. A claim has two
+lines: what is true here, and what does not follow from it. Numbers that a reader may want stand in ``why``,
+below.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import torch
 
 from skipscope._numbers import short
 from skipscope._version import __version__
+from skipscope.comparison._comparison_result import Claim, Comparison, Curves, Training
 from skipscope.comparison._evidence import Evidence, Roles, Settings
-from skipscope.comparison._results import Claim, Comparison, Curves, Training
 from skipscope.comparison._stages import Clock
 from skipscope.flow import GradientFlow
 from skipscope.surfaces import Scores, Surface
 
 HOLDS, PART, FAILS, UNKNOWN = "holds", "holds in part", "does not hold here", "not measured"
-# A surface is called chaotic from this roughness on, or below this convex share; both shares of the plane's points.
+# A surface is called chaotic from this roughness on, or below this convex share; both shares of the plane's
+# points.
 CHAOTIC_ROUGHNESS, CHAOTIC_CONVEXITY = 0.05, 0.5
 
 
@@ -61,7 +63,8 @@ def arrival_of(decades: float) -> str:
 
     Example:
         >>> arrival_of(3.0), arrival_of(-1.0)
-        ('one part in 1,000 of the gradient reaches the first layer', 'the gradient reaches the first layer 10 times larger')
+        ('one part in 1,000 of the gradient reaches the first layer', 'the gradient reaches the first layer 10
+        times larger')
     """
     what = share(decades)
     if what == "all":
@@ -85,7 +88,10 @@ def _capital(sentence: str) -> str:
 
 
 def summary(evidence: Evidence) -> tuple[str, ...]:
-    """Up to four sentences for the top of the page: the gradient without and with, the training, the paths."""
+    """Up to four sentences for the top of the page:
+
+    the gradient without and with, the training, the paths.
+    """
     sentences = [*_flow_sentences(evidence), _training_sentence(evidence), _path_sentence(evidence)]
     return tuple(sentence for sentence in sentences if sentence)
 
@@ -125,9 +131,15 @@ def _training_sentence(evidence: Evidence) -> str:
     )
     goal = f"a loss of {short(training.target)} under {best}"
     if math.isinf(without):
-        return f"With shortcuts training reaches {goal} in {with_:.0f} steps; without, never in {training.steps}."
+        return (
+            f"With shortcuts training reaches {goal} in {with_:.0f} steps; without, never in"
+            f" {training.steps}."
+        )
     if math.isinf(with_):
-        return f"Without shortcuts training reaches {goal} in {without:.0f} steps; with, never in {training.steps}."
+        return (
+            f"Without shortcuts training reaches {goal} in {without:.0f} steps; with, never in"
+            f" {training.steps}."
+        )
     return f"Training reaches {goal} in {with_:.0f} steps with shortcuts, in {without:.0f} without."
 
 
@@ -136,14 +148,20 @@ def _path_sentence(evidence: Evidence) -> str:
     if paths is None or not paths.branches:
         return ""
     middle = int(np.searchsorted(np.cumsum(paths.shares), 0.5))
-    return f"With shortcuts, half of the gradient passes at most {middle} of the {paths.branches} branches on its way back."
+    return (
+        f"With shortcuts, half of the gradient passes at most {middle} of the {paths.branches} branches on"
+        " its way back."
+    )
 
 
 # --- the lecture's claims
 
 
 def claims(evidence: Evidence) -> tuple[Claim, ...]:
-    """Each claim of the lecture with what was found; first what a reader can move, then the lecture's order."""
+    """Each claim of the lecture with what was found;
+
+    first what a reader can move, then the lecture's order.
+    """
     return tuple(claim(evidence) for claim in CLAIMS)
 
 
@@ -162,7 +180,10 @@ def _claim_smaller(evidence: Evidence) -> Claim:
     without_shortcuts = [name for name in healthy if name.startswith(roles.without_shortcuts)]
     answer = FAILS if not shrinks else PART if without_shortcuts else HOLDS
     if without_shortcuts:
-        limits = f"It does not come from depth alone: {without_shortcuts[0]!r} is as deep, has no shortcut, and keeps its gradient."
+        limits = (
+            f"It does not come from depth alone: {without_shortcuts[0]!r} is as deep, has no shortcut, and"
+            " keeps its gradient."
+        )
     elif healthy:
         limits = f"Depth need not cost the gradient: {healthy[0]!r} is as deep and keeps it."
     elif shrinks:
@@ -174,9 +195,15 @@ def _claim_smaller(evidence: Evidence) -> Claim:
     if f"{roles.with_shortcuts}, detached" in flow:
         why.append("Detached: the same forward pass, with no gradient through the shortcuts.")
     return Claim(
-        "smaller", _SMALLER, answer, f"Without shortcuts, {arrival(lacking)}.", limits, " ".join(why),
-        "Each line is one network. Read it from right (the loss) to left (the input). A straight line is a product of equal factors.",
-    )  # fmt: skip
+        "smaller",
+        _SMALLER,
+        answer,
+        f"Without shortcuts, {arrival(lacking)}.",
+        limits,
+        " ".join(why),
+        "Each line is one network. Read it from right (the loss) to left (the input). A straight line is a"
+        " product of equal factors.",
+    )
 
 
 _PRODUCT = "It becomes extremely small because it is a product of small quantities."
@@ -198,12 +225,18 @@ def _claim_product(evidence: Evidence) -> Claim:
         if alone
         else f"No single layer is to blame: the smallest factor is {short(smallest)}."
     )
-    why = f"Without shortcuts there are {len(factors)} factors; {below:.0%} of them are below 1; their product is {short(product)}."
+    why = (
+        f"Without shortcuts there are {len(factors)} factors; {below:.0%} of them are below 1; their product"
+        f" is {short(product)}."
+    )
     having = evidence.flow.get(evidence.roles.with_shortcuts)
     if having is not None and having.product is not None:
         per = having.product ** (1 / max(1, len(having.boundaries) - 1))
         why += f" With shortcuts the mean factor is {short(per)} and the product {short(having.product)}."
-    true = f"Without shortcuts each step back multiplies the gradient by {short(typical)} on average, {len(factors)} times over."
+    true = (
+        f"Without shortcuts each step back multiplies the gradient by {short(typical)} on average,"
+        f" {len(factors)} times over."
+    )
     return Claim(
         "product", _PRODUCT, answer, true, limits, why,
         "Each dot is the factor of one step back. Below the line at 1 the gradient shrinks there.",
@@ -238,14 +271,20 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
     elif cures:
         limits = f"A shortcut is not the only cure: {cures[0]!r} learns too, without one."
     elif lost:
-        limits = f"Shortcuts alone are not always enough: under {lost[0]} the network with them does not learn either."
+        limits = (
+            f"Shortcuts alone are not always enough: under {lost[0]} the network with them does not learn"
+            " either."
+        )
         better = [
             name
             for name in roles.controls
             if name.startswith(roles.with_shortcuts) and training.curves[name][lost[0]].learns
         ]
         if better:
-            limits = f"Shortcuts as they are do not always suffice: under {lost[0]} they fail, and {better[0]!r} learns."
+            limits = (
+                f"Shortcuts as they are do not always suffice: under {lost[0]} they fail, and {better[0]!r}"
+                " learns."
+            )
     else:
         limits = "It is a matter of speed here: both networks learn, each at its best rate."
         if any(math.isinf(_middle(training.curves[roles.without_shortcuts][o])) for o in told):
@@ -253,9 +292,14 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
                 "That the network without them can never learn is not shown: these are a few hundred steps."
             )
     return Claim(
-        "stagnate", _STAGNATE, answer, _training_sentence(evidence), limits, _training_numbers(evidence, told),
+        "stagnate",
+        _STAGNATE,
+        answer,
+        _training_sentence(evidence),
+        limits,
+        _training_numbers(evidence, told),
         "Bands are the range over seeds. Look where each curve leaves the plateau of guessing.",
-    )  # fmt: skip
+    )
 
 
 def _training_numbers(evidence: Evidence, told: list[str]) -> str:
@@ -274,11 +318,12 @@ def _training_numbers(evidence: Evidence, told: list[str]) -> str:
             why.append(f"{optimizer}: {counts[0]} with shortcuts, {counts[1]} without.")
         else:
             why.append(
-                f"{optimizer}: neither arrives in {training.steps}; the losses end at {short(with_.final_loss)} with "
-                f"shortcuts and {short(without.final_loss)} without."
+                f"{optimizer}: neither arrives in {training.steps}; the losses end at"
+                f" {short(with_.final_loss)} with shortcuts and {short(without.final_loss)} without."
             )
         why.append(
-            f"A step moves the weights by {short(_update(with_))} of their size with, {short(_update(without))} without."
+            f"A step moves the weights by {short(_update(with_))} of their size with,"
+            f" {short(_update(without))} without."
         )
     for name, by in training.curves.items():
         hindered = evidence.flow[name].verdict.hinders if name in evidence.flow else ()
@@ -327,17 +372,21 @@ def _claim_path(evidence: Evidence) -> Claim:
         return _not_measured("path", _PATH, "The split or the path spectrum could not be measured.")
     carried, empty = float(np.median(shares)), 100 * float(paths.shares[0])
     why = (
-        f"Over {len(shares)} forks the shortcut's share is {100 * float(shares.min()):.0f} to {100 * float(shares.max()):.0f} %. "
-        f"Taken apart by path, exactly: the mean path passes {short(paths.mean_length)} of {paths.branches} branches; the parts "
-        f"add up to the plain gradient with an error of {short(paths.residual)}."
+        f"Over {len(shares)} forks the shortcut's share is {100 * float(shares.min()):.0f} to"
+        f" {100 * float(shares.max()):.0f} %. Taken apart by path, exactly: the mean path passes"
+        f" {short(paths.mean_length)} of {paths.branches} branches; the parts add up to the plain gradient"
+        f" with an error of {short(paths.residual)}."
     )
     return Claim(
-        "path", _PATH, HOLDS if carried >= 0.5 else PART,
+        "path",
+        _PATH,
+        HOLDS if carried >= 0.5 else PART,
         f"At a typical fork {100 * carried:.0f} % of the gradient comes back through the shortcut.",
-        f"It does not bypass everything: the path that skips every branch carries {short(empty, 2)} % of the gradient.",
+        f"It does not bypass everything: the path that skips every branch carries {short(empty, 2)} % of the"
+        " gradient.",
         why,
         "Height: size of the gradient that passed exactly k branches, on a log scale.",
-    )  # fmt: skip
+    )
 
 
 _SURFACE = "Shortcuts change the loss surface (Li et al. 2018): smooth with them, chaotic without."
@@ -350,9 +399,9 @@ def _claim_surface(evidence: Evidence) -> Claim:
     having, lacking = (trained.surfaces[name] for name in (roles.with_shortcuts, roles.without_shortcuts))
     why = [f"{_capital(name)}: {s.label or _shape(s.scores)}." for name, s in trained.surfaces.items()]
     why.append(
-        "Convex share: points of the plane that curve up in both directions. Roughness: how much the surface goes up and down "
-        f"more than one valley would. Chaotic here means a roughness of {CHAOTIC_ROUGHNESS:.0%} or more, or a convex share "
-        f"below {CHAOTIC_CONVEXITY:.0%}."
+        "Convex share: points of the plane that curve up in both directions. Roughness: how much the surface"
+        " goes up and down more than one valley would. Chaotic here means a roughness of"
+        f" {CHAOTIC_ROUGHNESS:.0%} or more, or a convex share below {CHAOTIC_CONVEXITY:.0%}."
     )
     why.append(_paired_numbers(evidence))
     answer, true, limits = _compare_surfaces(having, lacking)
@@ -413,8 +462,9 @@ def _paired_numbers(evidence: Evidence) -> str:
         return ""
     before, after = (surface.scores.centre for surface in paired.surfaces.values())
     return (
-        f"The trained weights with shortcuts have a loss of {short(before)}; take the shortcuts out of them and it is "
-        f"{short(after)}; over the plane the median change is {short(float(np.nanmedian(paired.difference)))}."
+        f"The trained weights with shortcuts have a loss of {short(before)}; take the shortcuts out of them"
+        f" and it is {short(after)}; over the plane the median change is"
+        f" {short(float(np.nanmedian(paired.difference)))}."
     )
 
 
@@ -463,13 +513,19 @@ def _single_shortcuts(evidence: Evidence) -> tuple[str, str]:
     losses = np.array([cost.loss_cost for _, cost in removed])
     limits = "No single one decides it: which matters most is another question."
     if flows:
-        limits = f"No single shortcut is crucial for it: any of them alone costs a factor of {short(10 ** max(0.0, *flows), 2)} at most."
+        limits = (
+            "No single shortcut is crucial for it: any of them alone costs a factor of"
+            f" {short(10 ** max(0.0, *flows), 2)} at most."
+        )
         if max(flows) > 2:
-            limits = f"They are not alike: taking out one alone costs a factor of {share(max(flows)).removeprefix('one part in ')}."
+            limits = (
+                "They are not alike: taking out one alone costs a factor of"
+                f" {share(max(flows)).removeprefix('one part in ')}."
+            )
     (first, dearest), (last, cheapest) = removed[0], removed[-1]
     why = (
-        f"Each shortcut was taken out alone. The loss changes by {short(dearest.loss_cost)} at {first} and by "
-        f"{short(cheapest.loss_cost)} at {last} (median {short(float(np.median(losses)))})."
+        f"Each shortcut was taken out alone. The loss changes by {short(dearest.loss_cost)} at {first} and by"
+        f" {short(cheapest.loss_cost)} at {last} (median {short(float(np.median(losses)))})."
     )
     lesions = (
         [i.lesioned.loss_cost for i in ranking.ranked if i.lesioned is not None]
@@ -497,7 +553,10 @@ def _claim_strength(evidence: Evidence) -> Claim:
     elif not healthy:
         limits = "None of the strengths tried gives a healthy flow."
     elif sweep.states[-1] != "healthy":
-        limits = f"More is not always better: the flow is healthy at a strength of {healthy[0]:.1f}, no longer at 1."
+        limits = (
+            f"More is not always better: the flow is healthy at a strength of {healthy[0]:.1f}, no longer"
+            " at 1."
+        )
     else:
         limits = f"Full strength is not needed: the flow is healthy from a strength of {healthy[0]:.1f} on."
     return Claim(
@@ -513,8 +572,14 @@ def _not_measured(key: str, claim: str, reason: str) -> Claim:
 
 
 CLAIMS = (
-    _claim_strength, _claim_surface, _claim_smaller, _claim_product, _claim_stagnate, _claim_path, _claim_crucial
-)  # fmt: skip
+    _claim_strength,
+    _claim_surface,
+    _claim_smaller,
+    _claim_product,
+    _claim_stagnate,
+    _claim_path,
+    _claim_crucial,
+)
 
 
 # --- methods
@@ -525,20 +590,21 @@ def methods(evidence: Evidence, settings: Settings, details: str = "") -> str:
     flow = next(iter(evidence.flow.values()))
     parts = [
         details
-        + f"Gradients were measured on {flow.samples} samples in {flow.mode} mode. The flow at a boundary is the RMS of "
-        "dL/d(activation), with |dL/d(output)| set to 1; boundaries are the input, each merge, and each weighted module "
-        "between merges. 'Removed' takes the shortcuts out of these weights as they are; 'detached' leaves the forward pass "
-        "and closes them to the gradient. The path spectrum is exact: the gradient is split by the number of branches passed "
-        "(Veit et al. 2016 sampled it)."
+        + f"Gradients were measured on {flow.samples} samples in {flow.mode} mode. The flow at a boundary is"
+        " the RMS of dL/d(activation), with |dL/d(output)| set to 1; boundaries are the input, each merge,"
+        " and each weighted module between merges. 'Removed' takes the shortcuts out of these weights as"
+        " they are; 'detached' leaves the forward pass and closes them to the gradient. The path spectrum"
+        " is exact: the gradient is split by the number of branches passed (Veit et al. 2016 sampled it)."
     ]
     if evidence.training is not None:
         parts.append(_training_methods(evidence.training))
     if evidence.surfaces:
         parts.append(
-            f"Loss surfaces: {settings.grid} x {settings.grid} points over [-1, 1]^2 in two random Gaussian directions, each "
-            "normalised filter by filter to the weights (Li et al. 2018), biases and norms zero, in evaluation mode, on the same "
-            "samples for every network. Twins trained separately have the same Gaussian draw, and only their scores are compared; "
-            "the pair that shares weights is compared point by point."
+            f"Loss surfaces: {settings.grid} x {settings.grid} points over [-1, 1]^2 in two random Gaussian"
+            " directions, each normalised filter by filter to the weights (Li et al. 2018), biases and norms"
+            " zero, in evaluation mode, on the same samples for every network. Twins trained separately have"
+            " the same Gaussian draw, and only their scores are compared; the pair that shares weights is"
+            " compared point by point."
         )
     return " ".join(parts)
 
@@ -553,9 +619,10 @@ def _training_methods(training: Training) -> str:
         for optimizer, values in rates.items()
     )
     return (
-        f"Training: {training.steps} steps of {training.batch_size} samples, {len(training.seeds)} seeds (varying "
-        f"{training.varies}), each network and optimizer at its best rate out of the same sweep on a seed of its own ({tried}); "
-        f"SGD has momentum 0.9. A target counts as reached where the mean loss of ten steps is there. Bands run from the lowest to the highest seed."
+        f"Training: {training.steps} steps of {training.batch_size} samples, {len(training.seeds)} seeds"
+        f" (varying {training.varies}), each network and optimizer at its best rate out of the same sweep on"
+        f" a seed of its own ({tried}); SGD has momentum 0.9. A target counts as reached where the mean loss"
+        " of ten steps is there. Bands run from the lowest to the highest seed."
     )
 
 

@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipscope._calls import no_gradient
 from skipscope._data import batch_size, rows
 from skipscope._errors import SkipscopeError
+from skipscope._model_calls import no_gradient
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import one_snapshot, private_copy, random_state_kept, require_module
 from skipscope.comparison._claims import comparison_of
+from skipscope.comparison._comparison_result import KIND, Comparison
 from skipscope.comparison._evidence import Evidence, Factory, Roles, Settings
 from skipscope.comparison._kinds import kind_names, twins_by_kind
 from skipscope.comparison._lecture import compare_lecture
-from skipscope.comparison._options import require_size, require_whole
-from skipscope.comparison._results import KIND, Comparison
 from skipscope.comparison._stages import (
     QUICK_SECONDS,
     Clock,
@@ -33,6 +32,7 @@ from skipscope.comparison._stages import (
 )
 from skipscope.comparison._threads import fitting_threads
 from skipscope.comparison._train import train_and_keep
+from skipscope.comparison._training_arguments import require_size, require_whole
 from skipscope.shortcuts import ablate, add_shortcuts
 
 
@@ -57,17 +57,19 @@ def compare(
 ) -> Comparison:
     """What do its shortcuts do for a network? Everything skipscope measures, with and without, as one result.
 
-    The shortcuts are found, not declared. A model that has some is compared with the twin from which they were
-    removed; a model that has none with the twin to which they were added. Nothing is done to the model given: twins
-    are copies. Local.
+    The shortcuts are found, not declared. A model that has some is compared with the twin from which they
+    were removed; a model that has none with the twin to which they were added. Nothing is done to the model
+    given: twins are copies. Local.
 
     Args:
-        model: a factory (called anew for each seed) or a ready module (seeds then vary the order of batches only);
-            None: the lecture's network, made deep, on embedded digits.
+        model: a factory (called anew for each seed) or a ready module (seeds then vary the order of batches
+            only); None: the lecture's network, made deep, on embedded digits.
         data: one batch ``(inputs, target)``, a Mapping, or any re-iterable of these.
-        loss: ``loss(output, target)``, ``@skipscope.objective``, or nothing when the output carries ``.loss``.
-        variants: more networks to stand beside the model, by name, each a factory or a module; or names of kinds of
-            ``skipscope.nn.registry()``: for each a twin whose shortcuts are of that kind (``result.kinds_table()``).
+        loss: ``loss(output, target)``, ``@skipscope.objective``, or nothing when the output carries
+            ``.loss``.
+        variants: more networks to stand beside the model, by name, each a factory or a module; or names of
+            kinds of ``skipscope.nn.registry()``: for each a twin whose shortcuts are of that kind
+            (``result.kinds_table()``).
         train: whether the twins are also trained side by side.
         seeds: training runs of each twin.
         steps: optimizer steps a run; by default 200, with ``quick`` 60 (the lecture's network: 300 and 100).
@@ -84,7 +86,8 @@ def compare(
         :class:`Comparison`; ``result.save("report.html")`` writes the page.
 
     Raises:
-        SkipscopeError: the model, the data or the loss cannot be read, a number is out of range, or the loss is not finite.
+        SkipscopeError: the model, the data or the loss cannot be read, a number is out of range, or the loss
+            is not finite.
 
     Example:
         >>> from skipscope import reference
@@ -178,9 +181,12 @@ def _refuse_bad_loss(subject: Subject) -> None:
         value = subject.loss(subject.model, subject.data.first())
     if not torch.isfinite(value.detach()):
         raise SkipscopeError(
-            "compare", "the loss is not finite on the first batch", expected="a finite loss", got=float(value.detach()),
+            "compare",
+            "the loss is not finite on the first batch",
+            expected="a finite loss",
+            got=float(value.detach()),
             cure="look for NaN in the data or the weights: skipscope flow MODEL says where they begin",
-        )  # fmt: skip
+        )
     if not value.requires_grad:
         raise no_gradient("compare", subject.model)
 

@@ -1,8 +1,8 @@
 """Two training engines: many networks as one batch of networks, or one network after the other.
 
 Both give the numbers of a plain training loop. The stacked engine (parameters stacked, the forward pass under
-``torch.vmap``, one backward pass for all) is taken only for a model whose gradients it was seen to reproduce, in less
-time than one network after the other takes.
+``torch.vmap``, one backward pass for all) is taken only for a model whose gradients it was seen to reproduce,
+in less time than one network after the other takes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 from skipscope._data import Objective, map_tensors
 from skipscope._progress import track
 from skipscope._random import random_state_kept
+from skipscope.comparison._comparison_result import smoothed
 from skipscope.comparison._optimizers import Driver, OptimizerChoice
-from skipscope.comparison._results import smoothed
 from skipscope.comparison._stream import Stream
 
 
@@ -72,8 +72,8 @@ class Course:
         stream: where its batches come from.
         objective: the loss.
         steps: how many, at most.
-        stop_at: stop as soon as the smoothed loss of one of the networks trained together is here, and half way if
-            none of them has come down by a hundredth; None: go on.
+        stop_at: stop as soon as the smoothed loss of one of the networks trained together is here, and half
+            way if none of them has come down by a hundredth; None: go on.
         schedule: a factor on the rate at each step, from 0 on.
         clip_norm: the gradient is scaled down to this norm where it is longer.
         autocast: the dtype of ``torch.autocast``.
@@ -113,9 +113,11 @@ class Course:
 def train_one_by_one(
     make: Maker, runs: Sequence[Run], choice: OptimizerChoice, course: Course, name: str
 ) -> dict[Run, Log]:
-    """Each run is a plain loop: seed, make the network, train it; its noise continues from the state that making it left.
+    """Each run is a plain loop: seed, make the network, train it; its noise continues from the state that
+    making it left.
 
-    Where the course stops at a loss, a run ends there, and later ones have no more steps than the first that got there.
+    Where the course stops at a loss, a run ends there, and later ones have no more steps than the first that
+    got there.
     """
     logs = {}
     for run in track(runs, f"training {name!r} under {choice.name}"):
@@ -198,9 +200,9 @@ def train_stacked(
     """All runs at once, with torch's own SGD, Adam or AdamW."""
     starts = {seed: make(seed) for seed in dict.fromkeys(run.seed for run in runs)}
     networks = Stacked([starts[run.seed] for run in runs], course.objective)
-    # The optimizer acts on a displacement that starts at zero each step. SGD's and Adam's steps are proportional to
-    # the rate, so one optimizer at rate 1 serves all rates, and the displacement is the update whose size we report.
-    # Weight decay, which is a part of the weights, is added to it.
+    # The optimizer acts on a displacement that starts at zero each step. SGD's and Adam's steps are
+    # proportional to the rate, so one optimizer at rate 1 serves all rates, and the displacement is the
+    # update whose size we report. Weight decay, which is a part of the weights, is added to it.
     displacement = torch.zeros_like(networks.table).requires_grad_()
     plain = OptimizerChoice("Adam", ()) if choice.name == "AdamW" else choice
     optimizer = plain.make([displacement], 1.0).optimizer
@@ -334,9 +336,9 @@ class _Bound(nn.Module):
 def is_stackable(make: Maker, seeds: Sequence[int], course: Course) -> bool:
     """Whether the stacked engine trains this model as a plain loop does.
 
-    It is tried on one batch: losses and gradients of every seed's network equal those of a plain step on a network
-    made again, which draws no noise, keeps no state from call to call, and has no hooks that a copy could lose; and a
-    step of all takes less time stacked.
+    It is tried on one batch: losses and gradients of every seed's network equal those of a plain step on a
+    network made again, which draws no noise, keeps no state from call to call, and has no hooks that a copy
+    could lose; and a step of all takes less time stacked.
     """
     if course.autocast == torch.float16:
         return False  # each network would need a loss scale of its own
@@ -409,7 +411,10 @@ def _has_plain_weights(model: nn.Module) -> bool:
 
 
 def _plain_gradients(model: nn.Module, batch: Any, course: Course) -> list[Tensor] | None:
-    """The gradients of a plain step; None where the model is more than a function of its weights and the batch."""
+    """The gradients of a plain step;
+
+    None where the model is more than a function of its weights and the batch.
+    """
     before, watch = _state(model), _GradientHooks()
     with random_state_kept(0):
         generators = torch.get_rng_state()
@@ -433,7 +438,10 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 
 class _GradientHooks(TorchFunctionMode):
-    """Notices a forward pass that hangs hooks on its activations: under vmap they would see another tensor."""
+    """Notices a forward pass that hangs hooks on its activations:
+
+    under vmap they would see another tensor.
+    """
 
     def __init__(self):
         super().__init__()

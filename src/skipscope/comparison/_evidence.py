@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from skipscope.comparison._comparison_result import Rung, StrengthSweep, Training, Twin
 from skipscope.comparison._optimizers import RATES
-from skipscope.comparison._results import Rung, StrengthSweep, Training, Twin
 from skipscope.flow import GradientFlow, GradientSplit, Importance, PathSpectrum
 from skipscope.shortcuts import Shortcuts
 from skipscope.surfaces import PairedSurfaces

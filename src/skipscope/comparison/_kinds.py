@@ -26,9 +26,12 @@ def kind_names(variants: Any) -> tuple[str, ...]:
     for name in names:
         if not isinstance(name, str):
             raise SkipscopeError(
-                "compare", "variants are kinds of shortcut, or networks by name", got=type(name).__name__,
-                expected='["rezero", "highway"], or {"wide": make_wide}', cure="skipscope.nn.registry() lists the kinds",
-            )  # fmt: skip
+                "compare",
+                "variants are kinds of shortcut, or networks by name",
+                got=type(name).__name__,
+                expected='["rezero", "highway"], or {"wide": make_wide}',
+                cure="skipscope.nn.registry() lists the kinds",
+            )
         find_kind(name, "compare")
     return tuple(dict.fromkeys(names))
 
@@ -38,7 +41,8 @@ def twins_by_kind(
 ) -> dict[str, tuple[nn.Module, Any]]:
     """Kind -> its twin, and what makes another; kinds that do not fit are refused in ``notes``.
 
-    Where the network has shortcuts those that are sums of two are rewired; elsewhere shortcuts of the kind are added.
+    Where the network has shortcuts those that are sums of two are rewired; elsewhere shortcuts of the kind
+    are added.
 
     Raises:
         SkipscopeError: none of the kinds fits.

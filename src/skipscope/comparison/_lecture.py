@@ -1,7 +1,7 @@
 """The main job without a model: the lecture's network, made deep, on real digits, at several depths.
 
-Four networks, so that no one can say "bad initialisation": plain, plain with He's initialisation, with the lecture's
-shortcuts, and with shortcuts whose branches are scaled by 1/sqrt(L).
+Four networks, so that no one can say "bad initialisation": plain, plain with He's initialisation, with the
+lecture's shortcuts, and with shortcuts whose branches are scaled by 1/sqrt(L).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from skipscope._progress import progress, say, track
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import one_snapshot, random_state_kept
 from skipscope.comparison._claims import comparison_of
+from skipscope.comparison._comparison_result import Comparison, Rung, Training
 from skipscope.comparison._evidence import Evidence, Factory, Roles, Settings
 from skipscope.comparison._processes import in_processes, workers
-from skipscope.comparison._results import Comparison, Rung, Training
 from skipscope.comparison._stages import (
     Clock,
     describe,
@@ -59,9 +59,9 @@ _BUILD = {
     "shortcuts, scaled": {"shortcut": "identity", "scale": "depth"},
 }
 DETAILS = (
-    "Each hidden layer is a linear layer of width 64 and a GELU (tanh form); with shortcuts x + layer(x), scaled "
-    "x + layer(x)/sqrt(depth); the head is linear. The data are the UCI optical digits (1,797 images of 8 x 8, CC BY "
-    "4.0, Alpaydin and Kaynak). "
+    "Each hidden layer is a linear layer of width 64 and a GELU (tanh form); with shortcuts x + layer(x),"
+    " scaled x + layer(x)/sqrt(depth); the head is linear. The data are the UCI optical digits (1,797 images"
+    " of 8 x 8, CC BY 4.0, Alpaydin and Kaynak). "
 )
 
 
@@ -83,9 +83,15 @@ def compare_lecture(settings: Settings, clock: Clock, *, quick: bool, steps: int
     """The main job on the lecture's network."""
     depths = QUICK_DEPTHS if quick else DEPTHS
     settings = replace(
-        settings, seeds=1 if quick else 3, steps=steps or (100 if quick else 300), batch_size=64,
-        grid=11 if quick else 25, samples=128 if quick else 256, optimizers=QUICK_RATES if quick else RATES, target=TARGET,
-    )  # fmt: skip
+        settings,
+        seeds=1 if quick else 3,
+        steps=steps or (100 if quick else 300),
+        batch_size=64,
+        grid=11 if quick else 25,
+        samples=128 if quick else 256,
+        optimizers=QUICK_RATES if quick else RATES,
+        target=TARGET,
+    )
     deepest = build(depths[-1], settings.seed)
     batch = reference.digits(settings.samples)
     plain = prepare(deepest[ROLES.without_shortcuts], batch, F.cross_entropy, "compare")
@@ -100,11 +106,13 @@ def compare_lecture(settings: Settings, clock: Clock, *, quick: bool, steps: int
         _measure(evidence, subjects, depths, settings, clock)
     subject = f"The lecture's network, {depths[-1]} hidden layers deep, on 1,797 real digits"
     shallower = ", ".join(map(str, depths[:-1]))
-    details = DETAILS + (
-        f"Everything but the charts over depth is measured on {depths[-1]} hidden layers: flow, paths and strength at "
-        f"initialisation, surfaces and importance after training. At {shallower} hidden layers each network is trained on "
-        "one seed; that sweep ends when its first rate is at the target, or half way when no rate has brought the loss "
-        "down by 1 %: there '> N' counts the steps that were run. "
+    details = (
+        DETAILS
+        + f"Everything but the charts over depth is measured on {depths[-1]} hidden layers: flow, paths and"
+        f" strength at initialisation, surfaces and importance after training. At {shallower} hidden layers"
+        " each network is trained on one seed; that sweep ends when its first rate is at the target, or"
+        " half way when no rate has brought the loss down by 1 %: there '> N' counts the steps that were"
+        " run. "
     )
     return comparison_of(evidence, subject, settings, clock, details if settings.train else DETAILS)
 
@@ -158,7 +166,10 @@ class _Job:
 def _train_all(
     depths: Sequence[int], settings: Settings, plain: Subject, clock: Clock
 ) -> tuple[dict[int, Training], dict[str, dict[str, nn.Module]]]:
-    """Depth -> training, and the deepest trained networks by name and optimizer. The longest jobs come first."""
+    """Depth -> training, and the deepest trained networks by name and optimizer.
+
+    The longest jobs come first.
+    """
     each = seconds_a_step(plain, settings.batch_size) / depths[-1]
     chosen, settings = _affordable(depths, settings, each, clock)
     jobs = [_Job(d, n, o) for d in chosen for n in _BUILD for o in settings.optimizers]
@@ -205,7 +216,8 @@ def _affordable(
     )
     seconds = a_step * settings.steps
     say(
-        f"training: about {seconds * 1.3:.0f} s; {len(depths)} depths, 4 networks, 2 optimizers, {settings.seeds} seeds"
+        f"training: about {seconds * 1.3:.0f} s; {len(depths)} depths, 4 networks, 2 optimizers,"
+        f" {settings.seeds} seeds"
     )
     if clock.budget is None:
         return sorted(depths, reverse=True), settings
@@ -228,7 +240,10 @@ def _affordable(
 
 
 def _rung(depth: int, flows: dict[str, GradientFlow], training: Training | None) -> Rung:
-    """What one depth shows; a network learns where every seed's loss reaches the target under that optimizer."""
+    """What one depth shows;
+
+    a network learns where every seed's loss reaches the target under that optimizer.
+    """
     curves = training.curves if training is not None else {}
     return Rung(
         depth,

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._asked import is_finite
 from skipscope._errors import SkipscopeError
-from skipscope.comparison._options import require_size
+from skipscope._validation import is_finite
+from skipscope.comparison._training_arguments import require_size
 
 # The rates that are tried, from the greatest to the smallest. AdamW is there for the asking.
 RATES: dict[str, tuple[float, ...]] = {"SGD": (0.1, 0.03, 0.01, 0.003), "Adam": (0.01, 0.003, 0.001, 0.0003)}
@@ -42,8 +42,8 @@ class OptimizerChoice:
     Attributes:
         name: for tables.
         rates: learning rates to try; empty: the factory sets its own.
-        factory: makes the optimizer from the parameters, and from a rate where ``rates`` has some; None: torch's own
-            of that name.
+        factory: makes the optimizer from the parameters, and from a rate where ``rates`` has some; None:
+            torch's own of that name.
     """
 
     name: str
@@ -103,9 +103,12 @@ def choices(operation: str, optimizers: Any) -> dict[str, OptimizerChoice]:
     found = {name: _choice(operation, name, value) for name, value in optimizers.items()}
     if not found:
         raise SkipscopeError(
-            operation, "there is no optimizer to train with", expected='e.g. {"SGD": [0.1, 0.01]}', got=repr(optimizers)[:60],
+            operation,
+            "there is no optimizer to train with",
+            expected='e.g. {"SGD": [0.1, 0.01]}',
+            got=repr(optimizers)[:60],
             cure="leave optimizers out for the default",
-        )  # fmt: skip
+        )
     return found
 
 
@@ -117,18 +120,24 @@ def _choice(operation: str, name: Any, value: Any) -> OptimizerChoice:
         factory, value = value[0], value[1] if len(value) == 2 else ()
     elif name not in _KNOWN:
         raise SkipscopeError(
-            operation, "unknown optimizer", expected=", ".join(_KNOWN) + ", or a factory of your own", got=repr(name)[:60],
+            operation,
+            "unknown optimizer",
+            expected=", ".join(_KNOWN) + ", or a factory of your own",
+            got=repr(name)[:60],
             cure=f'optimizers={{"{name}": lambda parameters: torch.optim.SGD(parameters, lr=0.1)}}',
-        )  # fmt: skip
+        )
     given: Any = (
         _KNOWN[name] if value is None and factory is None else (value,) if is_finite(value) else value
     )
     rates: tuple[float, ...] = tuple(given) if isinstance(given, Iterable) else ()
     if not rates:
         raise SkipscopeError(
-            operation, f"there is no rate to train {name} with", expected='e.g. {"SGD": [0.1, 0.01]}', got=repr(value)[:60],
+            operation,
+            f"there is no rate to train {name} with",
+            expected='e.g. {"SGD": [0.1, 0.01]}',
+            got=repr(value)[:60],
             cure="leave optimizers out for the default",
-        )  # fmt: skip
+        )
     for rate in rates:
         require_size(operation, **{f"a rate of {name}": rate})
     return OptimizerChoice(name, tuple(dict.fromkeys(rates)), factory)

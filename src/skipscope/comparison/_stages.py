@@ -1,4 +1,6 @@
-"""The stages of a comparison, each a function of the evidence so far, and a clock that keeps to the budget."""
+"""The stages of a comparison, each a function of the evidence so far, and a clock that keeps to the
+budget.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from skipscope._errors import SkipscopeError
 from skipscope._progress import say, track
 from skipscope._subject import Subject
 from skipscope._untouched import private_copy, set_mode
+from skipscope.comparison._comparison_result import KIND, StrengthSweep, Training, Twin
 from skipscope.comparison._evidence import Evidence, Settings
 from skipscope.comparison._processes import workers
-from skipscope.comparison._results import KIND, StrengthSweep, Training, Twin
 from skipscope.flow import GradientFlow, flow_of, importance_of, paths_of, split_of
 from skipscope.shortcuts import ablate
 from skipscope.surfaces import PairedSurfaces, paired_landscapes
@@ -64,7 +66,8 @@ class Clock:
         if self.budget is None or self.spent + (seconds := estimate()) <= self.budget:
             return True
         self.notes.append(
-            f"left out: {name}; about {seconds:.0f} s more would have passed the budget of {self.budget:.0f} s"
+            f"left out: {name}; about {seconds:.0f} s more would have passed the budget of"
+            f" {self.budget:.0f} s"
         )
         return False
 
@@ -118,7 +121,10 @@ def describe(
 
 
 def measure_flow(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clock) -> None:
-    """Flow of every network; for those with shortcuts also removed and detached, split, paths and strength."""
+    """Flow of every network;
+
+    for those with shortcuts also removed and detached, split, paths and strength.
+    """
     say("gradient flow, paths and shortcut strength")
     removed = {name for name, twin in evidence.twins.items() if twin.meaning == "removed"}
     by_kind = {name for name, twin in evidence.twins.items() if twin.meaning.startswith(KIND)}
@@ -157,7 +163,8 @@ def measure_training(
     settings: Settings,
     clock: Clock,
 ) -> dict[str, nn.Module]:
-    """Train the twins side by side; returns one trained network each, under the optimizer that most of them like.
+    """Train the twins side by side; returns one trained network each, under the optimizer that most of them
+    like.
 
     Args:
         evidence: gets the training.
@@ -204,7 +211,10 @@ def trained_alike(training: Training, kept: Mapping[str, Mapping[str, nn.Module]
 
 
 def seconds_a_step(subject: Subject, batch_size: int | None) -> float:
-    """What one step of training takes: a forward and a backward pass, timed, and a fifth more for the optimizer."""
+    """What one step of training takes:
+
+    a forward and a backward pass, timed, and a fifth more for the optimizer.
+    """
     batch = subject.data.first()
     if batch_size is not None and samples_of(batch) > batch_size:
         batch = rows(batch, slice(0, batch_size))

@@ -11,7 +11,8 @@ import torch
 from skipscope._data import Batches, batch_size, rows
 from skipscope._random import drawn_apart
 
-# A data set of more batches than this is not held in memory: its own order is used, and re-started at its end.
+# A data set of more batches than this is not held in memory: its own order is used, and re-started at its
+# end.
 HELD = 512
 
 

@@ -18,8 +18,8 @@ from skipscope._data import Objective
 def fitting_threads(model: nn.Module, loss: Objective, batch: Any) -> Iterator[None]:
     """One thread inside, if one forward and backward pass takes no longer with one than with all.
 
-    The operations of small networks are over before a second thread has woken up; and when other work shares the
-    machine, waiting for that thread costs many times the work itself (seen: 50 times).
+    The operations of small networks are over before a second thread has woken up; and when other work shares
+    the machine, waiting for that thread costs many times the work itself (seen: 50 times).
     """
     threads = torch.get_num_threads()
     try:

@@ -1,7 +1,8 @@
-"""Twins trained side by side: the same batches, the same seeds, each with its best rate out of one small sweep.
+"""Twins trained side by side: the same batches, the same seeds, each with its best rate out of one small
+sweep.
 
-The sweep runs on a seed of its own, so that the runs that are reported did not choose the rate. A best rate at the
-edge of what was tried extends it.
+The sweep runs on a seed of its own, so that the runs that are reported did not choose the rate. A best rate
+at the edge of what was tried extends it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from skipscope._calls import no_gradient
 from skipscope._data import read
 from skipscope._errors import SkipscopeError
+from skipscope._model_calls import no_gradient
 from skipscope._public_call import public_call
 from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
+from skipscope.comparison._comparison_result import Curves, Training, smoothed
 from skipscope.comparison._engines import (
     Course,
     Log,
@@ -31,10 +33,9 @@ from skipscope.comparison._engines import (
 )
 from skipscope.comparison._optimizers import RATES as RATES
 from skipscope.comparison._optimizers import OptimizerChoice, choices
-from skipscope.comparison._options import require_size, require_whole, seeds_of
-from skipscope.comparison._results import Curves, Training, smoothed
 from skipscope.comparison._stream import Stream
 from skipscope.comparison._threads import fitting_threads
+from skipscope.comparison._training_arguments import require_size, require_whole, seeds_of
 from skipscope.shortcuts import refuse_shared
 
 # A sweep whose best rate is its greatest or smallest is extended by two rates, at most so many times.
@@ -75,48 +76,58 @@ def train_twins(
 ) -> Training:
     """Train networks side by side and tell how fast each one learns.
 
-    Every twin sees the same batches in the same order for a given seed, and has its best learning rate out of the
-    same sweep, on a seed that is not among those reported; where the best is the greatest or smallest rate tried,
-    the sweep is extended, and what is still at the edge then is named. Each run is what a plain loop gives: seed, make
-    the network, train it, in the modes in which it was made (a ready module wholly in evaluation mode is put in
-    training mode). The models given are not trained: their copies are. Local.
+    Every twin sees the same batches in the same order for a given seed, and has its best learning rate out of
+    the same sweep, on a seed that is not among those reported; where the best is the greatest or smallest
+    rate tried, the sweep is extended, and what is still at the edge then is named. Each run is what a plain
+    loop gives: seed, make the network, train it, in the modes in which it was made (a ready module wholly in
+    evaluation mode is put in training mode). The models given are not trained: their copies are. Local.
 
     Args:
-        twins: name -> factory (called for every run, after seeding) or ready module (seeds then vary the batch
-            order only, and the result says so).
+        twins: name -> factory (called for every run, after seeding) or ready module (seeds then vary the
+            batch order only, and the result says so).
         data: training data; one large batch is cut into random batches.
         loss: see ``skipscope.gradient_flow``.
         seeds: how many, or which.
         steps: optimizer steps a run.
         batch_size: samples a step, where the data is one batch; default 64.
-        optimizers: names out of "SGD" (momentum 0.9), "Adam" and "AdamW" (decay 0.01), or name -> rates to try, or
-            name -> factory ``f(parameters)`` of any optimizer, or name -> ``(f, rates)`` with ``f(parameters, rate)``.
-            A factory may return ``(optimizer, scheduler)``. Default: SGD and Adam.
+        optimizers: names out of "SGD" (momentum 0.9), "Adam" and "AdamW" (decay 0.01), or name -> rates to
+            try, or name -> factory ``f(parameters)`` of any optimizer, or name -> ``(f, rates)`` with
+            ``f(parameters, rate)``. A factory may return ``(optimizer, scheduler)``. Default: SGD and Adam.
         schedule: a factor on the rate at each step, from 0 on.
         clip_norm: scale a longer gradient down to this norm.
         autocast: ``torch.bfloat16`` or ``torch.float16`` (with a gradient scaler); None: full precision.
-        target: the loss whose first crossing is counted; default: half of the lowest first loss of any twin. Where a
-            loss falls to zero or below: half of the distance from there to the lowest loss that any twin reaches.
+        target: the loss whose first crossing is counted; default: half of the lowest first loss of any twin.
+            Where a loss falls to zero or below: half of the distance from there to the lowest loss that any
+            twin reaches.
         weight: see ``skipscope.gradient_flow``.
 
     Returns:
         :class:`Training`.
 
     Raises:
-        SkipscopeError: no twins, an unknown optimizer, numbers out of range, a loss that cannot be differentiated,
-            data that cannot be read, or a ready module with hooks that a copy cannot have.
+        SkipscopeError: no twins, an unknown optimizer, numbers out of range, a loss that cannot be
+            differentiated, data that cannot be read, or a ready module with hooks that a copy cannot have.
 
     Example:
         >>> from skipscope import reference
         >>> make = lambda: reference.deep_mlp(4, shortcut="identity")
-        >>> runs = train_twins({"with": make}, reference.digits(256), nn.functional.cross_entropy, seeds=2, steps=30)
+        >>> loss = nn.functional.cross_entropy
+        >>> runs = train_twins({"with": make}, reference.digits(256), loss, seeds=2, steps=30)
         >>> runs.curves["with"]["Adam"].losses.shape
         (2, 30)
     """
     return train_and_keep(
-        twins, data, loss, seeds=seeds, steps=steps, batch_size=batch_size, optimizers=optimizers, target=target, weight=weight,
+        twins,
+        data,
+        loss,
+        seeds=seeds,
+        steps=steps,
+        batch_size=batch_size,
+        optimizers=optimizers,
+        target=target,
+        weight=weight,
         recipe=Recipe(schedule, clip_norm, autocast),
-    )[0]  # fmt: skip
+    )[0]
 
 
 def train_and_keep(
@@ -134,11 +145,12 @@ def train_and_keep(
     stop_at_target: bool = False,
     extend: bool = True,
 ) -> tuple[Training, dict[str, dict[str, nn.Module]]]:
-    """As :func:`train_twins`, and the trained networks: twin -> optimizer -> the first seed's at its best rate.
+    """As :func:`train_twins`, and the trained networks: twin -> optimizer -> the first seed's at its best
+    rate.
 
-    With ``stop_at_target`` a sweep ends when its first rate has reached the target, which must then be given: enough
-    to tell in how many steps the best rate gets there. Neither then nor without ``extend`` does a sweep go on past
-    the rates given.
+    With ``stop_at_target`` a sweep ends when its first rate has reached the target, which must then be given:
+    enough to tell in how many steps the best rate gets there. Neither then nor without ``extend`` does a
+    sweep go on past the rates given.
     """
     if not isinstance(twins, Mapping) or not twins:
         raise SkipscopeError(
@@ -157,9 +169,12 @@ def train_and_keep(
         )
     if recipe.autocast not in {None, torch.bfloat16, torch.float16}:
         raise SkipscopeError(
-            "train_twins", "autocast is no dtype that torch.autocast trains in", expected="torch.bfloat16 or torch.float16",
-            got=repr(recipe.autocast)[:60], cure="autocast=torch.bfloat16",
-        )  # fmt: skip
+            "train_twins",
+            "autocast is no dtype that torch.autocast trains in",
+            expected="torch.bfloat16 or torch.float16",
+            got=repr(recipe.autocast)[:60],
+            cure="autocast=torch.bfloat16",
+        )
     chosen = seeds_of("train_twins", seeds)
     chosen_optimizers = choices("train_twins", optimizers)
     models = [twin for twin in twins.values() if isinstance(twin, nn.Module)]
@@ -181,8 +196,14 @@ def train_and_keep(
             if not objective(first, next(stream.batches(0))).requires_grad:
                 raise no_gradient("train_twins", first)
         course = Course(
-            stream, objective, steps, target if stop_at_target else None, recipe.schedule, recipe.clip_norm, recipe.autocast
-        )  # fmt: skip
+            stream,
+            objective,
+            steps,
+            target if stop_at_target else None,
+            recipe.schedule,
+            recipe.clip_norm,
+            recipe.autocast,
+        )
         for name, make in makers.items():
             stacks = is_stackable(make, chosen, course)
             engine[name] = "stacked" if stacks and _stocks(chosen_optimizers) else "one by one"
@@ -215,10 +236,14 @@ def _maker(name: str, twin: nn.Module | Callable[[], nn.Module], notes: dict[str
         refuse_shared(twin, "train_twins", name)
         if any(p._post_accumulate_grad_hooks for p in twin.parameters()):  # type: ignore[attr-defined]
             raise SkipscopeError(
-                "train_twins", "parameters carry hooks that act once their gradient is there, and would act on the model itself",
-                layer=name, expected="a model without an optimizer in its backward pass", got="register_post_accumulate_grad_hook",
+                "train_twins",
+                "parameters carry hooks that act once their gradient is there, and would act on the model"
+                " itself",
+                layer=name,
+                expected="a model without an optimizer in its backward pass",
+                got="register_post_accumulate_grad_hook",
                 cure="pass a factory that makes the model and its hooks: train_twins({name: make}, ...)",
-            )  # fmt: skip
+            )
         return Maker(lambda: _in_training(_copy_with_hooks(twin), name, notes))
 
     if not callable(twin):
@@ -248,7 +273,10 @@ def _copy_with_hooks(model: nn.Module) -> nn.Module:
 
 
 def _in_training(model: nn.Module, name: str, notes: dict[str, None]) -> nn.Module:
-    """The model in the modes in which it is to be trained: as found, unless it is wholly in evaluation mode."""
+    """The model in the modes in which it is to be trained:
+
+    as found, unless it is wholly in evaluation mode.
+    """
     modes = {module.training for module in model.modules()}
     if modes == {False}:
         notes.setdefault(f"{name} was in evaluation mode, and was trained in training mode")
@@ -269,7 +297,8 @@ class _Sweep:
         seed: on which the rates were tried; None where there was nothing to choose.
         tried: rate -> losses on that seed.
         rate: the best.
-        is_at_edge: the best is the greatest or the smallest that was tried, and better than the one beside it.
+        is_at_edge: the best is the greatest or the smallest that was tried, and better than the one beside
+            it.
         reported: one log a seed, at the best rate.
     """
 
@@ -335,11 +364,12 @@ def _sweep_then_seeds(
 
 
 def _beyond(tried: dict[float, np.ndarray]) -> list[float]:
-    """Two more rates past the edge, where the best rate stands there and is clearly better than the one beside it.
+    """Two more rates past the edge, where the best rate stands there and is clearly better than the one
+    beside it.
 
-    All rates saw the same batches, so their last losses differ by the rate alone. Clearly: by a fiftieth of the
-    spread of all of them, where that is more than a thousandth of the first loss. A loss that rose counts as one that
-    stayed; where every loss rose, a smaller rate may do.
+    All rates saw the same batches, so their last losses differ by the rate alone. Clearly: by a fiftieth of
+    the spread of all of them, where that is more than a thousandth of the first loss. A loss that rose counts
+    as one that stayed; where every loss rose, a smaller rate may do.
     """
     rates = sorted(tried)
     first = float(tried[rates[0]][0])
@@ -376,16 +406,20 @@ def _refuse_bad_first_loss(logs: dict[str, dict[str, _Sweep]]) -> None:
             first = [float(log.losses[0]) for log in sweep.reported]
             if not np.isfinite(first).all():
                 raise SkipscopeError(
-                    "train_twins", "the loss is not finite on the first batch", expected="a finite loss", got=first[0],
+                    "train_twins",
+                    "the loss is not finite on the first batch",
+                    expected="a finite loss",
+                    got=first[0],
                     cure="look for NaN in the data or the weights: skipscope.gradient_flow says where",
-                )  # fmt: skip
+                )
 
 
 def _default_target(logs: dict[str, dict[str, _Sweep]]) -> float:
-    """Half of the lowest first loss of any twin; where a loss falls to zero or below, half of the distance to the lowest reached.
+    """Half of the lowest first loss of any twin; where a loss falls to zero or below, half of the distance to
+    the lowest reached.
 
-    There a fall counts from a hundredth of the first loss on, and from three times the spread of a smoothed loss
-    whose steps differ as those of the best run do.
+    There a fall counts from a hundredth of the first loss on, and from three times the spread of a smoothed
+    loss whose steps differ as those of the best run do.
     """
     runs = [[log.losses for sweep in by.values() for log in sweep.reported] for by in logs.values()]
     first = min(float(np.mean([losses[0] for losses in of_twin])) for of_twin in runs)

@@ -1,17 +1,18 @@
 """How surely a Lanczos run has seen the end of the spectrum: a bound that holds for every symmetric matrix.
 
-A small residual says that *an* eigenvalue is near, not that it is the last one: the start vectors may have next to
-nothing in the direction of another. How little they must have is known. Let ``A u = mu u`` and let ``c = u'Q_0 [b]`` be
-the coordinates of ``u`` in the random start block. The recurrence of the run gives its coordinates in every later basis
-vector, ``u'V = c P(mu)`` with ``P [b, m]`` known polynomials (the Lanczos polynomials, divided by what they are
-normalised with), and as the rows of V are orthonormal, ``|c P(mu)| <= 1``. So
+A small residual says that *an* eigenvalue is near, not that it is the last one: the start vectors may have
+next to nothing in the direction of another. How little they must have is known. Let ``A u = mu u`` and let
+``c = u'Q_0 [b]`` be the coordinates of ``u`` in the random start block. The recurrence of the run gives its
+coordinates in every later basis vector, ``u'V = c P(mu)`` with ``P [b, m]`` known polynomials (the Lanczos
+polynomials, divided by what they are normalised with), and as the rows of V are orthonormal, ``|c P(mu)| <=
+1``. So
 
     |c|^2 <= 1 / sigma_min(P(mu))^2
 
 (for b = 1 the right side is the Christoffel function of the run). The left side is Beta(b/2, (n - b)/2) for a
-uniformly random start, whatever A is. Hence the chance that an eigenvalue at mu, or farther out, has stayed unseen is
-at most that distribution's value at the right side; it holds at every step at once, so stopping when it is small is
-fair.
+uniformly random start, whatever A is. Hence the chance that an eigenvalue at mu, or farther out, has stayed
+unseen is at most that distribution's value at the right side; it holds at every step at once, so stopping
+when it is small is fair.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from skipscope.curvature._lanczos import Krylov, Restart, Step
 
 
 def chance_unseen(run: Krylov, places: Sequence[float], block: int, diluted: float = 1.0) -> float:
-    """At most this is the chance, over the random start, that an eigenvalue at or beyond one of ``places`` is unseen.
+    """At most this is the chance, over the random start, that an eigenvalue at or beyond one of ``places`` is
+    unseen.
 
     Args:
         run: a run begun from ``block`` random vectors.
@@ -49,10 +51,11 @@ def chance_unseen(run: Krylov, places: Sequence[float], block: int, diluted: flo
 def _coordinates(
     history: list[Step | Restart], places: np.ndarray, block: int, floor: float
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """``P`` of the module's text at each place, the logarithm of a factor taken out, and how many columns were added.
+    """``P`` of the module's text at each place, the logarithm of a factor taken out, and how many columns
+    were added.
 
-    Where a direction of a block was dropped because its remainder was rounding, an eigenvector at ``mu`` must satisfy
-    ``|c (mu P - P H)| <= that rounding``: a column more, whose product with c is at most 1 as well.
+    Where a direction of a block was dropped because its remainder was rounding, an eigenvector at ``mu`` must
+    satisfy ``|c (mu P - P H)| <= that rounding``: a column more, whose product with c is at most 1 as well.
     """
     known = np.empty(
         (len(places), block, sum(e.onward.shape[0] for e in history if isinstance(e, Step)) + block)

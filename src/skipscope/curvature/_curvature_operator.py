@@ -1,7 +1,8 @@
 """The Hessian or Gauss-Newton matrix of a loss over data, as something to multiply with.
 
-The loss over several batches is their weighted mean (or sum), and so is its matrix; products are summed in float64. The
-first product on the first batch tries the modes from the cheapest on; the one that runs is reported.
+The loss over several batches is their weighted mean (or sum), and so is its matrix; products are summed in
+float64. The first product on the first batch tries the modes from the cheapest on; the one that runs is
+reported.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class How:
 class CurvatureOperator:
     """The matrix of second derivatives of a loss, known by its products.
 
-    Made by :func:`curvature_operator`, which returns a ``scipy.sparse.linalg.LinearOperator`` too. It keeps a copy of the
-    model as it was then.
+    Made by :func:`curvature_operator`, which returns a ``scipy.sparse.linalg.LinearOperator`` too. It keeps a
+    copy of the model as it was then.
 
     Attributes:
         dtype: float64.
@@ -148,7 +149,7 @@ class CurvatureOperator:
     def move_to(self, values: Mapping[str, Tensor]) -> None:
         """Measure at other values of the model's parameters, by name (a landscape's next point)."""
         parameters = dict(self.model.module.named_parameters())
-        self.model.move(((parameters[name], value) for name, value in values.items()))
+        self.model.move((parameters[name], value) for name, value in values.items())
         self._held.clear()
         self.held_bytes = 0
 
@@ -233,12 +234,19 @@ class CurvatureOperator:
                 ),
                 None,
             )
-            what = "loss and gradient are finite, but a second derivative is not (a square root at 0, for instance)"
+            what = (
+                "loss and gradient are finite, but a second derivative is not (a square root at 0, for"
+                " instance)"
+            )
         raise SkipscopeError(
-            self.model.operation, f"a product is not finite on batch {index}: {what}", layer=layer,
+            self.model.operation,
+            f"a product is not finite on batch {index}: {what}",
+            layer=layer,
             expected="finite numbers",
-            cure="look at that batch and layer; float64, or a smaller learning rate before measuring, may help",
-        )  # fmt: skip
+            cure=(
+                "look at that batch and layer; float64, or a smaller learning rate before measuring, may help"
+            ),
+        )
 
 
 @public_call("curvature_operator")
@@ -255,24 +263,27 @@ def curvature_operator(
     mode: str | None = None,
     memory: int = _MEMORY,
 ) -> CurvatureOperator:
-    """The Hessian or Gauss-Newton matrix of a loss, to multiply with. Local: under DDP it sees this rank's data.
+    """The Hessian or Gauss-Newton matrix of a loss, to multiply with. Local: under DDP it sees this rank's
+    data.
 
     Args:
         model: any module; it is copied and left as found.
         data: one batch, or a re-iterable of batches.
         loss: ``loss(output, target)``; None when the output carries ``.loss``; or an ``@ss.objective``.
-        matrix: "hessian", or "gauss_newton": the Hessian of the loss with the model replaced by its linearisation.
-        parameters: names or patterns (``"layer1.*"``) of what it is taken in; default: all that require a gradient.
+        matrix: "hessian", or "gauss_newton": the Hessian of the loss with the model replaced by its
+            linearisation.
+        parameters: names or patterns (``"layer1.*"``) of what it is taken in; default: all that require a
+            gradient.
         weight: what a batch counts for in the mean; default: the loss's own normaliser.
         training: False runs in eval mode, True in training mode, None leaves each module's flag.
         seed: of random numbers inside the model (dropout), the same in every product.
-        mode: which way to make products; default: the first that works of "reverse over reverse", "forward over
-            reverse", the two with fused kernels spelt out ("math kernels"), and "finite differences".
+        mode: which way to make products; default: the first that works of "reverse over reverse", "forward
+            over reverse", the two with fused kernels spelt out ("math kernels"), and "finite differences".
         memory: bytes that kept graphs may take; batches beyond it are run again for each product.
 
     Returns:
-        A scipy ``LinearOperator`` of shape ``(n, n)`` in float64, with ``.method``, ``.products`` and ``.apply`` for
-        rows of torch vectors.
+        A scipy ``LinearOperator`` of shape ``(n, n)`` in float64, with ``.method``, ``.products`` and
+        ``.apply`` for rows of torch vectors.
 
     Raises:
         SkipscopeError: data or loss cannot be read, batches cannot be averaged, or no mode works.
@@ -280,7 +291,8 @@ def curvature_operator(
     Example:
         >>> import torch, skipscope as ss
         >>> x, y = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1)
-        >>> operator = ss.curvature_operator(torch.nn.Linear(1, 1, bias=False), (x, y), torch.nn.functional.mse_loss)
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> operator = ss.curvature_operator(model, (x, y), torch.nn.functional.mse_loss)
         >>> operator.matvec([1.0])  # 2/N x'x
         array([5.])
     """

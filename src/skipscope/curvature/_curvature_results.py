@@ -55,11 +55,13 @@ class ExtremeEigenvalues(Result):
     Attributes:
         smallest: the k smallest eigenvalues ``[k]``, the smallest first.
         largest: the k largest ``[k]``, the largest first.
-        smallest_residuals: for each of ``smallest`` a bound on its distance to the nearest eigenvalue ``[k]``.
+        smallest_residuals: for each of ``smallest`` a bound on its distance to the nearest eigenvalue
+            ``[k]``.
         largest_residuals: the same for ``largest``.
-        converged: every residual is at most ``tol`` times max |lambda|, and ``probability`` is at least ``confidence``.
-        probability: how surely no eigenvalue lies farther out than the reported ends by more than the tolerance; the
-            chance is over the random start alone.
+        converged: every residual is at most ``tol`` times max |lambda|, and ``probability`` is at least
+            ``confidence``.
+        probability: how surely no eigenvalue lies farther out than the reported ends by more than the
+            tolerance; the chance is over the random start alone.
         confidence: the probability asked for.
         tol: the tolerance asked for, relative to max |lambda|.
         products: matrix-vector products spent.
@@ -107,7 +109,10 @@ class ExtremeEigenvalues(Result):
 
     @property
     def ratio(self) -> float:
-        """|lambda_min / lambda_max|: near 0 where the surface is convex or nearly so; nan for a zero matrix."""
+        """|lambda_min / lambda_max|:
+
+        near 0 where the surface is convex or nearly so; nan for a zero matrix.
+        """
         return float(abs(self.smallest[0] / self.largest[0])) if self.largest[0] else math.nan
 
     def direction(self, end: End = "largest", index: int = 0) -> dict[str, Tensor]:
@@ -149,15 +154,18 @@ class ExtremeEigenvalues(Result):
         ]
         notes = [
             ("Converged" if self.converged else "NOT converged")
-            + f": tolerance {short(self.tol)} of max |lambda|; {self.parameters:,} parameters, {self.products} products "
-            f"({self.method}).",
-            "+- bounds the distance to an eigenvalue. That none lies farther out by more than the tolerance holds with "
-            f"probability {_percent(self.probability)}, over the random start.",
+            + f": tolerance {short(self.tol)} of max |lambda|; {self.parameters:,} parameters,"
+            f" {self.products} products ({self.method}).",
+            (
+                "+- bounds the distance to an eigenvalue. That none lies farther out by more than the"
+                f" tolerance holds with probability {_percent(self.probability)}, over the random start."
+            ),
         ]
         if self.noise > self.tol * self.scale:
             notes.append(
-                f"The products' own error ({short(self.noise, 2)}) is above the tolerance: use float64, or see whether the "
-                "loss draws random numbers of its own or has a backward pass that cannot be differentiated."
+                f"The products' own error ({short(self.noise, 2)}) is above the tolerance: use float64, or"
+                " see whether the loss draws random numbers of its own or has a backward pass that cannot be"
+                " differentiated."
             )
         return Table(
             f"Both ends of the {_MATRICES[self.matrix]}",
@@ -217,7 +225,8 @@ class SpectralDensity(Result):
     half_weights: np.ndarray | None = None
 
     def effective_dimension(self, ridge: float) -> tuple[float, float]:
-        """Sum of lambda+ / (lambda+ + ridge) over eigenvalues (negative ones count zero), and its standard error.
+        """Sum of lambda+ / (lambda+ + ridge) over eigenvalues (negative ones count zero), and its standard
+        error.
 
         Args:
             ridge: the curvature at which a direction counts half, e.g. the weight decay times the samples.
@@ -257,10 +266,15 @@ class SpectralDensity(Result):
             ],
         ]
         notes = [
-            f"{self.parameters:,} parameters; {len(self.nodes)} random probes of {self.nodes.shape[1]} steps, {self.products} products "
-            f"({self.method}); +- is one standard error over probes, with what doubling the steps still changed.",
-            f"An eigenvalue within {short(self.cut)} of zero counts as zero. The outermost nodes lie inside the "
-            "spectrum; extreme_eigenvalues gives the ends with bounds.",
+            (
+                f"{self.parameters:,} parameters; {len(self.nodes)} random probes of {self.nodes.shape[1]}"
+                f" steps, {self.products} products ({self.method}); +- is one standard error over probes,"
+                " with what doubling the steps still changed."
+            ),
+            (
+                f"An eigenvalue within {short(self.cut)} of zero counts as zero. The outermost nodes lie"
+                " inside the spectrum; extreme_eigenvalues gives the ends with bounds."
+            ),
         ]
         return Table(
             f"Spectral density of the {_MATRICES[self.matrix]}",
@@ -295,9 +309,14 @@ class TraceEstimate(Result):
     def table(self) -> Table:
         """The trace and its error."""
         return Table(
-            f"Trace of the {_MATRICES[self.matrix]}", ["trace", "standard error"],
-            [[self.value, self.stderr]], [f"{self.parameters:,} parameters; {self.probes} probes, {self.products} products ({self.method})."],
-        )  # fmt: skip
+            f"Trace of the {_MATRICES[self.matrix]}",
+            ["trace", "standard error"],
+            [[self.value, self.stderr]],
+            [
+                f"{self.parameters:,} parameters; {self.probes} probes, {self.products} products"
+                f" ({self.method})."
+            ],
+        )
 
 
 def error_of(values: np.ndarray, at_half: np.ndarray) -> float:

@@ -1,8 +1,10 @@
-"""The k smallest and the k largest eigenvalues of a symmetric matrix known by products; nothing about networks.
+"""The k smallest and the k largest eigenvalues of a symmetric matrix known by products; nothing about
+networks.
 
-The first run starts anywhere. One vector (or block) cannot see how often an eigenvalue occurs, so for k > 1 further runs
-follow in what is orthogonal to the eigenvectors found: until one shows that nothing there lies beyond the k-th. By Weyl's
-theorem the matrix's eigenvalues, each counted as often as it occurs, then lie within the residuals of those found.
+The first run starts anywhere. One vector (or block) cannot see how often an eigenvalue occurs, so for k > 1
+further runs follow in what is orthogonal to the eigenvectors found: until one shows that nothing there lies
+beyond the k-th. By Weyl's theorem the matrix's eigenvalues, each counted as often as it occurs, then lie
+within the residuals of those found.
 """
 
 from __future__ import annotations
@@ -98,9 +100,10 @@ def find_ends(
 ) -> Ends:
     """Both ends of the spectrum; see the module's text.
 
-    A run may start near eigenvectors that were found close by (``near``): it then needs fewer products for the same
-    residuals. The probability stays a bound, for the start has a random part and what is added to that cannot make a
-    direction less likely to be seen (Anderson 1955); but as it is a part only, the bound is weaker.
+    A run may start near eigenvectors that were found close by (``near``): it then needs fewer products for
+    the same residuals. The probability stays a bound, for the start has a random part and what is added to
+    that cannot make a direction less likely to be seen (Anderson 1955); but as it is a part only, the bound
+    is weaker.
 
     Args:
         product: the matrix times rows ``[b, size]``, float64.
@@ -182,7 +185,8 @@ class _Search:
         wanted: indices of this run's part of the answer.
         miss_probability: at most this is the chance that something farther out was not seen.
         patience: steps until the next look at what there is.
-        last: what was looked at last (how far off in decades, at how many products); falling in a straight line.
+        last: what was looked at last (how far off in decades, at how many products); falling in a straight
+            line.
     """
 
     run: Krylov
@@ -250,7 +254,9 @@ class _Search:
         return bool((residuals[self.wanted] <= limit).all())
 
     def _unseen(self, values: np.ndarray, width: int, margin: float) -> float:
-        """At most this is the chance that something lies farther out than what is known by ``margin`` of max |lambda|."""
+        """At most this is the chance that something lies farther out than what is known by ``margin`` of
+        max |lambda|.
+        """
         out = margin * max(self.known.scale, abs(values[0]), abs(values[-1]))
         low, high = self._thresholds(values)
         # A random part of this size in the start: the rest of it can only hide what it would have shown.
@@ -258,10 +264,11 @@ class _Search:
         return min(chance_unseen(self.run, [low - out, high + out], width, diluted), 1.0)
 
     def _wait(self, size: float, limit: float) -> None:
-        """Before the next look take half the steps that are missing, if the size goes on falling as it has since the last.
+        """Before the next look take half the steps that are missing, if the size goes on falling as it has
+        since the last.
 
-        A look costs as much as many products of a small network; half, for it may fall faster. A run that started near
-        its end is there after a few products, and looks at each.
+        A look costs as much as many products of a small network; half, for it may fall faster. A run that
+        started near its end is there after a few products, and looks at each.
         """
         if self.near is not None:
             return

@@ -1,4 +1,6 @@
-"""Both ends of the spectrum from one Lanczos run, with bounds, and with the probability that they are the ends."""
+"""Both ends of the spectrum from one Lanczos run, with bounds, and with the probability that they are the
+ends.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from skipscope._asked import is_finite, is_whole
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
+from skipscope._validation import is_finite, is_integer
 from skipscope.curvature._curvature_operator import CurvatureOperator, How, open_operator
 from skipscope.curvature._curvature_results import ExtremeEigenvalues
 from skipscope.curvature._eigensolver import SolverOptions, find_ends, require_memory
@@ -41,9 +43,10 @@ def extreme_eigenvalues(
 ) -> ExtremeEigenvalues:
     """The smallest and the largest eigenvalues of a loss's Hessian, each with a bound. Local under DDP.
 
-    One Lanczos run gives both ends: float64 basis, re-orthogonalised in full, thick restart. Three things are told apart:
-    the *residual* bounds the distance of each number to an eigenvalue; the *probability* says how surely no eigenvalue
-    lies farther out (see ``_certificate``: it holds for every matrix, over the random start); ``converged`` is both.
+    One Lanczos run gives both ends: float64 basis, re-orthogonalised in full, thick restart. Three things are
+    told apart: the *residual* bounds the distance of each number to an eigenvalue; the *probability* says how
+    surely no eigenvalue lies farther out (see ``_certificate``: it holds for every matrix, over the random
+    start); ``converged`` is both.
 
     Args:
         model: any module; left as found.
@@ -54,26 +57,28 @@ def extreme_eigenvalues(
         matrix: "hessian" or "gauss_newton".
         parameters: names or patterns (``"layer1.*"``); default: all that require a gradient.
         vectors: keep the eigenvectors, as directions for a landscape (``.direction("largest")``).
-        block: start vectors of a run; for k > 1 and eigenvalues that occur several times, more find them sooner.
+        block: start vectors of a run; for k > 1 and eigenvalues that occur several times, more find them
+            sooner.
         confidence: the probability wanted; 0 asks for the residuals alone.
         max_products: after these it stops, converged or not.
-        basis: vectors kept before a thick restart, in float64; default: as many as 1 GiB holds, from ``4 k + 4 block + 20``
-            to 300. At its peak the call holds at most 1.3 times that; what does not fit into the free memory is refused
-            with the ``basis`` that does.
+        basis: vectors kept before a thick restart, in float64; default: as many as 1 GiB holds, from ``4 k +
+            4 block + 20`` to 300. At its peak the call holds at most 1.3 times that; what does not fit into
+            the free memory is refused with the ``basis`` that does.
         weight: what a batch counts for in the mean.
         training: False runs in eval mode, True in training mode, None leaves each module's flag.
         seed: of the start vector, and of random numbers inside the model.
         mode: as in :func:`curvature_operator`.
 
     Raises:
-        SkipscopeError: data or loss cannot be read; a product is not finite (the batch is named); or ``k``, ``tol``,
-            ``block`` are out of range; or the basis does not fit into memory.
+        SkipscopeError: data or loss cannot be read; a product is not finite (the batch is named); or ``k``,
+            ``tol``, ``block`` are out of range; or the basis does not fit into memory.
 
     Example:
         >>> import torch, skipscope as ss
         >>> x = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
         >>> model = torch.nn.Linear(3, 1, bias=False).double()
-        >>> ends = ss.extreme_eigenvalues(model, (x, torch.zeros(3, 1).double()), torch.nn.functional.mse_loss)
+        >>> data = x, torch.zeros(3, 1).double()
+        >>> ends = ss.extreme_eigenvalues(model, data, torch.nn.functional.mse_loss)
         >>> ends.converged, ends.largest.round(6), ends.smallest.round(6)  # 2/N x'x
         (True, array([6.]), array([0.666667]))
     """
@@ -95,15 +100,15 @@ def ends_of(
     size, k = operator.shape[0], options.k
     count = "a whole number, at least 1"
     for name, holds, expected in (
-        ("k", is_whole(k, 1, size), f"a whole number from 1 to {size}, the number of parameters"),
+        ("k", is_integer(k, 1, size), f"a whole number from 1 to {size}, the number of parameters"),
         ("tol", is_finite(options.tol) and 0 < options.tol < 1, "between 0 and 1, relative to max |lambda|"),
-        ("block", is_whole(options.block), count),
+        ("block", is_integer(options.block), count),
         (
             "confidence",
             is_finite(options.confidence) and 0 <= options.confidence < 1,
             "at least 0 and below 1",
         ),
-        ("max_products", is_whole(options.max_products), count),
+        ("max_products", is_integer(options.max_products), count),
     ):
         if not holds:
             got = repr(getattr(options, name))

@@ -1,7 +1,8 @@
 """The ways to multiply a batch's Gauss-Newton matrix with a vector, candidate by candidate as in ``_modes``.
 
-With f the model's outputs, l the loss as a function of them and J = df/dp, the matrix is J' (d2l/df2) J (Schraudolph
-2002): the Hessian of the loss of the linearised model. ``J v`` is taken in one of three ways, the rest in reverse mode.
+With f the model's outputs, l the loss as a function of them and J = df/dp, the matrix is J' (d2l/df2) J
+(Schraudolph 2002): the Hessian of the loss of the linearised model. ``J v`` is taken in one of three ways,
+the rest in reverse mode.
 """
 
 from __future__ import annotations
@@ -61,10 +62,14 @@ def _linearise(model: PrivateModel, batch: Batch, index: int) -> _Linearised:
     gradient = {i: g for i, g in zip(leaves, found, strict=True) if g is not None}
     if not gradient:
         raise SkipscopeError(
-            model.operation, "the loss does not depend on the model's output, so it has no Gauss-Newton matrix",
+            model.operation,
+            "the loss does not depend on the model's output, so it has no Gauss-Newton matrix",
             got=f"{model.objective.name} of an output of type {type(output).__name__}",
-            cure="pass a loss(output, target) that reads the output's tensors; an output's own .loss cannot be split",
-        )  # fmt: skip
+            cure=(
+                "pass a loss(output, target) that reads the output's tensors; an output's own .loss cannot be"
+                " split"
+            ),
+        )
     positions = list(gradient)
     return _Linearised(
         model,

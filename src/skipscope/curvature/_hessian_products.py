@@ -2,7 +2,8 @@
 
 With p the parameters, L the loss of a batch and g = dL/dp:
 
-    H v = d(g . v)/dp                             reverse over reverse: the gradient's graph, kept, run backward
+    H v = d(g . v)/dp                             reverse over reverse: the gradient's graph, kept, run
+    backward
         = d g(p + t v)/dt                         forward over reverse
         = (g(p + h v) - g(p - h v)) / 2h          finite differences
 
@@ -40,7 +41,8 @@ class Mode(Protocol):
         ...
 
 
-# --- Hessian --------------------------------------------------------------------------------------------------------
+# --- Hessian
+# --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class _Graph:
 class ReverseOverReverse:
     """The gradient with its graph, which each product runs backward once more.
 
-    A layer's gradient takes 3 matrix products and its Hessian product 6 (the first layer's 2 and 2), so a product costs
-    at most about twice a gradient where these are all the work.
+    A layer's gradient takes 3 matrix products and its Hessian product 6 (the first layer's 2 and 2), so a
+    product costs at most about twice a gradient where these are all the work.
     """
 
     name = "reverse over reverse"
@@ -77,7 +79,10 @@ class ReverseOverReverse:
 
 
 class ForwardOverReverse:
-    """The derivative of the gradient along v in forward mode; several vectors at once under vmap where that works."""
+    """The derivative of the gradient along v in forward mode;
+
+    several vectors at once under vmap where that works.
+    """
 
     name = "forward over reverse"
 
@@ -112,7 +117,10 @@ class Differences(ABC):
     name = "finite differences"
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> tuple[PrivateModel, Batch, int]:
-        """The model and batch in float64 where they can be run in it; no graph, which moving parameters spoils."""
+        """The model and batch in float64 where they can be run in it;
+
+        no graph, which moving parameters spoils.
+        """
         return *(in_double(model, batch, index) or (model, batch)), index
 
     @abstractmethod
@@ -127,7 +135,10 @@ class Differences(ABC):
         tangent: Tangent,
         read: Callable[[int, Tensor], Tensor],
     ) -> list[Tensor]:
-        """``read(i, part)`` of the product with ``tangent``, for each parameter i; for a look, not for a result."""
+        """``read(i, part)`` of the product with ``tangent``, for each parameter i;
+
+        for a look, not for a result.
+        """
         tangent = [t.to(p.dtype) for t, p in zip(tangent, model.parameters, strict=True)]
         return [read(i, part) for i, part in enumerate(self.product((model, batch, index), [tangent])[0])]
 
@@ -155,7 +166,8 @@ class FiniteDifferences(Differences):
         return difference(model, tangent, lambda: model.gradient_in_parts(batch, index, read), self.step)
 
 
-# --- shared ---------------------------------------------------------------------------------------------------------
+# --- shared
+# ---------------------------------------------------------------------------------------------------------
 
 
 def backward(outputs: list[Tensor], inputs: list[Any], seeds: list[Tensor]) -> Tangent:
@@ -196,7 +208,10 @@ def each(along: Callable[..., tuple[Tensor, ...]], tangents: list[Tangent]) -> l
 def difference(
     model: PrivateModel, tangent: Tangent, function: Callable[[], list[Tensor]], step: float | None = None
 ) -> list[Tensor]:
-    """The derivative of ``function()`` along ``tangent``: a central difference, by default at the best step."""
+    """The derivative of ``function()`` along ``tangent``:
+
+    a central difference, by default at the best step.
+    """
     parameters = model.parameters
     here, there = _norm(parameters), _norm(tangent)
     if there == 0.0:

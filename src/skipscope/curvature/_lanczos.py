@@ -1,16 +1,18 @@
-"""Block Lanczos with a float64 basis, full re-orthogonalisation (again where once is not enough) and thick restart.
+"""Block Lanczos with a float64 basis, full re-orthogonalisation (again where once is not enough) and thick
+restart.
 
 Nothing here is about networks.
 
-Vocabulary, used all through this room. ``A [n, n]`` is symmetric and known only by products. The *basis* ``V [m, n]``
-has orthonormal rows; ``Q [b, n]`` is the next block, orthonormal and orthogonal to ``V``. They obey
+Vocabulary, used all through this room. ``A [n, n]`` is symmetric and known only by products. The *basis* ``V
+[m, n]`` has orthonormal rows; ``Q [b, n]`` is the next block, orthonormal and orthogonal to ``V``. They obey
 
     A V' = V' H + Q' T',   H = V A V' [m, m],   T = Q A V' [b, m]
 
-so a Ritz pair ``H s = theta s`` has the residual ``|A V's - theta V's| = |T s|``, and an eigenvalue of A lies within
-that distance of theta (Parlett, *The Symmetric Eigenvalue Problem*, theorem 4.5.1). Because ``H`` is measured in full,
-not assumed tridiagonal, a restart from Ritz vectors (Wu & Simon 2000) needs no other formulas than the first steps do,
-and what should vanish in a symmetric matrix but does not measures the rounding error of the products as they come.
+so a Ritz pair ``H s = theta s`` has the residual ``|A V's - theta V's| = |T s|``, and an eigenvalue of A lies
+within that distance of theta (Parlett, *The Symmetric Eigenvalue Problem*, theorem 4.5.1). Because ``H`` is
+measured in full, not assumed tridiagonal, a restart from Ritz vectors (Wu & Simon 2000) needs no other
+formulas than the first steps do, and what should vanish in a symmetric matrix but does not measures the
+rounding error of the products as they come.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Step:
 
     Attributes:
         measured: ``V A Q'`` ``[m, b]`` with Q already the last rows of V.
-        onward: ``[b', b]``: A's image of Q outside the basis, in the next block. No rows: the space is invariant.
+        onward: ``[b', b]``: A's image of Q outside the basis, in the next block. No rows: the space is
+            invariant.
         dropped: the norm of what was cut off as rounding.
     """
 
@@ -48,7 +51,9 @@ class Step:
 
     @functools.cached_property
     def backward(self) -> tuple[np.ndarray, np.ndarray]:
-        """The inverse of ``onward`` from the right ``[b, b']``, and the directions it loses ``[b, b - b']``."""
+        """The inverse of ``onward`` from the right ``[b, b']``, and the directions it loses ``[b, b -
+        b']``.
+        """
         kept, width = self.onward.shape
         if kept == width:
             return np.linalg.inv(self.onward), np.zeros((width, 0))
@@ -125,10 +130,11 @@ class Krylov:
         self._next_block(image, columns)
 
     def _take_out(self, image: Tensor) -> np.ndarray:
-        """Take what lies in the basis (next block included) and outside the run's space out of ``image [b, n]``.
+        """Take what lies in the basis (next block included) and outside the run's space out of ``image [b,
+        n]``.
 
-        Returns its coordinates in the basis ``[m + b, b]``. Twice is enough (Giraud, Langou & Rozloznik 2005), and once
-        where most of the image is left (Daniel, Gragg, Kaufman & Stewart 1976).
+        Returns its coordinates in the basis ``[m + b, b]``. Twice is enough (Giraud, Langou & Rozloznik
+        2005), and once where most of the image is left (Daniel, Gragg, Kaufman & Stewart 1976).
         """
         space, outside = self.rows[: self.filled + self.width], self.outside
         self.leak = np.hstack([self.leak, (outside @ image.T).cpu().numpy()])
@@ -161,8 +167,9 @@ class Krylov:
     def _orthonormal(self, block: Tensor, floor: float, *, sure: bool) -> tuple[np.ndarray, float]:
         """Write orthonormal rows for ``block`` behind the basis; the block is overwritten.
 
-        Returns its coordinates in these rows, and the norm of what was cut off: what is below ``floor``. Where the block is ``sure`` to be orthogonal to the basis, only a row of which its own block takes much away is
-        not any more.
+        Returns its coordinates in these rows, and the norm of what was cut off: what is below ``floor``.
+        Where the block is ``sure`` to be orthogonal to the basis, only a row of which its own block takes
+        much away is not any more.
         """
         m, kept, room = self.filled, 0, self.size - self.filled
         onward, dropped = np.zeros((min(block.shape[0], room), block.shape[0])), 0.0
@@ -194,26 +201,38 @@ class Krylov:
 
     @property
     def noise(self) -> float:
-        """An upper estimate of the error of one product: what asymmetry shows, over all coordinates; what was cut off."""
+        """An upper estimate of the error of one product:
+
+        what asymmetry shows, over all coordinates; what was cut off.
+        """
         seen = (self._lost / self._lost_count * self.size) ** 0.5 if self._lost_count else 0.0
         return _SAFETY * float(seen) + self._dropped + 16 * max(self.precision, _EPS) * self.scale
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ritz values ascending ``[m]``, their coordinates ``[m, m]``, and the bounds of their residuals ``[m]``."""
+        """Ritz values ascending ``[m]``, their coordinates ``[m, m]``, and the bounds of their residuals
+        ``[m]``.
+        """
         if self._ritz is None:
-            # Not NumPy's: with more than one thread it takes a hundred times as long for matrices of this size.
+            # Not NumPy's: with more than one thread it takes a hundred times as long for matrices of this
+            # size.
             values, coordinates = (t.numpy() for t in torch.linalg.eigh(torch.from_numpy(self.projected)))
             remainder = np.vstack([self.leak @ coordinates, self.coupling.T @ coordinates])
             self._ritz = values, coordinates, np.linalg.norm(remainder, axis=0) + self.noise
         return self._ritz
 
     def vectors(self, coordinates: np.ndarray) -> Tensor:
-        """Ritz vectors ``[p, n]`` from their coordinates ``[m, p]``; the basis is overwritten, and the run is over."""
+        """Ritz vectors ``[p, n]`` from their coordinates ``[m, p]``;
+
+        the basis is overwritten, and the run is over.
+        """
         self._combine(coordinates)
         return self.rows[: coordinates.shape[1]].clone()
 
     def _combine(self, coordinates: np.ndarray) -> None:
-        """Replace the first rows of the basis by Ritz vectors, some columns at a time: no second basis is held."""
+        """Replace the first rows of the basis by Ritz vectors, some columns at a time:
+
+        no second basis is held.
+        """
         mix = torch.from_numpy(coordinates.T.copy()).to(self.rows)
         for start in range(0, self.rows.shape[1], _COLUMNS):
             part = self.rows[:, start : start + _COLUMNS]
@@ -235,7 +254,10 @@ class Krylov:
 
 
 def own_generator(seed: int) -> torch.Generator:
-    """Random numbers that are nobody else's: data made after ``torch.manual_seed(0)`` would otherwise be our probes."""
+    """Random numbers that are nobody else's:
+
+    data made after ``torch.manual_seed(0)`` would otherwise be our probes.
+    """
     state = np.random.SeedSequence([seed, *b"skipscope curvature"]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 

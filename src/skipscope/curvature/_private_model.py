@@ -1,4 +1,6 @@
-"""A copy of the user's model whose parameters are ours to move and to differentiate, and the loss of a batch on it."""
+"""A copy of the user's model whose parameters are ours to move and to differentiate, and the loss of a
+batch on it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._asked import names_matching
 from skipscope._cached_weights import refuse_full_caches, tensors_kept
-from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective, forward, map_tensors
 from skipscope._errors import SkipscopeError
+from skipscope._model_calls import no_gradient
 from skipscope._random import refuse_noise
 from skipscope._untouched import private_copy, set_mode, untouched
+from skipscope._validation import names_matching
 from skipscope.curvature._curvature_results import Layout
 
 Selection = str | Iterable[str] | None
@@ -77,11 +79,12 @@ class PrivateModel:
         return gradients_of(loss, self.parameters)
 
     def refuse_hidden_parameters(self, batch: Batch, index: int) -> None:
-        """A reentrant checkpoint hides what it runs over from everything but ``backward()``: no Hessian is not a zero one.
+        """A reentrant checkpoint hides what it runs over from everything but ``backward()``: no Hessian is
+        not a zero one.
 
         Raises:
-            SkipscopeError: naming such a parameter, where it can be told; or the loss draws noise that cannot be seeded,
-                or the model reads a weight from a cache of its own.
+            SkipscopeError: naming such a parameter, where it can be told; or the loss draws noise that cannot
+                be seeded, or the model reads a weight from a cache of its own.
         """
         held = {} if self.module.training else tensors_kept(self.module)
         if held:
@@ -110,7 +113,10 @@ class PrivateModel:
                 raise self._hidden(self.names[unused[reached.index(True)]])
 
     def _refuse_no_gradient(self, batch: Batch, index: int) -> None:
-        """A loss that leads to none of the chosen parameters has the Hessian zero; one that leads to none at all has none."""
+        """A loss that leads to none of the chosen parameters has the Hessian zero;
+
+        one that leads to none at all has none.
+        """
         others = [p for p in self.module.parameters() if p.is_floating_point() and not p.requires_grad]
         try:
             for parameter in others:
@@ -123,9 +129,12 @@ class PrivateModel:
 
     def _hidden(self, name: str | None) -> SkipscopeError:
         return SkipscopeError(
-            self.operation, "the model has gradients under backward() only, and no second derivative", layer=name,
-            got="a reentrant checkpoint, most likely", cure="checkpoint(..., use_reentrant=False)",
-        )  # fmt: skip
+            self.operation,
+            "the model has gradients under backward() only, and no second derivative",
+            layer=name,
+            got="a reentrant checkpoint, most likely",
+            cure="checkpoint(..., use_reentrant=False)",
+        )
 
     def doubled(self) -> PrivateModel:
         """A copy of the copy, in float64; made once for a point."""
@@ -237,9 +246,13 @@ def private_model(
     for name in chosen:
         if found[name].is_complex():
             raise SkipscopeError(
-                operation, "the Hessian by complex parameters is not defined here", layer=name,
-                expected="real parameters", got=str(found[name].dtype), cure="choose the real ones: parameters=[...]",
-            )  # fmt: skip
+                operation,
+                "the Hessian by complex parameters is not defined here",
+                layer=name,
+                expected="real parameters",
+                got=str(found[name].dtype),
+                cure="choose the real ones: parameters=[...]",
+            )
     for name, parameter in found.items():
         parameter.requires_grad_(name in chosen)
         parameter.grad = None

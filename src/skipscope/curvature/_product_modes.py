@@ -63,7 +63,10 @@ def _plain_kernels() -> Iterator[None]:
 
 
 class _PlainWeightNorm(TorchFunctionMode):
-    """The fused weight norm's second derivative is wrong in torch 2.13; the same in plain operations is right."""
+    """The fused weight norm's second derivative is wrong in torch 2.13;
+
+    the same in plain operations is right.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._weight_norm:
@@ -90,7 +93,8 @@ def product_modes(matrix: Matrix) -> list[ProductMode]:
 def select_mode(
     model: PrivateModel, batch: Batch, index: int, matrix: Matrix, trial: Tangent, mode: str | None
 ) -> tuple[ProductMode, dict[str, str]]:
-    """The first candidate whose product of ``trial`` exists and is right, and why those before it were refused.
+    """The first candidate whose product of ``trial`` exists and is right, and why those before it were
+    refused.
 
     Args:
         model: what to multiply with.

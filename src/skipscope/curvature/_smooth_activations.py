@@ -1,12 +1,13 @@
 """Activations whose second derivative is worked out once for all products on a kept graph.
 
-A product runs backward through a gradient's graph, and there torch works out an activation's derivatives again, from
-exponentials and error functions, in every product. They do not depend on the vector. With y = f(x), backward
-``g -> g f'(x)``, and that one's own backward ``s -> (s f'(x), s g f''(x))``: three factors that are known after the
-gradient, and a product only multiplies with.
+A product runs backward through a gradient's graph, and there torch works out an activation's derivatives
+again, from exponentials and error functions, in every product. They do not depend on the vector. With y =
+f(x), backward ``g -> g f'(x)``, and that one's own backward ``s -> (s f'(x), s g f''(x))``: three factors
+that are known after the gradient, and a product only multiplies with.
 
-This leaves out the third derivative. A loss that differentiates the network itself (a gradient penalty, forces, a
-physics-informed loss) needs it, so a backward pass made while the loss is computed uses torch's own formulas.
+This leaves out the third derivative. A loss that differentiates the network itself (a gradient penalty,
+forces, a physics-informed loss) needs it, so a backward pass made while the loss is computed uses torch's own
+formulas.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-# Element by element, smooth, and dear to differentiate twice (tanh and sigmoid are not: their outputs are all it takes).
+# Element by element, smooth, and dear to differentiate twice (tanh and sigmoid are not: their outputs are all
+# it takes).
 _SMOOTH = {F.gelu, F.silu, F.mish, F.softplus, F.logsigmoid}
 
 

@@ -1,7 +1,9 @@
-"""The distribution of eigenvalues, by stochastic Lanczos quadrature (Golub & Meurant 1994; Lin, Saad & Yang 2016).
+"""The distribution of eigenvalues, by stochastic Lanczos quadrature (Golub & Meurant 1994; Lin, Saad & Yang
+2016).
 
-A random unit vector's Lanczos run of m steps gives nodes and weights of a Gauss rule for its spectral measure, exact for
-polynomials up to degree 2m - 1. The mean of that measure over random vectors is the density of eigenvalues.
+A random unit vector's Lanczos run of m steps gives nodes and weights of a Gauss rule for its spectral
+measure, exact for polynomials up to degree 2m - 1. The mean of that measure over random vectors is the
+density of eigenvalues.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from skipscope.curvature._vector_memory import require_vectors
 
 
 def quadrature(product: Product, size: int, steps: int, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights ``[2, steps]`` of one random vector's spectral measure; nan and 0 where the run ended early.
+    """Nodes and weights ``[2, steps]`` of one random vector's spectral measure; nan and 0 where the run ended
+    early.
 
-    The second rule is that of half the steps: what differs between the two is a matter of resolution. Where the run found
-    an invariant space the rule is exact, and there is no difference.
+    The second rule is that of half the steps: what differs between the two is a matter of resolution. Where
+    the run found an invariant space the rule is exact, and there is no difference.
     """
     probe = draw(1)
     rows = torch.empty(steps + 1, size, dtype=torch.float64, device=probe.device)
@@ -65,7 +68,8 @@ def spectral_density(
     seed: int = 0,
     mode: str | None = None,
 ) -> SpectralDensity:
-    """The distribution of the eigenvalues of a loss's Hessian, with a band over random probes. Local under DDP.
+    """The distribution of the eigenvalues of a loss's Hessian, with a band over random probes. Local under
+    DDP.
 
     Args:
         model: any module; left as found.
@@ -74,7 +78,8 @@ def spectral_density(
         probes: random vectors, at least 2; the band narrows with their square root.
         steps: products a probe: the resolution.
         points: of the grid.
-        bandwidth: standard deviation of the Gaussian that widens each node; default: the spectrum's width / steps.
+        bandwidth: standard deviation of the Gaussian that widens each node; default: the spectrum's width /
+            steps.
         cut: eigenvalues within this fraction of max |lambda| of zero count as zero in the shares.
         matrix: "hessian" or "gauss_newton".
         parameters: names or patterns (``"layer1.*"``); default: all that require a gradient.
@@ -84,8 +89,9 @@ def spectral_density(
         mode: as in :func:`curvature_operator`.
 
     Raises:
-        SkipscopeError: data or loss cannot be read, a product is not finite, or fewer than 2 probes or 1 step; or the
-            vectors of a run (``steps + 6`` of the parameters' size, in float64) do not fit into memory.
+        SkipscopeError: data or loss cannot be read, a product is not finite, or fewer than 2 probes or 1
+            step; or the vectors of a run (``steps + 6`` of the parameters' size, in float64) do not fit into
+            memory.
 
     Example:
         >>> import torch, skipscope as ss

@@ -1,4 +1,7 @@
-"""The trace of a matrix known by products: Hutchinson's estimate, and Hutch++ (Meyer, Musco, Musco & Woodruff 2021)."""
+"""The trace of a matrix known by products:
+
+Hutchinson's estimate, and Hutch++ (Meyer, Musco, Musco & Woodruff 2021).
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,9 @@ def trace_of(
         product: the matrix times rows ``[b, size]``.
         size: n.
         products: how many may be spent.
-        method: "hutchinson": the mean of g'Ag over random signs g. "hutch++": a third of the products finds a subspace
-            that carries most of the matrix, a third takes the trace there exactly, a third estimates the rest.
+        method: "hutchinson": the mean of g'Ag over random signs g. "hutch++": a third of the products finds a
+            subspace that carries most of the matrix, a third takes the trace there exactly, a third estimates
+            the rest.
         seed: of the random vectors.
         device: where they live.
     """
@@ -89,7 +93,8 @@ def curvature_trace(
     seed: int = 0,
     mode: str | None = None,
 ) -> TraceEstimate:
-    """The trace of a loss's Hessian (its mean curvature times the parameters), with its error. Local under DDP.
+    """The trace of a loss's Hessian (its mean curvature times the parameters), with its error. Local under
+    DDP.
 
     Args:
         model: any module; left as found.
@@ -105,8 +110,8 @@ def curvature_trace(
         mode: as in :func:`curvature_operator`.
 
     Raises:
-        SkipscopeError: data or loss cannot be read, a product is not finite, an unknown method, or the vectors of hutch++
-            (a third of ``products``, in float64) do not fit into memory.
+        SkipscopeError: data or loss cannot be read, a product is not finite, an unknown method, or the
+            vectors of hutch++ (a third of ``products``, in float64) do not fit into memory.
 
     Example:
         >>> import torch, skipscope as ss

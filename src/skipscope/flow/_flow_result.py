@@ -231,8 +231,10 @@ class GradientFlow(Result):
         interval = self.verdict.slope_interval
         notes = [
             str(self.verdict),
-            "gradient: RMS of dL/d(activation), with |dL/d(output)| = 1; factor: over the gradient one boundary nearer "
-            "the loss, so their product is what reaches the first boundary.",
+            (
+                "gradient: RMS of dL/d(activation), with |dL/d(output)| = 1; factor: over the gradient one"
+                " boundary nearer the loss, so their product is what reaches the first boundary."
+            ),
         ]
         if interval is not None and self.verdict.slope is not None:
             known = math.isfinite(interval[0])
@@ -242,7 +244,8 @@ class GradientFlow(Result):
                 else "two boundaries give no interval"
             )
             notes.append(
-                f"slope {short(self.verdict.slope)} decades a boundary ({band}); chi {short(self.chi)}, depth scale {short(self.depth_scale)} boundaries."
+                f"slope {short(self.verdict.slope)} decades a boundary ({band}); chi {short(self.chi)}, depth"
+                f" scale {short(self.depth_scale)} boundaries."
             )
         notes.append(
             f"{self.meaning}, {self.mode} mode, {self.samples:,} samples in {self.batches} "
@@ -265,6 +268,11 @@ class GradientFlow(Result):
             for w in self.layers
         ]
         return Table(
-            "Gradients of the weights", ["weight", "mean |dL/dW|", "RMS", "zeros", "spread", "state"], rows,
-            ["Not the flow: dL/dW moves with the scale of loss and activations, and can go the opposite way."],
-        )  # fmt: skip
+            "Gradients of the weights",
+            ["weight", "mean |dL/dW|", "RMS", "zeros", "spread", "state"],
+            rows,
+            [
+                "Not the flow: dL/dW moves with the scale of loss and activations, and can go the opposite"
+                " way."
+            ],
+        )

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skipscope._calls import no_gradient
 from skipscope._data import Batch, batch_size, tensors_in
 from skipscope._errors import SkipscopeError
+from skipscope._model_calls import no_gradient
 from skipscope._public_call import public_call
 from skipscope._subject import prepare
-from skipscope.flow._results import GradientCorrelation
+from skipscope.flow._flow_measures import GradientCorrelation
 from skipscope.flow.passes._gradient_seed import backward_error
 from skipscope.shortcuts import tap_boundaries
 
@@ -59,7 +59,8 @@ def gradient_correlation(
     Example:
         >>> import skipscope as ss
         >>> linear = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
-        >>> round(ss.gradient_correlation(linear, (torch.randn(16, 8), torch.zeros(16, 2)), nn.MSELoss()).mean, 6)
+        >>> data = torch.randn(16, 8), torch.zeros(16, 2)
+        >>> round(ss.gradient_correlation(linear, data, nn.MSELoss()).mean, 6)
         1.0
     """
     if of not in {"output", "loss"}:

@@ -22,10 +22,10 @@ from skipscope.flow.passes._tensor_norms import dense, norm_of
 from skipscope.flow.passes._zero_by_design import settled
 from skipscope.flow.passes._zero_gradients import boundary_state, layer, second_opinion
 from skipscope.flow.verdict._chain_verdict import judge_chain, worst
-from skipscope.flow.verdict._evidence import Evidence, evidence_of
 from skipscope.flow.verdict._first_nonfinite import first_nonfinite, stale_norm
 from skipscope.flow.verdict._flow_rules import FlowContext, Point, StretchGain
 from skipscope.flow.verdict._layer_gains import layer_gains
+from skipscope.flow.verdict._verdict_evidence import Evidence, evidence_of
 from skipscope.shortcuts import meaning
 
 
@@ -76,7 +76,10 @@ def gradient_flow(
 
 
 def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientFlow:
-    """:func:`gradient_flow` of what is prepared; ``scale`` is what training multiplies the loss by. Local, or collective."""
+    """:func:`gradient_flow` of what is prepared;
+
+    ``scale`` is what training multiplies the loss by. Local, or collective.
+    """
     subject = subject.with_own_inputs()
     read = _Measurement(subject, seed, scale)
     chains = [_Measurement(subject, seed, scale, term.name) for term in read.readings.terms]
@@ -247,11 +250,20 @@ def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: flo
         here = values[i]
         factor = None if here is None or not after else here / after
         gradient = readings.gradients[i]
-        rows.append(BoundaryFlow(
-            point.name, point.depth, point.kind, here, readings.activations[i].rms, factor,
-            None if factor is None else factor**2, gradient.zeros / gradient.elements if gradient.elements else None,
-            state.removesuffix("_activation"), readings.similarities[i],
-        ))  # fmt: skip
+        rows.append(
+            BoundaryFlow(
+                point.name,
+                point.depth,
+                point.kind,
+                here,
+                readings.activations[i].rms,
+                factor,
+                None if factor is None else factor**2,
+                gradient.zeros / gradient.elements if gradient.elements else None,
+                state.removesuffix("_activation"),
+                readings.similarities[i],
+            )
+        )
     layers = tuple(
         layer(name, w, exact.weights.get(name) if exact else None, scale)
         for name, w in readings.weights.items()
@@ -259,7 +271,8 @@ def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: flo
     notes = list(read.notes)
     if verdict.hinders == ("SGD",):
         notes.append(
-            "This hinders SGD; Adam, whose steps do not depend on the gradient's size, mostly learns all the same."
+            "This hinders SGD; Adam, whose steps do not depend on the gradient's size, mostly learns all the"
+            " same."
         )
     notes += [*_unused(readings), *_notes(readings, layers, scale)]
     if not_met:
@@ -268,10 +281,22 @@ def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: flo
     chi = None if slope is None else 10.0 ** (-2 * slope)
     depth_scale = None if slope is None else math.inf if slope == 0 else 1 / abs(2 * slope * math.log(10))
     return GradientFlow(
-        tuple(rows), layers, verdict, chi, depth_scale, _product(rows), readings.loss, readings.output_gradient,
-        mode_of(subject.model), meaning(subject.model), _dtype_name(readings), readings.batches, readings.samples,
-        tuple(notes), _sites(readings, unit),
-    )  # fmt: skip
+        tuple(rows),
+        layers,
+        verdict,
+        chi,
+        depth_scale,
+        _product(rows),
+        readings.loss,
+        readings.output_gradient,
+        mode_of(subject.model),
+        meaning(subject.model),
+        _dtype_name(readings),
+        readings.batches,
+        readings.samples,
+        tuple(notes),
+        _sites(readings, unit),
+    )
 
 
 def _product(rows: list[BoundaryFlow]) -> float | None:
@@ -302,7 +327,10 @@ def _unused(readings: Readings) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"Unused in this pass, and so without a gradient: {', '.join(names[:3])}{', ...' * (len(names) > 3)}.",
+        (
+            "Unused in this pass, and so without a gradient:"
+            f" {', '.join(names[:3])}{', ...' * (len(names) > 3)}."
+        ),
     )
 
 
@@ -317,7 +345,8 @@ def _notes(readings: Readings, layers: tuple[LayerGradient, ...], scale: float) 
         names = [w.name for w in layers if w.state == state and w.trainable]
         if names:
             notes.append(
-                f"{len(names)} of {len(layers)} weights {words}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}."
+                f"{len(names)} of {len(layers)} weights {words}:"
+                f" {', '.join(names[:3])}{', ...' * (len(names) > 3)}."
             )
     frozen = sum(not w.trainable for w in layers)
     if frozen:
@@ -325,8 +354,8 @@ def _notes(readings: Readings, layers: tuple[LayerGradient, ...], scale: float) 
     lost, all_elements = sum(g.lost for g in readings.gradients), sum(g.elements for g in readings.gradients)
     if lost > 1e-3 * all_elements:
         notes.append(
-            f"In training, with the loss times {short(scale)}, {100 * lost / all_elements:.1f} % of these gradients' elements "
-            "underflow: scale the loss (torch.amp.GradScaler, handed over as scaler=)."
+            f"In training, with the loss times {short(scale)}, {100 * lost / all_elements:.1f} % of these"
+            " gradients' elements underflow: scale the loss (torch.amp.GradScaler, handed over as scaler=)."
         )
     return tuple(notes)
 

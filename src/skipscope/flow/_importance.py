@@ -15,9 +15,9 @@ from skipscope._progress import track
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import one_snapshot, private_copy, untouched
+from skipscope.flow._flow_measures import Cost, Importance, ImportanceOf
 from skipscope.flow._flow_result import GradientFlow
 from skipscope.flow._gradient_flow import flow_of
-from skipscope.flow._results import Cost, Importance, ImportanceOf
 from skipscope.shortcuts import ablate, meaning, one_edit, refuse_another_architecture
 
 

@@ -87,7 +87,9 @@ class BackwardPasses:
         return begun
 
     def _kind(self) -> str | None:
-        """``"backward"``, ``"by hand"`` (``torch.autograd.grad`` of parameters), or None for one of inputs only."""
+        """``"backward"``, ``"by hand"`` (``torch.autograd.grad`` of parameters), or None for one of
+        inputs only.
+        """
         if not self._nodes:
             self._nodes = [_torch_internals.accumulator(p) for p in self.parameters if p.requires_grad]
         for node in self._nodes:
@@ -153,7 +155,10 @@ class BackwardPasses:
         self._finished = [p for p in self._finished if p.touched or p.by_hand or p.certain]
 
     def _zeroed(self, p: BackwardPass, now: list[GradientState]) -> bool:
-        """Whether the gradients have been set to 0 since the pass ended; those of a dead network were 0 already."""
+        """Whether the gradients have been set to 0 since the pass ended;
+
+        those of a dead network were 0 already.
+        """
         assert p.touched is not None
         if p.nonzero is None or not bool(p.nonzero[1]):
             return False

@@ -175,7 +175,8 @@ class FlowReader:
             self._received[owner] = self.steps[owner] + 1, scale
             self._cut(owner, self.passes.counted(owner), scale)
             if len(self.parameters) == 1:
-                self._unhook()  # a closure may be evaluated again: the gradient of the step is that of the first time
+                # a closure may be evaluated again: the gradient of the step is that of the first time
+                self._unhook()
 
     def stepped(self, owner: int, step: int) -> None:
         """An optimizer has stepped."""
@@ -271,7 +272,10 @@ class FlowReader:
         self, owner: int, step: int, points: tuple[Boundary, ...], norms: dict[int, list[Any]],
         elements: np.ndarray, seen: set[int], scale: Any,
     ) -> None:  # fmt: skip
-        """Sum squares and counts over ranks (collective); the loss is the mean of theirs, so each holds 1/ranks of it."""
+        """Sum squares and counts over ranks (collective);
+
+        the loss is the mean of theirs, so each holds 1/ranks of it.
+        """
         if not (self._agreed or self._all_agree(points)):
             return
         device = next((v.device for values in norms.values() for v in values if isinstance(v, Tensor)), "cpu")
@@ -289,8 +293,9 @@ class FlowReader:
             self._wait_for(owner, step, tuple(points[i].name for i in at), counts[at], values, scale)
 
     def _all_agree(self, points: tuple[Boundary, ...]) -> bool:
-        """Whether all ranks have the same boundaries (collective): else they would wait for each other, or add up
-        different quantities. A rank that has not run the model yet is waited for until the next reading.
+        """Whether all ranks have the same boundaries (collective): else they would wait for each other, or
+        add up different quantities. A rank that has not run the model yet is waited for until the next
+        reading.
         """
         every = _rank_sums.gathered((tuple(point.name for point in points), self.problem))
         self.problem = next((problem for _, problem in every if problem), None)
@@ -414,7 +419,10 @@ class FlowReader:
             activation.arrived[current] = _norm(grad)
 
     def _find(self, args: Any, keywords: dict[str, Any]) -> bool:
-        """Find the boundaries with the inputs at hand; when that fails the flow is given up, the training goes on."""
+        """Find the boundaries with the inputs at hand;
+
+        when that fails the flow is given up, the training goes on.
+        """
         try:
             points = boundaries(self.model, _as_inputs(self.model, args, keywords))
             with untouched(self.model, seed=0, operation="watch"):
@@ -442,9 +450,15 @@ class FlowReader:
             _torch_internals.eager.end()
 
     def _wait_for(
-        self, owner: int, step: int, names: tuple[str, ...], elements: np.ndarray, norms: list[Any], scale: Any,
+        self,
+        owner: int,
+        step: int,
+        names: tuple[str, ...],
+        elements: np.ndarray,
+        norms: list[Any],
+        scale: Any,
         reach: Reach | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         device = next((v for v in norms if isinstance(v, Tensor)), None)
         if device is not None:
             norms = [v if isinstance(v, Tensor) else device.new_tensor(v) for v in norms]

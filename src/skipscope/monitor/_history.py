@@ -135,8 +135,8 @@ class History(Result):
             ``[B]``.
         normed: norms over the data stand between the weights.
         recurrent: the recurrent layer whose reach was read; empty without one.
-        reach: steps until a thousandth of the gradient is left there (NaN where more is left at the first step), and
-            length of the sequence; ``[flow rows, 2]``.
+        reach: steps until a thousandth of the gradient is left there (NaN where more is left at the first
+            step), and length of the sequence; ``[flow rows, 2]``.
     """
 
     parameters: tuple[str, ...]
@@ -187,7 +187,10 @@ class History(Result):
 
     @property
     def total_norm(self) -> np.ndarray:
-        """L2 norm over the parameters of the optimizer that stepped, ``[rows]``; inf where one is not finite."""
+        """L2 norm over the parameters of the optimizer that stepped, ``[rows]``;
+
+        inf where one is not finite.
+        """
         return total_of(self.norm, self.states)
 
     def matrix(self, what: str = "rms", *, optimizer: int = 0, weights_only: bool = True) -> dict[str, Any]:
@@ -243,9 +246,13 @@ class History(Result):
         count = int(self.steps[-1]) if len(self) else 0
         last = f"{count:,} step{'s' * (count != 1)}, {len(self):,} recorded" if count else "no step yet"
         notes = [
-            "Of the gradient the optimizer received: accumulated, unscaled, reduced over ranks, after clipping.",
-            self._clipping_note(), *self.notes,
-        ]  # fmt: skip
+            (
+                "Of the gradient the optimizer received: accumulated, unscaled, reduced over ranks, after"
+                " clipping."
+            ),
+            self._clipping_note(),
+            *self.notes,
+        ]
         if len(self.flow_steps):
             first, end = self.flow[-1][0], self.flow[-1][-1]
             notes.append(

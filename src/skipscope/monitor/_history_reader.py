@@ -32,9 +32,14 @@ Columns = Sequence[tuple[dict[str, Any], np.ndarray]]  # (what the columns are, 
 
 
 def assemble(
-    gradients: Columns, flow: Columns, events: Sequence[VerdictEvent], notes: Sequence[str], *,
-    verdict: LiveVerdict | None = None, complete: bool = True,
-) -> History:  # fmt: skip
+    gradients: Columns,
+    flow: Columns,
+    events: Sequence[VerdictEvent],
+    notes: Sequence[str],
+    *,
+    verdict: LiveVerdict | None = None,
+    complete: bool = True,
+) -> History:
     """Put columns side by side; parameters that came later are absent before.
 
     Args:
@@ -67,19 +72,37 @@ def assemble(
     history = History(
         parameters=tuple(name for _, name in keys),
         shapes=tuple(tuple(of(key, "shapes")) for key in keys),
-        owners=tuple(owner for owner, _ in keys), groups=tuple(of(key, "groups") for key in keys),
+        owners=tuple(owner for owner, _ in keys),
+        groups=tuple(of(key, "groups") for key in keys),
         roles=tuple(of(key, "roles") if "roles" in place[key][2] else "" for key in keys),
-        steps=step, seconds=seconds, optimizers=owner, norm=norm, mean_abs=mean, norm_before_clip=before,
-        states=states, total_before_clip=total, loss_scale=scale, skipped=skipped, evaluations=evaluations,
-        boundaries=names, flow_steps=flow_rows[:, 0], flow=flow_rows[:, 1:], verdict=verdict or _live_verdict.UNKNOWN,
-        events=tuple(events), notes=tuple(notes), complete=complete,
+        steps=step,
+        seconds=seconds,
+        optimizers=owner,
+        norm=norm,
+        mean_abs=mean,
+        norm_before_clip=before,
+        states=states,
+        total_before_clip=total,
+        loss_scale=scale,
+        skipped=skipped,
+        evaluations=evaluations,
+        boundaries=names,
+        flow_steps=flow_rows[:, 0],
+        flow=flow_rows[:, 1:],
+        verdict=verdict or _live_verdict.UNKNOWN,
+        events=tuple(events),
+        notes=tuple(notes),
+        complete=complete,
         chains=tuple(of(key, "chains") if "chains" in place[key][2] else "" for key in keys),
-        kinds=tuple(place[key][2].get("kind", "") for key in keys), flow_norm=flow_norm, flow_owners=flow_owners,
+        kinds=tuple(place[key][2].get("kind", "") for key in keys),
+        flow_norm=flow_norm,
+        flow_owners=flow_owners,
         hidden=tuple(_of_boundary(flow, name, "hidden", True) for name in names),
         averaging=tuple(_of_boundary(flow, name, "averaging", 0.0) for name in names),
         normed=any(about.get("normed", False) for about, _ in flow[-1:]),
-        recurrent=next((about.get("recurrent", "") for about, _ in flow[-1:]), ""), reach=reach,
-    )  # fmt: skip
+        recurrent=next((about.get("recurrent", "") for about, _ in flow[-1:]), ""),
+        reach=reach,
+    )
     return history if verdict is not None else replace(history, verdict=verdict_of(history))
 
 
@@ -117,7 +140,8 @@ def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.nd
     """Join the flow of all sets of boundaries.
 
     Returns:
-        Names, nearest the input first; step and RMS ``[rows, 1 + B]``; owners; norms ``[rows, B]``; reach ``[rows, 2]``.
+        Names, nearest the input first; step and RMS ``[rows, 1 + B]``; owners; norms ``[rows, B]``; reach
+        ``[rows, 2]``.
     """
     names: list[str] = []
     for about, _ in reversed(flow):
@@ -153,9 +177,12 @@ def _of_boundary(flow: Columns, name: str, what: str, default: Any) -> Any:
 
 
 def verdict_of(
-    history: History, was: LiveVerdict = _live_verdict.UNKNOWN, found: Mapping[int, MissingGradients] | None = None,
-    *, is_early: bool = False,
-) -> LiveVerdict:  # fmt: skip
+    history: History,
+    was: LiveVerdict = _live_verdict.UNKNOWN,
+    found: Mapping[int, MissingGradients] | None = None,
+    *,
+    is_early: bool = False,
+) -> LiveVerdict:
     """The verdict on a history: one for each chain, and the worst of them for the whole.
 
     Args:
@@ -182,7 +209,7 @@ def verdict_of(
 
 def _verdict_of_chain(
     history: History, part: Sequence[int], was: str, found: Mapping[int, MissingGradients], is_early: bool
-) -> LiveVerdict:  # fmt: skip
+) -> LiveVerdict:
     """From the flow where it was read on this chain, else from its parameters' gradients."""
     owners = {history.owners[i] for i in part}
     causes = [cause for owner in owners if (cause := found.get(owner)) is not None]
@@ -196,9 +223,12 @@ def _verdict_of_chain(
     for i, owner in enumerate(history.owners):
         first.setdefault(owner, history.chains[i] if history.chains else "")
     mine = [
-        k for k, owner in enumerate(history.flow_owners.tolist())
-        if owner in owners and part and first.get(int(owner)) == (history.chains[part[0]] if history.chains else "")
-    ]  # fmt: skip
+        k
+        for k, owner in enumerate(history.flow_owners.tolist())
+        if owner in owners
+        and part
+        and first.get(int(owner)) == (history.chains[part[0]] if history.chains else "")
+    ]
     if not mine:
         return of_parameters
     step = int(history.flow_steps[mine[-1]])
@@ -261,7 +291,8 @@ def _judged_by(
 
 
 def read_history(path: Path, *, all_rows: bool = False) -> History | None:
-    """The history that a monitor writes to a folder, also while it runs or after it was killed; None if it is not one.
+    """The history that a monitor writes to a folder, also while it runs or after it was killed; None if it is
+    not one.
 
     Of a long run every second, or fourth, ... row is read, as many as a live history would hold; a note says
     so. Local.

@@ -16,8 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 KINDS = {
-    torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
-}  # fmt: skip
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 _BLOCK = 1024
 # A piece is what one program reads: small enough to spread the work, large enough that the pieces stay few.
 _PIECE, _MOST_PIECES = 16 * _BLOCK, 32768
@@ -25,8 +28,16 @@ _PIECE, _MOST_PIECES = 16 * _BLOCK, 32768
 
 @triton.jit
 def _sums_of_pieces(
-    addresses, tensor_of, start_of, sizes, partial, pieces, PIECE: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr
-):  # fmt: skip
+    addresses,
+    tensor_of,
+    start_of,
+    sizes,
+    partial,
+    pieces,
+    PIECE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+):
     piece = tl.program_id(0)
     tensor = tl.load(tensor_of + piece)
     start = tl.load(start_of + piece)
@@ -108,6 +119,9 @@ def _layout(sizes: tuple[int, ...], device: torch.device, stream: int) -> _Layou
 
 @functools.lru_cache(maxsize=32)
 def _table(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Integers on the device. Gradients mostly come back to the places of some earlier step: then nothing is copied."""
+    """Integers on the device.
+
+    Gradients mostly come back to the places of some earlier step: then nothing is copied.
+    """
     host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)

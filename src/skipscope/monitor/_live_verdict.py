@@ -160,8 +160,9 @@ def judge_gradients(
     level, compared = _comparable(level, shapes, state)
     points = [
         Point(name, s, float(y) if math.isfinite(y) else None)
-        for name, s, y, use in zip(names, state, level, compared) if use or s not in {"ok", "frozen", "absent"}
-    ]  # fmt: skip
+        for name, s, y, use in zip(names, state, level, compared)
+        if use or s not in {"ok", "frozen", "absent"}
+    ]
     points = [p for p in points if p.state != "ok" or p.log_flow is not None]
     if not points:
         reason = _EARLY if is_early else "no weight has a gradient that can be compared"
@@ -191,7 +192,10 @@ def _live(
         trouble, limit = ("vanishing", FALL) if fall >= 0 else ("exploding", growth)
         limit = of_weights or limit
         lasting = was == trouble and limit - _STICKY <= abs(fall) < limit
-        change = f"{short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {len(points)} {of if len(points) != 1 else _ONE[of]}"
+        change = (
+            f"{short(abs(fall))} decades {'lost' if fall >= 0 else 'gained'} over {len(points)}"
+            f" {of if len(points) != 1 else _ONE[of]}"
+        )
         if lasting:
             state, where, reason = trouble, points[0].name, f"{change}, hardly less than before"
         elif abs(fall) < limit or state == "healthy":
@@ -215,7 +219,8 @@ def _flow_state(value: float, averaging: float) -> tuple[str, float | None]:
 
 
 def _lasting(codes: np.ndarray) -> list[str]:
-    """A zero or a missing gradient counts when it was so at every step looked at; a non-finite one at the last.
+    """A zero or a missing gradient counts when it was so at every step looked at; a non-finite one at the
+    last.
 
     ``codes`` are ``[steps, W]``, NaN where there was no step; returns a state for each weight.
     """

@@ -88,14 +88,16 @@ class GradientSearch:
         if cleared:
             return MissingGradients(
                 "cleared",
-                f"the gradients were cleared between backward() and step(): {len(cleared)} of {len(trained)} parameters "
-                "had one after backward() and have none at step()",
+                f"the gradients were cleared between backward() and step(): {len(cleared)} of {len(trained)}"
+                " parameters had one after backward() and have none at step()",
                 "Call zero_grad() before backward() or after step(), not between them.",
-            )  # fmt: skip
+            )
         if len(empty) == len(trained) and not passes:
             return MissingGradients(
-                "no backward", "no backward() ran since the last step()", "Call loss.backward() before optimizer.step()."
-            )  # fmt: skip
+                "no backward",
+                "no backward() ran since the last step()",
+                "Call loss.backward() before optimizer.step().",
+            )
         if not none:
             return None if len(empty) < len(trained) else MissingGradients(
                 "zero", "backward() ran, and every gradient that it brought is exactly 0",
@@ -113,21 +115,27 @@ class GradientSearch:
                 if p is not None:
                     holders.setdefault(id(p), []).append(module)
         unused = tuple(
-            name for i, name in zip(none, names)
-            if (found := holders.get(id(self.tracked.parameters[i]))) and not any(id(m) in self._called for m in found)
-        )  # fmt: skip
+            name
+            for i, name in zip(none, names)
+            if (found := holders.get(id(self.tracked.parameters[i])))
+            and not any(id(m) in self._called for m in found)
+        )
         cut = [name for name in names if name not in unused]
         if cut:
             which = "any parameter" if len(none) == trained else _few(cut)
             return MissingGradients(
-                "detached", f"backward() ran, but no path leads from the loss to {which}",
-                "Look for detach(), no_grad(), .item(), .data or a new tensor between them and the loss.", unused,
-            )  # fmt: skip
+                "detached",
+                f"backward() ran, but no path leads from the loss to {which}",
+                "Look for detach(), no_grad(), .item(), .data or a new tensor between them and the loss.",
+                unused,
+            )
         if not any_arrived:
             return MissingGradients(
-                "detached", "backward() ran, but not through the model: none of the modules that hold parameters was called",
+                "detached",
+                "backward() ran, but not through the model: none of the modules that hold parameters was"
+                " called",
                 "Compute the loss from this model's output.",
-            )  # fmt: skip
+            )
         return MissingGradients(
             "unused", f"the forward pass does not call the modules that hold {_few(unused)}",
             "Leave them out of the model, or call them.", unused,

@@ -42,11 +42,16 @@ def check_mesh(name: str, parameter: Tensor, size: int) -> None:
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is not None and mesh.size() != size:
         raise SkipscopeError(
-            "watch", "a parameter is spread over only some of the ranks, and its norm cannot be made whole",
-            layer=name, expected=f"a mesh of all {size} ranks", got=f"a mesh of {mesh.size()}",
-            cure="shard over one mesh of all ranks (hybrid sharding is such a mesh); pipeline stages, and layers that "
-            "a tensor-parallel plan leaves out, are not supported",
-        )  # fmt: skip
+            "watch",
+            "a parameter is spread over only some of the ranks, and its norm cannot be made whole",
+            layer=name,
+            expected=f"a mesh of all {size} ranks",
+            got=f"a mesh of {mesh.size()}",
+            cure=(
+                "shard over one mesh of all ranks (hybrid sharding is such a mesh); pipeline stages, and"
+                " layers that a tensor-parallel plan leaves out, are not supported"
+            ),
+        )
 
 
 def disagreement(names: tuple[str, ...], norms: np.ndarray) -> str | None:

@@ -31,7 +31,8 @@ def most_rows(parameters: int) -> int:
 
 
 class Rows:
-    """Rows of one width. Memory holds at most ``keep``: when they are full every second is dropped, again and again.
+    """Rows of one width. Memory holds at most ``keep``: when they are full every second is dropped, again and
+    again.
 
     Args:
         width: numbers a row.

@@ -36,8 +36,13 @@ class Store:
     """
 
     def __init__(
-        self, keep: int | None, folder: Path | None, notes: list[str], before: Recorded | None, first_step: int
-    ):  # fmt: skip
+        self,
+        keep: int | None,
+        folder: Path | None,
+        notes: list[str],
+        before: Recorded | None,
+        first_step: int,
+    ):
         self.keep, self.folder, self.notes = keep, folder, notes
         self.events: list[VerdictEvent] = []
         self._gradients: dict[int, list[tuple[TrackedParameters, Rows]]] = {}
@@ -153,8 +158,10 @@ def begin_folder(folder: Path, *, resume: bool) -> Recorded | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SkipscopeError(
-            "watch", f"cannot make the folder {folder}: {error.strerror}", cure="choose one that can be written"
-        ) from error  # fmt: skip
+            "watch",
+            f"cannot make the folder {folder}: {error.strerror}",
+            cure="choose one that can be written",
+        ) from error
     if not (folder / ABOUT).exists():
         return None
     if not resume:

@@ -146,7 +146,8 @@ def _finite(value: Any) -> Any:
 
 
 class Csv:
-    """A table that pandas reads at once: a line for each parameter of each recorded step, and one for the whole.
+    """A table that pandas reads at once: a line for each parameter of each recorded step, and one for the
+    whole.
 
     In the whole's line ``parameter`` is empty and ``rms`` holds the total norm.
 
@@ -225,9 +226,12 @@ def as_sink(sink: Sink | str | Callable[[int, dict[str, float]], Any]) -> Sink:
         if callable(sink) and not isinstance(sink, type):
             return Function(sink)
         raise SkipscopeError(
-            "watch", "this is not a sink", expected="callable(step, values), or an object with open, step, event and close",
-            got=repr(sink)[:60], cure='sinks=["terminal"], or sinks=[lambda step, values: ...]',
-        )  # fmt: skip
+            "watch",
+            "this is not a sink",
+            expected="callable(step, values), or an object with open, step, event and close",
+            got=repr(sink)[:60],
+            cure='sinks=["terminal"], or sinks=[lambda step, values: ...]',
+        )
     kind, _, rest = sink.partition(":")
     if sink == "terminal":
         return Terminal()

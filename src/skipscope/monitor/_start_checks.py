@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from skipscope._asked import is_whole
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import world
 from skipscope._sharding import refuse_flattened
 from skipscope._untouched import require_module
+from skipscope._validation import is_integer
 from skipscope.monitor._step_recorder import StepRecorder
 from skipscope.monitor._tracked_parameters import names_of
 from skipscope.shortcuts import refuse_shared
@@ -54,7 +54,7 @@ def check(
 ) -> None:
     """What is known at the start: refuse what could only give wrong numbers."""
     for name, value in {"every": every, "flow_every": flow_every}.items():
-        if not is_whole(value) and (name, value) != ("flow_every", None):
+        if not is_integer(value) and (name, value) != ("flow_every", None):
             raise SkipscopeError(
                 "watch",
                 f"{name} is the number of steps from one reading to the next",

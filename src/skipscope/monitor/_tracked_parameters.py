@@ -121,12 +121,14 @@ def _roles(models: Mapping[str, nn.Module]) -> dict[int, str]:
 _PROPORTIONAL = re.compile(r"SGD|LBFGS|Momentum|Nesterov", re.IGNORECASE)
 _NORMALIZED = re.compile(
     r"Adam|ADOPT|Adagrad|Adadelta|RMSprop|Rprop|Lion|Muon|Adafactor|LAMB|LARS|Shampoo|SOAP|Sophia|NovoGrad|Yogi|Prodigy|"
-    r"Adan|GaLore", re.IGNORECASE,
-)  # fmt: skip
+    r"Adan|GaLore",
+    re.IGNORECASE,
+)
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    """``"SGD"`` where a step is proportional to the gradient, ``"Adam"`` where its size does not follow the gradient's.
+    """``"SGD"`` where a step is proportional to the gradient, ``"Adam"`` where its size does not follow the
+    gradient's.
 
     Example:
         >>> kind_of(torch.optim.AdamW([torch.zeros(1)]))

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skipscope._asked import is_whole
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import meet, world
+from skipscope._validation import is_integer
 from skipscope.monitor import _live_verdict, _torch_internals, _torch_patches
 from skipscope.monitor._backward_passes import inside_backward
 from skipscope.monitor._flow_reader import FlowReader, FlowRow
@@ -222,8 +222,8 @@ class Monitor:
             self._inside.add(recorder.index)
         if recorder.late:
             self._note(
-                "A step pre-hook was registered after the watch began. Gradients are recorded after it; at its first "
-                "step they were read after the step."
+                "A step pre-hook was registered after the watch began. Gradients are recorded after it; at"
+                " its first step they were read after the step."
             )
         if recorder.tracked is not self._tracked[recorder.index]:
             self._tracked[recorder.index] = recorder.tracked
@@ -274,7 +274,8 @@ class Monitor:
             self._judge_soon()
 
     def _chains_of(self, recorder: StepRecorder, tracked: TrackedParameters) -> list[str]:
-        """The loss that each parameter belongs to: its model's, or its optimizer's where several update one model.
+        """The loss that each parameter belongs to: its model's, or its optimizer's where several update one
+        model.
 
         Optimizers that step inside one backward pass share its loss.
         """
@@ -300,8 +301,9 @@ class Monitor:
             self._to_search.add(recorder.index)
 
     def _is_early(self) -> bool:
-        """Whether zeros and missing gradients are not judged yet: before the second step of each optimizer that has
-        stepped, and for a few more while tensors that started at zero by design are still exactly zero.
+        """Whether zeros and missing gradients are not judged yet: before the second step of each optimizer
+        that has stepped, and for a few more while tensors that started at zero by design are still exactly
+        zero.
         """
         rows = [recorder.rows for recorder in self._recorders if recorder.rows]
         if not self._open or not rows:
@@ -378,9 +380,13 @@ def _is_bad(step: Step, row: Any) -> bool:
 def _zero_by_design(tracked: TrackedParameters) -> list[Tensor]:
     """Trained tensors, biases apart, that are exactly 0: gates, zero-initialised norms, LoRA's B."""
     return [
-        p for p, name, role in zip(tracked.parameters, tracked.names, tracked.roles)
-        if p.requires_grad and role != "bias" and not name.endswith("bias") and not bool((p.detach() != 0).any())
-    ]  # fmt: skip
+        p
+        for p, name, role in zip(tracked.parameters, tracked.names, tracked.roles)
+        if p.requires_grad
+        and role != "bias"
+        and not name.endswith("bias")
+        and not bool((p.detach() != 0).any())
+    ]
 
 
 def watch(
@@ -456,11 +462,14 @@ def watch(
     given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     optimizers = list({id(o): (o, outer) for each in given for o, outer in inner_optimizers(each)}.values())
     check(models, [o for o, _ in optimizers], every, flow_every, keep)
-    if first_step is not None and not is_whole(first_step, 0):
+    if first_step is not None and not is_integer(first_step, 0):
         raise SkipscopeError(
-            "watch", "first_step is the number of steps already made", expected="0 or more", got=repr(first_step),
+            "watch",
+            "first_step is the number of steps already made",
+            expected="0 or more",
+            got=repr(first_step),
             cure="first_step=trainer.global_step",
-        )  # fmt: skip
+        )
     meet("watch", tuple(range(world()[1])), timeout)
     callbacks = on_verdict if isinstance(on_verdict, Sequence) else [on_verdict]
     first = world()[0] == 0
@@ -472,6 +481,14 @@ def watch(
         ):
             other.replaced()
     return Monitor(
-        models, optimizers, every=every, keep=keep, sinks=made, folder=None if folder is None else Path(folder),
-        on_verdict=callbacks, flow_every=flow_every, first_step=first_step, resume=resume,
-    )  # fmt: skip
+        models,
+        optimizers,
+        every=every,
+        keep=keep,
+        sinks=made,
+        folder=None if folder is None else Path(folder),
+        on_verdict=callbacks,
+        flow_every=flow_every,
+        first_step=first_step,
+        resume=resume,
+    )

@@ -62,12 +62,15 @@ def _inside(
         optimizer, "_optimizer_step_pre_hooks"
     ):
         raise SkipscopeError(
-            "watch", "this optimizer's steps cannot be seen",
+            "watch",
+            "this optimizer's steps cannot be seen",
             expected="a torch.optim.Optimizer, or a wrapper with one in ." + ", .".join(_INNER),
             got=type(optimizer).__name__,
-            cure="pass the torch optimizer inside it; a class of your own: call torch.optim.Optimizer.__init__ in its "
-            "__init__",
-        )  # fmt: skip
+            cure=(
+                "pass the torch optimizer inside it; a class of your own: call torch.optim.Optimizer.__init__"
+                " in its __init__"
+            ),
+        )
     if not getattr(type(optimizer).step, "hooked", False):  # type: ignore[attr-defined]
         raise SkipscopeError(
             "watch", "this optimizer's step() does not run torch's step hooks, so its steps cannot be seen",
@@ -77,7 +80,9 @@ def _inside(
 
 
 def _steps_for(inner: Any, outer: Any) -> bool:
-    """Whether ``inner`` is an optimizer of the parameters that ``outer`` seems to update, or a wrapper around one."""
+    """Whether ``inner`` is an optimizer of the parameters that ``outer`` seems to update, or a wrapper
+    around one.
+    """
     if not isinstance(inner, torch.optim.Optimizer):
         held = (getattr(inner, name, None) for name in _INNER if inner is not None)
         return any(one is not inner and one is not outer and _steps_for(one, outer) for one in held)

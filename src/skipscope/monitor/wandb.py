@@ -11,7 +11,8 @@ from skipscope.monitor._record import Record, scalars
 
 
 class WandB:
-    """Total norms at every recorded step, each parameter's at some, against ``skipscope/step``; changes as an alert.
+    """Total norms at every recorded step, each parameter's at some, against ``skipscope/step``; changes as an
+    alert.
 
     Numbers go with your own next ``run.log``, so that your steps stay yours; into a run that this sink began
     they go at once.

@@ -1,7 +1,7 @@
 """The shortcut modules of the literature: each wraps a branch F, any module.
 
-Each is a pure function under a thin module, ``write(x, F(read(x)))``; the head of its file gives the equation and the
-paper. ``registry()`` builds all of them alike; ``skipscope.testing.check_shortcut`` tests any.
+Each is a pure function under a thin module, ``write(x, F(read(x)))``; the head of its file gives the equation
+and the paper. ``registry()`` builds all of them alike; ``skipscope.testing.check_shortcut`` tests any.
 
 Example:
     >>> import torch
@@ -42,14 +42,14 @@ from skipscope.nn._dynamic_hyper import weigh_streams as weigh_streams
 from skipscope.nn._fixup import Fixup as Fixup
 from skipscope.nn._fixup import fixup_ as fixup_
 from skipscope.nn._frac import FracConnection as FracConnection
-from skipscope.nn._gates import ExclusiveGate as ExclusiveGate
-from skipscope.nn._gates import Highway as Highway
-from skipscope.nn._gates import ShortcutOnlyGate as ShortcutOnlyGate
-from skipscope.nn._gates import VarianceGate as VarianceGate
-from skipscope.nn._gates import exclusive_gate as exclusive_gate
-from skipscope.nn._gates import highway as highway
-from skipscope.nn._gates import shortcut_only_gate as shortcut_only_gate
-from skipscope.nn._gates import variance_gate as variance_gate
+from skipscope.nn._gated import ExclusiveGate as ExclusiveGate
+from skipscope.nn._gated import Highway as Highway
+from skipscope.nn._gated import ShortcutOnlyGate as ShortcutOnlyGate
+from skipscope.nn._gated import VarianceGate as VarianceGate
+from skipscope.nn._gated import exclusive_gate as exclusive_gate
+from skipscope.nn._gated import highway as highway
+from skipscope.nn._gated import shortcut_only_gate as shortcut_only_gate
+from skipscope.nn._gated import variance_gate as variance_gate
 from skipscope.nn._gru_gate import GRUGate as GRUGate
 from skipscope.nn._hyper import AltUp as AltUp
 from skipscope.nn._hyper import HyperConnected as HyperConnected
@@ -87,15 +87,7 @@ from skipscope.nn._norms import admin_ as admin_
 from skipscope.nn._norms import deep_norm_ as deep_norm_
 from skipscope.nn._norms import deep_norm_constants as deep_norm_constants
 from skipscope.nn._norms import sub_norm_gain as sub_norm_gain
-from skipscope.nn._options import PadShortcut as PadShortcut
-from skipscope.nn._options import ProjectionShortcut as ProjectionShortcut
-from skipscope.nn._options import option as option
-from skipscope.nn._options import pad_shortcut as pad_shortcut
 from skipscope.nn._parallel import ParallelBranches as ParallelBranches
-from skipscope.nn._random import DropoutShortcut as DropoutShortcut
-from skipscope.nn._random import StochasticDepth as StochasticDepth
-from skipscope.nn._random import dropout_shortcut as dropout_shortcut
-from skipscope.nn._random import stochastic_depth as stochastic_depth
 from skipscope.nn._registry import Kind as Kind
 from skipscope.nn._registry import find_kind as find_kind
 from skipscope.nn._registry import registry as registry
@@ -109,6 +101,14 @@ from skipscope.nn._scaled import ScaledShortcut as ScaledShortcut
 from skipscope.nn._scaled import scaled_shortcut as scaled_shortcut
 from skipscope.nn._shake import ShakeShake as ShakeShake
 from skipscope.nn._shake import shake_shake as shake_shake
+from skipscope.nn._shape_shortcuts import PadShortcut as PadShortcut
+from skipscope.nn._shape_shortcuts import ProjectionShortcut as ProjectionShortcut
+from skipscope.nn._shape_shortcuts import option as option
+from skipscope.nn._shape_shortcuts import pad_shortcut as pad_shortcut
+from skipscope.nn._stochastic import DropoutShortcut as DropoutShortcut
+from skipscope.nn._stochastic import StochasticDepth as StochasticDepth
+from skipscope.nn._stochastic import dropout_shortcut as dropout_shortcut
+from skipscope.nn._stochastic import stochastic_depth as stochastic_depth
 from skipscope.nn._value_residual import ValueResidual as ValueResidual
 from skipscope.nn._value_residual import ValueResidualAttention as ValueResidualAttention
 from skipscope.nn._value_residual import value_residual as value_residual

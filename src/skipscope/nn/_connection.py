@@ -2,8 +2,8 @@
 
     y = write(x, F(read(x)))
 
-``read`` makes the branch's input from the streams that come in (for all but hyper-connections there is one stream,
-the tensor x itself); ``write`` joins the branch's output with them.
+``read`` makes the branch's input from the streams that come in (for all but hyper-connections there is one
+stream, the tensor x itself); ``write`` joins the branch's output with them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,15 @@ class Connection(nn.Module):
         self.branch = branch
 
     def initialise_(self, branch: nn.Module) -> None:
-        """Give a branch's weights the start that the paper asks for; as they are unless a family says otherwise."""
+        """Give a branch's weights the start that the paper asks for;
+
+        as they are unless a family says otherwise.
+        """
 
     def __getattr__(self, name: str) -> Any:
-        """What the module lacks is looked up in its branch, so that an owner who reads its layers' attributes finds them."""
+        """What the module lacks is looked up in its branch, so that an owner who reads its layers'
+        attributes finds them.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -74,11 +79,16 @@ class Chain(nn.Module):
     branches: Any
 
     def begin(self, x: Tensor) -> tuple[Any, Any]:
-        """The state before the first branch, and the first branch's input (a tuple, where it takes several)."""
+        """The state before the first branch, and the first branch's input (a tuple, where it takes
+        several).
+        """
         return [x], x
 
     def step(self, index: int, state: Any, f: Tensor) -> tuple[Any, Any]:
-        """The state after branch ``index`` gave ``f``, and the next branch's input; after the last, the output."""
+        """The state after branch ``index`` gave ``f``, and the next branch's input;
+
+        after the last, the output.
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
@@ -91,7 +101,10 @@ class Chain(nn.Module):
 
 
 class Elsewhere(nn.Module):
-    """In place of a branch that is computed elsewhere: only ``read`` and ``write`` of its connection are called."""
+    """In place of a branch that is computed elsewhere:
+
+    only ``read`` and ``write`` of its connection are called.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Refuse: the branch is not here."""
@@ -99,7 +112,10 @@ class Elsewhere(nn.Module):
 
 
 class Holder(nn.Module):
-    """Connections by dotted name, beside a model's own modules; called among them (in a Sequential) it changes nothing."""
+    """Connections by dotted name, beside a model's own modules;
+
+    called among them (in a Sequential) it changes nothing.
+    """
 
     def put(self, name: str, connection: nn.Module) -> None:
         """Register a connection so that its ``state_dict`` keys begin with ``name``."""
@@ -121,7 +137,8 @@ class Holder(nn.Module):
         return x
 
 
-# --- layers that act on one dimension, whichever it is ---------------------------------------------------------
+# --- layers that act on one dimension, whichever it is
+# ---------------------------------------------------------
 
 
 class Pointwise(nn.Linear):

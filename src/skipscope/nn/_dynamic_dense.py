@@ -3,8 +3,8 @@
 X_i = B_i(Y_{i-1}^1, ..., Y_{i-1}^C),   Y_i^c = sum over j <= i of A_ij^c(X_i) X_j,   X_0 = x, Y_0^c = x
 A_i(X_i) = a_i + GELU(RMSNorm(X_i) W1) W2;   a_ii = 1, the others and W2 are 0 at the start
 
-B_i are the blocks of a network, with the shortcuts that they have; each of the C sums is an input of its own (a
-transformer's query, key, value and residual). At the start the network is what it was.
+B_i are the blocks of a network, with the shortcuts that they have; each of the C sums is an input of its own
+(a transformer's query, key, value and residual). At the start the network is what it was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from skipscope.nn._connection import Chain, normed
 
 
 def dynamic_dense(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``sum_j weights[..., j] * outputs[j]``, the last first; outputs ``[..., width]``, ``weights [..., len(outputs)]``."""
+    """``sum_j weights[..., j] * outputs[j]``, the last first;
+
+    outputs ``[..., width]``, ``weights [..., len(outputs)]``.
+    """
     columns = weights.unsqueeze(-2).unbind(-1)
     total = columns[-1] * outputs[-1]
     for column, output in zip(reversed(columns[:-1]), reversed(outputs[:-1]), strict=True):
@@ -28,7 +31,8 @@ def dynamic_dense(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 class DynamicDense(Chain):
-    """Blocks in a row, each fed C weighted sums of the input and of all outputs before, weighed token by token.
+    """Blocks in a row, each fed C weighted sums of the input and of all outputs before, weighed token by
+    token.
 
     Args:
         blocks: B_1, B_2, ..., each called with ``ways`` tensors of one width.

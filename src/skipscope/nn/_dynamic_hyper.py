@@ -1,18 +1,20 @@
 """Several residual streams, with weights that depend on the data.
 
-dynamic         X' = H_res(X) X + h_post(X) F(h_pre(X) . X)      Zhu et al. 2024, arXiv 2409.19606, section 2.3
+dynamic         X' = H_res(X) X + h_post(X) F(h_pre(X) . X)      Zhu et al. 2024, arXiv 2409.19606, section
+2.3
                 each weight is static + s tanh(norm(X) W): W = 0 at the start, s = 0.01
 mHC             the same equation, with H_res doubly stochastic  Xie et al. 2025, arXiv 2512.24880, section 4
                 from x = RMSNorm of all streams side by side:
-                h_pre = sigmoid(a x W + b), h_post = 2 sigmoid(a x W + b), H_res = Sinkhorn(exp(a x W + b)), a = 0.01
-  collapsed     the output is h . X, h = sigmoid(a x W + b), in place of the mean: DeepSeek-V4 (transformers, deepseek_v4)
-  unmixed       H_res = I, the output as in collapsed: Hunyuan 4 (transformers, hy_v4)
+                h_pre = sigmoid(a x W + b), h_post = 2 sigmoid(a x W + b), H_res = Sinkhorn(exp(a x W + b)), a
+                = 0.01
+  collapsed     the output is h . X, h = sigmoid(a x W + b), in place of the mean: DeepSeek-V4 (transformers,
+  deepseek_v4) unmixed       H_res = I, the output as in collapsed: Hunyuan 4 (transformers, hy_v4)
 gated streams   X' = X + h_post(X) F(mean over i of G_i(X) U_i)  Qwen4 (transformers, qwen4_exp)
-                U_i = RMSNorm(x_i); of all U side by side, u: G = sigmoid(W2 silu(W1 u / n)), one number a feature,
-                h_post = 2 sigmoid(W u / n); the output is the mean of G U with other weights
+                U_i = RMSNorm(x_i); of all U side by side, u: G = sigmoid(W2 silu(W1 u / n)), one number a
+                feature, h_post = 2 sigmoid(W u / n); the output is the mean of G U with other weights
 
-All but the last start as static hyper-connections do: as a residual network, so long as the streams are copies of one
-another.
+All but the last start as static hyper-connections do: as a residual network, so long as the streams are
+copies of one another.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from skipscope.nn._hyper import StreamConnection
 
 
 def mix_streams(x: Tensor, residual: Tensor) -> Tensor:
-    """Streams ``x [n, ..., width]`` mixed by ``residual [..., n, n]``, one matrix a token: row i makes stream i."""
+    """Streams ``x [n, ..., width]`` mixed by ``residual [..., n, n]``, one matrix a token:
+
+    row i makes stream i.
+    """
     return (residual.movedim(-1, 0).unsqueeze(-1) * x.unsqueeze(-2)).sum(0).movedim(-2, 0)
 
 
@@ -46,7 +51,8 @@ def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
 
     Example:
         >>> matrix = sinkhorn(torch.randn(3, 3))
-        >>> torch.allclose(matrix.sum(-1), torch.ones(3)), torch.allclose(matrix.sum(-2), torch.ones(3), atol=1e-3)
+        >>> one = torch.ones(3)
+        >>> torch.allclose(matrix.sum(-1), one), torch.allclose(matrix.sum(-2), one, atol=1e-3)
         (True, True)
     """
     matrix = logits.softmax(-2)  # the exponential and the first division, without overflow
@@ -72,7 +78,10 @@ class _Dynamic(StreamConnection):
         self.streams, self.width, self.dim = streams, width, dim
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """For streams ``[n, ..., width]``: pre ``[..., n]``, post ``[..., n]``, residual ``[..., n, n]`` (None: I)."""
+        """For streams ``[n, ..., width]``:
+
+        pre ``[..., n]``, post ``[..., n]``, residual ``[..., n, n]`` (None: I).
+        """
         raise NotImplementedError
 
     def weigh(self, rows: Tensor) -> Tensor:
@@ -98,7 +107,8 @@ def features_last(x: Tensor, dim: int) -> Tensor:
 
 
 class DynamicHyperConnection(_Dynamic):
-    """``X' = H_res(X) X + h_post(X) F(h_pre(X) . X)``, the weights a static part and a small one from the data.
+    """``X' = H_res(X) X + h_post(X) F(h_pre(X) . X)``, the weights a static part and a small one from the
+    data.
 
     Args:
         branch: F, on one stream.
@@ -150,10 +160,11 @@ def _mean_logit(streams: int) -> float:
 
 
 class ManifoldHyperConnection(_Dynamic):
-    """mHC: ``X' = H_res(X) X + h_post(X) F(h_pre(X) . X)`` with ``H_res`` doubly stochastic, all weights positive.
+    """mHC: ``X' = H_res(X) X + h_post(X) F(h_pre(X) . X)`` with ``H_res`` doubly stochastic, all weights
+    positive.
 
-    The paper gives a; b and W are ours: W = 0 and b such that every stream is read by 1/n, gets the branch once, and
-    hardly mixes.
+    The paper gives a; b and W are ours: W = 0 and b such that every stream is read by 1/n, gets the branch
+    once, and hardly mixes.
 
     Args:
         branch: F, on one stream.
@@ -219,7 +230,10 @@ class StreamCollapse(nn.Module):
 
 
 class CollapsedHyperConnection(ManifoldHyperConnection):
-    """mHC whose streams end in a :class:`StreamCollapse`; arguments as for :class:`ManifoldHyperConnection`."""
+    """mHC whose streams end in a :class:`StreamCollapse`;
+
+    arguments as for :class:`ManifoldHyperConnection`.
+    """
 
     def collapse(self) -> nn.Module:
         """The learned sum of all streams."""
@@ -227,7 +241,8 @@ class CollapsedHyperConnection(ManifoldHyperConnection):
 
 
 class UnmixedHyperConnection(_Dynamic):
-    """``X' = X + h_post(X) F(h_pre(X) . X)``: mHC whose streams do not mix, and end in a :class:`StreamCollapse`.
+    """``X' = X + h_post(X) F(h_pre(X) . X)``: mHC whose streams do not mix, and end in a
+    :class:`StreamCollapse`.
 
     Args:
         branch: F, on one stream.

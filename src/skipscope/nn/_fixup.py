@@ -1,7 +1,8 @@
 """Fixup: residual networks without normalisation. Zhang, Dauphin and Ma 2019, arXiv 1901.09321.
 
 y = x + a F(x + b1) + b2,   a = 1, b1 = b2 = 0 at the start
-the last of F's m weights starts at zero, the others are scaled by L^(-1 / (2m - 2)), L branches in the network
+the last of F's m weights starts at zero, the others are scaled by L^(-1 / (2m - 2)), L branches in the
+network
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ def fixup_(branch: nn.Module, depth: int) -> nn.Module:
     """Initialise a branch in place as Fixup does, starting from the weights it has.
 
     Args:
-        branch: F; its weights in the order of its parameters, those of two or more dimensions count. Its biases
-            become zero.
+        branch: F; its weights in the order of its parameters, those of two or more dimensions count. Its
+            biases become zero.
         depth: how many such branches the network has.
 
     Raises:

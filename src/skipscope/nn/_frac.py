@@ -2,9 +2,9 @@
 
     H' = A H + diag(b) F(Y H)
 
-H is x in m parts side by side, one a row. The m x m matrices Y and A and the vector b are a static part and a small one
-from the data: from part i come tanh(norm(H_i) W) s, column i of Y and A and element i of b. At the start Y = A = I,
-b = 1, W = 0 and s = 0.01: a residual network.
+H is x in m parts side by side, one a row. The m x m matrices Y and A and the vector b are a static part and a
+small one from the data: from part i come tanh(norm(H_i) W) s, column i of Y and A and element i of b. At the
+start Y = A = I, b = 1, W = 0 and s = 0.01: a residual network.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Several residual streams instead of one, with static weights.
 
 hyper-connections   X' = H_res X + h_post F(h_pre . X)                      Zhu et al. 2024, arXiv 2409.19606
-AltUp               X^ = P X,   X' = X^ + g (x_j + F(x_j) - x^_j)           Baykal et al. 2023, arXiv 2301.13310
-                    predict, compute for stream j, correct; j the next at each layer (as Recycled-AltUp: the streams
-                    begin as copies)
+AltUp               X^ = P X,   X' = X^ + g (x_j + F(x_j) - x^_j)           Baykal et al. 2023, arXiv
+2301.13310
+                    predict, compute for stream j, correct; j the next at each layer (as Recycled-AltUp: the
+                    streams begin as copies)
 
-X holds n streams. At the start H_res and P are the identity, h_post and g all ones and h_pre reads one stream, the next
-at each layer: then every stream is what a residual network's one stream would be.
+X holds n streams. At the start H_res and P are the identity, h_post and g all ones and h_pre reads one
+stream, the next at each layer: then every stream is what a residual network's one stream would be.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def expand_streams(x: Tensor, streams: int) -> Tensor:
 
 
 def reduce_streams(x: Tensor) -> Tensor:
-    """``[streams, ...]`` -> ``[...]``: their mean (the paper's sum, up to a factor that its last norm takes out)."""
+    """``[streams, ...]`` -> ``[...]``:
+
+    their mean (the paper's sum, up to a factor that its last norm takes out).
+    """
     return x.mean(0)
 
 
@@ -36,12 +40,18 @@ def hyper_read(x: Tensor, pre: Tensor) -> Tensor:
 
 
 def hyper_write(x: Tensor, f: Tensor, residual: Tensor, post: Tensor) -> Tensor:
-    """``residual [n, n]`` mixes the streams ``[n, ...]``; each gets ``f [...]`` times its element of ``post``."""
+    """``residual [n, n]`` mixes the streams ``[n, ...]``;
+
+    each gets ``f [...]`` times its element of ``post``.
+    """
     return torch.tensordot(residual, x, 1) + post.reshape(-1, *[1] * f.ndim) * f
 
 
 def altup(x: Tensor, f: Tensor, predict: Tensor, correct: Tensor, active: int) -> Tensor:
-    """AltUp's prediction of the streams ``x [n, ...]``, corrected by what stream ``active`` became: itself plus ``f``."""
+    """AltUp's prediction of the streams ``x [n, ...]``, corrected by what stream ``active`` became:
+
+    itself plus ``f``.
+    """
     predicted = torch.tensordot(predict, x, 1)
     return predicted + correct.reshape(-1, *[1] * f.ndim) * (x[active] + f - predicted[active])
 
@@ -57,7 +67,8 @@ class StreamConnection(Connection):
 class HyperConnection(StreamConnection):
     """``X' = H_res X + h_post F(h_pre . X)`` on streams ``[n, ...]``, with learned, static weights.
 
-    A network expands its input with :func:`expand_streams`, and after the last layer takes :func:`reduce_streams`.
+    A network expands its input with :func:`expand_streams`, and after the last layer takes
+    :func:`reduce_streams`.
 
     Args:
         branch: F, on one stream.
@@ -83,7 +94,8 @@ class HyperConnection(StreamConnection):
 
 
 class AltUp(StreamConnection):
-    """``X^ + g (x_j + F(x_j) - x^_j)`` with ``X^ = P X``: only stream j is computed, the others are predicted.
+    """``X^ + g (x_j + F(x_j) - x^_j)`` with ``X^ = P X``: only stream j is computed, the others are
+    predicted.
 
     Args:
         branch: F, on one stream.
@@ -140,7 +152,10 @@ class HyperConnected(Chain):
         return x, self.layers[0].read(x)  # type: ignore[operator]
 
     def step(self, index: int, state: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-        """The streams after layer ``index``, and what the next one reads; after the last, all of them as one."""
+        """The streams after layer ``index``, and what the next one reads;
+
+        after the last, all of them as one.
+        """
         state = self.layers[index].write(state, f)  # type: ignore[operator]
         if index < len(self.layers) - 1:
             return state, self.layers[index + 1].read(state)  # type: ignore[operator]

@@ -2,15 +2,19 @@
 
 post-norm       y = N(x + F(x))       Vaswani et al. 2017, arXiv 1706.03762
 pre-norm        y = x + F(N(x))       Xiong et al. 2020, arXiv 2002.04745
-sandwich norm   y = x + N(F(N(x)))    Ding et al. 2021, arXiv 2105.13290; Kim et al. 2025, 2502.02732 (peri-norm)
-DeepNorm        y = N(a x + F(x))     Wang et al. 2022, arXiv 2203.00555; F's weights times b at the start:
+sandwich norm   y = x + N(F(N(x)))    Ding et al. 2021, arXiv 2105.13290; Kim et al. 2025, 2502.02732
+(peri-norm) DeepNorm        y = N(a x + F(x))     Wang et al. 2022, arXiv 2203.00555; F's weights times b at
+the start:
                                       L layers alone                  a = (2L)^(1/4)           b = (8L)^(-1/4)
-                                      encoder, N, with M decoding     a = 0.81 (N^4 M)^(1/16)  b = 0.87 (N^4 M)^(-1/16)
-                                      decoder, M, with an encoder     a = (3M)^(1/4)           b = (12M)^(-1/4)
-sub-LN          y = x + W N(G(N(x)))   Wang et al. 2022 (Magneto), arXiv 2210.06423; F = W G, W its last linear map; F's
+                                      encoder, N, with M decoding     a = 0.81 (N^4 M)^(1/16)  b = 0.87 (N^4
+                                      M)^(-1/16) decoder, M, with an encoder     a = (3M)^(1/4)           b =
+                                      (12M)^(-1/4)
+sub-LN          y = x + W N(G(N(x)))   Wang et al. 2022 (Magneto), arXiv 2210.06423; F = W G, W its last
+linear map; F's
                                       weights but those of q and k times sqrt(log 2L) at the start, L layers
 Keel            y = N(L x + F(N(x)))  Chen and Wei 2026, arXiv 2601.19895; L branches in the network
-Admin           y = N(w x + F(x))     Liu et al. 2020, arXiv 2004.08249; w learned, one number a feature, the root of
+Admin           y = N(w x + F(x))     Liu et al. 2020, arXiv 2004.08249; w learned, one number a feature, the
+root of
                                       the summed variances of x and of the branches before at the start
 """
 
@@ -59,8 +63,8 @@ class PostNorm(_Normed):
 class Admin(PostNorm):
     """``N(diag(w) x + F(x))``.
 
-    Arguments as for :class:`PreNorm`, and ``omega``, where every element of w starts: the paper runs the network once
-    and takes the root of the summed variances of the branches before.
+    Arguments as for :class:`PreNorm`, and ``omega``, where every element of w starts: the paper runs the
+    network once and takes the root of the summed variances of the branches before.
 
     Example:
         >>> Admin(nn.Linear(4, 4), 4, omega=3**0.5).omega.shape
@@ -110,7 +114,8 @@ class SandwichNorm(PreNorm):
 
 
 class Keel(PreNorm):
-    """``N(depth x + F(N(x)))``: post-norm whose shortcut outweighs the branch the more, the deeper the network.
+    """``N(depth x + F(N(x)))``: post-norm whose shortcut outweighs the branch the more, the deeper the
+    network.
 
     Args:
         branch: F.
@@ -136,14 +141,16 @@ class SubNorm(PreNorm):
     Args:
         branch: F; its last linear layer or convolution is W, and gets the norm as a hook.
         width: size of dimension ``dim``.
-        layers: of the network; each has two branches. They scale the weights of F, but those of queries and keys.
+        layers: of the network; each has two branches. They scale the weights of F, but those of queries and
+            keys.
         dim: the dimension that holds the features.
 
     Raises:
         SkipscopeError: the branch has no linear map that is called.
 
     Example:
-        >>> SubNorm(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), 4, layers=6).norm_in.normalized_shape
+        >>> branch = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+        >>> SubNorm(branch, 4, layers=6).norm_in.normalized_shape
         (8,)
     """
 
@@ -159,9 +166,12 @@ class SubNorm(PreNorm):
         # Attention of torch reads its last layer's weight, and does not call the layer.
         if not maps or any(isinstance(m, nn.MultiheadAttention) for m in branch.modules()):
             raise SkipscopeError(
-                "SubNorm", "the branch calls no linear map before which the second norm could stand",
-                expected="a linear layer or a convolution", got=type(branch).__name__, cure="put the linear layer last",
-            )  # fmt: skip
+                "SubNorm",
+                "the branch calls no linear map before which the second norm could stand",
+                expected="a linear layer or a convolution",
+                got=type(branch).__name__,
+                cure="put the linear layer last",
+            )
         last = maps[-1]
         is_linear = isinstance(last, nn.Linear)
         self.norm_in = WidthNorm(
@@ -308,20 +318,24 @@ def _scale_values(branch: nn.Module, factor: float, skip: tuple[str, ...]) -> No
         dim = 0 if words & set(_FUSED_ROWS) else 1 if words & set(_FUSED_COLUMNS) else None
         if words & set(_FUSED_OTHERWISE) or (dim is not None and parameter.shape[dim] % 3):
             raise SkipscopeError(
-                "deep_norm_", "a weight fuses queries, keys and values in an order that is not known", layer=name,
-                expected="thirds: queries, keys, values", got=f"shape {tuple(parameter.shape)}",
+                "deep_norm_",
+                "a weight fuses queries, keys and values in an order that is not known",
+                layer=name,
+                expected="thirds: queries, keys, values",
+                got=f"shape {tuple(parameter.shape)}",
                 cure="scale it by hand, and leave it out: skip=(...)",
-            )  # fmt: skip
+            )
         scaled = parameter if dim is None else parameter.chunk(3, dim)[2]
         scaled.mul_(factor)
 
 
 @torch.no_grad()
 def admin_(model: nn.Module, *inputs: Any, **keywords: Any) -> nn.Module:
-    """Start every :class:`Admin` of a model where the paper does, in place: from one pass of the network over data.
+    """Start every :class:`Admin` of a model where the paper does, in place: from one pass of the network over
+    data.
 
-    With every w at 1, the pass measures the variance of each branch's output; then the w of branch i is the root of
-    the variance of the first branch's input and of those of the branches before i.
+    With every w at 1, the pass measures the variance of each branch's output; then the w of branch i is the
+    root of the variance of the first branch's input and of those of the branches before i.
 
     Args:
         model: holds the :class:`Admin` modules, which are called one after the other.

@@ -1,6 +1,7 @@
 """Branches side by side: GPT-J (Wang and Komatsuzaki 2021), PaLM (Chowdhery et al. 2022, arXiv 2204.02311).
 
-y = x + F_1(N(x)) + F_2(N(x)) + ...: one shortcut past all of them, a transformer's attention and its feed-forward part
+y = x + F_1(N(x)) + F_2(N(x)) + ...: one shortcut past all of them, a transformer's attention and its
+feed-forward part
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 f_k = F_k(x_k),   x_{k+1} = N(x_k + f_k),   d_{k+1} = d_k + f_k,   d_1 = x_1 = x;   y = x_last + N(d_last)
 
-The first stream is post-norm's, the second pre-norm's: its gradient does not pass a norm at every layer. Each layer has
-two shortcuts, one in each stream; the last sum has none: both streams reach it from the last branch through one norm,
-and neither skips anything.
+The first stream is post-norm's, the second pre-norm's: its gradient does not pass a norm at every layer. Each
+layer has two shortcuts, one in each stream; the last sum has none: both streams reach it from the last branch
+through one norm, and neither skips anything.
 """
 
 from __future__ import annotations

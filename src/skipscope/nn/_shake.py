@@ -1,7 +1,7 @@
 """Two branches mixed at random: Gastaldi 2017 (shake-shake, arXiv 1705.07485).
 
-y = x + a F1(x) + (1 - a) F2(x), a uniform in [0, 1] and drawn in each forward pass; the backward pass sees another
-draw in its place. When not training, a = 1/2.
+y = x + a F1(x) + (1 - a) F2(x), a uniform in [0, 1] and drawn in each forward pass; the backward pass sees
+another draw in its place. When not training, a = 1/2.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from skipscope.nn._identity import IdentityShortcut
 
 
 def shake_shake(f1: Tensor, f2: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
-    """``forward * f1 + (1 - forward) * f2``, whose gradient is that of ``backward * f1 + (1 - backward) * f2``."""
+    """``forward * f1 + (1 - forward) * f2``, whose gradient is that of ``backward * f1 + (1 - backward) *
+    f2``.
+    """
     seen = backward * f1 + (1 - backward) * f2
     return seen + ((forward - backward) * (f1 - f2)).detach()
 
@@ -49,7 +51,10 @@ class ShakeShake(IdentityShortcut):
 
 @torch.no_grad()
 def permuted_copy(branch: nn.Module) -> nn.Module:
-    """A copy of ``branch`` with other weights of the same initialisation: each tensor's columns are permuted."""
+    """A copy of ``branch`` with other weights of the same initialisation:
+
+    each tensor's columns are permuted.
+    """
     other = copy.deepcopy(branch)
     for parameter in other.parameters():
         columns = 1 if parameter.ndim > 1 and parameter.shape[1] > 1 else 0

@@ -57,17 +57,17 @@ def deep_mlp(
 ) -> DeepMLP:
     """The lecture's hidden layers made deep: ``depth`` times Linear and GELU, and a linear head.
 
-    With the lecture's shortcut and without, the parameters have the same names, so twins can share weights; variants
-    of one ``init`` draw the same weights from the same seed.
+    With the lecture's shortcut and without, the parameters have the same names, so twins can share weights;
+    variants of one ``init`` draw the same weights from the same seed.
 
     Args:
         depth: hidden layers, the first among them.
         width: units a layer.
         inputs: features of a sample; where it equals ``width`` the first layer has a shortcut too.
         classes: outputs of the head.
-        shortcut: ``"identity"`` is the lecture's rule: ``x + layer(x)`` where the shapes agree. Any other name of
-            ``skipscope.nn.registry()`` that keeps the width wraps those layers in its module, which renames their
-            parameters; a kind that spans depth makes one chain of them.
+        shortcut: ``"identity"`` is the lecture's rule: ``x + layer(x)`` where the shapes agree. Any other
+            name of ``skipscope.nn.registry()`` that keeps the width wraps those layers in its module, which
+            renames their parameters; a kind that spans depth makes one chain of them.
         scale: a factor on the branch: ``x + scale * layer(x)``; ``"depth"`` is ``1/sqrt(depth)``.
         init: ``"default"`` is torch's; ``"he"`` is He's normal initialisation with zero biases for the
             hidden layers (He et al. 2015, arXiv 1502.01852).

@@ -1,8 +1,9 @@
 """Everything that is drawn: pictures, notebook fragments, the network with its arcs, and the page.
 
-The ground knows this room by four functions (see ``_result.py``): :func:`plot`, :func:`save`, :func:`fragment` and
-:func:`draw`. A result is told once, as a :class:`~skipscope.report._charts.Document`, and drawn by two hands: SVG for
-pages, matplotlib for figures.
+The ground knows this room by four functions (see ``_result.py``): :func:`plot`, :func:`save`,
+:func:`fragment` and
+:func:`draw`. A result is told once, as a :class:`~skipscope.report._charts.Document`, and drawn by two hands:
+SVG for pages, matplotlib for figures.
 """
 
 from __future__ import annotations
@@ -75,9 +76,14 @@ def plot(
             if "unexpected keyword" not in str(error):
                 raise
             raise SkipscopeError(
-                "plot", f"a {type(result).__name__} is not drawn with these options", got=", ".join(options),
-                expected="figsize, title, notes, legend, limits, chart; label for lines; kind for surfaces; most for bars",
-            ) from error  # fmt: skip
+                "plot",
+                f"a {type(result).__name__} is not drawn with these options",
+                got=", ".join(options),
+                expected=(
+                    "figsize, title, notes, legend, limits, chart; label for lines; kind for surfaces; most"
+                    " for bars"
+                ),
+            ) from error
         if title is not None:
             several = isinstance(axes, np.ndarray)
             put = axes[0].get_figure(root=True).suptitle if several else axes.set_title
@@ -96,10 +102,12 @@ def _chart(result: Result, number: int | None) -> Chart:
         number = next(lines, 0) if _is_comparison(result) else 0
     if not -len(charts) <= number < len(charts):
         raise SkipscopeError(
-            "plot", f"a {type(result).__name__} has no chart{f' number {number}' if charts else ''}", got=f"chart={number}",
+            "plot",
+            f"a {type(result).__name__} has no chart{f' number {number}' if charts else ''}",
+            got=f"chart={number}",
             expected=f"0 to {len(charts) - 1}" if charts else "a result with a chart",
             cure=None if charts else "print(result) shows its table; save('x.html') makes a page of it",
-        )  # fmt: skip
+        )
     return charts[number]
 
 
@@ -125,12 +133,16 @@ def _limits(
     except (TypeError, ValueError):
         pass
     raise SkipscopeError(
-        "plot", "limits= cannot be used", expected="(low, high), or other results with a surface each", got=repr(limits)[:120],
-    )  # fmt: skip
+        "plot",
+        "limits= cannot be used",
+        expected="(low, high), or other results with a surface each",
+        got=repr(limits)[:120],
+    )
 
 
 def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
-    """Write a result as a page (``.html``) or as a picture (``.png``, ``.svg``, ``.pdf``), whole or not at all.
+    """Write a result as a page (``.html``) or as a picture (``.png``, ``.svg``, ``.pdf``), whole or not at
+    all.
 
     A surface, or twins', with a trajectory on its plane also becomes an animation (``.gif``).
 
@@ -140,7 +152,8 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
         options: as for :func:`plot`; ``dpi=`` for a PNG.
 
     Raises:
-        SkipscopeError: the ending is none of these, the result cannot be drawn so, or the place cannot be written.
+        SkipscopeError: the ending is none of these, the result cannot be drawn so, or the place cannot be
+            written.
     """
     path = Path(path)
     ending = path.suffix.lower().removeprefix(".")
@@ -214,10 +227,11 @@ def draw(
 
     Args:
         found: what ``find_shortcuts`` returned.
-        form: ``"text"`` for a terminal (a notebook shows it as a picture), ``"svg"`` for a file of its own, ``"html"``
-            for a piece of a page.
+        form: ``"text"`` for a terminal (a notebook shows it as a picture), ``"svg"`` for a file of its own,
+            ``"html"`` for a piece of a page.
         width: columns of text (default: the terminal's) or pixels of the SVG (default 720).
-        shares: shortcut's name -> the share of gradient that it carries, drawn as thickness; or a ``GradientSplit``.
+        shares: shortcut's name -> the share of gradient that it carries, drawn as thickness; or a
+            ``GradientSplit``.
         ascii: draw text without signs beyond ASCII.
 
     Raises:

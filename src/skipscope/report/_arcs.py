@@ -1,8 +1,8 @@
 """A network as a line of layers with its shortcuts as arcs, in SVG: 5 layers in one row, 500 in many.
 
-Layers sit on a wire, from the input on the left to the output on the right. Between them are *places*: place i is
-before layer i. An arc leaves the wire at the place before the first layer it skips and joins it again after the last.
-A long network goes on in the next row; an arc that does too is drawn there as well.
+Layers sit on a wire, from the input on the left to the output on the right. Between them are *places*: place
+i is before layer i. An arc leaves the wire at the place before the first layer it skips and joins it again
+after the last. A long network goes on in the next row; an arc that does too is drawn there as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _DASH = {"identity": "", "scaled": "6 3", "projection": "11 4", "gated": "8 2.5 
 
 @dataclass(frozen=True)
 class _Row:
-    """Layers ``first`` to ``last`` (exclusive) on a wire at height ``y``, ``pitch`` apart; the longest arc has ``longest`` pixels."""
+    """Layers ``first`` to ``last`` (exclusive) on a wire at height ``y``, ``pitch`` apart;
+
+    the longest arc has ``longest`` pixels.
+    """
 
     first: int
     last: int
@@ -223,8 +226,10 @@ def _legend(chart: Network, width: int, y: float) -> tuple[Markup, float]:
         if x > 4 and x + needed > width:
             x, y = 4.0, y + 19
         d = f"M{x:.1f} {y:.1f}a12 9 0 0 1 24 0"
-        parts += [tag("path", d=d, class_=f"arc s{style}", stroke_width=2, stroke_dasharray=_dash(KINDS[style], 2)),
-                  tag("text", text, x=x + 30, y=y, class_="label")]  # fmt: skip
+        parts += [
+            tag("path", d=d, class_=f"arc s{style}", stroke_width=2, stroke_dasharray=_dash(KINDS[style], 2)),
+            tag("text", text, x=x + 30, y=y, class_="label"),
+        ]
         x += needed
     if any(arc.share is not None for arc in chart.arcs):
         if x > 4 and x + 290 > width:

@@ -1,7 +1,7 @@
 """A network with its shortcuts for a terminal: layers downward, shortcuts as rails on the left.
 
-Each line is a layer or a merge. In a long network blocks that repeat are drawn once and counted, so that 500 layers
-fit a screen.
+Each line is a layer or a merge. In a long network blocks that repeat are drawn once and counted, so that 500
+layers fit a screen.
 """
 
 from __future__ import annotations
@@ -15,10 +15,36 @@ from skipscope.report._charts import Arc, Network
 from skipscope.report._markup import clean, ellipsis
 
 # start, end, end and start, passes, crosses, level, wire, layer, fork, merge, more
-_LINES = {"start": "╭", "end": "╰", "both": "├", "pass": "│", "cross": "┼", "level": "─", "wire": "│", "layer": "■",
-          "fork": "○", "merge": "⊕", "input": "●", "more": "⋮", "out": "▽"}  # fmt: skip
-_ASCII = {"start": ".", "end": "`", "both": "+", "pass": "|", "cross": "+", "level": "-", "wire": "|", "layer": "#",
-          "fork": "o", "merge": "@", "input": "*", "more": ":", "out": "v"}  # fmt: skip
+_LINES = {
+    "start": "╭",
+    "end": "╰",
+    "both": "├",
+    "pass": "│",
+    "cross": "┼",
+    "level": "─",
+    "wire": "│",
+    "layer": "■",
+    "fork": "○",
+    "merge": "⊕",
+    "input": "●",
+    "more": "⋮",
+    "out": "▽",
+}
+_ASCII = {
+    "start": ".",
+    "end": "`",
+    "both": "+",
+    "pass": "|",
+    "cross": "+",
+    "level": "-",
+    "wire": "|",
+    "layer": "#",
+    "fork": "o",
+    "merge": "@",
+    "input": "*",
+    "more": ":",
+    "out": "v",
+}
 RAILS = 12
 SHORT = 36  # up to so many layers nothing is folded
 
@@ -145,7 +171,8 @@ def _words(arc: Arc) -> str:
     return f"{clean(arc.name)}  {arc.kind}{share}"
 
 
-# --- folding --------------------------------------------------------------------------------------------------------
+# --- folding
+# --------------------------------------------------------------------------------------------------------
 
 
 def _runs(chart: Network) -> list[tuple[int, int, str]]:
@@ -184,7 +211,9 @@ def _to_whole_blocks(
     period: int,
     repeats: int,
 ) -> int:
-    """How many pieces to draw before a repetition begins, so that what is repeated is one block and not two halves."""
+    """How many pieces to draw before a repetition begins, so that what is repeated is one block and not
+    two halves.
+    """
 
     def depth(ahead: int) -> int:
         return _home(chart, pieces[i + ahead : i + ahead + period]).count(".")

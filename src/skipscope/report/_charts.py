@@ -1,7 +1,8 @@
-"""What a chart is, as plain data: drawn as SVG on a page (`_svg.py`) and by matplotlib (`_matplotlib.py`) alike.
+"""What a chart is, as plain data: drawn as SVG on a page (`_svg.py`) and by matplotlib (`_matplotlib.py`)
+alike.
 
-A result becomes :class:`Panel` s (`_views`), each one claim: a heading that states it, one chart, a caption that
-says what to see, and the table behind the chart. Neither hand that draws knows what a result is.
+A result becomes :class:`Panel` s (`_views`), each one claim: a heading that states it, one chart, a caption
+that says what to see, and the table behind the chart. Neither hand that draws knows what a result is.
 """
 
 from __future__ import annotations
@@ -126,11 +127,13 @@ class Surface:
         values: ``[a, b]``; NaN is unknown.
         label: its name.
         note: said under the name ("it has not learnt: a flat sheet").
-        signed: a difference, coloured on both sides of zero; otherwise heights above zero, coloured by their log.
+        signed: a difference, coloured on both sides of zero; otherwise heights above zero, coloured by their
+            log.
         path: known weights on the plane, in order: (a, b, name).
         dots: places ``[a, b]`` worth a dot, and ``dots_mean`` says what a dot means; None for none.
         origin: the weights as they are, marked by a cross where it is on the plane.
-        broken: places ``[a, b]`` whose value is not a number, which are striped; None for none. Elsewhere NaN is blank.
+        broken: places ``[a, b]`` whose value is not a number, which are striped; None for none. Elsewhere NaN
+            is blank.
     """
 
     values: np.ndarray
@@ -154,7 +157,8 @@ class Surfaces:
         height: what the heights are.
         axes: what the axes are.
         flat: shown as a map only; a difference or an error says nothing more when turned.
-        linear: heights are the values themselves, whatever their range; else their logarithms where all are above zero.
+        linear: heights are the values themselves, whatever their range; else their logarithms where all are
+            above zero.
     """
 
     surfaces: Sequence[Surface]
@@ -179,7 +183,8 @@ class Network:
 
 @dataclass(frozen=True)
 class Arc:
-    """A shortcut from the place before layer ``start`` to the place after layer ``end`` of a :class:`Network`.
+    """A shortcut from the place before layer ``start`` to the place after layer ``end`` of a
+    :class:`Network`.
 
     Attributes:
         share: of the gradient at the merge, how much the shortcut carries (0 to 1); None when not measured.

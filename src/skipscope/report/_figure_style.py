@@ -41,13 +41,23 @@ _STYLES: dict[str, FigureStyle] = {
     "default": FigureStyle(),
     "paper": FigureStyle(
         {
-            "font.family": "serif", "font.serif": ["Times New Roman", "Nimbus Roman", "STIXGeneral", "DejaVu Serif"],
-            "mathtext.fontset": "stix", "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "legend.fontsize": 7,
-            "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.linewidth": 0.6, "pdf.fonttype": 42, "svg.fonttype": "none",
+            "font.family": "serif",
+            "font.serif": ["Times New Roman", "Nimbus Roman", "STIXGeneral", "DejaVu Serif"],
+            "mathtext.fontset": "stix",
+            "font.size": 8,
+            "axes.labelsize": 8,
+            "axes.titlesize": 8,
+            "legend.fontsize": 7,
+            "xtick.labelsize": 7,
+            "ytick.labelsize": 7,
+            "axes.linewidth": 0.6,
+            "pdf.fonttype": 42,
+            "svg.fonttype": "none",
         },
-        width=3.3, notes=False,
+        width=3.3,
+        notes=False,
     ),
-}  # fmt: skip
+}
 
 _named = _STYLES["default"]
 _override: ContextVar[FigureStyle | None] = ContextVar("_override", default=None)
@@ -59,8 +69,9 @@ class style:
     Local.
 
     Args:
-        name: "paper" is for a column of a paper: 3.3 inches wide, serif letters of 7 and 8 points that stay text in a PDF,
-            no sentences beside the axes (``plot(notes=True)`` draws them all the same). "default" is the usual look.
+        name: "paper" is for a column of a paper: 3.3 inches wide, serif letters of 7 and 8 points that stay
+            text in a PDF, no sentences beside the axes (``plot(notes=True)`` draws them all the same).
+            "default" is the usual look.
 
     Raises:
         SkipscopeError: an unknown style.

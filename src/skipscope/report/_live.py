@@ -1,8 +1,8 @@
 """The live page: the lecture's network to experiment with, computed in the browser, in one offline file.
 
-The modules of ``live/`` are ES modules, so that each can be read, and run, on its own. Here they are joined into two
-scripts: what computes (run by two workers) and what draws. A module's imports and exports only name what the others
-define, so joining leaves them out; no two modules define the same name.
+The modules of ``live/`` are ES modules, so that each can be read, and run, on its own. Here they are joined
+into two scripts: what computes (run by two workers) and what draws. A module's imports and exports only name
+what the others define, so joining leaves them out; no two modules define the same name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,19 @@ from skipscope._version import __version__
 from skipscope.report._page import _asset, _policy
 
 LIVE_PAGE = "play.html"  # its name beside other pages, which then link to it
-MATHEMATICS = ("settings", "random", "layers", "network", "spectrum", "readings", "build", "data", "training", "surface", "worker")  # fmt: skip
+MATHEMATICS = (
+    "settings",
+    "random",
+    "layers",
+    "network",
+    "spectrum",
+    "readings",
+    "build",
+    "data",
+    "training",
+    "surface",
+    "worker",
+)
 DRAWING = ("settings", "words", "address", "starts", "python", "draw", "grid", "controls", "page")
 
 

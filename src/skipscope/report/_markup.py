@@ -33,7 +33,8 @@ def raised(text: str) -> str:
 
 
 def tag(name: str, *children: Any, **attributes: Any) -> Markup:
-    """An element; children that are not markup are escaped, ``class_`` and ``stroke_width`` lose or change their underscore.
+    """An element; children that are not markup are escaped, ``class_`` and ``stroke_width`` lose or change
+    their underscore.
 
     Example:
         >>> tag("text", "a < b", x=1.25, text_anchor="end")

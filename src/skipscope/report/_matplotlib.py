@@ -18,7 +18,8 @@ from skipscope.report._figure_style import current
 from skipscope.report._palette import DASHES, LIGHT, PLOT_MARKERS
 from skipscope.report._svg import spread
 
-OURS = "skipscope"  # the gid of a strong line: how a later result drawn into the same axes knows how many are there
+# the gid of a strong line: how a later result drawn into the same axes knows how many are there
+OURS = "skipscope"
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -62,7 +63,8 @@ def draw(chart: Chart, ax: Any = None, **options: Any) -> Any:
     raise TypeError(type(chart).__name__)
 
 
-# --- lines ------------------------------------------------------------------------------------------------------------
+# --- lines
+# ----------------------------------------------------------------------------------------------------
 
 
 @draw.register
@@ -116,9 +118,17 @@ def _series(ax: Any, chart: Lines, series: Series, before: int, label: str | Non
         ax.plot(series.x, _visible(series.y, chart.log_y), color="0.65", lw=0.7)
         return
     ax.plot(
-        series.x, _visible(series.y, chart.log_y), color=LIGHT[style], lw=1.8, gid=OURS, label=name or None,
-        linestyle="none" if series.points else dash(style), marker=PLOT_MARKERS[style], ms=4, markevery=max(1, len(series.x) // 12),
-    )  # fmt: skip
+        series.x,
+        _visible(series.y, chart.log_y),
+        color=LIGHT[style],
+        lw=1.8,
+        gid=OURS,
+        label=name or None,
+        linestyle="none" if series.points else dash(style),
+        marker=PLOT_MARKERS[style],
+        ms=4,
+        markevery=max(1, len(series.x) // 12),
+    )
     ax.dataLim.update_from_data_x(series.x, ignore=False)  # where no value is finite is part of the axis
     if series.low is not None and series.high is not None:
         ax.fill_between(series.x, series.low, series.high, color=LIGHT[style], alpha=0.16, lw=0)
@@ -138,8 +148,16 @@ def _names(ax: Any, chart: Lines, named: list[Series]) -> None:
     points = [ax.transData.transform((0, y))[1] * 72 / ax.get_figure(root=True).dpi for y, _ in ends]
     for place, point, (y, series) in zip(spread(points, 11.0, -1e9, 1e9), points, ends):
         at = (min(series.x), y)
-        ax.annotate(plain(series.label), at, (-7, place - point), textcoords="offset points", ha="right", va="center",
-                    fontsize=8.5, color=LIGHT[series.style % len(LIGHT)])  # fmt: skip
+        ax.annotate(
+            plain(series.label),
+            at,
+            (-7, place - point),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=8.5,
+            color=LIGHT[series.style % len(LIGHT)],
+        )
 
 
 def _visible(values: Any, log: bool) -> np.ndarray:
@@ -157,7 +175,8 @@ def dash(style: int) -> Any:
     return (0, tuple(float(d) for d in pattern.split())) if pattern else "-"
 
 
-# --- bars -------------------------------------------------------------------------------------------------------------
+# --- bars
+# ----------------------------------------------------------------------------------------------------
 
 
 @draw.register
@@ -195,7 +214,8 @@ def _(chart: Bars, ax: Any = None, *, most: int = 40) -> Any:
     return ax
 
 
-# --- the network ------------------------------------------------------------------------------------------------------
+# --- the network
+# ----------------------------------------------------------------------------------------------------
 
 
 @draw.register
@@ -244,7 +264,8 @@ def _(chart: Network, ax: Any = None, *, names: bool = True) -> Any:
     return ax
 
 
-# --- the look ---------------------------------------------------------------------------------------------------------
+# --- the look
+# ----------------------------------------------------------------------------------------------------
 
 
 def calm(ax: Any, grid: str = "y") -> None:
@@ -256,8 +277,16 @@ def calm(ax: Any, grid: str = "y") -> None:
 
 def remark(ax: Any, mark: Mark) -> None:
     """A word beside a place on the x axis, at the top of the axes."""
-    ax.annotate(plain(mark.label), (mark.x, 1), (4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
-                va="top", fontsize=8, color="0.35")  # fmt: skip
+    ax.annotate(
+        plain(mark.label),
+        (mark.x, 1),
+        (4, -4),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        va="top",
+        fontsize=8,
+        color="0.35",
+    )
 
 
 def foot(ax: Any, sentence: str) -> None:

@@ -26,9 +26,13 @@ def _(chart: Heat, ax: Any = None) -> Any:
     low, high = (float(positive.min()), float(positive.max())) if positive.size else (0.1, 1.0)
     low, high = current().limits or (low, high)
     mesh = ax.pcolormesh(
-        _edges(chart.columns), np.arange(rows + 1), np.where(np.isfinite(chart.values) & (chart.values > 0), chart.values, np.nan), cmap="viridis",
-        norm=LogNorm(low, max(high, low * 1.01)), rasterized=True,
-    )  # fmt: skip
+        _edges(chart.columns),
+        np.arange(rows + 1),
+        np.where(np.isfinite(chart.values) & (chart.values > 0), chart.values, np.nan),
+        cmap="viridis",
+        norm=LogNorm(low, max(high, low * 1.01)),
+        rasterized=True,
+    )
     zero = np.ma.masked_where(
         chart.values != 0, np.zeros_like(chart.values)
     )  # exactly zero is grey, as on the page
@@ -72,9 +76,17 @@ def _events(ax: Any, chart: Heat) -> None:
     for mark, place, room in zip(chart.events, places, found):
         if room:
             before = room[0] < place
-            ax.annotate(plain(mark.label), (mark.x, 1), (-3 if before else 3, 3 + 11 * (rows - 1 - room[1])),
-                        xycoords=("data", "axes fraction"), textcoords="offset points", ha="right" if before else "left",
-                        va="bottom", fontsize=8, color="0.35")  # fmt: skip
+            ax.annotate(
+                plain(mark.label),
+                (mark.x, 1),
+                (-3 if before else 3, 3 + 11 * (rows - 1 - room[1])),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="right" if before else "left",
+                va="bottom",
+                fontsize=8,
+                color="0.35",
+            )
 
 
 def _edges(columns: Any) -> np.ndarray:
@@ -87,15 +99,20 @@ def _edges(columns: Any) -> np.ndarray:
 
 @draw.register
 def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None = None) -> Any:
-    """Contours, or ``kind="3d"``; several surfaces get axes of their own: new ones, or as many as ``ax`` has."""
+    """Contours, or ``kind="3d"``;
+
+    several surfaces get axes of their own: new ones, or as many as ``ax`` has.
+    """
     axes = [] if ax is None else list(np.ravel(ax))
     solid = kind == "3d" or (kind is None and bool(axes) and axes[0].name == "3d")
     if kind not in {None, "contour", "3d"} or any((one.name == "3d") != solid for one in axes):
         raise SkipscopeError(
-            "plot", "these axes are not for this kind of picture", expected='kind="contour" in two-dimensional axes, or '
-            'kind="3d" in 3-D axes', got=f"kind={kind!r} in {'3-D' if axes and axes[0].name == '3d' else 'two-dimensional'} axes",
+            "plot",
+            "these axes are not for this kind of picture",
+            expected='kind="contour" in two-dimensional axes, or kind="3d" in 3-D axes',
+            got=f"kind={kind!r} in {'3-D' if axes and axes[0].name == '3d' else 'two-dimensional'} axes",
             cure='plt.figure().add_subplot(projection="3d")' if solid else "leave kind= out",
-        )  # fmt: skip
+        )
     count = len(axes) or len(chart.surfaces)
     if not axes:
         options = {"subplot_kw": {"projection": "3d"}} if solid else {"sharey": True}
@@ -120,7 +137,10 @@ def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None 
 
 
 def square(figure: Any) -> None:
-    """Maps that are kept square need a layout that knows it; in the usual one a label is cut off at the edge."""
+    """Maps that are kept square need a layout that knows it;
+
+    in the usual one a label is cut off at the edge.
+    """
     figure.set_layout_engine("compressed")
     figure.draw_without_rendering()  # a second pass may move what a file, written in one, would show
 

@@ -1,7 +1,7 @@
 """The page: one self-contained file, and the same charts as a fragment for a notebook.
 
-What is drawn by hand here (text) is escaped by jinja2; what is drawn by `_svg.py` is escaped there. The policy in the
-page's head allows exactly the scripts that it carries, by their hashes, and no address at all.
+What is drawn by hand here (text) is escaped by jinja2; what is drawn by `_svg.py` is escaped there. The
+policy in the page's head allows exactly the scripts that it carries, by their hashes, and no address at all.
 """
 
 from __future__ import annotations
@@ -62,19 +62,27 @@ def page(result: Result, document: Document, file: str = "report.html", live: st
     scripts = [*([_asset("surface3d.js")] if turning else []), _asset("page.js")]
     data = _safe_json(dumps(result))
     content = {
-        "document": document, "panels": panels, "contents": [p for p in panels if p["claim"]] if len(panels) > 3 else [],
-        "facts": [(name, _cell(value)) for name, value in document.facts.items()], "file": file, "version": __version__, "live": live,
+        "document": document,
+        "panels": panels,
+        "contents": [p for p in panels if p["claim"]] if len(panels) > 3 else [],
+        "facts": [(name, _cell(value)) for name, value in document.facts.items()],
+        "file": file,
+        "version": __version__,
+        "live": live,
         "css": Markup(_asset("chart.css") + _asset("page.css")),
-        "scripts": [Markup(script) for script in scripts], "policy": _policy(scripts),
-    }  # fmt: skip
+        "scripts": [Markup(script) for script in scripts],
+        "policy": _policy(scripts),
+    }
     made = _environment().get_template("page").render(content, data=data)
     if len(made.encode()) > MOST:
         made = _environment().get_template("page").render(content, data=None)
     if len(made.encode()) > MOST:
         raise SkipscopeError(
-            "save", f"the page would have {len(made.encode()) / 1e6:.1f} MB", expected=f"at most {MOST / 1e6:.0f} MB",
+            "save",
+            f"the page would have {len(made.encode()) / 1e6:.1f} MB",
+            expected=f"at most {MOST / 1e6:.0f} MB",
             cure='save(".json") for the data, and a page of a part of it',
-        )  # fmt: skip
+        )
     return made
 
 
@@ -108,11 +116,24 @@ def alone(drawing: Markup) -> str:
 
 def _panel(panel: Panel, name: str) -> dict[str, Any]:
     return {
-        "anchor": name, "heading": panel.heading, "finding": panel.finding, "claim": panel.claim, "verdict": panel.verdict,
-        "mood": {"holds": "holds", "holds in part": "half", "half true": "half", "does not hold here": "fails"}.get(panel.verdict, ""),
-        "limits": panel.limits, "why": panel.why, "caption": panel.caption, "figure": None if panel.chart is None else _figure(panel.chart, f"{name}-f"),
-        "tables": [_table(t) for t in panel.tables], "parts": [_panel(part, f"{name}-{i + 1}") for i, part in enumerate(panel.parts)],
-    }  # fmt: skip
+        "anchor": name,
+        "heading": panel.heading,
+        "finding": panel.finding,
+        "claim": panel.claim,
+        "verdict": panel.verdict,
+        "mood": {
+            "holds": "holds",
+            "holds in part": "half",
+            "half true": "half",
+            "does not hold here": "fails",
+        }.get(panel.verdict, ""),
+        "limits": panel.limits,
+        "why": panel.why,
+        "caption": panel.caption,
+        "figure": None if panel.chart is None else _figure(panel.chart, f"{name}-f"),
+        "tables": [_table(t) for t in panel.tables],
+        "parts": [_panel(part, f"{name}-{i + 1}") for i, part in enumerate(panel.parts)],
+    }
 
 
 def _figure(chart: Chart, name: str) -> dict[str, Any]:

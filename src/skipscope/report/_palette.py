@@ -1,6 +1,7 @@
 """Colours, markers and dashes: told apart by eyes of any kind, and in black and white.
 
-Series: Okabe and Ito's colours, each with a marker and a dash of its own. Heights: viridis, even in lightness from
+Series: Okabe and Ito's colours, each with a marker and a dash of its own. Heights: viridis, even in lightness
+    from
 dark to light, whoever looks.
 """
 

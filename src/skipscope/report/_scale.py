@@ -16,8 +16,8 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 class Axis:
     """A scale from numbers to positions.
 
-    On a log axis, zero and what is negative lie on the lower edge, infinity on the upper one (each has its own
-    tick then), so that a dead gradient is seen and not left out.
+    On a log axis, zero and what is negative lie on the lower edge, infinity on the upper one (each has its
+    own tick then), so that a dead gradient is seen and not left out.
     """
 
     low: float

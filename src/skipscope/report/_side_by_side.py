@@ -31,7 +31,10 @@ class SideBySide(Result):
         return {name: loads(text, name) for name, text in zip(self.names, self.texts)}
 
     def table(self) -> Table:
-        """One row for each row name of any result; of the other columns those that differ between the results."""
+        """One row for each row name of any result;
+
+        of the other columns those that differ between the results.
+        """
         tables = {name: result.table() for name, result in self.results.items()}
         first = next(iter(tables.values()))
         by_row = {name: {str(row[0]): row for row in table.rows} for name, table in tables.items()}
@@ -67,16 +70,19 @@ def side_by_side(results: Mapping[str, Result]) -> SideBySide:
         >>> import torch, skipscope as ss
         >>> from skipscope import reference
         >>> x = torch.randn(2, 64)
-        >>> deep = {f"{n} layers": ss.find_shortcuts(reference.deep_mlp(n, shortcut="identity"), x) for n in (2, 3)}
+        >>> make = lambda n: reference.deep_mlp(n, shortcut="identity")
+        >>> deep = {f"{n} layers": ss.find_shortcuts(make(n), x) for n in (2, 3)}
         >>> side_by_side(deep).names
         ('2 layers', '3 layers')
     """
     kinds = {type(result).__name__ for result in results.values()}
     if len(results) < 2 or len(kinds) > 1:
         raise SkipscopeError(
-            "side_by_side", "these results cannot stand side by side", expected="two or more results of one kind",
+            "side_by_side",
+            "these results cannot stand side by side",
+            expected="two or more results of one kind",
             got=", ".join(f"{name}: {type(result).__name__}" for name, result in results.items()) or "none",
-        )  # fmt: skip
+        )
     return SideBySide(_shortened(list(results)), tuple(map(dumps, results.values())))
 
 
@@ -103,8 +109,11 @@ def _(result: SideBySide) -> Document:
             parts = [Panel(name, chart) for name, chart in charts.items()]
             panels.append(Panel(panel.heading, None, panel.caption, parts=parts))
     return Document(
-        "Side by side", ", ".join(stories), [f"{name}: {s.answer[0]}" for name, s in stories.items() if s.answer], panels
-    )  # fmt: skip
+        "Side by side",
+        ", ".join(stories),
+        [f"{name}: {s.answer[0]}" for name, s in stories.items() if s.answer],
+        panels,
+    )
 
 
 def _over_each_other(charts: Mapping[str, Chart]) -> Lines | None:
@@ -119,9 +128,13 @@ def _over_each_other(charts: Mapping[str, Chart]) -> Lines | None:
     ):
         return None
     series = [
-        replace(s, label=f"{name}: {s.label}" if len(chart.series) > 1 else name, style=k if len(chart.series) == 1 else s.style)
+        replace(
+            s,
+            label=f"{name}: {s.label}" if len(chart.series) > 1 else name,
+            style=k if len(chart.series) == 1 else s.style,
+        )
         for k, (name, chart) in enumerate(drawn)
         for s in chart.series
-    ]  # fmt: skip
+    ]
     same_ticks = all(chart.ticks == first.ticks for _, chart in drawn)
     return replace(first, series=series, ticks=first.ticks if same_ticks else None, marks=())

@@ -1,8 +1,10 @@
-"""Loss surfaces: heights on a clipped log scale, as contours (SVG, always there) and as data for the 3-D view.
+"""Loss surfaces: heights on a clipped log scale, as contours (SVG, always there) and as data for the 3-D
+view.
 
-A loss surface spans many decades, and what matters lies at its bottom: heights are logarithms, cut off five decades
-above the lowest point of all surfaces shown, with one scale for all of them. A point far below all but a few others (the
-centre of a network that fits its data) is no bottom to measure from. Losses that go below zero have no logarithm.
+A loss surface spans many decades, and what matters lies at its bottom: heights are logarithms, cut off five
+decades above the lowest point of all surfaces shown, with one scale for all of them. A point far below all
+but a few others (the centre of a network that fits its data) is no bottom to measure from. Losses that go
+below zero have no logarithm.
 """
 
 from __future__ import annotations
@@ -240,7 +242,10 @@ def _thinned(line: np.ndarray, apart: float = 2.5) -> list[tuple[float, float]]:
 
 
 def fine(level: np.ndarray, least: int = 61) -> np.ndarray:
-    """Heights on a finer grid, for smooth contours; cubic between the values where all are known, else linear."""
+    """Heights on a finer grid, for smooth contours;
+
+    cubic between the values where all are known, else linear.
+    """
     from scipy.interpolate import RegularGridInterpolator
 
     known = np.isfinite(level)
@@ -263,7 +268,10 @@ def _part(axis: np.ndarray, value: float) -> float | None:
 def _png(
     level: np.ndarray, scale: Heights, signed: bool, broken: np.ndarray | None = None, pixels: int = 120
 ) -> str:
-    """A smooth picture of heights ``[a, b]``: a to the right, b upward; what is unknown is transparent, or striped."""
+    """A smooth picture of heights ``[a, b]``:
+
+    a to the right, b upward; what is unknown is transparent, or striped.
+    """
     from PIL import Image
     from scipy.ndimage import map_coordinates
 
@@ -289,8 +297,15 @@ def _png(
 def _key(scale: Heights, chart: Surfaces, x: float, y: float, width: float) -> Markup:
     signed = any(s.signed for s in chart.surfaces)
     ramp = Heights(0.0, 1.0, False, log=False)
-    image = tag("image", href=_png(np.linspace(0, 1, 64)[:, None].repeat(2, 1), ramp, signed, pixels=96), x=x, y=y, width=width,
-                height=9.0, preserveAspectRatio="none")  # fmt: skip
+    image = tag(
+        "image",
+        href=_png(np.linspace(0, 1, 64)[:, None].repeat(2, 1), ramp, signed, pixels=96),
+        x=x,
+        y=y,
+        width=width,
+        height=9.0,
+        preserveAspectRatio="none",
+    )
     above = "≥ " if scale.cut else ""
     below = "≤ " if scale.under or (scale.cut and signed) else ""
     low, high = scale.ends()

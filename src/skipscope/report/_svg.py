@@ -1,8 +1,8 @@
 """What all charts drawn as SVG share: two widths, the room a letter takes, labels that keep apart.
 
-Charts are crisp at any size, readable without scripts, and the same in print. Every one is drawn at two widths, so
-that its letters keep their size on a phone; the style sheet shows one of them. Colours are the style sheet's variables;
-each series also has a marker and a dash of its own.
+Charts are crisp at any size, readable without scripts, and the same in print. Every one is drawn at two
+widths, so that its letters keep their size on a phone; the style sheet shows one of them. Colours are the
+style sheet's variables; each series also has a marker and a dash of its own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def both(draw: Callable[..., Markup], *arguments) -> Markup:
 def rooms(
     places: Sequence[float], lengths: Sequence[float], low: float, high: float, rows: int = 2
 ) -> list[tuple[float, int] | None]:
-    """Where the words beside vertical lines go: a start and a row (0 is the top one), or None where there is no room.
+    """Where the words beside vertical lines go: a start and a row (0 is the top one), or None where there is
+    no room.
 
     A line reaches up to its words, so it must not cross those of a row below.
 
@@ -70,7 +71,8 @@ def rooms(
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near the wanted (sorted) ones, at least ``gap`` apart and within the range when there is room.
+    """Positions near the wanted (sorted) ones, at least ``gap`` apart and within the range when there is
+    room.
 
     Example:
         >>> spread([10, 11, 50], 10, 0, 100)

@@ -23,11 +23,21 @@ def _(result: SurfaceBand) -> Document:
         )
     else:
         chart = Lines(
-            [Series("median over seeds", *(v.tolist() for v in (result.alphas, result.median, result.low, result.high)))],
-            axes_of(first)[0], "loss", log_y=bool(np.nanmin(result.median) > 0),
-        )  # fmt: skip
+            [
+                Series(
+                    "median over seeds",
+                    *(v.tolist() for v in (result.alphas, result.median, result.low, result.high)),
+                )
+            ],
+            axes_of(first)[0],
+            "loss",
+            log_y=bool(np.nanmin(result.median) > 0),
+        )
     table = result.table()
-    caption = f"At each point the median, lowest and highest loss over {len(result.surfaces)} seeds: what differs is the direction's, what stays is the network's. "
+    caption = (
+        f"At each point the median, lowest and highest loss over {len(result.surfaces)} seeds: what differs"
+        " is the direction's, what stays is the network's. "
+    )
     panels = [
         Panel("What the directions change, and what not", chart, caption + height_sentence(chart), [table])
     ]
@@ -79,7 +89,10 @@ def _(result: PairedBand) -> Document:
 @view.register
 def _(result: CurvatureMap) -> Document:
     table = result.table()
-    convex = f"{100 * float(result.convex.mean()):.0f} % of the plane is convex in all {result.parameters:,} directions."
+    convex = (
+        f"{100 * float(result.convex.mean()):.0f} % of the plane is convex in all {result.parameters:,}"
+        " directions."
+    )
     if not result.betas.size:
         series = [Series("|smallest / largest|", result.alphas.tolist(), result.ratio.tolist())]
         chart: Chart = Lines(series, "direction 1", "|smallest / largest eigenvalue|", log_y=True)
@@ -92,9 +105,22 @@ def _(result: CurvatureMap) -> Document:
         )
     doubtful = ~result.converged
     maps = [
-        ("|smallest / largest|", result.ratio, "Dark is convex or nearly so, in every direction; bright is where the surface curves down almost as much as up.", "ratio"),
-        ("largest eigenvalue", np.where(result.largest > 0, result.largest, np.nan), "How sharp the valley is.", "largest eigenvalue"),
-    ]  # fmt: skip
+        (
+            "|smallest / largest|",
+            result.ratio,
+            (
+                "Dark is convex or nearly so, in every direction; bright is where the surface curves down"
+                " almost as much as up."
+            ),
+            "ratio",
+        ),
+        (
+            "largest eigenvalue",
+            np.where(result.largest > 0, result.largest, np.nan),
+            "How sharp the valley is.",
+            "largest eigenvalue",
+        ),
+    ]
     panels = []
     for name, values, caption, height in maps:
         surface = Surface(values, result.alphas, result.betas, name, dots=doubtful, dots_mean="not converged")
@@ -111,7 +137,8 @@ def _(result: PairedMaps) -> Document:
     table = result.table()
     first = next(iter(result.maps.values()))
     answers = [
-        f"{name}: {100 * float(found.convex.mean()):.0f} % of the plane is convex in all {found.parameters:,} directions."
+        f"{name}: {100 * float(found.convex.mean()):.0f} % of the plane is convex in all {found.parameters:,}"
+        " directions."
         for name, found in result.maps.items()
     ]
     if first.betas.size:

@@ -17,11 +17,27 @@ def seed_lines(result: BookExperiment) -> Lines:
     having = [g.with_shortcuts for g in result.gradient_means]
     return Lines(
         [
-            Series("without", at, without, style=1, tips=[f"{n}: {short(v)} without" for n, v in zip(result.layers, without)]),
-            Series("with shortcuts", at, having, style=0, tips=[f"{n}: {short(v)} with" for n, v in zip(result.layers, having)]),
+            Series(
+                "without",
+                at,
+                without,
+                style=1,
+                tips=[f"{n}: {short(v)} without" for n, v in zip(result.layers, without)],
+            ),
+            Series(
+                "with shortcuts",
+                at,
+                having,
+                style=0,
+                tips=[f"{n}: {short(v)} with" for n, v in zip(result.layers, having)],
+            ),
         ],
-        "layer, from the first to the last", "mean |dL/dW|, the lecture's seed", log_y=True, ticks={float(i): f"{i}" for i in at}, back=True,
-    )  # fmt: skip
+        "layer, from the first to the last",
+        "mean |dL/dW|, the lecture's seed",
+        log_y=True,
+        ticks={float(i): f"{i}" for i in at},
+        back=True,
+    )
 
 
 def distribution(result: BookExperiment) -> Lines:
@@ -50,15 +66,35 @@ def _(result: BookExperiment) -> Document:
     first, last, flow = result.gradient_means[0], result.gradient_means[-1], result.first_over_last
     median = result.median_first_over_last
     answer = [
-        f"In the lecture's seed the first layer's gradient grows {times(first.factor)} with shortcuts, but the last layer's, which has none, grows {times(last.factor)}.",
-        f"What the shortcuts did to the flow, first layer over last, is {short(flow.without)} to {short(flow.with_shortcuts)}: {times(flow.factor)}.",
-        f"Over {len(result.means_with):,} seeds the median goes from {short(median.without)} to {short(median.with_shortcuts)}, better in {100 * result.share_better:.1f} % of them.",
+        (
+            f"In the lecture's seed the first layer's gradient grows {times(first.factor)} with shortcuts,"
+            f" but the last layer's, which has none, grows {times(last.factor)}."
+        ),
+        (
+            f"What the shortcuts did to the flow, first layer over last, is {short(flow.without)} to"
+            f" {short(flow.with_shortcuts)}: {times(flow.factor)}."
+        ),
+        (
+            f"Over {len(result.means_with):,} seeds the median goes from {short(median.without)} to"
+            f" {short(median.with_shortcuts)}, better in {100 * result.share_better:.1f} % of them."
+        ),
     ]
     table = result.table()
     panels = [
-        Panel("The lecture's five numbers", seed_lines(result), f"With shortcuts every number is larger, also the last, {times(last.factor)}, whose layer has none: that is the loss. What the shortcuts did is in how the lines slope.", [table]),
-        Panel("The same over many seeds", distribution(result), "Each seed is a network of its own. The further to the right a line, the more of the gradient reaches the first layer."),
-    ]  # fmt: skip
+        Panel(
+            "The lecture's five numbers",
+            seed_lines(result),
+            f"With shortcuts every number is larger, also the last, {times(last.factor)}, whose layer has"
+            " none: that is the loss. What the shortcuts did is in how the lines slope.",
+            [table],
+        ),
+        Panel(
+            "The same over many seeds",
+            distribution(result),
+            "Each seed is a network of its own. The further to the right a line, the more of the gradient"
+            " reaches the first layer.",
+        ),
+    ]
     return Document(
         "What the lecture's experiment shows, and what it does not",
         f"{len(result.layers)} layers, {len(result.means_with):,} seeds",

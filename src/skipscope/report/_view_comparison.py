@@ -28,10 +28,16 @@ HEADINGS = {
     "strength": "Turn the shortcuts up",
 }
 CREDITS = (
-    "Gradient paths: A. Veit, M. Wilber, S. Belongie, Residual Networks Behave Like Ensembles of Relatively Shallow Networks, 2016. "
-    "Loss surfaces: H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein, Visualizing the Loss Landscape of Neural Nets, 2018.",
+    (
+        "Gradient paths: A. Veit, M. Wilber, S. Belongie, Residual Networks Behave Like Ensembles of"
+        " Relatively Shallow Networks, 2016. Loss surfaces: H. Li, Z. Xu, G. Taylor, C. Studer, T. Goldstein,"
+        " Visualizing the Loss Landscape of Neural Nets, 2018."
+    ),
 )
-DIGITS = "Data: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, CC BY 4.0."
+DIGITS = (
+    "Data: Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning"
+    " Repository, CC BY 4.0."
+)
 
 
 def styles(result: Comparison) -> dict[str, int]:
@@ -61,10 +67,12 @@ def _smaller(result: Comparison, style: dict[str, int]) -> list[Panel]:
     if name in result.flow and edited:
         panels.append(
             Panel(
-                "The same network, its shortcuts taken away", flows.flow_lines({f"{name}, as built": result.flow[name], **edited}),
-                "Removed: taken out, from the same weights. Detached: the forward pass stays bit for bit the same, only no gradient goes through the shortcuts.",
+                "The same network, its shortcuts taken away",
+                flows.flow_lines({f"{name}, as built": result.flow[name], **edited}),
+                "Removed: taken out, from the same weights. Detached: the forward pass stays bit for bit the"
+                " same, only no gradient goes through the shortcuts.",
             )
-        )  # fmt: skip
+        )
     if len(result.ladder) > 1:
         panels.append(
             Panel(
@@ -114,7 +122,10 @@ def _ladder_table(result: Comparison) -> Table:
 def _product(result: Comparison, style: dict[str, int]) -> list[Panel]:
     twins = _twins(result, result.flow)
     rows = [[name, flow.product, flow.chi, flow.depth_scale] for name, flow in twins.items()]
-    note = "chi: mean change of the squared flow at a boundary; depth scale: boundaries over which it changes e-fold."
+    note = (
+        "chi: mean change of the squared flow at a boundary; depth scale: boundaries over which it changes"
+        " e-fold."
+    )
     return [
         Panel(
             "",
@@ -138,7 +149,8 @@ def _stagnate(result: Comparison, style: dict[str, int]) -> list[Panel]:
         Panel(
             f"How far a step moves the weights, {o}",
             trainings.update_lines(training, o, style),
-            "Stagnation is a line near the bottom: 10⁻³ is usual, and far below it nothing is learnt. At its own best rate.",
+            "Stagnation is a line near the bottom: 10⁻³ is usual, and far below it nothing is learnt. At its"
+            " own best rate.",
         )
         for o in optimizers
     ]
@@ -198,9 +210,14 @@ def _strength(result: Comparison, style: dict[str, int]) -> list[Panel]:
 
 
 EVIDENCE: dict[str, Callable[[Comparison, dict[str, int]], list[Panel]]] = {
-    "smaller": _smaller, "product": _product, "stagnate": _stagnate, "path": _path, "surface": _surface, "which": _which,
+    "smaller": _smaller,
+    "product": _product,
+    "stagnate": _stagnate,
+    "path": _path,
+    "surface": _surface,
+    "which": _which,
     "strength": _strength,
-}  # fmt: skip
+}
 
 
 def _claim_panel(result: Comparison, claim: Claim, style: dict[str, int]) -> Panel:
@@ -235,9 +252,12 @@ def _network_panel(result: Comparison) -> Panel | None:
         else ""
     )
     return Panel(
-        f"The network with its {len(found)} shortcut{'s' * (len(found) > 1)}", drawn,
-        f"Drawn: {name}. Each square is a layer, each arc a shortcut that leaves the line and joins it again.{thick}", [found.table()],
-    )  # fmt: skip
+        f"The network with its {len(found)} shortcut{'s' * (len(found) > 1)}",
+        drawn,
+        f"Drawn: {name}. Each square is a layer, each arc a shortcut that leaves the line and joins it"
+        f" again.{thick}",
+        [found.table()],
+    )
 
 
 @view.register

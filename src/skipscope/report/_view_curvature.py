@@ -27,8 +27,8 @@ def _(result: ExtremeEigenvalues) -> Document:
     )
     table = result.table()
     answer = (
-        f"The curvature goes from {short(float(result.smallest[0]))} to {short(float(result.largest[0]))}: |smallest/largest| is "
-        f"{short(result.ratio)}" + ("." if result.converged else "; not converged.")
+        f"The curvature goes from {short(float(result.smallest[0]))} to {short(float(result.largest[0]))}:"
+        f" |smallest/largest| is {short(result.ratio)}" + ("." if result.converged else "; not converged.")
     )
     panel = Panel(
         "Both ends of the spectrum",
@@ -44,13 +44,19 @@ def _(result: SpectralDensity) -> Document:
     floor = float(np.nanmax(result.density)) * 1e-8 or 1e-300
     keep = result.density > floor
     series = Series(
-        "density", result.grid[keep].tolist(), result.density[keep].tolist(), np.maximum(result.low[keep], floor).tolist(),
+        "density",
+        result.grid[keep].tolist(),
+        result.density[keep].tolist(),
+        np.maximum(result.low[keep], floor).tolist(),
         np.maximum(result.high[keep], floor).tolist(),
-    )  # fmt: skip
+    )
     marks = [Mark(0.0, "0")] if keep.any() and result.grid[keep].min() < 0 < result.grid[keep].max() else []
     chart = Lines([series], "eigenvalue", "density", log_y=True, marks=marks)
     table = result.table()
-    answer = f"{100 * result.negative_share:.2g} % of the eigenvalues are negative; the trace is {short(result.trace)}."
+    answer = (
+        f"{100 * result.negative_share:.2g} % of the eigenvalues are negative; the trace is"
+        f" {short(result.trace)}."
+    )
     return Document(
         table.title,
         "",

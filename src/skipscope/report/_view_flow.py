@@ -90,8 +90,10 @@ def _(result: GradientFlow) -> Document:
         Panel(
             heading=f"The gradient on its way back: {verdict.state}",
             chart=flow_lines({result.meaning: result}),
-            caption="Read from right to left, as the gradient travels. A level line is a healthy flow; a line that sinks to the left "
-            f"is a gradient that vanishes. {broken}",
+            caption=(
+                "Read from right to left, as the gradient travels. A level line is a healthy flow; a line"
+                f" that sinks to the left is a gradient that vanishes. {broken}"
+            ),
             tables=[result.table()],
         )
     ]
@@ -108,16 +110,25 @@ def _(result: GradientFlow) -> Document:
             Panel(
                 heading="What the lecture prints: mean |dL/dW|",
                 chart=Bars(
-                    [w.name for w in result.layers], [[number(w.weight_grad_mean_abs) for w in result.layers]], ["mean |dL/dW|"],
-                    title="mean |dL/dW| by weight", log=True,
+                    [w.name for w in result.layers],
+                    [[number(w.weight_grad_mean_abs) for w in result.layers]],
+                    ["mean |dL/dW|"],
+                    title="mean |dL/dW| by weight",
+                    log=True,
                 ),
-                caption="The size of each weight's own gradient: not the flow, and it can go the opposite way.",
+                caption=(
+                    "The size of each weight's own gradient: not the flow, and it can go the opposite way."
+                ),
                 tables=[result.layer_table()],
             )
-        )  # fmt: skip
-    return Document("How the gradient flows", f"{result.meaning}, {result.mode} mode, {result.samples:,} samples",
-                 [verdict.finding, f"{because}.", verdict.advice], panels,
-                 methods=result.table().notes)  # fmt: skip
+        )
+    return Document(
+        "How the gradient flows",
+        f"{result.meaning}, {result.mode} mode, {result.samples:,} samples",
+        [verdict.finding, f"{because}.", verdict.advice],
+        panels,
+        methods=result.table().notes,
+    )
 
 
 @view.register

@@ -11,7 +11,10 @@ from skipscope.monitor import STATES, History, VerdictEvent
 from skipscope.report._charts import Document, Heat, Lines, Mark, Panel, Series
 from skipscope.report._document import view
 
-KEY = "Colour is a log scale; grey is exactly zero, red stripes are not finite (inf or NaN), blank is not known."
+KEY = (
+    "Colour is a log scale; grey is exactly zero, red stripes are not finite (inf or NaN), blank is not"
+    " known."
+)
 
 
 def heat_of(result: History, what: str) -> Heat | None:

@@ -25,8 +25,10 @@ def split_lines(split: GradientSplit) -> Lines:
             Series("by the shortcut", at, [s.shortcut_rms for s in split], style=0, tips=tips),
             Series("by the branch", at, [s.branch_rms for s in split], style=1, tips=tips),
         ],
-        "shortcut, from the input (left) to the loss (right)", "gradient RMS arriving at the fork", log_y=True,
-    )  # fmt: skip
+        "shortcut, from the input (left) to the loss (right)",
+        "gradient RMS arriving at the fork",
+        log_y=True,
+    )
 
 
 def split_answer(split: GradientSplit) -> str:
@@ -35,16 +37,21 @@ def split_answer(split: GradientSplit) -> str:
     if not shares:
         return "There is no gradient to split."
     middle = statistics.median(shares)
-    return f"At the {len(shares)} forks the shortcut carries {100 * middle:.0f} % of the gradient (median; from {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %)."
+    return (
+        f"At the {len(shares)} forks the shortcut carries {100 * middle:.0f} % of the gradient (median; from"
+        f" {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} %)."
+    )
 
 
 @view.register
 def _(result: GradientSplit) -> Document:
     panel = Panel(
-        "Two ways back, at each fork", split_lines(result),
-        "At each fork the gradient arrives by two ways. Where the upper line is the shortcut's, it is the shortcut that keeps the gradient alive.",
+        "Two ways back, at each fork",
+        split_lines(result),
+        "At each fork the gradient arrives by two ways. Where the upper line is the shortcut's, it is the"
+        " shortcut that keeps the gradient alive.",
         [result.table()],
-    )  # fmt: skip
+    )
     return Document(
         "Shortcut against branch",
         f"{result.meaning}, {result.mode} mode",
@@ -55,7 +62,10 @@ def _(result: GradientSplit) -> Document:
 
 
 def path_lines(paths: Mapping[str, PathSpectrum], styles: Mapping[str, int] | None = None) -> Lines:
-    """The gradient by path length; lengths that carry less than 1e-12 of the greatest are left to the table."""
+    """The gradient by path length;
+
+    lengths that carry less than 1e-12 of the greatest are left to the table.
+    """
     series, marks = [], []
     for i, (name, spectrum) in enumerate(paths.items()):
         top = float(spectrum.norms.max()) if len(spectrum.norms) else 0.0
@@ -65,12 +75,19 @@ def path_lines(paths: Mapping[str, PathSpectrum], styles: Mapping[str, int] | No
         errors = spectrum.errors
         series.append(
             Series(
-                name, kept, [float(spectrum.norms[k]) for k in kept], style=(styles or {}).get(name, i),
+                name,
+                kept,
+                [float(spectrum.norms[k]) for k in kept],
+                style=(styles or {}).get(name, i),
                 low=None if errors is None else [float(spectrum.norms[k] - 1.96 * errors[k]) for k in kept],
                 high=None if errors is None else [float(spectrum.norms[k] + 1.96 * errors[k]) for k in kept],
-                tips=[f"{name}  {k} branches: {short(float(spectrum.norms[k]))}, {100 * spectrum.shares[k]:.2g} %" for k in kept],
+                tips=[
+                    f"{name}  {k} branches: {short(float(spectrum.norms[k]))},"
+                    f" {100 * spectrum.shares[k]:.2g} %"
+                    for k in kept
+                ],
             )
-        )  # fmt: skip
+        )
         if len(paths) == 1:
             marks = [Mark(spectrum.mean_length, f"mean length {short(spectrum.mean_length)}")]
     return Lines(
@@ -91,19 +108,20 @@ def path_answer(spectrum: PathSpectrum) -> str:
         if total >= 0.9:
             break
     return (
-        f"Of up to {spectrum.branches} branches, the gradient crosses {spectrum.mean_length:.2g} on average; paths of "
-        f"{min(inside)} to {max(inside)} branches carry {100 * total:.0f} % of it."
+        f"Of up to {spectrum.branches} branches, the gradient crosses {spectrum.mean_length:.2g} on average;"
+        f" paths of {min(inside)} to {max(inside)} branches carry {100 * total:.0f} % of it."
     )
 
 
 @view.register
 def _(result: PathSpectrum) -> Document:
     panel = Panel(
-        "The gradient by the length of its path", path_lines({result.meaning: result}),
-        "Each point adds up all paths that cross so many branches; at 0 is the way by shortcuts alone. The axis is "
-        "logarithmic: a step down is a factor.",
+        "The gradient by the length of its path",
+        path_lines({result.meaning: result}),
+        "Each point adds up all paths that cross so many branches; at 0 is the way by shortcuts alone. The"
+        " axis is logarithmic: a step down is a factor.",
         [result.table()],
-    )  # fmt: skip
+    )
     return Document(
         "Which paths the gradient takes",
         f"back to {result.wrt}, {result.meaning}",
@@ -147,15 +165,27 @@ def importance_panels(result: Importance) -> list[Panel]:
     """What each shortcut and each branch is worth: in loss, and in flow."""
     return [
         Panel(
-            "What each one costs in loss", importance_bars(result),
-            "One edit at a time, from these weights, without training again: a shortcut taken out, or its branch.", [result.table()],
+            "What each one costs in loss",
+            importance_bars(result),
+            "One edit at a time, from these weights, without training again: a shortcut taken out, or its"
+            " branch.",
+            [result.table()],
         ),
-        Panel("What each one costs in flow", importance_bars(result, "flow_cost"),
-              "Decades of gradient that are lost on the way to the first boundary; to the left of zero, gained."),
-    ]  # fmt: skip
+        Panel(
+            "What each one costs in flow",
+            importance_bars(result, "flow_cost"),
+            "Decades of gradient that are lost on the way to the first boundary; to the left of zero,"
+            " gained.",
+        ),
+    ]
 
 
 @view.register
 def _(result: Importance) -> Document:
-    return Document("Which shortcuts matter", f"loss as built {short(result.loss)}, {result.mode} mode", [importance_answer(result)],
-                 importance_panels(result), result.notes)  # fmt: skip
+    return Document(
+        "Which shortcuts matter",
+        f"loss as built {short(result.loss)}, {result.mode} mode",
+        [importance_answer(result)],
+        importance_panels(result),
+        result.notes,
+    )

@@ -11,7 +11,8 @@ from skipscope.shortcuts import Shortcuts
 
 
 def drawing(found: Shortcuts, shares: Mapping[str, float | None] | None = None) -> Network:
-    """The network as a line of layers; what lies on a shortcut's own side (a projection) is no layer of the line.
+    """The network as a line of layers; what lies on a shortcut's own side (a projection) is no layer of the
+    line.
 
     Args:
         found: the shortcuts.
@@ -37,13 +38,19 @@ def found_answer(found: Shortcuts) -> str:
         return f"{found.model or 'The network'} has no shortcuts."
     kinds = Counter(s.kind for s in found)
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    return f"{found.model or 'The network'} has {len(found)} shortcut{'s' * (len(found) > 1)} over {len(found.layers)} layers: {listed}."
+    return (
+        f"{found.model or 'The network'} has {len(found)} shortcut{'s' * (len(found) > 1)} over"
+        f" {len(found.layers)} layers: {listed}."
+    )
 
 
 @view.register
 def _(result: Shortcuts) -> Document:
     panel = Panel(
-        "The network with its shortcuts", drawing(result),
-        "Layers from left to right; each arc leaves where the shortcut forks and lands where it merges again.", [result.table()],
-    )  # fmt: skip
+        "The network with its shortcuts",
+        drawing(result),
+        "Layers from left to right; each arc leaves where the shortcut forks and lands where it merges"
+        " again.",
+        [result.table()],
+    )
     return Document(f"The shortcuts of {result.model or 'the network'}", "", [found_answer(result)], [panel])

@@ -34,13 +34,21 @@ def surface_chart(surfaces: dict[str, LossSurface]) -> Chart:
         ]  # fmt: skip
         said = [f"{name}: {text}" for name, s in surfaces.items() if (text := _not_numbers(s.values))]
         return Lines(
-            series, axes_of(first)[0], "loss", log_y=_wide(surfaces), marks=_known_places(first), foot="; ".join(said),
-        )  # fmt: skip
+            series,
+            axes_of(first)[0],
+            "loss",
+            log_y=_wide(surfaces),
+            marks=_known_places(first),
+            foot="; ".join(said),
+        )
     return Surfaces([drawn(s, name) for name, s in surfaces.items()], "loss", axes_of(first))
 
 
 def drawn(surface: LossSurface, name: str) -> Surface:
-    """A surface as a chart has it: with the known weights on its plane, and dots where not every value was computed."""
+    """A surface as a chart has it:
+
+    with the known weights on its plane, and dots where not every value was computed.
+    """
     path, points = [], surface.points
     if points is not None and points.coordinates.ndim == 2 and points.coordinates.shape[1] == 2:
         path = [
@@ -92,7 +100,10 @@ def height_sentence(chart: Chart) -> str:
     cut = ", where it is cut off" if scale.cut else ""
     under = ", as deep as is shown," if scale.under else ""
     how = "a log scale" if scale.log else "a linear scale"
-    return f"The heights run from {short(scale.low)}{under} to {short(scale.high)}{cut}, on {how}; the cross marks the weights as they are."
+    return (
+        f"The heights run from {short(scale.low)}{under} to {short(scale.high)}{cut}, on {how}; the cross"
+        " marks the weights as they are."
+    )
 
 
 def surface_answer(name: str, surface: LossSurface) -> str:
@@ -101,8 +112,8 @@ def surface_answer(name: str, surface: LossSurface) -> str:
     if surface.label:
         return f"{name}: {surface.label}."
     return (
-        f"{name}: loss {short(scores.centre)} at the centre; {100 * scores.convexity_share:.0f} % of the plane curves up both ways, "
-        f"roughness {short(scores.roughness)}."
+        f"{name}: loss {short(scores.centre)} at the centre; {100 * scores.convexity_share:.0f} % of the"
+        f" plane curves up both ways, roughness {short(scores.roughness)}."
     )
 
 

@@ -16,7 +16,10 @@ from skipscope.report._document import view
 
 
 def training_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
-    """Loss against step: the mean over seeds (on the log scale, where losses are positive), and a band over all of them."""
+    """Loss against step:
+
+    the mean over seeds (on the log scale, where losses are positive), and a band over all of them.
+    """
     series = []
     is_positive = all(
         np.nanmin(by[optimizer].losses) > 0 for by in training.curves.values() if optimizer in by
@@ -31,9 +34,16 @@ def training_lines(training: Training, optimizer: str, style: Mapping[str, int] 
                 middle = np.exp(np.log(losses).mean(0))
         steps = list(range(1, losses.shape[1] + 1))
         series.append(
-            Series(name, steps, middle.tolist(), losses.min(0).tolist(), losses.max(0).tolist(), style=(style or {}).get(name, i),
-                   tips=[f"{name}  step {s}: {short(float(m))}" for s, m in zip(steps, middle)])
-        )  # fmt: skip
+            Series(
+                name,
+                steps,
+                middle.tolist(),
+                losses.min(0).tolist(),
+                losses.max(0).tolist(),
+                style=(style or {}).get(name, i),
+                tips=[f"{name}  step {s}: {short(float(m))}" for s, m in zip(steps, middle)],
+            )
+        )
     return Lines(
         series,
         f"step, {optimizer}",
@@ -117,11 +127,17 @@ def strength_lines(sweep: StrengthSweep) -> Lines:
     at = list(range(sweep.gradient_rms.shape[1]))
     series = [
         Series(
-            "", at, flow.tolist(), frame=i, style=0,
-            tips=[f"strength {short(float(s))}, {name}: {short(float(v))}" for name, v in zip(sweep.names, flow)],
+            "",
+            at,
+            flow.tolist(),
+            frame=i,
+            style=0,
+            tips=[
+                f"strength {short(float(s))}, {name}: {short(float(v))}" for name, v in zip(sweep.names, flow)
+            ],
         )
         for i, (s, flow) in enumerate(zip(sweep.strengths, sweep.gradient_rms))
-    ]  # fmt: skip
+    ]
     labels = [
         f"{short(float(s), 2)}: {state}"
         + (f", {abs(fall):.1f} decades {'lost' if fall >= 0 else 'gained'}" if math.isfinite(fall) else "")
@@ -140,9 +156,15 @@ def strength_lines(sweep: StrengthSweep) -> Lines:
 
 @view.register
 def _(result: StrengthSweep) -> Document:
-    caption = "Move the slider: at 0 every shortcut is removed, at 1 the network is as built. The thin lines are the other strengths."
+    caption = (
+        "Move the slider: at 0 every shortcut is removed, at 1 the network is as built. The thin lines are"
+        " the other strengths."
+    )
     first, last = result.fall_decades[0], result.fall_decades[-1]
-    answer = f"At strength {short(float(result.strengths[0]))} the gradient loses {short(float(first))} decades, at {short(float(result.strengths[-1]))} {short(float(last))}."
+    answer = (
+        f"At strength {short(float(result.strengths[0]))} the gradient loses {short(float(first))} decades,"
+        f" at {short(float(result.strengths[-1]))} {short(float(last))}."
+    )
     return Document(
         "The flow as shortcuts are turned up",
         "",

@@ -1,7 +1,7 @@
 """The dataflow of one forward pass: find, name, edit and add shortcuts, and tap activations.
 
-Words (definitions.md): where activations join is a *merge*; the *branch* is its side with weights, the *shortcut*
-the side that skips it, and they part at the *fork*.
+Words (definitions.md): where activations join is a *merge*; the *branch* is its side with weights, the
+*shortcut* the side that skips it, and they part at the *fork*.
 """
 
 from skipscope.shortcuts._edit import ablate as ablate

@@ -1,7 +1,8 @@
-"""Edited twins: a module goes in, a module comes out whose shortcuts are removed, detached, lesioned or scaled.
+"""Edited twins: a module goes in, a module comes out whose shortcuts are removed, detached, lesioned or
+scaled.
 
-Each operand that carries the shortcut (or the branch) becomes zeros, its detached self, or itself times a strength.
-The twin runs the model's own code otherwise; the folder ``twin`` says how.
+Each operand that carries the shortcut (or the branch) becomes zeros, its detached self, or itself times a
+strength. The twin runs the model's own code otherwise; the folder ``twin`` says how.
 """
 
 from __future__ import annotations
@@ -36,27 +37,30 @@ def ablate(
 ) -> nn.Module:
     """A twin of ``model`` in which shortcuts are edited, by the table of the documentation (What words mean).
 
-    The twin is a module of the same class name with the same ``state_dict`` keys. It can be trained, copied, pickled,
-    compiled and edited again. Edits multiply: strength 0.5 twice is 0.25. Local. A twin is sharded like any model,
-    after it was made: FSDP2 cannot copy what is sharded. Weights of what was cut (a removed projection, a lesioned
-    branch) get no gradient: DDP needs ``find_unused_parameters=True``.
+    The twin is a module of the same class name with the same ``state_dict`` keys. It can be trained, copied,
+    pickled, compiled and edited again. Edits multiply: strength 0.5 twice is 0.25. Local. A twin is sharded
+    like any model, after it was made: FSDP2 cannot copy what is sharded. Weights of what was cut (a removed
+    projection, a lesioned branch) get no gradient: DDP needs ``find_unused_parameters=True``.
 
     Args:
-        model: any eager module (of a compiled or DDP-wrapped one, what is inside is copied); it is left as found.
-        found: which shortcuts: all of a ``Shortcuts``, or one, or several. From this model or another instance.
+        model: any eager module (of a compiled or DDP-wrapped one, what is inside is copied); it is left as
+            found.
+        found: which shortcuts: all of a ``Shortcuts``, or one, or several. From this model or another
+            instance.
         how: ``"remove"`` the shortcut, ``"detach"`` it (backward only), or ``"lesion"`` the branch.
-        strength: instead of ``how``, a factor on the shortcut: a number, or a tensor that may require gradients
-            (1 is as built, 0 is removed).
+        strength: instead of ``how``, a factor on the shortcut: a number, or a tensor that may require
+            gradients (1 is as built, 0 is removed).
         inputs: with ``found=None``: what to find all shortcuts with.
-        share: share the Parameter objects with ``model`` instead of copying them, for measuring without memory. Such
-            a twin refuses ``.to()``, ``.half()``, ``load_state_dict`` and to be trained.
+        share: share the Parameter objects with ``model`` instead of copying them, for measuring without
+            memory. Such a twin refuses ``.to()``, ``.half()``, ``load_state_dict`` and to be trained.
         recalibrate: data to recalibrate batch-norm statistics with (see :func:`recalibrate`).
         allow_empty: where there is no shortcut to edit, return a copy instead of refusing.
 
     Raises:
-        SkipscopeError: nothing says which shortcuts, or there are none; one cannot be edited; they are of another
-            architecture; the model is sharded. Also when the twin runs code that is not the code its shortcuts were
-            found in, and when a method of its own merges by code in which none were looked for.
+        SkipscopeError: nothing says which shortcuts, or there are none; one cannot be edited; they are of
+            another architecture; the model is sharded. Also when the twin runs code that is not the code its
+            shortcuts were found in, and when a method of its own merges by code in which none were looked
+            for.
 
     Example:
         >>> import torch
@@ -99,7 +103,10 @@ def _edit(
     strength: float | Tensor | None,
     share: bool,
 ) -> None:
-    """Make a copy of ``model`` follow the edits of ``chosen``; ``every`` are the shortcuts among which they were found."""
+    """Make a copy of ``model`` follow the edits of ``chosen``;
+
+    ``every`` are the shortcuts among which they were found.
+    """
     points = remembered_boundaries(model) or (every.boundaries if every is not None else ())
     factor = strength if strength is not None else None if how == "detach" else 0.0
     group = Group(points, share, (*edits_of(model), _in_words(how, strength, len(chosen), points, every)))
@@ -162,7 +169,10 @@ def _in_words(
 
 
 def meaning(model: nn.Module) -> str:
-    """What a result on this model is about (local): ``"as built"``, or what :func:`ablate` did to it, e.g. ``"removed"``."""
+    """What a result on this model is about (local):
+
+    ``"as built"``, or what :func:`ablate` did to it, e.g. ``"removed"``.
+    """
     return ", ".join(edits_of(model)) or "as built"
 
 
@@ -176,9 +186,13 @@ def refuse_another_architecture(model: nn.Module, found: Sequence[Shortcut], ope
 
     def refuse(shortcut: str | None, expected: str, got: str) -> NoReturn:
         raise SkipscopeError(
-            operation, "these shortcuts were found on another architecture than this model's",
-            layer=shortcut, expected=expected, got=got, cure="find them again: ss.find_shortcuts(model, inputs)",
-        )  # fmt: skip
+            operation,
+            "these shortcuts were found on another architecture than this model's",
+            layer=shortcut,
+            expected=expected,
+            got=got,
+            cure="find them again: ss.find_shortcuts(model, inputs)",
+        )
 
     for shortcut in found:
         hosts = (place.call.host for place in (*shortcut.shortcut_at, *shortcut.branch_at))
@@ -190,7 +204,8 @@ def refuse_another_architecture(model: nn.Module, found: Sequence[Shortcut], ope
     seen = {layer.name for layer in found.layers} | set(found.not_run)
     with_weights = {path for path, module in modules.items() if module._parameters}
     for path in sorted(with_weights - seen):
-        # One more of those that stand in a row; modules that were put in otherwise (an adapter) are no other depth.
+        # One more of those that stand in a row; modules that were put in otherwise (an adapter) are no other
+        # depth.
         parent, _, last = path.rpartition(".")
         if last.isdigit() and any(other.rpartition(".")[0] == parent for other in seen & with_weights):
             refuse(None, f"no module {path}", f"{type(model).__name__} has it")
@@ -199,10 +214,12 @@ def refuse_another_architecture(model: nn.Module, found: Sequence[Shortcut], ope
 def _nothing_to_edit(model: nn.Module, found: Any) -> SkipscopeError:
     name = type(model).__name__
     return SkipscopeError(
-        "ablate", "there is no shortcut to edit, so the twin would be the model as built",
-        expected="at least one shortcut", got=f"an empty selection for {name}" if found is not None else f"none in {name}",
+        "ablate",
+        "there is no shortcut to edit, so the twin would be the model as built",
+        expected="at least one shortcut",
+        got=f"an empty selection for {name}" if found is not None else f"none in {name}",
         cure="look at ss.find_shortcuts(model, inputs); allow_empty=True gives a copy",
-    )  # fmt: skip
+    )
 
 
 def _chosen(model: nn.Module, found: Any, inputs: Any) -> tuple[Sequence[Shortcut], Shortcuts | None]:
@@ -228,7 +245,8 @@ def _chosen(model: nn.Module, found: Any, inputs: Any) -> tuple[Sequence[Shortcu
 
 
 def boundaries(model: nn.Module, inputs: Any, *, found: Shortcuts | None = None) -> tuple[Boundary, ...]:
-    """Where the flow is read: the first float activation, each merge, and modules outside every branch, in order.
+    """Where the flow is read: the first float activation, each merge, and modules outside every branch, in
+    order.
 
     An edited twin gives its original's boundaries, so that the two can be compared point by point. Local, or
     collective, as :func:`find_shortcuts`.

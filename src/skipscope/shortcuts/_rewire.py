@@ -1,7 +1,8 @@
 """Rewired twins: at chosen merges ``x + F`` becomes another connection of ``skipscope.nn``.
 
 The model's own code runs. Where it adds, the connection's ``write(x, F)`` stands in; where a kind reads, its
-``read(x)`` goes into the module that the fork feeds; a kind that spans depth keeps its state from merge to merge.
+``read(x)`` goes into the module that the fork feeds; a kind that spans depth keeps its state from merge to
+merge.
 """
 
 from __future__ import annotations
@@ -40,26 +41,30 @@ def rewire(
 ) -> nn.Module:
     """A twin of ``model`` in which merges ``x + F`` are another kind of connection.
 
-    The twin runs the model's own code, and has the same ``state_dict`` keys and, under ``shortcuts.<name>.*``, the
-    new weights. It can be trained, copied, pickled and compiled. Kinds that only join (scaled, ReZero, LayerScale,
-    gates, norms after the sum) fit any sum of two. Kinds that read (pre-norm, Fixup, GRU gate) fit where one module
-    takes the fork's tensor, and nothing else does before the merge. Kinds that span depth (hyper-connections,
-    attention residuals) take the whole chain in order, where each merge's output is the next one's shortcut. What
-    does not fit is refused: here where it can be seen, otherwise when the twin first runs. Local.
+    The twin runs the model's own code, and has the same ``state_dict`` keys and, under
+    ``shortcuts.<name>.*``, the new weights. It can be trained, copied, pickled and compiled. Kinds that only
+    join (scaled, ReZero, LayerScale, gates, norms after the sum) fit any sum of two. Kinds that read
+    (pre-norm, Fixup, GRU gate) fit where one module takes the fork's tensor, and nothing else does before the
+    merge. Kinds that span depth (hyper-connections, attention residuals) take the whole chain in order, where
+    each merge's output is the next one's shortcut. What does not fit is refused: here where it can be seen,
+    otherwise when the twin first runs. Local.
 
     Args:
         model: any eager module; it is left as found.
         found: which shortcuts: all of a ``Shortcuts``, or one, or several.
-        kind: a name of ``skipscope.nn.registry()``, one of its classes, or ``f(width, dim, depth) -> module`` with
-            ``read`` and ``write``.
-        inputs: what the model is called with: shapes are then seen instead of guessed from the branches' weights, and
-            the twin is run before it is handed over. With ``found=None`` also what to find all shortcuts with.
-        dim: the dimension that holds the features; by default 1 where the branch holds a convolution, else -1.
+        kind: a name of ``skipscope.nn.registry()``, one of its classes, or ``f(width, dim, depth) -> module``
+            with ``read`` and ``write``.
+        inputs: what the model is called with: shapes are then seen instead of guessed from the branches'
+            weights, and the twin is run before it is handed over. With ``found=None`` also what to find all
+            shortcuts with.
+        dim: the dimension that holds the features; by default 1 where the branch holds a convolution, else
+            -1.
         arguments: the kind's own, for instance ``init=0.1`` of ``"layer-scale"``.
 
     Raises:
-        SkipscopeError: an unknown kind or argument; a shortcut that this kind does not fit; a model with an attribute
-            ``shortcuts``; also when the twin runs and meets code that is not the code its shortcuts were found in.
+        SkipscopeError: an unknown kind or argument; a shortcut that this kind does not fit; a model with an
+            attribute ``shortcuts``; also when the twin runs and meets code that is not the code its shortcuts
+            were found in.
 
     Example:
         >>> class Net(nn.Module):
@@ -83,9 +88,12 @@ def rewire(
         _refuse_misfit(shortcut)
     if hasattr(model, PLACE):
         raise SkipscopeError(
-            "rewire", f"the model has an attribute {PLACE!r}, where the new weights would go", got=type(model).__name__,
-            expected="a model without one, not rewired before", cure="rename it, or rewire all merges in one call",
-        )  # fmt: skip
+            "rewire",
+            f"the model has an attribute {PLACE!r}, where the new weights would go",
+            got=type(model).__name__,
+            expected="a model without one, not rewired before",
+            cure="rename it, or rewire all merges in one call",
+        )
     twin = private_copy(model, "rewire")
     modules = dict(twin.named_modules())
     called = known.name if known else getattr(kind, "__name__", type(kind).__name__)
@@ -138,9 +146,13 @@ def _refuse_misfit(shortcut: Shortcut) -> None:
     reason = _misfit(shortcut)
     if reason is not None:
         raise SkipscopeError(
-            "rewire", "this merge is no sum of a shortcut and a branch", layer=shortcut.name, expected="x + F(x)",
-            got=reason, cure='leave it out: found.select(kind=("identity", "scaled", "projection"), name="...")',
-        )  # fmt: skip
+            "rewire",
+            "this merge is no sum of a shortcut and a branch",
+            layer=shortcut.name,
+            expected="x + F(x)",
+            got=reason,
+            cure='leave it out: found.select(kind=("identity", "scaled", "projection"), name="...")',
+        )
 
 
 def _shapes(model: nn.Module, chosen: Sequence[Shortcut], inputs: Any) -> list[torch.Size | None]:
@@ -158,7 +170,10 @@ def _shapes(model: nn.Module, chosen: Sequence[Shortcut], inputs: Any) -> list[t
 
 
 def _reader(shortcut: Shortcut) -> str:
-    """The module that takes the fork's tensor: the branch's own; its first where it begins elsewhere (a norm before it)."""
+    """The module that takes the fork's tensor:
+
+    the branch's own; its first where it begins elsewhere (a norm before it).
+    """
     home, host = shortcut.name.partition("#")[0], shortcut.key.host
     is_around = not home or home == host or host.startswith(home + ".")
     return shortcut.branch[0] if is_around or home not in _ancestors(shortcut.branch[:1]) else home
@@ -190,9 +205,12 @@ class _Builder:
         if self.known is not None and self.known.spans_depth:
             if self.known.module is connections.Reversible and len(chosen) % 2:
                 raise SkipscopeError(
-                    "rewire", "reversible layers come in pairs of branches", expected="an even number of merges",
-                    got=len(chosen), cure="leave one out: found[:-1]",
-                )  # fmt: skip
+                    "rewire",
+                    "reversible layers come in pairs of branches",
+                    expected="an even number of merges",
+                    got=len(chosen),
+                    cure="leave one out: found[:-1]",
+                )
             width, dim = self._features(chosen[0], branches[0], shapes[0])
             stand_ins = [connections.Elsewhere() for _ in chosen]
             module = self._placed(
@@ -209,10 +227,13 @@ class _Builder:
             reads = getattr(type(module), "read", None) not in {None, connections.Connection.read}
             if reads and shortcut.kind == "projection":
                 raise SkipscopeError(
-                    "rewire", "this kind reads what the branch and the sum read, and a projection stands between",
-                    layer=shortcut.name, expected="a shortcut that carries the fork's own tensor", got=shortcut.kind,
+                    "rewire",
+                    "this kind reads what the branch and the sum read, and a projection stands between",
+                    layer=shortcut.name,
+                    expected="a shortcut that carries the fork's own tensor",
+                    got=shortcut.kind,
                     cure='leave it out: found.select(kind=("identity", "scaled"))',
-                )  # fmt: skip
+                )
             made.append(Join.at(shortcut, module, reads=reads))
         return made
 
@@ -221,16 +242,24 @@ class _Builder:
             made = self.kind(width, dim, self.depth, **self.arguments)
             if not callable(getattr(made, "write", None)):
                 raise SkipscopeError(
-                    "rewire", "the kind makes something without write(x, f)", expected="a skipscope.nn.Connection",
-                    got=type(made).__name__, cure="subclass skipscope.nn.Connection, and give it a write",
-                )  # fmt: skip
+                    "rewire",
+                    "the kind makes something without write(x, f)",
+                    expected="a skipscope.nn.Connection",
+                    got=type(made).__name__,
+                    cure="subclass skipscope.nn.Connection, and give it a write",
+                )
             return made
         if not self.known.keeps_width or self.known.own_branches:
             raise SkipscopeError(
-                "rewire", f"the kind {self.known.name!r} cannot take the place of a sum",
-                expected="one branch, and an output as wide as the input", got=self.known.equation,
-                cure="a kind of one branch that keeps the width: 'rezero', 'highway', ...; or build the network with skipscope.nn",
-            )  # fmt: skip
+                "rewire",
+                f"the kind {self.known.name!r} cannot take the place of a sum",
+                expected="one branch, and an output as wide as the input",
+                got=self.known.equation,
+                cure=(
+                    "a kind of one branch that keeps the width: 'rezero', 'highway', ...; or build the"
+                    " network with skipscope.nn"
+                ),
+            )
         return self.known(connections.Elsewhere(), width, dim=dim, depth=self.depth, **self.arguments)
 
     @staticmethod
@@ -252,9 +281,13 @@ class _Builder:
         width = next((w for m in reversed(branch) if (w := _width(m)) is not None), None)
         if width is None:
             raise SkipscopeError(
-                "rewire", "the branch does not say how wide it is", layer=shortcut.name, expected="a layer of known width",
-                got=", ".join(type(m).__name__ for m in branch) or "no module", cure="rewire(model, found, kind, inputs=x)",
-            )  # fmt: skip
+                "rewire",
+                "the branch does not say how wide it is",
+                layer=shortcut.name,
+                expected="a layer of known width",
+                got=", ".join(type(m).__name__ for m in branch) or "no module",
+                cure="rewire(model, found, kind, inputs=x)",
+            )
         return width, dim
 
 

@@ -202,17 +202,24 @@ class Shortcuts(Result, Sequence):
         for one in kinds:
             if one not in KINDS:
                 raise SkipscopeError(
-                    "select", f"there is no kind {one!r}", expected="one of " + ", ".join(KINDS), got=repr(one),
+                    "select",
+                    f"there is no kind {one!r}",
+                    expected="one of " + ", ".join(KINDS),
+                    got=repr(one),
                     cure=_nearest(str(one), KINDS),
-                )  # fmt: skip
+                )
         named = [s for s in self.entries if fnmatch.fnmatchcase(s.name, name)]
         if not named and name != "*":
             names = [s.name for s in self.entries]
             raise SkipscopeError(
-                "select", f"no shortcut of {self.model} has a name that matches", got=repr(name),
-                expected=f"a pattern for one of the {len(names)} names" if names else "none: there are no shortcuts",
+                "select",
+                f"no shortcut of {self.model} has a name that matches",
+                got=repr(name),
+                expected=f"a pattern for one of the {len(names)} names"
+                if names
+                else "none: there are no shortcuts",
                 cure=_nearest(name, names) or (f"the names begin with {names[0]}" if names else None),
-            )  # fmt: skip
+            )
         return replace(self, entries=tuple(s for s in named if s.kind in kinds))
 
     def draw(self, form: Literal["text", "svg", "html"] = "text", **options: Any) -> str:

@@ -1,7 +1,9 @@
 """The loss on planes of weight space, one network at a time or twins side by side.
 
-Meanings: a plane is w + a d1 + b d2; a Gaussian direction is normalised filter by filter to |w|, biases and norms
-zero (Li, Xu, Taylor, Studer, Goldstein: Visualizing the Loss Landscape of Neural Nets, NeurIPS 2018, arXiv 1712.09913).
+Meanings: a plane is w + a d1 + b d2; a Gaussian direction is normalised filter by filter to |w|, biases and
+    norms
+zero (Li, Xu, Taylor, Studer, Goldstein: Visualizing the Loss Landscape of Neural Nets, NeurIPS 2018, arXiv
+1712.09913).
 """
 
 from skipscope.surfaces._landscape import landscape as landscape

@@ -1,4 +1,7 @@
-"""The same surfaces along several seeds' directions: what belongs to the network and what to the direction."""
+"""The same surfaces along several seeds' directions:
+
+what belongs to the network and what to the direction.
+"""
 
 from __future__ import annotations
 
@@ -37,15 +40,21 @@ def read_seed(seed: Any) -> int | list[int]:
         seeds = []
     if not seeds or len(set(seeds)) < len(seeds):
         raise SkipscopeError(
-            "landscape", "these are no seeds", expected="a whole number, or several that differ: [0, 1, 2]", got=repr(seed)
-        )  # fmt: skip
+            "landscape",
+            "these are no seeds",
+            expected="a whole number, or several that differ: [0, 1, 2]",
+            got=repr(seed),
+        )
     return seeds
 
 
 def by_seed(
     models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings
 ) -> dict[str, PairedSurfaces]:
-    """One run a seed, each with a folder of its own in the store; all see the same data, drawn by the first seed."""
+    """One run a seed, each with a folder of its own in the store;
+
+    all see the same data, drawn by the first seed.
+    """
     for model in models.values():
         require_module(model, "landscape")
     # Read once: a loader that shuffles or augments would give each seed other data.
@@ -86,7 +95,10 @@ def paired_band(pairs: dict[str, PairedSurfaces]) -> PairedBand:
 
 
 def _share_higher(scores: list[Scores], others: list[Scores], name: str) -> float:
-    """On which share of the seeds where both have this score it is higher than the other's; nan without any."""
+    """On which share of the seeds where both have this score it is higher than the other's;
+
+    nan without any.
+    """
     pairs = np.array([[getattr(a, name), getattr(b, name)] for a, b in zip(scores, others)])
     pairs = pairs[np.isfinite(pairs).all(1)]
     return float(np.mean(pairs[:, 0] > pairs[:, 1])) if len(pairs) else float("nan")

@@ -43,41 +43,47 @@ def landscape(
         model: evaluated in evaluation mode.
         data: one batch or re-iterable batches; read once and kept, so that every point sees the same samples.
         loss: ``loss(output, target)``; left out when the output carries ``.loss``; or ``@ss.objective``.
-        seed: of the directions, and of the subset when ``samples`` is given. Several seeds give a band: the surface
-            along each one's directions.
+        seed: of the directions, and of the subset when ``samples`` is given. Several seeds give a band: the
+            surface along each one's directions.
         **options: by keyword, as follows.
 
     Options:
         grid: points an axis, or one number an axis; ``(51,)`` is a line.
-        span: half width in units of the direction (|d_f| = |w_f| by default); or one an axis; or (low, high) an axis.
-        store: a folder to keep finished points in. A second call with the same weights, data and settings resumes, also
-            after ``kill -9``, and ends with the same bits; one with others is refused.
-        directions: your own instead: one or two dicts from parameter names to tensors, taken as they are; or a plane
-            from :func:`solutions_plane` or :func:`trajectory_plane`, whose points and their own losses come along.
-        strength: the shortcuts (``ss.find_shortcuts(...)``) whose strength is the first axis, from 0 (removed) to 1 (as
-            built); the other axis, if any, is a direction.
+        span: half width in units of the direction (|d_f| = |w_f| by default); or one an axis; or (low, high)
+            an axis.
+        store: a folder to keep finished points in. A second call with the same weights, data and settings
+            resumes, also after ``kill -9``, and ends with the same bits; one with others is refused.
+        directions: your own instead: one or two dicts from parameter names to tensors, taken as they are; or
+            a plane from :func:`solutions_plane` or :func:`trajectory_plane`, whose points and their own
+            losses come along.
+        strength: the shortcuts (``ss.find_shortcuts(...)``) whose strength is the first axis, from 0
+            (removed) to 1 (as built); the other axis, if any, is a direction.
         normalize: "filter", "layer", "tensor" or "none".
         zero: what does not move: any of "biases", "norms", "embeddings".
-        parameters: names or patterns (``"layer1.*"``, an adapter's ``"*lora_*"``) of what moves; default: all.
+        parameters: names or patterns (``"layer1.*"``, an adapter's ``"*lora_*"``) of what moves; default:
+            all.
         orthogonal: make the second direction orthogonal to the first, filter by filter.
-        batch_norm: "frozen" (running statistics as they are), "recalibrate" (measured again at each point) or "batch"
-            (each batch's own statistics); of instance norms that keep running statistics too.
+        batch_norm: "frozen" (running statistics as they are), "recalibrate" (measured again at each point) or
+            "batch" (each batch's own statistics); of instance norms that keep running statistics too.
         samples: use a random subset of the data of this size; ``stderr`` says what that costs.
         metrics: name -> ``f(output, target) -> number``, read in the same pass.
         l2: a regulariser to count in: l2/2 |w|^2 over all parameters.
-        tolerance: compute coarsely first and refine where interpolation is off by more than this share of the surface's
-            range (and by more than the standard error); ``computed`` says which points the model was run for. None
-            computes every point. With a store, ``ss.load`` gives the surface as it is after each level, also while the run
-            goes on or when it was stopped.
-        strategy: "auto" times ways of evaluating on the first points; "plain" is the reference, whose numbers are the
-            same on every run; or a name from an earlier result's provenance. On Linux one of the ways is a point a core:
-            copies of this process, as many as torch has threads, made by fork as a DataLoader's workers are.
-        precision: None is the model's own; "bf16" or "fp16" run it under autocast; "tf32" or "fp32" choose a GPU's
-            arithmetic for float32.
-        engine: "local"; "torchrun": each rank takes its share of the units of work and they meet in the store; "ray":
-            a Ray cluster does; "auto": torchrun's ranks when there are some and a store, else local.
+        tolerance: compute coarsely first and refine where interpolation is off by more than this share of the
+            surface's range (and by more than the standard error); ``computed`` says which points the model
+            was run for. None computes every point. With a store, ``ss.load`` gives the surface as it is after
+            each level, also while the run goes on or when it was stopped.
+        strategy: "auto" times ways of evaluating on the first points; "plain" is the reference, whose numbers
+            are the same on every run; or a name from an earlier result's provenance. On Linux one of the ways
+            is a point a core: copies of this process, as many as torch has threads, made by fork as a
+            DataLoader's workers are.
+        precision: None is the model's own; "bf16" or "fp16" run it under autocast; "tf32" or "fp32" choose a
+            GPU's arithmetic for float32.
+        engine: "local"; "torchrun": each rank takes its share of the units of work and they meet in the
+            store; "ray": a Ray cluster does; "auto": torchrun's ranks when there are some and a store, else
+            local.
         weight: what a batch counts for in the mean over batches.
-        sample_loss: ``f(output, target) -> [samples]``, for standard errors of a loss that torch does not know.
+        sample_loss: ``f(output, target) -> [samples]``, for standard errors of a loss that torch does not
+            know.
 
     Returns:
         The :class:`Surface`; ``values[a, b]`` is the loss at ``alphas[a]``, ``betas[b]``. For several seeds a
@@ -126,10 +132,10 @@ def paired_landscapes(
 ) -> PairedSurfaces | PairedBand:
     """Surfaces of twins that can be compared: same data, same seed, same plane.
 
-    Twins that share the first one's weights (removed, detached, another strength) get identical direction tensors,
-    and their pointwise difference to it with a 95 % interval from the paired per-sample losses. Twins that were
-    trained separately get the same Gaussian draw for the parameters that match by name and shape, each normalised to
-    its own filters: they have no pointwise difference, only scores side by side.
+    Twins that share the first one's weights (removed, detached, another strength) get identical direction
+    tensors, and their pointwise difference to it with a 95 % interval from the paired per-sample losses.
+    Twins that were trained separately get the same Gaussian draw for the parameters that match by name and
+    shape, each normalised to its own filters: they have no pointwise difference, only scores side by side.
     Local, or shared between torchrun's ranks, which meet in the store.
 
     Args:
@@ -137,10 +143,10 @@ def paired_landscapes(
         data: as in :func:`landscape`; every twin sees the same samples.
         loss: as in :func:`landscape`.
         seed: as in :func:`landscape`.
-        **options: those of :func:`landscape` but ``strength``. ``directions`` is for twins that share weights;
-            ``tolerance`` holds for every twin; ``strategy`` is one for all. ``batch_norm``: a twin that computes something
-            else with the first one's running statistics (a removed one) has them measured again once, unless this is
-            "as found".
+        **options: those of :func:`landscape` but ``strength``. ``directions`` is for twins that share
+            weights; ``tolerance`` holds for every twin; ``strategy`` is one for all. ``batch_norm``: a twin
+            that computes something else with the first one's running statistics (a removed one) has them
+            measured again once, unless this is "as found".
 
     Returns:
         :class:`PairedSurfaces`; for several seeds a :class:`PairedBand`, which says how far the seeds agree.

@@ -11,9 +11,9 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from skipscope._asked import is_finite, is_whole
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
+from skipscope._validation import is_finite, is_integer
 from skipscope.surfaces.evaluation._point_loss import Metric
 from skipscope.surfaces.planes._plane import Plane
 
@@ -27,25 +27,36 @@ def _are_directions(value: Any) -> bool:
 # What an option other than None must be; what needs the model to be judged is judged where it is used.
 _EXPECTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "directions": (_are_directions, "one or two dicts from parameter names to tensors, or a plane"),
-    "strength": (lambda v: isinstance(v, list) and v, "at least one shortcut: ss.find_shortcuts(model, inputs)"),
+    "strength": (
+        lambda v: isinstance(v, list) and v,
+        "at least one shortcut: ss.find_shortcuts(model, inputs)",
+    ),
     "metrics": (
-        lambda v: isinstance(v, Mapping) and all(map(callable, v.values())), "name -> f(output, target)",
+        lambda v: isinstance(v, Mapping) and all(map(callable, v.values())),
+        "name -> f(output, target)",
     ),
     "parameters": (
-        lambda v: isinstance(v, str) or (isinstance(v, list) and v and all(isinstance(name, str) for name in v)),
+        lambda v: (
+            isinstance(v, str) or (isinstance(v, list) and v and all(isinstance(name, str) for name in v))
+        ),
         'parameter names or patterns: ["layer1.*"]',
     ),
-    "samples": (is_whole, "a whole number of samples, 1 or more"),
+    "samples": (is_integer, "a whole number of samples, 1 or more"),
     "l2": (is_finite, "a finite number"),
-    "tolerance": (lambda v: is_finite(v) and v > 0, "a share of the surface's range above zero: 0.01; or None"),
+    "tolerance": (
+        lambda v: is_finite(v) and v > 0,
+        "a share of the surface's range above zero: 0.01; or None",
+    ),
     "store": (lambda v: isinstance(v, str | os.PathLike), "a folder"),
     "weight": (callable, "f(batch) -> what the batch counts for"),
     "sample_loss": (callable, "f(output, target) -> [samples]"),
-}  # fmt: skip
+}
 
 
 class Options(TypedDict, total=False):
-    """The options of :func:`skipscope.landscape` and :func:`skipscope.paired_landscapes`, for type checkers."""
+    """The options of :func:`skipscope.landscape` and :func:`skipscope.paired_landscapes`, for type
+    checkers.
+    """
 
     grid: int | Sequence[int]
     span: Any
@@ -148,7 +159,10 @@ class Settings:
 
 
 def with_signature(allowed: type[Options]) -> Callable[[Any], Any]:
-    """Give a call that takes ``seed`` and ``**options`` the signature that ``help()`` shows: each option by name."""
+    """Give a call that takes ``seed`` and ``**options`` the signature that ``help()`` shows:
+
+    each option by name.
+    """
 
     def decorate(function: Any) -> Any:
         own = inspect.signature(function)

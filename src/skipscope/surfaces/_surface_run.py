@@ -149,11 +149,15 @@ def _identity(
         "grid": [at.tolist() for at in work.axes],
         "directions": {t.name: direction_hash(t.directions) for t in twins},
         "settings": {
-            "seed": settings.seed, "strength": settings.strength and [getattr(s, "name", s) for s in settings.strength], "batch_norm": settings.batch_norm, "l2": settings.l2,
-            "tolerance": settings.tolerance, "precision": settings.precision,
+            "seed": settings.seed,
+            "strength": settings.strength and [getattr(s, "name", s) for s in settings.strength],
+            "batch_norm": settings.batch_norm,
+            "l2": settings.l2,
+            "tolerance": settings.tolerance,
+            "precision": settings.precision,
         },
         "versions": {"skipscope": __version__, "torch": torch.__version__},
-    }  # fmt: skip
+    }
 
 
 def _fill(
@@ -187,7 +191,10 @@ def _fill(
 
 
 def _with_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ...]) -> Sheet:
-    """Where the origin is a point of the grid it carries the plain loop's value: the model's own loss, bit for bit."""
+    """Where the origin is a point of the grid it carries the plain loop's value:
+
+    the model's own loss, bit for bit.
+    """
     sheet = copy.deepcopy(sheet)  # what is still refined goes on from what was computed
     for twin in twins:
         places = [np.flatnonzero(axis == c) for axis, c in zip(at, twin.evaluator.origin_point)]
@@ -217,7 +224,10 @@ def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings
 def _losses_at(
     model: nn.Module, plane: Plane, data: Batches, loss: Objective, recalibrated: bool
 ) -> list[float]:
-    """Each known point's own loss: with its own buffers where it came with them, batch norm as on the surface."""
+    """Each known point's own loss:
+
+    with its own buffers where it came with them, batch norm as on the surface.
+    """
     copy, losses = private_copy(model, "landscape"), []
     own = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
     for weights in plane.weights:

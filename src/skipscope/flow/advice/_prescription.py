@@ -16,16 +16,18 @@ from skipscope._progress import track
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, as_written, prepare
 from skipscope._untouched import private_copy, random_state_kept
+from skipscope.flow._flow_measures import Prescription, Remedy
 from skipscope.flow._flow_result import Verdict
 from skipscope.flow._gradient_flow import flow_of
-from skipscope.flow._results import Prescription, Remedy
 from skipscope.flow.advice._remedies import Candidate, candidates, frozen
 from skipscope.flow.verdict._verdict_words import HEALTHY
 
 # The rates under which each copy is trained for a few steps; its best one counts.
 RATES: tuple[tuple[str, type[torch.optim.Optimizer], float], ...] = (
-    ("SGD 0.01", torch.optim.SGD, 0.01), ("SGD 0.1", torch.optim.SGD, 0.1), ("Adam 0.001", torch.optim.Adam, 0.001),
-)  # fmt: skip
+    ("SGD 0.01", torch.optim.SGD, 0.01),
+    ("SGD 0.1", torch.optim.SGD, 0.1),
+    ("Adam 0.001", torch.optim.Adam, 0.001),
+)
 # Where data, loss or graph are broken, no change of the network helps.
 BROKEN = {"data", "weights", "loss", "missing path", "softmax", "sqrt", "div", "log", "norm"}
 # Nothing was learnt where more than this share of the loss is left.
@@ -63,7 +65,8 @@ def prescribe(
 
     Example:
         >>> import skipscope as ss
-        >>> deep = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Sigmoid()) for _ in range(10)], nn.Linear(16, 4))
+        >>> blocks = [nn.Sequential(nn.Linear(16, 16), nn.Sigmoid()) for _ in range(10)]
+        >>> deep = nn.Sequential(*blocks, nn.Linear(16, 4))
         >>> batch = torch.randn(32, 16), torch.randint(0, 4, (32,))
         >>> advice = ss.prescribe(deep, batch, nn.functional.cross_entropy, steps=5)
         >>> advice.before.state, advice.remedies[0].state
@@ -73,9 +76,11 @@ def prescribe(
     model = subject.model
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SkipscopeError(
-            "prescribe", "no parameter requires a gradient: there is nothing to train", got=type(model).__name__,
+            "prescribe",
+            "no parameter requires a gradient: there is nothing to train",
+            got=type(model).__name__,
             cure="pass the model before it is frozen or quantised",
-        )  # fmt: skip
+        )
     found = subject.found
     tools = _Tools(subject, steps, seed)
     before, verdict = tools.measure("as it is", "", private_copy(model, "prescribe"))
@@ -155,7 +160,10 @@ def _advice(before: Remedy, tried: list[Remedy]) -> str:
     best = tried[0] if tried else None
     lowest = min((r for r in tried if r.reached is not None), key=lambda r: r.reached, default=None)  # type: ignore[arg-type, return-value]
     if tried and all(r.reached is not None and r.reached > STUCK * r.loss for r in (before, *tried)):
-        return f"Nothing that was tried brings the loss down in so few steps: all end where they began, at about {short(before.loss)}"
+        return (
+            "Nothing that was tried brings the loss down in so few steps: all end where they began, at about"
+            f" {short(before.loss)}"
+        )
     if before.state == "healthy":
         return f"The flow is healthy as it is. {HEALTHY[:-1]}" + _lower(lowest, before)
     if best is None or best.state != "healthy":
@@ -178,7 +186,10 @@ def _lower(lowest: Remedy | None, than: Remedy) -> str:
     if not (further or lowest.reached < 0.5 * than.reached):
         return ""
     still = "" if lowest.state == "healthy" else f", though its flow is {lowest.state}"
-    return f". Lowest loss after a few steps: {lowest.name} ({short(than.reached)} -> {short(lowest.reached)}{still})"
+    return (
+        f". Lowest loss after a few steps: {lowest.name} ({short(than.reached)} ->"
+        f" {short(lowest.reached)}{still})"
+    )
 
 
 def _notes(before: Remedy, tried: list[Remedy], steps: int, frozen_maps: int) -> tuple[str, ...]:

@@ -49,11 +49,20 @@ def candidates(shortcuts: int) -> list[Candidate]:
     )  # fmt: skip
     found = [
         he,
-        Candidate("orthogonal initialisation", "nn.init.orthogonal_(weight); nn.init.zeros_(bias)",
-                  partial(_initialised, nn.init.orthogonal_)),
-        Candidate("each layer's output scaled to variance 1 (LSUV)", "weight.div_(output.std())", _unit_variance),
-        Candidate("a norm after each layer", "nn.Sequential(layer, nn.LayerNorm(width))  # BatchNorm2d for images", _normed),
-    ]  # fmt: skip
+        Candidate(
+            "orthogonal initialisation",
+            "nn.init.orthogonal_(weight); nn.init.zeros_(bias)",
+            partial(_initialised, nn.init.orthogonal_),
+        ),
+        Candidate(
+            "each layer's output scaled to variance 1 (LSUV)", "weight.div_(output.std())", _unit_variance
+        ),
+        Candidate(
+            "a norm after each layer",
+            "nn.Sequential(layer, nn.LayerNorm(width))  # BatchNorm2d for images",
+            _normed,
+        ),
+    ]
     if shortcuts:
         return [
             *found,
@@ -72,9 +81,10 @@ def candidates(shortcuts: int) -> list[Candidate]:
         for kind in kinds
     ]
     both = Candidate(
-        "depth-scaled shortcuts and He initialisation", 'ss.add_shortcuts(model, inputs, kind="depth-scaled"); ' + he.code,
+        "depth-scaled shortcuts and He initialisation",
+        'ss.add_shortcuts(model, inputs, kind="depth-scaled"); ' + he.code,
         lambda model, inputs: _with_shortcuts("depth-scaled", he.apply(model, inputs), inputs),
-    )  # fmt: skip
+    )
     return [*found, both]
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._calls import no_gradient
 from skipscope._data import Batch, Batches, Objective, batch_size, map_tensors
 from skipscope._errors import SkipscopeError
+from skipscope._model_calls import no_gradient
 from skipscope._ranks import greatest, ranks_of
 from skipscope._subject import Subject
 from skipscope.flow.passes._gradient_readings import Reading, Readings
@@ -88,9 +88,11 @@ def shares_of(data: Batches, loss: Objective, operation: str) -> list[tuple[Batc
     total = sum(weight for _, weight in weighed)
     if not total > 0:
         raise SkipscopeError(
-            operation, "every batch counts for nothing in the mean", got=f"{len(weighed)} batches of weight 0",
+            operation,
+            "every batch counts for nothing in the mean",
+            got=f"{len(weighed)} batches of weight 0",
             cure="check that the labels are not all ignored, or pass weight=",
-        )  # fmt: skip
+        )
     return [(batch, weight / total) for batch, weight in weighed if weight]
 
 

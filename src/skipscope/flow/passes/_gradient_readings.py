@@ -163,9 +163,11 @@ class Readings:
     def empty(cls, boundaries: int, trainable: dict[str, bool]) -> Readings:
         """Nothing read yet; ``trainable`` by the name of each weight."""
         return cls(
-            [Reading() for _ in range(boundaries)], [Reading() for _ in range(boundaries)], [None] * boundaries,
+            [Reading() for _ in range(boundaries)],
+            [Reading() for _ in range(boundaries)],
+            [None] * boundaries,
             {name: WeightReading(trained) for name, trained in trainable.items()},
-        )  # fmt: skip
+        )
 
     def merge(self, other: Readings) -> None:
         """Add another batch's readings."""

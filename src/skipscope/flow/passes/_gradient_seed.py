@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipscope._calls import told
 from skipscope._data import tensors_in
 from skipscope._errors import SkipscopeError
+from skipscope._model_calls import error_text
 from skipscope.flow.passes._gradient_readings import dense, norm_of
 
 # How torch says that re-entrant checkpointing wants .backward(), in older and newer versions.
@@ -99,10 +99,14 @@ def backward_error(operation: str, error: RuntimeError) -> RuntimeError | Skipsc
         return error
     if wants_backward(error):  # the graph between a fork and its merge is needed and hidden
         return SkipscopeError(
-            operation, "re-entrant checkpointing hides the graph between a fork and its merge",
-            cure="torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off for this call",
-        )  # fmt: skip
+            operation,
+            "re-entrant checkpointing hides the graph between a fork and its merge",
+            cure=(
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or switch checkpointing off for"
+                " this call"
+            ),
+        )
     return SkipscopeError(
-        operation, f"the backward pass fails ({told(error)})",
+        operation, f"the backward pass fails ({error_text(error)})",
         cure="loss.backward() on this batch fails alike: mend the model first",
     )  # fmt: skip

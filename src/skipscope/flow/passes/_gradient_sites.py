@@ -29,9 +29,11 @@ def _words(text: str) -> frozenset[str]:
 LOOKUPS = _words("embedding embedding_bag getitem index_select gather")
 FUSED = _words("lstm gru rnn_tanh rnn_relu")
 WEIGHTED = LOOKUPS | FUSED | _words(
-    """linear matmul mm bmm addmm baddbmm addbmm mv einsum tensordot inner dot bilinear chain_matmul conv1d conv2d conv3d
-    conv_transpose1d conv_transpose2d conv_transpose3d convolution lstm_cell gru_cell rnn_tanh_cell
-    rnn_relu_cell _grouped_mm grouped_mm"""
+    """
+    linear matmul mm bmm addmm baddbmm addbmm mv einsum tensordot inner dot bilinear chain_matmul conv1d
+    conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution lstm_cell gru_cell
+    rnn_tanh_cell rnn_relu_cell _grouped_mm grouped_mm
+    """
 )  # fmt: skip
 # Averages over positions, and sums over them: both change the gradient's norm by geometry alone.
 _POOLS = _words(
@@ -195,8 +197,8 @@ class CallGraph:
 
 @dataclass(frozen=True)
 class Term:
-    """A term of the loss: one of its summands, or those that one line of code makes with the same weights (the steps of
-    a recurrence).
+    """A term of the loss: one of its summands, or those that one line of code makes with the same weights
+    (the steps of a recurrence).
 
     Attributes:
         name: function and source line.
@@ -211,8 +213,10 @@ class Term:
 
 # Activation functions, element by element.
 ACTIVATIONS = _words(
-    """relu tanh sigmoid gelu silu mish elu selu celu leaky_relu softplus hardtanh hardsigmoid hardswish relu6 softsign
-    logsigmoid erf sin cos"""
+    """
+    relu tanh sigmoid gelu silu mish elu selu celu leaky_relu softplus hardtanh hardsigmoid hardswish relu6
+    softsign logsigmoid erf sin cos
+    """
 )
 # Norms over the data.
 _NORMS = _words("layer_norm batch_norm group_norm instance_norm rms_norm rsqrt normalize")
@@ -277,7 +281,10 @@ class SiteReader:
             self._pool(trace, call, args[0], results[0], n)
 
     def _summed(self, trace: Trace, call: TracedCall) -> float:
-        """Number of summed positions where an operand is a sum, else 0: a sum times a constant is an average."""
+        """Number of summed positions where an operand is a sum, else 0:
+
+        a sum times a constant is an average.
+        """
         last = self.pools[-1] if self.pools else None
         if last is None or last.function != "sum":
             return 0.0
@@ -363,9 +370,10 @@ class SiteReader:
     def is_normed(self, trace: Trace) -> bool:
         """Whether norms over the data stand between the weights (no batch norm with running statistics)."""
         norms = sum(
-            call.function in _NORMS and not (call.function == "batch_norm" and not call.argument(5, "training", True))
+            call.function in _NORMS
+            and not (call.function == "batch_norm" and not call.argument(5, "training", True))
             for call in trace.calls
-        )  # fmt: skip
+        )
         return 0 < len(self.sites) <= _WEIGHTS_A_NORM * norms
 
     def is_squashed(self, trace: Trace, reached: set[int]) -> bool:

@@ -26,9 +26,12 @@ TINY = 1e-3
 
 
 def settled(
-    readings: Readings, subject: Subject, seed: int, term: str = "",
+    readings: Readings,
+    subject: Subject,
+    seed: int,
+    term: str = "",
     each: Callable[[Readings], None] | None = None,
-) -> tuple[Readings, tuple[str, ...]]:  # fmt: skip
+) -> tuple[Readings, tuple[str, ...]]:
     """Readings of a copy in which what starts at zero by design has moved; and what to note.
 
     The readings themselves where nothing that is called gets exactly 0, or no tensor that is 0 would move.
@@ -68,8 +71,9 @@ def settled(
         each(one)  # type: ignore[misc]
     names = sorted(moved)
     note = (
-        f"{len(names)} trained tensors start at 0 or nearly so ({', '.join(names[:3])}{', ...' * (len(names) > 3)}). What they "
-        "silence is judged with small random numbers in them, as it will be after the first step."
+        f"{len(names)} trained tensors start at 0 or nearly so"
+        f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)}). What they silence is judged with small"
+        " random numbers in them, as it will be after the first step."
     )
     return now, (note,)
 

@@ -17,8 +17,8 @@ from skipscope.flow.passes._gradient_readings import Readings, WeightReading
 from skipscope.flow.passes._tensor_norms import least, norm_of
 
 ROUNDING = (
-    "What is exactly 0 here is so by rounding in an activation function (1 - tanh^2, say), which a scale of the loss does "
-    "not cure: in float64 it is not quite 0."
+    "What is exactly 0 here is so by rounding in an activation function (1 - tanh^2, say), which a scale of"
+    " the loss does not cure: in float64 it is not quite 0."
 )
 UNCERTAIN = "What is exactly 0 here may be too small for its dtype instead: no copy in float64 could be run."
 
@@ -115,9 +115,14 @@ def layer(name: str, weight: WeightReading, exact: WeightReading | None, scale: 
     else:
         state = "underflow" if largest * weight.unit * scale < least(total.dtype) else "ok"
     return LayerGradient(
-        name, mean, rms, float((total == 0).double().mean()) if total.numel() else 0.0, state, _spread(weight.rms),
+        name,
+        mean,
+        rms,
+        float((total == 0).double().mean()) if total.numel() else 0.0,
+        state,
+        _spread(weight.rms),
         weight.trainable,
-    )  # fmt: skip
+    )
 
 
 def _spread(values: list[float]) -> float | None:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from skipscope import _sharding
-from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective, map_tensors
 from skipscope._errors import SkipscopeError
+from skipscope._model_calls import no_gradient
 from skipscope._progress import track
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import random_state_kept
+from skipscope.flow._flow_measures import PathSpectrum
 from skipscope.flow._gradient_flow import mode_of
-from skipscope.flow._results import PathSpectrum
 from skipscope.flow.passes._gradient_pass import shares_of
 from skipscope.flow.passes._gradient_seed import backward_error
 from skipscope.flow.passes._tensor_norms import norm_of
@@ -140,8 +140,8 @@ def _with_errors(
     floor = max([floor, *(float(end.max()) for end in ends)])
     norms = np.concatenate([norms, np.zeros(max(0, branches + 1 - len(norms)))])[: branches + 1]
     note = (
-        f"Resolved: {count} of {branches + 1} lengths, {low} to {min(branches, low + count - 1)}. Error of each norm: "
-        f"about {floor:.2g}, from the lengths beyond, the far ends of these, and rounding."
+        f"Resolved: {count} of {branches + 1} lengths, {low} to {min(branches, low + count - 1)}. Error of"
+        f" each norm: about {floor:.2g}, from the lengths beyond, the far ends of these, and rounding."
     )
     return norms, np.full(len(norms), floor), (note,)
 
@@ -256,6 +256,16 @@ class _Sums:
             norms, errors, notes = _with_errors(norms, self.window, self.branches, floor)
             method = f"estimate, {method}"
         return PathSpectrum(
-            norms, mean, rest / plain if plain else rest, plain, len(norms) - 1, name, method, self.loss, mode, meaning,
-            errors, notes,
-        )  # fmt: skip
+            norms,
+            mean,
+            rest / plain if plain else rest,
+            plain,
+            len(norms) - 1,
+            name,
+            method,
+            self.loss,
+            mode,
+            meaning,
+            errors,
+            notes,
+        )

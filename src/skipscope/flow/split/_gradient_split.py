@@ -15,12 +15,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from skipscope._calls import no_gradient
 from skipscope._data import Batch, Objective, map_tensors
+from skipscope._model_calls import no_gradient
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
+from skipscope.flow._flow_measures import GradientSplit, SplitAt
 from skipscope.flow._gradient_flow import mode_of
-from skipscope.flow._results import GradientSplit, SplitAt
 from skipscope.flow.passes._gradient_pass import shares_of
 from skipscope.flow.passes._gradient_seed import backward_error
 from skipscope.flow.passes._tensor_norms import norm_of

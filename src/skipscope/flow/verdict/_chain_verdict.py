@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from skipscope._numbers import short
 from skipscope.flow._flow_result import Verdict
-from skipscope.flow.verdict._evidence import REACHES, Evidence, Reach
 from skipscope.flow.verdict._flow_rules import ALL, HEAD, STARVED_SHARE, FlowContext, StretchGain, judge
+from skipscope.flow.verdict._verdict_evidence import REACHES, Evidence, Reach
 from skipscope.flow.verdict._verdict_words import advice_on
 
 # The worst first.
@@ -66,24 +66,44 @@ def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
             else "no way back leads from the loss to it"
         )
         return replace(
-            found, state="unconnected", where=where, cause="missing path", evidence=float(n), hinders=ALL, score=-math.inf,
+            found,
+            state="unconnected",
+            where=where,
+            cause="missing path",
+            evidence=float(n),
+            hinders=ALL,
+            score=-math.inf,
             reason=f"{by}; {n} weighted calls get no gradient though the loss depends on them",
-        )  # fmt: skip
+        )
     if found.state == "healthy" and evidence.opaque:
         return replace(
-            found, state="cannot tell", cause="opaque", where=evidence.opaque,
-            reason=f"most of the weights are inside {evidence.opaque}, where no gradient between layers can be read",
-        )  # fmt: skip
+            found,
+            state="cannot tell",
+            cause="opaque",
+            where=evidence.opaque,
+            reason=(
+                f"most of the weights are inside {evidence.opaque}, where no gradient between layers can be"
+                " read"
+            ),
+        )
     if found.state not in {"healthy", "exploding", "vanishing", "cannot tell"}:
         return found
     reach = evidence.reach
     if reach is not None and _vanishes(reach):
         assert reach.steps is not None
         return replace(
-            found, state="vanishing", where=reach.site, cause="time", evidence=float(reach.steps), hinders=ALL,
+            found,
+            state="vanishing",
+            where=reach.site,
+            cause="time",
+            evidence=float(reach.steps),
+            hinders=ALL,
             score=min(found.score or 0.0, -3.0 * reach.length / reach.steps),
-            reason=f"a thousandth of the gradient is left after {reach.steps} steps, and the sequence has {reach.length}",
-        )  # fmt: skip
+            reason=(
+                f"a thousandth of the gradient is left after {reach.steps} steps, and the sequence has"
+                f" {reach.length}"
+            ),
+        )
     if found.state != "healthy":
         return found
     starved = evidence.starved
@@ -91,19 +111,31 @@ def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
         n = len(starved.names)
         size = "exactly 0" if starved.zero else f"{short(starved.decades)} decades less than the median"
         return replace(
-            found, state="dead" if starved.zero else "vanishing", where=starved.names[0].rpartition(".")[0] or starved.names[0],
-            cause="branch", evidence=starved.decades, hinders=ALL if starved.decades > 9 else ("SGD",),
-            reason=f"{n} weights get {size}, in relation to their own size", score=min(found.score or 0.0, -starved.decades),
-        )  # fmt: skip
+            found,
+            state="dead" if starved.zero else "vanishing",
+            where=starved.names[0].rpartition(".")[0] or starved.names[0],
+            cause="branch",
+            evidence=starved.decades,
+            hinders=ALL if starved.decades > 9 else ("SGD",),
+            reason=f"{n} weights get {size}, in relation to their own size",
+            score=min(found.score or 0.0, -starved.decades),
+        )
     head = evidence.head
     if head is not None and head.gain < HEAD:
         saturated = after.slope < math.sqrt(head.gain)
         return replace(
-            found, state="vanishing", where="output" if saturated else "head", cause="saturation" if saturated else "head",
-            evidence=after.slope if saturated else head.gain, hinders=("SGD",),
-            reason=f"the slope of the output's {after.activation} is {short(after.slope)}" if saturated
-            else f"the last layer passes on {short(head.gain)} of the gradient",
-        )  # fmt: skip
+            found,
+            state="vanishing",
+            where="output" if saturated else "head",
+            cause="saturation" if saturated else "head",
+            evidence=after.slope if saturated else head.gain,
+            hinders=("SGD",),
+            reason=(
+                f"the slope of the output's {after.activation} is {short(after.slope)}"
+                if saturated
+                else f"the last layer passes on {short(head.gain)} of the gradient"
+            ),
+        )
     return found
 
 

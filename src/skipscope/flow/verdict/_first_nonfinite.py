@@ -16,15 +16,32 @@ from skipscope.shortcuts.trace import recording
 # Running variances this many times off those of the data are stale.
 STALE = 1e3
 _WORDS = {
-    "softmax": "every entry of a row is masked", "log_softmax": "every entry of a row is masked",
-    "scaled_dot_product_attention": "every entry of a row is masked", "sqrt": "the slope of a root at 0 is infinite",
-    "div": "it divides by 0", "log": "it takes the logarithm of 0 or less", "norm": "the slope of a norm at 0 is undefined",
-}  # fmt: skip
+    "softmax": "every entry of a row is masked",
+    "log_softmax": "every entry of a row is masked",
+    "scaled_dot_product_attention": "every entry of a row is masked",
+    "sqrt": "the slope of a root at 0 is infinite",
+    "div": "it divides by 0",
+    "log": "it takes the logarithm of 0 or less",
+    "norm": "the slope of a norm at 0 is undefined",
+}
 _CAUSES = {
-    "softmax": "softmax", "log_softmax": "softmax", "scaled_dot_product_attention": "softmax", "sqrt": "sqrt", "rsqrt": "sqrt",
-    "pow": "sqrt", "div": "div", "rdiv": "div", "reciprocal": "div", "normalize": "div", "log": "log", "log2": "log",
-    "log10": "log", "norm": "norm", "linalg_vector_norm": "norm", "vector_norm": "norm",
-}  # fmt: skip
+    "softmax": "softmax",
+    "log_softmax": "softmax",
+    "scaled_dot_product_attention": "softmax",
+    "sqrt": "sqrt",
+    "rsqrt": "sqrt",
+    "pow": "sqrt",
+    "div": "div",
+    "rdiv": "div",
+    "reciprocal": "div",
+    "normalize": "div",
+    "log": "log",
+    "log2": "log",
+    "log10": "log",
+    "norm": "norm",
+    "linalg_vector_norm": "norm",
+    "vector_norm": "norm",
+}
 # Outside their domain they give NaN.
 _DOMAINS = {
     "acos",

@@ -139,9 +139,11 @@ def least_squares(y: Sequence[float]) -> tuple[float, tuple[float, float]] | Non
 
 
 def judge(
-    points: Sequence[Point], stretches: Sequence[StretchGain] = (), context: FlowContext = _PLAIN,
+    points: Sequence[Point],
+    stretches: Sequence[StretchGain] = (),
+    context: FlowContext = _PLAIN,
     culprit: tuple[str, str] | None = None,
-) -> Verdict:  # fmt: skip
+) -> Verdict:
     """The verdict on a flow.
 
     Args:
@@ -176,9 +178,13 @@ def judge(
     first, last = connected[at][0], connected[at + 1][0]
     alone = abs(logs[at + 1] - logs[at]) >= SHARE_OF_ONE * abs(fall)
     cause, reason, evidence = _why(
-        state, logs, at, alone, stretches[first:last] if alone else stretches[connected[0][0] : connected[-1][0]],
+        state,
+        logs,
+        at,
+        alone,
+        stretches[first:last] if alone else stretches[connected[0][0] : connected[-1][0]],
         residual and not (alone and not points[last].merge),
-    )  # fmt: skip
+    )
     collapsed = _collapse(points)
     if collapsed is not None:
         if cause == "unexplained":
@@ -187,7 +193,10 @@ def judge(
     if any(p.state == "underflow" for p in points):
         zero = next(p for p in reversed(points) if p.state == "underflow")
         cause, evidence = "underflow", 10.0 ** (zero.log_flow or 0.0)
-        reason = f"the gradient underflows {context.dtype or 'its dtype'} at {zero.name}, where it is {short(evidence)} in float64; {reason}"
+        reason = (
+            f"the gradient underflows {context.dtype or 'its dtype'} at {zero.name}, where it is"
+            f" {short(evidence)} in float64; {reason}"
+        )
     return Verdict(
         state, **numbers, where=connected[at][1].name, reason=reason, cause=cause, evidence=evidence,
         hinders=("SGD",) if -ADAM_GROWTH < fall < ADAM_FALL else ALL,
@@ -232,9 +241,13 @@ def _healthy(points: Sequence[Point], fall: float | None, numbers: dict) -> Verd
     if collapsed is None:
         return Verdict("healthy", **numbers, where=None, reason=size)
     return Verdict(
-        "healthy", **numbers, where=None, reason=f"{size}; but {_in_words(collapsed)}: look at the initialisation",
-        cause="collapse", evidence=collapsed.similarity,
-    )  # fmt: skip
+        "healthy",
+        **numbers,
+        where=None,
+        reason=f"{size}; but {_in_words(collapsed)}: look at the initialisation",
+        cause="collapse",
+        evidence=collapsed.similarity,
+    )
 
 
 def _collapse(points: Sequence[Point]) -> Point | None:
@@ -249,8 +262,8 @@ def _collapse(points: Sequence[Point]) -> Point | None:
 
 def _in_words(p: Point) -> str:
     return (
-        f"from {p.name} on the activations of different samples are nearly one (mean cosine {p.similarity:.4f}): rank "
-        "collapse"
+        f"from {p.name} on the activations of different samples are nearly one (mean cosine"
+        f" {p.similarity:.4f}): rank collapse"
     )
 
 
@@ -273,10 +286,17 @@ def _broken(
         name = points[until].name if points else None
         rest = len(points) - until - 1
         return Verdict(
-            "unconnected", **nothing, where=name, cause="missing path", evidence=float(until + 1),
+            "unconnected",
+            **nothing,
+            where=name,
+            cause="missing path",
+            evidence=float(until + 1),
             hinders=ALL,
-            reason=f"no path leads from the loss to {name}: {until + 1} of {until + 1 + rest} boundaries get no gradient",
-        )  # fmt: skip
+            reason=(
+                f"no path leads from the loss to {name}: {until + 1} of {until + 1 + rest} boundaries get no"
+                " gradient"
+            ),
+        )
     if first.state == "exact_zero":
         return _dead(points, stretches, residual, nothing)
     return None
@@ -301,7 +321,10 @@ def _dead(
         reason = f"the weights of {stretch.layer} are all 0"
     elif _is_silent(stretch):
         (cause, word), evidence = _off(stretch), 1.0
-        reason = f"every unit of the {stretch.activation} after {name} is {word} on all of the data (100 % have slope 0)"
+        reason = (
+            f"every unit of the {stretch.activation} after {name} is {word} on all of the data (100 % have"
+            " slope 0)"
+        )
     elif at == len(points) - 1:
         cause, evidence = "loss", 0.0
         reason = f"the gradient is exactly 0 already at {name}, the last boundary: the loss passes none on"
@@ -387,7 +410,10 @@ def _of_weights(stretches: Sequence[StretchGain], gains: float, observed: float)
     gain = _gain_a_layer(stretches, gains)
     return (
         "gain",
-        f"the weights' gain (RMS weight x sqrt(fan-out)) is {short(gain)} a layer, {short(worst.gain)} at {worst.layer}",
+        (
+            f"the weights' gain (RMS weight x sqrt(fan-out)) is {short(gain)} a layer, {short(worst.gain)} at"
+            f" {worst.layer}"
+        ),
         gain,
     )
 

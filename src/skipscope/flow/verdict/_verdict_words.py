@@ -11,17 +11,30 @@ if TYPE_CHECKING:
 HEALTHY = "If training still stalls, check the data, the learning rate and the initialisation."
 _TRY = "ss.prescribe(model, data, loss) tries remedies on copies."
 ADVICE = {
-    "time": "Use gates (LSTM, GRU), orthogonal recurrent weights or shorter sequences, or read the output at more steps.",
-    "saturation": "Use an activation that does not saturate (ReLU, GELU), put a norm before it, or start with smaller weights.",
-    "inactive": "Lower the learning rate or the bias there, or use an activation with a slope everywhere (LeakyReLU, GELU).",
+    "time": (
+        "Use gates (LSTM, GRU), orthogonal recurrent weights or shorter sequences, or read the output at more"
+        " steps."
+    ),
+    "saturation": (
+        "Use an activation that does not saturate (ReLU, GELU), put a norm before it, or start with smaller"
+        " weights."
+    ),
+    "inactive": (
+        "Lower the learning rate or the bias there, or use an activation with a slope everywhere (LeakyReLU,"
+        " GELU)."
+    ),
     "collapse": "Check the initialisation: what distinguishes the samples is lost there.",
     "underflow": "Scale the loss (torch.amp.GradScaler), or run this part in float32.",
     "weights": "Load the weights from before they became NaN, and lower the learning rate.",
     "data": "Remove the samples that are not finite.",
-    "loss": "Give the loss raw logits (cross_entropy, binary_cross_entropy_with_logits), and check its targets.",
+    "loss": (
+        "Give the loss raw logits (cross_entropy, binary_cross_entropy_with_logits), and check its targets."
+    ),
     "branch": "Give the branch a norm or another activation, or a shortcut of its own.",
     "head": "Start the last layer with weights of the usual size.",
-    "batch norm": "Use model.train(), or ss.recalibrate(model, data), so that the running statistics fit the data.",
+    "batch norm": (
+        "Use model.train(), or ss.recalibrate(model, data), so that the running statistics fit the data."
+    ),
     "missing path": "Remove the detach, .data or no_grad on the way, or freeze those weights.",
     "softmax": "Leave at least one entry of each row unmasked.",
     "sqrt": "Add a small number under the root: its slope at 0 is infinite.",
@@ -31,7 +44,7 @@ ADVICE = {
     "noise": "Pass more batches: ss.gradient_flow(model, loader, loss).",
     "opaque": "Measure a copy in which this call is written in plain PyTorch.",
     "overflow": "Lower the learning rate or the weights' size, clip gradients, or use bfloat16 or float32.",
-}  # fmt: skip
+}
 
 
 def share(decades: float) -> str:
@@ -52,7 +65,10 @@ def finding(verdict: Verdict) -> str:
     if verdict.state == "healthy":
         if verdict.starved:
             n = len(verdict.starved)
-            return f"The gradient reaches every layer, but {n} weight{'s get' if n > 1 else ' gets'} next to nothing: {verdict.starved[0]} first."
+            return (
+                f"The gradient reaches every layer, but {n} weight{'s get' if n > 1 else ' gets'} next to"
+                f" nothing: {verdict.starved[0]} first."
+            )
         return "The gradient reaches every layer."
     if verdict.state == "cannot tell":
         if verdict.cause == "opaque":
@@ -70,7 +86,10 @@ def finding(verdict: Verdict) -> str:
         return f"The weights in {at} get next to no gradient, while others do."
     if verdict.cause == "head" or (verdict.cause == "saturation" and at == "output"):
         gain = verdict.head.gain if verdict.head else 0.0
-        return f"The output layer lets only {share(-math.log10(gain)) if gain > 0 else 'nothing'} of the gradient through."
+        return (
+            f"The output layer lets only {share(-math.log10(gain)) if gain > 0 else 'nothing'} of the"
+            " gradient through."
+        )
     if verdict.state == "vanishing":
         return (
             f"The gradient vanishes: {share(fall or 0.0)} of it reaches the first layer; it is lost at {at}."

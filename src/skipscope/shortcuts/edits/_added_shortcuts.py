@@ -86,10 +86,15 @@ def add_shortcuts(
     stretches = _runnable(twin, plan, runs)
     if known is not None and known.spans_depth and not stretches:
         raise SkipscopeError(
-            "add_shortcuts", f"the kind {known.name!r} joins layers that follow one another, and there are none",
-            expected="children of one Sequential that keep the shape", got="; ".join(f"{label}: {line}" for label, line in plan.lines.items())[:300] or "no container",
-            cure="put the layers into one nn.Sequential, or choose a kind that goes around one layer: kind='identity'",
-        )  # fmt: skip
+            "add_shortcuts",
+            f"the kind {known.name!r} joins layers that follow one another, and there are none",
+            expected="children of one Sequential that keep the shape",
+            got="; ".join(f"{label}: {line}" for label, line in plan.lines.items())[:300] or "no container",
+            cure=(
+                "put the layers into one nn.Sequential, or choose a kind that goes around one layer:"
+                " kind='identity'"
+            ),
+        )
     for stretch in stretches:
         stretch.put(maker.module(stretch, depth=sum(len(s.parts) for s in stretches)))
     _run_once(twin, stretches, maker, runs)
@@ -371,13 +376,18 @@ _MISFIT = "a shortcut of kind"
 
 def _does_not_fit(maker: _ShortcutMaker, stretch: _Stretch | None, got: str) -> SkipscopeError:
     return SkipscopeError(
-        "add_shortcuts", f"{_MISFIT} {maker.name!r} does not fit here: the twin would not run",
+        "add_shortcuts",
+        f"{_MISFIT} {maker.name!r} does not fit here: the twin would not run",
         layer=stretch.label if stretch else None,
-        expected=f"{_shape(stretch.before)} in, {_shape(stretch.after)} out" if stretch else "a twin that runs",
+        expected=(
+            f"{_shape(stretch.before)} in, {_shape(stretch.after)} out" if stretch else "a twin that runs"
+        ),
         got=got[:200],
-        cure="choose a kind that keeps the width, such as 'identity' or 'rezero', leave this layer out by where=, "
-        "or build the network for it with skipscope.nn",
-    )  # fmt: skip
+        cure=(
+            "choose a kind that keeps the width, such as 'identity' or 'rezero', leave this layer out by"
+            " where=, or build the network for it with skipscope.nn"
+        ),
+    )
 
 
 def _is_norm(module: nn.Module) -> bool:

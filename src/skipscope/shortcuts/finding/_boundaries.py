@@ -88,8 +88,8 @@ class _Cover:
 
 
 def _first(graph: Graph) -> tuple[list[Boundary], tuple[str, int] | None]:
-    """Where activations begin: at an input with numbers, else where token ids are looked up. And, where that is the
-    output of a module, which run of it.
+    """Where activations begin: at an input with numbers, else where token ids are looked up. And, where that
+    is the output of a module, which run of it.
     """
     values = graph.trace.values
     floats = [v for v in graph.trace.inputs if values[v].is_float]

@@ -39,8 +39,8 @@ class Branches:
         self.graph, self.gates, self.couplings = graph, gates, couplings
 
     def before_parting(self, reader: Sides, sides: dict[int, Side]) -> dict[int, Side]:
-        """The sides, where a linear map is what parts: W x + F(V x) with both in one product, and y + t (H(x) - y) with
-        y = W x, fork at x and are projections.
+        """The sides, where a linear map is what parts: W x + F(V x) with both in one product, and y + t (H(x)
+        - y) with y = W x, fork at x and are projections.
         """
         found = dict(sides)
         for i, side in sides.items():
@@ -68,7 +68,10 @@ class Branches:
         return found
 
     def _mapped(self, node: int) -> int | None:
-        """What a node is a linear map of, by weights or by a matrix that is itself made of it; None for no such map."""
+        """What a node is a linear map of, by weights or by a matrix that is itself made of it;
+
+        None for no such map.
+        """
         graph, above = self.graph, self.graph.active_parents(node)
         if len(above) == 1:
             return above[0] if graph.kind(node) in LINEAR | NORM and graph.weights[node] else None
@@ -151,8 +154,8 @@ class Branches:
         return self.graph.kind(fork) == "einsum" and bool(self.graph.matrices[fork])
 
     def _taken(self, reader: Sides, side: Side, fork: int) -> list[Part]:
-        """The parts of the fork that a side takes. In a list part beside part, along the axis that they are parts of, is
-        the whole with some of it gone through the branch.
+        """The parts of the fork that a side takes. In a list part beside part, along the axis that they are
+        parts of, is the whole with some of it gone through the branch.
         """
         graph, call = self.graph, reader.call
         if not side.region & graph.children_of(fork):
@@ -162,7 +165,10 @@ class Branches:
         return [] if dim is not None and any(part.axis_along(dim) for part in taken) else taken
 
     def _is_gain(self, region: int) -> bool:
-        """Whether each value goes through by itself and is multiplied by weights at most: x + (m - 1) x is m x."""
+        """Whether each value goes through by itself and is multiplied by weights at most:
+
+        x + (m - 1) x is m x.
+        """
         curves = region & ~self.graph.of_kinds(STRAIGHT_POINTWISE)
         return not curves and not self._multiplies_activations(region)
 
@@ -171,9 +177,11 @@ class Branches:
         return any(len(self.graph.active_parents(v)) > 1 for v in products)
 
     def _is_activation_function(self, region: int) -> bool:
-        """Whether each value goes through by itself, and what it meets are single numbers, or shape how it is bent.
+        """Whether each value goes through by itself, and what it meets are single numbers, or shape how it is
+        bent.
 
-        Snake, x + sin(a x)^2 / a, is one; x + g tanh(x) with a gain for each channel is a branch that holds gains.
+        Snake, x + sin(a x)^2 / a, is one; x + g tanh(x) with a gain for each channel is a branch that holds
+        gains.
         """
         graph = self.graph
         if region & ~graph.of_kinds(POINTWISE):
@@ -185,7 +193,10 @@ class Branches:
         return any(graph.ancestors.reaches(v, curve) for v in weighted for curve in curves)
 
     def _repeats(self, reader: Sides, region: int, bypassing: tuple[int, ...]) -> bool:
-        """Whether the branch's matrices have all made a bypassing operand before: one module, step after step."""
+        """Whether the branch's matrices have all made a bypassing operand before:
+
+        one module, step after step.
+        """
         graph, ends = self.graph, [reader.position(i) for i in bypassing]
         matrices = list(bits(graph.matrices_in(region)))
         return bool(matrices) and all(

@@ -1,4 +1,7 @@
-"""Which operands of a merge skip what the others went through: the rules, and what only looks like a shortcut."""
+"""Which operands of a merge skip what the others went through:
+
+the rules, and what only looks like a shortcut.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ class Bypass:
         self.graph = graph
 
     def operands(self, call: Merge, sides: dict[int, Side]) -> tuple[int, ...] | Reason:
-        """The operands that skip: those without weights; else scaled; else gated; else normed; else projected."""
+        """The operands that skip:
+
+        those without weights; else scaled; else gated; else normed; else projected.
+        """
         rank = {i: r for i, side in sides.items() if (r := self.rank(side)) is not None}
         if call.name in _operations.LISTS:
             straight = (i for i, r in rank.items() if r <= GATED and not self._takes_largest(sides[i]))
@@ -75,7 +81,10 @@ class Bypass:
         return self.the_first(sides, chosen)
 
     def the_first(self, sides: dict[int, Side], chosen: tuple[int, ...]) -> tuple[int, ...]:
-        """Of operands that could all bypass those that come from none of the others: x, not its gate, nor F(x)."""
+        """Of operands that could all bypass those that come from none of the others:
+
+        x, not its gate, nor F(x).
+        """
 
         def is_later(i: int) -> bool:
             at = sides[i].fork or 0
@@ -95,10 +104,14 @@ class Bypass:
         return NORMED if not side.products else GATED if side.how == "gated" else SCALED
 
     def is_deeper(self, region: int) -> bool:
-        """Whether a set of nodes does more than one linear map: two, one after the other, or one and something bent."""
+        """Whether a set of nodes does more than one linear map:
+
+        two, one after the other, or one and something bent.
+        """
         graph = self.graph
         matrices = graph.matrices_in(region, enough=2).bit_count()
-        # Of a single matrix most functions make a gate or a scale (the exp of a log-variance); of several, a branch.
+        # Of a single matrix most functions make a gate or a scale (the exp of a log-variance); of several, a
+        # branch.
         if matrices and (self._bends(region) or (matrices > 1 and region & graph.of_kinds(_CURVED))):
             return True
         passed: set[int] = set()  # what comes after a matrix
@@ -119,8 +132,8 @@ class Bypass:
         return bool(side.region & self.graph.of_kinds(MAX_POOLS))
 
     def _is_score(self, at: int | None) -> bool:
-        """Whether a softmax makes of it, shifted and scaled at most, one factor of a matrix product; or of v . tanh of it,
-        as in additive attention, one factor of a product.
+        """Whether a softmax makes of it, shifted and scaled at most, one factor of a matrix product; or of v
+        . tanh of it, as in additive attention, one factor of a product.
         """
         if at is None:
             return False

@@ -49,7 +49,8 @@ class Candidate:
         shortcut_at: where the shortcut is edited.
         branch_at: where the branch is edited.
         parts: calls that belong to this shortcut and are no merges of their own.
-        both: operands that carry the branch and the shortcut, as t (H - x) in x + t (H - x), or multiply both.
+        both: operands that carry the branch and the shortcut, as t (H - x) in x + t (H - x), or multiply
+            both.
         mixture: how what the call stacks is summed, or None.
     """
 

@@ -1,9 +1,9 @@
 """Couplings: with a and b the parts of one tensor x, [a + F(b), b] is x + [F(b), 0].
 
-By itself a + F(b) bypasses nothing: a and b are two activations, as two steps of a sequence are. Put back beside b, each
-in its own place, it is a sum over the whole: F is a branch, and a the part of x that goes past it (NICE, RealNVP,
-reversible networks). The parts may be put back where they were summed, or many sums later, as streams that were parted
-once.
+By itself a + F(b) bypasses nothing: a and b are two activations, as two steps of a sequence are. Put back
+beside b, each in its own place, it is a sum over the whole: F is a branch, and a the part of x that goes past
+it (NICE, RealNVP, reversible networks). The parts may be put back where they were summed, or many sums later,
+as streams that were parted once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Couplings:
         self.graph, self.made = graph, made
 
     def puts_back(self, call: Merge, fork: int) -> bool:
-        """Whether a sum with a part of ``fork`` is put together with its other parts, so that none is missing."""
+        """Whether a sum with a part of ``fork`` is put together with its other parts, so that none is
+        missing.
+        """
         at = call.output
         for end in [] if at is None else self.graph.onward([at], _CARRYING, _operations.LISTS):
             joined = self.made.get(end)
@@ -36,7 +38,9 @@ class Couplings:
         return False
 
     def _covers(self, joined: Merge, fork: int) -> bool:
-        """Whether what is put together comes from parts of ``fork``, along the same axis, that are all of it."""
+        """Whether what is put together comes from parts of ``fork``, along the same axis, that are all of
+        it.
+        """
         whole, dim = self.graph.parts_of(fork).get(fork), self.graph.joined_axis(joined)
         # Two features of one number each may be coupled; steps of a sequence, one by one, are a recurrence.
         least = 1 if joined.name != "stack" and self._is_of_features(joined, dim) else 2

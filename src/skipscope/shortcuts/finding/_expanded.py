@@ -1,8 +1,9 @@
-"""Gates that are multiplied out: x - t x + t H, in whichever order and by whichever calls, is t H + (1 - t) x.
+"""Gates that are multiplied out: x - t x + t H, in whichever order and by whichever calls, is t H + (1 - t)
+x.
 
-Such a gate is a sum of sums. Its addends are read back from the last sum; those where x stands alone, and where it is
-multiplied with minus the gate, are together (1 - t) x, and the rest is the branch. The same where H stands alone:
-H - c H + c x.
+Such a gate is a sum of sums. Its addends are read back from the last sum; those where x stands alone, and
+where it is multiplied with minus the gate, are together (1 - t) x, and the rest is the branch. The same where
+H stands alone: H - c H + c x.
 """
 
 from __future__ import annotations
@@ -113,8 +114,18 @@ class Expanded:
             region |= graph.on_the_way(x, end)
         operands = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor)
         return Candidate(
-            call, kind, (x,), operands, operands, region & ~side, side, tuple(shortcut), tuple(branch), tuple(parts), operands
-        )  # fmt: skip
+            call,
+            kind,
+            (x,),
+            operands,
+            operands,
+            region & ~side,
+            side,
+            tuple(shortcut),
+            tuple(branch),
+            tuple(parts),
+            operands,
+        )
 
     # --- the addends ---
 

@@ -1,6 +1,7 @@
 """Shortcuts that several calls make together: gates, however they are written, and sums of more than two.
 
-A gate between x and H is one call (``lerp``), or x + t (H - x), or H + c (x - H), or multiplied out (``_expanded``).
+A gate between x and H is one call (``lerp``), or x + t (H - x), or H + c (x - H), or multiplied out
+(``_expanded``).
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Gates:
         return end in reached
 
     def reaches_by_a_weight(self, starts: list[int], end: int, nodes: int) -> bool:
-        """Whether ``end`` depends on ``starts`` other than by a weightless factor of what does not: a router's output
-        that multiplies each expert's is no input of the experts.
+        """Whether ``end`` depends on ``starts`` other than by a weightless factor of what does not: a
+        router's output that multiplies each expert's is no input of the experts.
         """
         graph = self.graph
         reached = dict.fromkeys(starts, False)  # node -> whether a weight has entered on the way
@@ -67,8 +68,8 @@ class Gates:
     def difference(
         self, reader: Sides, i: int, branches: tuple[int, ...]
     ) -> tuple[Merge, int, tuple[int, ...], Kind] | None:
-        """In x + t (H - x): the call of H - x, which of its operands is x, the operands that carry both sides, and the
-        kind: scaled where t does not depend on the data.
+        """In x + t (H - x): the call of H - x, which of its operands is x, the operands that carry both
+        sides, and the kind: scaled where t does not depend on the data.
         """
         if not self._has_differences:
             return None
@@ -113,8 +114,8 @@ class Gates:
     def with_addend(
         self, call: Merge, sum_at: Callable[[int], Candidate | None]
     ) -> tuple[int, Candidate] | None:
-        """In (x + a) + b, with b made from x too: the shortcut of the inner sum, with b in its branch. Each may be added to
-        a part of x only.
+        """In (x + a) + b, with b made from x too: the shortcut of the inner sum, with b in its branch. Each
+        may be added to a part of x only.
 
         Args:
             call: a merge that is no shortcut of its own.
@@ -151,8 +152,8 @@ class Gates:
         )
 
     def _inner(self, at: int, x: int) -> tuple[Merge, int, int, bool] | None:
-        """Back through gates and views to a difference with node ``x``: its call, which operand is x, x's sign, and
-        whether a gate was passed that depends on the data.
+        """Back through gates and views to a difference with node ``x``: its call, which operand is x, x's
+        sign, and whether a gate was passed that depends on the data.
         """
         graph, waiting, is_gate = self.graph, [(at, 1)], False
         for _ in range(12):

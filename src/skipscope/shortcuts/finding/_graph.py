@@ -1,9 +1,10 @@
-"""The dataflow of a trace, as the rules of finding read it: which activation depends on which, and on which weights.
+"""The dataflow of a trace, as the rules of finding read it: which activation depends on which, and on which
+weights.
 
-A node is a value of the trace. Activations come first in the numbering, so that a set of them is a Python integer
-without gaps, used as a bit set; then come values that are computed from weights alone. Constants, token ids and masks are
-no nodes. What does not lead to an output of the model is left out, unless the same line of code leads there at another
-time (the last step of a loop).
+A node is a value of the trace. Activations come first in the numbering, so that a set of them is a Python
+integer without gaps, used as a bit set; then come values that are computed from weights alone. Constants,
+token ids and masks are no nodes. What does not lead to an output of the model is left out, unless the same
+line of code leads there at another time (the last step of a loop).
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Graph:
         streams: values where activations begin in weights, and the module that they come from.
 
     Attributes:
-        values: for each node its value in the trace: activations first; among them, what one was computed from comes
-            before it.
+        values: for each node its value in the trace: activations first; among them, what one was computed
+            from comes before it.
         node: value of the trace -> its node.
         parents: for each node those it was computed from.
         activations: how many activations there are: node i is one where ``i < activations``.
@@ -113,7 +114,9 @@ class Graph:
         return value.starts or value.index in self.streams
 
     def _weigh(self) -> tuple[list[bool], list[int], list[int]]:
-        """Which values are activations, and the modules whose weights, and matrices, enter at each of them."""
+        """Which values are activations, and the modules whose weights, and matrices, enter at each of
+        them.
+        """
         values, calls, same = self.trace.values, self.trace.calls, self._same
         active, every, matrices = [], [], []
         for value in values:
@@ -324,7 +327,9 @@ class Graph:
         return self._index[path] in self._shapes
 
     def has_only_scalars(self, region: int) -> bool:
-        """Whether every weight that enters in a set of nodes is of a module that holds single numbers only."""
+        """Whether every weight that enters in a set of nodes is of a module that holds single numbers
+        only.
+        """
         return all(not self.weights[i] & ~self._scalar for i in bits(region & self.weighted))
 
     def matrix_shapes(self, region: int) -> list[tuple[int, ...]]:
@@ -358,7 +363,10 @@ class Graph:
         return self._sets[i]
 
     def entries(self, region: int, common: int) -> set[int]:
-        """Nodes of ``common`` from which some node of ``region`` was computed; the smaller set is gone through."""
+        """Nodes of ``common`` from which some node of ``region`` was computed;
+
+        the smaller set is gone through.
+        """
         if region.bit_count() < common.bit_count():
             return {p for v in bits(region) for p in self.active_parents(v) if common >> p & 1}
         return {p for p in bits(common) if any(region >> v & 1 for v in self.children[p])}
@@ -368,7 +376,10 @@ class Graph:
         return self._cuts(fork).overlapping(parts)
 
     def parts_taken(self, fork: int, region: int) -> list[Part]:
-        """The parts of ``fork`` from which the nodes of a set were computed; at its end, the part that it is."""
+        """The parts of ``fork`` from which the nodes of a set were computed;
+
+        at its end, the part that it is.
+        """
         cuts, found = self._cuts(fork), []
         for v in bits(region):
             if v in cuts.parts:
@@ -382,7 +393,10 @@ class Graph:
         return self._cuts(fork).parts
 
     def _cuts(self, fork: int) -> Cuts:
-        """What is cut out of a node, and computed from that. Cutting out and turning about are no computing."""
+        """What is cut out of a node, and computed from that.
+
+        Cutting out and turning about are no computing.
+        """
         known = self._known_cuts.get(fork)
         if known is not None:
             return known
@@ -411,11 +425,17 @@ class Graph:
         return chosen(window, inside) << first
 
     def on_the_way(self, start: int, end: int) -> int:
-        """The set of nodes on the ways from ``start``, without it, to ``end``; empty where none leads there."""
+        """The set of nodes on the ways from ``start``, without it, to ``end``;
+
+        empty where none leads there.
+        """
         return self.between([start], end) & ~(1 << start) if self.ancestors.reaches(start, end) else 0
 
     def joined_axis(self, merge: Merge) -> int | None:
-        """The axis along which a call puts tensors side by side, counted from the front; None for any other call."""
+        """The axis along which a call puts tensors side by side, counted from the front;
+
+        None for any other call.
+        """
         if merge.output is None or merge.name not in _operations.LISTS:
             return None
         ndim = len(self.shape(merge.output))
@@ -458,7 +478,9 @@ class Graph:
         return 0 if node is None or node >= self.activations else 1 << node
 
     def can_be_tapped(self, node: int | None) -> bool:
-        """Whether a node is an activation of the pass itself, and of no transformation (``torch.vmap``) inside it."""
+        """Whether a node is an activation of the pass itself, and of no transformation (``torch.vmap``)
+        inside it.
+        """
         if node is None or node >= self.activations:
             return False
         call = self.call_at(node)

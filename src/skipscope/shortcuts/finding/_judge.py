@@ -71,8 +71,8 @@ class Judge:
         """Classify one merge.
 
         Returns:
-            What the first rule that decides returns: a candidate, or the reason why it is none. None if fewer than two
-            operands are activations, or a product is no gate.
+            What the first rule that decides returns: a candidate, or the reason why it is none. None if fewer
+            than two operands are activations, or a product is no gate.
         """
         case = _Case(Sides(self.graph, call))
         if len(case.reader.active) < 2:
@@ -156,7 +156,8 @@ class Judge:
             return None
         case.region, branches = self.branches.of(case.reader, case.sides, case.bypassing)
         if branches is Reason.NO_WEIGHTS and case.call.name in _operations.LISTS:
-            # Several may come from one branch, and share its weights: x is what comes from none of the others.
+            # Several may come from one branch, and share its weights: x is what comes from none of the
+            # others.
             first = self.bypass.the_first(case.sides, case.bypassing)
             case.bypassing = tuple(i for i in first if not case.sides[i].is_sum)
             case.region, branches = self.branches.of(case.reader, case.sides, case.bypassing, sharing=True)
@@ -181,9 +182,11 @@ class Judge:
     # --- beside the rules ---
 
     def passed(self, call: Merge) -> Candidate | None:
-        """A concatenation in a decoder whose skip passes a block with weights of its own (UNETR, DeepLabV3+), or None.
+        """A concatenation in a decoder whose skip passes a block with weights of its own (UNETR, DeepLabV3+),
+        or None.
 
-        The deeper side is made larger again on its way, and the skip passes fewer weights one after the other.
+        The deeper side is made larger again on its way, and the skip passes fewer weights one after the
+        other.
         """
         reader = Sides(self.graph, call)
         if call.name not in _operations.LISTS - {"stack"} or len(reader.active) != 2 or call.output is None:
@@ -232,7 +235,9 @@ class Judge:
     def _as_written(
         self, reader: Sides, sides: dict[int, Side], branches: tuple[int, ...], plain: Candidate
     ) -> Candidate:
-        """The verdict, where the way in which the merge is written says more than that it adds its operands."""
+        """The verdict, where the way in which the merge is written says more than that it adds its
+        operands.
+        """
         call, bypassing = reader.call, plain.bypassing
         if call.name == "where":
             return replace(plain, kind="gated")

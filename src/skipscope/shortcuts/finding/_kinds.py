@@ -12,8 +12,11 @@ def words(text: str) -> frozenset[str]:
 SPLITS = words("unbind split chunk tensor_split hsplit vsplit dsplit")
 # What keeps every value, once, under another shape.
 WHOLE = words(
-    """view reshape view_as reshape_as transpose t T mT H mH adjoint permute movedim clone contiguous squeeze unsqueeze
-    flatten unflatten ravel to detach data alias copy write_all atleast_1d atleast_2d atleast_3d positive lift_fresh"""
+    """
+    view reshape view_as reshape_as transpose t T mT H mH adjoint permute movedim clone contiguous squeeze
+    unsqueeze flatten unflatten ravel to detach data alias copy write_all atleast_1d atleast_2d atleast_3d
+    positive lift_fresh
+    """
 )
 _POOLS = words(
     "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean"
@@ -30,23 +33,30 @@ SHAPE = (
     | _POOLS
     | MAX_POOLS
     | words(
-        """select slice narrow getitem index expand expand_as broadcast_to broadcast_tensors cat concat stack hstack vstack
-        dstack column_stack repeat tile repeat_interleave gather index_select take_along_dim write setitem pad
-        constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d roll rot90 flip unfold fold im2col col2im
-        as_strided diagonal interpolate upsample upsample_nearest2d upsample_bilinear2d pixel_shuffle pixel_unshuffle
-        channel_shuffle native_channel_shuffle add sub rsub neg sum max min amax amin slice_scatter select_scatter
-        masked_fill tril triu where index_put index_add index_copy scatter scatter_add scatter_reduce masked_scatter
-        max_unpool2d view_as_real view_as_complex real imag conj complex cumsum"""
+        """
+        select slice narrow getitem index expand expand_as broadcast_to broadcast_tensors cat concat stack
+        hstack vstack dstack column_stack repeat tile repeat_interleave gather index_select take_along_dim
+        write setitem pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d roll rot90 flip
+        unfold fold im2col col2im as_strided diagonal interpolate upsample upsample_nearest2d
+        upsample_bilinear2d pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle add sub rsub
+        neg sum max min amax amin slice_scatter select_scatter masked_fill tril triu where index_put
+        index_add index_copy scatter scatter_add scatter_reduce masked_scatter max_unpool2d view_as_real
+        view_as_complex real imag conj complex cumsum
+        """
     )
 )
 # Linear transforms with constant coefficients; with a filter between them they are a branch as it is written.
 TRANSFORMS = words(
-    """fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn
-    fft_irfftn fft_hfft fft_ihfft fft_fftshift fft_ifftshift stft istft"""
+    """
+    fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn
+    fft_irfftn fft_hfft fft_ihfft fft_fftshift fft_ifftshift stft istft
+    """
 )
 PRODUCT = words(
-    "mul div lerp addcmul addcdiv dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout linear matmul bmm mm addmm "
-    "addbmm baddbmm mv dot einsum tensordot inner"
+    """
+    mul div lerp addcmul addcdiv dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout linear
+    matmul bmm mm addmm addbmm baddbmm mv dot einsum tensordot inner
+    """
 )
 # What makes images larger in a decoder.
 ENLARGING = words(
@@ -58,22 +68,28 @@ ELEMENTWISE = words("mul div addcmul lerp")
 # What makes an activation function: each value by itself; the first of them bend nothing.
 STRAIGHT_POINTWISE = WHOLE | ELEMENTWISE | words("add sub rsub neg addcdiv")
 POINTWISE = STRAIGHT_POINTWISE | words(
-    """pow rpow float_power square exp exp2 expm1 log log1p log2 log10 sqrt rsqrt reciprocal rdiv abs sign sgn sin cos
-    sinh cosh tanh atan asinh erf erfc sigmoid logsigmoid softplus softsign relu relu6 gelu silu leaky_relu elu hardswish
-    mish prelu rrelu hardtanh hardsigmoid celu threshold selu where minimum maximum clamp clamp_min clamp_max masked_fill
-    tanhshrink softshrink hardshrink"""
+    """
+    pow rpow float_power square exp exp2 expm1 log log1p log2 log10 sqrt rsqrt reciprocal rdiv abs sign sgn
+    sin cos sinh cosh tanh atan asinh erf erfc sigmoid logsigmoid softplus softsign relu relu6 gelu silu
+    leaky_relu elu hardswish mish prelu rrelu hardtanh hardsigmoid celu threshold selu where minimum maximum
+    clamp clamp_min clamp_max masked_fill tanhshrink softshrink hardshrink
+    """
 )
 NORM = words("batch_norm layer_norm group_norm instance_norm rms_norm _fused_rms_norm")
 CONVOLUTION = words(
-    "convolution _convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc"
+    """
+    convolution _convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc
+    """
 )
 LINEAR = CONVOLUTION | words("linear addmm mm matmul bmm baddbmm einsum mv tensordot inner bilinear")
 # What makes factors between 0 and 1.
 GATES = words("sigmoid hardsigmoid softmax")
 # What makes a branch of a single matrix more than another linear map beside the first.
 BENT = words(
-    """relu relu6 gelu silu leaky_relu elu tanh hardswish mish prelu hardtanh celu threshold selu rrelu softmax
-    scaled_dot_product_attention"""
+    """
+    relu relu6 gelu silu leaky_relu elu tanh hardswish mish prelu hardtanh celu threshold selu rrelu softmax
+    scaled_dot_product_attention
+    """
 )
 MATRIX_SUMS = words("addmm baddbmm addbmm addmv addr")
 MATRIX_PRODUCTS = words("linear matmul bmm mm einsum tensordot inner")

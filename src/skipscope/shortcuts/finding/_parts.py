@@ -14,7 +14,8 @@ from typing import Any
 from skipscope.shortcuts.finding._kinds import SPLITS
 from skipscope.shortcuts.trace import Operand, Trace, TracedCall, Value
 
-Axis = Hashable  # an axis of the whole; or of a view of it: the axes that were regrouped, their new sizes, and which
+# an axis of the whole; or of a view of it: the axes that were regrouped, their new sizes, and which
+Axis = Hashable
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,10 @@ class Part:
     """A part of a tensor.
 
     Attributes:
-        axes: for each axis of the part which axis of the whole it runs along, and where; None where that is not known.
-        limits: along which axes of the whole it is less than all of it, and where it lies; at most there, if not all is
-            known.
+        axes: for each axis of the part which axis of the whole it runs along, and where; None where that is
+            not known.
+        limits: along which axes of the whole it is less than all of it, and where it lies; at most there, if
+            not all is known.
         shape: of the part.
     """
 
@@ -43,8 +45,8 @@ class Part:
         )
 
     def axis_along(self, dim: int, least: int = 2) -> tuple[Axis, range] | None:
-        """The axis of the whole along which one of its own axes runs, and where, if it is a part along that alone, and not
-        shorter than ``least``: a class token is none of several channels.
+        """The axis of the whole along which one of its own axes runs, and where, if it is a part along that
+        alone, and not shorter than ``least``: a class token is none of several channels.
         """
         axis = self.axes[dim] if -len(self.axes) <= dim < len(self.axes) else None
         return axis if axis and set(self.limits) <= {axis[0]} and len(axis[1]) >= least else None
@@ -83,7 +85,10 @@ def whole(shape: tuple[int, ...]) -> Part:
 
 
 def part_after(trace: Trace, value: int, before: Part) -> Part | None:
-    """The part that a value is, which was computed from a part alone; None where its call does not take parts."""
+    """The part that a value is, which was computed from a part alone;
+
+    None where its call does not take parts.
+    """
     made = trace.values[value]
     call = None if made.call is None else trace.calls[made.call]
     rule = None if call is None else _RULES.get(call.function)
@@ -223,7 +228,10 @@ def _getitem(taking: _Taking, before: Part) -> Part | None:
 
 
 def _is_list(call: TracedCall, index: tuple[Any, ...]) -> bool:
-    """Whether ``x[[1]]`` was written, a list of indices, and not ``x[1,]``; the trace has a tuple for both."""
+    """Whether ``x[[1]]`` was written, a list of indices, and not ``x[1,]``;
+
+    the trace has a tuple for both.
+    """
     return call.lists_index
 
 
@@ -279,7 +287,10 @@ def _same(taking: _Taking, before: Part) -> Part | None:
 
 
 def _viewed(taking: _Taking, before: Part) -> Part | None:
-    """Axes that keep their size are kept; what is merged or split has a name made of theirs, if it was whole."""
+    """Axes that keep their size are kept;
+
+    what is merged or split has a name made of theirs, if it was whole.
+    """
     shape, new = before.shape, taking.shape
     if 0 in new or prod(new) != prod(shape):
         return None
@@ -291,10 +302,10 @@ def _viewed(taking: _Taking, before: Part) -> Part | None:
         ]:
             axes += [olds[0] if size > 1 else None for size in new_sizes]
             continue
-        is_whole = all(axis is not None and axis[0] not in before.limits for axis in olds)
+        is_integer = all(axis is not None and axis[0] not in before.limits for axis in olds)
         name = tuple(axis[0] for axis in olds if axis is not None)
         axes += [
-            ((name, new_sizes, k), range(size)) if is_whole and olds and size > 1 else None
+            ((name, new_sizes, k), range(size)) if is_integer and olds and size > 1 else None
             for k, size in enumerate(new_sizes)
         ]
     return Part(tuple(axes), before.limits, new)

@@ -224,7 +224,10 @@ def _side(item: Candidate, i: int) -> OperandSide:
 
 def _blocked(item: Candidate) -> str | None:
     if item.call.traced.checkpointed:
-        return "checkpointing runs its code again outside of any module's forward: checkpoint whole modules instead"
+        return (
+            "checkpointing runs its code again outside of any module's forward: checkpoint whole modules"
+            " instead"
+        )
     if item.mixture is not None and not item.mixture.alone:
         return "what it stacks makes something else too, such as the weights of the sum: write w * x + v * F"
     return None

@@ -1,8 +1,9 @@
 """What the operands of one merge are: who bypasses whom, from which fork, and through what.
 
-For operand i, what the other operands also depend on is common; the rest of its ancestors is *its own region*. A
-bypassing operand reaches the common part through its own region without weights, or with a single linear one. The
-fork is where its path enters the common part: the nearest ancestor on which the branch depends.
+For operand i, what the other operands also depend on is common; the rest of its ancestors is *its own
+region*. A bypassing operand reaches the common part through its own region without weights, or with a single
+linear one. The fork is where its path enters the common part: the nearest ancestor on which the branch
+depends.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def is_scaled(call: Merge, i: int) -> bool:
 _SCALED = {("add", 1), ("sub", 1), ("rsub", 0)}
 
 
-# What an operand is, seen from its merge: the kinds of shortcut, several linear maps, a branch, or bent without weights.
+# What an operand is, seen from its merge: the kinds of shortcut, several linear maps, a branch, or bent
+# without weights.
 Role = Literal["identity", "scaled", "projection", "gated", "linear maps", "branch", "bent"]
 
 
@@ -67,8 +69,8 @@ class Side(NamedTuple):
 
     Attributes:
         fork: index of the fork's node, or None where no common ancestor is bypassed.
-        how: ``identity``, ``scaled``, ``projection`` or ``gated``; ``linear maps``: several, and nothing bent between
-            them; ``branch``; or ``bent``: weightless, not linear.
+        how: ``identity``, ``scaled``, ``projection`` or ``gated``; ``linear maps``: several, and nothing bent
+            between them; ``branch``; or ``bent``: weightless, not linear.
         region: bit set of the operand's own nodes.
         products: the products on the way, the nearest to the fork first.
         is_sum: it comes from other common nodes too, that depend on the fork: x + F(x), say.
@@ -105,7 +107,9 @@ class Sides:
         }
 
     def gated_maps(self) -> dict[int, Side]:
-        """Each operand that is a linear map times a gate, as in t H + (1 - t) W x, from where the map begins."""
+        """Each operand that is a linear map times a gate, as in t H + (1 - t) W x, from where the map
+        begins.
+        """
         found = {}
         for i, common in zip(self.active, self._common(), strict=True):
             for carry, product in self.gatings(i):
@@ -230,8 +234,9 @@ class Sides:
         return Side(fork, "branch", own)
 
     def _carried(self, rivals: list[int], i: int) -> frozenset[int]:
-        """Of nodes of separate inputs that are multiplied, a mask and x, the one that the branch's weights are applied
-        to; the larger where they are to both. Parts of one activation that multiply each other are no gate and x.
+        """Of nodes of separate inputs that are multiplied, a mask and x, the one that the branch's weights
+        are applied to; the larger where they are to both. Parts of one activation that multiply each other
+        are no gate and x.
         """
         graph, ends = self.graph, [self.position(j) for j in self.active if self._are_added(i, j)]
         above = [graph.ancestors[c] for c in rivals]
@@ -281,7 +286,10 @@ class _Walk:
         return v in self._bent
 
     def weightless(self, v: int) -> frozenset[int]:
-        """The common nodes that ``v`` reaches without weights; empty where a weight or a weighted addend is met."""
+        """The common nodes that ``v`` reaches without weights;
+
+        empty where a weight or a weighted addend is met.
+        """
         if self.graph.weights[v] and not self.common >> v & 1 and self.graph.kind(v) not in PRODUCT:
             return frozenset()
         waiting = [(v, self._step(v))]  # in place of recursion: a way back may have thousands of steps
@@ -330,20 +338,22 @@ class _Walk:
         if not entered:
             return frozenset()
         if len(parents) > 1:
-            # One factor carries, the other is a gate, bent or not. Where both lead to the common part the gate is the
-            # one that depends on the other; where neither does, as in attention's scores, it is no gate.
+            # One factor carries, the other is a gate, bent or not. Where both lead to the common part the
+            # gate is the one that depends on the other; where neither does, as in attention's scores, it is
+            # no gate.
             self.gate = True
             first = self.first(entered)
             if kind in MATRIX_PRODUCTS and sum(map(bool, reached.values())) == 1:
-                # x times a matrix that depends on the data, by weights: dynamic hyper-connections mix streams so.
+                # x times a matrix that depends on the data, by weights: dynamic hyper-connections mix streams
+                # so.
                 self.mixed = True
                 return frozenset(first) if len(first) == 1 else frozenset()
             if kind not in ELEMENTWISE:
                 return frozenset()
             self.has_rivals = self.has_rivals or len(first) > 1
             entered = frozenset(first)
-        # A gate may be bent; what is bent and multiplied by a branch alone, std(x) F(x), carries nothing, and neither does x
-        # times a function of x without weights.
+        # A gate may be bent; what is bent and multiplied by a branch alone, std(x) F(x), carries nothing, and
+        # neither does x times a function of x without weights.
         carrying = [parent for parent in parents if reached[parent] & entered]
         is_function_of_x = len(entered) == 1 and (
             len(set(carrying)) < len(carrying) or any(self._is_bent_alone(p, *entered) for p in carrying)
@@ -367,6 +377,9 @@ class _Walk:
         return [c for c in candidates if not any(d != c and reaches(d, c) for d in candidates)]
 
     def nearest(self, candidates: frozenset[int] | set[int]) -> int | None:
-        """Of several common nodes the one that the others depend on; the last in order if they are unrelated."""
+        """Of several common nodes the one that the others depend on;
+
+        the last in order if they are unrelated.
+        """
         first = self.first(candidates)
         return max(first) if first else None

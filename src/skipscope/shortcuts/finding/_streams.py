@@ -1,8 +1,8 @@
 """Streams that begin in weights and not in the data: a decoder's learned queries, a resampler's latents.
 
-In q + F(q, data) the first q depends on no data, and is no activation as such. It is one all the same where the sum goes
-on as a stream, that is, where a later shortcut begins at it: so a position embedding that is added anew in every layer,
-whose sum is read by the branch alone, is told apart.
+In q + F(q, data) the first q depends on no data, and is no activation as such. It is one all the same where
+the sum goes on as a stream, that is, where a later shortcut begins at it: so a position embedding that is
+added anew in every layer, whose sum is read by the branch alone, is told apart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _CARRYING = WHOLE | NORM | DROPOUT
 def learned_streams(
     graph: Graph, verdicts: Iterable[tuple[Merge, Candidate | Reason | None]]
 ) -> dict[int, str]:
-    """The values where such streams meet what was made from them and the data, each with the module it comes from."""
+    """The values where such streams meet what was made from them and the data, each with the module it
+    comes from.
+    """
     verdicts = list(verdicts)
     forks = {fork for _, verdict in verdicts if isinstance(verdict, Candidate) for fork in verdict.forks}
     sums = {

@@ -35,7 +35,10 @@ QUERIES = words(
 )
 # They give access to a tensor's memory, through which anything may be written.
 _EXPOSING = words(
-    """data_ptr untyped_storage storage numpy __array__ __dlpack__ __cuda_array_interface__ share_memory_ apply_ map_ set_"""
+    """
+    data_ptr untyped_storage storage numpy __array__ __dlpack__ __cuda_array_interface__ share_memory_ apply_
+    map_ set_
+    """
 )
 # Functions whose result has a tensor's shape but nothing of its values.
 SHAPE_ONLY = words(
@@ -66,19 +69,53 @@ OVERWRITES = words(
 COMPOSITES = words("multi_head_attention_forward")
 
 _SAME = {
-    "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "truediv": "div", "concat": "cat",
-    "concatenate": "cat", "negative": "neg", "absolute": "abs", "swapaxes": "transpose", "swapdims": "transpose",
-    "moveaxis": "movedim", "clip": "clamp", "rmul": "mul", "radd": "add", "rtruediv": "rdiv", "_unsafe_view": "view",
-    "_to_copy": "to", "arctan": "atan", "arcsinh": "asinh", "special_expit": "sigmoid", "special_softmax": "softmax",
-    "_softmax": "softmax", "native_layer_norm": "layer_norm", "native_group_norm": "group_norm",
-    "native_batch_norm": "batch_norm", "_native_batch_norm_legit": "batch_norm",
-    "_native_batch_norm_legit_no_training": "batch_norm", "native_dropout": "dropout", "log_softmax": "log_softmax",
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "truediv": "div",
+    "concat": "cat",
+    "concatenate": "cat",
+    "negative": "neg",
+    "absolute": "abs",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "moveaxis": "movedim",
+    "clip": "clamp",
+    "rmul": "mul",
+    "radd": "add",
+    "rtruediv": "rdiv",
+    "_unsafe_view": "view",
+    "_to_copy": "to",
+    "arctan": "atan",
+    "arcsinh": "asinh",
+    "special_expit": "sigmoid",
+    "special_softmax": "softmax",
+    "_softmax": "softmax",
+    "native_layer_norm": "layer_norm",
+    "native_group_norm": "group_norm",
+    "native_batch_norm": "batch_norm",
+    "_native_batch_norm_legit": "batch_norm",
+    "_native_batch_norm_legit_no_training": "batch_norm",
+    "native_dropout": "dropout",
+    "log_softmax": "log_softmax",
     "_scaled_dot_product_flash_attention_for_cpu": "scaled_dot_product_attention",
     "_scaled_dot_product_flash_attention": "scaled_dot_product_attention",
-    "_scaled_dot_product_efficient_attention": "scaled_dot_product_attention", "ger": "outer", "unsafe_split": "split",
-    "unsafe_chunk": "chunk", "float": "to", "double": "to", "half": "to", "bfloat16": "to", "type_as": "to", "type": "to",
-    "cpu": "to", "cuda": "to", "split_with_sizes": "split", "_transformer_encoder_layer_fwd": "transformer_encoder_layer",
-}  # fmt: skip
+    "_scaled_dot_product_efficient_attention": "scaled_dot_product_attention",
+    "ger": "outer",
+    "unsafe_split": "split",
+    "unsafe_chunk": "chunk",
+    "float": "to",
+    "double": "to",
+    "half": "to",
+    "bfloat16": "to",
+    "type_as": "to",
+    "type": "to",
+    "cpu": "to",
+    "cuda": "to",
+    "split_with_sizes": "split",
+    "_transformer_encoder_layer_fwd": "transformer_encoder_layer",
+}
 _known: dict[str, Function] = {}
 
 

@@ -32,7 +32,9 @@ def mark_shortcut(
     Example:
         >>> import torch
         >>> class Net(torch.nn.Module):
-        ...     join = staticmethod(mark_shortcut(lambda x, f: torch.stack([x, f]).sum(0), shortcut="x", branch="f"))
+        ...     join = staticmethod(
+        ...         mark_shortcut(lambda x, f: torch.stack([x, f]).sum(0), shortcut="x", branch="f")
+        ...     )
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.lin = torch.nn.Linear(2, 2)
@@ -43,7 +45,10 @@ def mark_shortcut(
         [('lin', 'identity')]
     """
     slots = tuple(_slot(function, argument) for argument in (shortcut, branch))
-    name = f"marked {getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))} {slots}"
+    name = (
+        f"marked {getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
+        f" {slots}"
+    )
 
     @functools.wraps(function)
     def marked(*args: Any, **kwargs: Any) -> Any:

@@ -77,8 +77,21 @@ PRODUCTS = frozenset({"mul"})
 WHOLE = -1
 # Functions that sum over an axis.
 REDUCTIONS = frozenset(
-    {"sum", "mean", "einsum", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "dot", "tensordot", "inner"}
-)  # fmt: skip
+    {
+        "sum",
+        "mean",
+        "einsum",
+        "matmul",
+        "__matmul__",
+        "__rmatmul__",
+        "bmm",
+        "mm",
+        "mv",
+        "dot",
+        "tensordot",
+        "inner",
+    }
+)
 LISTS = frozenset({"cat", "hstack", "vstack", "dstack", "column_stack", "stack"})
 
 

@@ -214,10 +214,20 @@ class Recorder(TorchFunctionMode):
         self._steps[site] += 1
         given = iter(operands)
         return TracedCall(
-            -1, function.name, operands, (), tuple(_plain(a, given) for a in args),
-            {key: _plain(a, given) for key, a in kwargs.items()}, path, run.nth if run else 0, step,
-            in_place=function.in_place or bool(kwargs.get("inplace")), inside=self._composite, _code=code, _instruction=at,
-        )  # fmt: skip
+            -1,
+            function.name,
+            operands,
+            (),
+            tuple(_plain(a, given) for a in args),
+            {key: _plain(a, given) for key, a in kwargs.items()},
+            path,
+            run.nth if run else 0,
+            step,
+            in_place=function.in_place or bool(kwargs.get("inplace")),
+            inside=self._composite,
+            _code=code,
+            _instruction=at,
+        )
 
     def _identify(
         self, call: TracedCall, operation: _operations.Operation, args: Any, kwargs: Any, frame: Any
@@ -275,7 +285,10 @@ class Recorder(TorchFunctionMode):
             self._hide(call.function, CELL, call.source)
 
     def _note_library(self, call: TracedCall) -> None:
-        """Note that a call of a library's operator may join what it takes: activations, or one and weights."""
+        """Note that a call of a library's operator may join what it takes:
+
+        activations, or one and weights.
+        """
         takes = sum(v in self._derived for v in dict.fromkeys(call.operands))
         if takes > 1 and any(self.trace.values[v].from_data for v in call.results):
             self._hide(call.function, LIBRARY, call.source)
@@ -312,7 +325,8 @@ class Recorder(TorchFunctionMode):
                 return  # x[1:] += y ends by putting back what is there already
         before = self.value_of(target)
         if call.function in OVERWRITES or not call.in_place:
-            # The target itself is not read: the first operand, or the last where it is given by name. It may be read too.
+            # The target itself is not read: the first operand, or the last where it is given by name. It may
+            # be read too.
             at = [i for i, v in enumerate(call.operands) if v == before]
             dropped = at[0 if call.in_place else -1] if at else None
             call.operands = tuple(v for i, v in enumerate(call.operands) if i != dropped)

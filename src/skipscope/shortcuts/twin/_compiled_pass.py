@@ -1,4 +1,5 @@
-"""Edits in code that is being compiled, which has no frames: a call is known by how many of its operation came before.
+"""Edits in code that is being compiled, which has no frames: a call is known by how many of its operation
+came before.
 
 They are counted from where the host's forward began, and what it counted is checked when that forward ends.
 """
@@ -25,9 +26,12 @@ def run_forward(module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any)
     group = plan.group
     if any(edit.startswith(REWIRED) for edit in group.edits[:-1]):
         raise SkipscopeError(
-            "rewire", "a rewired twin was edited again, and compiled code cannot tell the connections' merges from the model's",
-            got=", then ".join(group.edits), cure="run this twin without torch.compile, or edit first and rewire then",
-        )  # fmt: skip
+            "rewire",
+            "a rewired twin was edited again, and compiled code cannot tell the connections' merges from the"
+            " model's",
+            got=", then ".join(group.edits),
+            cure="run this twin without torch.compile, or edit first and rewire then",
+        )
     if group.compiled is not None:
         return group.compiled.run(module, plan, run, args, kwargs)
     compiled_pass = _CompiledPass()
@@ -54,9 +58,11 @@ def run_method(plan: Plan, run: Any, args: Any, kwargs: Any) -> Any:
         for site in near.calls:
             if plan.group.compiled is None and ".forward:" not in site:
                 raise SkipscopeError(
-                    "ablate", "in a method other than forward, compiled by itself, edits cannot be told apart",
-                    got=f"an edited merge at {site}", cure="compile the twin, or call the method of the twin uncompiled",
-                )  # fmt: skip
+                    "ablate",
+                    "in a method other than forward, compiled by itself, edits cannot be told apart",
+                    got=f"an edited merge at {site}",
+                    cure="compile the twin, or call the method of the twin uncompiled",
+                )
     return run(*args, **kwargs)
 
 
@@ -101,7 +107,8 @@ class _CompiledPass(TorchFunctionMode):
 
     def run(self, module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any) -> Any:
         """Run a forward, and refuse when its calls were not those of the traced one."""
-        # Looked at only where it is needed: code that depends on which module it is would be compiled for each block.
+        # Looked at only where it is needed: code that depends on which module it is would be compiled for
+        # each block.
         call = 0 if plan.every_call_alike else self._count(module)
         before, already = dict(self.counts), self.edited
         self.open.append((plan, call, before))

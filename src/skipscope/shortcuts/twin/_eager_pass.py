@@ -1,7 +1,7 @@
 """Edits in eager code: a call is known by its frames, which loops of any length leave right.
 
-A pass begins with the outermost call of an edited module. When it ends, it is checked: a pass in which merges ran and
-none of the edits was met is refused, or reported where the edited modules did not run at all.
+A pass begins with the outermost call of an edited module. When it ends, it is checked: a pass in which merges
+ran and none of the edits was met is refused, or reported where the edited modules did not run at all.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run_module(
     """
     around: _EagerPass | None = getattr(_thread, "current", None)
     if around is not None and around.group is plan.group:
-        begins_anew = method is None and plan is plan.group.root and not around.is_whole
+        begins_anew = method is None and plan is plan.group.root and not around.is_integer
         if not begins_anew:
             around.ran[id(module)] = plan
             return run(*args, **kwargs)
@@ -80,7 +80,7 @@ class _EagerPass(TorchFunctionMode):
     def __init__(self, module: nn.Module, plan: Plan, method: str | None):
         super().__init__()
         self.group, self.outermost, self.method = plan.group, module, method
-        self.is_whole = method is None and plan is plan.group.root
+        self.is_integer = method is None and plan is plan.group.root
         self.members = set(map(id, module.modules()))
         self.ran = {id(module): plan}
         self.counts: Counter[tuple[int, str]] = Counter()
@@ -159,7 +159,7 @@ class _EagerPass(TorchFunctionMode):
         self.counts[id(plan), site] += 1
         if site in plan.everywhere:
             return plan.everywhere[site]
-        if not self.is_whole and (host is None or plan.runs > 1):
+        if not self.is_integer and (host is None or plan.runs > 1):
             _refuse_ambiguous(plan, site)
         return plan.rules.get((site, nth))
 
@@ -174,7 +174,10 @@ class _EagerPass(TorchFunctionMode):
         return None
 
     def _plan(self, host: nn.Module | None, site: str) -> Plan | None:
-        """The plan by which a call is edited; outside of every forward that is the outermost module's or the twin's."""
+        """The plan by which a call is edited;
+
+        outside of every forward that is the outermost module's or the twin's.
+        """
         if host is not None:
             plan = plan_of(host)
             return plan if plan is not None and plan.group is self.group else None
@@ -182,12 +185,17 @@ class _EagerPass(TorchFunctionMode):
         return root if root is not None and site in root.calls else own
 
     def _is_compiled(self, frame: Any) -> bool:
-        """Whether the call is in a graph that the eager backend of ``torch.compile`` runs: it has been edited."""
+        """Whether the call is in a graph that the eager backend of ``torch.compile`` runs:
+
+        it has been edited.
+        """
         is_generated = frame.f_code.co_filename.startswith("<eval_with_key>")
         return is_generated and id(_call_sites.first_argument(frame)) not in self.members
 
     def _joins_activations(self, values: list[Any]) -> bool:
-        """Whether a call joins at least two tensors that are no weights, and, outside of a forward, no losses."""
+        """Whether a call joins at least two tensors that are no weights, and, outside of a forward, no
+        losses.
+        """
         least = 0 if self.method is None else 2
         return (
             sum(isinstance(v, Tensor) and not isinstance(v, nn.Parameter) and v.ndim >= least for v in values)
@@ -212,29 +220,36 @@ class _EagerPass(TorchFunctionMode):
             return
         if self.method is not None and self.used_weights and outside is not None:
             _refuse_method(self.method, outside)
-        if self.is_whole and self.merged and not group.has_warned and not self._may_have_been_compiled():
+        if self.is_integer and self.merged and not group.has_warned and not self._may_have_been_compiled():
             group.has_warned = True
             warnings.warn(
-                "ablate: none of the edited shortcuts was met in this pass of the twin, so what it returned is the "
-                "output of the network as built. Find the shortcuts with inputs of this kind and in this mode: "
-                "ss.find_shortcuts(twin, inputs).",
+                "ablate: none of the edited shortcuts was met in this pass of the twin, so what it returned"
+                " is the output of the network as built. Find the shortcuts with inputs of this kind and in"
+                " this mode: ss.find_shortcuts(twin, inputs).",
                 stacklevel=4,
             )
 
 
 def _refuse_ambiguous(plan: Plan, site: str) -> NoReturn:
     raise SkipscopeError(
-        "ablate", "a part of the twin was run by itself, and which of its merges are edited can be told only where the "
-        "twin runs as a whole", layer=plan.rules_at(site)[0].name,
-        expected="a call of the twin, or edits of all merges made by one line", got=f"the merge at {site}",
+        "ablate",
+        "a part of the twin was run by itself, and which of its merges are edited can be told only where the "
+        "twin runs as a whole",
+        layer=plan.rules_at(site)[0].name,
+        expected="a call of the twin, or edits of all merges made by one line",
+        got=f"the merge at {site}",
         cure="call the twin itself, or edit every shortcut of this line",
-    )  # fmt: skip
+    )
 
 
 def _refuse_method(method: str, site: str) -> NoReturn:
     raise SkipscopeError(
-        "ablate", f"the method {method} merges by code of its own, in which no shortcuts were looked for",
-        expected="a method that runs the code in which the shortcuts were found", got=f"a merge at {site}",
-        cure="call the twin itself; or find and edit them in a module whose forward is that method: class Part("
-        f"nn.Module) with forward(self, *args): return self.model.{method}(*args)",
-    )  # fmt: skip
+        "ablate",
+        f"the method {method} merges by code of its own, in which no shortcuts were looked for",
+        expected="a method that runs the code in which the shortcuts were found",
+        got=f"a merge at {site}",
+        cure=(
+            "call the twin itself; or find and edit them in a module whose forward is that method: class"
+            f" Part(nn.Module) with forward(self, *args): return self.model.{method}(*args)"
+        ),
+    )

@@ -1,7 +1,7 @@
 """The classes of edited modules: subclasses of the same name whose methods begin an edited pass.
 
-Weights, ``state_dict`` keys and attributes of a module stay as they are; a forward that was set on the instance moves
-to an attribute of its own, since it would stand before the class's.
+Weights, ``state_dict`` keys and attributes of a module stay as they are; a forward that was set on the
+instance moves to an attribute of its own, since it would stand before the class's.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def follow(module: nn.Module, group: Group) -> Plan:
 def follow_callers(twin: nn.Module, group: Group) -> None:
     """Let those modules begin a pass too that run edited code other than by a forward of their class.
 
-    Code in another method, in a hook or in a forward that was set on the instance is edited by the plan of the module
-    around it, and may be called by itself.
+    Code in another method, in a hook or in a forward that was set on the instance is edited by the plan of
+    the module around it, and may be called by itself.
     """
     functions = {site.partition(":")[0] for site in group.sites}
     classes = {name.rpartition(".")[0] for name in functions if not name.endswith(".forward")} - {""}
@@ -82,9 +82,12 @@ def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
         own = self.__dict__.get(_FORWARD)
         if getattr(own, "__func__", None) is forward:
             raise SkipscopeError(
-                "ablate", "the twin lost the forward that was set on its original: pickle knows a method by its name only",
-                got=type(self).__name__, cure="give the method to the model's class, or edit the model after loading it",
-            )  # fmt: skip
+                "ablate",
+                "the twin lost the forward that was set on its original: pickle knows a method by its name"
+                " only",
+                got=type(self).__name__,
+                cure="give the method to the model's class, or edit the model after loading it",
+            )
         # Looked up anew: a graph module's class gets another forward when its graph has changed.
         run = own or functools.partial(plain if is_compiled else original.forward, self)
         plan = plan_of(self)
@@ -101,7 +104,8 @@ def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run, plan = functools.partial(original.__call__, self), plan_of(self)
-        # Hooks may merge too. Compiled code edits itself in forward, and a tracer may take the module as a whole.
+        # Hooks may merge too. Compiled code edits itself in forward, and a tracer may take the module as a
+        # whole.
         edits_itself = torch.compiler.is_compiling() or self._compiled_call_impl is not None
         if plan is None or edits_itself or _is_symbolic((args, kwargs)):
             return run(*args, **kwargs)
@@ -179,7 +183,8 @@ def _refuse_if_shared(module: nn.Module, cure: str) -> None:
         )
 
 
-# --- other methods ----------------------------------------------------------------------------------------------------
+# --- other methods
+# ----------------------------------------------------------------------------------------------------
 
 
 def _own_methods(original: type[nn.Module]) -> Iterator[tuple[str, Any]]:
@@ -211,11 +216,14 @@ def _within_pass(name: str, method: Any) -> Any:
     return within_pass
 
 
-# --- tracers ----------------------------------------------------------------------------------------------------------
+# --- tracers
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _seen_into(own: Any, forward: Any) -> Any:
-    """A context in which a compiled forward that was set on a twin runs eagerly, unless it is the edited one."""
+    """A context in which a compiled forward that was set on a twin runs eagerly, unless it is the edited
+    one.
+    """
     inside = None if own is None else eager(own)
     if inside is own or getattr(inside, "__func__", None) is forward:
         return nullcontext()
@@ -234,15 +242,20 @@ def _is_symbolic(value: Any) -> bool:
 def _refuse_symbolic(arguments: Any) -> None:
     if _is_symbolic(arguments):
         raise SkipscopeError(
-            "ablate", "torch.fx.symbolic_trace runs an edited twin on symbols, and would give the network as built",
-            got="torch.fx.Proxy", cure="torch.export.export(twin, (inputs,)).module(), torch.compile(twin) and "
-            "torch.jit.trace(twin, inputs) keep the edits",
-        )  # fmt: skip
+            "ablate",
+            "torch.fx.symbolic_trace runs an edited twin on symbols, and would give the network as built",
+            got="torch.fx.Proxy",
+            cure=(
+                "torch.export.export(twin, (inputs,)).module(), torch.compile(twin) and "
+                "torch.jit.trace(twin, inputs) keep the edits"
+            ),
+        )
 
 
 def _refuse_script(self: nn.Module) -> nn.Module:
     raise SkipscopeError(
-        "ablate", "torch.jit.script reads an edited twin's source, and would give the network as built",
-        got=type(self).__name__, cure="torch.jit.trace(twin, inputs) and torch.export.export(twin, (inputs,)) keep the "
-        "edits",
-    )  # fmt: skip
+        "ablate",
+        "torch.jit.script reads an edited twin's source, and would give the network as built",
+        got=type(self).__name__,
+        cure="torch.jit.trace(twin, inputs) and torch.export.export(twin, (inputs,)) keep the edits",
+    )

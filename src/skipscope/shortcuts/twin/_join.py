@@ -66,7 +66,10 @@ class Join:
         return self.module.write(x, f)
 
     def _expect(self, x: Tensor, handed: Any) -> None:
-        """Refuse a merge whose shortcut is another tensor than expected; compiled code was looked at before."""
+        """Refuse a merge whose shortcut is another tensor than expected;
+
+        compiled code was looked at before.
+        """
         if handed is None or (not torch.compiler.is_compiling() and handed is not x):
             raise self.misfit("the shortcut carries another tensor than the one that was read")
 
@@ -91,7 +94,8 @@ class Join:
     def given(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], this: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs of the module that the fork feeds, with what the connection reads in place of the first tensor.
+        """The inputs of the module that the fork feeds, with what the connection reads in place of the first
+        tensor.
 
         Args:
             args: its inputs as built.
@@ -118,10 +122,15 @@ class Join:
     def misfit(self, got: str) -> SkipscopeError:
         """The refusal of a merge that this kind does not fit."""
         return SkipscopeError(
-            "rewire", "this kind of connection does not fit this merge", layer=self.name,
-            expected="a fork that feeds the branch by one module and the merge, and nothing else before the merge",
-            got=got, cure="choose a kind that only joins (rezero, layer-scale, highway, ...), or leave this merge out",
-        )  # fmt: skip
+            "rewire",
+            "this kind of connection does not fit this merge",
+            layer=self.name,
+            expected=(
+                "a fork that feeds the branch by one module and the merge, and nothing else before the merge"
+            ),
+            got=got,
+            cure="choose a kind that only joins (rezero, layer-scale, highway, ...), or leave this merge out",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,10 +153,16 @@ class ChainJoin(Join):
             passing.pop(self.name, None)
         if not torch.compiler.is_compiling() and handed is not x:
             raise SkipscopeError(
-                "rewire", "the merges do not form one chain", layer=self.name,
-                expected="each merge's output as the next merge's shortcut", got="something between two merges changes the stream",
-                cure="choose a kind that goes around one branch, or give a part of the chain: found.select(name=...)",
-            )  # fmt: skip
+                "rewire",
+                "the merges do not form one chain",
+                layer=self.name,
+                expected="each merge's output as the next merge's shortcut",
+                got="something between two merges changes the stream",
+                cure=(
+                    "choose a kind that goes around one branch, or give a part of the chain:"
+                    " found.select(name=...)"
+                ),
+            )
         state, y = self.module.step(
             self.index, state, identity_shortcut(x, f) if self.module.of_blocks else f
         )

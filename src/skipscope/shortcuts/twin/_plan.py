@@ -1,4 +1,7 @@
-"""The edits of a twin: which operands of which calls change, and to what; and a call with its operands rewritten."""
+"""The edits of a twin:
+
+which operands of which calls change, and to what; and a call with its operands rewritten.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,8 @@ class Plan:
     Attributes:
         group: the twin it belongs to.
         rules: by site and occurrence.
-        everywhere: by site, where every occurrence is edited alike: loops that run longer than the traced one too.
+        everywhere: by site, where every occurrence is edited alike: loops that run longer than the traced one
+            too.
         counted: by call of the host, operation and index in it, for compiled code.
         among: by operation, how many calls of it one run of the host makes.
         calls: by site, in which runs of the host it is edited.
@@ -119,9 +123,15 @@ class Plan:
             {key: copy.deepcopy(rules, memo) for key, rules in table.items()} for table in tables
         )
         return Plan(
-            group, rules, everywhere, counted, dict(self.among), {site: set(calls) for site, calls in self.calls.items()},
-            self.runs, copy.deepcopy(self.reads, memo),
-        )  # fmt: skip
+            group,
+            rules,
+            everywhere,
+            counted,
+            dict(self.among),
+            {site: set(calls) for site, calls in self.calls.items()},
+            self.runs,
+            copy.deepcopy(self.reads, memo),
+        )
 
     @property
     def every_call_alike(self) -> bool:
@@ -166,7 +176,8 @@ class Plan:
         )  # fmt: skip
 
 
-# --- questions about a model ------------------------------------------------------------------------------------------
+# --- questions about a model
+# ------------------------------------------------------------------------------------------
 
 
 def plan_of(module: Any) -> Plan | None:
@@ -200,13 +211,17 @@ def refuse_shared(model: nn.Module, operation: str, layer: str | None = None) ->
     """
     if any(map(shares_parameters, model.modules())):
         raise SkipscopeError(
-            operation, "this twin shares its parameters with the original: training one would train the other",
-            layer=layer, expected="a twin with parameters of its own", got="ablate(..., share=True)",
+            operation,
+            "this twin shares its parameters with the original: training one would train the other",
+            layer=layer,
+            expected="a twin with parameters of its own",
+            got="ablate(..., share=True)",
             cure="make it with share=False",
-        )  # fmt: skip
+        )
 
 
-# --- an edited call ---------------------------------------------------------------------------------------------------
+# --- an edited call
+# ---------------------------------------------------------------------------------------------------
 
 
 def edited(
@@ -241,7 +256,8 @@ def edited(
             operand = rule.place.operand  # torch 2.6 cannot compile values[operand] = ...
             values = [_rewritten(rule.factor, v) if i == operand else v for i, v in enumerate(values)]
     if join is not None:
-        # In eager code the connection's own merges may be edited in turn; compiled code counts the model's alone.
+        # In eager code the connection's own merges may be edited in turn; compiled code counts the model's
+        # alone.
         with nullcontext() if torch.compiler.is_compiling() else this:
             return join.sum(operation, args, kwargs, values, this.passing)
     overwrites = operation.in_place and values[0] is not target

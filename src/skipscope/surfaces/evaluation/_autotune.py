@@ -1,9 +1,10 @@
-"""Which strategy evaluates points fastest here: each candidate is timed on points of the grid against the fastest so far.
+"""Which strategy evaluates points fastest here: each candidate is timed on points of the grid against the
+fastest so far.
 
-A strategy is taken only if it gives the plain loop's numbers (to rounding) and is clearly faster, so that timing noise
-does not change the choice. Points that the chosen strategy was timed on are points of the surface, and are not computed
-again. What was measured is remembered for the process: a second call on the same kind of model goes on from there, and
-one of the same size gives the same bits.
+A strategy is taken only if it gives the plain loop's numbers (to rounding) and is clearly faster, so that
+timing noise does not change the choice. Points that the chosen strategy was timed on are points of the
+surface, and are not computed again. What was measured is remembered for the process: a second call on the
+same kind of model goes on from there, and one of the same size gives the same bits.
 """
 
 from __future__ import annotations
@@ -82,12 +83,12 @@ def choose(
         points: points of the grid to try on, at least one; the first is compared with the plain loop.
         left: how many points there are to do.
         wanted: "auto"; "plain"; or a strategy's name, from an earlier choice.
-        asked: the user wants this strategy; else it is another twin's, and the plain loop is used where there is none of
-            that name.
+        asked: the user wants this strategy; else it is another twin's, and the plain loop is used where there
+            is none of that name.
 
     Raises:
-        SkipscopeError: the wanted strategy is unknown. One that fails on this model, or gives other numbers than the plain
-            loop, is not taken.
+        SkipscopeError: the wanted strategy is unknown. One that fails on this model, or gives other numbers
+            than the plain loop, is not taken.
     """
     evaluator.use(evaluator.plain)  # an earlier choice may stand: another process's store has another
     plain = Choice("plain", "the reference; asked for", 0.0, evaluator.origin_seconds)
@@ -149,8 +150,9 @@ def _take(evaluator: Evaluator, point: Point, spec: StrategySpec, plain: Choice)
 class _Autotune:
     """Candidates against the fastest so far, in turn, as long as the time for trying lasts.
 
-    A candidate's price is what making it takes and one evaluation; it is tried if half of the gain that such a strategy
-    can be expected to bring on the points that are left pays for that. One that is too dear is passed over alone.
+    A candidate's price is what making it takes and one evaluation; it is tried if half of the gain that such
+    a strategy can be expected to bring on the points that are left pays for that. One that is too dear is
+    passed over alone.
 
     Args:
         evaluator: is left with the fastest.
@@ -262,7 +264,10 @@ class _Autotune:
         return won
 
     def _again(self, strategy: Strategy, points: Sequence[Point], seconds: float) -> tuple[float, float]:
-        """Seconds a point of a candidate and of the incumbent, run in turn: a busy machine is busy for both."""
+        """Seconds a point of a candidate and of the incumbent, run in turn:
+
+        a busy machine is busy for both.
+        """
         incumbent, few = self.evaluator.strategy, self.points[:1]
         if isinstance(incumbent, WorkerPool):
             few = self.points[: incumbent.cores]

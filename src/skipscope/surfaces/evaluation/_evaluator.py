@@ -1,7 +1,7 @@
 """From points of a plane to losses: the plain loop over points, and one twin's evaluator around it.
 
-The plain loop (move our copy of the model, run every batch as it came) is the reference; faster ways are tried
-against it on the first points (see :mod:`skipscope.surfaces.evaluation._autotune`).
+The plain loop (move our copy of the model, run every batch as it came) is the reference; faster ways are
+tried against it on the first points (see :mod:`skipscope.surfaces.evaluation._autotune`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Strategy(Protocol):
         ...
 
 
-# --- batch norm ----------------------------------------------------------------------------------------------------
+# --- batch norm
+# ----------------------------------------------------------------------------------------------------
 
 
 def prepare_batch_norm(copy: nn.Module, mode: str) -> str:
@@ -72,7 +73,8 @@ def prepare_batch_norm(copy: nn.Module, mode: str) -> str:
     return BATCH_NORM[mode] if layers else "none"
 
 
-# --- the plain loop, and loops like it -----------------------------------------------------------------------------
+# --- the plain loop, and loops like it
+# -----------------------------------------------------------------------------
 
 
 class Loop:
@@ -129,11 +131,12 @@ class Loop:
     def read_origin(self, origin: Point) -> Reading:
         """The reading at the origin; it also shows what has to be reset before each point.
 
-        Random numbers that are drawn are the same ones at every point. What the model keeps of a computation with its
-        weights is emptied before each point.
+        Random numbers that are drawn are the same ones at every point. What the model keeps of a computation
+        with its weights is emptied before each point.
 
         Raises:
-            SkipscopeError: the model came with such a cache already full, or draws from a generator that it holds.
+            SkipscopeError: the model came with such a cache already full, or draws from a generator that it
+                holds.
         """
         before, copy = generator_states(), self.moving.model
         held = tensors_kept(copy)
@@ -228,7 +231,8 @@ class Evaluator:
         """Evaluate this way from now on."""
         if strategy is not self.strategy:
             self.strategy.close()
-            # Every point of a surface has the bits of one strategy; the origin always those of the plain loop.
+            # Every point of a surface has the bits of one strategy; the origin always those of the plain
+            # loop.
             self._kept = {point: r for point, r in self._kept.items() if point == self.origin_point}
             self.strategy = strategy
 
@@ -238,7 +242,9 @@ class Evaluator:
 
 
 def _with_each(reading: Reading, penalties: np.ndarray, sums: bool) -> Reading:
-    """Every sample carries its share of the regulariser, so that a surface without some of them has it whole too."""
+    """Every sample carries its share of the regulariser, so that a surface without some of them has it
+    whole too.
+    """
     n, d = reading.numerators, reading.denominators
     if n is not None and d is not None:
         n = n + penalties[:, None] * (np.full(n.shape[1], 1 / n.shape[1]) if sums else d)

@@ -1,5 +1,5 @@
-"""What a run will hold in memory, said before it starts: directions are drawn again where they do not fit, and what does
-not fit at all is refused with what would.
+"""What a run will hold in memory, said before it starts: directions are drawn again where they do not fit,
+and what does not fit at all is refused with what would.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ def fits(needed: float) -> bool:
 
 
 def directions_fit(models: Iterable[nn.Module], moved: Iterable[Tensor], axes: int) -> bool:
-    """Whether every twin's copy and its directions fit; False: the copy alone does, with directions drawn again.
+    """Whether every twin's copy and its directions fit; False: the copy alone does, with directions drawn
+    again.
 
-    Held for each twin: a copy, and for what moves its origin, its present place, a row's start and the directions (twice
-    while they are made); the tried strategy has the same again.
+    Held for each twin: a copy, and for what moves its origin, its present place, a row's start and the
+    directions (twice while they are made); the tried strategy has the same again.
 
     Raises:
         SkipscopeError: not even the copies fit.
@@ -37,10 +38,12 @@ def directions_fit(models: Iterable[nn.Module], moved: Iterable[Tensor], axes: i
     free = SHARE * free_bytes(device)
     if copies + 2 * max((_bytes(m.parameters()) for m in models), default=0) > free:
         raise SkipscopeError(
-            "landscape", "the model does not fit into memory a second time, and its own weights are never moved",
-            expected=f"{copies / 2**30:.2f} GiB for the copies", got=f"{free / 2**30:.2f} GiB on {device}",
+            "landscape",
+            "the model does not fit into memory a second time, and its own weights are never moved",
+            expected=f"{copies / 2**30:.2f} GiB for the copies",
+            got=f"{free / 2**30:.2f} GiB on {device}",
             cure="a device with more memory, fewer twins at once, or a lower precision: model.bfloat16()",
-        )  # fmt: skip
+        )
     return 2 * (copies + (3 + axes) * steps) + 2 * axes * steps <= free
 
 
@@ -60,8 +63,10 @@ def check_grid(points: int, numbers: int, usual: int = 0) -> None:
     if points * each * numbers > free:
         numbers = max(numbers, usual)
         raise SkipscopeError(
-            "landscape", "the grid's numbers do not fit into memory",
+            "landscape",
+            "the grid's numbers do not fit into memory",
             expected=f"at most {int((free / each / numbers) ** 0.5):,} points an axis of a plane, "
             f"{int(free / each / numbers):,} on a line",
-            got=f"{points:,} points of {numbers} numbers, {points * each * numbers / 2**30:.1f} GiB", cure="a smaller grid",
-        )  # fmt: skip
+            got=f"{points:,} points of {numbers} numbers, {points * each * numbers / 2**30:.1f} GiB",
+            cure="a smaller grid",
+        )

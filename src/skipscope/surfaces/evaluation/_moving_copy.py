@@ -1,7 +1,8 @@
-"""A copy of a model that moves through weight space: w + a d1 + b d2, written in place, never on the user's model.
+"""A copy of a model that moves through weight space: w + a d1 + b d2, written in place, never on the user's
+model.
 
-The parameters that move are views into one flat buffer a dtype, so that going to a point costs one operation along
-an axis, however many layers there are.
+The parameters that move are views into one flat buffer a dtype, so that going to a point costs one operation
+along an axis, however many layers there are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _ALIGN = 64  # elements; matrix kernels want aligned weights, and a view in the 
 
 @dataclass
 class _Flat:
-    """The moving parameters of one dtype: the origin, the directions, and what the copy's parameters look into."""
+    """The moving parameters of one dtype:
+
+    the origin, the directions, and what the copy's parameters look into.
+    """
 
     names: list[str]
     origin: Tensor
@@ -99,7 +103,8 @@ class MovingCopy:
             if self._lean:
                 self._redraw(point)
             for flat in self._flats:
-                # The sum is built axis by axis in a fixed order, so that a point has the same bits on every way to it.
+                # The sum is built axis by axis in a fixed order, so that a point has the same bits on every
+                # way to it.
                 if self._at is None or self._at[:-1] != point[:-1]:
                     flat.row.copy_(flat.origin)
                     for c, axis in zip(point[:-1], flat.axes):

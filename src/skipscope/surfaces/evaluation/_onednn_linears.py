@@ -1,9 +1,10 @@
-"""Linear layers of our own copy through oneDNN's kernel, in the same precision, each with the activation after it.
+"""Linear layers of our own copy through oneDNN's kernel, in the same precision, each with the activation
+after it.
 
-The BLAS that torch comes with runs at half speed on some processors; oneDNN's kernel does not, and computes an
-activation function on the way. Which activation follows which layer is seen in one forward pass. That nothing else
-reads the layer's output cannot be seen, but it is tried: a way of evaluating is taken only if it gives the plain loop's
-numbers (:mod:`skipscope.surfaces.evaluation._autotune`).
+The BLAS that torch comes with runs at half speed on some processors; oneDNN's kernel does not, and computes
+an activation function on the way. Which activation follows which layer is seen in one forward pass. That
+nothing else reads the layer's output cannot be seen, but it is tried: a way of evaluating is taken only if it
+gives the plain loop's numbers (:mod:`skipscope.surfaces.evaluation._autotune`).
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def _as_it_is(input: Tensor) -> Tensor:
 def _followers(
     copy: nn.Module, layers: list[nn.Linear], run: Callable[[], Any]
 ) -> dict[nn.Linear, nn.Module]:
-    """For each layer the activation that is given its output, at each of its calls and nothing else's output."""
+    """For each layer the activation that is given its output, at each of its calls and nothing else's
+    output.
+    """
     made: dict[int, tuple[Tensor, nn.Linear]] = {}  # the outputs are kept, so that their ids stay their own
     calls: Counter[nn.Linear] = Counter()
     uses: Counter[tuple[nn.Module, nn.Linear | None]] = Counter()

@@ -1,4 +1,7 @@
-"""The model's own loss, and whether the network has learnt: its loss compared with the loss on permuted targets."""
+"""The model's own loss, and whether the network has learnt:
+
+its loss compared with the loss on permuted targets.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ _MARGIN = 0.05
 def own_loss(model: nn.Module, data: Batches, loss: Objective) -> tuple[float, bool | None]:
     """The loss of ``model`` as it is, and whether the loss is clearly lower than with permuted targets.
 
-    A network that knows nothing loses nothing when targets change places. "Clearly" means by 5 % and, where per-sample
-    losses are known, by four standard errors. Both are read from one forward pass a batch where the loss is a function
-    of the output.
+    A network that knows nothing loses nothing when targets change places. "Clearly" means by 5 % and, where
+    per-sample losses are known, by four standard errors. Both are read from one forward pass a batch where
+    the loss is a function of the output.
 
     Returns:
         The loss, and True or False; None where targets cannot be permuted (an ``@objective``, one sample).

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skipscope._calls import differentiates
 from skipscope._data import (
     Batch,
     Batches,
@@ -24,6 +23,7 @@ from skipscope._data import (
     tensors_in,
 )  # fmt: skip
 from skipscope._errors import SkipscopeError
+from skipscope._model_calls import differentiates
 
 FOLDS = 10  # groups of samples left out in turn, for the scores' standard errors
 Metric = Callable[[Any, Any], Any]
@@ -32,7 +32,8 @@ Metric = Callable[[Any, Any], Any]
 def resident(model: nn.Module, data: Any, loss: Any, samples: int | None, seed: int) -> Batches:
     """Read the data once, keep it on the model's device, and draw the subset that every point will see.
 
-    Reading once is also what makes points comparable: a loader that shuffles or augments gives other data each time.
+    Reading once is also what makes points comparable: a loader that shuffles or augments gives other data
+    each time.
     """
     source = as_batches(data, "landscape", any_shape=isinstance(loss, Objective))
     place = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
@@ -45,9 +46,11 @@ def resident(model: nn.Module, data: Any, loss: Any, samples: int | None, seed: 
 def _subset(held: list[Batch], samples: int, seed: int) -> list[Batch]:
     if any(sample_count(batch) is None for batch in held):
         raise SkipscopeError(
-            "landscape", "samples= cannot choose among samples that are not seen in a batch",
-            expected="tensors in inputs and target whose first dimension is the samples", cure="pass fewer data instead",
-        )  # fmt: skip
+            "landscape",
+            "samples= cannot choose among samples that are not seen in a batch",
+            expected="tensors in inputs and target whose first dimension is the samples",
+            cure="pass fewer data instead",
+        )
     sizes = [batch_size(batch) for batch in held]
     if samples >= sum(sizes):
         return held
@@ -114,16 +117,19 @@ class PointLoss:
         data: as :func:`resident` gave them.
         loss: the objective.
         metrics: name -> ``f(output, target)``; averaged over batches by samples.
-        once: where the samples' shares are the loss's own terms, add these up instead of computing the loss as well:
-            its value to rounding, in less time.
+        once: where the samples' shares are the loss's own terms, add these up instead of computing the loss
+            as well: its value to rounding, in less time.
     """
 
     def __init__(self, data: Batches, loss: Objective, metrics: dict[str, Metric], *, once: bool = False):
         if metrics and loss.from_output is None:
             raise SkipscopeError(
-                "landscape", "metrics are read from the model's output, and an @objective has none to hand over",
-                expected="loss(output, target)", got=loss.name, cure="leave metrics= out, or pass a loss of the output",
-            )  # fmt: skip
+                "landscape",
+                "metrics are read from the model's output, and an @objective has none to hand over",
+                expected="loss(output, target)",
+                got=loss.name,
+                cure="leave metrics= out, or pass a loss of the output",
+            )
         self.data, self.loss, self.metrics = data, loss, metrics
         self.once = once and loss.is_its_samples
         self.samples = loss.samples if loss.from_output is not None else None
@@ -182,9 +188,11 @@ def _number(name: str, value: Any) -> Tensor:
         return torch.as_tensor(value).double().reshape(())
     except (TypeError, ValueError, RuntimeError) as error:
         raise SkipscopeError(
-            "landscape", f"the metric {name!r} gave no number", expected="f(output, target) -> one number a batch",
+            "landscape",
+            f"the metric {name!r} gave no number",
+            expected="f(output, target) -> one number a batch",
             got=f"{type(value).__name__}: {value!r:.80}",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def gather(points: list[dict[str, Any]]) -> Reading:
@@ -227,14 +235,15 @@ def parts(reading: Reading) -> list[Reading]:
     ]
 
 
-# --- standard errors -----------------------------------------------------------------------------------------------
+# --- standard errors
+# -----------------------------------------------------------------------------------------------
 
 
 def influence(reading: Reading, sums: bool) -> np.ndarray | None:
     """Each sample's influence on each value, [points, samples]: value's error is their root sum of squares.
 
-    For a mean sum(n)/sum(d) it is (n_i - value d_i) / sum(d), the delta method; for a sum it is n_i less their mean.
-    Influences at two points, or of two twins, subtract: that is what makes a paired error small.
+    For a mean sum(n)/sum(d) it is (n_i - value d_i) / sum(d), the delta method; for a sum it is n_i less
+    their mean. Influences at two points, or of two twins, subtract: that is what makes a paired error small.
     """
     n, d = reading.numerators, reading.denominators
     if n is None or d is None or n.shape[1] < 2:

@@ -1,7 +1,9 @@
-"""Copies of this process, made by fork, that compute side by side with one thread each: what a DataLoader's workers are.
+"""Copies of this process, made by fork, that compute side by side with one thread each: what a DataLoader's
+workers are.
 
-A fork has models, data and losses as they are, however they came about; only what is asked and what is answered goes
-through a pipe. It needs Linux and tensors in its own memory. A copy dies with the process that made it.
+A fork has models, data and losses as they are, however they came about; only what is asked and what is
+answered goes through a pipe. It needs Linux and tensors in its own memory. A copy dies with the process that
+made it.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Forked(Generic[Question, Answer]):
                     target=_serve, args=(compute, theirs, [ours, *self._copies]), daemon=True
                 )
                 with theirs, warnings.catch_warnings():
-                    # Python 3.12 warns of forks beside threads; a copy that hangs for this is given up (`patience`).
+                    # Python 3.12 warns of forks beside threads; a copy that hangs for this is given up
+                    # (`patience`).
                     warnings.simplefilter("ignore", DeprecationWarning)
                     process.start()
                 self._copies[ours] = process
@@ -72,7 +75,8 @@ class Forked(Generic[Question, Answer]):
         return [found[i] for i in range(len(questions))]
 
     def surely(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """As :meth:`answers`; what the copies cannot answer is answered here, with one thread too: the same bits.
+        """As :meth:`answers`; what the copies cannot answer is answered here, with one thread too: the same
+        bits.
 
         Raises:
             Exception: what ``compute`` raises.
@@ -89,7 +93,8 @@ class Forked(Generic[Question, Answer]):
                 yield i, answer
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """Number of a question and its answer, as they come. A copy that dies leaves its questions to the others.
+        """Number of a question and its answer, as they come. A copy that dies leaves its questions to the
+        others.
 
         Raises:
             Lost: there are no more answers; the copies are gone.
@@ -107,7 +112,8 @@ class Forked(Generic[Question, Answer]):
                 busy = [pipe for pipe, own in asked.items() if own]
                 if not busy:  # the last questions were those of a copy that has just died
                     continue
-                # Twice: a process that was stopped for a while (Ctrl-Z) comes back to a first wait that is over.
+                # Twice: a process that was stopped for a while (Ctrl-Z) comes back to a first wait that is
+                # over.
                 ready = wait(busy, self.patience) or wait(busy, self.patience)
                 if not ready:
                     raise Lost("the copies are silent")

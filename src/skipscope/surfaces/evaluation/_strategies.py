@@ -1,10 +1,11 @@
 """Strategies for evaluating points, each giving the plain loop's numbers to rounding.
 
-None is the fastest everywhere: convolutions on a CPU want channels-last and small batches, linear layers may want
-oneDNN's kernel instead of the BLAS that torch came with (twice as fast on some processors), small networks a point a
-core (on several threads they wait for threads), a GPU wants its kernels replayed as one graph; compiling costs its own
-half minute. What won by less than 1.2 on every network of the benchmark is not here (other batch sizes, several points
-under one vmap, compiling on a CPU). :mod:`skipscope.surfaces.evaluation._autotune` times them.
+None is the fastest everywhere: convolutions on a CPU want channels-last and small batches, linear layers may
+want oneDNN's kernel instead of the BLAS that torch came with (twice as fast on some processors), small
+networks a point a core (on several threads they wait for threads), a GPU wants its kernels replayed as one
+graph; compiling costs its own half minute. What won by less than 1.2 on every network of the benchmark is not
+here (other batch sizes, several points under one vmap, compiling on a CPU).
+:mod:`skipscope.surfaces.evaluation._autotune` times them.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ class StrategySpec:
     Attributes:
         name: in results, in stores, and for ``strategy=``.
         make: makes it.
-        gain: how many times as fast as the plain loop one of its kind has been on the networks of the benchmark.
+        gain: how many times as fast as the plain loop one of its kind has been on the networks of the
+            benchmark.
         seconds: what making it may cost.
         evaluations: what trying it may cost beside that, in evaluations of a point.
         forks: copies of the process can use it, each with one thread.
-        reads_weights: at every point it reads all weights from where the loop has moved them, so that agreement with the
-            plain loop at the origin, where this has been read already, is enough.
+        reads_weights: at every point it reads all weights from where the loop has moved them, so that
+            agreement with the plain loop at the origin, where this has been read already, is enough.
     """
 
     name: str
@@ -58,7 +60,8 @@ class StrategySpec:
     reads_weights: bool = False
 
 
-# --- the ways ------------------------------------------------------------------------------------------------------
+# --- the ways
+# ------------------------------------------------------------------------------------------------------
 
 
 def split_loop(
@@ -69,14 +72,21 @@ def split_loop(
     compiled: bool = False,
     recorded: bool = False,
 ) -> Loop:
-    """The plain loop on smaller batches (``size``), with channels-last layout, or with a compiled or recorded model."""
+    """The plain loop on smaller batches (``size``), with channels-last layout, or with a compiled or
+    recorded model.
+    """
     old = evaluator.plain.at_point
     data = _resplit(old.data, size, channels_last)
     at_point = PointLoss(data, old.loss, old.metrics, once=True)
     loop = Loop(
-        evaluator.model, evaluator.directions, at_point, evaluator.mode, name=name, channels_last=channels_last,
+        evaluator.model,
+        evaluator.directions,
+        at_point,
+        evaluator.mode,
+        name=name,
+        channels_last=channels_last,
         strength_tensor=evaluator.strength_tensor,
-    )  # fmt: skip
+    )
     if compiled:
         faster = torch.compile(loop.moving.model, dynamic=False)
         loop.run = lambda model, batch: _call(faster, batch)
@@ -85,7 +95,8 @@ def split_loop(
         through_one_dnn(loop.moving.model, once)
     if recorded:
         loop.run = Recorded(loop.moving.model, loop.run)
-        # Recorded at the origin: a number that was read from a weight then shows where the weights have moved.
+        # Recorded at the origin: a number that was read from a weight then shows where the weights have
+        # moved.
         at_point.read(loop.moving.model, loop.run)
     return loop
 
@@ -114,7 +125,8 @@ def _resplit(data: Batches, size: int | None, channels_last: bool) -> Batches:
 
 
 class Replayed(Loop):
-    """The loop as one CUDA graph: kernels are recorded once on the copy's fixed addresses, and replayed at each point.
+    """The loop as one CUDA graph: kernels are recorded once on the copy's fixed addresses, and replayed at
+    each point.
 
     Args:
         loop: the loop to record.
@@ -153,8 +165,8 @@ class Replayed(Loop):
 class WorkerPool:
     """A point a core: copies of this process go through the loop, each with one thread.
 
-    One thread's numbers are the same in a copy and here, so that how many copies there are changes no bit; where there
-    can be none, this process does it all.
+    One thread's numbers are the same in a copy and here, so that how many copies there are changes no bit;
+    where there can be none, this process does it all.
 
     Args:
         name: for the result.
@@ -200,7 +212,8 @@ class WorkerPool:
             self._copies = None
 
 
-# --- all of them ---------------------------------------------------------------------------------------------------
+# --- all of them
+# ---------------------------------------------------------------------------------------------------
 
 
 def candidate_strategies(evaluator: Evaluator) -> Iterator[StrategySpec]:

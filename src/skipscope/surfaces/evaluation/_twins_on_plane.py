@@ -37,7 +37,8 @@ class TwinOnPlane:
         directions: one an axis.
         evaluator: goes to points.
         shared: its weights are the first twin's.
-        fresh: a copy of the model with batch-norm statistics of its own, where those it came with were another's.
+        fresh: a copy of the model with batch-norm statistics of its own, where those it came with were
+            another's.
     """
 
     name: str
@@ -107,10 +108,12 @@ def refuse_own_directions(name: str, settings: Settings) -> None:
     """
     if settings.own_directions is not None:
         raise SkipscopeError(
-            "paired_landscapes", f"{name} has other weights than the first twin: directions made for one lead elsewhere for the other",
+            "paired_landscapes",
+            f"{name} has other weights than the first twin: directions made for one lead elsewhere for the"
+            " other",
             expected="twins that share the first one's weights, or no directions=",
             cure="ss.landscape(twin, ..., directions=...) for each",
-        )  # fmt: skip
+        )
 
 
 def stale_statistics(
@@ -212,7 +215,8 @@ class Work:
     def fingerprint(self) -> dict[str, float]:
         """Every twin's loss and metrics at the origin and at two opposite corners of the plane.
 
-        Other functions of the same names (a loss that is cut off where it is high) give others at the one or the other.
+        Other functions of the same names (a loss that is cut off where it is high) give others at the one or
+        the other.
         """
         found = {}
         for twin in self.twins:

@@ -1,12 +1,14 @@
 """Coarse first, finer where it is needed: a grid whose smooth parts are interpolated, and checked.
 
-Levels are nested: each halves the gaps of the one before it. A cell of a level is tested by computing its centre and
-holding it against a spline through the level's points, which has not seen it. Where it fails, the cell and its
-neighbours are computed at the next level; where it holds, the spline's values stand, marked as not computed. At the
-end points drawn at random are computed and held against what was interpolated; where one fails, the area around it is
-computed, and a draw of twice as many is made. A chaotic surface fails everywhere and ends as the full grid.
+Levels are nested: each halves the gaps of the one before it. A cell of a level is tested by computing its
+centre and holding it against a spline through the level's points, which has not seen it. Where it fails, the
+cell and its neighbours are computed at the next level; where it holds, the spline's values stand, marked as
+not computed. At the end points drawn at random are computed and held against what was interpolated; where one
+fails, the area around it is computed, and a draw of twice as many is made. A chaotic surface fails everywhere
+and ends as the full grid.
 
-The largest error of n points drawn at random bounds not all errors but most: how many at the most, :func:`beyond` says.
+The largest error of n points drawn at random bounds not all errors but most: how many at the most,
+:func:`beyond` says.
 """
 
 from __future__ import annotations
@@ -30,15 +32,18 @@ class Adaptive:
         axes: the grid's two axes.
         compute: computes flat indices into the sheet.
         fields: names of the values that must be right (each with the name of its standard error, or None).
-        tolerance: largest error as a share of each value's range over the surface; a standard error that is larger
-            is tolerance enough.
-        after_level: called when a level's points are computed and its spline was held against points that it had not
-            seen: the sheet is a whole surface then, and ``errors``, ``level`` and ``held_out`` are that level's.
+        tolerance: largest error as a share of each value's range over the surface; a standard error that is
+            larger is tolerance enough.
+        after_level: called when a level's points are computed and its spline was held against points that it
+            had not seen: the sheet is a whole surface then, and ``errors``, ``level`` and ``held_out`` are
+            that level's.
 
     Attributes:
         level: rows and columns of the last level, whose points the splines pass through.
-        held_out: how many points were drawn at random in the end, and held; after a level, how many it was held against.
-        beyond: share of the interpolated points that may be further off than ``errors``, with 95 % confidence.
+        held_out: how many points were drawn at random in the end, and held; after a level, how many it was
+            held against.
+        beyond: share of the interpolated points that may be further off than ``errors``, with 95 %
+            confidence.
     """
 
     def __init__(
@@ -86,7 +91,10 @@ class Adaptive:
         new: tuple[np.ndarray, np.ndarray],
         active: set[tuple[int, int]],
     ) -> set[tuple[int, int]]:
-        """Test the active cells of ``old``, compute the failing ones' points of ``new``; the next level's cells."""
+        """Test the active cells of ``old``, compute the failing ones' points of ``new``;
+
+        the next level's cells.
+        """
         cells = sorted(active)
         centres = np.array([[_middle(old[axis], cell[axis]) for axis in (0, 1)] for cell in cells])
         centre_points = self._flat(centres[:, 0], centres[:, 1])
@@ -169,8 +177,9 @@ class Adaptive:
             for k, name in enumerate(self.sheet.names):
                 values = self._spline(name, level, points)
                 computed = self.sheet.data[k, self.sheet.done]
-                # A loss (an error, a share) that is nowhere below zero does not go there between two points: a dip below
-                # all that was computed is the spline's. A metric (an accuracy) has a ceiling as well.
+                # A loss (an error, a share) that is nowhere below zero does not go there between two points:
+                # a dip below all that was computed is the spline's. A metric (an accuracy) has a ceiling as
+                # well.
                 lowest = np.nanmin(computed, initial=np.inf)
                 values = np.fmax(values, lowest) if lowest >= 0 else values
                 metric = "/metric/" in name and np.isfinite(computed).any()
@@ -197,7 +206,8 @@ class Adaptive:
 
         rows, columns = level
         values = _finite_filled(self.sheet[name][np.ix_(rows, columns)])
-        # Losses that span decades are often smoother in their logarithm, and stay positive when interpolated there.
+        # Losses that span decades are often smoother in their logarithm, and stay positive when interpolated
+        # there.
         if log is None:  # whatever belongs to a value (its folds, its error) is interpolated as it is
             log = any(
                 chosen and name.startswith(v.removesuffix("value"))
@@ -246,11 +256,12 @@ class Adaptive:
 
 
 def beyond(drawn: int, left: int, draws: int = 1) -> float:
-    """Share of the points not drawn that may be further off than the largest error of those drawn, with 95 % confidence.
+    """Share of the points not drawn that may be further off than the largest error of those drawn, with 95 %
+    confidence.
 
     Were K of all ``left`` points further off, a draw without replacement would miss them all with probability
-    C(left - K, drawn) / C(left, drawn); the largest K for which that is 5 % or more. Several draws, of which the one that
-    held is kept, share the 5 %.
+    C(left - K, drawn) / C(left, drawn); the largest K for which that is 5 % or more. Several draws, of which
+    the one that held is kept, share the 5 %.
 
     Example:
         >>> round(beyond(24, 2500), 3), round(beyond(59, 2500), 3), beyond(24, 24)
@@ -287,7 +298,10 @@ def _cells_between(axis: np.ndarray, low: int, high: int) -> range:
 
 
 def _finite_filled(values: np.ndarray) -> np.ndarray:
-    """Values for a fit: what is not finite takes its nearest finite neighbour's (such cells fail their test anyway)."""
+    """Values for a fit:
+
+    what is not finite takes its nearest finite neighbour's (such cells fail their test anyway).
+    """
     finite = np.isfinite(values)
     if finite.all():
         return values

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from skipscope._asked import is_whole
 from skipscope._errors import SkipscopeError
+from skipscope._validation import is_integer
 from skipscope.surfaces.evaluation._memory_limits import check_grid
 
 Cell = tuple[int, ...]  # a point's place on the grid: (a, b), or (a,) on a line
@@ -31,10 +31,13 @@ def axes(
     """
     count = directions or (len(grid) if isinstance(grid, Sequence) else 2)
     sizes = tuple(grid) if isinstance(grid, Sequence) else (grid,) * count
-    if len(sizes) != count or count not in {1, 2} or not all(map(is_whole, sizes)):
+    if len(sizes) != count or count not in {1, 2} or not all(map(is_integer, sizes)):
         raise SkipscopeError(
-            "landscape", "this is no grid", expected=f"points an axis, for {count} axes: 51 or (51, 31); (51,) is a line", got=repr(grid),
-        )  # fmt: skip
+            "landscape",
+            "this is no grid",
+            expected=f"points an axis, for {count} axes: 51 or (51, 31); (51,) is a line",
+            got=repr(grid),
+        )
     check_grid(math.prod(map(int, sizes)), 1, usual=32)  # before the axes are made
     ranges = _ranges(span, [int(n) for n in sizes])
     if strength and not isinstance(span, Sequence | np.ndarray):
@@ -62,9 +65,11 @@ def _ranges(span: object, sizes: Sequence[int]) -> list[tuple[float, float]]:
         np.isfinite(r).all() and (r[0] < r[1] or (n == 1 and r[0] == r[1])) for r, n in zip(ranges, sizes)
     ):
         raise SkipscopeError(
-            "landscape", "this is no span", expected="1.0; or (1.0, 0.5); or ((-1.0, 1.0), (0.0, 2.0)), low before high",
+            "landscape",
+            "this is no span",
+            expected="1.0; or (1.0, 0.5); or ((-1.0, 1.0), (0.0, 2.0)), low before high",
             got=repr(span),
-        )  # fmt: skip
+        )
     return ranges
 
 

@@ -1,8 +1,8 @@
 """Who computes which unit: this process, the ranks of a torchrun, or a Ray cluster. No collectives anywhere.
 
-Under torchrun each rank takes every WORLD_SIZE-th unit and writes it to the store, then waits for the others'. When
-nothing has come for a while a rank is taken for lost, and those that are left compute its units: both may write one,
-which does no harm, for a unit has the same bits whoever computes it.
+Under torchrun each rank takes every WORLD_SIZE-th unit and writes it to the store, then waits for the
+others'. When nothing has come for a while a rank is taken for lost, and those that are left compute its
+units: both may write one, which does no harm, for a unit has the same bits whoever computes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _PATIENCE_S = 10.0  # without a new unit before a rank is taken for lost; at lea
 
 
 def engine_for(engine: str, stored: bool) -> str:
-    """The engine to use; "auto" is torchrun's ranks when there are some and a store to meet in, else this process.
+    """The engine to use; "auto" is torchrun's ranks when there are some and a store to meet in, else this
+    process.
 
     Raises:
         SkipscopeError: an unknown engine, or ranks without a store.
@@ -54,7 +55,8 @@ class Runner:
         what: for the progress display.
         at_once: points computed together where no store says how many.
         remote: computes units elsewhere and yields (unit, numbers) as they come.
-        in_flight: points that a killed process may lose: a store's units are computed together up to that many.
+        in_flight: points that a killed process may lose: a store's units are computed together up to that
+            many.
     """
 
     def __init__(
@@ -72,8 +74,8 @@ class Runner:
         self.at_once, self.remote, self.in_flight = at_once, remote, in_flight
         self.rank = int(os.environ.get("RANK", "0")) if engine == "torchrun" else 0
         self.world = int(os.environ.get("WORLD_SIZE", "1")) if engine == "torchrun" else 1
-        # What an earlier run left is taken point by point, when it is asked for: a resumed adaptive run then decides as
-        # the first one did.
+        # What an earlier run left is taken point by point, when it is asked for: a resumed adaptive run then
+        # decides as the first one did.
         self.kept = Sheet(sheet.names, sheet.shape)
 
     def compute(self, points: np.ndarray) -> None:
@@ -87,8 +89,8 @@ class Runner:
         self.sheet.put(points, self.kept.data[:, points])
 
     def _compute(self, units: list[np.ndarray]) -> None:
-        # Shared out before what is done is left out: ranks that begin at different times see different units done, and
-        # must still agree on whose each one is.
+        # Shared out before what is done is left out: ranks that begin at different times see different units
+        # done, and must still agree on whose each one is.
         mine = self._missing(units[self.rank :: self.world])
         longest, last = 0.0, time.perf_counter()
         for unit, numbers in track((self.remote or self._here)(mine), self.what, len(mine)):

@@ -1,7 +1,7 @@
 """The same units of work on a Ray cluster: a task a unit, with Ray's own retries when a worker dies.
 
-The models, the samples and the settings are put into Ray's object store once. A worker process builds its evaluators
-on its first unit and keeps them; it uses as many threads as a point has here, for the same bits.
+The models, the samples and the settings are put into Ray's object store once. A worker process builds its
+evaluators on its first unit and keeps them; it uses as many threads as a point has here, for the same bits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Results kept as they come: a zarr 3 array whose every chunk is one unit of work, written whole or not at all.
+"""Results kept as they come: a zarr 3 array whose every chunk is one unit of work, written whole or not at
+all.
 
-Row 0 of the array says which points are done, so that the mask and the numbers of a unit are one file and cannot
-disagree, however the process ends; a checksum says whether the file is as it was written. The folder also holds what the numbers belong to: weights, data, settings. A
-folder made by others is refused, never mixed.
+Row 0 of the array says which points are done, so that the mask and the numbers of a unit are one file and
+cannot disagree, however the process ends; a checksum says whether the file is as it was written. The folder
+also holds what the numbers belong to: weights, data, settings. A folder made by others is refused, never
+mixed.
 """
 
 from __future__ import annotations
@@ -38,9 +40,9 @@ class Plan:
 
     Attributes:
         identity: weights, data, settings: must be the same to resume.
-        probes: numbers by what they are, measured at the origin and away from it: another loss or metric of the same name
-            gives others. At the origin they must agree to a relative 1e-4, elsewhere (``AWAY`` in the name) to 1e-2, for
-            far out a network may carry another machine's rounding further.
+        probes: numbers by what they are, measured at the origin and away from it: another loss or metric of
+            the same name gives others. At the origin they must agree to a relative 1e-4, elsewhere (``AWAY``
+            in the name) to 1e-2, for far out a network may carry another machine's rounding further.
         names: the numbers at each point.
         points: how many points the grid has.
         unit: points a chunk.
@@ -58,7 +60,8 @@ class Plan:
 def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
     """The plan of an existing store; None when the folder does not exist or is empty.
 
-    The plan stands in its own file and among the array's attributes; where one of the two is damaged the other is read.
+    The plan stands in its own file and among the array's attributes; where one of the two is damaged the
+    other is read.
 
     Raises:
         SkipscopeError: the folder holds something else.
@@ -76,9 +79,11 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan | None:
                 found = found[key]
             return Plan(**found)
     raise SkipscopeError(
-        "landscape", f"{folder} is not a landscape's store", expected="a new or empty folder, or an earlier store",
+        "landscape",
+        f"{folder} is not a landscape's store",
+        expected="a new or empty folder, or an earlier store",
         cure="choose another folder",
-    )  # fmt: skip
+    )
 
 
 def check_plan(found: Plan, wanted: Plan, folder: str | os.PathLike[str]) -> None:
@@ -104,7 +109,10 @@ def check_plan(found: Plan, wanted: Plan, folder: str | os.PathLike[str]) -> Non
 
 
 def _differing(found: Plan, wanted: Plan) -> list[str]:
-    """What has another value: a function of the same name that computes something else; a metric alone if it is one."""
+    """What has another value:
+
+    a function of the same name that computes something else; a metric alone if it is one.
+    """
     wrong = [
         name
         for name, value in wanted.probes.items()
@@ -143,7 +151,8 @@ class Store:
         Raises:
             SkipscopeError: the folder cannot be made.
         """
-        # A symlink is followed; a mount point and the working directory cannot be renamed: the parts are, inside.
+        # A symlink is followed; a mount point and the working directory cannot be renamed: the parts are,
+        # inside.
         folder = Path(os.path.realpath(folder))
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +173,10 @@ class Store:
         return cls(folder, found)
 
     def _opened(self) -> Any:
-        """The array; its metadata and the plan's own file are made again from the plan where they are damaged."""
+        """The array;
+
+        its metadata and the plan's own file are made again from the plan where they are damaged.
+        """
         path = self.folder / _NUMBERS
         if not (self.folder / PLAN).exists() or _unreadable_json(self.folder / PLAN):
             write_whole(self.folder / PLAN, json.dumps(self.plan.__dict__, indent=1))
@@ -235,14 +247,17 @@ class Store:
         if bad and not self._told:
             self._told = True
             warnings.warn(
-                f"skipscope: {bad} damaged {'part' if bad == 1 else 'parts'} of the store {self.folder} (a checksum does "
-                "not hold): computed again",
+                f"skipscope: {bad} damaged {'part' if bad == 1 else 'parts'} of the store {self.folder} (a"
+                " checksum does not hold): computed again",
                 stacklevel=2,
             )
         return kept
 
     def finish(self, result: Exported) -> None:
-        """Keep the finished result beside the numbers, for ``skipscope.load``; and as arrays, for ``xarray.open_zarr``."""
+        """Keep the finished result beside the numbers, for ``skipscope.load``;
+
+        and as arrays, for ``xarray.open_zarr``.
+        """
         arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         for layer in result.layers():
             names = ("alpha", "beta") if layer.betas.size else ("alpha",)
@@ -288,9 +303,15 @@ def _make_array(path: Path, plan: Plan) -> None:
 
     rows = 1 + len(plan.names)
     _zarr().create_array(
-        str(path), shape=(rows, plan.points), dtype="float64", chunks=(rows, plan.unit), fill_value=np.nan,
-        compressors=[ZstdCodec(), Crc32cCodec()], attributes={"plan": plan.__dict__}, dimension_names=("number", "point"),
-    )  # fmt: skip
+        str(path),
+        shape=(rows, plan.points),
+        dtype="float64",
+        chunks=(rows, plan.unit),
+        fill_value=np.nan,
+        compressors=[ZstdCodec(), Crc32cCodec()],
+        attributes={"plan": plan.__dict__},
+        dimension_names=("number", "point"),
+    )
 
 
 def _is_temporary(entry: Path) -> bool:
@@ -330,9 +351,11 @@ def read_store(path: Path) -> _result.Result | None:
         inside = sorted(plan.parent for plan in path.glob(f"*/{PLAN}")) if path.is_dir() else []
         if inside:  # several seeds, or twins' maps
             raise SkipscopeError(
-                "load", f"{path} holds several stores", expected="one of " + ", ".join(p.name for p in inside),
+                "load",
+                f"{path} holds several stores",
+                expected="one of " + ", ".join(p.name for p in inside),
                 cure=f"ss.load({str(inside[0])!r})",
-            )  # fmt: skip
+            )
         return None
     if _unreadable_json(path / _RESULT):
         raise SkipscopeError(

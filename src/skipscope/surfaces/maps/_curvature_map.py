@@ -99,29 +99,31 @@ def curvature_map(
 ) -> CurvatureMap | PairedMaps:
     """Both ends of the Hessian's spectrum at every point of a landscape's grid.
 
-    The plane is that of :func:`landscape` with the same seed and settings, so that the two lie on top of each other.
-    Local, or shared between torchrun's ranks as a landscape is.
+    The plane is that of :func:`landscape` with the same seed and settings, so that the two lie on top of each
+    other. Local, or shared between torchrun's ranks as a landscape is.
 
     Args:
-        model: in eval mode; only read. Or twins, name -> model: those that share the first one's weights (removed,
-            detached) are moved along its directions, others along the same draw, normalised to their own filters.
-            Batch-norm statistics that a twin has of the first one and that do not fit it are measured again, and said so.
+        model: in eval mode; only read. Or twins, name -> model: those that share the first one's weights
+            (removed, detached) are moved along its directions, others along the same draw, normalised to
+            their own filters. Batch-norm statistics that a twin has of the first one and that do not fit it
+            are measured again, and said so.
         data: one batch or re-iterable batches; read once and kept.
         loss: ``loss(output, target)``; left out when the output carries ``.loss``; or ``@ss.objective``.
         grid: as in :func:`landscape`; a point costs some ten products with the Hessian.
         span: as in :func:`landscape`.
         seed: as in :func:`landscape`; of the solver's random vectors too.
-        store: a folder to keep finished rows in, where the same call resumes; inside a landscape's store it takes a folder
-            of its own, and so does each twin.
+        store: a folder to keep finished rows in, where the same call resumes; inside a landscape's store it
+            takes a folder of its own, and so does each twin.
         directions: as in :func:`landscape`; with twins only for those that share weights.
         normalize: as in :func:`landscape`.
         zero: as in :func:`landscape`.
-        parameters: names or patterns of what moves, and in which the curvature is taken; default: all that move, and all
-            that require a gradient.
+        parameters: names or patterns of what moves, and in which the curvature is taken; default: all that
+            move, and all that require a gradient.
         orthogonal: as in :func:`landscape`.
         samples: use a random subset of the data of this size.
         tol: largest residual, relative to max |lambda| at the point.
-        confidence: the probability asked for at every sixteenth point, and where a row begins; see :class:`CurvatureMap`.
+        confidence: the probability asked for at every sixteenth point, and where a row begins; see
+            :class:`CurvatureMap`.
         max_products: at one point; after these it is marked as not converged.
         basis: vectors of a solve, as in :func:`extreme_eigenvalues`.
         matrix: "hessian" or "gauss_newton".
@@ -132,7 +134,8 @@ def curvature_map(
         A :class:`CurvatureMap`; for twins :class:`PairedMaps`.
 
     Raises:
-        SkipscopeError: model, data, loss or settings that cannot be used, or a store that holds something else.
+        SkipscopeError: model, data, loss or settings that cannot be used, or a store that holds something
+            else.
 
     Example:
         >>> import torch, skipscope as ss
@@ -223,7 +226,8 @@ class _Plane:
             maps[name] = self._map(name, model, moved, name if paired else "")
         if apart:
             notes.append(
-                f"{', '.join(apart)}: other weights than {first_name}; the same Gaussian draw, normalised to their own filters."
+                f"{', '.join(apart)}: other weights than {first_name}; the same Gaussian draw, normalised to"
+                " their own filters."
             )
         return maps, notes, not apart
 
@@ -279,13 +283,21 @@ class _Plane:
     ) -> dict[str, Any]:
         options = self.options
         return {
-            "weights": weights_hash(model), "data": data_hash(self.data), "loss": self.loss.name,
+            "weights": weights_hash(model),
+            "data": data_hash(self.data),
+            "loss": self.loss.name,
             "grid": [axis.tolist() for axis in self.at],
-            "directions": direction_hash(moved), "parameters": list(operator.layout.names),
-            "settings": {"map": self.how.matrix, "tol": options.tol, "confidence": options.confidence, "seed": options.seed,
-                         "max_products": options.max_products},
+            "directions": direction_hash(moved),
+            "parameters": list(operator.layout.names),
+            "settings": {
+                "map": self.how.matrix,
+                "tol": options.tol,
+                "confidence": options.confidence,
+                "seed": options.seed,
+                "max_products": options.max_products,
+            },
             "versions": {"skipscope": __version__, "torch": torch.__version__},
-        }  # fmt: skip
+        }
 
 
 def _open(store: Any, twin: str, plan: Plan) -> Store:

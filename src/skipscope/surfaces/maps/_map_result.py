@@ -14,18 +14,20 @@ from skipscope.surfaces.results._grid_exports import Exported, Layer
 
 @dataclass(frozen=True, eq=False)
 class CurvatureMap(Exported):
-    """The smallest and the largest eigenvalue of the Hessian at every point of a plane (or line) of weight space.
+    """The smallest and the largest eigenvalue of the Hessian at every point of a plane (or line) of weight
+    space.
 
     Attributes:
         name: which network.
         smallest: ``[a, b]``; nan where the loss is not finite.
         largest: ``[a, b]``.
         residuals: a bound on the distance of both to an eigenvalue ``[a, b]``.
-        probability: how surely no eigenvalue lies farther out ``[a, b]``: by more than the tolerance where ``checked``, by
-            more than half of max |lambda| elsewhere; over the random starts.
-        converged: the residual is within the tolerance and the probability as asked where ``checked``, 90 % elsewhere
+        probability: how surely no eigenvalue lies farther out ``[a, b]``: by more than the tolerance where
+            ``checked``, by more than half of max |lambda| elsewhere; over the random starts.
+        converged: the residual is within the tolerance and the probability as asked where ``checked``, 90 %
+            elsewhere ``[a, b]``.
+        checked: the probability is that for the tolerance; elsewhere the solver walked on from neighbours
             ``[a, b]``.
-        checked: the probability is that for the tolerance; elsewhere the solver walked on from neighbours ``[a, b]``.
         alphas: the first axis ``[a]``.
         betas: the second axis ``[b]``; empty for a line.
         tol: the tolerance, relative to max |lambda| at a point.
@@ -91,11 +93,16 @@ class CurvatureMap(Exported):
             ["points not converged", short(int((~self.converged).sum()))],
         ]
         notes = [
-            f"{self.products:,} products ({self.method}), {self.products / self.smallest.size:.1f} a point; "
-            f"{self.parameters:,} parameters; tolerance {short(self.tol)} of max |lambda|.",
-            f"At {int(self.checked.sum())} points nothing lies farther out by more than the tolerance with probability "
-            f"{100 * self.confidence:g} %, at the others by more than half of max |lambda| with 90 %; the walk had gone wrong "
-            f"before {self.differed} of the checks, and was done again there.",
+            (
+                f"{self.products:,} products ({self.method}), {self.products / self.smallest.size:.1f} a"
+                f" point; {self.parameters:,} parameters; tolerance {short(self.tol)} of max |lambda|."
+            ),
+            (
+                f"At {int(self.checked.sum())} points nothing lies farther out by more than the tolerance"
+                f" with probability {100 * self.confidence:g} %, at the others by more than half of max"
+                f" |lambda| with 90 %; the walk had gone wrong before {self.differed} of the checks, and was"
+                " done again there."
+            ),
             "Convex: no eigenvalue below zero by more than its bound.",
         ]
         return Table(f"curvature map of {self.name}", ["what", "value"], rows, notes)
@@ -106,9 +113,14 @@ class CurvatureMap(Exported):
     def layer(self, name: str = "") -> Layer:
         """The map's numbers on its grid; under another name where it is one of several."""
         columns = {
-            "smallest": self.smallest, "largest": self.largest, "ratio": self.ratio, "residuals": self.residuals,
-            "probability": self.probability, "converged": self.converged, "checked": self.checked,
-        }  # fmt: skip
+            "smallest": self.smallest,
+            "largest": self.largest,
+            "ratio": self.ratio,
+            "residuals": self.residuals,
+            "probability": self.probability,
+            "converged": self.converged,
+            "checked": self.checked,
+        }
         return Layer(name or self.name, self.alphas, self.betas, columns, name)
 
 

@@ -1,10 +1,11 @@
-"""Both ends of the Hessian's spectrum from point to point of a grid: each solve starts where its neighbours ended.
+"""Both ends of the Hessian's spectrum from point to point of a grid: each solve starts where its neighbours
+ended.
 
-Neighbours have nearly the same outermost eigenvectors, so a row is walked from one end: its first point is solved
-afresh, each next one starts near the eigenvectors of the two before it, continued in a straight line. On the way a solve
-stops when nothing grossly farther out is likely; at every sixteenth point it goes on until it is as sure as a fresh one (the
-start has a random part, so it can be), and where its ends then move, an eigenvalue has overtaken from elsewhere: the
-points since the last such check are solved afresh.
+Neighbours have nearly the same outermost eigenvectors, so a row is walked from one end: its first point is
+solved afresh, each next one starts near the eigenvectors of the two before it, continued in a straight line.
+On the way a solve stops when nothing grossly farther out is likely; at every sixteenth point it goes on until
+it is as sure as a fresh one (the start has a random part, so it can be), and where its ends then move, an
+eigenvalue has overtaken from elsewhere: the points since the last such check are solved afresh.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Walk:
         return out
 
     def fingerprint(self) -> dict[str, float]:
-        """Losses, and lengths of the matrix's image of a fixed vector, at the origin and at two corners of the plane.
+        """Losses, and lengths of the matrix's image of a fixed vector, at the origin and at two corners of
+        the plane.
 
         Another loss or another choice of parameters gives others.
         """
@@ -106,9 +108,15 @@ class Walk:
             return np.array([math.nan] * 4 + [0.0, math.nan, 0.0, 0.0]), []
         low, high = found.order(1)[:, 0]
         numbers = [
-            found.values[low], found.values[high], found.residuals[[low, high]].max(), max(0.0, 1 - found.miss_probability),
-            float(found.converged), spent + found.products, float(certain), float(self._moved(found)),
-        ]  # fmt: skip
+            found.values[low],
+            found.values[high],
+            found.residuals[[low, high]].max(),
+            max(0.0, 1 - found.miss_probability),
+            float(found.converged),
+            spent + found.products,
+            float(certain),
+            float(self._moved(found)),
+        ]
         vectors = found.vectors[[low, high]]
         return np.array(numbers), [vectors, *before[:1]]
 

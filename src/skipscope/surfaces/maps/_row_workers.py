@@ -1,6 +1,7 @@
 """A row of a map a core: rows are walked by copies of this process, each with one thread.
 
-The products of small networks are over before a second thread has woken up, and rows need nothing of each other.
+The products of small networks are over before a second thread has woken up, and rows need nothing of each
+other.
 """
 
 from __future__ import annotations

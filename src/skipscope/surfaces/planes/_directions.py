@@ -1,7 +1,8 @@
 """Directions in weight space: Gaussian, normalised filter by filter to the weights, defined by their seed.
 
 Notation: w_f is filter f of the weights, d_f the same filter of a direction.
-A *direction* is a mapping from names to tensors over a model's parameter names; a name that is missing has zero direction.
+A *direction* is a mapping from names to tensors over a model's parameter names; a name that is missing has
+zero direction.
 
 Filter normalisation (arXiv 1712.09913, section 4): d_f <- d_f |w_f| / |d_f|. A filter is an output channel:
 
@@ -10,8 +11,8 @@ Filter normalisation (arXiv 1712.09913, section 4): d_f <- d_f |w_f| / |d_f|. A 
 - a column of Hugging Face's ``Conv1D``, which computes x W;
 - for any other parameter of two or more dimensions, a slice of dimension 0.
 
-Parameters of one dimension or none (biases, batch-norm gains, scalars) and everything in a normalisation layer have
-zero direction by default.
+Parameters of one dimension or none (biases, batch-norm gains, scalars) and everything in a normalisation
+layer have zero direction by default.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._asked import names_matching
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
 from skipscope._sharding import refuse_spread
+from skipscope._validation import names_matching
 
 Direction = Mapping[str, Tensor]
 NORMALIZATIONS = ("filter", "layer", "tensor", "none")
@@ -49,9 +50,9 @@ def random_direction(
 ) -> Direction:
     """A Gaussian direction, normalised to the model's weights.
 
-    The draw of each parameter depends on the seed, the axis, its name and its shape alone, so that twins get the same
-    draw for the parameters they have in common, on any device and in any precision; nobody's random state is touched.
-    Local.
+    The draw of each parameter depends on the seed, the axis, its name and its shape alone, so that twins get
+    the same draw for the parameters they have in common, on any device and in any precision; nobody's random
+    state is touched. Local.
 
     Args:
         model: whose weights give names, shapes and norms.
@@ -61,7 +62,8 @@ def random_direction(
         zero: what has no direction: any of "biases", "norms", "embeddings".
         parameters: names or patterns (``"layer1.*"``) of what has a direction; default: all parameters.
         like: make the direction orthogonal to this one, filter by filter, before it is normalised.
-        keep: hold the tensors; False draws each again whenever it is asked for, for models that fill the memory.
+        keep: hold the tensors; False draws each again whenever it is asked for, for models that fill the
+            memory.
 
     Returns:
         Name -> tensor of the parameter's shape, dtype and device, for each parameter that moves.
@@ -170,9 +172,12 @@ def moved_parameters(
         moved[name] = weight.detach(), _filter_dimension(owner, weight)
     if not moved:
         raise SkipscopeError(
-            "landscape", "no parameter is left to move", expected="a model with weights of two dimensions or more",
-            got=f"{len(chosen)} parameters, all left still", cure="zero=() moves everything",
-        )  # fmt: skip
+            "landscape",
+            "no parameter is left to move",
+            expected="a model with weights of two dimensions or more",
+            got=f"{len(chosen)} parameters, all left still",
+            cure="zero=() moves everything",
+        )
     return moved
 
 
@@ -200,7 +205,10 @@ def doubled(tensor: Tensor) -> Tensor:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """``tensor``; a complex one as real numbers, ``[*shape, 2]``: a complex weight is two coordinates of weight space."""
+    """``tensor``;
+
+    a complex one as real numbers, ``[*shape, 2]``: a complex weight is two coordinates of weight space.
+    """
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -268,11 +276,15 @@ def checked_direction(direction: Any, model: nn.Module) -> Direction:
     return read
 
 
-# --- what is measured on directions --------------------------------------------------------------------------------
+# --- what is measured on directions
+# --------------------------------------------------------------------------------
 
 
 def inner(a: Direction, b: Direction) -> float:
-    """Sum over all parameters of a * b, in float64; of complex ones, of their real and of their imaginary parts."""
+    """Sum over all parameters of a * b, in float64;
+
+    of complex ones, of their real and of their imaginary parts.
+    """
     return sum(float((as_real(a[n]).double() * as_real(b[n]).double()).sum()) for n in a if n in b)
 
 

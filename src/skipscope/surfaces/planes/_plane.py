@@ -1,9 +1,9 @@
 """Planes with a meaning: through two or three solutions, and the one a training trajectory lies in best.
 
-A trajectory w_0 .. w_n seen from its end is the matrix M with rows w_t - w_n (arXiv 1712.09913, section 7). Its plane
-passes through w_n and is spanned by M's first two right singular vectors; *explained* is each one's share of
-sum_t |w_t - w_n|^2, and each checkpoint has a distance to the plane. A trajectory drawn on a contour without these two
-may lie far from the surface it is drawn on.
+A trajectory w_0 .. w_n seen from its end is the matrix M with rows w_t - w_n (arXiv 1712.09913, section 7).
+Its plane passes through w_n and is spanned by M's first two right singular vectors; *explained* is each one's
+share of sum_t |w_t - w_n|^2, and each checkpoint has a distance to the plane. A trajectory drawn on a contour
+without these two may lie far from the surface it is drawn on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Plane:
         coordinates: of each known set of weights, [points, axes]; the model itself is the origin.
         distances: of each from the plane, as a share of its distance from the model, [points].
         explained: each direction's share of the squared distances from the model (see the module's head).
-        weights: the known sets of weights (and buffers) as they were given, so that their own loss can be read.
+        weights: the known sets of weights (and buffers) as they were given, so that their own loss can be
+            read.
         names: of the points.
     """
 
@@ -59,9 +60,9 @@ class Plane:
 def solutions_plane(model: nn.Module, *others: Any) -> Plane:
     """The line through two solutions, or the plane through three.
 
-    The first direction goes from ``model`` to the first of ``others``, which lies at (1,) or (1, 0). The second is
-    the part of the way to the other one that is orthogonal to the first, as long as the first, so that the picture's
-    angles and lengths are those of weight space. Local.
+    The first direction goes from ``model`` to the first of ``others``, which lies at (1,) or (1, 0). The
+    second is the part of the way to the other one that is orthogonal to the first, as long as the first, so
+    that the picture's angles and lengths are those of weight space. Local.
 
     Args:
         model: the origin.
@@ -92,9 +93,10 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
             directions.append({name: t * (length / height) for name, t in rest.items()})
     if not length or len(directions) < len(steps):
         raise SkipscopeError(
-            "solutions_plane", "the solutions do not span a plane" if length else "two solutions are the same",
+            "solutions_plane",
+            "the solutions do not span a plane" if length else "two solutions are the same",
             expected="solutions that differ, not all on one line",
-        )  # fmt: skip
+        )
     names = ("from solution 1 to 2", "towards solution 3")[: len(directions)]
     square = np.array([inner(d, d) for d in directions])
     coordinates = np.array([[inner(step, d) for d in directions] for step in steps]) / square
@@ -109,15 +111,16 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
 def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
     """The plane through ``model`` in which its training trajectory lies best, with what it leaves out.
 
-    Checkpoints are read a few columns at a time, so that beside them it takes two directions and some tens of MiB,
-    however many there are; loaded by ``torch.load(path, mmap=True)`` they stay on the disk. Local.
+    Checkpoints are read a few columns at a time, so that beside them it takes two directions and some tens of
+    MiB, however many there are; loaded by ``torch.load(path, mmap=True)`` they stay on the disk. Local.
 
     Args:
         model: the end of training: the origin.
         checkpoints: modules or state dicts, in order; they are kept, for their own losses.
 
     Raises:
-        SkipscopeError: fewer than two checkpoints that differ from the model, or other parameters, or not finite.
+        SkipscopeError: fewer than two checkpoints that differ from the model, or other parameters, or not
+            finite.
 
     Example:
         >>> end = nn.Linear(3, 1)
@@ -139,9 +142,11 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
     sizes, vectors = eigh(gram, subset_by_index=[count - 2, count - 1]) if count > 1 else (np.zeros(2),) * 2
     if sizes[0] <= 1e-12 * max(sizes[1], 1e-300):
         raise SkipscopeError(
-            "trajectory_plane", "the checkpoints do not span a plane", expected="two checkpoints or more, apart from the model",
+            "trajectory_plane",
+            "the checkpoints do not span a plane",
+            expected="two checkpoints or more, apart from the model",
             got=f"{count} checkpoints",
-        )  # fmt: skip
+        )
     mixes = (vectors / np.sqrt(sizes)).T[::-1]
     # The sign of a singular vector is arbitrary: the first checkpoint gets positive coordinates.
     mixes = mixes * np.where(mixes @ gram[:, :1] < 0, -1, 1)
@@ -156,7 +161,8 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
 
 
 class _WeightDifferences:
-    """Other weights less the model's, as a matrix M with a row each that is never held whole: its columns come in parts.
+    """Other weights less the model's, as a matrix M with a row each that is never held whole: its columns
+    come in parts.
 
     Args:
         model: the origin.
@@ -223,14 +229,19 @@ def _checked(other: Any, own: Mapping[str, Tensor], operation: str) -> dict[str,
         for n, p in own.items()
     ):
         raise SkipscopeError(
-            operation, "these weights are not the model's", expected="a module of the same architecture, or its state dict",
+            operation,
+            "these weights are not the model's",
+            expected="a module of the same architecture, or its state dict",
             got=type(other).__name__,
-        )  # fmt: skip
+        )
     return {n: t.detach() for n, t in other.items() if isinstance(t, Tensor)}
 
 
 def _distances(coordinates: np.ndarray, square: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Of each point from the plane, as a share of its distance from the origin, [points]; directions are orthogonal."""
+    """Of each point from the plane, as a share of its distance from the origin, [points];
+
+    directions are orthogonal.
+    """
     inside = (coordinates**2 * square).sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(lengths > 0, np.sqrt(np.clip(1 - inside / lengths, 0, None)), 0.0)

@@ -15,7 +15,8 @@ from skipscope.surfaces.results._surface_result import PairedSurfaces, Surface
 
 @dataclass(frozen=True, eq=False)
 class SurfaceBand(Exported):
-    """The same surface along several seeds' directions: what of it is the network's, and what the direction's.
+    """The same surface along several seeds' directions: what of it is the network's, and what the
+    direction's.
 
     Attributes:
         surfaces: seed -> surface.
@@ -37,7 +38,10 @@ class SurfaceBand(Exported):
 
     def table(self) -> Table:
         rows = [[name, short(mean), short(deviation)] for name, (mean, deviation) in self.scores.items()]
-        title = f"loss surface of {next(iter(self.surfaces.values())).name} over {len(self.surfaces)} seeds of directions"
+        title = (
+            f"loss surface of {next(iter(self.surfaces.values())).name} over {len(self.surfaces)} seeds of"
+            " directions"
+        )
         return Table(title, ["score", "mean", "spread"], rows, ["Spread: standard deviation over the seeds."])
 
     def layers(self) -> Iterator[Layer]:
@@ -54,8 +58,8 @@ class PairedBand(Exported):
     Attributes:
         pairs: seed -> the pair along that seed's directions.
         scores: twin -> score -> (mean over seeds, standard deviation over seeds).
-        agreement: twin -> score -> share of seeds on which this twin's score is higher than the first twin's: near 0 or
-            1 the direction does not matter, near a half it decides.
+        agreement: twin -> score -> share of seeds on which this twin's score is higher than the first twin's:
+            near 0 or 1 the direction does not matter, near a half it decides.
     """
 
     pairs: dict[str, PairedSurfaces]

@@ -1,9 +1,11 @@
-"""Results on a grid for other programs: ``.npz`` for NumPy, ``.csv`` with one line a point, ``.tex`` with the table.
+"""Results on a grid for other programs: ``.npz`` for NumPy, ``.csv`` with one line a point, ``.tex`` with the
+table.
 
-``.h5`` has the layout of the code of Li et al., ``.vtk`` and ``.vtp`` are for ParaView: see ``_scientific_formats``.
+``.h5`` has the layout of the code of Li et al., ``.vtk`` and ``.vtp`` are for ParaView: see
+``_scientific_formats``.
 
-An ``.npz`` has ``alphas``, ``betas`` (empty for a line) and every number under its name; where there are several
-surfaces, each one's as ``surface/number``. Numbers come back bit for bit from both.
+An ``.npz`` has ``alphas``, ``betas`` (empty for a line) and every number under its name; where there are
+several surfaces, each one's as ``surface/number``. Numbers come back bit for bit from both.
 """
 
 from __future__ import annotations
@@ -38,9 +40,10 @@ class Exported(Result):
     def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
         """As :meth:`Result.save`, and for other programs.
 
-        ``.npz``, ``.csv`` (one line a point) and ``.tex`` (a table of the scores). ``.h5`` is read by the scripts of Li et
-        al. (``xcoordinates``, ``ycoordinates``, ``train_loss``; several surfaces have a group each) and needs h5py.
-        ``.vtk`` and ``.vtp`` are surfaces with the loss as height, for ParaView; several stand side by side.
+        ``.npz``, ``.csv`` (one line a point) and ``.tex`` (a table of the scores). ``.h5`` is read by the
+        scripts of Li et al. (``xcoordinates``, ``ycoordinates``, ``train_loss``; several surfaces have a
+        group each) and needs h5py. ``.vtk`` and ``.vtp`` are surfaces with the loss as height, for ParaView;
+        several stand side by side.
         """
         path, ending = Path(path), Path(path).suffix.lower()
         if ending == ".tex":

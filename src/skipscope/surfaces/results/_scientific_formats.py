@@ -1,7 +1,8 @@
 """Numbers on a grid as HDF5, in the layout of the code of Li et al., and as VTK's polygons, for ParaView.
 
-The layout (github.com/tomgoldstein/loss-landscape): ``xcoordinates``, ``ycoordinates``, ``train_loss`` with a row for each y,
-``min_eig`` and ``max_eig`` of a curvature map, and ``proj_xcoord``, ``proj_ycoord`` of a trajectory on the plane.
+The layout (github.com/tomgoldstein/loss-landscape): ``xcoordinates``, ``ycoordinates``, ``train_loss`` with a
+row for each y, ``min_eig`` and ``max_eig`` of a curvature map, and ``proj_xcoord``, ``proj_ycoord`` of a
+trajectory on the plane.
 """
 
 from __future__ import annotations
@@ -145,10 +146,13 @@ def vtk_xml(layers: list[Layer]) -> str:
     cells = _array("connectivity", "Int64", map(str, mesh.cells.ravel()))
     cells += _array("offsets", "Int64", map(str, corners * np.arange(1, count + 1)))
     return (
-        '<?xml version="1.0"?>\n<VTKFile type="PolyData" version="0.1" byte_order="LittleEndian">\n<PolyData>\n'
-        f'<Piece NumberOfPoints="{len(mesh.points)}" NumberOfVerts="0" NumberOfStrips="0" NumberOf{kind}="{count}" '
+        '<?xml version="1.0"?>\n<VTKFile type="PolyData" version="0.1"'
+        ' byte_order="LittleEndian">\n<PolyData>\n'
+        f'<Piece NumberOfPoints="{len(mesh.points)}" NumberOfVerts="0" NumberOfStrips="0"'
+        f' NumberOf{kind}="{count}" '
         f'NumberOf{other}="0">\n<PointData Scalars="{_escaped(list(mesh.columns)[1])}">\n{data}</PointData>\n'
-        f"<Points>\n{_array('Points', 'Float64', _rows(mesh.points), 3)}</Points>\n<{kind}>\n{cells}</{kind}>\n"
+        f"<Points>\n{_array('Points', 'Float64', _rows(mesh.points), 3)}</Points>\n"
+        f"<{kind}>\n{cells}</{kind}>\n"
         "</Piece>\n</PolyData>\n</VTKFile>\n"
     )
 

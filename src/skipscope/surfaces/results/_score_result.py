@@ -14,23 +14,24 @@ from skipscope.surfaces.results._grid_exports import Exported
 
 @dataclass(frozen=True)
 class Scores(Exported):
-    """One surface in a few numbers; each with its standard error over the samples (jackknife), where it is known.
+    """One surface in a few numbers; each with its standard error over the samples (jackknife), where it is
+    known.
 
     Attributes:
-        label: "" for the surface of a network that has learnt; else e.g. "flat: this network has not learnt", and the
-            scores say nothing about smoothness.
+        label: "" for the surface of a network that has learnt; else e.g. "flat: this network has not learnt",
+            and the scores say nothing about smoothness.
         centre: the loss at the origin.
         convexity_share: share of the interior where the discrete 2 x 2 Hessian has no negative eigenvalue.
-        roughness: share of the movement up and down, along rows and columns, that a single valley would not need:
-            0 when every line has one valley, towards 1 for noise.
-        barrier: the highest select_mode out of a valley other than the deepest, on the best path to a deeper one (0: there is
-            one valley, or the others are shallower than the noise).
-        width: radius of the disc with the area of the region around the origin where the loss is below ``level``, in
-            units of the axes.
+        roughness: share of the movement up and down, along rows and columns, that a single valley would not
+            need: 0 when every line has one valley, towards 1 for noise.
+        barrier: the highest select_mode out of a valley other than the deepest, on the best path to a deeper
+            one (0: there is one valley, or the others are shallower than the noise).
+        width: radius of the disc with the area of the region around the origin where the loss is below
+            ``level``, in units of the axes.
         level: the loss at which the width is read.
         width_is_bound: the region reaches the edge, so the width is a lower bound.
-        errors: standard errors of centre, convexity_share, roughness, barrier, level and width (the level's own is in it);
-            on an adaptive surface with what interpolation adds.
+        errors: standard errors of centre, convexity_share, roughness, barrier, level and width (the level's
+            own is in it); on an adaptive surface with what interpolation adds.
     """
 
     label: str
@@ -44,7 +45,10 @@ class Scores(Exported):
     errors: dict[str, float] = field(default_factory=dict)
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """A score's 95 % interval (Student's; ten groups of samples give nine degrees of freedom); None without an error."""
+        """A score's 95 % interval (Student's;
+
+        ten groups of samples give nine degrees of freedom); None without an error.
+        """
         if name not in self.errors:
             return None
         value, half = getattr(self, name), student_quantile(0.975, FOLDS - 1) * self.errors[name]
@@ -73,10 +77,10 @@ def scores_table(title: str, scores: dict[str, Scores]) -> Table:
     names = ["centre", "convexity_share", "roughness", "barrier", "width"]
     rows = [[name, *(s.text(key) for key in names), s.label or "-"] for name, s in scores.items()]
     notes = [
-        "Convexity: share of the plane where the surface curves up in both directions. Roughness: share of the ups and "
-        "downs along rows and columns that a single valley would not need. Barrier: highest select_mode from a side valley "
-        f"to a deeper one. Width: radius of the region around the centre with a loss below {level}. +-: standard error over "
-        "the samples."
+        "Convexity: share of the plane where the surface curves up in both directions. Roughness: share of"
+        " the ups and downs along rows and columns that a single valley would not need. Barrier: highest"
+        " select_mode from a side valley to a deeper one. Width: radius of the region around the centre with"
+        f" a loss below {level}. +-: standard error over the samples."
     ]
     flat = [name for name, s in scores.items() if s.label]
     if flat:

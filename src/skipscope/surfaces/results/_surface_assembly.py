@@ -52,8 +52,9 @@ class Interpolated:
         errors: each twin's largest error on points drawn at random.
         level: rows and columns of the points that the rest was interpolated from.
         held_out: how many were drawn.
-        beyond: share of the rest that may be further off (see :func:`skipscope.surfaces.grids._adaptive_grid.beyond`); None after a
-            level, whose points were not drawn.
+        beyond: share of the rest that may be further off (see
+            :func:`skipscope.surfaces.grids._adaptive_grid.beyond`); None after a level, whose points were not
+            drawn.
     """
 
     errors: dict[str, float]
@@ -227,13 +228,13 @@ def _notes(twins: list[TwinOnPlane], labels: dict[str, str]) -> tuple[str, ...]:
     apart = [t.name for t in twins[1:] if not t.shared]
     if len(apart) < len(twins) - 1:
         notes.append(
-            "Twins with the same weights were moved along identical directions; their difference is pointwise, its "
-            "interval 95 % from the same samples in both."
+            "Twins with the same weights were moved along identical directions; their difference is"
+            " pointwise, its interval 95 % from the same samples in both."
         )
     if apart:
         notes.append(
-            f"{', '.join(apart)}: other weights than {twins[0].name}; the same Gaussian draw, normalised to their own "
-            "filters. Only the scores may be compared."
+            f"{', '.join(apart)}: other weights than {twins[0].name}; the same Gaussian draw, normalised to"
+            " their own filters. Only the scores may be compared."
         )
     notes += [f"{t.name}: batch norm {t.evaluator.batch_norm}." for t in twins if t.fresh is not None]
     notes += [f"{name}: {label}." for name, label in labels.items() if label]

@@ -19,14 +19,14 @@ class Checks(Result):
 
     Attributes:
         axis_cosine: cosine between the two directions (0 for a line).
-        filter_norm_ratio: |d_f| / |w_f| of the filter where it is furthest from 1 (1 is right; other normalisations
-            than filter by filter need not give it).
+        filter_norm_ratio: |d_f| / |w_f| of the filter where it is furthest from 1 (1 is right; other
+            normalisations than filter by filter need not give it).
         centre_loss: the loss the evaluator finds at the plane's origin.
         model_loss: the loss of the user's own model, computed apart from the evaluator, in the same mode.
         centre_is_model: the two are equal bit for bit.
         weights_restored: a hash of the user's weights and buffers is the same before and after.
-        strategy_error: largest relative difference between the chosen strategy and the plain loop, at points of the
-            plane (rounding; 0 when the plain loop is the choice).
+        strategy_error: largest relative difference between the chosen strategy and the plain loop, at points
+            of the plane (rounding; 0 when the plain loop is the choice).
         samples: samples behind every point.
         nonfinite: points whose value is NaN or infinite; they are kept as they are.
     """
@@ -68,7 +68,8 @@ class Provenance(Result):
         directions: how they were made.
         normalize: "filter", "layer", "tensor" or "none".
         zeroed: what has no direction, e.g. ("biases", "norms").
-        span_in_weights: |span * d| / |w| for each axis: the plane's half width in units of the moved weights' norm.
+        span_in_weights: |span * d| / |w| for each axis: the plane's half width in units of the moved weights'
+            norm.
         weights_hash: of the model's parameters and buffers.
         data_hash: of the data behind every point.
         loss: its name.
@@ -101,8 +102,13 @@ class Provenance(Result):
 
     def table(self) -> Table:
         rows = [
-            ["directions", f"{self.directions}, seed {self.seed}, normalised by {self.normalize}; no direction: "
-             f"{', '.join(self.zeroed) or 'nothing'}"],
+            [
+                "directions",
+                (
+                    f"{self.directions}, seed {self.seed}, normalised by {self.normalize}; no direction: "
+                    f"{', '.join(self.zeroed) or 'nothing'}"
+                ),
+            ],
             ["half width", ", ".join(short(s) for s in self.span_in_weights) + " |w|"],
             ["loss", self.loss],
             ["batch norm", self.batch_norm],
@@ -112,7 +118,7 @@ class Provenance(Result):
             ["dtype, device", f"{self.dtype}, {self.device}"],
             ["versions", ", ".join(f"{k} {v}" for k, v in self.versions.items())],
             ["seconds", short(self.seconds)],
-        ]  # fmt: skip
+        ]
         return Table("provenance", ["what", "value"], rows)
 
 
@@ -123,8 +129,8 @@ class KnownPoints(Result):
     Attributes:
         names: of the points, in order.
         coordinates: on the axes, [points, axes].
-        distances: from the plane, as a share of the distance from the origin, [points]: a point far from the plane has
-            another loss than the surface under it.
+        distances: from the plane, as a share of the distance from the origin, [points]: a point far from the
+            plane has another loss than the surface under it.
         losses: each point's own loss, [points].
         explained: each axis's share of the squared distances from the origin.
     """
@@ -142,7 +148,8 @@ class KnownPoints(Result):
         ]
         shares = ", ".join(f"{share:.1%}" for share in self.explained)
         notes = [
-            f"The axes hold {shares} of the squared distances from the origin; 'distance': what lies off the plane."
+            f"The axes hold {shares} of the squared distances from the origin; 'distance': what lies off the"
+            " plane."
         ]
         return Table("points on the plane", ["point", "coordinates", "distance", "own loss"], rows, notes)
 
@@ -153,29 +160,32 @@ class Surface(Exported):
 
     Attributes:
         name: which network.
-        values: the loss, [a, b]; [a] for a line. NaN stays NaN, inf stays inf; points not reached yet are NaN too, and
-            ``computed`` tells them apart.
+        values: the loss, [a, b]; [a] for a line. NaN stays NaN, inf stays inf; points not reached yet are NaN
+            too, and ``computed`` tells them apart.
         alphas: the first axis, [a].
         betas: the second axis, [b]; empty for a line.
         computed: True where the model was run, [a, b]; elsewhere the value is interpolated (or missing).
-        stderr: standard error of each value over the samples, [a, b]; None when the loss gives no per-sample losses.
-        centre_stderr: standard error of (value - value at the origin) over the same samples, [a, b], or None: paired,
-            so much smaller than ``stderr`` near the origin.
+        stderr: standard error of each value over the samples, [a, b]; None when the loss gives no per-sample
+            losses.
+        centre_stderr: standard error of (value - value at the origin) over the same samples, [a, b], or None:
+            paired, so much smaller than ``stderr`` near the origin.
         why_no_stderr: the reason, or "".
         label: "" or what the reader must know first, e.g. "flat: this network has not learnt".
         axis_names: what the axes are.
         metrics: name -> its values on the same plane, [a, b].
-        interpolation_error: largest error of interpolated values, in units of the loss, at ``held_out`` points that were drawn
-            at random and that the fit had not seen; None when every point was computed. ``interpolation_error_share`` holds
-            it against the range, and ``beyond`` says how much it bounds.
+        interpolation_error: largest error of interpolated values, in units of the loss, at ``held_out``
+            points that were drawn at random and that the fit had not seen; None when every point was
+            computed. ``interpolation_error_share`` holds it against the range, and ``beyond`` says how much
+            it bounds.
         scores: the surface in a few numbers.
         checks: measured on this run.
         provenance: how to make it again.
         points: known weights on the plane (other solutions, checkpoints), or None.
         held_out: how many points the interpolation was held against; 0 when every point was computed.
         beyond: with 95 % confidence at most this share of the interpolated values is further off than
-            ``interpolation_error`` (0.12 for 24 points drawn from many); None when every point was computed, and for the
-            surface after a level of a run that has not ended, whose error was seen between the points of that level.
+            ``interpolation_error`` (0.12 for 24 points drawn from many); None when every point was computed,
+            and for the surface after a level of a run that has not ended, whose error was seen between the
+            points of that level.
     """
 
     name: str
@@ -214,7 +224,10 @@ class Surface(Exported):
 
     @property
     def interpolation_error_share(self) -> float | None:
-        """``interpolation_error`` as a share of the surface's range, as ``tolerance`` is; None when all was computed."""
+        """``interpolation_error`` as a share of the surface's range, as ``tolerance`` is;
+
+        None when all was computed.
+        """
         if self.interpolation_error is None:
             return None
         low, high = self.value_range
@@ -225,12 +238,17 @@ class Surface(Exported):
         how = f"{int(self.computed.sum())} of {self.values.size} points computed"
         if self.interpolation_error_share is not None:
             how += (
-                f", the rest interpolated: off by {short(100 * self.interpolation_error_share, 2)} % of the range "
-                f"({short(self.interpolation_error)}) at most at {self.held_out} points "
+                f", the rest interpolated: off by {short(100 * self.interpolation_error_share, 2)} % of the"
+                f" range ({short(self.interpolation_error)}) at most at {self.held_out} points "
             )
-            how += _UNSEEN if self.beyond is None else (
-                f"drawn at random, and so, with 95 % confidence, by no more at {short(100 * (1 - self.beyond), 2)} % of the others"
-            )  # fmt: skip
+            how += (
+                _UNSEEN
+                if self.beyond is None
+                else (
+                    "drawn at random, and so, with 95 % confidence, by no more at"
+                    f" {short(100 * (1 - self.beyond), 2)} % of the others"
+                )
+            )
         rows = [
             ["centre", short(self.scores.centre)],
             ["lowest, highest", f"{short(low)}, {short(high)}"],
@@ -244,13 +262,15 @@ class Surface(Exported):
         ]
         notes = [
             f"The loss at w + a d1{' + b d2' if self.betas.size else ''}; {how}.",
-            f"Directions: {self.provenance.directions}, normalised by {self.provenance.normalize}, seed "
-            f"{self.provenance.seed}. {self.provenance.strategy}: {self.provenance.why}.",
+            (
+                f"Directions: {self.provenance.directions}, normalised by {self.provenance.normalize}, seed "
+                f"{self.provenance.seed}. {self.provenance.strategy}: {self.provenance.why}."
+            ),
         ]
         if self.points is not None and self.provenance.batch_norm.startswith("frozen"):
             notes.append(
-                "Batch norm is frozen as at the origin: another point's own loss, with its own statistics, may lie off the "
-                'surface there (batch_norm="recalibrate" measures them again at each point).'
+                "Batch norm is frozen as at the origin: another point's own loss, with its own statistics,"
+                ' may lie off the surface there (batch_norm="recalibrate" measures them again at each point).'
             )
         if self.label:
             notes.insert(0, self.label[0].upper() + self.label[1:] + ".")
@@ -260,7 +280,10 @@ class Surface(Exported):
         yield self.layer()
 
     def layer(self, name: str = "", **more: np.ndarray) -> Layer:
-        """The surface's numbers on its grid; under another name where it is one of several, with ``more`` of them."""
+        """The surface's numbers on its grid;
+
+        under another name where it is one of several, with ``more`` of them.
+        """
         own = {"values": self.values, "computed": self.computed}
         errors = {"stderr": self.stderr, "centre_stderr": self.centre_stderr}
         own |= {key: error for key, error in errors.items() if error is not None} | more
@@ -318,7 +341,8 @@ class PairedSurfaces(Exported):
     Attributes:
         surfaces: by twin.
         shared_weights: every twin has the same weights as the first (removed, detached, other strength).
-        differences: twin -> its surface minus the first one's, for each twin that shares the first one's weights.
+        differences: twin -> its surface minus the first one's, for each twin that shares the first one's
+            weights.
         notes: what may and what may not be compared here.
     """
 
@@ -329,7 +353,10 @@ class PairedSurfaces(Exported):
 
     @property
     def difference(self) -> np.ndarray | None:
-        """The last twin's surface minus the first one's, [a, b]; None for twins that were trained separately."""
+        """The last twin's surface minus the first one's, [a, b];
+
+        None for twins that were trained separately.
+        """
         return list(self.differences.values())[-1].values if self.differences else None
 
     @property

@@ -1,14 +1,15 @@
 """A surface in a few numbers, each with its error bar; and whether the network has learnt at all.
 
-Every score is a function of the values alone. Its standard error is a delete-a-group jackknife over samples: the
-surface without each tenth of the samples in turn, sqrt((G-1)/G * sum (s_g - mean s)^2); the level at which the width is
-read is found again each time, so that the width's error has the level's in it. A 95 % interval is Student's with G - 1
-degrees of freedom. Two things a jackknife does not see are added:
+Every score is a function of the values alone. Its standard error is a delete-a-group jackknife over samples:
+the surface without each tenth of the samples in turn, sqrt((G-1)/G * sum (s_g - mean s)^2); the level at
+which the width is read is found again each time, so that the width's error has the level's in it. A 95 %
+interval is Student's with G - 1 degrees of freedom. Two things a jackknife does not see are added:
 
-- Where values were interpolated, a score is off by what splines do between their points: about as much as it differs on
-  the coarser grid they pass through (on trained networks 0.04 to 0.09 of the convexity share).
-- Where over a third of a surface curves less than its own standard error, the signs there are noise that neighbours
-  share, and noise makes curvature look negative: the convexity share then counts as known to half of that part.
+- Where values were interpolated, a score is off by what splines do between their points: about as much as it
+  differs on the coarser grid they pass through (on trained networks 0.04 to 0.09 of the convexity share).
+- Where over a third of a surface curves less than its own standard error, the signs there are noise that
+  neighbours share, and noise makes curvature look negative: the convexity share then counts as known to half
+  of that part.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _FLAT = 0.1  # a surface whose middle 90 % spans less than this part of its medi
 def convexity_share(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray) -> float:
     """Share of the interior where the discrete Hessian (second differences) has no negative eigenvalue.
 
-    Between points the smallest eigenvalue is taken as flat triangles, as the surface is for :func:`width`: whole rows of
-    points may change sign together, and a count would jump. What is not finite is left out.
+    Between points the smallest eigenvalue is taken as flat triangles, as the surface is for :func:`width`:
+    whole rows of points may change sign together, and a count would jump. What is not finite is left out.
     """
     smallest = _smallest_curvature(values, alphas, betas)
     steps = [np.min(np.diff(axis)) for axis in (alphas, betas)[: values.ndim] if len(axis) > 1]
@@ -44,7 +45,10 @@ def convexity_share(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray) -
 
 
 def _smallest_curvature(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray) -> np.ndarray:
-    """The smaller eigenvalue of the second differences at interior points, [a - 2, b - 2]; on a line these, [a - 2]."""
+    """The smaller eigenvalue of the second differences at interior points, [a - 2, b - 2];
+
+    on a line these, [a - 2].
+    """
     if min(values.shape) < 3:
         return np.zeros(0)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -67,7 +71,8 @@ def _second(values: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
 def roughness(values: np.ndarray) -> float:
     """Share of the movement up and down, along rows and columns, that a single valley would not need.
 
-    Along a line with ends e, f and minimum m a single valley moves by (e - m) + (f - m); whatever moves more is rough.
+    Along a line with ends e, f and minimum m a single valley moves by (e - m) + (f - m); whatever moves more
+    is rough.
     """
     moved = needed = 0.0
     for lines in (values,) if values.ndim == 1 else (values, values.T):
@@ -82,8 +87,8 @@ def roughness(values: np.ndarray) -> float:
 def barrier(values: np.ndarray) -> float:
     """The highest select_mode out of any valley but the deepest, on the best path to a deeper one.
 
-    Zero-dimensional persistence: points are flooded from the lowest up; where two valleys meet, the shallower ends,
-    and its depth below the meeting point is the select_mode. Neighbours are the eight around a point.
+    Zero-dimensional persistence: points are flooded from the lowest up; where two valleys meet, the shallower
+    ends, and its depth below the meeting point is the select_mode. Neighbours are the eight around a point.
     """
     flat = np.where(np.isfinite(values), values, np.inf).reshape(values.shape[0], -1)
     rows, columns = flat.shape
@@ -129,9 +134,9 @@ def width(
 ) -> tuple[float, bool]:
     """Radius of the region around the origin (``at``) below ``level``, and whether it reaches the edge.
 
-    For a plane, the radius of the disc with the region's area; for a line, half its length. Between grid points the
-    surface is taken as flat triangles, so that the width moves smoothly with the values and has an error. NaN when
-    the origin is not below the level or not on the grid.
+    For a plane, the radius of the disc with the region's area; for a line, half its length. Between grid
+    points the surface is taken as flat triangles, so that the width moves smoothly with the values and has an
+    error. NaN when the origin is not below the level or not on the grid.
     """
     from scipy.ndimage import label
 
@@ -153,7 +158,9 @@ def width(
 
 
 def _share_above(*corners: np.ndarray) -> np.ndarray:
-    """Share of a segment, or triangle, where the linear function with these values at its corners is above zero."""
+    """Share of a segment, or triangle, where the linear function with these values at its corners is
+    above zero.
+    """
     first, *middle, last = np.sort(np.stack(corners), axis=0)[::-1]
     with np.errstate(invalid="ignore", divide="ignore"):
         if not middle:
@@ -173,7 +180,10 @@ def _share_of_squares(depth: np.ndarray) -> np.ndarray:
 
 
 def level_for(surfaces: list[tuple[float, np.ndarray]]) -> float:
-    """The loss at which widths are read, the same for all: halfway from the highest centre to the lowest median."""
+    """The loss at which widths are read, the same for all:
+
+    halfway from the highest centre to the lowest median.
+    """
     medians = [float(np.median(v[np.isfinite(v)])) for _, v in surfaces if np.isfinite(v).any()]
     centres = [centre for centre, _ in surfaces if np.isfinite(centre)]
     return (max(centres) + min(medians)) / 2 if centres and medians else float("nan")
@@ -185,8 +195,9 @@ def label_of(values: np.ndarray, centre: float, learnt: bool | None) -> str:
     Args:
         values: the surface.
         centre: the loss at the origin.
-        learnt: what the targets say (see :func:`skipscope.surfaces.evaluation._permutation_test.own_loss`); None: they cannot be asked,
-            and the network counts as learnt when its centre lies clearly below the surface's median.
+        learnt: what the targets say (see :func:`skipscope.surfaces.evaluation._permutation_test.own_loss`);
+            None: they cannot be asked, and the network counts as learnt when its centre lies clearly below
+            the surface's median.
     """
     finite = values[np.isfinite(values)]
     if not finite.size:

@@ -3,8 +3,8 @@
     dropout shortcut    y = dropout(x) + F(x)      He et al. 2016, arXiv 1603.05027, section 3.4 (it fails)
     stochastic depth    y = x + b F(x) / (1 - p)   Huang et al. 2016, arXiv 1603.09382; b ~ Bernoulli(1 - p)
 
-Huang et al. multiply by 1 - p when not training; dividing by it in training is the same network with another scale
-of the weights, and is what timm and torchvision do.
+Huang et al. multiply by 1 - p when not training; dividing by it in training is the same network with another
+scale of the weights, and is what timm and torchvision do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def dropout_shortcut(x: Tensor, f: Tensor, p: float, training: bool) -> Tensor:
 
 
 def stochastic_depth(f: Tensor, p: float, training: bool, mode: Literal["row", "batch"] = "row") -> Tensor:
-    """The branch's output ``f``, or zeros with probability ``p``, drawn for each row or once for the batch."""
+    """The branch's output ``f``, or zeros with probability ``p``, drawn for each row or once for the
+    batch.
+    """
     if not training or p == 0:
         return f
     keep = torch.empty(

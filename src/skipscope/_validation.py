@@ -11,11 +11,11 @@ from typing import Any
 from skipscope._errors import SkipscopeError
 
 
-def is_whole(value: Any, least: float = 1, most: float = math.inf) -> bool:
+def is_integer(value: Any, least: float = 1, most: float = math.inf) -> bool:
     """A whole number of any library's, in a range; True and False are none.
 
     Example:
-        >>> is_whole(3), is_whole(3.0), is_whole(True), is_whole(0), is_whole(0, least=0)
+        >>> is_integer(3), is_integer(3.0), is_integer(True), is_integer(0), is_integer(0, least=0)
         (True, False, False, False, True)
     """
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most

@@ -18,15 +18,26 @@ Samples = tuple[Tensor, Tensor]  # per sample: its share of the numerator, and o
 
 # Stock losses: the function behind each, whose denominator for reduction="mean" is known exactly.
 _BY_ELEMENT = (
-    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy,
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy_with_logits,
+    F.binary_cross_entropy,
     F.soft_margin_loss,
-)  # fmt: skip
+)
 _BY_CLASS = (F.cross_entropy, F.nll_loss)
 _MODULES = {
-    nn.MSELoss: F.mse_loss, nn.L1Loss: F.l1_loss, nn.SmoothL1Loss: F.smooth_l1_loss, nn.HuberLoss: F.huber_loss,
-    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits, nn.BCELoss: F.binary_cross_entropy,
-    nn.SoftMarginLoss: F.soft_margin_loss, nn.CrossEntropyLoss: F.cross_entropy, nn.NLLLoss: F.nll_loss,
-}  # fmt: skip
+    nn.MSELoss: F.mse_loss,
+    nn.L1Loss: F.l1_loss,
+    nn.SmoothL1Loss: F.smooth_l1_loss,
+    nn.HuberLoss: F.huber_loss,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+    nn.BCELoss: F.binary_cross_entropy,
+    nn.SoftMarginLoss: F.soft_margin_loss,
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.NLLLoss: F.nll_loss,
+}
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ class Curves:
 
     Attributes:
         rate: the learning rate that won the sweep.
-        sweep: learning rate -> smoothed final loss on ``sweep_seed``; inf where training diverged. Empty where there
-            was one rate only.
+        sweep: learning rate -> smoothed final loss on ``sweep_seed``; inf where training diverged. Empty
+            where there was one rate only.
         losses: training loss, [seeds, steps].
         update_ratio: |update| / |weights| over all weights, [seeds, steps].
         steps_to_target: first step at which each seed's smoothed loss is at or below the target; None: never.
@@ -82,7 +82,10 @@ class Training(Result):
         return [name for name, by in self.curves.items() if optimizer in by and by[optimizer].learns]
 
     def steps_text(self, twin: str, optimizer: str) -> str:
-        """Median steps to the target, or "> N" after N steps in which most seeds never reach it: never a made-up ratio."""
+        """Median steps to the target, or "> N" after N steps in which most seeds never reach it:
+
+        never a made-up ratio.
+        """
         curves = self.curves[twin][optimizer]
         reached = curves.steps_to_target
         steps = sorted(np.inf if s is None else s for s in reached)
@@ -91,24 +94,46 @@ class Training(Result):
 
     def table(self) -> Table:
         rows = [
-            [twin, optimizer, c.rate, c.final_loss, self.steps_text(twin, optimizer), float(np.median(c.update_ratio)),
-             "yes" if c.learns else "no"]
+            [
+                twin,
+                optimizer,
+                c.rate,
+                c.final_loss,
+                self.steps_text(twin, optimizer),
+                float(np.median(c.update_ratio)),
+                "yes" if c.learns else "no",
+            ]
             for twin, by in self.curves.items()
             for optimizer, c in by.items()
-        ]  # fmt: skip
+        ]
         return Table(
             f"training: {len(self.seeds)} seeds, {self.steps} steps, batches of {self.batch_size}",
-            ["twin", "optimizer", "best rate", "final loss", f"steps to {short(self.target)}", "update size", "learns"],
+            [
+                "twin",
+                "optimizer",
+                "best rate",
+                "final loss",
+                f"steps to {short(self.target)}",
+                "update size",
+                "learns",
+            ],
             rows,
-            [f"Seeds vary {self.varies}. Each twin has its best rate out of the same sweep, on a seed of its own. "
-             f"'learns': every seed's smoothed loss (mean over 10 steps) ends at or below {short(self.target)}.",
-             *self._edges(), *self.notes],
-        )  # fmt: skip
+            [
+                (
+                    f"Seeds vary {self.varies}. Each twin has its best rate out of the same sweep, on a seed"
+                    " of its own. 'learns': every seed's smoothed loss (mean over 10 steps) ends at or below"
+                    f" {short(self.target)}."
+                ),
+                *self._edges(),
+                *self.notes,
+            ],
+        )
 
     def _edges(self) -> list[str]:
         """A sentence for each best rate at the edge of its sweep."""
         return [
-            f"The best rate of {twin} under {optimizer}, {short(c.rate)}, is at the edge of the rates tried: one beyond may be better."
+            f"The best rate of {twin} under {optimizer}, {short(c.rate)}, is at the edge of the rates tried:"
+            " one beyond may be better."
             for twin, by in self.curves.items()
             for optimizer, c in by.items()
             if c.is_at_edge
@@ -138,9 +163,14 @@ class StrengthSweep(Result):
             [float(s), float(f), state] for s, f, state in zip(self.strengths, self.fall_decades, self.states)
         ]
         return Table(
-            "flow by shortcut strength", ["strength", "fall (decades)", "verdict"], rows,
-            ["Strength 0 removes every shortcut, 1 is as built. Positive fall: the gradient shrinks on its way back."],
-        )  # fmt: skip
+            "flow by shortcut strength",
+            ["strength", "fall (decades)", "verdict"],
+            rows,
+            [
+                "Strength 0 removes every shortcut, 1 is as built. Positive fall: the gradient shrinks on its"
+                " way back."
+            ],
+        )
 
 
 # How a twin's meaning begins, where its shortcuts are of another kind.
@@ -153,7 +183,8 @@ class Twin:
 
     Attributes:
         name: its key everywhere.
-        meaning: "as built", "removed", "detached", "trained without", "shortcuts added", "kind: NAME", or a variant's own words.
+        meaning: "as built", "removed", "detached", "trained without", "shortcuts added", "kind: NAME", or a
+            variant's own words.
         description: one line for people.
         parameters: how many trainable numbers it has.
     """
@@ -188,7 +219,8 @@ class Claim:
     """One claim of the lecture, held against the measurement.
 
     Attributes:
-        key: "smaller", "product", "stagnate", "path", "strength", "surface" or "which": its place on the page.
+        key: "smaller", "product", "stagnate", "path", "strength", "surface" or "which": its place on the
+            page.
         claim: the claim in the lecture's words.
         answer: "holds", "holds in part", "does not hold here" or "not measured".
         finding: what is true here, in at most 25 words.
@@ -207,7 +239,10 @@ class Claim:
 
 
 def _learns(optimizer: str, curves: Curves) -> str:
-    """The optimizer, where the twin learns under it; how far it came, where it reached the target and does not learn."""
+    """The optimizer, where the twin learns under it;
+
+    how far it came, where it reached the target and does not learn.
+    """
     reached, seeds = sum(steps is not None for steps in curves.steps_to_target), len(curves.steps_to_target)
     if curves.learns or not reached:
         return optimizer if curves.learns else ""
@@ -231,7 +266,8 @@ class Comparison(Result):
         paths: the exact path spectrum.
         training: the twins trained side by side, or None.
         ladder: the same question at several depths, deepest last; empty for a user's own model.
-        surfaces: "trained" (each twin from its own training) and "paired" (shared weights, pointwise difference).
+        surfaces: "trained" (each twin from its own training) and "paired" (shared weights, pointwise
+            difference).
         importance: each shortcut removed alone, each branch lesioned alone.
         strength: the flow against shortcut strength.
         methods: one paragraph that says how everything was measured.
@@ -257,7 +293,8 @@ class Comparison(Result):
     provenance: dict[str, Any]
 
     def kinds_table(self) -> Table:
-        """One line each: as built, without its shortcuts, and with each kind; loss and steps under each optimizer.
+        """One line each: as built, without its shortcuts, and with each kind; loss and steps under each
+        optimizer.
 
         The table of He et al. 2016 (arXiv 1603.05027, table 1) for one's own network.
         """
@@ -292,6 +329,8 @@ class Comparison(Result):
                 self.paths[twin.name].mean_length if twin.name in self.paths else None, learns,
             ])  # fmt: skip
         return Table(
-            self.subject, ["network", "shortcuts", "fall (decades)", "verdict", "mean path", "learns under"], rows,
+            self.subject,
+            ["network", "shortcuts", "fall (decades)", "verdict", "mean path", "learns under"],
+            rows,
             [*self.summary, *(f"({note})" for note in self.notes)],
-        )  # fmt: skip
+        )

@@ -110,12 +110,15 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         Exception
     ) as error:  # unpicklers and load_state_dict fail in many ways; none may run code or end in a traceback
         raise SkipscopeError(
-            "weights", f"cannot load {path}: {str(error)[:400]}", expected="safetensors, or a state_dict of this very model",
+            "weights",
+            f"cannot load {path}: {str(error)[:400]}",
+            expected="safetensors, or a state_dict of this very model",
             cure="save them with safetensors.torch.save_file(model.state_dict(), ...)",
-        ) from error  # fmt: skip
+        ) from error
 
 
-# --- data and loss --------------------------------------------------------------------------------------------------
+# --- data and loss
+# --------------------------------------------------------------------------------------------------
 
 
 def _data(
@@ -136,9 +139,11 @@ def _data(
         said.append(f"data: {samples} {_text_or_digits(data)}")
         return data, _loss(model, data, source.loss, said) if uses_loss else None
     raise SkipscopeError(
-        "data", "nothing says what the model is to be called with", expected="--data module:callable, or --input SHAPE",
+        "data",
+        "nothing says what the model is to be called with",
+        expected="--data module:callable, or --input SHAPE",
         cure="--data my_package.data:make_batch, or --input 8x3x224x224 for random data",
-    )  # fmt: skip
+    )
 
 
 class _OnDevice:

@@ -92,9 +92,13 @@ class Evidence:
 
 
 def evidence_of(
-    points: Sequence[Point], places: Sequence[Any], kept: Sequence[int], readings: Readings,
-    settled: Readings, sizes: dict[str, float],
-) -> Evidence:  # fmt: skip
+    points: Sequence[Point],
+    places: Sequence[Any],
+    kept: Sequence[int],
+    readings: Readings,
+    settled: Readings,
+    sizes: dict[str, float],
+) -> Evidence:
     """Derive the evidence from readings.
 
     Args:
@@ -119,11 +123,18 @@ def evidence_of(
         gradient = readings.gradients[k]
         norm = gradient.norm / unit
         log = math.log10(norm) + put_back if point.log_flow is not None and norm > _TINY else point.log_flow
-        normed.append(replace(
-            point, log_flow=log, hidden=followed and places[k].key.site != "input",
-            given=places[k].key.site == "input", samples=tuple(gradient.samples),
-            log_relative=None if gradient.relative <= _TINY else math.log10(gradient.relative / unit) + put_back,
-        ))  # fmt: skip
+        normed.append(
+            replace(
+                point,
+                log_flow=log,
+                hidden=followed and places[k].key.site != "input",
+                given=places[k].key.site == "input",
+                samples=tuple(gradient.samples),
+                log_relative=None
+                if gradient.relative <= _TINY
+                else math.log10(gradient.relative / unit) + put_back,
+            )
+        )
     lines = _lines(normed, places, kept, orders, readings)
     sites = [s for s in readings.sites if reached is None or s.order in reached]
     return Evidence(

@@ -47,7 +47,8 @@ class SplitAt:
 
 @dataclass(frozen=True)
 class GradientSplit(Result):
-    """At each shortcut, how much gradient the shortcut carries and how much the branch. A sequence of its rows.
+    """At each shortcut, how much gradient the shortcut carries and how much the branch. A sequence of its
+    rows.
 
     Attributes:
         shortcuts: one row a shortcut, in order of execution.
@@ -76,9 +77,16 @@ class GradientSplit(Result):
         rows = [[s.name, s.kind, s.shortcut_rms, s.branch_rms, s.share, s.cosine] for s in self.shortcuts]
         return Table(
             "Where the gradient comes from, at each fork",
-            ["shortcut", "kind", "by the shortcut", "by the branch", "share", "cosine"], rows,
-            ["RMS of the gradient arriving at the fork by each way; share: shortcut / (shortcut + branch).", *self.notes],
-        )  # fmt: skip
+            ["shortcut", "kind", "by the shortcut", "by the branch", "share", "cosine"],
+            rows,
+            [
+                (
+                    "RMS of the gradient arriving at the fork by each way; share: shortcut / (shortcut +"
+                    " branch)."
+                ),
+                *self.notes,
+            ],
+        )
 
 
 # --- path_spectrum ----------------------------------------------------------------------------------------
@@ -130,11 +138,18 @@ class PathSpectrum(Result):
         kind = "exact" if self.errors is None else "an estimate"
         return Table(
             f"Paths by length: {self.branches} branches, mean length {short(self.mean_length)}",
-            ["branches crossed", "|gradient|", "share"] + (["error"] if self.errors is not None else []), rows,
-            [f"|gradient|: norm of the sum over all paths of that length, back to {self.wrt}; {kind} ({self.method}); "
-             f"their sum differs from the plain gradient by {short(self.residual)} of it.",
-             "The parts may cancel: their norms add up to more than the norm of the gradient.", *self.notes],
-        )  # fmt: skip
+            ["branches crossed", "|gradient|", "share"] + (["error"] if self.errors is not None else []),
+            rows,
+            [
+                (
+                    f"|gradient|: norm of the sum over all paths of that length, back to {self.wrt}; {kind}"
+                    f" ({self.method}); their sum differs from the plain gradient by {short(self.residual)}"
+                    " of it."
+                ),
+                "The parts may cancel: their norms add up to more than the norm of the gradient.",
+                *self.notes,
+            ],
+        )
 
 
 # --- importance -------------------------------------------------------------------------------------------
@@ -222,11 +237,18 @@ class Importance(Result):
 
         rows = [[s.name, s.kind, *cells(s.removed), *cells(s.lesioned)] for s in self.ranked]
         return Table(
-            "Which shortcuts matter", ["shortcut", "kind", "removed: loss", "flow", "lesioned: loss", "flow"], rows,
-            [f"Change of the loss (as built {short(self.loss)}) and of the flow's fall in decades (as built "
-             f"{short(self.fall_decades)}), from these weights, one edit at a time; removed: the shortcut is taken out, "
-             "lesioned: its branch is.", *self.notes],
-        )  # fmt: skip
+            "Which shortcuts matter",
+            ["shortcut", "kind", "removed: loss", "flow", "lesioned: loss", "flow"],
+            rows,
+            [
+                (
+                    f"Change of the loss (as built {short(self.loss)}) and of the flow's fall in decades (as"
+                    f" built {short(self.fall_decades)}), from these weights, one edit at a time; removed:"
+                    " the shortcut is taken out, lesioned: its branch is."
+                ),
+                *self.notes,
+            ],
+        )
 
 
 def _descending(value: float) -> float:
@@ -283,10 +305,18 @@ class Prescription(Result):
         """One row a remedy, the network as it is first."""
         rows = [[r.name, r.state, r.fall_decades, r.loss, r.reached] for r in (self.before, *self.remedies)]
         return Table(
-            self.advice or "Remedies tried", ["remedy", "flow", "fall", "loss", "after a few steps"], rows,
-            ["Each remedy was applied to a copy and measured on the same data; fall in decades, positive: shrinks going "
-             "back.", *self.notes, *self.refused],
-        )  # fmt: skip
+            self.advice or "Remedies tried",
+            ["remedy", "flow", "fall", "loss", "after a few steps"],
+            rows,
+            [
+                (
+                    "Each remedy was applied to a copy and measured on the same data; fall in decades,"
+                    " positive: shrinks going back."
+                ),
+                *self.notes,
+                *self.refused,
+            ],
+        )
 
 
 # --- gradient_correlation ---------------------------------------------------------------------------------
@@ -294,7 +324,8 @@ class Prescription(Result):
 
 @dataclass(frozen=True, eq=False)
 class GradientCorrelation(Result):
-    """How alike the gradients with respect to two inputs are, against how far apart the inputs are (Balduzzi 2017).
+    """How alike the gradients with respect to two inputs are, against how far apart the inputs are (Balduzzi
+    2017).
 
     Attributes:
         distances: ``[pairs]``, |x_i - x_j|.
@@ -315,7 +346,14 @@ class GradientCorrelation(Result):
     def table(self) -> Table:
         """One row a distance."""
         return Table(
-            f"Correlation of input gradients: mean {short(self.mean)}", ["distance", "correlation", "pairs"],
+            f"Correlation of input gradients: mean {short(self.mean)}",
+            ["distance", "correlation", "pairs"],
             [list(row) for row in self.bins],
-            ["Near 0 the gradients are shattered: two inputs that are close are told to move in unrelated ways.", *self.notes],
-        )  # fmt: skip
+            [
+                (
+                    "Near 0 the gradients are shattered: two inputs that are close are told to move in"
+                    " unrelated ways."
+                ),
+                *self.notes,
+            ],
+        )

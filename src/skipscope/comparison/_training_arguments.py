@@ -6,18 +6,21 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from skipscope._asked import is_finite, is_whole
 from skipscope._errors import SkipscopeError
+from skipscope._validation import is_finite, is_integer
 
 
 def require_whole(operation: str, least: int = 1, **values: Any) -> None:
     """Refuse what is no whole number from ``least`` on; None stands for a default."""
     for name, value in values.items():
-        if value is not None and not is_whole(value, least):
+        if value is not None and not is_integer(value, least):
             raise SkipscopeError(
-                operation, f"{name} is out of range", expected=f"a whole number, at least {least}", got=repr(value)[:60],
+                operation,
+                f"{name} is out of range",
+                expected=f"a whole number, at least {least}",
+                got=repr(value)[:60],
                 cure=f"{name}={least}, for the least",
-            )  # fmt: skip
+            )
 
 
 def require_size(operation: str, **values: Any) -> None:
@@ -25,9 +28,12 @@ def require_size(operation: str, **values: Any) -> None:
     for name, value in values.items():
         if value is not None and not (is_finite(value) and value >= 0):
             raise SkipscopeError(
-                operation, f"{name} is out of range", expected="a finite number, not negative", got=repr(value)[:60],
+                operation,
+                f"{name} is out of range",
+                expected="a finite number, not negative",
+                got=repr(value)[:60],
                 cure=f"leave {name} out for the default",
-            )  # fmt: skip
+            )
 
 
 def seeds_of(operation: str, seeds: int | Sequence[int]) -> tuple[int, ...]:
@@ -36,7 +42,7 @@ def seeds_of(operation: str, seeds: int | Sequence[int]) -> tuple[int, ...]:
         require_whole(operation, seeds=seeds)
         return tuple(range(seeds))
     chosen = tuple(seeds)
-    if not chosen or not all(is_whole(seed, -math.inf) for seed in chosen):
+    if not chosen or not all(is_integer(seed, -math.inf) for seed in chosen):
         raise SkipscopeError(
             operation, "seeds are a number of them, or the seeds themselves", expected="3, or [0, 1, 2]",
             got=repr(seeds)[:60], cure="seeds=3",

@@ -1,4 +1,7 @@
-"""Calling the model and the loss that people wrote; what fails there is told with the layer, the shapes and a cure."""
+"""Calling the model and the loss that people wrote;
+
+what fails there is told with the layer, the shapes and a cure.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ T = TypeVar("T")
 
 
 def without_gradients(run: Callable[[], T]) -> T:
-    """``run()`` without recording gradients; with them if it differentiates the network itself (a gradient penalty)."""
+    """``run()`` without recording gradients;
+
+    with them if it differentiates the network itself (a gradient penalty).
+    """
     try:
         with torch.no_grad():
             return run()
@@ -42,7 +48,8 @@ def differentiates(error: BaseException) -> bool:
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Call ``model`` with a tensor, a tuple (positional), a Mapping (keywords), or :class:`Arguments` (both).
 
-    Objects that hold state, such as a key-value cache, are copied: each pass sees the same, the user's stay as found.
+    Objects that hold state, such as a key-value cache, are copied: each pass sees the same, the user's stay
+    as found.
     """
     if isinstance(inputs, Arguments):
         positional, keywords = with_own_state(tuple(inputs.positional)), with_own_state(dict(inputs.keywords))
@@ -89,7 +96,10 @@ def _copied(value: Any) -> Any:
 
 
 def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
-    """The model's output on a batch; a shape error is told with the shapes, and names the layer when it can."""
+    """The model's output on a batch;
+
+    a shape error is told with the shapes, and names the layer when it can.
+    """
     try:
         return call_model(model, inputs_of(batch))
     except _MISFITS as error:
@@ -99,15 +109,23 @@ def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
         name, layer = _failing_layer(model, error)
         tensors = tensors_in(inputs_of(batch))
         raise SkipscopeError(
-            operation, f"the model does not accept this input ({told(error)})", layer=name or None,
+            operation,
+            f"the model does not accept this input ({error_text(error)})",
+            layer=name or None,
             expected=_taken_by(layer),
-            got=f"inputs of shape {_shapes(tensors)}" if tensors else f"{type(inputs_of(batch)).__name__}, no tensor",
+            got=(
+                f"inputs of shape {_shapes(tensors)}"
+                if tensors
+                else f"{type(inputs_of(batch)).__name__}, no tensor"
+            ),
             cure=_how_to_pass(inputs_of(batch)),
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _require_keywords(model: nn.Module, inputs: Any, operation: str, error: BaseException) -> None:
-    """Name the keywords of a batch that ``forward`` does not take, and those that it needs and did not get."""
+    """Name the keywords of a batch that ``forward`` does not take, and those that it needs and did not
+    get.
+    """
     if not isinstance(inputs, Mapping):
         return
     parameters = inspect.signature(model.forward).parameters.values()
@@ -117,16 +135,21 @@ def _require_keywords(model: nn.Module, inputs: Any, operation: str, error: Base
     missing = [p.name for p in named if p.default is p.empty and p.name not in inputs]
     if unknown or missing:
         raise SkipscopeError(
-            operation, "the keys of the batch are not the keywords of the model's forward",
-            expected=", ".join(p.name if p.default is p.empty else f"{p.name} (optional)" for p in named) or "none",
+            operation,
+            "the keys of the batch are not the keywords of the model's forward",
+            expected=", ".join(p.name if p.default is p.empty else f"{p.name} (optional)" for p in named)
+            or "none",
             got=", ".join(map(str, inputs)),
             cure="; ".join(
-                part for part in (
+                part
+                for part in (
                     f"leave out or rename {', '.join(map(str, unknown))}" if unknown else "",
                     f"add {', '.join(missing)}" if missing else "",
-                ) if part
-            ) + "; or write @ss.objective on f(model, batch)",
-        ) from error  # fmt: skip
+                )
+                if part
+            )
+            + "; or write @ss.objective on f(model, batch)",
+        ) from error
 
 
 def _how_to_pass(inputs: Any) -> str:
@@ -134,7 +157,10 @@ def _how_to_pass(inputs: Any) -> str:
     if isinstance(inputs, Mapping):
         return "a dict goes to the model as keywords; to hand over the dict itself: (({...},), target)"
     if isinstance(inputs, list):
-        return "a list goes to the model as positional arguments; to hand over the list itself: ((images,), target)"
+        return (
+            "a list goes to the model as positional arguments; to hand over the list itself: ((images,),"
+            " target)"
+        )
     if hasattr(inputs, "__array__") and not isinstance(inputs, Tensor):
         return "make it a tensor: torch.as_tensor(...)"
     if not tensors_in(inputs):
@@ -143,7 +169,10 @@ def _how_to_pass(inputs: Any) -> str:
 
 
 def call_loss(loss: Callable[..., Any], output: Any, target: Any, operation: str) -> Any:
-    """``loss(output, target)``; an error is told with the shapes, and with the values of targets that are out of range."""
+    """``loss(output, target)``;
+
+    an error is told with the shapes, and with the values of targets that are out of range.
+    """
     try:
         return loss(output, target)
     except _MISFITS as error:
@@ -152,7 +181,7 @@ def call_loss(loss: Callable[..., Any], output: Any, target: Any, operation: str
         classes = isinstance(error, IndexError) and isinstance(output, Tensor) and output.ndim > 0
         n = output.shape[min(1, output.ndim - 1)] if classes else 0
         raise SkipscopeError(
-            operation, f"the loss does not accept this output and target ({told(error)})",
+            operation, f"the loss does not accept this output and target ({error_text(error)})",
             expected=f"class indices from 0 to {n - 1}: the output has {n} classes" if classes else None,
             got=f"output {_shapes(tensors_in(output)) or type(output).__name__}; "
             f"target {_shapes(tensors_in(target), ranges=True) or type(target).__name__}",
@@ -165,13 +194,15 @@ def no_gradient(operation: str, model: nn.Module) -> SkipscopeError:
     """The error for a loss that depends on nothing that has a gradient."""
     frozen = all(not p.requires_grad for p in model.parameters())
     return SkipscopeError(
-        operation, "the loss has no gradient", expected="a loss that depends on the model's output differentiably",
+        operation,
+        "the loss has no gradient",
+        expected="a loss that depends on the model's output differentiably",
         got="a loss without grad_fn" + (" (every parameter is frozen)" if frozen else ""),
         cure="compute the output without torch.no_grad, .detach(), .item() or argmax, and the loss from it",
-    )  # fmt: skip
+    )
 
 
-def told(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """An error in a line: its own words, and its kind where they do not say it."""
     lines = str(error).strip().splitlines()
     words = lines[0][:300] if lines else ""
