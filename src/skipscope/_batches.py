@@ -78,9 +78,8 @@ class Batches:
         return self._known_first
 
     def copied(self) -> Batches:
-        """The same batches, with tensors of their own at each reading:
-
-        for a model that writes into its inputs.
+        """The same batches, with tensors of their own at each reading: for a model that writes into its
+        inputs.
         """
         return Batches(_Copied(self.items), single=self.single)
 

@@ -1,6 +1,5 @@
-"""Calling the model and the loss that people wrote;
-
-what fails there is told with the layer, the shapes and a cure.
+"""Calling the model and the loss that people wrote; what fails there is told with the layer, the shapes and a
+cure.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ T = TypeVar("T")
 
 
 def without_gradients(run: Callable[[], T]) -> T:
-    """``run()`` without recording gradients;
-
-    with them if it differentiates the network itself (a gradient penalty).
+    """``run()`` without recording gradients; with them if it differentiates the network itself (a gradient
+    penalty).
     """
     try:
         with torch.no_grad():
@@ -96,9 +94,8 @@ def _copied(value: Any) -> Any:
 
 
 def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
-    """The model's output on a batch;
-
-    a shape error is told with the shapes, and names the layer when it can.
+    """The model's output on a batch; a shape error is told with the shapes, and names the layer when it
+    can.
     """
     try:
         return call_model(model, inputs_of(batch))
@@ -169,9 +166,8 @@ def _how_to_pass(inputs: Any) -> str:
 
 
 def call_loss(loss: Callable[..., Any], output: Any, target: Any, operation: str) -> Any:
-    """``loss(output, target)``;
-
-    an error is told with the shapes, and with the values of targets that are out of range.
+    """``loss(output, target)``; an error is told with the shapes, and with the values of targets that are out
+    of range.
     """
     try:
         return loss(output, target)

@@ -83,9 +83,8 @@ class _Entry:
 
 
 class _Interrupts:
-    """SIGINT during public calls of the main thread:
-
-    passed on to the handler that was there, or held for a moment.
+    """SIGINT during public calls of the main thread: passed on to the handler that was there, or held for a
+    moment.
     """
 
     def __init__(self) -> None:

@@ -129,18 +129,16 @@ class Result:
 
 
 def register_drawer(module: str) -> None:
-    """Name the module that draws:
-
-    it has ``plot(result, ax)``, ``save(result, path)`` and ``fragment(result)``.
+    """Name the module that draws: it has ``plot(result, ax)``, ``save(result, path)`` and
+    ``fragment(result)``.
     """
     global _drawer
     _drawer = module
 
 
 def register_reader(function: str) -> None:
-    """Name a function ``module:name`` that ``load`` asks for files it does not know itself;
-
-    it may return None.
+    """Name a function ``module:name`` that ``load`` asks for files it does not know itself; it may return
+    None.
     """
     _readers.append(function)
 

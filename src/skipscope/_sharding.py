@@ -30,9 +30,8 @@ def units(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def as_found(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Run models inside;
-
-    outside each unit is sharded, or whole, as it was. Collective where one must be made whole.
+    """Run models inside; outside each unit is sharded, or whole, as it was. Collective where one must be made
+    whole.
     """
     held = [(unit, _identities(unit)) for model in models for unit in reversed(units(model))]
     try:

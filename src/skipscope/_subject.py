@@ -209,9 +209,8 @@ def prepare(
 
 
 def as_written() -> AbstractContextManager[Any]:
-    """Compiled modules run as their code is written:
-
-    hooks set after compilation would silently not be called.
+    """Compiled modules run as their code is written: hooks set after compilation would silently not be
+    called.
     """
     # Whoever has compiled something has this module loaded; loading it otherwise takes seconds.
     loaded = "torch._dynamo" in sys.modules

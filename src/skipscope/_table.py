@@ -57,9 +57,8 @@ class Table:
         return any(isinstance(c, int | float) for c in cells) and not any(isinstance(c, str) for c in cells)
 
     def text(self, width: int | None = None) -> str:
-        """The table as text that fits ``width`` columns (default:
-
-        the terminal's; at least 60, to be legible).
+        """The table as text that fits ``width`` columns (default: the terminal's; at least 60, to be
+        legible).
         """
         width = max(width or shutil.get_terminal_size().columns, _NARROWEST)
         lines = textwrap.wrap(printable(self.title), width, break_on_hyphens=False)
@@ -93,9 +92,8 @@ class Table:
         return "\n\n".join([f"**{printable(self.title)}**", "\n".join(rows), *notes]) + "\n"
 
     def csv(self) -> str:
-        """The rows as comma-separated values:
-
-        numbers in full, text so that no spreadsheet runs it as a formula.
+        """The rows as comma-separated values: numbers in full, text so that no spreadsheet runs it as a
+        formula.
         """
         lines = io.StringIO()
         writer = csv.writer(lines)

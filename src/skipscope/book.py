@@ -308,9 +308,8 @@ def _both(seed: int) -> tuple[_Backward, _Backward]:
 
 
 def _many_seeds(seeds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean absolute gradients ``[seeds, layers]`` without and with shortcuts:
-
-    all draws as one batch of networks.
+    """Mean absolute gradients ``[seeds, layers]`` without and with shortcuts: all draws as one batch of
+    networks.
     """
     drawn = []
     with random_state_kept(0), torch.device("cpu"):

@@ -24,9 +24,8 @@ class BrokenContract(SkipscopeError, AssertionError):
 
 @dataclass(frozen=True)
 class _Case:
-    """A block and what it is called with;
-
-    ``stream`` is the first float tensor of that: what the shortcut carries.
+    """A block and what it is called with; ``stream`` is the first float tensor of that: what the shortcut
+    carries.
     """
 
     module: nn.Module
@@ -292,9 +291,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _strides(case: _Case) -> None:
-    """The same numbers in another memory layout give the same;
-
-    a block that refuses the layout says so itself.
+    """The same numbers in another memory layout give the same; a block that refuses the layout says so
+    itself.
     """
     x = case.stream
     if x.ndim < 2:

@@ -1,6 +1,5 @@
-"""The command line:
-
-parse and call. Nothing here imports torch before a command runs, so that --help is immediate.
+"""The command line: parse and call. Nothing here imports torch before a command runs, so that --help is
+immediate.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""What each command does:
-
-load what it names, call one public function, say what came out and where it went.
+"""What each command does: load what it names, call one public function, say what came out and where it
+went.
 """
 
 from __future__ import annotations

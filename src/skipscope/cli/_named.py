@@ -1,6 +1,5 @@
-"""From a name on the command line to what it names:
-
-a callable of the user's own, or a network of a library.
+"""From a name on the command line to what it names: a callable of the user's own, or a network of a
+library.
 """
 
 from __future__ import annotations

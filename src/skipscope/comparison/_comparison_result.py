@@ -82,9 +82,8 @@ class Training(Result):
         return [name for name, by in self.curves.items() if optimizer in by and by[optimizer].learns]
 
     def steps_text(self, twin: str, optimizer: str) -> str:
-        """Median steps to the target, or "> N" after N steps in which most seeds never reach it:
-
-        never a made-up ratio.
+        """Median steps to the target, or "> N" after N steps in which most seeds never reach it: never a
+        made-up ratio.
         """
         curves = self.curves[twin][optimizer]
         reached = curves.steps_to_target
@@ -239,9 +238,8 @@ class Claim:
 
 
 def _learns(optimizer: str, curves: Curves) -> str:
-    """The optimizer, where the twin learns under it;
-
-    how far it came, where it reached the target and does not learn.
+    """The optimizer, where the twin learns under it; how far it came, where it reached the target and does
+    not learn.
     """
     reached, seeds = sum(steps is not None for steps in curves.steps_to_target), len(curves.steps_to_target)
     if curves.learns or not reached:

@@ -411,9 +411,8 @@ def _has_plain_weights(model: nn.Module) -> bool:
 
 
 def _plain_gradients(model: nn.Module, batch: Any, course: Course) -> list[Tensor] | None:
-    """The gradients of a plain step;
-
-    None where the model is more than a function of its weights and the batch.
+    """The gradients of a plain step; None where the model is more than a function of its weights and the
+    batch.
     """
     before, watch = _state(model), _GradientHooks()
     with random_state_kept(0):
@@ -438,9 +437,8 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 
 class _GradientHooks(TorchFunctionMode):
-    """Notices a forward pass that hangs hooks on its activations:
-
-    under vmap they would see another tensor.
+    """Notices a forward pass that hangs hooks on its activations: under vmap they would see another
+    tensor.
     """
 
     def __init__(self):

@@ -240,9 +240,8 @@ def _affordable(
 
 
 def _rung(depth: int, flows: dict[str, GradientFlow], training: Training | None) -> Rung:
-    """What one depth shows;
-
-    a network learns where every seed's loss reaches the target under that optimizer.
+    """What one depth shows; a network learns where every seed's loss reaches the target under that
+    optimizer.
     """
     curves = training.curves if training is not None else {}
     return Rung(

@@ -121,9 +121,8 @@ def describe(
 
 
 def measure_flow(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clock) -> None:
-    """Flow of every network;
-
-    for those with shortcuts also removed and detached, split, paths and strength.
+    """Flow of every network; for those with shortcuts also removed and detached, split, paths and
+    strength.
     """
     say("gradient flow, paths and shortcut strength")
     removed = {name for name, twin in evidence.twins.items() if twin.meaning == "removed"}
@@ -211,9 +210,8 @@ def trained_alike(training: Training, kept: Mapping[str, Mapping[str, nn.Module]
 
 
 def seconds_a_step(subject: Subject, batch_size: int | None) -> float:
-    """What one step of training takes:
-
-    a forward and a backward pass, timed, and a fifth more for the optimizer.
+    """What one step of training takes: a forward and a backward pass, timed, and a fifth more for the
+    optimizer.
     """
     batch = subject.data.first()
     if batch_size is not None and samples_of(batch) > batch_size:

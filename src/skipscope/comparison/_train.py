@@ -273,9 +273,8 @@ def _copy_with_hooks(model: nn.Module) -> nn.Module:
 
 
 def _in_training(model: nn.Module, name: str, notes: dict[str, None]) -> nn.Module:
-    """The model in the modes in which it is to be trained:
-
-    as found, unless it is wholly in evaluation mode.
+    """The model in the modes in which it is to be trained: as found, unless it is wholly in evaluation
+    mode.
     """
     modes = {module.training for module in model.modules()}
     if modes == {False}:

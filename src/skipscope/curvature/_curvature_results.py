@@ -109,9 +109,8 @@ class ExtremeEigenvalues(Result):
 
     @property
     def ratio(self) -> float:
-        """|lambda_min / lambda_max|:
-
-        near 0 where the surface is convex or nearly so; nan for a zero matrix.
+        """|lambda_min / lambda_max|: near 0 where the surface is convex or nearly so; nan for a zero
+        matrix.
         """
         return float(abs(self.smallest[0] / self.largest[0])) if self.largest[0] else math.nan
 

@@ -79,9 +79,8 @@ class ReverseOverReverse:
 
 
 class ForwardOverReverse:
-    """The derivative of the gradient along v in forward mode;
-
-    several vectors at once under vmap where that works.
+    """The derivative of the gradient along v in forward mode; several vectors at once under vmap where that
+    works.
     """
 
     name = "forward over reverse"
@@ -117,9 +116,8 @@ class Differences(ABC):
     name = "finite differences"
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> tuple[PrivateModel, Batch, int]:
-        """The model and batch in float64 where they can be run in it;
-
-        no graph, which moving parameters spoils.
+        """The model and batch in float64 where they can be run in it; no graph, which moving parameters
+        spoils.
         """
         return *(in_double(model, batch, index) or (model, batch)), index
 
@@ -135,9 +133,8 @@ class Differences(ABC):
         tangent: Tangent,
         read: Callable[[int, Tensor], Tensor],
     ) -> list[Tensor]:
-        """``read(i, part)`` of the product with ``tangent``, for each parameter i;
-
-        for a look, not for a result.
+        """``read(i, part)`` of the product with ``tangent``, for each parameter i; for a look, not for a
+        result.
         """
         tangent = [t.to(p.dtype) for t, p in zip(tangent, model.parameters, strict=True)]
         return [read(i, part) for i, part in enumerate(self.product((model, batch, index), [tangent])[0])]
@@ -208,9 +205,8 @@ def each(along: Callable[..., tuple[Tensor, ...]], tangents: list[Tangent]) -> l
 def difference(
     model: PrivateModel, tangent: Tangent, function: Callable[[], list[Tensor]], step: float | None = None
 ) -> list[Tensor]:
-    """The derivative of ``function()`` along ``tangent``:
-
-    a central difference, by default at the best step.
+    """The derivative of ``function()`` along ``tangent``: a central difference, by default at the best
+    step.
     """
     parameters = model.parameters
     here, there = _norm(parameters), _norm(tangent)

@@ -201,9 +201,8 @@ class Krylov:
 
     @property
     def noise(self) -> float:
-        """An upper estimate of the error of one product:
-
-        what asymmetry shows, over all coordinates; what was cut off.
+        """An upper estimate of the error of one product: what asymmetry shows, over all coordinates; what was
+        cut off.
         """
         seen = (self._lost / self._lost_count * self.size) ** 0.5 if self._lost_count else 0.0
         return _SAFETY * float(seen) + self._dropped + 16 * max(self.precision, _EPS) * self.scale
@@ -221,17 +220,15 @@ class Krylov:
         return self._ritz
 
     def vectors(self, coordinates: np.ndarray) -> Tensor:
-        """Ritz vectors ``[p, n]`` from their coordinates ``[m, p]``;
-
-        the basis is overwritten, and the run is over.
+        """Ritz vectors ``[p, n]`` from their coordinates ``[m, p]``; the basis is overwritten, and the run is
+        over.
         """
         self._combine(coordinates)
         return self.rows[: coordinates.shape[1]].clone()
 
     def _combine(self, coordinates: np.ndarray) -> None:
-        """Replace the first rows of the basis by Ritz vectors, some columns at a time:
-
-        no second basis is held.
+        """Replace the first rows of the basis by Ritz vectors, some columns at a time: no second basis is
+        held.
         """
         mix = torch.from_numpy(coordinates.T.copy()).to(self.rows)
         for start in range(0, self.rows.shape[1], _COLUMNS):
@@ -254,9 +251,8 @@ class Krylov:
 
 
 def own_generator(seed: int) -> torch.Generator:
-    """Random numbers that are nobody else's:
-
-    data made after ``torch.manual_seed(0)`` would otherwise be our probes.
+    """Random numbers that are nobody else's: data made after ``torch.manual_seed(0)`` would otherwise be our
+    probes.
     """
     state = np.random.SeedSequence([seed, *b"skipscope curvature"]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)

@@ -113,9 +113,8 @@ class PrivateModel:
                 raise self._hidden(self.names[unused[reached.index(True)]])
 
     def _refuse_no_gradient(self, batch: Batch, index: int) -> None:
-        """A loss that leads to none of the chosen parameters has the Hessian zero;
-
-        one that leads to none at all has none.
+        """A loss that leads to none of the chosen parameters has the Hessian zero; one that leads to none at
+        all has none.
         """
         others = [p for p in self.module.parameters() if p.is_floating_point() and not p.requires_grad]
         try:

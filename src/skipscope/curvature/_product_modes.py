@@ -63,9 +63,8 @@ def _plain_kernels() -> Iterator[None]:
 
 
 class _PlainWeightNorm(TorchFunctionMode):
-    """The fused weight norm's second derivative is wrong in torch 2.13;
-
-    the same in plain operations is right.
+    """The fused weight norm's second derivative is wrong in torch 2.13; the same in plain operations is
+    right.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,6 +1,5 @@
-"""The trace of a matrix known by products:
-
-Hutchinson's estimate, and Hutch++ (Meyer, Musco, Musco & Woodruff 2021).
+"""The trace of a matrix known by products: Hutchinson's estimate, and Hutch++ (Meyer, Musco, Musco & Woodruff
+2021).
 """
 
 from __future__ import annotations

@@ -76,9 +76,8 @@ def gradient_flow(
 
 
 def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientFlow:
-    """:func:`gradient_flow` of what is prepared;
-
-    ``scale`` is what training multiplies the loss by. Local, or collective.
+    """:func:`gradient_flow` of what is prepared; ``scale`` is what training multiplies the loss by. Local, or
+    collective.
     """
     subject = subject.with_own_inputs()
     read = _Measurement(subject, seed, scale)

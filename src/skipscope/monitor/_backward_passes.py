@@ -155,9 +155,8 @@ class BackwardPasses:
         self._finished = [p for p in self._finished if p.touched or p.by_hand or p.certain]
 
     def _zeroed(self, p: BackwardPass, now: list[GradientState]) -> bool:
-        """Whether the gradients have been set to 0 since the pass ended;
-
-        those of a dead network were 0 already.
+        """Whether the gradients have been set to 0 since the pass ended; those of a dead network were 0
+        already.
         """
         assert p.touched is not None
         if p.nonzero is None or not bool(p.nonzero[1]):

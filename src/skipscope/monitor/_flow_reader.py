@@ -272,9 +272,8 @@ class FlowReader:
         self, owner: int, step: int, points: tuple[Boundary, ...], norms: dict[int, list[Any]],
         elements: np.ndarray, seen: set[int], scale: Any,
     ) -> None:  # fmt: skip
-        """Sum squares and counts over ranks (collective);
-
-        the loss is the mean of theirs, so each holds 1/ranks of it.
+        """Sum squares and counts over ranks (collective); the loss is the mean of theirs, so each holds
+        1/ranks of it.
         """
         if not (self._agreed or self._all_agree(points)):
             return
@@ -419,9 +418,8 @@ class FlowReader:
             activation.arrived[current] = _norm(grad)
 
     def _find(self, args: Any, keywords: dict[str, Any]) -> bool:
-        """Find the boundaries with the inputs at hand;
-
-        when that fails the flow is given up, the training goes on.
+        """Find the boundaries with the inputs at hand; when that fails the flow is given up, the training
+        goes on.
         """
         try:
             points = boundaries(self.model, _as_inputs(self.model, args, keywords))

@@ -31,9 +31,8 @@ class Connection(nn.Module):
         self.branch = branch
 
     def initialise_(self, branch: nn.Module) -> None:
-        """Give a branch's weights the start that the paper asks for;
-
-        as they are unless a family says otherwise.
+        """Give a branch's weights the start that the paper asks for; as they are unless a family says
+        otherwise.
         """
 
     def __getattr__(self, name: str) -> Any:
@@ -85,9 +84,8 @@ class Chain(nn.Module):
         return [x], x
 
     def step(self, index: int, state: Any, f: Tensor) -> tuple[Any, Any]:
-        """The state after branch ``index`` gave ``f``, and the next branch's input;
-
-        after the last, the output.
+        """The state after branch ``index`` gave ``f``, and the next branch's input; after the last, the
+        output.
         """
         raise NotImplementedError
 
@@ -101,9 +99,8 @@ class Chain(nn.Module):
 
 
 class Elsewhere(nn.Module):
-    """In place of a branch that is computed elsewhere:
-
-    only ``read`` and ``write`` of its connection are called.
+    """In place of a branch that is computed elsewhere: only ``read`` and ``write`` of its connection are
+    called.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,9 +109,8 @@ class Elsewhere(nn.Module):
 
 
 class Holder(nn.Module):
-    """Connections by dotted name, beside a model's own modules;
-
-    called among them (in a Sequential) it changes nothing.
+    """Connections by dotted name, beside a model's own modules; called among them (in a Sequential) it
+    changes nothing.
     """
 
     def put(self, name: str, connection: nn.Module) -> None:

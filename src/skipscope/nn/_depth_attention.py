@@ -114,9 +114,8 @@ class DeltaAttention(DepthAttention):
         self.queries = nn.ParameterList(list(self.queries)[:-1])
 
     def step(self, index: int, state: list[Tensor], f: Tensor) -> tuple[list[Tensor], Tensor]:
-        """``h_(l+1)`` after ``v_l``;
-
-        after the last, the stream itself. The state: the stream, then v_0, v_1, ...
+        """``h_(l+1)`` after ``v_l``; after the last, the stream itself. The state: the stream, then v_0, v_1,
+        ...
         """
         f = f.movedim(self.dim, -1)
         stream, *values = state if index else (state[0], state[0])

@@ -19,9 +19,8 @@ from skipscope.nn._connection import Chain, normed
 
 
 def dynamic_dense(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``sum_j weights[..., j] * outputs[j]``, the last first;
-
-    outputs ``[..., width]``, ``weights [..., len(outputs)]``.
+    """``sum_j weights[..., j] * outputs[j]``, the last first; outputs ``[..., width]``, ``weights [...,
+    len(outputs)]``.
     """
     columns = weights.unsqueeze(-2).unbind(-1)
     total = columns[-1] * outputs[-1]

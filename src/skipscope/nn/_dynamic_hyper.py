@@ -29,9 +29,8 @@ from skipscope.nn._hyper import StreamConnection
 
 
 def mix_streams(x: Tensor, residual: Tensor) -> Tensor:
-    """Streams ``x [n, ..., width]`` mixed by ``residual [..., n, n]``, one matrix a token:
-
-    row i makes stream i.
+    """Streams ``x [n, ..., width]`` mixed by ``residual [..., n, n]``, one matrix a token: row i makes stream
+    i.
     """
     return (residual.movedim(-1, 0).unsqueeze(-1) * x.unsqueeze(-2)).sum(0).movedim(-2, 0)
 
@@ -78,9 +77,8 @@ class _Dynamic(StreamConnection):
         self.streams, self.width, self.dim = streams, width, dim
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """For streams ``[n, ..., width]``:
-
-        pre ``[..., n]``, post ``[..., n]``, residual ``[..., n, n]`` (None: I).
+        """For streams ``[n, ..., width]``: pre ``[..., n]``, post ``[..., n]``, residual ``[..., n, n]``
+        (None: I).
         """
         raise NotImplementedError
 
@@ -230,9 +228,8 @@ class StreamCollapse(nn.Module):
 
 
 class CollapsedHyperConnection(ManifoldHyperConnection):
-    """mHC whose streams end in a :class:`StreamCollapse`;
-
-    arguments as for :class:`ManifoldHyperConnection`.
+    """mHC whose streams end in a :class:`StreamCollapse`; arguments as for
+    :class:`ManifoldHyperConnection`.
     """
 
     def collapse(self) -> nn.Module:

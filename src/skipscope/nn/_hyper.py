@@ -27,9 +27,8 @@ def expand_streams(x: Tensor, streams: int) -> Tensor:
 
 
 def reduce_streams(x: Tensor) -> Tensor:
-    """``[streams, ...]`` -> ``[...]``:
-
-    their mean (the paper's sum, up to a factor that its last norm takes out).
+    """``[streams, ...]`` -> ``[...]``: their mean (the paper's sum, up to a factor that its last norm takes
+    out).
     """
     return x.mean(0)
 
@@ -40,17 +39,15 @@ def hyper_read(x: Tensor, pre: Tensor) -> Tensor:
 
 
 def hyper_write(x: Tensor, f: Tensor, residual: Tensor, post: Tensor) -> Tensor:
-    """``residual [n, n]`` mixes the streams ``[n, ...]``;
-
-    each gets ``f [...]`` times its element of ``post``.
+    """``residual [n, n]`` mixes the streams ``[n, ...]``; each gets ``f [...]`` times its element of
+    ``post``.
     """
     return torch.tensordot(residual, x, 1) + post.reshape(-1, *[1] * f.ndim) * f
 
 
 def altup(x: Tensor, f: Tensor, predict: Tensor, correct: Tensor, active: int) -> Tensor:
-    """AltUp's prediction of the streams ``x [n, ...]``, corrected by what stream ``active`` became:
-
-    itself plus ``f``.
+    """AltUp's prediction of the streams ``x [n, ...]``, corrected by what stream ``active`` became: itself
+    plus ``f``.
     """
     predicted = torch.tensordot(predict, x, 1)
     return predicted + correct.reshape(-1, *[1] * f.ndim) * (x[active] + f - predicted[active])
@@ -152,9 +149,8 @@ class HyperConnected(Chain):
         return x, self.layers[0].read(x)  # type: ignore[operator]
 
     def step(self, index: int, state: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-        """The streams after layer ``index``, and what the next one reads;
-
-        after the last, all of them as one.
+        """The streams after layer ``index``, and what the next one reads; after the last, all of them as
+        one.
         """
         state = self.layers[index].write(state, f)  # type: ignore[operator]
         if index < len(self.layers) - 1:

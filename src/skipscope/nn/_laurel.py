@@ -22,9 +22,8 @@ def laurel_weights(x: Tensor, f: Tensor, weights: Tensor) -> Tensor:
 def laurel_low_rank(
     x: Tensor, f: Tensor, down: Tensor, up: Tensor, dim: int = -1, mapped: Tensor | None = None
 ) -> Tensor:
-    """``f + (x + up down mapped)``, ``mapped`` ``x`` by default:
-
-    ``down [rank, width]``, ``up [width, rank]``.
+    """``f + (x + up down mapped)``, ``mapped`` ``x`` by default: ``down [rank, width]``, ``up [width,
+    rank]``.
     """
     rows = (x if mapped is None else mapped).movedim(dim, -1)
     return f + (x + (rows @ down.T @ up.T).movedim(-1, dim))

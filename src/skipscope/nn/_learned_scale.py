@@ -46,9 +46,8 @@ class ReZero(Connection):
 
 
 class SkipInit(ReZero):
-    """``x + a F(x)``, a = 0:
-
-    ReZero's equation, found at the same time as what batch norm does at the start.
+    """``x + a F(x)``, a = 0: ReZero's equation, found at the same time as what batch norm does at the
+    start.
     """
 
 

@@ -51,9 +51,8 @@ class ShakeShake(IdentityShortcut):
 
 @torch.no_grad()
 def permuted_copy(branch: nn.Module) -> nn.Module:
-    """A copy of ``branch`` with other weights of the same initialisation:
-
-    each tensor's columns are permuted.
+    """A copy of ``branch`` with other weights of the same initialisation: each tensor's columns are
+    permuted.
     """
     other = copy.deepcopy(branch)
     for parameter in other.parameters():

@@ -99,9 +99,8 @@ def _edges(columns: Any) -> np.ndarray:
 
 @draw.register
 def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None = None) -> Any:
-    """Contours, or ``kind="3d"``;
-
-    several surfaces get axes of their own: new ones, or as many as ``ax`` has.
+    """Contours, or ``kind="3d"``; several surfaces get axes of their own: new ones, or as many as ``ax``
+    has.
     """
     axes = [] if ax is None else list(np.ravel(ax))
     solid = kind == "3d" or (kind is None and bool(axes) and axes[0].name == "3d")
@@ -137,9 +136,8 @@ def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None 
 
 
 def square(figure: Any) -> None:
-    """Maps that are kept square need a layout that knows it;
-
-    in the usual one a label is cut off at the edge.
+    """Maps that are kept square need a layout that knows it; in the usual one a label is cut off at the
+    edge.
     """
     figure.set_layout_engine("compressed")
     figure.draw_without_rendering()  # a second pass may move what a file, written in one, would show

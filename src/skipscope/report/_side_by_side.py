@@ -31,9 +31,8 @@ class SideBySide(Result):
         return {name: loads(text, name) for name, text in zip(self.names, self.texts)}
 
     def table(self) -> Table:
-        """One row for each row name of any result;
-
-        of the other columns those that differ between the results.
+        """One row for each row name of any result; of the other columns those that differ between the
+        results.
         """
         tables = {name: result.table() for name, result in self.results.items()}
         first = next(iter(tables.values()))

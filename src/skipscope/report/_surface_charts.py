@@ -242,9 +242,8 @@ def _thinned(line: np.ndarray, apart: float = 2.5) -> list[tuple[float, float]]:
 
 
 def fine(level: np.ndarray, least: int = 61) -> np.ndarray:
-    """Heights on a finer grid, for smooth contours;
-
-    cubic between the values where all are known, else linear.
+    """Heights on a finer grid, for smooth contours; cubic between the values where all are known, else
+    linear.
     """
     from scipy.interpolate import RegularGridInterpolator
 
@@ -268,9 +267,8 @@ def _part(axis: np.ndarray, value: float) -> float | None:
 def _png(
     level: np.ndarray, scale: Heights, signed: bool, broken: np.ndarray | None = None, pixels: int = 120
 ) -> str:
-    """A smooth picture of heights ``[a, b]``:
-
-    a to the right, b upward; what is unknown is transparent, or striped.
+    """A smooth picture of heights ``[a, b]``: a to the right, b upward; what is unknown is transparent, or
+    striped.
     """
     from PIL import Image
     from scipy.ndimage import map_coordinates

@@ -17,9 +17,8 @@ from skipscope.report._svg import LETTER, rooms, sheet, words
 
 
 def heat(chart: Heat, width: int) -> Markup:
-    """A heat map of ``width`` pixels, on a log scale, with its key;
-
-    grey is zero, stripes are not finite, white is unknown.
+    """A heat map of ``width`` pixels, on a log scale, with its key; grey is zero, stripes are not finite,
+    white is unknown.
     """
     rows = len(chart.values)
     inside = min(460, max(150, rows * 12))

@@ -1,6 +1,5 @@
-"""Lines as SVG:
-
-bands, markers, names at the lines' ends, a level of reference, and what a pointer is told.
+"""Lines as SVG: bands, markers, names at the lines' ends, a level of reference, and what a pointer is
+told.
 """
 
 from __future__ import annotations

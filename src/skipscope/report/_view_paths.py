@@ -62,9 +62,8 @@ def _(result: GradientSplit) -> Document:
 
 
 def path_lines(paths: Mapping[str, PathSpectrum], styles: Mapping[str, int] | None = None) -> Lines:
-    """The gradient by path length;
-
-    lengths that carry less than 1e-12 of the greatest are left to the table.
+    """The gradient by path length; lengths that carry less than 1e-12 of the greatest are left to the
+    table.
     """
     series, marks = [], []
     for i, (name, spectrum) in enumerate(paths.items()):

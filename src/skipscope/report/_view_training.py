@@ -16,9 +16,8 @@ from skipscope.report._document import view
 
 
 def training_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
-    """Loss against step:
-
-    the mean over seeds (on the log scale, where losses are positive), and a band over all of them.
+    """Loss against step: the mean over seeds (on the log scale, where losses are positive), and a band over
+    all of them.
     """
     series = []
     is_positive = all(

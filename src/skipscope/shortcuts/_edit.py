@@ -103,9 +103,8 @@ def _edit(
     strength: float | Tensor | None,
     share: bool,
 ) -> None:
-    """Make a copy of ``model`` follow the edits of ``chosen``;
-
-    ``every`` are the shortcuts among which they were found.
+    """Make a copy of ``model`` follow the edits of ``chosen``; ``every`` are the shortcuts among which they
+    were found.
     """
     points = remembered_boundaries(model) or (every.boundaries if every is not None else ())
     factor = strength if strength is not None else None if how == "detach" else 0.0
@@ -169,9 +168,8 @@ def _in_words(
 
 
 def meaning(model: nn.Module) -> str:
-    """What a result on this model is about (local):
-
-    ``"as built"``, or what :func:`ablate` did to it, e.g. ``"removed"``.
+    """What a result on this model is about (local): ``"as built"``, or what :func:`ablate` did to it, e.g.
+    ``"removed"``.
     """
     return ", ".join(edits_of(model)) or "as built"
 

@@ -170,9 +170,8 @@ def _shapes(model: nn.Module, chosen: Sequence[Shortcut], inputs: Any) -> list[t
 
 
 def _reader(shortcut: Shortcut) -> str:
-    """The module that takes the fork's tensor:
-
-    the branch's own; its first where it begins elsewhere (a norm before it).
+    """The module that takes the fork's tensor: the branch's own; its first where it begins elsewhere (a norm
+    before it).
     """
     home, host = shortcut.name.partition("#")[0], shortcut.key.host
     is_around = not home or home == host or host.startswith(home + ".")

@@ -1,6 +1,5 @@
-"""The same surfaces along several seeds' directions:
-
-what belongs to the network and what to the direction.
+"""The same surfaces along several seeds' directions: what belongs to the network and what to the
+direction.
 """
 
 from __future__ import annotations
@@ -51,9 +50,8 @@ def read_seed(seed: Any) -> int | list[int]:
 def by_seed(
     models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings
 ) -> dict[str, PairedSurfaces]:
-    """One run a seed, each with a folder of its own in the store;
-
-    all see the same data, drawn by the first seed.
+    """One run a seed, each with a folder of its own in the store; all see the same data, drawn by the first
+    seed.
     """
     for model in models.values():
         require_module(model, "landscape")
@@ -95,9 +93,8 @@ def paired_band(pairs: dict[str, PairedSurfaces]) -> PairedBand:
 
 
 def _share_higher(scores: list[Scores], others: list[Scores], name: str) -> float:
-    """On which share of the seeds where both have this score it is higher than the other's;
-
-    nan without any.
+    """On which share of the seeds where both have this score it is higher than the other's; nan without
+    any.
     """
     pairs = np.array([[getattr(a, name), getattr(b, name)] for a, b in zip(scores, others)])
     pairs = pairs[np.isfinite(pairs).all(1)]

@@ -159,9 +159,8 @@ class Settings:
 
 
 def with_signature(allowed: type[Options]) -> Callable[[Any], Any]:
-    """Give a call that takes ``seed`` and ``**options`` the signature that ``help()`` shows:
-
-    each option by name.
+    """Give a call that takes ``seed`` and ``**options`` the signature that ``help()`` shows: each option by
+    name.
     """
 
     def decorate(function: Any) -> Any:

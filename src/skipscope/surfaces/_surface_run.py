@@ -191,9 +191,8 @@ def _fill(
 
 
 def _with_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ...]) -> Sheet:
-    """Where the origin is a point of the grid it carries the plain loop's value:
-
-    the model's own loss, bit for bit.
+    """Where the origin is a point of the grid it carries the plain loop's value: the model's own loss, bit
+    for bit.
     """
     sheet = copy.deepcopy(sheet)  # what is still refined goes on from what was computed
     for twin in twins:
@@ -224,9 +223,8 @@ def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings
 def _losses_at(
     model: nn.Module, plane: Plane, data: Batches, loss: Objective, recalibrated: bool
 ) -> list[float]:
-    """Each known point's own loss:
-
-    with its own buffers where it came with them, batch norm as on the surface.
+    """Each known point's own loss: with its own buffers where it came with them, batch norm as on the
+    surface.
     """
     copy, losses = private_copy(model, "landscape"), []
     own = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}

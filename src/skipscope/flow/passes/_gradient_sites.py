@@ -281,9 +281,8 @@ class SiteReader:
             self._pool(trace, call, args[0], results[0], n)
 
     def _summed(self, trace: Trace, call: TracedCall) -> float:
-        """Number of summed positions where an operand is a sum, else 0:
-
-        a sum times a constant is an average.
+        """Number of summed positions where an operand is a sum, else 0: a sum times a constant is an
+        average.
         """
         last = self.pools[-1] if self.pools else None
         if last is None or last.function != "sum":

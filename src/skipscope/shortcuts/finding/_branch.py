@@ -68,9 +68,8 @@ class Branches:
         return found
 
     def _mapped(self, node: int) -> int | None:
-        """What a node is a linear map of, by weights or by a matrix that is itself made of it;
-
-        None for no such map.
+        """What a node is a linear map of, by weights or by a matrix that is itself made of it; None for no
+        such map.
         """
         graph, above = self.graph, self.graph.active_parents(node)
         if len(above) == 1:
@@ -165,9 +164,8 @@ class Branches:
         return [] if dim is not None and any(part.axis_along(dim) for part in taken) else taken
 
     def _is_gain(self, region: int) -> bool:
-        """Whether each value goes through by itself and is multiplied by weights at most:
-
-        x + (m - 1) x is m x.
+        """Whether each value goes through by itself and is multiplied by weights at most: x + (m - 1) x is m
+        x.
         """
         curves = region & ~self.graph.of_kinds(STRAIGHT_POINTWISE)
         return not curves and not self._multiplies_activations(region)
@@ -193,9 +191,8 @@ class Branches:
         return any(graph.ancestors.reaches(v, curve) for v in weighted for curve in curves)
 
     def _repeats(self, reader: Sides, region: int, bypassing: tuple[int, ...]) -> bool:
-        """Whether the branch's matrices have all made a bypassing operand before:
-
-        one module, step after step.
+        """Whether the branch's matrices have all made a bypassing operand before: one module, step after
+        step.
         """
         graph, ends = self.graph, [reader.position(i) for i in bypassing]
         matrices = list(bits(graph.matrices_in(region)))

@@ -1,6 +1,5 @@
-"""Which operands of a merge skip what the others went through:
-
-the rules, and what only looks like a shortcut.
+"""Which operands of a merge skip what the others went through: the rules, and what only looks like a
+shortcut.
 """
 
 from __future__ import annotations
@@ -51,9 +50,8 @@ class Bypass:
         self.graph = graph
 
     def operands(self, call: Merge, sides: dict[int, Side]) -> tuple[int, ...] | Reason:
-        """The operands that skip:
-
-        those without weights; else scaled; else gated; else normed; else projected.
+        """The operands that skip: those without weights; else scaled; else gated; else normed; else
+        projected.
         """
         rank = {i: r for i, side in sides.items() if (r := self.rank(side)) is not None}
         if call.name in _operations.LISTS:
@@ -81,9 +79,8 @@ class Bypass:
         return self.the_first(sides, chosen)
 
     def the_first(self, sides: dict[int, Side], chosen: tuple[int, ...]) -> tuple[int, ...]:
-        """Of operands that could all bypass those that come from none of the others:
-
-        x, not its gate, nor F(x).
+        """Of operands that could all bypass those that come from none of the others: x, not its gate, nor
+        F(x).
         """
 
         def is_later(i: int) -> bool:
@@ -104,9 +101,8 @@ class Bypass:
         return NORMED if not side.products else GATED if side.how == "gated" else SCALED
 
     def is_deeper(self, region: int) -> bool:
-        """Whether a set of nodes does more than one linear map:
-
-        two, one after the other, or one and something bent.
+        """Whether a set of nodes does more than one linear map: two, one after the other, or one and
+        something bent.
         """
         graph = self.graph
         matrices = graph.matrices_in(region, enough=2).bit_count()

@@ -363,9 +363,8 @@ class Graph:
         return self._sets[i]
 
     def entries(self, region: int, common: int) -> set[int]:
-        """Nodes of ``common`` from which some node of ``region`` was computed;
-
-        the smaller set is gone through.
+        """Nodes of ``common`` from which some node of ``region`` was computed; the smaller set is gone
+        through.
         """
         if region.bit_count() < common.bit_count():
             return {p for v in bits(region) for p in self.active_parents(v) if common >> p & 1}
@@ -376,9 +375,8 @@ class Graph:
         return self._cuts(fork).overlapping(parts)
 
     def parts_taken(self, fork: int, region: int) -> list[Part]:
-        """The parts of ``fork`` from which the nodes of a set were computed;
-
-        at its end, the part that it is.
+        """The parts of ``fork`` from which the nodes of a set were computed; at its end, the part that it
+        is.
         """
         cuts, found = self._cuts(fork), []
         for v in bits(region):
@@ -425,16 +423,14 @@ class Graph:
         return chosen(window, inside) << first
 
     def on_the_way(self, start: int, end: int) -> int:
-        """The set of nodes on the ways from ``start``, without it, to ``end``;
-
-        empty where none leads there.
+        """The set of nodes on the ways from ``start``, without it, to ``end``; empty where none leads
+        there.
         """
         return self.between([start], end) & ~(1 << start) if self.ancestors.reaches(start, end) else 0
 
     def joined_axis(self, merge: Merge) -> int | None:
-        """The axis along which a call puts tensors side by side, counted from the front;
-
-        None for any other call.
+        """The axis along which a call puts tensors side by side, counted from the front; None for any other
+        call.
         """
         if merge.output is None or merge.name not in _operations.LISTS:
             return None

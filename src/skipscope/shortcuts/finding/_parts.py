@@ -85,9 +85,8 @@ def whole(shape: tuple[int, ...]) -> Part:
 
 
 def part_after(trace: Trace, value: int, before: Part) -> Part | None:
-    """The part that a value is, which was computed from a part alone;
-
-    None where its call does not take parts.
+    """The part that a value is, which was computed from a part alone; None where its call does not take
+    parts.
     """
     made = trace.values[value]
     call = None if made.call is None else trace.calls[made.call]
@@ -228,9 +227,8 @@ def _getitem(taking: _Taking, before: Part) -> Part | None:
 
 
 def _is_list(call: TracedCall, index: tuple[Any, ...]) -> bool:
-    """Whether ``x[[1]]`` was written, a list of indices, and not ``x[1,]``;
-
-    the trace has a tuple for both.
+    """Whether ``x[[1]]`` was written, a list of indices, and not ``x[1,]``; the trace has a tuple for
+    both.
     """
     return call.lists_index
 
@@ -287,9 +285,8 @@ def _same(taking: _Taking, before: Part) -> Part | None:
 
 
 def _viewed(taking: _Taking, before: Part) -> Part | None:
-    """Axes that keep their size are kept;
-
-    what is merged or split has a name made of theirs, if it was whole.
+    """Axes that keep their size are kept; what is merged or split has a name made of theirs, if it was
+    whole.
     """
     shape, new = before.shape, taking.shape
     if 0 in new or prod(new) != prod(shape):

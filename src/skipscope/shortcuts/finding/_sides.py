@@ -286,9 +286,8 @@ class _Walk:
         return v in self._bent
 
     def weightless(self, v: int) -> frozenset[int]:
-        """The common nodes that ``v`` reaches without weights;
-
-        empty where a weight or a weighted addend is met.
+        """The common nodes that ``v`` reaches without weights; empty where a weight or a weighted addend is
+        met.
         """
         if self.graph.weights[v] and not self.common >> v & 1 and self.graph.kind(v) not in PRODUCT:
             return frozenset()
@@ -377,9 +376,8 @@ class _Walk:
         return [c for c in candidates if not any(d != c and reaches(d, c) for d in candidates)]
 
     def nearest(self, candidates: frozenset[int] | set[int]) -> int | None:
-        """Of several common nodes the one that the others depend on;
-
-        the last in order if they are unrelated.
+        """Of several common nodes the one that the others depend on; the last in order if they are
+        unrelated.
         """
         first = self.first(candidates)
         return max(first) if first else None

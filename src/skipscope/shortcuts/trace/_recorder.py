@@ -285,9 +285,8 @@ class Recorder(TorchFunctionMode):
             self._hide(call.function, CELL, call.source)
 
     def _note_library(self, call: TracedCall) -> None:
-        """Note that a call of a library's operator may join what it takes:
-
-        activations, or one and weights.
+        """Note that a call of a library's operator may join what it takes: activations, or one and
+        weights.
         """
         takes = sum(v in self._derived for v in dict.fromkeys(call.operands))
         if takes > 1 and any(self.trace.values[v].from_data for v in call.results):

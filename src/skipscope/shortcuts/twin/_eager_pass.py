@@ -174,9 +174,8 @@ class _EagerPass(TorchFunctionMode):
         return None
 
     def _plan(self, host: nn.Module | None, site: str) -> Plan | None:
-        """The plan by which a call is edited;
-
-        outside of every forward that is the outermost module's or the twin's.
+        """The plan by which a call is edited; outside of every forward that is the outermost module's or the
+        twin's.
         """
         if host is not None:
             plan = plan_of(host)
@@ -185,9 +184,8 @@ class _EagerPass(TorchFunctionMode):
         return root if root is not None and site in root.calls else own
 
     def _is_compiled(self, frame: Any) -> bool:
-        """Whether the call is in a graph that the eager backend of ``torch.compile`` runs:
-
-        it has been edited.
+        """Whether the call is in a graph that the eager backend of ``torch.compile`` runs: it has been
+        edited.
         """
         is_generated = frame.f_code.co_filename.startswith("<eval_with_key>")
         return is_generated and id(_call_sites.first_argument(frame)) not in self.members

@@ -66,9 +66,8 @@ class Join:
         return self.module.write(x, f)
 
     def _expect(self, x: Tensor, handed: Any) -> None:
-        """Refuse a merge whose shortcut is another tensor than expected;
-
-        compiled code was looked at before.
+        """Refuse a merge whose shortcut is another tensor than expected; compiled code was looked at
+        before.
         """
         if handed is None or (not torch.compiler.is_compiling() and handed is not x):
             raise self.misfit("the shortcut carries another tensor than the one that was read")

@@ -1,6 +1,5 @@
-"""The edits of a twin:
-
-which operands of which calls change, and to what; and a call with its operands rewritten.
+"""The edits of a twin: which operands of which calls change, and to what; and a call with its operands
+rewritten.
 """
 
 from __future__ import annotations

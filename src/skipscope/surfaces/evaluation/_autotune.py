@@ -264,9 +264,8 @@ class _Autotune:
         return won
 
     def _again(self, strategy: Strategy, points: Sequence[Point], seconds: float) -> tuple[float, float]:
-        """Seconds a point of a candidate and of the incumbent, run in turn:
-
-        a busy machine is busy for both.
+        """Seconds a point of a candidate and of the incumbent, run in turn: a busy machine is busy for
+        both.
         """
         incumbent, few = self.evaluator.strategy, self.points[:1]
         if isinstance(incumbent, WorkerPool):

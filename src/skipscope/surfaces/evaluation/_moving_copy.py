@@ -21,9 +21,8 @@ _ALIGN = 64  # elements; matrix kernels want aligned weights, and a view in the 
 
 @dataclass
 class _Flat:
-    """The moving parameters of one dtype:
-
-    the origin, the directions, and what the copy's parameters look into.
+    """The moving parameters of one dtype: the origin, the directions, and what the copy's parameters look
+    into.
     """
 
     names: list[str]

@@ -1,6 +1,5 @@
-"""Twins on a plane, ready to be evaluated:
-
-opened in a precision, with one strategy, and closed at the end.
+"""Twins on a plane, ready to be evaluated: opened in a precision, with one strategy, and closed at the
+end.
 """
 
 from __future__ import annotations

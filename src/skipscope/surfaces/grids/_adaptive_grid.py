@@ -91,9 +91,8 @@ class Adaptive:
         new: tuple[np.ndarray, np.ndarray],
         active: set[tuple[int, int]],
     ) -> set[tuple[int, int]]:
-        """Test the active cells of ``old``, compute the failing ones' points of ``new``;
-
-        the next level's cells.
+        """Test the active cells of ``old``, compute the failing ones' points of ``new``; the next level's
+        cells.
         """
         cells = sorted(active)
         centres = np.array([[_middle(old[axis], cell[axis]) for axis in (0, 1)] for cell in cells])
@@ -298,9 +297,8 @@ def _cells_between(axis: np.ndarray, low: int, high: int) -> range:
 
 
 def _finite_filled(values: np.ndarray) -> np.ndarray:
-    """Values for a fit:
-
-    what is not finite takes its nearest finite neighbour's (such cells fail their test anyway).
+    """Values for a fit: what is not finite takes its nearest finite neighbour's (such cells fail their test
+    anyway).
     """
     finite = np.isfinite(values)
     if finite.all():

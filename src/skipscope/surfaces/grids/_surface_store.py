@@ -109,9 +109,8 @@ def check_plan(found: Plan, wanted: Plan, folder: str | os.PathLike[str]) -> Non
 
 
 def _differing(found: Plan, wanted: Plan) -> list[str]:
-    """What has another value:
-
-    a function of the same name that computes something else; a metric alone if it is one.
+    """What has another value: a function of the same name that computes something else; a metric alone if it
+    is one.
     """
     wrong = [
         name
@@ -173,9 +172,8 @@ class Store:
         return cls(folder, found)
 
     def _opened(self) -> Any:
-        """The array;
-
-        its metadata and the plan's own file are made again from the plan where they are damaged.
+        """The array; its metadata and the plan's own file are made again from the plan where they are
+        damaged.
         """
         path = self.folder / _NUMBERS
         if not (self.folder / PLAN).exists() or _unreadable_json(self.folder / PLAN):
@@ -254,9 +252,8 @@ class Store:
         return kept
 
     def finish(self, result: Exported) -> None:
-        """Keep the finished result beside the numbers, for ``skipscope.load``;
-
-        and as arrays, for ``xarray.open_zarr``.
+        """Keep the finished result beside the numbers, for ``skipscope.load``; and as arrays, for
+        ``xarray.open_zarr``.
         """
         arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         for layer in result.layers():

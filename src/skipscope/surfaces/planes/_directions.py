@@ -205,9 +205,8 @@ def doubled(tensor: Tensor) -> Tensor:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """``tensor``;
-
-    a complex one as real numbers, ``[*shape, 2]``: a complex weight is two coordinates of weight space.
+    """``tensor``; a complex one as real numbers, ``[*shape, 2]``: a complex weight is two coordinates of
+    weight space.
     """
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
@@ -281,9 +280,8 @@ def checked_direction(direction: Any, model: nn.Module) -> Direction:
 
 
 def inner(a: Direction, b: Direction) -> float:
-    """Sum over all parameters of a * b, in float64;
-
-    of complex ones, of their real and of their imaginary parts.
+    """Sum over all parameters of a * b, in float64; of complex ones, of their real and of their imaginary
+    parts.
     """
     return sum(float((as_real(a[n]).double() * as_real(b[n]).double()).sum()) for n in a if n in b)
 

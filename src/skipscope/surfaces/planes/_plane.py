@@ -238,9 +238,8 @@ def _checked(other: Any, own: Mapping[str, Tensor], operation: str) -> dict[str,
 
 
 def _distances(coordinates: np.ndarray, square: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Of each point from the plane, as a share of its distance from the origin, [points];
-
-    directions are orthogonal.
+    """Of each point from the plane, as a share of its distance from the origin, [points]; directions are
+    orthogonal.
     """
     inside = (coordinates**2 * square).sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -45,9 +45,8 @@ class Scores(Exported):
     errors: dict[str, float] = field(default_factory=dict)
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """A score's 95 % interval (Student's;
-
-        ten groups of samples give nine degrees of freedom); None without an error.
+        """A score's 95 % interval (Student's; ten groups of samples give nine degrees of freedom); None
+        without an error.
         """
         if name not in self.errors:
             return None

@@ -224,9 +224,8 @@ class Surface(Exported):
 
     @property
     def interpolation_error_share(self) -> float | None:
-        """``interpolation_error`` as a share of the surface's range, as ``tolerance`` is;
-
-        None when all was computed.
+        """``interpolation_error`` as a share of the surface's range, as ``tolerance`` is; None when all was
+        computed.
         """
         if self.interpolation_error is None:
             return None
@@ -280,9 +279,8 @@ class Surface(Exported):
         yield self.layer()
 
     def layer(self, name: str = "", **more: np.ndarray) -> Layer:
-        """The surface's numbers on its grid;
-
-        under another name where it is one of several, with ``more`` of them.
+        """The surface's numbers on its grid; under another name where it is one of several, with ``more`` of
+        them.
         """
         own = {"values": self.values, "computed": self.computed}
         errors = {"stderr": self.stderr, "centre_stderr": self.centre_stderr}
@@ -353,9 +351,8 @@ class PairedSurfaces(Exported):
 
     @property
     def difference(self) -> np.ndarray | None:
-        """The last twin's surface minus the first one's, [a, b];
-
-        None for twins that were trained separately.
+        """The last twin's surface minus the first one's, [a, b]; None for twins that were trained
+        separately.
         """
         return list(self.differences.values())[-1].values if self.differences else None
 

@@ -45,9 +45,8 @@ def convexity_share(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray) -
 
 
 def _smallest_curvature(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray) -> np.ndarray:
-    """The smaller eigenvalue of the second differences at interior points, [a - 2, b - 2];
-
-    on a line these, [a - 2].
+    """The smaller eigenvalue of the second differences at interior points, [a - 2, b - 2]; on a line these,
+    [a - 2].
     """
     if min(values.shape) < 3:
         return np.zeros(0)
@@ -180,9 +179,8 @@ def _share_of_squares(depth: np.ndarray) -> np.ndarray:
 
 
 def level_for(surfaces: list[tuple[float, np.ndarray]]) -> float:
-    """The loss at which widths are read, the same for all:
-
-    halfway from the highest centre to the lowest median.
+    """The loss at which widths are read, the same for all: halfway from the highest centre to the lowest
+    median.
     """
     medians = [float(np.median(v[np.isfinite(v)])) for _, v in surfaces if np.isfinite(v).any()]
     centres = [centre for centre, _ in surfaces if np.isfinite(centre)]
