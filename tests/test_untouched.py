@@ -73,7 +73,7 @@ COSTLY = {
 # Public names that touch no model of the user's.
 HARMLESS = {
     "book", "nn", "reference", "testing", "batches", "objective", "SkipscopeError", "progress", "load",
-    "side_by_side", "mark_shortcut",
+    "side_by_side", "mark_shortcut", "style",
     *(name for name in ss.__all__ if not name.islower()),  # classes
 }  # fmt: skip
 

@@ -145,7 +145,7 @@ def _require_keywords(model: nn.Module, inputs: Any, operation: str, error: Base
                 )
                 if part
             )
-            + "; or write @ss.objective on f(model, batch)",
+            + "; to hand over the dict itself: (({...},), target); or write @ss.objective on f(model, batch)",
         ) from error
 
 

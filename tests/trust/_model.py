@@ -352,6 +352,10 @@ def _no_turns() -> Iterator[None]:
             yield
     finally:
         sys.setswitchinterval(before)
+        # What threads leave that do not take turns: torch's stance on compiled code is one for the process.
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.set_stance("default")
+        torch.set_grad_enabled(True)
 
 
 # --- determinism ----------------------------------------------------------------------------------------------------

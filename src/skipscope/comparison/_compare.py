@@ -108,7 +108,9 @@ def compare(
     if model is None:
         if data is not None or variants is not None:
             raise SkipscopeError(
-                "compare", "data or variants without a model", cure="compare(model, data, loss), or compare()"
+                "compare",
+                "data without a model" if data is not None else "variants without a model",
+                cure="compare(model, data, loss), or compare()",
             )
         return compare_lecture(settings, clock, quick=quick, steps=steps)
     return _compare_own(model, data, loss, variants, settings, clock, name, about, weight)

@@ -14,6 +14,7 @@ from skipscope._numbers import short
 from skipscope._public_call import public_call
 from skipscope._ranks import greatest, ranks_of
 from skipscope._subject import Subject, prepare
+from skipscope._untouched import one_snapshot
 from skipscope.flow._flow_result import BoundaryFlow, GradientFlow, LayerGradient, SiteFlow, Verdict
 from skipscope.flow.passes._gradient_pass import measure
 from skipscope.flow.passes._gradient_readings import Readings
@@ -72,7 +73,8 @@ def gradient_flow(
         ('vanishing', 'gain')
     """
     subject = prepare(model, data, loss, "gradient_flow", weight=weight, found=found)
-    return flow_of(subject, seed, scale=float(scaler.get_scale()) if scaler is not None else 1.0)
+    with one_snapshot(subject.model):
+        return flow_of(subject, seed, scale=float(scaler.get_scale()) if scaler is not None else 1.0)
 
 
 def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientFlow:

@@ -87,31 +87,35 @@ def _importance(subject: Subject, chosen: Any, seed: int) -> Importance:
     if meaning(model) == "as built":  # an edited twin is edited further in copies of its own
         with suppress(SkipscopeError):  # each edit says then why there can be no copy
             copied = private_copy(model, "importance", share=True)
-    for i in track(range(len(chosen)), "importance"):
-        costs, reasons = {}, []
-        for how in ("remove", "lesion"):
-            edit = chosen[i : i + 1]
-            try:
-                if copied is None:
-                    after = _flow(subject, ablate(model, edit, how=how, share=True), stale, seed)
-                else:
-                    with untouched(copied, operation="importance"), one_edit(copied, model, edit, how):
-                        after = _flow(subject, copied, stale, seed)
-                costs[how] = cost(before, after)
-            except SkipscopeError as error:
-                reasons.append(f"{how}: {error.problem}")
-        one = chosen[i]
-        rows.append(
-            ImportanceOf(
-                one.name, one.kind, costs.get("remove"), costs.get("lesion"), "; ".join(reasons) or None
-            )
-        )
+    with one_snapshot(*() if copied is None else (copied,)):
+        for i in track(range(len(chosen)), "importance"):
+            rows.append(_importance_of_one(subject, chosen[i : i + 1], before, copied, stale, seed))
     notes = [f"{row.name}: {row.why}" for row in rows if row.why]
     if stale:
         notes.append(
             "Batch-norm statistics of every twin were recalibrated on the data before it was measured."
         )
     return Importance(tuple(rows), before.loss, before.verdict.fall_decades, before.mode, tuple(notes))
+
+
+def _importance_of_one(
+    subject: Subject, edit: Any, before: GradientFlow, copied: nn.Module | None, stale: bool, seed: int
+) -> ImportanceOf:
+    """What one shortcut is worth. ``copied``: a copy on which edits can be switched, or None."""
+    costs, reasons, model = {}, [], subject.model
+    for how in ("remove", "lesion"):
+        try:
+            if copied is None:
+                after = _flow(subject, ablate(model, edit, how=how, share=True), stale, seed)
+            else:
+                with untouched(copied, operation="importance"), one_edit(copied, model, edit, how):
+                    after = _flow(subject, copied, stale, seed)
+            costs[how] = cost(before, after)
+        except SkipscopeError as error:
+            reasons.append(f"{how}: {error.problem}")
+    one = edit[0]
+    why = "; ".join(reasons) or None
+    return ImportanceOf(one.name, one.kind, costs.get("remove"), costs.get("lesion"), why)
 
 
 def _flow(subject: Subject, twin: nn.Module, stale: bool, seed: int) -> GradientFlow:

@@ -108,7 +108,12 @@ def _hidden(model: nn.Module) -> list[nn.Module]:
 
 def frozen(model: nn.Module) -> int:
     """How many maps are frozen."""
-    return sum(not m.weight.requires_grad for m in model.modules() if isinstance(m, _MAPS))
+    # Not ``module.weight``: a parametrization computes that, and may move its own state (spectral norm).
+    return sum(
+        not any(p.requires_grad for name, p in m.named_parameters() if not name.endswith("bias"))
+        for m in model.modules()
+        if isinstance(m, _MAPS)
+    )
 
 
 def _is_transposed(module: nn.Module) -> bool:
