@@ -350,14 +350,12 @@ def _put_in_archive(path: Path, data: bytes) -> None:
 
 
 def _unpickles():
-    load = torch.load
-    return replaced(
-        (
-            _command_subject.torch,
-            "load",
-            lambda path, **options: load(path, **options | {"weights_only": False}),
-        )
-    )
+    original = torch.load
+
+    def load(path: Path, **options: Any) -> Any:
+        return original(path, **{**options, "weights_only": False})
+
+    return replaced((_command_subject.torch, "load", load))
 
 
 HOSTILE_NAMES = [

@@ -75,8 +75,8 @@ def _(chart: Lines, ax: Any = None, *, label: str | None = None) -> Any:
         _series(ax, chart, series, before, label if len(chart.series) == 1 else None)
     if not before:
         _frame(ax, chart)
-    if current().limits is not None:
-        ax.set_ylim(*current().limits)
+    if (limits := current().limits) is not None:
+        ax.set_ylim(*limits)
     for mark in chart.marks:
         ax.axvline(mark.x, color="0.5", lw=0.8, ls=(0, (3, 3)))
         remark(ax, mark)

@@ -42,9 +42,7 @@ def output_gradient(loss: Tensor, output: Any, accumulate: bool = False) -> floa
     return found
 
 
-def seeded(
-    loss: Tensor, tensors: Sequence[Tensor], seed: float, **options: bool
-) -> tuple[Tensor | None, ...]:
+def seeded(loss: Tensor, tensors: Sequence[Tensor], seed: float, **options: Any) -> tuple[Tensor | None, ...]:
     """The gradients of ``seed`` times the loss; with ``grad_outputs=`` torch would import sympy."""
     return torch.autograd.grad((loss * seed).sum(), tensors, allow_unused=True, **options)
 

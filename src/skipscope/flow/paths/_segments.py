@@ -337,7 +337,7 @@ class PathLengthBackward:
 
 
 def _grad(
-    ends: Sequence[SegmentEnd], rows: Sequence[Tensor], sources: Sequence[Tensor], **options: bool
+    ends: Sequence[SegmentEnd], rows: Sequence[Tensor], sources: Sequence[Tensor], **options: Any
 ) -> list[Tensor | None]:
-    roots = [end.root for end in ends]
+    roots: Any = [end.root for end in ends]  # tensors and edges side by side, which torch takes
     return list(torch.autograd.grad(roots, sources, rows, retain_graph=True, allow_unused=True, **options))

@@ -61,7 +61,7 @@ def _npz(layers: list[Layer]) -> bytes:
         lead = layer.prefix + "/" if layer.prefix else ""
         arrays |= {lead + name: column for name, column in {**layer.columns, **layer.more}.items()}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
