@@ -19,7 +19,7 @@ from skipscope._untouched import one_snapshot, private_copy, random_state_kept, 
 from skipscope.comparison._claims import comparison_of
 from skipscope.comparison._comparison_result import KIND, Comparison
 from skipscope.comparison._evidence import Evidence, Factory, Roles, Settings
-from skipscope.comparison._kinds import kind_names, twins_by_kind
+from skipscope.comparison._kind_variants import kind_names, twins_by_kind
 from skipscope.comparison._lecture import compare_lecture
 from skipscope.comparison._stages import (
     QUICK_SECONDS,
