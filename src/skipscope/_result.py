@@ -191,7 +191,9 @@ def loads(text: str, source: str = "text") -> Result:
                 stacklevel=3,
             )
         kind = _kinds[content["result"]] if content["result"] in _kinds else _import_kind(content["result"])
-        return _converter().structure(content["data"], kind)
+        result = _converter().structure(content["data"], kind)
+        str(result)  # a value of another type may fit its field, and fail where it is used
+        return result
     except SkipscopeError:
         raise
     except Exception as error:  # any malformed file must end here, whatever it holds

@@ -20,6 +20,12 @@ from skipscope._table import Table, printable
 from skipscope._version import __version__
 from trust import HAZARDS, Row, run
 
+HEAD = """# Trust
+
+What `make trust` tried at its last run, and how often it failed. Each row has a planted fault that must turn it red.
+
+"""
+
 
 def main() -> int:
     """Try every hazard in a process of its own, print each row as it ends, and write the table where it was asked for."""
@@ -49,7 +55,7 @@ def main() -> int:
         }
         given.json.write_text(json.dumps(content, indent=1) + "\n")
     if given.markdown:
-        given.markdown.write_text(_table(rows).markdown())
+        given.markdown.write_text(HEAD + _table(rows).markdown())
     return 1 if any(row.failures for row in rows) else 0
 
 
