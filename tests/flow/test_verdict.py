@@ -245,3 +245,11 @@ def test_a_first_measurement_imports_no_scipy_sympy_or_compiler():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_a_healthy_verdict_says_what_to_do_next_before_its_number():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)), nn.Linear(8, 3))
+    data = torch.randn(16, 8), torch.randint(0, 3, (16,))
+    verdict = ss.gradient_flow(model, data, nn.functional.cross_entropy).verdict
+    assert verdict.state == "healthy"
+    assert str(verdict).startswith(f"healthy: {verdict.finding} {verdict.advice}")

@@ -180,7 +180,9 @@ class Verdict:
     def __str__(self) -> str:
         because = self.reason[:1].upper() + self.reason[1:]
         of = f" ({self.chain})" if self.chain and self.state != "healthy" else ""
-        parts = (f"{self.state}{of}: {self.finding}", f"{because}.".replace("..", "."), self.advice)
+        parts = [f"{self.state}{of}: {self.finding}", f"{because}.".replace("..", "."), self.advice]
+        if self.state == "healthy":  # there is no reason to give: the number stands below
+            parts[1:] = reversed(parts[1:])
         return " ".join(part for part in parts if part)
 
 
