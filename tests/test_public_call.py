@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import skipscope as ss
-from skipscope import _untouched
+from skipscope import _public_call, _untouched
 from skipscope._public_call import public_call, turn
 
 
@@ -118,6 +119,54 @@ def test_ctrl_c_at_any_moment_leaves_everything_as_found(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_ctrl_c_at_any_moment_leaves_everything_as_found_often(name):
     _interrupt_often(name, 60)
+
+
+def _interrupted_at_step(step: int) -> bool:
+    """Send SIGINT at the ``step``-th instruction that the entry of a public call runs: whether there is one."""
+    met = 0
+
+    def trace(frame, event, argument):
+        nonlocal met
+        name = frame.f_code.co_name
+        if not frame.f_code.co_filename.endswith("_public_call.py") or name == "enter_call":
+            return None  # the interpreter itself looks for signals in enter_call only where it calls
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            met += 1
+            if met == step:
+                os.kill(os.getpid(), signal.SIGINT)
+        return trace
+
+    @public_call("outer")
+    def outer():
+        return inner()
+
+    @public_call("inner")
+    def inner():
+        return sum(range(100))
+
+    try:
+        sys.settrace(trace)
+        outer()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return met >= step
+
+
+def test_ctrl_c_at_every_instruction_of_the_entry_leaves_it_usable():
+    step = 1
+    while _interrupted_at_step(step):
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, step
+        assert _public_call._interrupts.depth == 0, step
+        free = []
+        other = threading.Thread(target=lambda: free.append(turn.acquire(blocking=False)) or turn.release())
+        other.start()
+        other.join()
+        assert free == [True], step
+        step += 1
+    assert step > 150
 
 
 def test_ctrl_c_while_the_model_is_restored_comes_afterwards(monkeypatch):

@@ -64,9 +64,13 @@ class _Entry:
         except BaseException:
             _interrupts.end(deliver=False)
             raise
-        self.gradients, self.random = torch.is_grad_enabled(), None
-        if _interrupts.is_outermost():
-            self.random = generator_states()
+        try:
+            self.gradients = torch.is_grad_enabled()
+            self.random = generator_states() if _interrupts.is_outermost() else None
+        except BaseException:
+            turn.release()
+            _interrupts.end(deliver=False)
+            raise
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
@@ -93,16 +97,20 @@ class _Interrupts:
         self.timer: threading.Timer | None = None
 
     def begin(self) -> None:
-        """A public call begins; the outermost one of the main thread takes the signal over."""
+        """A public call begins; the outermost one of the main thread takes the signal over.
+
+        Counted only afterwards: a Ctrl-C that comes before the handler is ours raises here, and must leave
+        nothing behind.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
-        self.depth += 1
-        if self.depth == 1:
+        if self.depth == 0:
             self.pending = self.closing = False
             before = signal.getsignal(signal.SIGINT)
             self.before = before if callable(before) else None  # ignored, or not Python's: left alone
             if self.before is not None:
                 signal.signal(signal.SIGINT, self._handle)
+        self.depth += 1
 
     def is_outermost(self) -> bool:
         """Whether no public call of this thread is around."""
@@ -112,15 +120,17 @@ class _Interrupts:
         """A public call has ended; after the outermost one a signal that is still held is delivered."""
         if threading.current_thread() is not threading.main_thread():
             return
-        if self.depth == 1 and self.before is not None:
-            self.closing = True
-            if self.timer is not None:
-                self.timer.cancel()
-                self.timer.join()
-                self.timer = None
-            signal.signal(signal.SIGINT, self.before)
         self.depth -= 1
-        if self.depth == 0 and self.pending:
+        if self.depth:
+            return
+        self.closing = True
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer.join()
+            self.timer = None
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)  # from here on a Ctrl-C may raise, also in this function
+        if self.pending:
             self.pending = False
             if deliver:
                 signal.raise_signal(signal.SIGINT)
@@ -147,7 +157,11 @@ _ENTRY = "enter_call"
 
 
 def _is_restoring(frame: FrameType | None) -> bool:
-    """Whether a context manager between ``frame`` and the public call is being entered or left."""
+    """Whether ``frame`` is between two calls of the public call's entry itself, or a context manager between
+    it and the public call is being entered or left.
+    """
+    if frame is not None and frame.f_code.co_name == _ENTRY:
+        return True
     while frame is not None and frame.f_code.co_name != _ENTRY:
         if frame.f_code.co_name in _HELD_IN:
             return True
