@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -254,10 +255,24 @@ def inputs_of(batch: Batch) -> Any:
     return batch[0] if isinstance(batch, list | tuple) else batch
 
 
+# What holds no tensor, and is met most.
+_ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists, Mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
         return [value]
+    if type(value) in _ATOMS:  # met most by those who ask at every call; Mapping is slow to ask for
+        return []
+    if type(value) is tuple or type(value) is list:
+        found: list[Tensor] = []
+        for item in value:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif type(item) not in _ATOMS:
+                found += tensors_in(item)
+        return found
     if isinstance(value, Mapping):
         return [t for item in value.values() for t in tensors_in(item)]
     if isinstance(value, list | tuple):

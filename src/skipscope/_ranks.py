@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._torch_internals import shared_store
 
 TIMEOUT_S = 60.0
 _held: Counter[tuple[int, ...]] = Counter()  # meetings that took place, by who took part
@@ -74,7 +75,7 @@ def meet(operation: str, ranks: tuple[int, ...], timeout: float | None = None) -
     if len(ranks) < 2:
         return
     seconds = TIMEOUT_S if timeout is None else timeout
-    store = dist.distributed_c10d._get_default_store()
+    store = shared_store()
     place, n = f"skipscope/{zlib.crc32(repr(ranks).encode())}", _held[ranks]
     keys = {rank: f"{place}/{n}/{operation}/{rank}" for rank in ranks}
     mine = keys[dist.get_rank()]

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._torch_internals import begin_fsdp, fsdp_groups
 
 
 def units(model: nn.Module) -> list[Any]:
@@ -52,8 +53,8 @@ def whole(model: nn.Module) -> Iterator[None]:
     every = units(model)
     for unit in every:
         # the first forward pass does it, which sets what is changed below
-        unit._get_fsdp_state()._lazy_init()
-    groups = [group for unit in every for group in _groups(unit)]
+        begin_fsdp(unit)
+    groups = [group for unit in every for group in fsdp_groups(unit)]
     before = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in groups]
     try:
         for group in groups:
@@ -64,14 +65,6 @@ def whole(model: nn.Module) -> Iterator[None]:
     finally:
         for group, after_forward, after_backward in before:
             group.post_forward_mesh_info, group.reshard_after_backward = after_forward, after_backward
-
-
-def _groups(unit: Any) -> list[Any]:
-    """What a unit gathers at once: several sets of weights in newer versions of torch, one at most in 2.6."""
-    state = unit._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def _identities(unit: nn.Module) -> list[int]:

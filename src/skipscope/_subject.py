@@ -6,19 +6,17 @@ them.
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from skipscope._data import Arguments, Batch, Batches, Objective, inputs_of, map_tensors, read
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import meet, ranks_of
+from skipscope._torch_internals import as_written
 from skipscope._untouched import require_module, throwaway, untouched
 from skipscope.shortcuts import Boundary, Shortcuts, average_statistics, boundaries, find_shortcuts, unwrapped
 
@@ -206,12 +204,3 @@ def prepare(
     model = unwrapped(model)
     batches, objective = read(model, data, loss, operation, weight=weight)
     return Subject(model, batches, objective, operation, ranks, given=found)
-
-
-def as_written() -> AbstractContextManager[Any]:
-    """Compiled modules run as their code is written: hooks set after compilation would silently not be
-    called.
-    """
-    # Whoever has compiled something has this module loaded; loading it otherwise takes seconds.
-    loaded = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()

@@ -27,6 +27,7 @@ from skipscope._public_call import turn
 from skipscope._random import random_state_kept as random_state_kept
 from skipscope._ranks import meet, ranks_of
 from skipscope._rebinding import rebind
+from skipscope._torch_internals import compiled_from
 
 _thread = threading.local()
 
@@ -59,8 +60,12 @@ class _Snapshot:
         queue, seen = [thing for model in models for thing in (*model.modules(), *model.parameters())], set()
         while queue:
             thing = queue.pop()
-            if id(thing) not in seen and type(thing) not in _ATOMS:
-                seen.add(id(thing))
+            if type(thing) in _ATOMS or id(thing) in seen:
+                continue
+            seen.add(id(thing))
+            if isinstance(thing, dict | list | set) and not thing:
+                self.empty.append(thing)  # most of torch's own containers: no copy keeps the snapshot cheap
+            else:
                 queue += self._keep(thing)
 
     def _keep(self, thing: Any) -> Iterable[Any]:
@@ -79,9 +84,6 @@ class _Snapshot:
             thing, way = vars(thing), _way(dict)
         if way is None:
             return thing if isinstance(thing, tuple) else ()
-        if isinstance(thing, dict | list | set) and not thing:
-            self.empty.append(thing)  # most of torch's own containers: no copy keeps the snapshot cheap
-            return ()
         duplicate, restore = way
         before = duplicate(thing)
         self.kept.append((restore, thing, before))
@@ -92,9 +94,8 @@ class _Snapshot:
             parameter.grad = None
 
     def restore(self) -> None:
-        for container in self.empty:
-            if container:
-                container.clear()
+        for container in filter(None, self.empty):
+            container.clear()
         for parameter, held in self.storages:
             _restore_storage(parameter, held)
         for restore, thing, before in self.kept:
@@ -311,7 +312,7 @@ def set_mode(model: nn.Module, training: bool) -> None:
 def changes_on_mode(model: nn.Module) -> bool:
     """Whether a module overrides ``train()`` or ``eval()``, which may then do more than set flags."""
     for module in model.modules():
-        own = getattr(module, "_orig_mod", module)  # a compiled module hands both on
+        own = compiled_from(module) or module  # a compiled module hands both on
         for method, stock in ((own.train, nn.Module.train), (own.eval, nn.Module.eval)):
             if getattr(method, "__func__", None) is not stock:
                 return True

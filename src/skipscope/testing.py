@@ -490,7 +490,7 @@ def _state_dict(case: _Case) -> None:
 
 
 def _compile(case: _Case) -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled: Any = torch.compile(case.fresh().eval(), fullgraph=True, backend="aot_eager")
     if not _close(case.output(compiled), case.output()):
         raise _broken(case, "compile: the compiled module gives another output")

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from skipscope._data import Objective, map_tensors
 from skipscope._progress import track
 from skipscope._random import random_state_kept
+from skipscope._torch_internals import copy_each, has_backward_hooks, has_gradient_hooks
 from skipscope.comparison._comparison_result import smoothed
 from skipscope.comparison._optimizers import Driver, OptimizerChoice
 from skipscope.comparison._stream import Stream
@@ -264,7 +265,7 @@ class Stacked:
         """Add an update; returns |update| / |weights| of each network."""
         size = self.table.double().norm(dim=1)
         self.table += update
-        torch._foreach_copy_(list(self.parameters.values()), self.views)
+        copy_each(list(self.parameters.values()), self.views)
         return (update.double().norm(dim=1) / size).cpu().numpy()
 
     def losses(self, batches: list[Any]) -> Tensor:
@@ -405,8 +406,8 @@ def _has_plain_weights(model: nn.Module) -> bool:
     return (
         not any(True for _ in model.buffers())
         and all(p.requires_grad for p in parameters)
-        and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)  # type: ignore[attr-defined]
-        and not any(m._backward_hooks or m._backward_pre_hooks for m in modules)
+        and not has_gradient_hooks(parameters)
+        and not any(map(has_backward_hooks, modules))
     )
 
 

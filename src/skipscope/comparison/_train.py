@@ -20,6 +20,7 @@ from skipscope._data import read
 from skipscope._errors import SkipscopeError
 from skipscope._model_calls import no_gradient
 from skipscope._public_call import public_call
+from skipscope._torch_internals import accumulation_hooks, gradient_hooks
 from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
 from skipscope.comparison._comparison_result import Curves, Training, smoothed
 from skipscope.comparison._engines import (
@@ -234,7 +235,7 @@ def _maker(name: str, twin: nn.Module | Callable[[], nn.Module], notes: dict[str
     """Make the network of one seed, ready for training; remarks become notes."""
     if isinstance(twin, nn.Module):
         refuse_shared(twin, "train_twins", name)
-        if any(p._post_accumulate_grad_hooks for p in twin.parameters()):  # type: ignore[attr-defined]
+        if any(map(accumulation_hooks, twin.parameters())):
             raise SkipscopeError(
                 "train_twins",
                 "parameters carry hooks that act once their gradient is there, and would act on the model"
@@ -266,8 +267,8 @@ def _copy_with_hooks(model: nn.Module) -> nn.Module:
     """A copy whose parameters have the same gradient hooks, which ``deepcopy`` drops."""
     copied = private_copy(model, "train_twins")
     for parameter, own in zip(model.parameters(), copied.parameters(), strict=True):
-        if not own._backward_hooks:
-            for hook in (parameter._backward_hooks or {}).values():
+        if not gradient_hooks(own):
+            for hook in gradient_hooks(parameter):
                 own.register_hook(hook)
     return copied
 

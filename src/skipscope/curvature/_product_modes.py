@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from skipscope._data import Batch, tensors_in
 from skipscope._errors import SkipscopeError
+from skipscope._torch_internals import is_fused_weight_norm
 from skipscope.curvature._gauss_newton import GaussNewtonDifferences, GaussNewtonForward, GaussNewtonReverse
 from skipscope.curvature._hessian_products import (
     Differences,
@@ -68,7 +69,7 @@ class _PlainWeightNorm(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._weight_norm:
+        if is_fused_weight_norm(func):
             return _weight_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

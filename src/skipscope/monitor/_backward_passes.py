@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipscope.monitor import _torch_internals
+from skipscope import _torch_internals
 
 # What p.grad is: the tensor (kept, so that its id stays its own) and its version; None without a gradient.
 GradientState = tuple[Tensor, int] | None

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from skipscope import _data
+from skipscope import _data, _torch_internals
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import world
 from skipscope._untouched import is_measuring, untouched
 from skipscope.flow import Layout, Reach, by_step, layout_of, reach_of
-from skipscope.monitor import _gradient_norms, _rank_sums, _torch_internals
+from skipscope.monitor import _gradient_norms, _rank_sums
 from skipscope.monitor._backward_passes import BackwardPass, BackwardPasses, inside_backward
 from skipscope.monitor._step_row import on_its_way
 from skipscope.monitor._wrappers import innermost

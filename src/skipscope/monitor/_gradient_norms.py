@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skipscope._torch_internals import norms_of
+
 # 256 kB of float32: fits the second-level cache, and BLAS still runs it in the calling thread.
 _PIECE = 65536
 # Sums of squares inside this range have lost nothing to float32's; NaN is outside too.
@@ -113,11 +115,11 @@ def on_device(grads: Sequence[Tensor], wide: bool = False) -> Tensor:
         return kernel(grads)
     # half-precision norms come back in half precision, and overflow: ask for single
     kind = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-    sums = torch.stack(torch._foreach_norm(list(grads), 1, dtype=kind))
+    sums = torch.stack(norms_of(grads, 1, kind))
     if wide:
         norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads])
     else:
-        norms = torch.stack(torch._foreach_norm(list(grads), 2, dtype=kind))
+        norms = torch.stack(norms_of(grads, 2, kind))
     return torch.stack([norms.double(), sums.double()])
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from skipscope import _torch_internals
 from skipscope._untouched import is_measuring
-from skipscope.monitor import _torch_internals
 from skipscope.monitor._tracked_parameters import TrackedParameters, names_of
 
 

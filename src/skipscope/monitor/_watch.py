@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipscope import _torch_internals
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import meet, world
 from skipscope._validation import is_integer
-from skipscope.monitor import _live_verdict, _torch_internals, _torch_patches
+from skipscope.monitor import _live_verdict, _torch_patches
 from skipscope.monitor._backward_passes import inside_backward
 from skipscope.monitor._flow_reader import FlowReader, FlowRow
 from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import nn
 
+from skipscope._torch_internals import compiled_from
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself: out of ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel``."""
-    # A compiled model implies that this module is loaded; loading torch's compiler takes seconds.
-    compiler = sys.modules.get("torch._dynamo.eval_frame")
-    compiled = () if compiler is None else compiler.OptimizedModule
     inner: Any = model
     while True:
-        if isinstance(inner, compiled):
-            inner = inner._orig_mod
+        if (compiled := compiled_from(inner)) is not None:
+            inner = compiled
         elif isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
             inner = inner.module
         else:

@@ -14,7 +14,8 @@ from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope._progress import track
 from skipscope._public_call import public_call
-from skipscope._subject import Subject, as_written, prepare
+from skipscope._subject import Subject, prepare
+from skipscope._torch_internals import as_written
 from skipscope._untouched import private_copy, random_state_kept
 from skipscope.flow._flow_measures import Prescription, Remedy
 from skipscope.flow._flow_result import Verdict

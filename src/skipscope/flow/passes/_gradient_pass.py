@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._model_calls import no_gradient
 from skipscope._ranks import greatest, ranks_of
 from skipscope._subject import Subject
+from skipscope._torch_internals import accumulation_hooks_off, without_modes
 from skipscope.flow.passes._gradient_readings import Reading, Readings
 from skipscope.flow.passes._gradient_seed import (
     backward_error,
@@ -28,7 +29,7 @@ from skipscope.flow.passes._gradient_seed import (
     wants_backward,
 )
 from skipscope.flow.passes._gradient_sites import WEIGHTED, CallGraph, SiteReader
-from skipscope.flow.passes._tensor_norms import dense, norm_of, similarity
+from skipscope.flow.passes._tensor_norms import dense, is_zero, norm_of, similarity
 from skipscope.shortcuts import tap_boundaries
 from skipscope.shortcuts.trace import recording
 
@@ -145,29 +146,31 @@ class _Pass:
 
     def touch(self, i: int, activation: Tensor) -> Tensor:
         reading = self.readings.activations[i]
-        if not reading.seen:  # re-entrant checkpointing comes by twice
-            with torch._C.DisableTorchFunction():
+        with without_modes():  # the recorder need not see what is only looked at
+            if not reading.seen:  # re-entrant checkpointing comes by twice
                 reading.add(activation)
                 self.readings.similarities[i] = similarity(activation.detach())
-        touched = self.hooked(i, activation)
+            is_leaf = activation.is_leaf
+            if not is_leaf and torch.is_grad_enabled():
+                activation.register_hook(self.arrivals.hook(i, activation.detach()))
+        touched = self.leaf(i, activation) if is_leaf else activation
         recorder = self.sites.recorder if self.sites is not None else None
         if recorder is not None:
             self.values.setdefault(i, recorder.value_of(touched))
         return touched
 
-    def hooked(self, i: int, activation: Tensor) -> Tensor:
-        """The activation with a hook on it, made to require a gradient where it does not."""
+    def leaf(self, i: int, activation: Tensor) -> Tensor:
+        """A leaf with a hook on it, made to require a gradient where it does not.
+
+        Autograd goes back to a leaf only where it is asked for; some objectives make their inputs leaves.
+        """
         if not torch.is_grad_enabled():
             return activation
-        if activation.is_leaf:
-            # Autograd goes back to a leaf only where it is asked for; some objectives make their inputs
-            # leaves.
-            leaf = activation if activation.requires_grad else activation.detach().requires_grad_()
-            self.leaves.append(leaf)
-            activation = leaf.clone()  # a leaf could not be changed in place by what follows
-        with torch._C.DisableTorchFunction():
-            values = activation.detach()
-        activation.register_hook(self.arrivals.hook(i, values))
+        leaf = activation if activation.requires_grad else activation.detach().requires_grad_()
+        self.leaves.append(leaf)
+        activation = leaf.clone()  # a leaf could not be changed in place by what follows
+        with without_modes():
+            activation.register_hook(self.arrivals.hook(i, activation.detach()))
         return activation
 
     def run(self, tap: Tap, accumulate: bool) -> None:
@@ -234,7 +237,7 @@ class _Pass:
         """Compute the parameters' gradients; ``torch.autograd.grad`` runs no optimizer in a hook."""
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if accumulate:
-            with _post_accumulate_hooks_off(list(named.values())):
+            with accumulation_hooks_off(list(named.values())):
                 (value * seed).sum().backward()
             return {name: p.grad for name, p in named.items() if p.grad is not None}
         gradients = seeded(value, [*named.values(), *self.leaves], seed)
@@ -247,7 +250,7 @@ class _Pass:
                 to.weights[name].add(gradient, unit, self.share)
         if self.sites is not None:
             held = dict(self.model.named_parameters())
-            to.moving = {n for n, g in weights.items() if not bool(held[n].any()) and bool(dense(g).any())}
+            to.moving = {n for n, g in weights.items() if is_zero(held[n]) and not is_zero(dense(g))}
         if accumulate:
             self.model.zero_grad(set_to_none=True)
         to.loss = self.share * float(value.detach())
@@ -265,16 +268,3 @@ def _alone(whole: Tensor, summands: list[Tensor]) -> Tensor:
 def _as_data(tensor: Tensor) -> Tensor:
     """Where the data come from is not asked: no gradient goes into what they were made of."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-@contextmanager
-def _post_accumulate_hooks_off(parameters: list[nn.Parameter]):
-    """Some people run their optimizer in such hooks: a measurement must not take a step."""
-    kept = [p._post_accumulate_grad_hooks for p in parameters]
-    try:
-        for p in parameters:
-            p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
-        yield
-    finally:
-        for p, hooks in zip(parameters, kept):
-            p._post_accumulate_grad_hooks = hooks

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skipscope._ranks import whole
 from skipscope.flow.passes._gradient_sites import CallGraph, PoolReading, SiteReading, Term
-from skipscope.flow.passes._tensor_norms import dense, least, norm_of, sample_norms
+from skipscope.flow.passes._tensor_norms import dense, is_safe, least, norm_of, sample_norms
 
 
 @dataclass
@@ -50,18 +50,17 @@ class Reading:
         self.elements += value.numel()
         if not value.numel():
             return
-        norm = norm_of(value)
+        by_sample = sample_norms(value, samples) if samples and unit > 0 else []
+        norm = math.hypot(*by_sample)
+        norm = norm if is_safe(norm) else norm_of(value)
         self.finite = self.finite and math.isfinite(norm)
         self.norm = math.hypot(self.norm, norm * unit)
         self.zeros += value.numel() - int(torch.count_nonzero(value))
-        if samples and unit > 0:
+        if by_sample:
             shift = math.log10(unit)
-            self.samples += [
-                math.log10(n) + shift if n > 0 else -math.inf for n in sample_norms(value, samples)
-            ]
-        floor = (
-            0.5 * least(value.dtype) / training_unit if training_unit else 0.0
-        )  # below, it is rounded to 0
+            self.samples += [math.log10(n) + shift if n > 0 else -math.inf for n in by_sample]
+        # Below, it is rounded to 0.
+        floor = 0.5 * least(value.dtype) / training_unit if training_unit else 0.0
         if floor > float(torch.finfo(value.dtype).tiny):
             self.lost += int(((value.abs() < floor) & (value != 0)).sum())
 
@@ -96,17 +95,24 @@ class WeightReading:
     total: Tensor | None = None  # under FSDP2 this rank's shard: all of them at once would not fit
     unit: float = 1.0  # what one unit of ``total`` is worth
     rms: list[float] = field(default_factory=list)
+    _norm: float = 0.0  # of the last batch's gradient
 
     def add(self, gradient: Tensor, unit: float, share: float) -> None:
         """Add one batch's gradient, times ``unit``, with its ``share`` in the mean over batches."""
         gradient = gradient.detach()
         gradient = dense(gradient.to_dense() if gradient.is_sparse else gradient)
-        self.rms.append(norm_of(whole(gradient)) * unit / math.sqrt(max(1, gradient.numel())))
+        self._norm = norm_of(whole(gradient))
+        self.rms.append(self._norm * unit / math.sqrt(max(1, gradient.numel())))
         self._sum(gradient, unit * share)
+
+    def norm(self, total: Tensor) -> float:
+        """L2 norm of the whole ``total``, which of one batch is known."""
+        return self._norm if len(self.rms) == 1 else norm_of(total)
 
     def merge(self, other: WeightReading) -> None:
         """Add another batch's reading."""
         self.rms += other.rms
+        self._norm = other._norm
         if other.total is not None:
             self._sum(other.total, other.unit)
 

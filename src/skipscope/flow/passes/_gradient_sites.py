@@ -40,6 +40,7 @@ _POOLS = _words(
     """mean sum nansum avg_pool avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_avg_pool3d"""
 )
+_LOOKED_AT = WEIGHTED | _POOLS | {"div", "mul"}
 _JOINS = _words("stack cat hstack vstack dstack")
 # A term of the loss may be silent on a batch because of one of these.
 _CLAMPS = _words(
@@ -255,18 +256,24 @@ class SiteReader:
     def __call__(self, call: TracedCall, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Take note of a call."""
         assert self.recorder is not None
+        if call.index < 0:
+            return
+        passes_on = isinstance(output, Tensor) and output.requires_grad
+        if passes_on and not call.in_place and call.function not in _LOOKED_AT and output.numel() > 1:
+            return  # most calls: no site, no pool, no term, and the gradient goes through
         results = [args[0]] if call.in_place and args else tensors_in(output)
         trace = self.recorder.trace
-        if call.index < 0 or not results or not all(isinstance(r, Tensor) for r in results):
+        if not results or not all(isinstance(r, Tensor) for r in results):
             return
         if not any(trace.values[v].from_data for v in call.operands):
             return
-        if isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad and call.results:
+        if passes_on and output.numel() == 1 and call.results:
             self._scalars[call.results[0]] = output
-        given = [t for t in tensors_in((args, kwargs)) if t.requires_grad and not isinstance(t, nn.Parameter)]
         floats = [r for r in results if r.is_floating_point() or r.is_complex()]
-        if given and floats and not any(r.requires_grad for r in floats):
-            self.cuts.append((call.index, call.function))
+        if floats and not any(r.requires_grad for r in floats):
+            given = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
+            if any(not isinstance(t, nn.Parameter) for t in given):
+                self.cuts.append((call.index, call.function))
         names = trace.weights_of(call) if call.function in WEIGHTED else frozenset()
         known = {n: self._parameters[n] for n in names if n in self._parameters}
         if max((ndim for _, ndim in known.values()), default=0) >= 2:
@@ -326,9 +333,8 @@ class SiteReader:
         given.register_hook(self._hook(lambda g, u: _raise(pool, "out", g, u)))
 
     def _hook(self, add: Callable[[Tensor, float], None]) -> Callable[[Tensor | None], None]:
-        unit = (
-            self.unit
-        )  # not self: autograd's nodes keep their hooks, and no cycle through them is ever collected
+        # Not self: autograd's nodes keep their hooks, and no cycle through them is ever collected.
+        unit = self.unit
 
         def read(gradient: Tensor | None) -> None:
             # Hooks run also while the seed is being found.

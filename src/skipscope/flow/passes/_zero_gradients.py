@@ -14,7 +14,7 @@ from skipscope._subject import Subject
 from skipscope.flow._flow_result import LayerGradient
 from skipscope.flow.passes._gradient_pass import measure
 from skipscope.flow.passes._gradient_readings import Readings, WeightReading
-from skipscope.flow.passes._tensor_norms import least, norm_of
+from skipscope.flow.passes._tensor_norms import least
 
 ROUNDING = (
     "What is exactly 0 here is so by rounding in an activation function (1 - tanh^2, say), which a scale of"
@@ -37,11 +37,10 @@ def second_opinion(
 
 def _doubtful(readings: Readings) -> bool:
     """Something arrived as exactly zero: dead, or too small for the dtype?"""
-    narrow = [
-        w.total for w in readings.weights.values() if w.total is not None and w.total.dtype != torch.float64
-    ]
-    in_weights = any(not bool(whole(total).any()) for total in narrow)  # first: under FSDP2 it is collective
-    return in_weights or any(g.all_zero and g.dtype != torch.float64 for g in readings.gradients)
+    narrow = [w for w in readings.weights.values() if w.total is not None and w.total.dtype != torch.float64]
+    return any(not any(weight.rms) for weight in narrow) or any(
+        g.all_zero and g.dtype != torch.float64 for g in readings.gradients
+    )
 
 
 def _is_rounding(readings: Readings, exact: Readings) -> bool:
@@ -101,9 +100,12 @@ def layer(name: str, weight: WeightReading, exact: WeightReading | None, scale: 
     if weight.total is None:
         return LayerGradient(name, None, None, None, "not_connected", trainable=weight.trainable)
     total = whole(weight.total)
-    largest = float(total.abs().max()) if total.numel() else 0.0
-    rms = norm_of(total) * weight.unit / math.sqrt(max(1, total.numel()))
-    mean = float(total.abs().sum(dtype=torch.float64)) * weight.unit / max(1, total.numel())
+    count = max(1, total.numel())
+    sizes = total.abs()
+    least_of, largest = (float(end) for end in sizes.aminmax()) if total.numel() else (0.0, 0.0)
+    rms = weight.norm(total) * weight.unit / math.sqrt(count)
+    mean = float(sizes.sum(dtype=torch.float64)) * weight.unit / count
+    zeros = 0 if least_of > 0 else total.numel() - int(torch.count_nonzero(total))
     if not math.isfinite(largest):
         state = "nonfinite"
     elif largest == 0:
@@ -118,7 +120,7 @@ def layer(name: str, weight: WeightReading, exact: WeightReading | None, scale: 
         name,
         mean,
         rms,
-        float((total == 0).double().mean()) if total.numel() else 0.0,
+        zeros / count,
         state,
         _spread(weight.rms),
         weight.trainable,

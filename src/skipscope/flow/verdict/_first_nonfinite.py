@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from skipscope._data import Batches, Objective, tensors_in
 from skipscope._numbers import short
+from skipscope._torch_internals import without_modes
 from skipscope.shortcuts import TracedCall
 from skipscope.shortcuts.trace import recording
 
@@ -70,7 +71,7 @@ class _Finite:
         self.known: dict[int, tuple[bool, bool]] = {}
 
     def __call__(self, call: TracedCall, func: Any, args: Any, kwargs: Any, output: Any) -> None:
-        with torch._C.DisableTorchFunction():
+        with without_modes():
             given = [self.known.get(v, (False, False)) for v in call.operands]
             if call.index < 0 or not call.in_place:
                 given += [_faults(t) for t in tensors_in((args, kwargs)) if t.is_floating_point()]
@@ -163,7 +164,7 @@ def stale_norm(model: nn.Module, data: Batches, loss: Objective) -> str:
             x = args[0].detach()
             if found or module.training or module.running_var is None or x.ndim < 2:
                 return
-            with torch._C.DisableTorchFunction():
+            with without_modes():
                 dims = [d for d in range(x.ndim) if d != 1]
                 own = float(x.double().var(dims, unbiased=False).mean())
                 running = float(module.running_var.double().mean())

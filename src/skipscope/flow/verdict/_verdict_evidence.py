@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from skipscope.flow._flow_result import Head, Worst
 from skipscope.flow.passes._gradient_readings import Readings
 from skipscope.flow.passes._gradient_sites import LOOKUPS, CallGraph, PoolReading, SiteReader, SiteReading
-from skipscope.flow.passes._tensor_norms import dense, norm_of
+from skipscope.flow.passes._tensor_norms import dense
 from skipscope.flow.verdict._flow_rules import Point
 from skipscope.shortcuts import Boundary, tap_boundaries
 from skipscope.shortcuts.trace import NeedsGradients, recording
@@ -334,7 +334,7 @@ def _starved(readings: Readings, sizes: dict[str, float]) -> Starved:
     for name in dict.fromkeys(name for site in calls for name in site.weights):
         weight = readings.weights.get(name)
         if weight is not None and weight.trainable and weight.total is not None and sizes.get(name, 0.0) > 0:
-            norm = norm_of(dense(weight.total)) * weight.unit
+            norm = weight.norm(dense(weight.total)) * weight.unit
             if math.isfinite(norm):
                 ratio[name] = norm / sizes[name]
     return starved_of(ratio, [site.weights for site in calls])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope import _data
+from skipscope._torch_internals import without_modes
 from skipscope.shortcuts._shortcut_result import Boundary, CallKey, OperandSide, Shortcut, Shortcuts
 from skipscope.shortcuts.taps._gate_sides import Call, GateSides, make_followed
 from skipscope.shortcuts.trace import _call_sites, _operations
@@ -94,8 +95,10 @@ class _Tap(TorchFunctionMode):
         frame, label = _call_sites.caller(), name if call.operation is None else call.operation.name
         if _call_sites.site_of(frame, label) not in self.keyed:
             return None
-        if call.operation is not None and _operations.tensor_operands(_values(call)) < 2:
-            return None
+        if call.operation is not None:
+            with without_modes():  # a recorder around need not see what is only asked
+                if _operations.tensor_operands(_values(call)) < 2:
+                    return None
         return self.handlers.get(self.sites.occurrence(frame, label))
 
 
@@ -108,7 +111,6 @@ def _running(
 ) -> Iterator[None]:
     """Run handlers at calls, and replace inputs of the model and outputs of modules."""
     tap, runs = _Tap(model, handlers, gates), Counter[str]()
-    places = dict(model.named_modules())
 
     def reset(*_: Any) -> None:
         tap.sites.reset()
@@ -128,7 +130,8 @@ def _running(
                     model.register_forward_pre_hook(_at_input(key.nth, replace), with_kwargs=True).remove
                 )
         for path in {key.host for key in modules or () if key.site == "output"}:
-            stack.callback(places[path].register_forward_hook(partial(at_output, path)).remove)
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_hook(partial(at_output, path)).remove)
         if handlers:
             stack.callback(tap.sites.reset)
             stack.enter_context(tap)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from skipscope._torch_internals import compiler_is_loaded
 from skipscope.shortcuts._shortcut_result import CallKey
 
 TORCH = os.path.dirname(str(torch.__file__)) + os.sep
@@ -193,7 +194,7 @@ class Sites:
         index = self.operations[operation] - entered.before.get(operation, 0)
         self.operations[operation] += 1
         # Compiled code implies that this module is loaded.
-        compiled = _compiled_around(frame, host_frame) if "torch._dynamo.eval_frame" in sys.modules else ""
+        compiled = _compiled_around(frame, host_frame) if compiler_is_loaded() else ""
         return CallKey(host, site, nth, index, entered.call, compiled=compiled), owner, checkpointed
 
     def _enter(self, frame: FrameType | None, path: str) -> _Entered:

@@ -6,17 +6,17 @@ import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.overrides import TorchFunctionMode
 
 from skipscope import _data, _sharding
+from skipscope._torch_internals import as_written, is_transformed, untransformed, without_modes
 from skipscope.shortcuts.trace import _call_sites, _operations
 from skipscope.shortcuts.trace._function_names import (
     COMPOSITES,
@@ -113,12 +113,8 @@ def recording(
 ) -> Iterator[Recorder]:
     """Record what runs inside; a listener sees the tensors of each call as well."""
     recorder = Recorder(model, gradients, listener, lent)
-    # Compiled code runs as it is written. Who has compiled something has this module loaded; loading it takes
-    # seconds.
-    loaded = "torch._dynamo" in sys.modules
-    stance = torch.compiler.set_stance("force_eager") if loaded else nullcontext()
     try:
-        with stance, recorder.watching(), torch.set_grad_enabled(gradients), recorder:
+        with as_written(), recorder.watching(), torch.set_grad_enabled(gradients), recorder:
             yield recorder
     finally:
         recorder.finish()
@@ -183,7 +179,7 @@ class Recorder(TorchFunctionMode):
         if unseen is not None:
             return self._noted_unseen(unseen, func, function, args, kwargs)
         operands = tuple(self.value_of(tensor) for tensor in tensors)
-        transformed = any(map(functorch.is_functorch_wrapped_tensor, tensors))
+        transformed = any(map(is_transformed, tensors))
         call = self._begun(function, operands, args, kwargs, frame)
         if transformed:
             call.transformed = True
@@ -379,10 +375,10 @@ class Recorder(TorchFunctionMode):
 
     def _alias_of(self, tensor: Tensor) -> int | None:
         """The value of a view that no recorded call made, or None."""
-        is_wrapped = functorch.is_functorch_wrapped_tensor(tensor)
-        base = functorch.get_unwrapped(tensor) if is_wrapped else tensor._base
+        is_wrapped = is_transformed(tensor)
+        base = untransformed(tensor) if is_wrapped else tensor._base
         value = None if base is None else self.memory.get(base)
-        if base is not None and value is None and is_wrapped and functorch.is_functorch_wrapped_tensor(base):
+        if base is not None and value is None and is_wrapped and is_transformed(base):
             value = self._alias_of(base)
         if value is None or base is None:
             return None
@@ -393,8 +389,8 @@ class Recorder(TorchFunctionMode):
 
     def _unwrap(self, tensor: Tensor, value: int) -> None:
         """Give the tensor inside a transformed one, which outlives it, the same value."""
-        while functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = functorch.get_unwrapped(tensor)
+        while is_transformed(tensor):
+            tensor = untransformed(tensor)
             value = self._infer("alias", (value,), tensor)
             self.memory.set(tensor, value)
 
@@ -454,7 +450,7 @@ class Recorder(TorchFunctionMode):
             t for t in tensors
             if t.numel() == most > 1 and not t.is_meta and self.value_of(t) not in self._derived
         ]  # fmt: skip
-        with torch._C.DisableTorchFunction():
+        with without_modes():
             return any(not bool(tensor.any()) for tensor in constant)
 
     # --- unseen calls ---
@@ -509,23 +505,27 @@ class Recorder(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Note, by hooks, which module runs, what it was given and what it returned."""
-        places = {id(module): path for path, module in self.model.named_modules()}
+        named = list(self.model.named_modules())
+        places = {id(module): path for path, module in named}
 
-        def hold(unit: nn.Module, *_: Any) -> None:
-            for module in unit.modules():
+        def hold(modules: Iterable[nn.Module]) -> None:
+            for module in modules:
                 for name, weight in module._parameters.items():
                     if weight is not None:
                         path = places[id(module)]
                         self._weights.setdefault(id(weight), (f"{path}.{name}" if path else name, weight))
 
-        hold(self.model)
-        for module in self.model.modules():
-            self._constants |= {id(tensor) for tensor in _attributes(module)} - self._weights.keys()
+        hold(module for _, module in named)
+        for _, module in named:
+            self._constants.update(map(id, _attributes(module)))
+        self._constants -= self._weights.keys()
         with ExitStack() as handles:
             # Whole weights take the place of shards as a unit's forward begins.
             for unit in _sharding.units(self.model):
-                handles.callback(unit.register_forward_pre_hook(hold).remove)
-            for path, module in self.model.named_modules():
+                handles.callback(
+                    unit.register_forward_pre_hook(lambda inner, *_: hold(inner.modules())).remove
+                )
+            for path, module in named:
                 enter, leave = functools.partial(self._enter, path), functools.partial(self._leave, path)
                 entered = module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
                 handles.callback(entered.remove)
@@ -672,7 +672,7 @@ def _number(tensor: Tensor) -> int | None:
     if tensor.dtype not in _INTEGERS or tensor.numel() != 1 or tensor.device.type != "cpu":
         return None
     try:
-        with torch._C.DisableTorchFunction():
+        with without_modes():
             return int(tensor)
     except (RuntimeError, TypeError, ValueError):
         return None

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from skipscope._torch_internals import memory_without_address
 from skipscope.shortcuts.trace._recorded_trace import Trace
 
 
@@ -19,7 +20,7 @@ def memory_of(tensor: Tensor) -> int | None:
     """An identifier of a tensor's memory; None where it has no memory of its own."""
     try:
         storage = tensor.untyped_storage()
-        return storage.data_ptr() or -getattr(storage, "_cdata", 0) or None
+        return storage.data_ptr() or -memory_without_address(storage) or None
     except (RuntimeError, NotImplementedError, AttributeError):  # sparse, nested, transformed
         return None
 

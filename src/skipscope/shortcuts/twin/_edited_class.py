@@ -18,6 +18,7 @@ from torch import nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._rebinding import eager
+from skipscope._torch_internals import forward_hooks
 from skipscope.shortcuts.twin import _compiled_pass, _eager_pass
 from skipscope.shortcuts.twin._plan import PLAN, Group, Plan, plan_of, shares_parameters
 
@@ -54,7 +55,7 @@ def follow_callers(twin: nn.Module, group: Group) -> None:
     functions = {site.partition(":")[0] for site in group.sites}
     classes = {name.rpartition(".")[0] for name in functions if not name.endswith(".forward")} - {""}
     for module in list(twin.modules()):
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        hooks = forward_hooks(module)
         if (
             "forward" in module.__dict__
             or any(kind.__qualname__ in classes for kind in type(module).__mro__)

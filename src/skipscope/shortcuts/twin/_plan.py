@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._torch_internals import without_modes
 from skipscope.shortcuts._shortcut_result import Boundary, Place
 from skipscope.shortcuts.trace import _operations
 from skipscope.shortcuts.twin._join import Join
@@ -280,5 +281,5 @@ def _rewritten(factor: float | Tensor | None, operand: Tensor) -> Tensor:
         factor = factor.to(operand.device, operand.dtype)
     if torch.compiler.is_compiling():
         return operand * factor
-    with torch._C.DisableTorchFunction():  # a tap around the twin sees the edited call, not how it was edited
+    with without_modes():  # a tap around the twin sees the edited call, not how it was edited
         return operand * factor

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from skipscope._torch_internals import fused_linear
+
 Epilogue = tuple[str, str]  # oneDNN's name of an activation function, and which algorithm
 
 # Exact types only: a subclass may do anything.
@@ -66,7 +68,7 @@ def _linear(
         output = functional.linear(input, layer.weight, layer.bias)
         return output if then is None else then(output)
     name, algorithm = epilogue
-    return torch.ops.mkldnn._linear_pointwise(input, layer.weight, layer.bias, name, [], algorithm)
+    return fused_linear()(input, layer.weight, layer.bias, name, [], algorithm)
 
 
 def _as_it_is(input: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from skipscope._data import Batch
+from skipscope._torch_internals import fused_linear
 
 _MOST = 4  # shapes of batches: each is recorded
 
@@ -72,7 +73,7 @@ class Recorded:
 
 def _take_in(graph: torch.fx.GraphModule) -> None:
     """Let each linear layer compute the activation function that alone is given its output."""
-    aten, linear = torch.ops.aten, torch.ops.mkldnn._linear_pointwise.default
+    aten, linear = torch.ops.aten, fused_linear().default
     names = {
         aten.gelu.default: "gelu", aten.relu.default: "relu", aten.tanh.default: "tanh",
         aten.sigmoid.default: "sigmoid", aten.silu.default: "swish",

@@ -10,7 +10,6 @@ here (other batch sizes, several points under one vmap, compiling on a CPU).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._data import Batch, Batches, batch_size, map_tensors, rows
+from skipscope._torch_internals import compiler_is_loaded
 from skipscope.surfaces.evaluation._evaluator import Evaluator, Loop, Point, Strategy
 from skipscope.surfaces.evaluation._memory_limits import fits
 from skipscope.surfaces.evaluation._onednn_linears import linears, through_one_dnn
@@ -238,7 +238,7 @@ def candidate_strategies(evaluator: Evaluator) -> Iterator[StrategySpec]:
         yield StrategySpec("oneDNN", partial(split_loop, evaluator, "oneDNN"), gain=1.5, forks=True)
         if not strength_tensor:
             make = partial(split_loop, evaluator, "oneDNN, recorded", recorded=True)
-            seconds = _RECORD_S + _IMPORT_S * ("torch._dynamo" not in sys.modules)
+            seconds = _RECORD_S + _IMPORT_S * (not compiler_is_loaded())
             yield StrategySpec("oneDNN, recorded", make, 1.2, seconds, forks=True)
     if device == "cuda" and not strength_tensor:
         words = ["channels last"] * convolutions + ["CUDA graph"]

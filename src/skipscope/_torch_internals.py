@@ -1,0 +1,300 @@
+"""Every private name of torch that skipscope uses, each behind a function that says what it is for.
+
+None is looked up when skipscope is imported. One that a version of torch lacks is refused by its name, or
+does without it where that changes no answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from skipscope._errors import SkipscopeError
+
+# What is looked up below, from ``torch`` on.
+NAMES = (
+    "_C.DisableTorchFunction",
+    "_C._functorch.is_functorch_wrapped_tensor",
+    "_C._functorch.get_unwrapped",
+    "_C._current_graph_task_id",
+    "_C._autograd._get_current_graph_task_keep_graph",
+    "_C._will_engine_execute_node",
+    "autograd.Variable._execution_engine.queue_callback",
+    "_foreach_norm",
+    "_foreach_copy_",
+    "_weight_norm",
+    "ops.mkldnn._linear_pointwise",
+)
+
+
+@functools.cache
+def named(path: str) -> Any:
+    """What ``torch.<path>`` is.
+
+    Raises:
+        SkipscopeError: this torch has no such name.
+    """
+    found: Any = torch
+    for part in path.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            raise SkipscopeError(
+                "torch",
+                f"this torch has no torch.{path}, which skipscope needs",
+                expected="a version that skipscope was tested with: see Promises in its documentation",
+                got=f"torch {torch.__version__}",
+                cure="install such a version of torch, or a newer skipscope",
+            )
+    return found
+
+
+# --- calls of torch's functions ---------------------------------------------------------------------------
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Function modes and tensor subclasses see no call that is made inside."""
+    return named("_C.DisableTorchFunction")()
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor is one of ``torch.vmap`` or ``torch.func``."""
+    return named("_C._functorch.is_functorch_wrapped_tensor")(tensor)
+
+
+def untransformed(tensor: Tensor) -> Tensor:
+    """The tensor inside one for which :func:`is_transformed` holds."""
+    return named("_C._functorch.get_unwrapped")(tensor)
+
+
+def is_fused_weight_norm(func: Any) -> bool:
+    """Whether a function is the fused weight norm; no function is where torch has none."""
+    return func is getattr(torch, "_weight_norm", None)
+
+
+def norms_of(tensors: Sequence[Tensor], order: int, dtype: torch.dtype) -> list[Tensor]:
+    """The norm of each tensor, in one call on a GPU."""
+    if not hasattr(torch, "_foreach_norm"):
+        return [torch.linalg.vector_norm(tensor, order, dtype=dtype) for tensor in tensors]
+    return list(torch._foreach_norm(list(tensors), order, dtype=dtype))
+
+
+def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, in one call on a GPU."""
+    if not hasattr(torch, "_foreach_copy_"):
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+        return
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def fused_linear() -> Any:
+    """OneDNN's linear layer and activation in one, ``(input, weight, bias, name, [], algorithm)``."""
+    return named("ops.mkldnn._linear_pointwise")
+
+
+def memory_without_address(storage: Any) -> int:
+    """An identifier of a storage that has no address (one on the meta device); 0 where there is none."""
+    return int(getattr(storage, "_cdata", 0))
+
+
+# --- compiled code ----------------------------------------------------------------------------------------
+
+
+def compiler_is_loaded() -> bool:
+    """Whether torch's compiler is loaded, as by whoever compiled something; loading it takes seconds."""
+    return "torch._dynamo" in sys.modules
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Compiled modules run as their code is written: hooks set after compilation would silently not be
+    called.
+    """
+    return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else contextlib.nullcontext()
+
+
+def compiled_from(module: Any) -> nn.Module | None:
+    """The module that ``torch.compile`` wrapped, or None."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    kind = getattr(compiler, "OptimizedModule", None)
+    return module._orig_mod if kind is not None and isinstance(module, kind) else None
+
+
+# --- hooks ------------------------------------------------------------------------------------------------
+
+
+def has_gradient_hooks(parameters: Iterable[Tensor]) -> bool:
+    """Whether a hook is set on one of the parameters, on its gradient or on its accumulation."""
+    return any(gradient_hooks(p) or accumulation_hooks(p) for p in parameters)
+
+
+def gradient_hooks(parameter: Tensor) -> list[Callable[..., Any]]:
+    """The hooks on a parameter's gradient."""
+    return list((getattr(parameter, "_backward_hooks", None) or {}).values())
+
+
+def accumulation_hooks(parameter: Tensor) -> list[Callable[..., Any]]:
+    """The hooks that run once a parameter's gradient has been added."""
+    return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+
+
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks before and after a module's forward."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a hook is set on a module's backward pass."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+@contextmanager
+def accumulation_hooks_off(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Some people run their optimizer in such hooks: a measurement must not take a step."""
+    kept = [p._post_accumulate_grad_hooks for p in parameters]
+    try:
+        for p in parameters:
+            p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        yield
+    finally:
+        for p, hooks in zip(parameters, kept):
+            p._post_accumulate_grad_hooks = hooks
+
+
+# --- several processes ------------------------------------------------------------------------------------
+
+
+def shared_store() -> Any:
+    """The store that the processes of a group share."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def begin_fsdp(unit: Any) -> None:
+    """Let a unit of FSDP2 do what its first forward pass does."""
+    unit._get_fsdp_state()._lazy_init()
+
+
+def fsdp_groups(unit: Any) -> list[Any]:
+    """What a unit of FSDP2 gathers at once: several sets of weights in newer versions, one at most in 2.6."""
+    state = unit._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+# --- backward passes --------------------------------------------------------------------------------------
+
+
+def graph_task() -> int:
+    """The number of the backward pass that this thread runs; -1 outside of one."""
+    return named("_C._current_graph_task_id")()
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass under way keeps its graph, so that a second one can follow."""
+    return named("_C._autograd._get_current_graph_task_keep_graph")()
+
+
+def accumulator(parameter: Tensor) -> Any:
+    """The node that adds to ``parameter.grad``."""
+    with torch.enable_grad():
+        return torch.autograd.graph.get_gradient_edge(parameter).node
+
+
+def will_run(node: Any) -> bool | None:
+    """Whether the pass under way fills the parameter's gradient.
+
+    Returns:
+        True or False; None where ``torch.autograd.grad`` returns that gradient instead of adding it up.
+    """
+    try:
+        return named("_C._will_engine_execute_node")(node)
+    except RuntimeError:
+        return None
+
+
+def runs_whole_graph() -> bool:
+    """Whether the pass under way computes every gradient, and not only those of ``inputs=``."""
+    return will_run(accumulator(torch.zeros((), requires_grad=True))) is True
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Call ``callback`` when the backward pass under way is over."""
+    named("autograd.Variable._execution_engine.queue_callback")(callback)
+
+
+def keywords_of_call() -> dict[str, Any]:
+    """The keyword arguments of the module call whose global forward pre-hook asks, two frames up.
+
+    Global hooks are not handed keywords. The dict belongs to this one call, so an entry that is replaced
+    reaches the forward pass and nobody else.
+    """
+    found = sys._getframe(2).f_locals.get("kwargs")
+    return found if isinstance(found, dict) else {}
+
+
+def count_backward_passes() -> int:
+    """How many backward passes this process has begun, this call's own included: torch numbers them."""
+    numbers: list[int] = []
+    with torch.enable_grad():
+        probe = torch.zeros((), requires_grad=True) * 1.0
+        probe.register_hook(lambda _: numbers.append(graph_task()))
+        torch.autograd.grad(probe, [probe], torch.ones(()))
+    return numbers[0]
+
+
+class _Quiet:
+    """Handle of :func:`quiet_about_global_hooks`."""
+
+    def __init__(self):
+        self._filter = None
+        if compiler_is_loaded():
+            warnings.filterwarnings(
+                "ignore", message=r"Using `torch\.compile\(module\)` when there are global hooks"
+            )
+            self._filter = warnings.filters[0]
+
+    def remove(self) -> None:
+        """Warn again."""
+        if self._filter in warnings.filters:
+            warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
+        self._filter = None
+
+
+def quiet_about_global_hooks() -> _Quiet:
+    """Silence the warning of compiled modules about global hooks, until ``remove``."""
+    return _Quiet()
+
+
+class _Eager:
+    """Compiled code runs as written while anyone asks for it: torch's stance is one for the whole process."""
+
+    def __init__(self):
+        self._users, self._stance = 0, None
+
+    def begin(self) -> bool:
+        """Begin to run compiled modules eagerly; False where nothing was compiled."""
+        if not compiler_is_loaded():
+            return False
+        self._users += 1
+        if self._users == 1:
+            self._stance = torch.compiler.set_stance("force_eager")
+        return True
+
+    def end(self) -> None:
+        """The last one to end it restores the stance."""
+        self._users -= 1
+        if not self._users and self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+
+eager = _Eager()

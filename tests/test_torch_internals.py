@@ -1,0 +1,57 @@
+"""torch's private names: each is there, or is refused by its name; what can do without one gives the same."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import skipscope as ss
+from skipscope import _torch_internals
+
+SOURCES = Path(_torch_internals.__file__).parent
+
+
+@pytest.mark.parametrize("name", _torch_internals.NAMES)
+def test_this_torch_has_the_name(name):
+    assert callable(_torch_internals.named(name))
+
+
+def test_a_name_that_torch_lacks_is_refused_by_its_name():
+    with pytest.raises(ss.SkipscopeError, match=r"torch\._C\._no_such_name") as refusal:
+        _torch_internals.named("_C._no_such_name")
+    assert torch.__version__ in str(refusal.value) and "install" in str(refusal.value)
+
+
+def test_no_other_file_reads_a_private_name_of_torch():
+    private = re.compile(
+        r"\b(torch|dist|functional)(\.\w+)*\._[a-zA-Z]|(from|import) torch[\w.]*\._|p\._(post_)?\w*hooks"
+    )
+    found = [
+        f"{path.relative_to(SOURCES)}:{number}: {line.strip()}"
+        for path in sorted(SOURCES.rglob("*.py"))
+        if path.name != "_torch_internals.py"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if private.search(line.partition("#")[0]) and '"torch._' not in line
+    ]
+    assert found == []
+
+
+def test_norms_and_copies_without_the_names_are_the_same(monkeypatch):
+    tensors = [torch.randn(3, 4), torch.randn(5)]
+    one = _torch_internals.norms_of(tensors, 2, torch.float64)
+    targets = [torch.zeros(3, 4), torch.zeros(5)]
+    monkeypatch.delattr(torch, "_foreach_norm")
+    monkeypatch.delattr(torch, "_foreach_copy_")
+    other = _torch_internals.norms_of(tensors, 2, torch.float64)
+    assert [float(a) for a in one] == pytest.approx([float(b) for b in other], rel=1e-15)
+    _torch_internals.copy_each(targets, tensors)
+    assert all(map(torch.equal, targets, tensors))
+
+
+def test_nothing_is_looked_up_at_import():
+    assert _torch_internals.named.cache_info().maxsize is None
+    text = Path(_torch_internals.__file__).read_text()
+    assert not re.search(r"^\w+ = (named|torch)\b", text, re.MULTILINE)
