@@ -55,3 +55,20 @@ def test_nothing_is_looked_up_at_import():
     assert _torch_internals.named.cache_info().maxsize is None
     text = Path(_torch_internals.__file__).read_text()
     assert not re.search(r"^\w+ = (named|torch)\b", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_gradients_by_the_engine_are_those_of_the_public_call(batched, monkeypatch):
+    x, unused = torch.randn(3, 4, requires_grad=True), torch.randn(2, requires_grad=True)
+    hidden = torch.tanh(x)
+    roots = [hidden.sum(0) * 2, torch.autograd.graph.get_gradient_edge(hidden)]
+    rows = [torch.randn(4), torch.randn(3, 4)]
+    if batched:
+        rows = [torch.stack([row, -row, 2 * row]) for row in rows]
+    one = _torch_internals.gradients(roots, [x, unused], rows, batched=batched)
+    monkeypatch.setattr(
+        _torch_internals, "named", lambda path: (_ for _ in ()).throw(ss.SkipscopeError("torch", path))
+    )
+    other = _torch_internals.gradients(roots, [x, unused], rows, batched=batched)
+    assert one[0] is not None and other[0] is not None and torch.equal(one[0], other[0])
+    assert one[1] is None and other[1] is None

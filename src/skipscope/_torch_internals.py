@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ NAMES = (
     "_C._autograd._get_current_graph_task_keep_graph",
     "_C._will_engine_execute_node",
     "autograd.Variable._execution_engine.queue_callback",
+    "autograd.Variable._execution_engine.run_backward",
     "_foreach_norm",
     "_foreach_copy_",
     "_weight_norm",
@@ -201,6 +203,40 @@ def graph_task() -> int:
 def keeps_graph() -> bool:
     """Whether the backward pass under way keeps its graph, so that a second one can follow."""
     return named("_C._autograd._get_current_graph_task_keep_graph")()
+
+
+def gradients(
+    roots: Sequence[Any], sources: Sequence[Tensor], rows: Sequence[Tensor], *, batched: bool = False
+) -> list[Tensor | None]:
+    """What ``torch.autograd.grad(roots, sources, rows, is_grads_batched=batched)`` returns, the graph kept.
+
+    The public call imports sympy, which takes a second, to compare shapes. It is made where torch lacks one
+    of the names.
+
+    Args:
+        roots: tensors and gradient edges.
+        sources: what is differentiated by; None comes back where one is unreached.
+        rows: for each root a gradient of its shape; batched, ``[n, *shape]``.
+        batched: all rows at once, by vmap.
+    """
+    try:
+        engine = named("autograd.Variable._execution_engine.run_backward")
+        vmap = importlib.import_module("torch._vmap_internals")._vmap if batched else None
+    except (SkipscopeError, ImportError, AttributeError):
+        return list(
+            torch.autograd.grad(
+                roots, sources, rows, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
+        )
+
+    def products(*given: Tensor) -> tuple[Tensor | None, ...]:
+        return engine(
+            tuple(roots), given, True, False, tuple(sources), allow_unreachable=True, accumulate_grad=False
+        )
+
+    if vmap is None:
+        return list(products(*rows))
+    return list(vmap(products, 0, 0, allow_none_pass_through=True)(*rows))
 
 
 def accumulator(parameter: Tensor) -> Any:

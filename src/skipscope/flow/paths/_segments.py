@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, saved_tensors_hooks
 
+from skipscope import _torch_internals
 from skipscope._data import Batch, Objective
 from skipscope.flow._autograd_graph import leaves_above
 from skipscope.shortcuts import Boundary, Merge, OperandSide, Shortcuts, tap_boundaries, tap_merges
@@ -325,7 +326,7 @@ class PathLengthBackward:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # an operation that vmap itself loops over
-                    products = _grad(ends, rows, sources, is_grads_batched=True)
+                    products = _grad(ends, rows, sources, batched=True)
                 self.methods.add("batched")
                 return products
             except (RuntimeError, NotImplementedError):
@@ -337,7 +338,7 @@ class PathLengthBackward:
 
 
 def _grad(
-    ends: Sequence[SegmentEnd], rows: Sequence[Tensor], sources: Sequence[Tensor], **options: Any
+    ends: Sequence[SegmentEnd], rows: Sequence[Tensor], sources: Sequence[Tensor], *, batched: bool = False
 ) -> list[Tensor | None]:
-    roots: Any = [end.root for end in ends]  # tensors and edges side by side, which torch takes
-    return list(torch.autograd.grad(roots, sources, rows, retain_graph=True, allow_unused=True, **options))
+    roots = [end.root for end in ends]  # tensors and edges side by side, which torch takes
+    return _torch_internals.gradients(roots, sources, rows, batched=batched)
