@@ -137,7 +137,9 @@ def _data(
     if name in reference.networks():
         data = _on_device(reference.data_for(name, samples), source.device)
         said.append(f"data: {samples} {_text_or_digits(data)}")
-        return data, _loss(model, data, source.loss, said) if uses_loss else None
+        if not uses_loss:
+            return data, None
+        return data, _named_loss(source.loss) if source.loss else _guessed(data[1], said)
     raise SkipscopeError(
         "data",
         "nothing says what the model is to be called with",
@@ -208,34 +210,33 @@ def _mean_square(source: Source, said: list[str]) -> Any:
     return mean_square
 
 
-def _loss(model: nn.Module, data: Any, name: str | None, said: list[str]) -> Any:
-    if name and ":" in name:
+def _named_loss(name: str) -> Any:
+    if ":" in name:
         return resolve(name, "loss")
-    if name:
-        found = getattr(F, name, None) if re.fullmatch(r"[a-z]\w*", name) else None
-        if not callable(found) or not (name.endswith("_loss") or "entropy" in name):
-            known = (
-                "cross_entropy",
-                "mse_loss",
-                "l1_loss",
-                "binary_cross_entropy_with_logits",
-                "nll_loss",
-            )
-            raise SkipscopeError(
-                "loss",
-                f"there is no loss called {name!r:.60}",
-                expected="one of torch.nn.functional: "
-                + ", ".join(known)
-                + "; or your own as module:callable",
-            )
+    found = getattr(F, name, None) if re.fullmatch(r"[a-z]\w*", name) else None
+    if callable(found) and (name.endswith("_loss") or "entropy" in name):
         return found
+    known = "cross_entropy, mse_loss, l1_loss, binary_cross_entropy_with_logits, nll_loss"
+    raise SkipscopeError(
+        "loss",
+        f"there is no loss called {name!r:.60}",
+        expected=f"one of torch.nn.functional: {known}; or your own as module:callable",
+    )
+
+
+def _loss(model: nn.Module, data: Any, name: str | None, said: list[str]) -> Any:
+    if name:
+        return _named_loss(name)
     batch = as_batches(data, "data", any_shape=True).first()
     with untouched(model, operation="data"), torch.no_grad():
         output = forward(model, batch, "data")
     if getattr(output, "loss", None) is not None:
         said.append("loss: the output's own")
         return None
-    target = target_of(batch, "data")
+    return _guessed(target_of(batch, "data"), said)
+
+
+def _guessed(target: Any, said: list[str]) -> Any:
     guess = F.mse_loss if isinstance(target, Tensor) and target.is_floating_point() else F.cross_entropy
     said.append(f"loss: {guess.__name__}, guessed from the target; --loss says otherwise")
     return guess
