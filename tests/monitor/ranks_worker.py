@@ -170,8 +170,9 @@ def main(kind: str, folder: str) -> None:
     wrapped = wrap(kind, make())
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     if "refused" in kind:
+        given = {"folder": {"folder": f"{folder}/taken"}, "sink": {"sinks": ["no such sink"]}}
         try:
-            ss.watch(wrapped, optimizer)
+            ss.watch(wrapped, optimizer, **given.get(kind.rpartition("-")[2], {}))
         except ss.SkipscopeError as error:
             say(f"REFUSED rank {rank}: {error}")
     if "alone" in kind:

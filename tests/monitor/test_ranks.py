@@ -140,6 +140,19 @@ def test_what_is_collective_fails_in_time_on_a_rank_alone_and_works_again_togeth
     assert done.stdout.count("TOGETHER healthy") == 2
 
 
+@pytest.mark.parametrize(
+    ("what", "problem"), [("folder", "already holds a history"), ("sink", "no such sink")]
+)
+def test_what_rank_0_alone_is_refused_ends_the_call_on_every_rank(what, problem, tmp_path):
+    model = worker.make()
+    with watch(model, torch.optim.SGD(model.parameters(), lr=0.1), folder=tmp_path / "taken"):
+        pass
+    lines = torchrun(f"ddp-refused-{what}", 2, tmp_path).stdout.splitlines()
+    refused = [line for line in lines if line.startswith("REFUSED rank")]
+    assert sorted(line.split()[2] for line in refused) == ["0:", "1:"]
+    assert all(problem in line and "cure:" in line for line in refused)
+
+
 def test_watch_is_collective_under_ddp_and_without_a_wrapper(tmp_path):
     done = torchrun("ddp-alone", 2, tmp_path)
     assert "REFUSED watch: watch: not every rank called it within 2 s" in done.stdout

@@ -6,7 +6,8 @@ parameters are DTensors) each holds a shard: one all-reduce of all tensors' sums
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import world
+
+Value = TypeVar("Value")
+Told = TypeVar("Told")
 
 
 def weight_of(grad: Tensor, size: int) -> float:
@@ -78,9 +82,29 @@ def gathered(mine: Any) -> list[Any]:
     return every
 
 
-def from_first_rank(value: Any) -> Any:
-    """Rank 0's value on every rank (collective); the value itself without ranks."""
-    return gathered(value)[0] if world()[1] > 1 else value
+def done_by_first(work: Callable[[], tuple[Value, Told]]) -> tuple[Value | None, Told]:
+    """Work that rank 0 alone does, for example on files (collective).
+
+    Returns:
+        What the work returned first, on rank 0 alone; and what it returned second, on every rank.
+
+    Raises:
+        SkipscopeError: on every rank, where rank 0 was refused: the others would wait for it otherwise.
+    """
+    rank, size = world()
+    value, told, error = None, None, None
+    if rank == 0:
+        try:
+            value, told = work()
+        except SkipscopeError as refused:
+            if size == 1:
+                raise
+            error = refused
+    if size > 1:
+        told, error = gathered((told, error))[0]
+    if error is not None:
+        raise error
+    return value, told  # type: ignore[return-value]
 
 
 def all_reduced(sums: Tensor) -> Tensor:

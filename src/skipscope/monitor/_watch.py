@@ -24,9 +24,9 @@ from skipscope.monitor._backward_passes import inside_backward
 from skipscope.monitor._flow_reader import FlowReader, FlowRow
 from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
 from skipscope.monitor._missing_gradients import GradientSearch, MissingGradients
-from skipscope.monitor._rank_sums import from_first_rank
+from skipscope.monitor._rank_sums import done_by_first
 from skipscope.monitor._record import Record
-from skipscope.monitor._run_store import Store, begin_folder
+from skipscope.monitor._run_store import Recorded, Store, begin_folder
 from skipscope.monitor._sinks import Sink, Terminal, as_sink
 from skipscope.monitor._start_checks import check, notes_on
 from skipscope.monitor._step_recorder import StepRecorder
@@ -64,8 +64,7 @@ class Monitor:
         self._rows, self._judged, self._judge_at_end = 0, 0, False
         self._open = True
         self._models = models
-        before = begin_folder(folder, resume=resume) if folder is not None and self._first else None
-        found = from_first_rank(0 if before is None else before.step)
+        before, found = done_by_first(lambda: _begun(folder, resume))
         begun_at = found if first_step is None else first_step
         begun = time.perf_counter() - (before.seconds if before is not None else 0.0)
         self._recorders = [
@@ -390,6 +389,12 @@ def _zero_by_design(tracked: TrackedParameters) -> list[Tensor]:
     ]
 
 
+def _begun(folder: Path | None, resume: bool) -> tuple[Recorded | None, int]:
+    """What a folder holds already, and the step at which its run goes on."""
+    before = begin_folder(folder, resume=resume) if folder is not None else None
+    return before, 0 if before is None else before.step
+
+
 def watch(
     model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
@@ -473,8 +478,7 @@ def watch(
         )
     meet("watch", tuple(range(world()[1])), timeout)
     callbacks = on_verdict if isinstance(on_verdict, Sequence) else [on_verdict]
-    first = world()[0] == 0
-    made = [as_sink(s) for s in sinks] if first else []
+    made, _ = done_by_first(lambda: ([as_sink(s) for s in sinks], None))
     for other in _torch_patches.registered():
         if isinstance(other, Monitor) and (
             any(other.watches(o) for o, _ in optimizers)
@@ -486,7 +490,7 @@ def watch(
         optimizers,
         every=every,
         keep=keep,
-        sinks=made,
+        sinks=made or [],
         folder=None if folder is None else Path(folder),
         on_verdict=callbacks,
         flow_every=flow_every,
