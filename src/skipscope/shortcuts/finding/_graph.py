@@ -17,12 +17,10 @@ from torch import nn
 
 from skipscope.shortcuts._shortcut_result import Place
 from skipscope.shortcuts.finding._bit_sets import Ancestors, as_bits, bits, chosen
-from skipscope.shortcuts.finding._kinds import LINEAR, NORM, WHOLE
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._parts import Cuts, Part, part_after, takes_everything, whole
 from skipscope.shortcuts.trace import Operand, Origin, Trace, TracedCall, Value, _operations
 
-_MAPS = LINEAR | NORM | WHOLE
 _AXES = {"hstack": 1, "column_stack": 1, "vstack": 0, "dstack": 2}
 _OF_TWO = {"min": "minimum", "max": "maximum"}
 
@@ -440,22 +438,6 @@ class Graph:
         call = merge.traced
         dim = call.argument(1, "dim", call.keywords.get("axis", 0))
         return dim % ndim if isinstance(dim, int) and ndim else None
-
-    def before_map(self, node: int, end: int) -> tuple[int, int] | None:
-        """The operand of the linear map that made ``node``, where ``end`` depends on it otherwise too.
-
-        Returns:
-            That operand, and the set of the map's nodes; None where ``node`` is no linear map.
-        """
-        at, region, has_matrix = node, 0, False
-        while self._kinds[at] in _MAPS and len(self._active_parents[at]) == 1:
-            region |= 1 << at
-            has_matrix = has_matrix or bool(self.matrices[at])
-            (above,) = self._active_parents[at]
-            if any(c != at and self.ancestors.reaches(c, end) for c in self.children[above]):
-                return (above, region) if has_matrix else None
-            at = above
-        return None
 
     def onward(self, starts: Iterable[int], through: frozenset[str], ends: frozenset[str]) -> list[int]:
         """The nodes of kinds ``ends`` that are computed from ``starts`` by nodes of kinds ``through``."""

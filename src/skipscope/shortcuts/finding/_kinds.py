@@ -63,6 +63,7 @@ ENLARGING = words(
     """interpolate upsample upsample_nearest2d upsample_bilinear2d pixel_shuffle max_unpool2d conv_transpose1d
     conv_transpose2d conv_transpose3d"""
 )
+REPEATING = words("expand expand_as broadcast_to broadcast_tensors repeat tile repeat_interleave")
 DROPOUT = words("dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout")
 ELEMENTWISE = words("mul div addcmul lerp")
 # What makes an activation function: each value by itself; the first of them bend nothing.
@@ -91,5 +92,6 @@ BENT = words(
     scaled_dot_product_attention
     """
 )
+COMPARISONS = words("gt lt ge le greater less greater_equal less_equal")
 MATRIX_SUMS = words("addmm baddbmm addbmm addmv addr")
 MATRIX_PRODUCTS = words("linear matmul bmm mm einsum tensordot inner")
