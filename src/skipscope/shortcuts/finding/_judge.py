@@ -103,11 +103,13 @@ class Judge:
 
     def stacked(self, case: _Case) -> Reason | None:
         """A stack that is not summed over joins nothing."""
+        if case.call.put is not None:
+            return Reason.STACKED if case.call.put.is_step else None
         return Reason.STACKED if case.call.name == "stack" and not self._is_summed(case.call) else None
 
     def _is_summed(self, call: Merge) -> bool:
         """Whether what a call puts side by side is summed over."""
-        return self.mixtures.of(call) is not None
+        return call.put is None and self.mixtures.of(call) is not None
 
     def related(self, case: _Case) -> Reason | None:
         """A product is a gate at most; operands that share no ancestor bypass nothing."""
@@ -230,7 +232,7 @@ class Judge:
     ) -> Candidate:
         call = reader.call
         shortcut_at = tuple(self._place(call, i, sides[i]) for i in bypassing)
-        branch_at = tuple(Place(call.key, j) for j in self._lesioned(reader, branches))
+        branch_at = tuple(self._branch_place(call, j) for j in self._lesioned(reader, branches))
         if call.whole is not None:
             shortcut_at = self._widened(reader, shortcut_at, sides[bypassing[0]].fork)
             branch_at = self._widened(reader, branch_at, None)
@@ -259,7 +261,7 @@ class Judge:
         if call.name == "lerp":
             kind = "gated" if 2 in reader.active else "scaled"
             return replace(plain, kind=kind, both=(2,) if call.tensors[2] else ())
-        if call.name in _operations.LISTS and (mixture := self.mixtures.of(call)) is not None:
+        if call.put is None and call.name in _operations.LISTS and (mixture := self.mixtures.of(call)):
             kind = max(
                 mixture.kind,
                 *(_BY_ROLE.get(sides[i].how, sides[i].how) for i in bypassing),
@@ -297,6 +299,8 @@ class Judge:
 
     def _place(self, call: Merge, i: int, side: Side) -> Place:
         """Where x is met before its factor: the factor stays as built, and its gradient live."""
+        if call.put is not None and i == 0 and call.traced.whole is not None:
+            return Place(call.key, _operations.WHOLE)
         for product in () if side.is_sum else side.products:
             made = self.made.get(product)
             if made is not None:
@@ -304,6 +308,11 @@ class Judge:
                     if node is not None and (node == side.carry or self._comes_straight(node, side)):
                         return Place(made.key, k)
         return Place(call.key, i)
+
+    def _branch_place(self, call: Merge, j: int) -> Place:
+        """Where a branch comes in; that of a part is all of the tensor it is put into."""
+        is_whole = call.put is not None and j == 0 and call.traced.whole is not None
+        return Place(call.key, _operations.WHOLE if is_whole else j)
 
     def _widened(self, reader: Sides, places: tuple[Place, ...], fork: int | None) -> tuple[Place, ...]:
         """An addition to a part of x is x + F, where F is zero outside the part: all of x is the operand."""
@@ -329,7 +338,7 @@ class Judge:
 def _kind(call: Merge, role: Role, bypassing: int) -> Kind:
     """The kind of a shortcut by the role of its operand."""
     if call.name in _operations.LISTS:
-        return "concat"
+        return "gated" if call.put is not None and call.put.is_chosen else "concat"
     if role in ("branch", "bent"):  # declared by its author, whatever leads to it
         return "identity"
     if role == "linear maps":

@@ -39,9 +39,9 @@ SHAPE = (
         write setitem pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d roll rot90 flip
         unfold fold im2col col2im as_strided diagonal interpolate upsample upsample_nearest2d
         upsample_bilinear2d pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle add sub rsub
-        neg sum max min amax amin slice_scatter select_scatter masked_fill tril triu where index_put
-        index_add index_copy scatter scatter_add scatter_reduce masked_scatter max_unpool2d view_as_real
-        view_as_complex real imag conj complex cumsum
+        neg sum max min amax amin slice_scatter select_scatter diagonal_scatter masked_fill tril triu where
+        index_put index_add index_copy scatter scatter_add scatter_reduce masked_scatter max_unpool2d
+        view_as_real view_as_complex real imag conj complex cumsum
         """
     )
 )
