@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import permutations
-
 from skipscope.shortcuts.finding._bit_sets import bits
 from skipscope.shortcuts.finding._candidate import Reason
 from skipscope.shortcuts.finding._couplings import Couplings
@@ -11,15 +9,13 @@ from skipscope.shortcuts.finding._gates import Gates
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import (
     ELEMENTWISE,
-    LINEAR,
-    MATRIX_PRODUCTS,
     MATRIX_SUMS,
-    NORM,
     POINTWISE,
     STRAIGHT_POINTWISE,
     WHOLE,
 )
 from skipscope.shortcuts.finding._parts import Part
+from skipscope.shortcuts.finding._products import before_map, mapped_from
 from skipscope.shortcuts.finding._sides import Side, Sides
 from skipscope.shortcuts.trace import _operations
 
@@ -38,47 +34,43 @@ class Branches:
     def __init__(self, graph: Graph, gates: Gates, couplings: Couplings):
         self.graph, self.gates, self.couplings = graph, gates, couplings
 
-    def before_parting(self, reader: Sides, sides: dict[int, Side]) -> dict[int, Side]:
+    def before_parting(
+        self, reader: Sides, sides: dict[int, Side]
+    ) -> tuple[dict[int, Side], dict[int, Side]]:
         """The sides, where a linear map is what parts: W x + F(V x) with both in one product, and y + t (H(x)
         - y) with y = W x, fork at x and are projections.
+
+        Returns:
+            The sides, and of them those that are such a map times a gate: t F(V x) + (1 - t) W x.
         """
-        found = dict(sides)
+        found, maps = dict(sides), {}
         for i, side in sides.items():
             fork = side.fork
-            if (
-                fork is None
-                or side.how not in {"identity", "scaled"}
-                or reader.call.name in _operations.LISTS
-            ):
+            if fork is None or side.how not in {"identity", "scaled", "gated"}:
                 continue
-            above = self._mapped(fork)
-            if above is None:
-                continue
-            others = [j for j in reader.active if j != i]
+            others = [j for j in reader.active if j != i and not {i, j} <= set(reader.factors)]
             between = [self._between(reader, side, fork, j) for j in others]
-            if all(nodes == Reason.OTHER_PARTS for nodes in between):
-                if self.graph.kind(fork) in LINEAR:
-                    found[i] = Side(above, "projection", side.region | 1 << fork)
-            elif reader.call.name in _SUMS and not any(
-                nodes if isinstance(nodes, Reason) else self.graph.has_weights(nodes) for nodes in between
+            if all(nodes in {Reason.OTHER_PARTS, Reason.OTHER_STEPS} for nodes in between):
+                above = mapped_from(self.graph, fork, self._taken(reader, side, fork))
+                if above is None:
+                    continue
+                x, region = above
+                found[i] = Side(x, "projection", side.region | region)
+                if side.how == "gated":
+                    found[i] = Side(x, "branch", side.region | region)
+                    for carry, product in reader.gatings(i):
+                        maps[i] = Side(x, "gated", side.region | region, (product,), carry=carry)
+            elif (
+                side.how != "gated"
+                and reader.call.name in _SUMS
+                and not any(
+                    nodes if isinstance(nodes, Reason) else self.graph.has_weights(nodes) for nodes in between
+                )
             ):
-                before = self.graph.before_map(fork, reader.position(others[0]))
+                before = before_map(self.graph, fork, reader.position(others[0]))
                 if before is not None:
                     found[i] = Side(before[0], "projection", side.region | before[1])
-        return found
-
-    def _mapped(self, node: int) -> int | None:
-        """What a node is a linear map of, by weights or by a matrix that is itself made of it; None for no
-        such map.
-        """
-        graph, above = self.graph, self.graph.active_parents(node)
-        if len(above) == 1:
-            return above[0] if graph.kind(node) in LINEAR | NORM and graph.weights[node] else None
-        if graph.kind(node) in MATRIX_PRODUCTS and len(above) == 2:
-            for x, matrix in permutations(above):
-                if graph.ancestors.reaches(x, matrix) and graph.has_weights(graph.on_the_way(x, matrix)):
-                    return x
-        return None
+        return found, maps
 
     def of(
         self, reader: Sides, sides: dict[int, Side], bypassing: tuple[int, ...], sharing: bool = False
@@ -135,7 +127,8 @@ class Branches:
             starts = [v for v in graph.leaving(fork, taken) if graph.ancestors.reaches(v, end)]
             if not starts and not self.couplings.puts_back(reader.call, fork):
                 is_step = all(len(run) == 1 for part in taken for run in part.limits.values())
-                return Reason.OTHER_STEPS if is_step and not self._is_made_once(fork) else Reason.OTHER_PARTS
+                is_sequence = is_step and mapped_from(graph, fork, taken) is None
+                return Reason.OTHER_STEPS if is_sequence else Reason.OTHER_PARTS
             starts = starts or [fork]
         nodes = graph.between(starts, end) & ~(1 << fork)
         if (
@@ -148,18 +141,18 @@ class Branches:
             return Reason.ONLY_A_FACTOR
         return nodes
 
-    def _is_made_once(self, fork: int) -> bool:
-        """Whether one product with weights makes a tensor by mixing along an axis, as that of streams is."""
-        return self.graph.kind(fork) == "einsum" and bool(self.graph.matrices[fork])
-
     def _taken(self, reader: Sides, side: Side, fork: int) -> list[Part]:
         """The parts of the fork that a side takes. In a list part beside part, along the axis that they are
         parts of, is the whole with some of it gone through the branch.
         """
         graph, call = self.graph, reader.call
-        if not side.region & graph.children_of(fork):
+        region = side.region
+        if not region & graph.children_of(fork):
             return []
-        taken = graph.parts_taken(fork, side.region)
+        if side.how == "gated":  # a gate may be made of another part than what it multiplies
+            carried = reader.carried(side)
+            region = carried if carried & graph.children_of(fork) else region
+        taken = graph.parts_taken(fork, region)
         dim = graph.joined_axis(call) if call.name != "stack" else None
         return [] if dim is not None and any(part.axis_along(dim) for part in taken) else taken
 

@@ -49,14 +49,23 @@ class Bypass:
     def __init__(self, graph: Graph):
         self.graph = graph
 
-    def operands(self, call: Merge, sides: dict[int, Side]) -> tuple[int, ...] | Reason:
+    def operands(
+        self, call: Merge, sides: dict[int, Side], is_summed: bool = False
+    ) -> tuple[int, ...] | Reason:
         """The operands that skip: those without weights; else scaled; else gated; else normed; else
         projected.
+
+        Args:
+            call: the merge.
+            sides: its operands' sides.
+            is_summed: what the call stacks is summed over.
         """
         rank = {i: r for i, side in sides.items() if (r := self.rank(side)) is not None}
         if call.name in _operations.LISTS:
             straight = (i for i, r in rank.items() if r <= GATED and not self._takes_largest(sides[i]))
-            return tuple(straight) or Reason.PARALLEL
+            found = tuple(straight)
+            if found or not is_summed:
+                return found or Reason.PARALLEL
         if not rank:
             bent = any(side.how == "bent" for side in sides.values())
             return Reason.BENT if bent else Reason.PARALLEL

@@ -19,6 +19,9 @@ from skipscope.shortcuts.trace import _operations
 # What carries a part on: a stream of sums, and gates on it.
 _CARRYING = WHOLE | {"add", "sub", "mul", "div"}
 
+# What puts parts into a tensor one by one.
+_PUT = frozenset({"setitem", "write", "slice_scatter", "index_copy"})
+
 
 class Couplings:
     """Reads couplings in one graph."""
@@ -31,7 +34,7 @@ class Couplings:
         missing.
         """
         at = call.output
-        for end in [] if at is None else self.graph.onward([at], _CARRYING, _operations.LISTS):
+        for end in [] if at is None else self.graph.onward([at], _CARRYING | _PUT, _operations.LISTS | _PUT):
             joined = self.made.get(end)
             if joined is not None and joined.name in _operations.LISTS and self._covers(joined, fork):
                 return True
@@ -47,7 +50,7 @@ class Couplings:
         if whole is None or dim is None:
             return False
         taken: dict[Axis, list[range]] = {}
-        for node in joined.operands:
+        for node in self._pieces(joined):
             for part in self._parts_carried(node, fork):
                 axis = part.axis_along(dim, least)
                 if axis is not None and not any(set(axis[1]) & set(run) for run in taken.get(axis[0], ())):
@@ -56,6 +59,18 @@ class Couplings:
         return any(
             isinstance(axis, int) and sum(map(len, runs)) == whole.shape[axis] for axis, runs in taken.items()
         )
+
+    def _pieces(self, joined: Merge) -> list[int | None]:
+        """What a call puts together; with a put, also what was put there before."""
+        if joined.put is None:
+            return list(joined.operands)
+        found: list[int | None] = []
+        at: Merge | None = joined
+        while at is not None and at.put is not None:
+            before, value = at.operands
+            found.append(value)
+            at = None if before is None else self.made.get(before)
+        return found
 
     def _is_of_features(self, joined: Merge, dim: int | None) -> bool:
         """Whether a call joins along the axis of the features: the last, or that of an image's channels."""

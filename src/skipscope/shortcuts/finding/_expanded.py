@@ -17,6 +17,7 @@ from skipscope.shortcuts.finding._candidate import Candidate
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import WHOLE
 from skipscope.shortcuts.finding._merge import Merge
+from skipscope.shortcuts.finding._products import before_map
 from skipscope.shortcuts.finding._sides import signs_of
 
 _SUMS = frozenset({"add", "sub", "rsub", "addcmul"})
@@ -83,7 +84,7 @@ class Expanded:
         """As x - t x + ...: what stands alone is the shortcut."""
         ends = [v for addend in rest for v in addend.nodes if self._by_weights(x, v)]
         for end in () if ends else [v for addend in rest for v in addend.nodes]:
-            before = self.graph.before_map(x, end)
+            before = before_map(self.graph, x, end)
             if before is not None and self._by_weights(before[0], end):
                 return before[0], places, [a.place for a in rest], [end], before[1]
         return (x, places, [a.place for a in rest], ends, 0) if ends else None

@@ -16,6 +16,7 @@ from skipscope.shortcuts.finding._candidate import Candidate, Reason
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import ELEMENTWISE, PRODUCT, SHAPE, WHOLE
 from skipscope.shortcuts.finding._merge import Merge
+from skipscope.shortcuts.finding._products import before_map
 from skipscope.shortcuts.finding._sides import Side, Sides, signs_of
 
 _SUMS = frozenset({"add", "sub", "rsub"})
@@ -97,7 +98,7 @@ class Gates:
             x = part.operands[1 - h]
             assert x is not None
             region, side = graph.on_the_way(x, end), 0
-            if not graph.has_weights(region) and (before := graph.before_map(x, end)) is not None:
+            if not graph.has_weights(region) and (before := before_map(graph, x, end)) is not None:
                 x, side = before
                 region = graph.on_the_way(x, end)
             if not graph.has_weights(region):

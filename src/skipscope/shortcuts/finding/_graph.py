@@ -13,17 +13,17 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from skipscope.shortcuts._shortcut_result import Place
 from skipscope.shortcuts.finding._bit_sets import Ancestors, as_bits, bits, chosen
-from skipscope.shortcuts.finding._kinds import LINEAR, NORM, WHOLE
-from skipscope.shortcuts.finding._merge import Merge
-from skipscope.shortcuts.finding._parts import Cuts, Part, part_after, takes_everything, whole
+from skipscope.shortcuts.finding._merge import Merge, Put
+from skipscope.shortcuts.finding._parts import Cuts, Part, part_after, part_put, takes_everything, whole
 from skipscope.shortcuts.trace import Operand, Origin, Trace, TracedCall, Value, _operations
 
-_MAPS = LINEAR | NORM | WHOLE
 _AXES = {"hstack": 1, "column_stack": 1, "vstack": 0, "dstack": 2}
+_WRITES = {"write", "write_all", "slice_scatter", "select_scatter", "diagonal_scatter", "index_copy"}
 _OF_TWO = {"min": "minimum", "max": "maximum"}
 
 
@@ -198,8 +198,10 @@ class Graph:
         """The calls that join tensors; of those that update a part of a tensor, also what they update."""
         found, made = [], {}
         for call in self.trace.calls:
-            if call.joins == "setitem" or (call.function == "setitem" and call.key is not None):
-                self._assigned(call, made)
+            if call.joins in _operations.PUTTING and not _accumulates(call):
+                merge = None if self._assigned(call, made) else self._put(call)
+                if merge is not None:
+                    found.append(merge)
             elif call.joins:
                 nodes = tuple(map(self.node_of, call.joined))
                 output = self.node_of(call.results[0]) if call.results else None
@@ -209,12 +211,37 @@ class Graph:
                 made |= dict.fromkeys(call.results, merge)
         return found
 
-    def _assigned(self, call: TracedCall, made: Mapping[int, Merge]) -> None:
-        """``target[index] = value``: where that was computed from the part of the target, it updates it."""
-        target, value = call.operands[0], call.operands[-1]
-        merge = made.get(self._same[value])
-        if merge is None or call.key is None:
-            return
+    def _put(self, call: TracedCall) -> Merge | None:
+        """What a call puts into a part of a tensor comes to stand beside the rest of it, as in a
+        concatenation; None where it overwrites all of it.
+        """
+        before, after = call.joined[0] if call.whole is None else call.whole, call.written or call.results[0]
+        value, chosen_by = call.joined[1], [self.trace.values[v] for v in call.operands]
+        if before is None or value is None:
+            return None
+        by_data = any(v.dtype == torch.bool or (v.is_code and not v.is_float) for v in chosen_by)
+        part = part_put(self.trace, call)
+        if part is None and not (by_data or call.function in {"index_copy", "index_put", "setitem"}):
+            return None
+        if part is None and not by_data and not any(not v.is_float for v in chosen_by):
+            return None  # all of it
+        axes = [] if part is None else [axis for axis in part.limits if isinstance(axis, int)]
+        if part is None and call.function == "index_copy":
+            axes = [call.argument(1, "dim") % len(self.trace.values[before].shape)]
+        is_step = part is not None and len(part.shape) < len(self.trace.values[before].shape)
+        base = self._root(before)
+        merge = Merge(
+            call, "cat", (self.node_of(before), self.node_of(value)), (True, True), self.node_of(after)
+        )
+        merge.put = Put(axes[0] if len(axes) == 1 else None, is_step and self.node_of(base) is None, by_data)
+        return merge
+
+    def _assigned(self, call: TracedCall, made: Mapping[int, Merge]) -> bool:
+        """Whether a call puts back a part of its target that was updated: ``x[a:b] = x[a:b] + F``."""
+        target, value = call.joined[0], call.joined[1]
+        merge = None if value is None else made.get(self._same[value])
+        if merge is None or call.key is None or target is None or call.function == "copy":
+            return False
         root = self._root(target)
         for i, operand in enumerate(merge.traced.joined):
             if operand is not None and self._taken_from(operand) == root:
@@ -222,14 +249,15 @@ class Graph:
                     merge.whole = self.node_of(target if call.whole is None else call.whole)
                     merge.part, merge.assigned_at = i, Place(call.key, _operations.WHOLE)
                 merge.written = self.node_of(call.results[0] if call.written is None else call.written)
-                return
+                return True
+        return False
 
     def _root(self, value: int) -> int:
         """The value of which one is a view, or was written into."""
         values, calls = self.trace.values, self.trace.calls
         while (at := values[value].call) is not None:
             call = calls[at]
-            if not (call.is_view or call.in_place or call.function in {"write", "write_all"}):
+            if not (call.is_view or call.in_place or call.function in _WRITES):
                 break
             value = call.operands[0]
         return value
@@ -437,25 +465,11 @@ class Graph:
         ndim = len(self.shape(merge.output))
         if merge.name in _AXES:
             return min(_AXES[merge.name], ndim - 1)
+        if merge.put is not None:
+            return merge.put.axis
         call = merge.traced
         dim = call.argument(1, "dim", call.keywords.get("axis", 0))
         return dim % ndim if isinstance(dim, int) and ndim else None
-
-    def before_map(self, node: int, end: int) -> tuple[int, int] | None:
-        """The operand of the linear map that made ``node``, where ``end`` depends on it otherwise too.
-
-        Returns:
-            That operand, and the set of the map's nodes; None where ``node`` is no linear map.
-        """
-        at, region, has_matrix = node, 0, False
-        while self._kinds[at] in _MAPS and len(self._active_parents[at]) == 1:
-            region |= 1 << at
-            has_matrix = has_matrix or bool(self.matrices[at])
-            (above,) = self._active_parents[at]
-            if any(c != at and self.ancestors.reaches(c, end) for c in self.children[above]):
-                return (above, region) if has_matrix else None
-            at = above
-        return None
 
     def onward(self, starts: Iterable[int], through: frozenset[str], ends: frozenset[str]) -> list[int]:
         """The nodes of kinds ``ends`` that are computed from ``starts`` by nodes of kinds ``through``."""
@@ -493,3 +507,10 @@ class Graph:
         if kinds not in self._masks:
             self._masks[kinds] = as_bits([kind in kinds for kind in self._kinds[: self.activations]])
         return self._masks[kinds]
+
+
+def _accumulates(call: TracedCall) -> bool:
+    """Whether a call adds what it puts to what was there."""
+    if call.function == "index_put":
+        return bool(call.argument(3, "accumulate", False))
+    return call.function == "scatter" and call.argument(4, "reduce") is not None

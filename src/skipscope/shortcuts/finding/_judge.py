@@ -21,7 +21,8 @@ from skipscope.shortcuts.finding._mixtures import Mixtures
 from skipscope.shortcuts.finding._sides import Role, Side, Sides, is_scaled
 from skipscope.shortcuts.trace import _operations
 
-_BY_WEIGHT = ("identity", "scaled", "gated")
+_BY_WEIGHT = ("identity", "scaled", "projection", "gated")
+_BY_ROLE: dict[Role, Kind] = {"linear maps": "projection", "branch": "identity", "bent": "identity"}
 
 
 @dataclass(eq=False)
@@ -31,6 +32,7 @@ class _Case:
     Attributes:
         reader: reads its operands.
         sides: of each operand that is an activation.
+        maps: of each operand that is a part of a linear map times a gate.
         bypassing: the operands that skip.
         branches: the operands by which the branch comes in.
         region: bit set of the branch's nodes.
@@ -38,6 +40,7 @@ class _Case:
 
     reader: Sides
     sides: dict[int, Side] = field(default_factory=dict)
+    maps: dict[int, Side] = field(default_factory=dict)
     bypassing: tuple[int, ...] = ()
     branches: tuple[int, ...] = ()
     region: int = 0
@@ -46,6 +49,11 @@ class _Case:
     def call(self) -> Merge:
         """The merge."""
         return self.reader.call
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it puts its operands side by side."""
+        return self.call.name in _operations.LISTS
 
     @property
     def is_declared(self) -> bool:
@@ -95,11 +103,19 @@ class Judge:
 
     def stacked(self, case: _Case) -> Reason | None:
         """A stack that is not summed over joins nothing."""
-        return Reason.STACKED if case.call.name == "stack" and self.mixtures.of(case.call) is None else None
+        if case.call.put is not None:
+            return Reason.STACKED if case.call.put.is_step else None
+        return Reason.STACKED if case.call.name == "stack" and not self._is_summed(case.call) else None
+
+    def _is_summed(self, call: Merge) -> bool:
+        """Whether what a call puts side by side is summed over."""
+        return call.put is None and self.mixtures.of(call) is not None
 
     def related(self, case: _Case) -> Reason | None:
         """A product is a gate at most; operands that share no ancestor bypass nothing."""
-        case.sides = self.branches.before_parting(case.reader, case.reader.read())
+        case.sides, case.maps = case.reader.read(), {}
+        if not case.is_list or self._is_summed(case.call):
+            case.sides, case.maps = self.branches.before_parting(case.reader, case.sides)
         if case.call.name in _operations.PRODUCTS:
             return self.gates.product(case.sides)
         return Reason.UNRELATED if all(side.fork is None for side in case.sides.values()) else None
@@ -115,7 +131,7 @@ class Judge:
         reader, sides = case.reader, case.sides
         if case.call.name not in {"add", "addcmul"} or case.is_declared:
             return None
-        maps = reader.gated_maps()
+        maps = {**reader.gated_maps(), **case.maps}
         for i, side in maps.items():
             others = [j for j in reader.active if j != i and not {i, j} <= set(reader.factors)]
             # The other side is a branch, or only its gate is met on the way back without weights.
@@ -144,7 +160,8 @@ class Judge:
         """Some operand has to skip what the others went through."""
         if case.call.name in _operations.PRODUCTS or case.bypassing:
             return None
-        found = (0,) if case.is_declared else self.bypass.operands(case.call, case.sides)
+        is_summed = case.is_list and self._is_summed(case.call)
+        found = (0,) if case.is_declared else self.bypass.operands(case.call, case.sides, is_summed)
         if isinstance(found, Reason):
             return found
         case.bypassing = found
@@ -215,7 +232,7 @@ class Judge:
     ) -> Candidate:
         call = reader.call
         shortcut_at = tuple(self._place(call, i, sides[i]) for i in bypassing)
-        branch_at = tuple(Place(call.key, j) for j in self._lesioned(reader, branches))
+        branch_at = tuple(self._branch_place(call, j) for j in self._lesioned(reader, branches))
         if call.whole is not None:
             shortcut_at = self._widened(reader, shortcut_at, sides[bypassing[0]].fork)
             branch_at = self._widened(reader, branch_at, None)
@@ -244,8 +261,12 @@ class Judge:
         if call.name == "lerp":
             kind = "gated" if 2 in reader.active else "scaled"
             return replace(plain, kind=kind, both=(2,) if call.tensors[2] else ())
-        if call.name in _operations.LISTS and (mixture := self.mixtures.of(call)) is not None:
-            kind = max(mixture.kind, *(sides[i].how for i in bypassing), key=_BY_WEIGHT.index)
+        if call.put is None and call.name in _operations.LISTS and (mixture := self.mixtures.of(call)):
+            kind = max(
+                mixture.kind,
+                *(_BY_ROLE.get(sides[i].how, sides[i].how) for i in bypassing),
+                key=_BY_WEIGHT.index,
+            )
             both = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor and mixture.alone)
             return replace(plain, kind=kind, both=both, mixture=mixture)
         if sides[bypassing[0]].how in {"branch", "bent"}:
@@ -278,6 +299,8 @@ class Judge:
 
     def _place(self, call: Merge, i: int, side: Side) -> Place:
         """Where x is met before its factor: the factor stays as built, and its gradient live."""
+        if call.put is not None and i == 0 and call.traced.whole is not None:
+            return Place(call.key, _operations.WHOLE)
         for product in () if side.is_sum else side.products:
             made = self.made.get(product)
             if made is not None:
@@ -285,6 +308,11 @@ class Judge:
                     if node is not None and (node == side.carry or self._comes_straight(node, side)):
                         return Place(made.key, k)
         return Place(call.key, i)
+
+    def _branch_place(self, call: Merge, j: int) -> Place:
+        """Where a branch comes in; that of a part is all of the tensor it is put into."""
+        is_whole = call.put is not None and j == 0 and call.traced.whole is not None
+        return Place(call.key, _operations.WHOLE if is_whole else j)
 
     def _widened(self, reader: Sides, places: tuple[Place, ...], fork: int | None) -> tuple[Place, ...]:
         """An addition to a part of x is x + F, where F is zero outside the part: all of x is the operand."""
@@ -310,7 +338,7 @@ class Judge:
 def _kind(call: Merge, role: Role, bypassing: int) -> Kind:
     """The kind of a shortcut by the role of its operand."""
     if call.name in _operations.LISTS:
-        return "concat"
+        return "gated" if call.put is not None and call.put.is_chosen else "concat"
     if role in ("branch", "bent"):  # declared by its author, whatever leads to it
         return "identity"
     if role == "linear maps":

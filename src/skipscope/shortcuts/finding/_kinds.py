@@ -39,9 +39,9 @@ SHAPE = (
         write setitem pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d roll rot90 flip
         unfold fold im2col col2im as_strided diagonal interpolate upsample upsample_nearest2d
         upsample_bilinear2d pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle add sub rsub
-        neg sum max min amax amin slice_scatter select_scatter masked_fill tril triu where index_put
-        index_add index_copy scatter scatter_add scatter_reduce masked_scatter max_unpool2d view_as_real
-        view_as_complex real imag conj complex cumsum
+        neg sum max min amax amin slice_scatter select_scatter diagonal_scatter masked_fill tril triu where
+        index_put index_add index_copy scatter scatter_add scatter_reduce masked_scatter max_unpool2d
+        view_as_real view_as_complex real imag conj complex cumsum
         """
     )
 )
@@ -63,6 +63,7 @@ ENLARGING = words(
     """interpolate upsample upsample_nearest2d upsample_bilinear2d pixel_shuffle max_unpool2d conv_transpose1d
     conv_transpose2d conv_transpose3d"""
 )
+REPEATING = words("expand expand_as broadcast_to broadcast_tensors repeat tile repeat_interleave")
 DROPOUT = words("dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout")
 ELEMENTWISE = words("mul div addcmul lerp")
 # What makes an activation function: each value by itself; the first of them bend nothing.
@@ -91,5 +92,6 @@ BENT = words(
     scaled_dot_product_attention
     """
 )
+COMPARISONS = words("gt lt ge le greater less greater_equal less_equal")
 MATRIX_SUMS = words("addmm baddbmm addbmm addmv addr")
 MATRIX_PRODUCTS = words("linear matmul bmm mm einsum tensordot inner")

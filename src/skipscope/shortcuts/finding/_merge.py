@@ -8,6 +8,21 @@ from skipscope.shortcuts._shortcut_result import CallKey, Place
 from skipscope.shortcuts.trace import TracedCall
 
 
+@dataclass(frozen=True, slots=True)
+class Put:
+    """How a call puts one tensor into a part of another: side by side, as a concatenation has them.
+
+    Attributes:
+        axis: along which the part lies beside the rest; None where it is a part along several, or unknown.
+        is_step: it is one step of a tensor that holds nothing else, as a stack is made.
+        is_chosen: where it lies depends on a mask, or on the data.
+    """
+
+    axis: int | None
+    is_step: bool
+    is_chosen: bool
+
+
 @dataclass(eq=False, slots=True)
 class Merge:
     """One call that joins tensors.
@@ -22,6 +37,7 @@ class Merge:
         written: the same after it.
         part: the operand that is the part.
         assigned_at: where the updated part is put back, if another call does that: x[a:b] = x[a:b] + F.
+        put: for a call that puts its second operand into a part of the first, how; else None.
     """
 
     traced: TracedCall
@@ -33,6 +49,7 @@ class Merge:
     written: int | None = None
     part: int = 0
     assigned_at: Place | None = None
+    put: Put | None = None
 
     @property
     def key(self) -> CallKey:

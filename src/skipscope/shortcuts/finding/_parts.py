@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import torch
+
 from skipscope.shortcuts.finding._kinds import SPLITS
 from skipscope.shortcuts.trace import Operand, Trace, TracedCall, Value
 
@@ -94,6 +96,46 @@ def part_after(trace: Trace, value: int, before: Part) -> Part | None:
     return None if rule is None or call is None else rule(_Taking(trace, call, made), before)
 
 
+def part_put(trace: Trace, call: TracedCall) -> Part | None:
+    """The part of a tensor into which a call puts another; None where it is not known, or all of it."""
+    whole_of = call.joined[0] if call.whole is None else call.whole
+    if whole_of is None:
+        return None
+    part: Part | None = whole(trace.values[whole_of].shape)
+    if call.whole is not None and call.joined[0] is not None:
+        part = _viewed_from(trace, call.joined[0], part)
+    if part is None:
+        return None
+    taking = _Taking(trace, call, trace.values[call.results[0]])
+    if call.function == "setitem":
+        part = _indexed(taking, part)
+    elif call.function == "slice_scatter":
+        dim, start, end, step = (taking.argument(i + 1, name, default) for i, name, default in _SLICE)
+        part = part.within(dim % len(part.shape), slice(start, end, step))
+    elif call.function == "select_scatter":
+        part = _at(part, taking.argument(2, "dim") % len(part.shape), taking.argument(3, "index"))
+    elif call.function != "copy":
+        return None
+    return part if part is not None and part.limits else None
+
+
+def _viewed_from(trace: Trace, value: int, part: Part) -> Part | None:
+    """Of the whole of a tensor, the part that a view of it is."""
+    views = []
+    while trace.values[value].shape != part.shape or not views:
+        made = trace.values[value].call
+        if made is None or not trace.calls[made].is_view:
+            break
+        views.append(value)
+        value = trace.calls[made].operands[0]
+    for view in reversed(views):
+        after = part_after(trace, view, part)
+        if after is None:
+            return None
+        part = after
+    return part
+
+
 def takes_everything(call: TracedCall, trace: Trace) -> bool:
     """Whether what a call gives is all of its first operand: an alias, or a slice from end to end."""
     if call.function in {"detach", "alias", "data", "positive", "contiguous", "lift_fresh"}:
@@ -170,6 +212,11 @@ def _split(taking: _Taking, before: Part) -> Part | None:
     dim = taking.argument(2, "dim", 0) if name in {"split", "chunk", "tensor_split"} else _OWN_AXES[name]
     dim = (dim if name != "hsplit" or len(before.shape) > 1 else 0) % len(before.shape)
     sizes = [taking.trace.values[v].shape[dim] for v in taking.call.results]
+    if taking.call.inferred:  # of a view that is read again, only this piece is known
+        pieces = getattr(torch, name)(
+            torch.empty(before.shape, device="meta"), *taking.call.arguments[1:], **taking.call.keywords
+        )
+        sizes = [piece.shape[dim] for piece in pieces]
     start = sum(sizes[: taking.value.position])
     return before.within(dim, slice(start, start + sizes[taking.value.position]))
 
@@ -198,6 +245,12 @@ def _single(taking: _Taking, before: Part, dim: int, index: Any) -> Part | None:
 
 def _getitem(taking: _Taking, before: Part) -> Part | None:
     """``x[...]``: numbers, slices, new axes, and one list or tensor of indices."""
+    part = _indexed(taking, before)
+    return part if part is not None and part.shape == taking.shape else None
+
+
+def _indexed(taking: _Taking, before: Part) -> Part | None:
+    """The part of a tensor at the index that a call has."""
     index = taking.call.arguments[1]
     items = list(index) if isinstance(index, tuple) and not _is_list(taking.call, index) else [index]
     taken = sum(item is not None and item is not Ellipsis for item in items)
@@ -223,7 +276,7 @@ def _getitem(taking: _Taking, before: Part) -> Part | None:
                 return None
             dim += len(after.shape) == len(part.shape)
             part = after
-    return part if part.shape == taking.shape else None
+    return part
 
 
 def _is_list(call: TracedCall, index: tuple[Any, ...]) -> bool:

@@ -131,10 +131,14 @@ def _rejected(
     verdicts: Sequence[tuple[Merge, Candidate | Reason | None]], found: Sequence[Candidate], parts: set[int]
 ) -> tuple[Rejected, ...]:
     """The merges that are not in ``found``, each with its reason."""
-    merging, others = {id(item.call) for item in found}, []
+    merging, others, seen = {id(item.call) for item in found}, [], set()
     for call, verdict in verdicts:
         if verdict is None or id(call) in merging:
             continue
+        # A loop puts the outputs of its steps into one tensor: that is one merge.
+        if call.put is not None and call.traced.site in seen:
+            continue
+        seen.add(call.traced.site)
         # Its branch was added to the shortcut before it.
         reason = Reason.PARALLEL if isinstance(verdict, Candidate) else verdict
         reason = Reason.PART_OF_A_GATE if id(call) in parts else reason

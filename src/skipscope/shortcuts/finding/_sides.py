@@ -18,12 +18,14 @@ from typing import Any, Literal, NamedTuple
 from skipscope.shortcuts.finding._bit_sets import bits
 from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import (
+    COMPARISONS,
     CONVOLUTION,
     ELEMENTWISE,
     GATES,
     LINEAR,
     MATRIX_PRODUCTS,
     MATRIX_SUMS,
+    MAX_POOLS,
     NORM,
     PRODUCT,
     SHAPE,
@@ -31,9 +33,13 @@ from skipscope.shortcuts.finding._kinds import (
     WHOLE,
 )
 from skipscope.shortcuts.finding._merge import Merge
+from skipscope.shortcuts.finding._products import before_map
+from skipscope.shortcuts.trace import Operand
 
 _STRAIGHT, _PAIRING = SHAPE | PRODUCT | NORM | LINEAR | TRANSFORMS, PRODUCT | LINEAR
-_FACTORS = {**dict.fromkeys(MATRIX_SUMS, (1, 2)), "addcmul": (1, 2), "addcdiv": (1,)}
+# What lets one of several values through: as an addend it carries x, as a factor it is bent.
+_SELECTING = MAX_POOLS | {"max", "min", "amax", "amin"}
+_FACTORS = {**dict.fromkeys(MATRIX_SUMS, (1, 2)), "addcmul": (1, 2), "addcdiv": (1, 2)}
 
 
 def factors_of(call: Merge) -> tuple[int, ...]:
@@ -131,7 +137,7 @@ class Sides:
     def _before_map(self, carry: int, i: int) -> tuple[int, int] | None:
         """Where the linear map begins that a node is, seen from another operand than i."""
         ends = (self.position(j) for j in self.active if self._are_added(i, j))
-        return next(filter(None, (self.graph.before_map(carry, end) for end in ends)), None)
+        return next(filter(None, (before_map(self.graph, carry, end) for end in ends)), None)
 
     def gatings(self, i: int) -> list[tuple[int, int]]:
         """Where operand i is what a gate multiplies: that, and the product."""
@@ -143,6 +149,15 @@ class Sides:
             (at,) = graph.active_parents(at)
         both = graph.active_parents(at) if graph.kind(at) == "mul" else []
         return [(a, at) for a, b in permutations(both) if self._is_gate(b)] if len(both) == 2 else []
+
+    def carried(self, side: Side) -> int:
+        """The set of a gated side's own nodes that lead to what its gate multiplies, or empty."""
+        for product in side.products:
+            both = self.graph.active_parents(product)
+            for carry, gate in permutations(both) if len(both) == 2 else ():
+                if self._is_gate(gate) and not self._is_gate(carry):
+                    return self.graph.ancestors[carry] & side.region
+        return 0
 
     def _is_gate(self, gate: int) -> bool:
         """Whether a node is a sigmoid or a softmax, scaled or taken from 1 at most, or a part of one."""
@@ -176,9 +191,17 @@ class Sides:
         return at
 
     def _multiplied(self, i: int, side: Side) -> Side:
-        """The side with what the call itself does to it: x in ``addcmul(y, x, t)`` is gated by t."""
-        if i not in self.factors or side.how in {"branch", "bent"}:
+        """The side with what the call itself does to it: x in ``addcmul(y, x, t)`` is gated by t.
+
+        What it divides by, and the weight of ``lerp``, are no sides.
+        """
+        is_weight = self.call.name == "lerp" and i == 2
+        if not (i in self.factors or is_weight) or side.how in {"branch", "bent"}:
             return side
+        if is_weight or (self.call.name == "addcdiv" and i == 2):
+            return Side(side.fork, "bent", side.region)
+        if side.region & self.graph.of_kinds(_SELECTING):
+            return Side(side.fork, "bent", side.region)
         if self.call.name in MATRIX_SUMS:
             return Side(
                 side.fork, "projection" if side.how in {"identity", "scaled"} else "branch", side.region
@@ -221,7 +244,7 @@ class Sides:
             return Side(fork, "projection", own)
         if fork is not None:
             if walk.is_bent(at):
-                return Side(fork, "bent", own)
+                return Side(fork, "branch" if graph.matrices_in(own, enough=1) else "bent", own)
             if own & graph.of_kinds(TRANSFORMS) and graph.has_weights(own):
                 return Side(fork, "branch", own)  # a product of spectra is a convolution
             how = "gated" if walk.gate else "scaled" if walk.products else "identity"
@@ -280,6 +303,9 @@ class _Walk:
         self.gate = self.mixed = self.has_rivals = False
         self._seen: dict[int, frozenset[int]] = {}
         self._bent: set[int] = set()
+        # Where only the largest or the smallest values come through: no linear map, though each is a value of
+        # x.
+        self._selected: set[int] = set()
 
     def is_bent(self, v: int) -> bool:
         """Whether the way back from a node, which has been walked, passes something that is not linear."""
@@ -322,8 +348,10 @@ class _Walk:
                 return frozenset()
         # A convolution with constants, as a blur is, is linear.
         is_linear = kind in SHAPE | TRANSFORMS or (kind in CONVOLUTION and len(parents) == 1)
-        if not is_linear or any(parent in self._bent for parent in parents):
+        if not is_linear or self._chooses_by_sign(v, kind) or any(parent in self._bent for parent in parents):
             self._bent.add(v)
+        if kind in _SELECTING or any(parent in self._selected for parent in parents):
+            self._selected.add(v)
         return frozenset().union(*reached)
 
     def _through_product(self, v: int, kind: str, parents: list[int]) -> _Steps:
@@ -352,20 +380,44 @@ class _Walk:
             self.has_rivals = self.has_rivals or len(first) > 1
             entered = frozenset(first)
         # A gate may be bent; what is bent and multiplied by a branch alone, std(x) F(x), carries nothing, and
-        # neither does x times a function of x without weights.
+        # neither does x times a function of x without weights, or what a branch is divided by.
         carrying = [parent for parent in parents if reached[parent] & entered]
-        is_function_of_x = len(entered) == 1 and (
-            len(set(carrying)) < len(carrying) or any(self._is_bent_alone(p, *entered) for p in carrying)
-        )
-        if all(parent in self._bent for parent in carrying) or (len(carrying) > 1 and is_function_of_x):
+        bending = self._bent | self._selected if len(parents) > 1 else self._bent
+        if all(p in bending or p == self._denominator(v, kind) for p in carrying) or (
+            len(carrying) > 1 and len(entered) == 1 and self._is_function(v, carrying, *entered)
+        ):
             self._bent.add(v)
+        if any(parent in self._selected for parent in carrying):
+            self._selected.add(v)
         self.products.append(v)
         return entered
 
-    def _is_bent_alone(self, parent: int, x: int) -> bool:
-        """Whether a node is a nonlinear function of all of ``x``, and of nothing else."""
+    def _chooses_by_sign(self, v: int, kind: str) -> bool:
+        """Whether values are chosen one by one by a comparison, as in a ReLU: ``where(x > 0, x, 0)``."""
+        call = self.graph.call_at(v) if kind in {"where", "masked_fill"} else None
+        masks = [self.graph.trace.values[o] for o in call.operands] if call is not None else []
+        for mask in masks:
+            made = None if mask.is_float or mask.call is None else self.graph.trace.calls[mask.call]
+            if made is not None and made.function in COMPARISONS and mask.shape == self.graph.shape(v):
+                return any(self.graph.bit(self.graph.node_of(o)) for o in made.operands)
+        return False
+
+    def _denominator(self, v: int, kind: str) -> int | None:
+        """What a division divides by, where that is an activation."""
+        call = self.graph.call_at(v)
+        other = None if call is None or kind != "div" else call.argument(1, "other")
+        return self.graph.node_of(other.value) if isinstance(other, Operand) else None
+
+    def _is_function(self, v: int, factors: list[int], x: int) -> bool:
+        """Whether a product multiplies ``x`` by a nonlinear function of all of it, or two functions of it."""
+        alone = [p for p in factors if self._is_of(p, x)]
+        bending = self._bent | self._selected | {self._denominator(v, "div")}
+        return len(set(factors)) < len(factors) or len(alone) == len(factors) or bool(bending & set(alone))
+
+    def _is_of(self, parent: int, x: int) -> bool:
+        """Whether a node is a function of all of ``x``, and of nothing else."""
         graph, way = self.graph, self.graph.on_the_way(x, parent)
-        if parent not in self._bent or any(part.limits for part in graph.parts_taken(x, way)):
+        if any(part.limits for part in graph.parts_taken(x, way)):
             return False
         above = (p for v in bits(way) for p in graph.parents[v])
         return all(p == x or (p < graph.activations and way >> p & 1) for p in above)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from skipscope.shortcuts.finding._candidate import Candidate, Reason
 from skipscope.shortcuts.finding._graph import Graph
-from skipscope.shortcuts.finding._kinds import DROPOUT, NORM, WHOLE
+from skipscope.shortcuts.finding._kinds import DROPOUT, NORM, REPEATING, WHOLE
 from skipscope.shortcuts.finding._merge import Merge
 
 _CARRYING = WHOLE | NORM | DROPOUT
@@ -64,8 +64,16 @@ def _root(graph: Graph, at: int, sums: Mapping[int, Merge]) -> int:
 
 
 def _is_table(graph: Graph, node: int) -> bool:
-    """Whether it is more than a vector: tokens, each with its features."""
-    return sum(size > 1 for size in graph.shape(node)) > 1
+    """Whether it is more than a vector: tokens, each with its features, also in a batch of one.
+
+    A single token is (batch, 1, features), or a vector that is repeated for each sample.
+    """
+    shape = graph.shape(node)
+    if sum(size > 1 for size in shape) > 1 or (len(shape) > 2 and shape[-1] > 1):
+        return True
+    while graph.kind(node) in WHOLE and len(graph.parents[node]) == 1:
+        (node,) = graph.parents[node]
+    return graph.kind(node) in REPEATING
 
 
 def _carried(graph: Graph, at: int, forks: set[int]) -> bool:

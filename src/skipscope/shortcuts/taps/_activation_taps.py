@@ -244,8 +244,10 @@ def _values(call: Call) -> list[Any]:
 def _merge(label: str, sides: tuple[OperandSide, ...], call: Call) -> Merge:
     operation, values = call.operation, _values(call)
     assert operation is not None
+    pure = call.pure
     if operation.in_place:  # its value and its place in the graph are about to be overwritten
-        values[0] = values[0].clone()
+        pure = _operations.put_into(operation, call.func, values[0])
+        values[0] = _operations.whole_of(operation, values[0]).clone()
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
 
     def recompute(operands: Sequence[Tensor]) -> Tensor:
@@ -253,7 +255,7 @@ def _merge(label: str, sides: tuple[OperandSide, ...], call: Call) -> Merge:
         for place, operand in zip(places, operands, strict=True):
             new[place] = operand
         args, kwargs = _operations.with_operands(operation, call.args, call.kwargs, new)
-        return call.pure(*args, **kwargs)
+        return pure(*args, **kwargs)
 
     operands = tuple(values[i] for i in places)
     is_sum = operation.name == "add" and len(places) == len(call.args) + len(call.kwargs) == 2
@@ -272,7 +274,8 @@ def _merge_of_sides(shortcut: Shortcut, sides: Mapping[OperandSide, Tensor]) -> 
 def _replace(call: Call, output: Tensor) -> Tensor:
     if call.operation is None or not call.operation.in_place:
         return output
-    return _values(call)[0].copy_(output)  # every alias of the first operand sees the new value, as built
+    # Every alias of the first operand sees the new value, as built.
+    return _operations.whole_of(call.operation, _values(call)[0]).copy_(output)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,16 +44,15 @@ _LIKE_ADDMM = {
 _SUMS: dict[str, tuple[Slot, ...]] = {
     **dict.fromkeys(("add", "sub", "rsub"), _TWO),
     **{name: ((0, "input"), (1, a), (2, b)) for name, (a, b) in _LIKE_ADDMM.items()},
-    **dict.fromkeys(("index_add", "scatter_add"), ((0, "input"), (3, "source"))),
+    **dict.fromkeys(("index_add", "index_copy"), ((0, "input"), (3, "source"))),
+    **dict.fromkeys(("scatter_add", "scatter"), ((0, "input"), (3, "src"))),
+    **dict.fromkeys(("slice_scatter", "select_scatter", "diagonal_scatter"), ((0, "input"), (1, "src"))),
+    "copy": ((0, "input"), (1, "src")),
+    "masked_scatter": ((0, "input"), (2, "source")),
     "index_put": ((0, "input"), (2, "values")),
     "scatter_reduce": ((0, "input"), (3, "src")),
     "where": ((1, "input"), (2, "other")),
 }
-
-
-def _in_index_put(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Slot, ...] | None:
-    accumulates = args[3] if len(args) > 3 else kwargs.get("accumulate", False)
-    return _SUMS["index_put"] if accumulates else None
 
 
 def _in_scatter_reduce(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Slot, ...] | None:
@@ -69,9 +69,7 @@ def _in_where(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Slot, ...
     return ((0, "input"), (2, "other")) if is_method else _SUMS["where"]
 
 
-_SLOTS_IN: dict[str, SlotsIn] = {
-    "index_put": _in_index_put, "scatter_reduce": _in_scatter_reduce, "where": _in_where,
-}  # fmt: skip
+_SLOTS_IN: dict[str, SlotsIn] = {"scatter_reduce": _in_scatter_reduce, "where": _in_where}
 PRODUCTS = frozenset({"mul"})
 # In place of an operand's number: all of the tensor into a part of which the call writes.
 WHOLE = -1
@@ -93,6 +91,20 @@ REDUCTIONS = frozenset(
     }
 )
 LISTS = frozenset({"cat", "hstack", "vstack", "dstack", "column_stack", "stack"})
+# What puts one tensor into a part of another; ``index_put`` where it does not accumulate.
+PUTTING = frozenset(
+    {
+        "setitem",
+        "copy",
+        "index_copy",
+        "index_put",
+        "masked_scatter",
+        "scatter",
+        "slice_scatter",
+        "select_scatter",
+        "diagonal_scatter",
+    }
+)
 
 
 def _operations() -> dict[str, Operation]:
@@ -112,7 +124,7 @@ def _operations() -> dict[str, Operation]:
     table |= {
         f"{name}.{end}": one for name, one in list(table.items()) for end in overloads if not one.is_many
     }
-    return table | {"__setitem__": Operation("setitem", ((0, ""), (2, "")))}
+    return table | {"__setitem__": Operation("setitem", ((0, ""), (2, "")), in_place=True)}
 
 
 # By the function's own name. Compiled code looks operations up too, so it is a plain dict.
@@ -156,7 +168,36 @@ def with_operands(
 
 def out_of_place(operation: Operation, func: Callable[..., Any]) -> Callable[..., Any]:
     """The function that computes the same without writing into its first operand."""
+    if operation.name in {"setitem", "copy"}:
+        return functools.partial(_put_into_a_copy, func)
     return getattr(torch, operation.name) if operation.in_place else func
+
+
+def _put_into_a_copy(func: Callable[..., Any], target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    copied = target.clone()
+    func(copied, *args, **kwargs)
+    return copied
+
+
+def whole_of(operation: Operation, target: Tensor) -> Tensor:
+    """All of the tensor into a part of which a call puts another; the target itself for any other call."""
+    is_part = operation.name in PUTTING and operation.in_place and target._base is not None
+    return target._base if is_part and target._base is not None else target
+
+
+def put_into(operation: Operation, func: Callable[..., Any], target: Tensor) -> Callable[..., Any]:
+    """The function that gives all of that tensor, with another put into it where ``target`` lies."""
+    whole = whole_of(operation, target)
+    if whole is target:
+        return out_of_place(operation, func)
+    size, stride, offset = target.size(), target.stride(), target.storage_offset() - whole.storage_offset()
+
+    def put(before: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        copied = before.clone()
+        func(copied.as_strided(size, stride, copied.storage_offset() + offset), *args, **kwargs)
+        return copied
+
+    return put
 
 
 def one_by_one(

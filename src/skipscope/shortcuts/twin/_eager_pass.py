@@ -23,7 +23,12 @@ from skipscope.shortcuts.twin._join import SECOND_READER, Join
 from skipscope.shortcuts.twin._plan import Plan, Rule, edited, plan_of
 
 # What may join a shortcut and a branch, and is no product or choice, of which any code is full.
-_MERGES = {one.name for one in _operations.OPERATIONS.values()} - {*_operations.PRODUCTS, "where", "setitem"}
+_MERGES = (
+    {one.name for one in _operations.OPERATIONS.values()}
+    - _operations.PRODUCTS
+    - _operations.PUTTING
+    - {"where"}
+)
 _thread = threading.local()
 
 

@@ -1,0 +1,143 @@
+"""Parts that one linear map makes together: every chunk of ``linear(x)`` is made of all of x.
+
+Only an axis that comes from the weight is such an axis: the features of ``linear``, the channels of a
+convolution. Along any other axis each part of the product is made of the same part of x, as steps of a
+sequence are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import permutations
+
+from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._kinds import CONVOLUTION, LINEAR, MATRIX_PRODUCTS, NORM, SPLITS, WHOLE
+from skipscope.shortcuts.finding._parts import Axis, Part, part_after, whole
+from skipscope.shortcuts.trace import TracedCall
+
+# What takes a part of a tensor, beside splits.
+_CUTS = frozenset({"getitem", "select", "slice", "narrow", "index_select"})
+# Where a convolution has its number of groups.
+_GROUPS = {"convolution": 8, "_convolution": 8}
+# Of a matrix product, which axis of the result comes from the second factor, and which from the first.
+_FROM_SECOND, _FROM_FIRST = -1, -2
+
+
+_MAPS = LINEAR | NORM | WHOLE
+
+
+def mapped_from(graph: Graph, node: int, parts: Sequence[Part]) -> tuple[int, int] | None:
+    """What a node is a linear map of, where parts of the node are made by all of that map.
+
+    Args:
+        graph: the dataflow.
+        node: what is taken apart: a linear map of x, seen through views and norms.
+        parts: of the node.
+
+    Returns:
+        The node x, and the set of the map's own nodes; None where it is no such map, or a part is made of a
+        part of x.
+    """
+    region, after, at = 1 << node, [], node
+    while (x := _operand(graph, at)) is None:
+        above = graph.active_parents(at)
+        if graph.kind(at) not in WHOLE | NORM or len(above) != 1 or graph.matrices[at]:
+            return None
+        after.append(at)
+        (at,) = above
+        region |= 1 << at
+    seen = whole(graph.shape(at))
+    for v in reversed(after):
+        shown = part_after(graph.trace, graph.values[v], seen) if graph.kind(v) in WHOLE else seen
+        if shown is None:
+            return None
+        seen = shown
+    made = set(_axes_from_weights(graph, at, x))
+    axes = {i for i, axis in enumerate(seen.axes) if axis is not None and _roots(axis[0]) & made}
+    is_whole = all(_roots(axis) <= axes for part in parts for axis in part.limits)
+    return (x, region) if is_whole else None
+
+
+def before_map(graph: Graph, node: int, end: int) -> tuple[int, int] | None:
+    """The operand of the linear map that made ``node``, where ``end`` depends on it otherwise too.
+
+    Returns:
+        That operand, and the set of the map's nodes; None where ``node`` is no linear map, nor a part of one.
+    """
+    at, region, has_matrix = node, 0, False
+    while graph.kind(at) in _MAPS and len(graph.active_parents(at)) == 1:
+        region |= 1 << at
+        has_matrix = has_matrix or bool(graph.matrices[at])
+        (above,) = graph.active_parents(at)
+        if any(c != at and graph.ancestors.reaches(c, end) for c in graph.children[above]):
+            return (above, region) if has_matrix else _before_parting(graph, node, above, end)
+        at = above
+    return _before_parting(graph, node, at, end)
+
+
+def _before_parting(graph: Graph, node: int, at: int, end: int) -> tuple[int, int] | None:
+    """The same where ``node``, by way of ``at``, is a part of the map, and ``end`` takes other parts."""
+    while graph.kind(at) in WHOLE | SPLITS | _CUTS and len(graph.active_parents(at)) == 1:
+        (at,) = graph.active_parents(at)
+    parts = graph.parts_of(at)
+    part = parts.get(node)
+    if part is None or not part.limits or (found := mapped_from(graph, at, [part])) is None:
+        return None
+    x, region = found
+    others = [v for v, other in parts.items() if not part.overlaps(other)]
+    others += [c for c in graph.children[x] if not region >> c & 1]
+    if not any(graph.ancestors.reaches(v, end) for v in others):
+        return None
+    return x, region | graph.on_the_way(at, node)
+
+
+def _operand(graph: Graph, node: int) -> int | None:
+    """What a node is a linear map of, by weights or by a matrix that is itself made of it."""
+    above = graph.active_parents(node)
+    if len(above) == 1 and graph.kind(node) in LINEAR and graph.weights[node]:
+        return above[0]
+    if graph.kind(node) in MATRIX_PRODUCTS and len(above) == 2:
+        for x, matrix in permutations(above):
+            if graph.ancestors.reaches(x, matrix) and graph.has_weights(graph.on_the_way(x, matrix)):
+                return x
+    return None
+
+
+def _axes_from_weights(graph: Graph, node: int, x: int) -> Iterator[int]:
+    """The axes of a linear map's result that come from its weight."""
+    call, ndim = graph.call_at(node), len(graph.shape(node))
+    if call is None:
+        return
+    name = call.function
+    if name in CONVOLUTION:
+        if call.argument(_GROUPS.get(name, 6), "groups", 1) == 1:
+            yield 2 if name == "conv_tbc" else ndim - int(name[-2]) - 1 if name[-1] == "d" else 1
+    elif name == "einsum":
+        yield from _labelled(graph, call, x, ndim)
+    elif name in {"linear", "bilinear", "inner", "tensordot"}:
+        yield ndim - 1
+    elif ndim:
+        factors = [graph.node_of(v) for v in call.operands][-2:]
+        yield (_FROM_SECOND if factors[0] == x or ndim == 1 else _FROM_FIRST) % ndim
+
+
+def _labelled(graph: Graph, call: TracedCall, x: int, ndim: int) -> Iterator[int]:
+    """The axes of an ``einsum`` whose labels x does not have."""
+    equation = call.arguments[0]
+    if not isinstance(equation, str):
+        return
+    given, _, result = equation.replace(" ", "").replace("...", ".").partition("->")
+    labels = given.split(",")[[graph.node_of(v) for v in call.operands].index(x)]
+    if not result:
+        result = "".join(sorted(c for c in set(given) - {",", "."} if given.count(c) == 1))
+    dots = result.find(".")
+    for i, label in enumerate(result):
+        if label != "." and label not in labels:
+            yield i if dots < 0 or i < dots else ndim - len(result) + i
+
+
+def _roots(axis: Axis) -> set[int]:
+    """The axes of a tensor from which an axis of a view of it comes."""
+    if isinstance(axis, int):
+        return {axis}
+    return set().union(*map(_roots, axis[0])) if isinstance(axis, tuple) else set()
