@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,17 +21,18 @@ from skipscope._data import Objective, tensors_in, without_gradients
 from skipscope._untouched import untouched
 
 _IGNORED = -100
+_SIGNATURES = {loss: inspect.signature(loss) for loss in (F.cross_entropy, F.nll_loss)}
 
 
 def accuracy(model: nn.Module, objective: Objective, batches: Iterable[Any]) -> float | None:
     """The share over all batches, in evaluation mode; None where the targets are no classes."""
     right = counted = 0
-    for batch in batches:
-        with untouched(model, training=False, seed=0, operation="train_twins"):
-            found = without_gradients(lambda: _right_and_counted(model, objective, batch))  # noqa: B023
-        if found is None:
-            return None
-        right, counted = right + found[0], counted + found[1]
+    with untouched(model, training=False, seed=0, operation="train_twins"):
+        for batch in batches:
+            found = without_gradients(partial(_right_and_counted, model, objective, batch))
+            if found is None:
+                return None
+            right, counted = right + found[0], counted + found[1]
     return right / counted if counted else None
 
 
@@ -62,7 +64,7 @@ class _ClassLosses(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.cross_entropy or func is F.nll_loss:
+        if func in _SIGNATURES:
             self.heard.append(self._classes(func, args, kwargs))
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
@@ -75,7 +77,7 @@ class _ClassLosses(TorchFunctionMode):
         return any(id(tensor) in self.of_batch for tensor in tensors_in([*args, *kwargs.values()]))
 
     def _classes(self, func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, int] | None:
-        given = inspect.signature(func).bind(*args, **kwargs).arguments
+        given = _SIGNATURES[func].bind(*args, **kwargs).arguments
         if id(given["target"]) not in self.of_batch:
             return None
         return given["input"].detach(), given["target"], given.get("ignore_index", _IGNORED)

@@ -140,7 +140,6 @@ def _train(model: nn.Module, run: Run, choice: OptimizerChoice, course: Course) 
         if course.schedule is not None:
             for group, rate in zip(driver.optimizer.param_groups, rates):
                 group["lr"] = rate * course.factor(step)
-        update.begin()
         losses[step] = step_once(batch)
         ratios[step] = update.ratio()
         if not math.isfinite(losses[step]):
@@ -153,44 +152,42 @@ def _train(model: nn.Module, run: Run, choice: OptimizerChoice, course: Course) 
 
 
 class _Update:
-    """The size of what a step does to some weights."""
+    """The size of what a step does to some weights: from one call to the next."""
 
     def __init__(self, weights: list[nn.Parameter]):
-        self.weights, self.before = weights, [torch.empty_like(w, requires_grad=False) for w in weights]
-        self.size = _norm(self._now())
-
-    def _now(self) -> list[Tensor]:
-        """Asked for anew each time: an optimizer may give a parameter other storage."""
-        return [w.detach() for w in self.weights]
-
-    def begin(self) -> None:
-        """Keep the weights as they are before a step."""
-        torch._foreach_copy_(self.before, self._now())
+        alike: dict[Any, list[nn.Parameter]] = {}
+        for weight in weights:
+            alike.setdefault((weight.device, weight.dtype), []).append(weight)
+        # Weights of one kind in one row, twice: as they were, and as they are.
+        self.weights = list(alike.values())
+        self.before, self.now = ([self._row(some) for some in self.weights] for _ in range(2))
+        self.size = math.hypot(*map(_norm, self.before))
 
     def ratio(self) -> float:
-        """|update| / |weights| of the step since then."""
-        now = self._now()
-        torch._foreach_sub_(self.before, now)
-        before, self.size = self.size, _norm(now)
-        return _norm(self.before) / max(before, 1e-150)
+        """|update| / |weights| of what happened since the last call."""
+        for some, now, before in zip(self.weights, self.now, self.before):
+            torch.cat([w.detach().reshape(-1) for w in some], out=now)
+            before.sub_(now)
+        update, size = math.hypot(*map(_norm, self.before)), self.size
+        self.size = math.hypot(*map(_norm, self.now))
+        self.before, self.now = self.now, self.before
+        return update / max(size, 1e-150)
+
+    @staticmethod
+    def _row(weights: list[nn.Parameter]) -> Tensor:
+        return torch.cat([w.detach().reshape(-1) for w in weights])
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    """Of all of them together."""
-    alike: dict[Any, list[Tensor]] = {}
-    for norm in torch._foreach_norm(tensors):
-        alike.setdefault((norm.device, norm.dtype), []).append(norm)
-    return math.hypot(*(float(torch.stack(norms).double().norm()) for norms in alike.values()))
+def _norm(row: Tensor) -> float:
+    return float(torch.linalg.vector_norm(row))
 
 
 def _step(
     model: nn.Module, weights: list[nn.Parameter], driver: Driver, course: Course
 ) -> Callable[[Any], float]:
     """One step of a plain loop on a batch; returns the loss before it."""
-    optimizer, device = driver.optimizer, weights[0].device
-    scaler = torch.amp.GradScaler(
-        device.type, enabled=course.autocast == torch.float16 and not driver.needs_closure
-    )
+    optimizer, device, needs_closure = driver.optimizer, weights[0].device, driver.needs_closure
+    scaler = torch.amp.GradScaler(device.type, enabled=course.autocast == torch.float16 and not needs_closure)
 
     def backward(batch: Any) -> Tensor:
         optimizer.zero_grad()
@@ -203,7 +200,7 @@ def _step(
         return value
 
     def step(batch: Any) -> float:
-        if driver.needs_closure:
+        if needs_closure:
             value = float(optimizer.step(lambda: float(backward(batch).detach())))  # type: ignore[arg-type]
         else:
             value = float(backward(batch).detach())
