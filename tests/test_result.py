@@ -144,6 +144,24 @@ def test_errors_cross_process_borders_whole():
     assert "pip install transformers" in str(MissingExtra("compare", "transformers"))
 
 
+def test_columns_fold_between_words_as_long_as_one_can():
+    heads = [
+        "twin",
+        "optimizer",
+        "best rate",
+        "final loss",
+        "train acc.",
+        "test acc.",
+        "steps to 0.5",
+        "update size",
+    ]
+    row = ["with shortcuts", "SGD", 0.0333, 0.00670, 0.977, 0.973, "> 400", 0.0323]
+    lines = Table("t", heads, [row]).text(80).splitlines()
+    assert max(map(len, lines)) <= 80
+    words = {word for line in lines for word in line.split()}
+    assert {"with", "shortcuts", "optimizer", "0.00670", "0.0323", "update"} <= words
+
+
 def test_a_title_is_not_folded_at_the_width_of_its_table():
     title = "Paths by length: 4 branches, mean length 1.06"
     assert Table(title, ["k"], [[1]]).text(80).splitlines()[0] == title

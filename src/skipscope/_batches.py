@@ -30,13 +30,21 @@ class Batches:
         items: a list, or what makes a new iterator for each pass.
         single: one batch, which needs no averaging.
         operation: named in errors.
+        cuttable: the user did not say that each batch is one as it is (``ss.batches`` says so).
 
     Raises:
         SkipscopeError: while iterating, at the end of a pass that has not as many batches as the one before.
     """
 
-    def __init__(self, items: Iterable[Batch], *, single: bool = False, operation: str = "data"):
-        self.items, self.single, self.operation = items, single, operation
+    def __init__(
+        self,
+        items: Iterable[Batch],
+        *,
+        single: bool = False,
+        operation: str = "data",
+        cuttable: bool = True,
+    ):
+        self.items, self.single, self.operation, self.cuttable = items, single, operation, cuttable
         # Of anything else it is not known whether a second iterator begins where the first one did.
         self._restarts = isinstance(items, list | tuple) or (
             isinstance(items, DataLoader) and not isinstance(getattr(items, "dataset", None), IterableDataset)
@@ -82,7 +90,7 @@ class Batches:
         """The same batches, with tensors of their own at each reading: for a model that writes into its
         inputs.
         """
-        return Batches(_Copied(self.items), single=self.single)
+        return Batches(_Copied(self.items), single=self.single, cuttable=self.cuttable)
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ class _Copied:
 def batches(items: Sequence[Batch]) -> Batches:
     """Say that a list is a list of batches (a bare list or tuple is always one batch).
 
-    Local.
+    Each is used as it is: none is cut into smaller ones. Local.
 
     Args:
         items: batches, each ``(inputs, target)`` or a Mapping.
@@ -116,7 +124,7 @@ def batches(items: Sequence[Batch]) -> Batches:
             got="[]",
             cure="check what fills it",
         )
-    return Batches(items, single=len(items) == 1)
+    return Batches(items, single=len(items) == 1, cuttable=False)
 
 
 def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches:

@@ -39,8 +39,11 @@ def without_gradients(run: Callable[[], T]) -> T:
 
 
 def differentiates(error: BaseException) -> bool:
-    """Whether a forward pass or a loss failed because it takes gradients and none were recorded."""
-    return "does not require grad" in str(error.__cause__ or error)
+    """Whether a forward pass or a loss failed because it takes gradients, or hooks them, and none were
+    recorded.
+    """
+    text = str(error.__cause__ or error)
+    return "does not require grad" in text or "hook on a tensor that doesn't require grad" in text
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

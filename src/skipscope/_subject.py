@@ -99,7 +99,7 @@ class Subject:
 
     def on(self, batch: Batch) -> Subject:
         """The same model and loss on one batch."""
-        return replace(self, data=Batches([batch], single=True))
+        return replace(self, data=Batches([batch], single=True, cuttable=self.data.cuttable))
 
     def recalibrate(self, twin: nn.Module) -> nn.Module:
         """Measure the batch-norm statistics of a twin anew on the data (as ``skipscope.recalibrate``

@@ -67,16 +67,22 @@ class Table:
                 [printable(column) for column in self.columns],
                 *([_words(c) for c in row] for row in self.rows),
             ]
-            sizes = [max(map(_cell_width, column)) for column in zip(*cells, strict=True)]
-            room = width - 2 - 3 * (len(sizes) - 1)
-            while sum(sizes) > room and max(sizes) > 1:
-                sizes[sizes.index(max(sizes))] -= 1  # the widest column folds
+            columns = list(zip(*cells, strict=True))
+            words = [
+                max(_cell_width(w) for cell in column for w in cell.split() or [""]) for column in columns
+            ]
+            gap = 3 if sum(words) <= width - 2 - 3 * (len(words) - 1) else 2
+            sizes = [max(map(_cell_width, column)) for column in columns]
+            while sum(sizes) > width - 2 - gap * (len(sizes) - 1) and max(sizes) > 1:
+                # The widest column folds, between words as long as one can.
+                foldable = [i for i in range(len(sizes)) if sizes[i] > words[i]] or list(range(len(sizes)))
+                sizes[max(foldable, key=sizes.__getitem__)] -= 1
             right = [self.numeric(i) for i in range(len(sizes))]
             head, *body = (
-                [line for row in rows for line in _aligned(row, sizes, right)]
+                [line for row in rows for line in _aligned(row, sizes, right, gap)]
                 for rows in ([cells[0]], cells[1:])
             )
-            rule = "\u2500" * (sum(sizes) + 3 * (len(sizes) - 1) + 1)
+            rule = "\u2500" * (sum(sizes) + gap * (len(sizes) - 1) + 1)
             lines += ["", *head, f" {rule}", *body[0], ""]
         for note in self.notes:
             for line in note.splitlines():
@@ -174,12 +180,12 @@ def _folded(text: str, width: int) -> list[str]:
     return [part.rstrip() for part in [*lines, line]]
 
 
-def _aligned(row: list[str], sizes: list[int], right: list[bool]) -> Iterator[str]:
+def _aligned(row: list[str], sizes: list[int], right: list[bool], gap: int) -> Iterator[str]:
     """The lines of one row; numbers stand at the right of their column."""
     parts = [_folded(cell, size) for cell, size in zip(row, sizes, strict=True)]
     for line in itertools.zip_longest(*parts, fillvalue=""):
         pads = [" " * (size - _cell_width(part)) for part, size in zip(line, sizes, strict=True)]
-        yield " " + "   ".join(p + s if r else s + p for p, s, r in zip(pads, line, right, strict=True))
+        yield " " + (" " * gap).join(p + s if r else s + p for p, s, r in zip(pads, line, right, strict=True))
 
 
 def _words(cell: Any) -> str:

@@ -115,7 +115,10 @@ def test_both_engines_train_alike_on_batches_of_several_shapes(form):
     if form == "a shorter last batch":
         data = ss.batches([(x.double(), y) for x, y in data])
     batches, objective = read(make(0), data, loss, "test", weight=weight)
-    course, choice = Course(Stream(batches), objective, 12), choices("test", {"SGD": 0.1})["SGD"]
+    course, choice = (
+        Course(Stream(batches, make(0), objective), objective, 12),
+        choices("test", {"SGD": 0.1})["SGD"],
+    )
     runs = [Run(seed, 0.1) for seed in range(3)]
     together = train_stacked(make, runs, choice, course, "t")
     alone = train_one_by_one(make, runs, choice, course, "t")
@@ -133,7 +136,10 @@ def test_what_is_no_tensor_in_a_batch_goes_with_its_own_batch():
         return (model(batch[0]) * batch[1]).square().mean()
 
     batches, objective = read(model, ss.batches(pairs), scaled, "test")
-    course, choice = Course(Stream(batches), objective, 9), choices("test", {"SGD": 0.01})["SGD"]
+    course, choice = (
+        Course(Stream(batches, model, objective), objective, 9),
+        choices("test", {"SGD": 0.01})["SGD"],
+    )
     make, runs = Maker(lambda: copy.deepcopy(model)), [Run(0, 0.01), Run(1, 0.01)]
     together = train_stacked(make, runs, choice, course, "t")
     alone = train_one_by_one(make, runs, choice, course, "t")

@@ -17,8 +17,9 @@ from skipscope.comparison._claims import _compare_surfaces, share, summary
 from skipscope.comparison._comparison_result import Curves, _learns
 from skipscope.comparison._evidence import Evidence, Roles, Settings
 from skipscope.comparison._lecture import QUICK_RATES, _affordable, build
-from skipscope.comparison._processes import in_processes
+from skipscope.comparison._processes import side_by_side
 from skipscope.comparison._stages import Clock
+from skipscope.surfaces import one_thread
 
 WITH = partial(reference.deep_mlp, 4, width=16, shortcut="identity", scale=0.5)
 PLAIN = partial(reference.deep_mlp, 4, width=16)
@@ -313,7 +314,7 @@ def test_the_users_network_runs_at_most_90_times(monkeypatch):
     assert np.isfinite(result.surfaces["paired"].difference).all()
 
 
-def test_work_in_processes_has_the_bits_of_one_process(monkeypatch):
+def test_work_in_processes_has_the_bits_of_one_process():
     def train(seed):
         torch.manual_seed(seed)
         model, batch = nn.Linear(64, 10), (torch.randn(64, 64), torch.arange(64) % 10)
@@ -326,8 +327,8 @@ def test_work_in_processes_has_the_bits_of_one_process(monkeypatch):
 
     found = {}
     for count in (1, 2, 3):
-        monkeypatch.setattr("skipscope.comparison._processes.workers", lambda: count)
-        found[count] = dict(in_processes(train, [3, 1, 2]))
+        with one_thread(), side_by_side(train, count) as answering:
+            found[count] = dict(answering([3, 1, 2]))
     for count in (2, 3):
         assert all((found[count][i] == found[1][i]).all() for i in range(3))
 

@@ -25,8 +25,8 @@ def data():
 
 def batches(seed):
     """The batches of one seed, in the order in which `train_twins` draws them."""
-    read_data, _ = read(make(), data(), F.cross_entropy, "test")
-    stream = Stream(read_data, SIZE).batches(seed)
+    read_data, objective = read(make(), data(), F.cross_entropy, "test")
+    stream = Stream(read_data, make(), objective, SIZE).batches(seed)
     return [next(stream) for _ in range(STEPS)]
 
 

@@ -26,7 +26,7 @@ MAKE = partial(reference.deep_mlp, 3, width=16, inputs=64, shortcut="identity")
 
 def stream_and_loss(model, n=200, size=32):
     batches, loss = read(model, reference.digits(n), F.cross_entropy, "test")
-    return Stream(batches, size), loss
+    return Stream(batches, model, loss, size), loss
 
 
 def tanh_net(width=8, classes=3):
@@ -41,7 +41,7 @@ def batch(n=96):
 
 def course(make, data, loss=F.cross_entropy, steps=12, size=32, **options):
     batches, objective = read(make(0), data, loss, "test")
-    return Course(Stream(batches, size), objective, steps, **options)
+    return Course(Stream(batches, make(0), objective, size), objective, steps, **options)
 
 
 def plain_loop(make, the_course, optimizer, seed=0, schedule=None, clip=None, autocast=None):
@@ -273,7 +273,8 @@ class Norms(nn.Module):
         self.seen = []
 
     def forward(self, x):
-        SEEN.add((self.training, self.norm.training))
+        if torch.is_grad_enabled():  # a step of training, and no measurement
+            SEEN.add((self.training, self.norm.training))
         return self.head(self.norm(self.layer(x)))
 
 
@@ -368,7 +369,7 @@ def test_a_factory_with_a_scheduler_is_a_plain_loop():
 @pytest.mark.parametrize("rates", [(1e-2, 1e-3), (3000.0, 1000.0), (1e200, 1e190)])
 def test_a_best_rate_at_the_edge_extends_the_grid(rates):
     """A bowl: gradient descent on x^2/2 without momentum is at its bottom in one step at rate 1."""
-    from skipscope.comparison._train import _beyond
+    from skipscope.comparison._sweep import _beyond
 
     def losses(rate):
         return np.array([1.0, abs(1 - rate) ** 2 if rate < 1e100 else np.nan])
@@ -381,7 +382,7 @@ def test_a_best_rate_at_the_edge_extends_the_grid(rates):
 
 
 def test_rates_that_do_not_matter_are_not_extended():
-    from skipscope.comparison._train import _beyond
+    from skipscope.comparison._sweep import _beyond
 
     assert _beyond({0.1: np.full(9, 2.3), 0.01: np.full(9, 2.3)}) == []
     assert _beyond({0.1: np.array([1.0, 0.2]), 0.03: np.array([1.0, 0.1]), 0.01: np.array([1.0, 0.5])}) == []
@@ -514,21 +515,20 @@ def test_smoothing_is_the_mean_of_the_last_ten_and_forgets_the_first():
     assert np.isfinite(smoothed(np.array([np.inf] + [1.0] * 12))[-1])
 
 
+def stream_parts(model, data):
+    batches, objective = read(model, data, F.mse_loss, "t")
+    return batches, model, objective
+
+
 def test_the_stream_cuts_one_batch_and_shuffles_many():
     x = torch.arange(10.0).unsqueeze(1)
-    one = Stream(read(nn.Linear(1, 1), (x, x), F.mse_loss, "t")[0], 3)
+    model = nn.Linear(1, 1)
+    one = Stream(*stream_parts(model, (x, x)), 3)
     batches = one.batches(0)
     epoch = torch.cat([next(batches)[0] for _ in range(3)])
     assert epoch.shape == (9, 1)
     assert len(epoch.unique()) == 9
-    many = Stream(
-        read(
-            nn.Linear(1, 1),
-            ss.batches([(x[i : i + 2], x[i : i + 2]) for i in range(0, 10, 2)]),
-            F.mse_loss,
-            "t",
-        )[0]
-    )
+    many = Stream(*stream_parts(model, ss.batches([(x[i : i + 2], x[i : i + 2]) for i in range(0, 10, 2)])))
     source = many.batches(3)
     assert torch.cat([next(source)[0] for _ in range(5)]).sort(0).values.equal(x)
 

@@ -21,6 +21,7 @@ from skipscope.comparison._comparison_result import KIND, Comparison
 from skipscope.comparison._evidence import Evidence, Factory, Roles, Settings
 from skipscope.comparison._kind_variants import kind_names, twins_by_kind
 from skipscope.comparison._lecture import compare_lecture
+from skipscope.comparison._row_batches import can_be_cut
 from skipscope.comparison._stages import (
     QUICK_SECONDS,
     Clock,
@@ -129,7 +130,7 @@ def _compare_own(
 ) -> Comparison:
     base = _ready(model, settings.seed)
     whole = prepare(base, data, loss, "compare", weight=weight)
-    batch = _some(whole.data.first(), settings.samples)
+    batch = _some(whole, settings.samples)
     subject = whole.on(batch)
     label = name or type(base).__name__
     with one_snapshot(base):
@@ -174,8 +175,11 @@ def _ready(model: Any, seed: int) -> nn.Module:
     return made.train()
 
 
-def _some(batch: Any, samples: int) -> Any:
-    return rows(batch, slice(0, samples)) if batch_size(batch) > samples else batch
+def _some(subject: Subject, samples: int) -> Any:
+    """The first batch, or so many samples of it where its rows are samples by themselves."""
+    one = subject.on(subject.data.first())
+    batch = one.data.first()
+    return rows(batch, slice(samples)) if can_be_cut(one.model, one.data, one.loss, samples) else batch
 
 
 def _refuse_bad_loss(subject: Subject) -> None:

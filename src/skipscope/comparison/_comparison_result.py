@@ -28,6 +28,10 @@ class Curves:
         learns: the smoothed loss of every seed ends at or below the target.
         is_at_edge: the best rate is the greatest or the smallest that was tried: one beyond may be better.
         sweep_seed: the seed on which the rates were tried; not one of those reported.
+        train_accuracy: share named rightly by each seed's trained network, in evaluation mode, on a tenth as
+            many training batches as there were steps (at most all); None for a run that diverged, and for all
+            where the targets are no classes.
+        test_accuracy: the same on the test data; None without.
     """
 
     rate: float
@@ -38,6 +42,8 @@ class Curves:
     learns: bool
     is_at_edge: bool = False
     sweep_seed: int | None = None
+    train_accuracy: tuple[float | None, ...] | None = None
+    test_accuracy: tuple[float | None, ...] | None = None
 
     @property
     def final_loss(self) -> float:
@@ -66,6 +72,7 @@ class Training(Result):
         varies: "initialisation and batch order", or "batch order only" (a ready model was given).
         engine: "stacked" (all rates and seeds as one batch of networks) or "one by one", for each twin.
         notes: what is worth knowing of how the twins were trained.
+        processes: how many copies of this process trained side by side, with one thread each; 1: none.
     """
 
     curves: dict[str, dict[str, Curves]]
@@ -76,6 +83,7 @@ class Training(Result):
     varies: str
     engine: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    processes: int = 1
 
     def learners(self, optimizer: str) -> list[str]:
         """The twins that learn under ``optimizer``."""
@@ -91,13 +99,33 @@ class Training(Result):
         middle = steps[len(steps) // 2]
         return f"> {curves.losses.shape[1]}" if np.isinf(middle) else f"{middle:.0f}"
 
+    def accuracies(self, twin: str, optimizer: str) -> dict[str, float | None]:
+        """Mean over seeds of "train accuracy" and "test accuracy", as far as any twin has them.
+
+        Empty where the targets are no classes; None where a run diverged.
+        """
+        every = [c for by in self.curves.values() for c in by.values()]
+        own = self.curves[twin][optimizer]
+        found: dict[str, float | None] = {}
+        for name in ("train_accuracy", "test_accuracy"):
+            if any(getattr(c, name) is not None for c in every):
+                values = getattr(own, name) or (None,)
+                known = [value for value in values if value is not None]
+                is_whole = len(known) == len(values)
+                found[name.replace("_", " ")] = float(np.mean(known)) if is_whole else None
+        return found
+
     def table(self) -> Table:
+        heads: list[str] = []
+        for twin, by in self.curves.items():
+            heads = [name.replace("accuracy", "acc.") for name in self.accuracies(twin, next(iter(by)))]
         rows = [
             [
                 twin,
                 optimizer,
                 c.rate,
                 c.final_loss,
+                *self.accuracies(twin, optimizer).values(),
                 self.steps_text(twin, optimizer),
                 float(np.median(c.update_ratio)),
                 "yes" if c.learns else "no",
@@ -112,6 +140,7 @@ class Training(Result):
                 "optimizer",
                 "best rate",
                 "final loss",
+                *heads,
                 f"steps to {short(self.target)}",
                 "update size",
                 "learns",
@@ -123,6 +152,7 @@ class Training(Result):
                     " of its own. 'learns': every seed's smoothed loss (mean over 10 steps) ends at or below"
                     f" {short(self.target)}."
                 ),
+                *(["acc.: accuracy, the share of samples whose class is named rightly."] if heads else []),
                 *self._edges(),
                 *self.notes,
             ],
@@ -291,8 +321,8 @@ class Comparison(Result):
     provenance: dict[str, Any]
 
     def kinds_table(self) -> Table:
-        """One line each: as built, without its shortcuts, and with each kind; loss and steps under each
-        optimizer.
+        """One line each: as built, without its shortcuts, and with each kind; loss, accuracy and steps under
+        each optimizer.
 
         The table of He et al. 2016 (arXiv 1603.05027, table 1) for one's own network.
         """
@@ -302,9 +332,11 @@ class Comparison(Result):
             row: list[Any] = [twin.meaning.removeprefix(KIND), twin.parameters]
             for name, curves in (training.curves[twin.name] if training else {}).items():
                 assert training is not None
-                row += [curves.final_loss, training.steps_text(twin.name, name)]
+                accuracies = training.accuracies(twin.name, name)
+                row += [curves.final_loss, *accuracies.values(), training.steps_text(twin.name, name)]
                 if not rows:
-                    heads += [f"{name}: final loss", f"{name}: steps to {short(training.target)}"]
+                    steps = f"steps to {short(training.target)}"
+                    heads += [f"{name}: {head}" for head in ("final loss", *accuracies, steps)]
             rows.append([*row, self.flow[twin.name].verdict.state])
         return Table(
             "kinds of shortcut",

@@ -58,7 +58,7 @@ class Run:
 
 @dataclass
 class Log:
-    """What a run left: losses and update sizes, each [steps], and the trained network."""
+    """What a run left: losses and update sizes, each [steps], and how to get the trained network."""
 
     losses: np.ndarray
     update_ratio: np.ndarray
@@ -134,37 +134,61 @@ def _train(model: nn.Module, run: Run, choice: OptimizerChoice, course: Course) 
     driver = choice.make(weights, run.rate)
     rates = [group["lr"] for group in driver.optimizer.param_groups]
     step_once = _step(model, weights, driver, course)
+    update = _Update(weights)
     getattr(driver.optimizer, "train", lambda: None)()  # a schedule-free optimizer has modes
     losses, ratios = np.full((2, course.steps), np.nan)
     for step, batch in zip(range(course.steps), course.stream.batches(run.seed)):
         if course.schedule is not None:
             for group, rate in zip(driver.optimizer.param_groups, rates):
                 group["lr"] = rate * course.factor(step)
-        before = [w.detach().clone() for w in weights]
-        size = _norm(before)
         losses[step] = step_once(batch)
-        ratios[step] = _norm([b.sub_(w.detach()) for w, b in zip(weights, before)]) / max(size, 1e-150)
+        ratios[step] = update.ratio()
         if not math.isfinite(losses[step]):
             break
         if course.is_over(losses[None, : step + 1]):
             losses, ratios = losses[: step + 1], ratios[: step + 1]
             break
+    getattr(driver.optimizer, "eval", lambda: None)()
     return Log(losses, ratios, lambda: model)
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    """Of all of them together."""
-    return math.hypot(*(float(torch.linalg.vector_norm(tensor)) for tensor in tensors))
+class _Update:
+    """The size of what a step does to some weights: from one call to the next."""
+
+    def __init__(self, weights: list[nn.Parameter]):
+        alike: dict[Any, list[nn.Parameter]] = {}
+        for weight in weights:
+            alike.setdefault((weight.device, weight.dtype), []).append(weight)
+        # Weights of one kind in one row, twice: as they were, and as they are.
+        self.weights = list(alike.values())
+        self.before, self.now = ([self._row(some) for some in self.weights] for _ in range(2))
+        self.size = math.hypot(*map(_norm, self.before))
+
+    def ratio(self) -> float:
+        """|update| / |weights| of what happened since the last call."""
+        for some, now, before in zip(self.weights, self.now, self.before):
+            torch.cat([w.detach().reshape(-1) for w in some], out=now)
+            before.sub_(now)
+        update, size = math.hypot(*map(_norm, self.before)), self.size
+        self.size = math.hypot(*map(_norm, self.now))
+        self.before, self.now = self.now, self.before
+        return update / max(size, 1e-150)
+
+    @staticmethod
+    def _row(weights: list[nn.Parameter]) -> Tensor:
+        return torch.cat([w.detach().reshape(-1) for w in weights])
+
+
+def _norm(row: Tensor) -> float:
+    return float(torch.linalg.vector_norm(row))
 
 
 def _step(
     model: nn.Module, weights: list[nn.Parameter], driver: Driver, course: Course
 ) -> Callable[[Any], float]:
     """One step of a plain loop on a batch; returns the loss before it."""
-    optimizer, device = driver.optimizer, weights[0].device
-    scaler = torch.amp.GradScaler(
-        device.type, enabled=course.autocast == torch.float16 and not driver.needs_closure
-    )
+    optimizer, device, needs_closure = driver.optimizer, weights[0].device, driver.needs_closure
+    scaler = torch.amp.GradScaler(device.type, enabled=course.autocast == torch.float16 and not needs_closure)
 
     def backward(batch: Any) -> Tensor:
         optimizer.zero_grad()
@@ -177,7 +201,7 @@ def _step(
         return value
 
     def step(batch: Any) -> float:
-        if driver.needs_closure:
+        if needs_closure:
             value = float(optimizer.step(lambda: float(backward(batch).detach())))  # type: ignore[arg-type]
         else:
             value = float(backward(batch).detach())
@@ -210,19 +234,24 @@ def train_stacked(
     rates = torch.tensor([[run.rate] for run in runs], dtype=torch.float64).to(networks.table)
     sources = {seed: course.stream.batches(seed) for seed in starts}
     losses, ratios = np.full((2, len(runs), course.steps), np.nan)
+    goes_on = np.ones(len(runs), dtype=bool)
     for step in track(range(course.steps), f"training {name!r} under {choice.name}"):
         fresh = {seed: next(source) for seed, source in sources.items()}
         with course.casting(networks.table.device):
             value = networks.losses([fresh[run.seed] for run in runs])
         displacement.grad = _clipped(networks.gradient(value), course.clip_norm)
         optimizer.step()
-        losses[:, step] = value.detach().double().cpu().numpy()
         moved = displacement.detach()
         if choice.decay:
             moved = moved - choice.decay * networks.table
-        ratios[:, step] = networks.move(moved * (rates * course.factor(step)))
+        sizes = networks.move(moved * (rates * course.factor(step)))
+        losses[goes_on, step] = value.detach().double().cpu().numpy()[goes_on]
+        ratios[goes_on, step] = sizes[goes_on]
         displacement.detach().zero_()
-        if not np.isfinite(losses[:, step]).any():
+        for index in np.flatnonzero(goes_on & ~np.isfinite(losses[:, step])):
+            networks.stop(int(index))
+            goes_on[index] = False
+        if not goes_on.any():
             break
         if course.is_over(losses[:, : step + 1]):
             losses, ratios = losses[:, : step + 1], ratios[:, : step + 1]
@@ -244,6 +273,7 @@ class Stacked:
         parameters: name -> ``[networks, ...]``, leaves of the graph.
         table: ``[networks, weights]``, all of them side by side: an optimizer has one tensor to move.
         views: the table's part for each parameter.
+        stopped: network -> its weights, where its training is over.
     """
 
     def __init__(self, models: list[nn.Module], objective: Objective):
@@ -253,6 +283,7 @@ class Stacked:
         parts = self.table.split([p[0].numel() for p in stacked.values()], dim=1)
         self.views = [part.view(p.shape) for part, p in zip(parts, stacked.values())]
         self.parameters = {name: p.detach().clone().requires_grad_() for name, p in stacked.items()}
+        self.stopped: dict[int, Tensor] = {}
 
     def gradient(self, losses: Tensor) -> Tensor:
         """The gradient of each network's loss, laid out like the table."""
@@ -264,9 +295,22 @@ class Stacked:
     def move(self, update: Tensor) -> np.ndarray:
         """Add an update; returns |update| / |weights| of each network."""
         size = self.table.double().norm(dim=1)
+        if self.stopped:
+            update[list(self.stopped)] = 0.0
         self.table += update
         copy_each(list(self.parameters.values()), self.views)
         return (update.double().norm(dim=1) / size).cpu().numpy()
+
+    @torch.no_grad()
+    def stop(self, index: int) -> None:
+        """Keep the weights of one network as they are now.
+
+        Its place is filled by zeros from here on, and stays: without it tensors would have another size, and
+        the others' numbers other last digits.
+        """
+        self.stopped[index] = self.table[index].clone()
+        self.table[index] = 0.0
+        torch._foreach_copy_(list(self.parameters.values()), self.views)
 
     def losses(self, batches: list[Any]) -> Tensor:
         """The loss of each network on its own batch, [networks]."""
@@ -297,8 +341,11 @@ class Stacked:
     def network(self, index: int) -> nn.Module:
         """One of the networks as an ordinary module."""
         model = copy.deepcopy(self.model)
+        table = self.stopped.get(index, self.table[index])
+        parts = table.split([view[0].numel() for view in self.views])
+        values = dict(zip(self.parameters, parts))
         for name, parameter in model.named_parameters():
-            parameter.copy_(self.parameters[name][index])
+            parameter.copy_(values[name].view_as(parameter))
         return model
 
 

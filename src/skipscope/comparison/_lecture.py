@@ -7,20 +7,20 @@ lecture's shortcuts, and with shortcuts whose branches are scaled by 1/sqrt(L).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch.nn.functional as F
 from torch import nn
 
 from skipscope import reference
-from skipscope._progress import progress, say, track
+from skipscope._progress import say, track
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import one_snapshot, random_state_kept
 from skipscope.comparison._claims import comparison_of
 from skipscope.comparison._comparison_result import Comparison, Rung, Training
 from skipscope.comparison._evidence import Evidence, Factory, Roles, Settings
-from skipscope.comparison._processes import in_processes, workers
+from skipscope.comparison._processes import workers
 from skipscope.comparison._stages import (
     Clock,
     describe,
@@ -151,51 +151,26 @@ def _measure(
     measure_importance(evidence, trained, clock)
 
 
-# --- the trainings, each independent of the others
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One network under one optimizer: its rates, then its seeds."""
-
-    depth: int
-    name: str
-    optimizer: str
+# --- the trainings
 
 
 def _train_all(
     depths: Sequence[int], settings: Settings, plain: Subject, clock: Clock
 ) -> tuple[dict[int, Training], dict[str, dict[str, nn.Module]]]:
-    """Depth -> training, and the deepest trained networks by name and optimizer.
-
-    The longest jobs come first.
-    """
+    """Depth -> training, and the deepest trained networks by name and optimizer."""
     each = seconds_a_step(plain, settings.batch_size) / depths[-1]
     chosen, settings = _affordable(depths, settings, each, clock)
-    jobs = [_Job(d, n, o) for d in chosen for n in _BUILD for o in settings.optimizers]
-
-    def train(job: _Job) -> tuple[Training, dict[str, dict[str, nn.Module]]]:
-        is_deepest = job.depth == depths[-1]
-        with progress(show=False):
-            return train_and_keep(
-                {job.name: makers(job.depth)[job.name]}, reference.digits(), F.cross_entropy,
-                seeds=range(settings.seed, settings.seed + (settings.seeds if is_deepest else 1)),
-                steps=settings.steps, batch_size=settings.batch_size,
-                optimizers={job.optimizer: settings.optimizers[job.optimizer]}, target=TARGET,
-                stop_at_target=not is_deepest, extend=False,
-            )  # fmt: skip
-
     trainings: dict[int, Training] = {}
-    kept: dict[str, dict[str, nn.Module]] = {name: {} for name in _BUILD}
-    done = track(in_processes(train, jobs), "training, networks x optimizers x depths", len(jobs))
-    answers = dict(done)
-    for i, job in enumerate(jobs):
-        training, networks = answers[i]
-        if job.depth == depths[-1]:
-            kept[job.name] |= networks[job.name]
-        whole = trainings.setdefault(job.depth, replace(training, curves={}, engine={}))
-        whole.curves.setdefault(job.name, {}).update(training.curves[job.name])
-        whole.engine.update(training.engine)
+    kept: dict[str, dict[str, nn.Module]] = {}
+    for depth in track(chosen, "training, depths"):
+        is_deepest = depth == depths[-1]
+        trainings[depth], networks = train_and_keep(
+            makers(depth), reference.digits(), F.cross_entropy,
+            seeds=range(settings.seed, settings.seed + (settings.seeds if is_deepest else 1)),
+            steps=settings.steps, batch_size=settings.batch_size, optimizers=settings.optimizers,
+            target=TARGET, stop_at_target=not is_deepest, extend=False, keep=is_deepest,
+        )  # fmt: skip
+        kept = networks if is_deepest else kept
     return trainings, kept
 
 

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
-from skipscope.surfaces import CAN_FORK, Forked, one_thread
+from skipscope._progress import progress
+from skipscope.surfaces import CAN_FORK, Forked
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
+Answering = Callable[[Sequence[Question]], Iterator[tuple[int, Answer]]]
 
-_PATIENCE_S = 300.0  # without any answer: longer than one piece takes on a busy machine
+# Seconds without any answer: longer than one piece takes on a busy machine.
+_PATIENCE_S = 300.0
 
 
 def workers() -> int:
     """How many pieces run at a time: the cores that this process may use, or 1 where it cannot fork."""
-    return len(os.sched_getaffinity(0)) if CAN_FORK else 1
+    can_fork = CAN_FORK and not multiprocessing.current_process().daemon
+    return len(os.sched_getaffinity(0)) if can_fork else 1
 
 
-def in_processes(
-    compute: Callable[[Question], Answer], questions: Sequence[Question]
-) -> Iterator[tuple[int, Answer]]:
-    """Number of a question and its answer, as they come; the bits are those of one process with one thread.
+@contextmanager
+def side_by_side(
+    compute: Callable[[Question], Answer], count: int, patience: float = _PATIENCE_S
+) -> Iterator[Answering[Question, Answer]]:
+    """Lend what answers questions: number of a question and its answer, as they come.
 
     Args:
-        compute: question -> answer; both are pickled where there are several workers.
-        questions: the longest first, so that no worker is left alone at the end.
+        compute: question -> answer; both are pickled where there are several copies.
+        count: how many copies, each with one thread; below two the questions are answered here, one after
+            the other.
+        patience: seconds without any answer, twice, after which the copies are given up, and the questions
+            answered here.
     """
-    count = min(workers(), len(questions))
     if count < 2:
-        for i, question in enumerate(questions):
-            with one_thread():
-                answer = compute(question)
-            yield i, answer
+        yield lambda questions: ((i, compute(question)) for i, question in enumerate(questions))
         return
-    copies = Forked(compute, count, _PATIENCE_S)
+
+    def silently(question: Question) -> Answer:
+        with progress(show=False):
+            return compute(question)
+
+    copies: Forked[Question, Answer] = Forked(silently, count, patience)
     try:
-        yield from copies.surely(questions)
+        yield copies.surely
     finally:
         copies.close()

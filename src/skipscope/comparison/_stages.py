@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from skipscope._data import batch_size as samples_of
 from skipscope._data import rows
 from skipscope._errors import SkipscopeError
 from skipscope._progress import say, track
@@ -23,6 +22,7 @@ from skipscope._untouched import private_copy, set_mode
 from skipscope.comparison._comparison_result import KIND, StrengthSweep, Training, Twin
 from skipscope.comparison._evidence import Evidence, Settings
 from skipscope.comparison._processes import workers
+from skipscope.comparison._row_batches import can_be_cut
 from skipscope.flow import GradientFlow, flow_of, importance_of, paths_of, split_of
 from skipscope.shortcuts import ablate
 from skipscope.surfaces import PairedSurfaces, paired_landscapes
@@ -214,8 +214,8 @@ def seconds_a_step(subject: Subject, batch_size: int | None) -> float:
     optimizer.
     """
     batch = subject.data.first()
-    if batch_size is not None and samples_of(batch) > batch_size:
-        batch = rows(batch, slice(0, batch_size))
+    if batch_size is not None and can_be_cut(subject.model, subject.data, subject.loss, batch_size):
+        batch = rows(batch, slice(batch_size))
     seconds = []
     with subject.running(0):
         for _ in range(4):  # the first pays for what happens only once

@@ -7,9 +7,11 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 
-from skipscope._data import Batches, batch_size, rows
+from skipscope._data import Batches, Objective, batch_size, rows
 from skipscope._random import drawn_apart
+from skipscope.comparison._row_batches import can_be_cut
 
 # A data set of more batches than this is not held in memory: its own order is used, and re-started at its
 # end.
@@ -19,21 +21,29 @@ HELD = 512
 class Stream:
     """Endless training batches drawn from ``data``.
 
-    One large batch is cut into random batches of ``size``; several batches are shuffled as they are.
+    One large batch is cut into random batches of ``size`` where its rows are samples by themselves; several
+    batches are shuffled as they are.
 
     Attributes:
         size: samples in a batch.
         samples: samples in all, None where the data is too long to be counted.
+        cut: whether one batch is cut.
     """
 
-    def __init__(self, data: Batches, size: int | None = None):
+    def __init__(self, data: Batches, model: nn.Module, objective: Objective, size: int | None = None):
         self.data = data
         held = list(islice(data, HELD + 1))
         self.held = held if len(held) <= HELD else None
         self.samples = sum(map(batch_size, held)) if self.held else None
-        whole = batch_size(held[0])
-        self.cut = data.single and whole > (size or 64)
-        self.size = (size or 64) if self.cut else whole
+        self.cut = can_be_cut(model, data, objective, size or 64)
+        self.size = (size or 64) if self.cut else batch_size(held[0])
+
+    @property
+    def count(self) -> int | None:
+        """How many batches one pass over the data has; None where the data is too long to be counted."""
+        if self.held is None:
+            return None
+        return max(1, batch_size(self.held[0]) // self.size) if self.cut else len(self.held)
 
     def batches(self, seed: int) -> Iterator[Any]:
         """The batches of one seed; the global random state is neither read nor changed."""

@@ -8,6 +8,7 @@ at the edge of what was tried extends it.
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,34 +17,27 @@ import numpy as np
 import torch
 from torch import nn
 
-from skipscope._data import read
+from skipscope._data import read, tensors_in
 from skipscope._errors import SkipscopeError
 from skipscope._model_calls import no_gradient
 from skipscope._public_call import public_call
+from skipscope._ranks import ranks_of
 from skipscope._torch_internals import accumulation_hooks, gradient_hooks
 from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
-from skipscope.comparison._comparison_result import Curves, Training, smoothed
-from skipscope.comparison._engines import (
-    Course,
-    Log,
-    Maker,
-    Run,
-    is_stackable,
-    train_one_by_one,
-    train_stacked,
-)
+from skipscope.comparison._comparison_result import Training
+from skipscope.comparison._engines import Course, Maker, is_stackable
 from skipscope.comparison._optimizers import RATES as RATES
 from skipscope.comparison._optimizers import OptimizerChoice, choices
+from skipscope.comparison._processes import workers
 from skipscope.comparison._stream import Stream
-from skipscope.comparison._threads import fitting_threads
+from skipscope.comparison._sweep import FALLEN, Sweep, Trainee, final, sweep_then_seeds
+from skipscope.comparison._threads import Plan, StepSeconds, step_seconds
 from skipscope.comparison._training_arguments import require_size, require_whole, seeds_of
 from skipscope.shortcuts import refuse_shared
 
-# A sweep whose best rate is its greatest or smallest is extended by two rates, at most so many times.
-EXTENSIONS = 3
-
-# A loss has come down when it fell by this share of its first value.
-FALLEN = 0.01
+# Trying which engine and how many threads are faster takes about so many steps; it is done where the
+# training has at least twenty times as many.
+_TRIAL_STEPS, _TRIAL_SHARE = 30, 20
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,7 @@ def train_twins(
     autocast: torch.dtype | None = None,
     target: float | None = None,
     weight: Callable[[Any], float] | None = None,
+    test: Any = None,
 ) -> Training:
     """Train networks side by side and tell how fast each one learns.
 
@@ -81,12 +76,18 @@ def train_twins(
     the same sweep, on a seed that is not among those reported; where the best is the greatest or smallest
     rate tried, the sweep is extended, and what is still at the edge then is named. Each run is what a plain
     loop gives: seed, make the network, train it, in the modes in which it was made (a ready module wholly in
-    evaluation mode is put in training mode). The models given are not trained: their copies are. Local.
+    evaluation mode is put in training mode). The models given are not trained: their copies are.
+
+    Runs are independent of each other. Where it saves time they are trained side by side in copies of this
+    process with one thread each, with the numbers of one process with one thread; what a model or a loss
+    writes down for itself then stays in the copy. Local.
 
     Args:
         twins: name -> factory (called for every run, after seeding) or ready module (seeds then vary the
             batch order only, and the result says so).
-        data: training data; one large batch is cut into random batches.
+        data: training data; one large batch is cut into random batches where its rows are samples by
+            themselves (tried: the model's output on some rows does not depend on the others). What
+            ``skipscope.batches`` names a batch, a graph or another object is used as it is.
         loss: see ``skipscope.gradient_flow``.
         seeds: how many, or which.
         steps: optimizer steps a run.
@@ -101,6 +102,8 @@ def train_twins(
             Where a loss falls to zero or below: half of the distance from there to the lowest loss that any
             twin reaches.
         weight: see ``skipscope.gradient_flow``.
+        test: data on which each trained network's accuracy is measured, beside its accuracy on training
+            batches. Accuracy is shown where the loss is a cross-entropy on classes.
 
     Returns:
         :class:`Training`.
@@ -127,7 +130,9 @@ def train_twins(
         optimizers=optimizers,
         target=target,
         weight=weight,
+        test=test,
         recipe=Recipe(schedule, clip_norm, autocast),
+        keep=False,
     )[0]
 
 
@@ -142,16 +147,18 @@ def train_and_keep(
     optimizers: Any = None,
     target: float | None = None,
     weight: Callable[[Any], float] | None = None,
+    test: Any = None,
     recipe: Recipe = Recipe(),
     stop_at_target: bool = False,
     extend: bool = True,
+    keep: bool = True,
 ) -> tuple[Training, dict[str, dict[str, nn.Module]]]:
     """As :func:`train_twins`, and the trained networks: twin -> optimizer -> the first seed's at its best
     rate.
 
     With ``stop_at_target`` a sweep ends when its first rate has reached the target, which must then be given:
-    enough to tell in how many steps the best rate gets there. Neither then nor without ``extend`` does a
-    sweep go on past the rates given.
+    enough to tell in how many steps the best rate gets there; no network is kept. Neither then nor without
+    ``extend`` does a sweep go on past the rates given. Without ``keep`` no network is kept.
     """
     if not isinstance(twins, Mapping) or not twins:
         raise SkipscopeError(
@@ -182,7 +189,6 @@ def train_and_keep(
     notes: dict[str, None] = {}
     makers = {name: _maker(name, twin, notes) for name, twin in twins.items()}
     varies = "batch order only" if models else "initialisation and batch order"
-    logs: dict[str, dict[str, _Sweep]] = {}
     engine: dict[str, str] = {}
     with untouched(*models, operation="train_twins"):
         first = next(iter(makers.values()))(chosen[0])
@@ -192,7 +198,13 @@ def train_and_keep(
                 got=type(first).__name__, cure="pass the model before it is frozen or quantised",
             )  # fmt: skip
         batches, objective = read(first, data, loss, "train_twins", weight=weight)
-        stream = Stream(batches, batch_size)
+        tested = None if test is None else read(first, test, loss, "train_twins", weight=weight)[0]
+        stream = Stream(batches, first, objective, batch_size)
+        if batches.single and not stream.cut and stream.size > (batch_size or 64):
+            notes.setdefault(
+                f"every step took the whole batch of {stream.size}: its rows were not taken for samples by"
+                " themselves (for smaller batches pass a DataLoader)"
+            )
         with random_state_kept(0):
             if not objective(first, next(stream.batches(0))).requires_grad:
                 raise no_gradient("train_twins", first)
@@ -205,27 +217,62 @@ def train_and_keep(
             recipe.clip_norm,
             recipe.autocast,
         )
+        runs = {one.name: len(one.rates) + len(chosen) for one in chosen_optimizers.values()}
+        is_long = steps * sum(runs.values()) >= _TRIAL_STEPS * _TRIAL_SHARE
+        trainees: dict[tuple[str, str], Trainee] = {}
+        seconds: list[StepSeconds] = []
         for name, make in makers.items():
-            stacks = is_stackable(make, chosen, course)
-            engine[name] = "stacked" if stacks and _stocks(chosen_optimizers) else "one by one"
-            with fitting_threads(make(chosen[0]), objective, next(stream.batches(0))):
-                logs[name] = {
-                    choice.name: _sweep_then_seeds(
-                        make, chosen, choice, course, name,
-                        stacks=stacks and choice.factory is None, extend=extend and not stop_at_target,
-                    )
-                    for choice in chosen_optimizers.values()
-                }  # fmt: skip
+            stacks = is_long and _stocks(chosen_optimizers) and is_stackable(make, chosen, course)
+            engine[name] = "stacked" if stacks else "one by one"
+            if is_long:
+                seconds.append(step_seconds(make(chosen[0]), objective, next(stream.batches(0))))
+            for choice in chosen_optimizers.values():
+                stacked = stacks and choice.factory is None
+                trainees[name, choice.name] = Trainee(name, make, choice, course, stacked, tested)
+        at_a_time = sum(1 if one.is_indivisible else len(chosen) for one in trainees.values())
+        most = workers() if _can_be_copied(first, stream, keep) else 1
+        plan = Plan.fastest(seconds, steps * sum(runs.values()), at_a_time, most)
+        with plan.threads():
+            sweeps = sweep_then_seeds(
+                trainees,
+                chosen,
+                extend=extend and not stop_at_target,
+                keep=keep,
+                copies=plan.copies,
+                patience=plan.patience,
+            )
+    logs: dict[str, dict[str, Sweep]] = {name: {} for name in makers}
+    for (name, optimizer), sweep in sweeps.items():
+        logs[name][optimizer] = sweep
     _refuse_bad_first_loss(logs)
     if target is None:
         target = _default_target(logs)
     curves = {name: {o: sweep.curves(target) for o, sweep in by.items()} for name, by in logs.items()}
-    kept = {name: {o: sweep.reported[0].trained() for o, sweep in by.items()} for name, by in logs.items()}
-    return Training(curves, target, steps, stream.size, chosen, varies, engine, tuple(notes)), kept
+    kept = {
+        name: {o: network for o, sweep in by.items() if (network := sweep.reported[0].network) is not None}
+        for name, by in logs.items()
+    }
+    training = Training(curves, target, steps, stream.size, chosen, varies, engine, tuple(notes), plan.copies)
+    return training, kept
 
 
 def _stocks(chosen: Mapping[str, OptimizerChoice]) -> bool:
     return any(choice.factory is None for choice in chosen.values())
+
+
+def _can_be_copied(model: nn.Module, stream: Stream, keep: bool) -> bool:
+    """Whether copies of this process can train: on a device or other ranks, or with workers that load data,
+    they could not; and a network that is kept comes back through a pipe.
+    """
+    if stream.held is None or ranks_of(model) or torch.cuda.is_initialized():
+        return False
+    tensors = [*model.parameters(), *model.buffers(), *tensors_in(stream.held)]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return False
+    try:
+        return not keep or bool(pickle.dumps(model))
+    except Exception:
+        return False
 
 
 # --- making the networks
@@ -286,121 +333,10 @@ def _in_training(model: nn.Module, name: str, notes: dict[str, None]) -> nn.Modu
     return model
 
 
-# --- the rates, then the seeds
-
-
-@dataclass
-class _Sweep:
-    """One twin under one optimizer: the rates tried, and the runs reported.
-
-    Attributes:
-        seed: on which the rates were tried; None where there was nothing to choose.
-        tried: rate -> losses on that seed.
-        rate: the best.
-        is_at_edge: the best is the greatest or the smallest that was tried, and better than the one beside
-            it.
-        reported: one log a seed, at the best rate.
-    """
-
-    seed: int | None
-    tried: dict[float, np.ndarray]
-    rate: float
-    is_at_edge: bool
-    reported: list[Log]
-
-    def curves(self, target: float) -> Curves:
-        """The runs as they are reported."""
-        losses = np.stack([log.losses for log in self.reported])
-        curve = smoothed(losses)
-        crossed = [np.flatnonzero(row <= target) for row in curve]
-        return Curves(
-            rate=self.rate,
-            sweep={str(rate): _final(self.tried[rate]) for rate in sorted(self.tried, reverse=True)},
-            losses=losses,
-            update_ratio=np.stack([log.update_ratio for log in self.reported]),
-            steps_to_target=tuple(int(c[0]) + 1 if len(c) else None for c in crossed),
-            learns=bool(np.all(curve[:, -1] <= target)),
-            is_at_edge=self.is_at_edge,
-            sweep_seed=self.seed,
-        )
-
-
-def _sweep_then_seeds(
-    make: Maker,
-    seeds: Sequence[int],
-    choice: OptimizerChoice,
-    course: Course,
-    name: str,
-    *,
-    stacks: bool,
-    extend: bool,
-) -> _Sweep:
-    """Every rate on a seed of its own; the best one on the seeds that are reported."""
-
-    def train(runs: list[Run]) -> list[Log]:
-        logs = (train_stacked if stacks else train_one_by_one)(make, runs, choice, course, name)
-        return [logs[run] for run in runs]
-
-    if len(choice.rates) < 2:
-        rate = choice.rates[0] if choice.rates else None
-        reported = train([Run(seed, rate) for seed in seeds])
-        return _Sweep(
-            None, {}, choice.learning_rate(make(seeds[0])) if rate is None else rate, False, reported
-        )
-    # Where only the steps to a target are asked for, the runs that chose the rate are themselves the answer.
-    own = max(seeds) + 1 if course.stop_at is None else seeds[0]
-    logs = dict(zip(choice.rates, train([Run(own, rate) for rate in choice.rates])))
-    for _ in range(EXTENSIONS if extend else 0):
-        beyond = _beyond({rate: log.losses for rate, log in logs.items()})
-        if not beyond:
-            break
-        logs |= dict(zip(beyond, train([Run(own, rate) for rate in beyond])))
-    tried = {rate: log.losses for rate, log in logs.items()}
-    best = min(tried, key=lambda rate: (_final(tried[rate]), rate))
-    others = [seed for seed in seeds if seed != own]
-    reported = dict(zip(others, train([Run(seed, best) for seed in others]) if others else []))
-    reported[own] = logs[best]
-    return _Sweep(own, tried, best, bool(_beyond(tried)), [reported[seed] for seed in seeds])
-
-
-def _beyond(tried: dict[float, np.ndarray]) -> list[float]:
-    """Two more rates past the edge, where the best rate stands there and is clearly better than the one
-    beside it.
-
-    All rates saw the same batches, so their last losses differ by the rate alone. Clearly: by a fiftieth of
-    the spread of all of them, where that is more than a thousandth of the first loss. A loss that rose counts
-    as one that stayed; where every loss rose, a smaller rate may do.
-    """
-    rates = sorted(tried)
-    first = float(tried[rates[0]][0])
-    if not math.isfinite(first):
-        return []
-    finals = {rate: min(_final(tried[rate]), first) for rate in rates}
-    best = min(rates, key=lambda rate: (_final(tried[rate]), rate))
-    if best not in {rates[0], rates[-1]}:
-        return []
-    beside = rates[1] if best == rates[0] else rates[-2]
-    if _final(tried[best]) <= first:
-        spread, gain = max(finals.values()) - finals[best], finals[beside] - finals[best]
-        if spread < 1e-3 * abs(first) or gain < 0.02 * spread:
-            return []
-    elif best != rates[0] or _final(tried[best]) - first < FALLEN * abs(first):
-        return []
-    if not best or not beside:
-        return []
-    factor = best / beside
-    return [float(f"{best * factor:.3g}"), float(f"{best * factor**2:.3g}")]
-
-
-def _final(losses: np.ndarray) -> float:
-    final = float(smoothed(losses)[-1])
-    return final if math.isfinite(final) else math.inf
-
-
 # --- the target
 
 
-def _refuse_bad_first_loss(logs: dict[str, dict[str, _Sweep]]) -> None:
+def _refuse_bad_first_loss(logs: dict[str, dict[str, Sweep]]) -> None:
     for by in logs.values():
         for sweep in by.values():
             first = [float(log.losses[0]) for log in sweep.reported]
@@ -414,7 +350,7 @@ def _refuse_bad_first_loss(logs: dict[str, dict[str, _Sweep]]) -> None:
                 )
 
 
-def _default_target(logs: dict[str, dict[str, _Sweep]]) -> float:
+def _default_target(logs: dict[str, dict[str, Sweep]]) -> float:
     """Half of the lowest first loss of any twin; where a loss falls to zero or below, half of the distance to
     the lowest reached.
 
@@ -426,8 +362,8 @@ def _default_target(logs: dict[str, dict[str, _Sweep]]) -> float:
     flat = [losses for of_twin in runs for losses in of_twin]
     if all(np.nanmin(losses) > 0 for losses in flat):
         return first / 2
-    best = min(flat, key=_final)
+    best = min(flat, key=final)
     differences = np.abs(np.diff(best[np.isfinite(best)]))
     noise = 3 * float(np.median(differences)) / 0.954 / math.sqrt(10) if len(differences) else 0.0
-    fall = first - min(_final(best), first)
+    fall = first - min(final(best), first)
     return first - max(fall / 2, FALLEN * abs(first), noise)

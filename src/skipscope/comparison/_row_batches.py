@@ -1,0 +1,85 @@
+"""Whether one large batch may be cut into random batches of its rows: only where each row is a sample by
+itself.
+
+A graph, a sequence of time steps or a table with one row a node has rows that need each other: a part of them
+is another question, or none at all. So it is tried: the model's output on some rows is to be those rows of
+its output on more of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipscope._data import Batches, Objective, batch_size, rows, tensors_in, without_gradients
+from skipscope._untouched import untouched
+
+
+def can_be_cut(model: nn.Module, data: Batches, objective: Objective, size: int) -> bool:
+    """Whether the one batch of ``data`` has more than ``size`` rows, each of them a sample by itself.
+
+    Batches that the user named as such (``ss.batches``) and objects of one's own are never cut. A model that
+    draws noise in evaluation mode has no output to compare: there it is enough that it takes some rows.
+    """
+    if not data.single or not data.cuttable:
+        return False
+    batch = data.first()
+    count = batch_size(batch)
+    parts = batch if isinstance(batch, tuple | list) else [batch]
+    if count <= size or not all(map(_is_plain, parts)):
+        return False
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: 2 * size]
+    more = rows(batch, order)
+    # The last rows first: what a causal model says of its first ones is the same without the others.
+    some = torch.arange(len(order)).flip(0)[:size]
+
+    def outputs(part: Any, seed: int) -> list[Tensor]:
+        with untouched(model, training=False, seed=seed, operation="train_twins"):
+            return without_gradients(lambda: _outputs(model, objective, part))
+
+    try:
+        first, part = outputs(more, 0), outputs(rows(more, some), 0)
+        by_row = [
+            (own.reshape(size, -1), whole.reshape(len(order), -1))
+            for own, whole in zip(part, first, strict=True)
+        ]
+        if all(_close(own, whole[some]) for own, whole in by_row):
+            return True
+        return not all(map(torch.equal, first, outputs(more, 1)))
+    except Exception:  # whatever the model makes of a part of its rows, it is trained on all of them
+        return False
+
+
+def _is_plain(part: Any) -> bool:
+    """Nothing but tensors in tuples, lists and Mappings."""
+    if isinstance(part, Mapping):
+        return all(map(_is_plain, part.values()))
+    if isinstance(part, tuple | list):
+        return all(map(_is_plain, part))
+    return isinstance(part, Tensor | str | int | float | None)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, as vectors."""
+    if a.shape != b.shape or not a.dtype.is_floating_point:
+        return a.shape == b.shape
+    return float((a - b).norm()) <= torch.finfo(a.dtype).eps ** 0.5 * float(b.norm())
+
+
+def _outputs(model: nn.Module, objective: Objective, batch: Any) -> list[Tensor]:
+    """What the model gave at each call by the objective, where it has one or more entries a row."""
+    found: list[Tensor] = []
+    count = batch_size(batch)
+
+    def note(_module: nn.Module, _arguments: Any, output: Any) -> None:
+        found.extend(t.detach() for t in tensors_in(output) if t.ndim and not t.shape[0] % count)
+
+    hook = model.register_forward_hook(note)
+    try:
+        objective(model, batch)
+    finally:
+        hook.remove()
+    return found
