@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from cyclopts import App, Group, Parameter, validators
 
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import BatchNorm, Engine, Normalization, Precision
 from skipscope._table import printable
 from skipscope._version import __version__
 
@@ -189,12 +190,12 @@ def landscape(
     span: float = 1.0,
     tolerance: float | None = None,
     samples: int | None = None,
-    normalize: str = "filter",
-    batch_norm: str = "frozen",
+    normalize: Normalization = "filter",
+    batch_norm: BatchNorm = "frozen",
     l2: float = 0.0,
-    precision: str | None = None,
+    precision: Precision | None = None,
     strategy: str = "auto",
-    engine: str = "auto",
+    engine: Engine = "auto",
     source: Source = Source(),
     output: Output = Output(),
 ) -> None:
@@ -207,12 +208,12 @@ def landscape(
         tolerance: compute coarsely first, and more only where interpolation is off by more than this share of
             the range.
         samples: use a random subset of the data of this size.
-        normalize: filter, layer, tensor or none.
-        batch_norm: frozen, recalibrate or batch.
+        normalize: which length of the weights a direction has, part by part.
+        batch_norm: running statistics as they are, measured again at each point, or each batch's own.
         l2: count l2/2 |w|^2 in.
-        precision: fp32, tf32, bf16 or fp16 instead of the model's own.
+        precision: instead of the model's own.
         strategy: auto takes the fastest; plain has the same bits on every run.
-        engine: auto, or ray (extra).
+        engine: who computes the points; ray needs the package of that name.
     """
     options = {
         "span": span,

@@ -11,7 +11,7 @@ import re
 import sys
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import skipscope as ss
 from skipscope import reference
@@ -23,6 +23,7 @@ from skipscope._table import printable
 from skipscope.report import side_by_side
 
 if TYPE_CHECKING:
+    from skipscope._option_words import ConnectionKind
     from skipscope.cli import Output, Source
     from skipscope.cli._command_subject import Subject
 
@@ -68,7 +69,7 @@ def compare(
                 seed=source.seed,
                 name=model,
                 about=subject.said,
-                variants=kinds.split(",") if kinds else None,
+                variants=cast("list[ConnectionKind]", kinds.split(",")) if kinds else None,
             )
     _deliver(result, "compare", output, folder, before=result.kinds_table().text() if kinds else "")
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
+from skipscope._option_words import Quantity
 from skipscope._result import Result, Table
 
 # The state of one parameter's gradient at one step; History.states holds the index. The kinds of zero stay
@@ -192,7 +193,9 @@ class History(Result):
         """
         return total_of(self.norm, self.states)
 
-    def matrix(self, what: str = "rms", *, optimizer: int = 0, weights_only: bool = True) -> dict[str, Any]:
+    def matrix(
+        self, what: Quantity = "rms", *, optimizer: int = 0, weights_only: bool = True
+    ) -> dict[str, Any]:
         """What the heat map shows, as plain data.
 
         Args:

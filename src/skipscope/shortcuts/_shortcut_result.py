@@ -188,7 +188,7 @@ class Shortcuts(Result, Sequence):
     def __getitem__(self, index: int | slice) -> Shortcut | Shortcuts:
         return replace(self, entries=self.entries[index]) if isinstance(index, slice) else self.entries[index]
 
-    def select(self, *, name: str = "*", kind: str | Sequence[str] | None = None) -> Shortcuts:
+    def select(self, *, name: str = "*", kind: Kind | Sequence[Kind] | None = None) -> Shortcuts:
         """Select by a shell pattern for the name, and by kind.
 
         Args:
