@@ -81,6 +81,18 @@ class VerdictEvent:
         step: the optimizer step.
         before: the state until then.
         verdict: the verdict from then on.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> events = []
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with ss.watch(model, optimizer, flow_every=1, on_verdict=events.append):
+        ...     loss(model(data[0]), data[1]).backward()
+        ...     optimizer.step()
+        >>> [(event.step, event.before, event.verdict.state) for event in events]
+        [(1, 'unknown', 'healthy')]
     """
 
     step: int
@@ -138,6 +150,20 @@ class History(Result):
         recurrent: the recurrent layer whose reach was read; empty without one.
         reach: steps until a thousandth of the gradient is left there (NaN where more is left at the first
             step), and length of the sequence; ``[flow rows, 2]``.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with ss.watch(model, optimizer) as monitor:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         loss(model(data[0]), data[1]).backward()
+        ...         optimizer.step()
+        >>> history = monitor.history
+        >>> history.steps.tolist(), history.rms.shape == (3, len(history.parameters))
+        ([1.0, 2.0, 3.0], True)
     """
 
     parameters: tuple[str, ...]
