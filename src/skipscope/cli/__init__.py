@@ -9,6 +9,7 @@ import errno
 import importlib
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -246,7 +247,10 @@ def _run(command: str, model: str | None, output: Output, *arguments: Any, **opt
     # With --json nothing but JSON reaches standard output, whatever the user's own functions print.
     with contextlib.redirect_stdout(sys.stderr) if output.json else contextlib.nullcontext():
         commands = importlib.import_module("skipscope.cli._commands")
-        getattr(commands, command)(*arguments, output=output, **options)
+        try:
+            getattr(commands, command)(*arguments, output=output, **options)
+        finally:
+            commands.remove_empty_folders()
 
 
 def main() -> None:
@@ -289,8 +293,27 @@ def _discard_output() -> None:
 def _unexpected(error: Exception) -> None:
     if os.environ.get("SKIPSCOPE_DEBUG"):
         raise error
+    if (place := _own_line(error)) is not None:
+        words = f"{type(error).__name__}: {error}"
+        _complain(
+            f"skipscope: your own code failed ({words})\n  got:      {place}\n  cure:     call it in Python"
+            " and mend what fails; SKIPSCOPE_DEBUG=1 shows the whole traceback"
+        )
+        sys.exit(1)
     _complain(
         f"skipscope: unexpected {type(error).__name__}: {error}\n  cure:     set SKIPSCOPE_DEBUG=1 to see"
         " where, and please report it"
     )
     sys.exit(70)
+
+
+def _own_line(error: Exception) -> str | None:
+    """The line of the user's own code that raised an error; None where skipscope raised it."""
+    package = str(Path(__file__).parents[1])
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename.startswith(package):
+            return None
+        # A library that was called on the way says nothing of who called it wrongly.
+        if "site-packages" not in frame.filename and not frame.filename.startswith((sys.base_prefix, "<")):
+            return f"{Path(frame.filename).name}:{frame.lineno}, {frame.line}"
+    return None
