@@ -10,6 +10,7 @@ import pytest
 from skipscope import SkipscopeError
 
 MODELS = """
+import skipscope as ss
 import torch
 from torch import nn
 
@@ -28,6 +29,10 @@ def plain():
 
 def fails():
     return {}["width"]
+
+@ss.objective
+def unlucky(model, batch):
+    return {}["weights"]
 
 def needs_an_argument(n):
     return make()
@@ -86,6 +91,15 @@ BAD = {
     "its line": (["flow", "mine:fails", "--data", "mine:batch"], "mine.py:"),
     "its data fail": (["flow", "mine:make", "--data", "mine:fails"], "mine:fails was called, and failed"),
     "misspelt": (["flow", "mine:mak", "--data", "mine:batch"], "expected: make"),
+    "a dot for the colon": (
+        ["flow", "mine.make", "--data", "mine:batch"],
+        "a colon before the name: mine:make",
+    ),
+    "a file without a name": (["flow", "mine.py", "--data", "mine:batch"], "mine.py:Block or :make"),
+    "its loss fails": (
+        ["flow", "mine:make", "--data", "mine:batch", "--loss", "mine:unlucky"],
+        "your own code failed (KeyError: 'weights')\n  got:      mine.py:",
+    ),
     "a file": (
         ["flow", "./models/mine.py:make", "--data", "mine:batch"],
         "there is no file models/mine.py",
@@ -127,6 +141,14 @@ def test_bad_input_is_answered_in_words(name, folder):
     assert done.returncode == 1, done.stderr
     assert cure in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_refused_command_leaves_no_empty_folder(tmp_path, folder):
+    done = skipscope(tmp_path, "find", "nowhere:make")
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    done = skipscope(tmp_path, "find", "nowhere:make", "--out", "mine")
+    assert done.returncode == 1 and (tmp_path / "mine").is_dir()
 
 
 def test_a_command_without_a_loss_needs_no_target(monkeypatch, tmp_path):

@@ -36,6 +36,7 @@ from .flow import path_spectrum as path_spectrum
 from .flow import prescribe as prescribe
 from .monitor import History as History
 from .monitor import Monitor as Monitor
+from .monitor import VerdictEvent as VerdictEvent
 from .monitor import watch as watch
 from .report import SideBySide as SideBySide
 from .report import side_by_side as side_by_side
@@ -50,6 +51,7 @@ from .shortcuts import mark_shortcut as mark_shortcut
 from .shortcuts import recalibrate as recalibrate
 from .shortcuts import rewire as rewire
 from .surfaces import CurvatureMap as CurvatureMap
+from .surfaces import PairedBand as PairedBand
 from .surfaces import PairedMaps as PairedMaps
 from .surfaces import PairedSurfaces as PairedSurfaces
 from .surfaces import Plane as Plane

@@ -129,7 +129,8 @@ class _Interrupts:
             self.timer.join()
             self.timer = None
         if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)  # from here on a Ctrl-C may raise here too
+            # From here on a Ctrl-C may raise, also in this function.
+            signal.signal(signal.SIGINT, self.before)
         if self.pending:
             self.pending = False
             if deliver:

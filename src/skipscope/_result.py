@@ -35,6 +35,18 @@ class Result:
 
     A subclass is a frozen dataclass whose fields are numbers, strings, ``numpy`` arrays, other results, or
     tuples, lists and dicts of these; it implements :meth:`table`.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> flow = ss.gradient_flow(model, data, loss)
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = flow.save(os.path.join(folder, "flow.json"))
+        ...     again = ss.load(path)
+        >>> again.verdict == flow.verdict, type(again).__name__, again.to_dict() == flow.to_dict()
+        (True, 'GradientFlow', True)
     """
 
     # What `save` writes first, so that a file says what it is before it is read.
@@ -211,6 +223,16 @@ def load(path: str | os.PathLike[str]) -> Result:
 
     Raises:
         SkipscopeError: no such file, or not one of ours.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = ss.path_spectrum(model, data, loss).save(os.path.join(folder, "paths.json"))
+        ...     len(ss.load(path).norms)
+        4
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):

@@ -1,6 +1,9 @@
 """The site builds without a warning, every page's code runs, and every public name has a page."""
 
+import ast
+import doctest
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -25,6 +28,7 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "howto").glob("*.md"))]
 }
 QUICK = {
+    "docs/options.md",
     "docs/words.md",
     "docs/howto/data.md",
     "docs/howto/extend.md",
@@ -75,6 +79,60 @@ def test_every_public_name_is_in_the_reference():
     listed = set(re.findall(r"^   (\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
     modules = {"book", "nn", "reference", "testing"}
     assert set(ss.__all__) - modules <= listed
+
+
+def examples_of(value):
+    return [one.source for one in doctest.DocTestParser().get_examples(value.__doc__ or "")]
+
+
+def test_every_public_name_has_an_example_in_its_docstring():
+    names = [name for name in ss.__all__ if not inspect.ismodule(getattr(ss, name))]
+    assert [name for name in names if not examples_of(getattr(ss, name))] == []
+
+
+def used_in(sources):
+    """Name of a call -> the keywords and the places of the arguments with which it is called."""
+    used = {}
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call):
+                name = (
+                    node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                )
+                keywords = {keyword.arg for keyword in node.keywords}
+                used.setdefault(name, set()).update(keywords, range(len(node.args)))
+    return used
+
+
+def without_example(functions, used):
+    """The options, as ``function.option``, that no example uses."""
+    missing = []
+    for name, function in functions.items():
+        for place, option in enumerate(inspect.signature(function).parameters.values()):
+            if option.kind in {option.VAR_KEYWORD, option.VAR_POSITIONAL}:
+                continue
+            at = set() if option.kind is option.KEYWORD_ONLY else {place}
+            if not used.get(name, set()) & {option.name, *at}:
+                missing.append(f"{name}.{option.name}")
+    return missing
+
+
+def test_every_option_of_every_public_function_is_used_by_an_example_that_runs():
+    functions = {name: getattr(ss, name) for name in ss.__all__ if inspect.isfunction(getattr(ss, name))}
+    pages = [
+        block.code
+        for text in (path.read_text() for path in PAGES.values())
+        for block in snippets.blocks(text)
+        if block.language == "python"
+    ]
+    used = used_in(pages + [source for name in ss.__all__ for source in examples_of(getattr(ss, name))])
+    assert without_example(functions, used) == []
+
+
+def test_an_option_without_an_example_is_seen():
+    def call(model, *, seed=0, weight=None): ...
+
+    assert without_example({"call": call}, used_in(["ss.call(net, seed=1)"])) == ["call.weight"]
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

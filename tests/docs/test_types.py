@@ -1,45 +1,95 @@
-"""A file of user code with annotations, checked by pyright in strict mode (and a mistaken one, which it must find)."""
+"""A file of user code with annotations, checked by pyright and mypy, both strict; planted mistakes must be found."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from skipscope import nn as connections
+from skipscope._option_words import ConnectionKind
+
 CODE = (Path(__file__).parent / "typed" / "user_code.py").read_text()
 SOURCE = Path(__file__).parents[2] / "src"
+# In each copy of the file one line is wrong; every checker must see every one of them.
 MISTAKES = {
-    'how="detach"': 'how="detached"',
-    "surface: ss.Surface": "surface: ss.SurfaceBand",
-    "penalty(model, batch[0])": "penalty(batch[0])",
+    "how": ('how="detach"', 'how="detached"'),
+    "result": ("surface: ss.Surface", "surface: ss.SurfaceBand"),
+    "signature": ("penalty(model, batch[0])", "penalty(batch[0])"),
+    "kind": ('select(kind="identity")', 'select(kind="identical")'),
+    "connection": ('kind="rezero"', 'kind="re-zero"'),
+    "normalization": ('normalize="filter"', 'normalize="filters"'),
+    "zero": ('zero=("biases",)', 'zero=("bias",)'),
+    "batch_norm": ('batch_norm="recalibrate"', 'batch_norm="recalibrated"'),
+    "precision": ('precision="bf16"', 'precision="bfloat16"'),
+    "engine": ('engine="local"', 'engine="locally"'),
+    "matrix": ('matrix="gauss_newton"', 'matrix="gauss-newton"'),
+    "method": ('method="hutchinson"', 'method="hutch"'),
+    "of": ('of="loss"', 'of="losses"'),
+    "quantity": ('matrix("flow")', 'matrix("flows")'),
+    "form": ('draw("svg")', 'draw("png")'),
+    "style": ('style("paper")', 'style("papers")'),
+    "band": ("pair_band: ss.PairedBand", "pair_band: ss.PairedSurfaces"),
+    "maps": ("maps: ss.PairedMaps", "maps: ss.CurvatureMap"),
 }
 
 
-def errors(folder, code):
-    (folder / "user_code.py").write_text(code)
-    (folder / "pyrightconfig.json").write_text(
-        json.dumps(
-            {"typeCheckingMode": "strict", "extraPaths": [str(SOURCE)], "reportMissingTypeStubs": False}
-        )
+def write(folder):
+    (folder / "right.py").write_text(CODE)
+    for name, (right, wrong) in MISTAKES.items():
+        assert CODE.count(right) == 1, right
+        (folder / f"wrong_{name}.py").write_text(CODE.replace(right, wrong))
+
+
+def pyright(folder):
+    """File name -> lines with an error."""
+    settings = {"typeCheckingMode": "strict", "extraPaths": [str(SOURCE)], "reportMissingTypeStubs": False}
+    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
+    done = subprocess.run(
+        [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", "-p", folder],
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    assert json.loads(done.stdout)["summary"]["filesAnalyzed"] == len(MISTAKES) + 1
+    return {(Path(one["file"]).name, one["range"]["start"]["line"]) for one in found}
+
+
+def mypy(folder):
+    """File name -> lines with an error."""
+    # As for an installed package, what it says of the package itself is not the user's affair.
+    (folder / "mypy.ini").write_text(
+        "[mypy]\nstrict = True\n[mypy-skipscope.*]\nignore_errors = True\nfollow_imports = silent\n"
     )
-    words = [
-        sys.executable,
-        "-m",
-        "pyright",
-        "--pythonpath",
-        sys.executable,
-        "--outputjson",
-        "-p",
-        str(folder),
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
-    return json.loads(done.stdout)["generalDiagnostics"]
+    files = sorted(path.name for path in folder.glob("*.py"))
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--python-executable", sys.executable, "--output", "json", *files],
+        cwd=folder, capture_output=True, text=True, timeout=280, env=os.environ | {"MYPYPATH": str(SOURCE)},
+    )  # fmt: skip
+    assert done.returncode in {0, 1} and not done.stderr, done.stdout + done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return {(one["file"], one["line"] - 1) for one in found if one["severity"] == "error"}
 
 
-@pytest.mark.slow
-def test_annotated_user_code_is_right_and_mistakes_are_found(tmp_path):
-    assert errors(tmp_path, CODE) == []
-    for right, wrong in MISTAKES.items():
-        assert right in CODE
-        assert errors(tmp_path, CODE.replace(right, wrong)), wrong
+@pytest.mark.parametrize("checker", [pyright, mypy], ids=["pyright", "mypy"])
+def test_annotated_user_code_is_right_and_every_planted_mistake_is_found(checker, tmp_path):
+    if checker is mypy:
+        pytest.importorskip("mypy")
+    write(tmp_path)
+    found = checker(tmp_path)
+    assert not {place for place in found if place[0] == "right.py"}
+    lines = CODE.splitlines()
+    expected = {
+        (f"wrong_{name}.py", number)
+        for name, (right, _) in MISTAKES.items()
+        for number, line in enumerate(lines)
+        if right in line
+    }
+    assert len(expected) == len(MISTAKES)
+    assert expected <= found, expected - found
+
+
+def test_the_words_for_connections_are_the_registry():
+    assert get_args(ConnectionKind) == tuple(connections.registry())

@@ -1,6 +1,7 @@
 """The wheel and the source distribution, built, installed into an empty environment and tried."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -37,7 +38,11 @@ def test_the_built_packages_work(tmp_path):
         assert f"skipscope/{needed}" in names
     assert not [name for name in names if not name.startswith("skipscope")]
     with tarfile.open(source) as archive:
-        assert any(name.endswith("/README.md") for name in archive.getnames())
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "LICENSE", "CITATION.cff", "tests/conftest.py", "docs/index.md"} <= held
+    assert not [
+        name for name in held if re.match(r"docs/(_build|api|gallery)|skipscope-out|.*__pycache__", name)
+    ]
 
     # An empty environment with this wheel; what it depends on is lent by the present one.
     run(sys.executable, "-m", "venv", tmp_path / "user")

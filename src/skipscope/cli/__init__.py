@@ -9,6 +9,7 @@ import errno
 import importlib
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 from cyclopts import App, Group, Parameter, validators
 
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import BatchNorm, Engine, Normalization, Precision
 from skipscope._table import printable
 from skipscope._version import __version__
 
@@ -189,12 +191,12 @@ def landscape(
     span: float = 1.0,
     tolerance: float | None = None,
     samples: int | None = None,
-    normalize: str = "filter",
-    batch_norm: str = "frozen",
+    normalize: Normalization = "filter",
+    batch_norm: BatchNorm = "frozen",
     l2: float = 0.0,
-    precision: str | None = None,
+    precision: Precision | None = None,
     strategy: str = "auto",
-    engine: str = "auto",
+    engine: Engine = "auto",
     source: Source = Source(),
     output: Output = Output(),
 ) -> None:
@@ -207,12 +209,12 @@ def landscape(
         tolerance: compute coarsely first, and more only where interpolation is off by more than this share of
             the range.
         samples: use a random subset of the data of this size.
-        normalize: filter, layer, tensor or none.
-        batch_norm: frozen, recalibrate or batch.
+        normalize: which length of the weights a direction has, part by part.
+        batch_norm: running statistics as they are, measured again at each point, or each batch's own.
         l2: count l2/2 |w|^2 in.
-        precision: fp32, tf32, bf16 or fp16 instead of the model's own.
+        precision: instead of the model's own.
         strategy: auto takes the fastest; plain has the same bits on every run.
-        engine: auto, or ray (extra).
+        engine: who computes the points; ray needs the package of that name.
     """
     options = {
         "span": span,
@@ -245,7 +247,10 @@ def _run(command: str, model: str | None, output: Output, *arguments: Any, **opt
     # With --json nothing but JSON reaches standard output, whatever the user's own functions print.
     with contextlib.redirect_stdout(sys.stderr) if output.json else contextlib.nullcontext():
         commands = importlib.import_module("skipscope.cli._commands")
-        getattr(commands, command)(*arguments, output=output, **options)
+        try:
+            getattr(commands, command)(*arguments, output=output, **options)
+        finally:
+            commands.remove_empty_folders()
 
 
 def main() -> None:
@@ -288,8 +293,27 @@ def _discard_output() -> None:
 def _unexpected(error: Exception) -> None:
     if os.environ.get("SKIPSCOPE_DEBUG"):
         raise error
+    if (place := _own_line(error)) is not None:
+        words = f"{type(error).__name__}: {error}"
+        _complain(
+            f"skipscope: your own code failed ({words})\n  got:      {place}\n  cure:     call it in Python"
+            " and mend what fails; SKIPSCOPE_DEBUG=1 shows the whole traceback"
+        )
+        sys.exit(1)
     _complain(
         f"skipscope: unexpected {type(error).__name__}: {error}\n  cure:     set SKIPSCOPE_DEBUG=1 to see"
         " where, and please report it"
     )
     sys.exit(70)
+
+
+def _own_line(error: Exception) -> str | None:
+    """The line of the user's own code that raised an error; None where skipscope raised it."""
+    package = str(Path(__file__).parents[1])
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename.startswith(package):
+            return None
+        # A library that was called on the way says nothing of who called it wrongly.
+        if "site-packages" not in frame.filename and not frame.filename.startswith((sys.base_prefix, "<")):
+            return f"{Path(frame.filename).name}:{frame.lineno}, {frame.line}"
+    return None

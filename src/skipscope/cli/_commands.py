@@ -4,6 +4,7 @@ went.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -11,7 +12,7 @@ import re
 import sys
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import skipscope as ss
 from skipscope import reference
@@ -23,10 +24,12 @@ from skipscope._table import printable
 from skipscope.report import side_by_side
 
 if TYPE_CHECKING:
+    from skipscope._option_words import ConnectionKind
     from skipscope.cli import Output, Source
     from skipscope.cli._command_subject import Subject
 
 DEFAULT_FOLDER = Path("skipscope-out")
+_made: list[Path] = []  # folders that this command made, the innermost first
 
 
 def compare(
@@ -68,7 +71,7 @@ def compare(
                 seed=source.seed,
                 name=model,
                 about=subject.said,
-                variants=kinds.split(",") if kinds else None,
+                variants=cast("list[ConnectionKind]", kinds.split(",")) if kinds else None,
             )
     _deliver(result, "compare", output, folder, before=result.kinds_table().text() if kinds else "")
 
@@ -200,6 +203,7 @@ def _folder(output: Output, command: str, model: str | None) -> Path:
     """
     name = "-".join([command, *([re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")] if model else [])])
     folder = output.out or DEFAULT_FOLDER / name
+    _made.extend(path for path in (folder, *folder.parents) if not path.exists())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -209,6 +213,14 @@ def _folder(output: Output, command: str, model: str | None) -> Path:
             "out", f"cannot use the folder {folder}: {error.strerror}", cure="give another one: --out FOLDER"
         ) from error
     return folder
+
+
+def remove_empty_folders() -> None:
+    """Remove the folders that this command made and put nothing into, as when it was refused."""
+    for folder in _made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    _made.clear()
 
 
 def _unused(folder: Path, name: str) -> str:

@@ -4,6 +4,7 @@ library.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import pkgutil
@@ -104,8 +105,23 @@ def named_model(name: str, said: list[str]) -> Any:
         return networks[name]
     raise SkipscopeError(
         "model", f"there is no network called {name!r:.60}", expected="one of " + ", ".join(networks),
-        cure="your own: module:callable, e.g. my_package.models:make_model",
+        cure=_with_colon(name) or "your own: module:callable, e.g. my_package.models:make_model",
     )  # fmt: skip
+
+
+def _with_colon(name: str) -> str | None:
+    """How a name without a colon is meant, where a file of the present folder says so: ``train.Net``,
+    ``train.py``.
+    """
+    if name.endswith(".py") and Path(name).is_file():
+        tree = ast.parse(Path(name).read_text(encoding="utf-8"))
+        kinds = (ast.ClassDef, ast.FunctionDef)
+        names = [node.name for node in tree.body if isinstance(node, kinds) and node.name[0] != "_"]
+        return f"name what makes the model, after a colon: {name}:{' or :'.join(names[:3]) or 'NAME'}"
+    module, _, attribute = name.rpartition(".")
+    if module and Path(*module.split(".")).with_suffix(".py").is_file():
+        return f"a colon before the name: {module}:{attribute}"
+    return None
 
 
 def resolve(name: str, what: str) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from skipscope._data import batch_size, rows
 from skipscope._errors import SkipscopeError
 from skipscope._model_calls import no_gradient
+from skipscope._option_words import ConnectionKind
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import one_snapshot, private_copy, random_state_kept, require_module
@@ -43,7 +44,7 @@ def compare(
     data: Any = None,
     loss: Any = None,
     *,
-    variants: Mapping[str, nn.Module | Factory] | Sequence[str] | None = None,
+    variants: Mapping[str, nn.Module | Factory] | Sequence[ConnectionKind] | None = None,
     train: bool = True,
     seeds: int = 3,
     steps: int | None = None,

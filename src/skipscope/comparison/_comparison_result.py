@@ -73,6 +73,14 @@ class Training(Result):
         engine: "stacked" (all rates and seeds as one batch of networks) or "one by one", for each twin.
         notes: what is worth knowing of how the twins were trained.
         processes: how many copies of this process trained side by side, with one thread each; 1: none.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> runs = ss.train_twins({"with": model}, data, loss, seeds=1, steps=5, optimizers={"Adam": [0.01]})
+        >>> runs.steps, runs.curves["with"]["Adam"].losses.shape
+        (5, (1, 5))
     """
 
     curves: dict[str, dict[str, Curves]]
@@ -301,6 +309,14 @@ class Comparison(Result):
         methods: one paragraph that says how everything was measured.
         notes: what was left out and why.
         provenance: versions, seeds, hashes, the machine, seconds by stage.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> result = ss.compare(model, data, loss, train=False, grid=5)
+        >>> sorted(result.flow), len(result.claims) > 3
+        (['with', 'with, detached', 'without'], True)
     """
 
     subject: str

@@ -9,18 +9,19 @@ from typing import Any
 from torch import nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import ConnectionKind
 from skipscope._subject import Subject
 from skipscope.nn import find_kind
 from skipscope.shortcuts import add_shortcuts, rewirable, rewire
 
 
-def kind_names(variants: Any) -> tuple[str, ...]:
+def kind_names(variants: Any) -> tuple[ConnectionKind, ...]:
     """The kinds that ``variants`` names; empty where it maps names to networks.
 
     Raises:
         SkipscopeError: a name that no kind has, or something that is no name.
     """
-    names = [variants] if isinstance(variants, str) else list(variants or ())
+    names: list[Any] = [variants] if isinstance(variants, str) else list(variants or ())
     if isinstance(variants, Mapping):
         return ()
     for name in names:
@@ -37,7 +38,7 @@ def kind_names(variants: Any) -> tuple[str, ...]:
 
 
 def twins_by_kind(
-    names: Sequence[str], subject: Subject, again: Callable[[], nn.Module] | None, notes: list[str]
+    names: Sequence[ConnectionKind], subject: Subject, again: Callable[[], nn.Module] | None, notes: list[str]
 ) -> dict[str, tuple[nn.Module, Any]]:
     """Kind -> its twin, and what makes another; kinds that do not fit are refused in ``notes``.
 

@@ -59,6 +59,13 @@ class CurvatureOperator:
         products: vectors multiplied so far, the trial of the modes included.
         tried: for each mode that was refused, why.
         held_bytes: memory that kept graphs take.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = torch.nn.Linear(4, 1), (torch.randn(20, 4), torch.randn(20, 1))
+        >>> operator = ss.curvature_operator(model, data, torch.nn.functional.mse_loss)
+        >>> operator.shape, (operator @ torch.ones(5).double().numpy()).shape
+        ((5, 5), (5,))
     """
 
     def __init__(

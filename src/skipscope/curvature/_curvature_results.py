@@ -75,6 +75,13 @@ class ExtremeEigenvalues(Result):
         smallest_vectors: eigenvectors of ``smallest`` ``[k, parameters]``, when asked for.
         largest_vectors: eigenvectors of ``largest``, when asked for.
         loss_name: the loss.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = torch.nn.Linear(4, 1), (torch.randn(20, 4), torch.randn(20, 1))
+        >>> ends = ss.extreme_eigenvalues(model, data, torch.nn.functional.mse_loss, k=2)
+        >>> ends.largest.shape, ends.converged, bool(ends.smallest[0] > 0)
+        ((2,), True, True)
     """
 
     smallest: np.ndarray
@@ -199,6 +206,13 @@ class SpectralDensity(Result):
         loss_name: the loss.
         half_nodes: nodes at half the steps, for the errors ``[probes, steps]``.
         half_weights: their weights.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = torch.nn.Linear(4, 1), (torch.randn(20, 4), torch.randn(20, 1))
+        >>> rho = ss.spectral_density(model, data, torch.nn.functional.mse_loss, probes=3, points=50)
+        >>> rho.grid.shape, rho.negative_share
+        ((50,), 0.0)
     """
 
     grid: np.ndarray
@@ -295,6 +309,13 @@ class TraceEstimate(Result):
         method: "hutchinson" or "hutch++", and the mode of the products that ran.
         matrix: "hessian" or "gauss_newton".
         parameters: the size of the matrix.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = torch.nn.Linear(4, 1), (torch.randn(20, 4), torch.randn(20, 1))
+        >>> trace = ss.curvature_trace(model, data, torch.nn.functional.mse_loss)
+        >>> trace.parameters, trace.value > 0, trace.stderr  # exact: as many products as parameters
+        (5, True, 0.0)
     """
 
     value: float

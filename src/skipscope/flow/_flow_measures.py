@@ -55,6 +55,14 @@ class GradientSplit(Result):
         loss: the loss on the data.
         mode, meaning: as in :class:`GradientFlow`.
         notes: what else a reader should know.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> split = ss.gradient_split(model, data, loss)
+        >>> [one.name for one in split], 0 < split[0].share < 1
+        (['layers.1', 'layers.2', 'layers.3'], True)
     """
 
     shortcuts: tuple[SplitAt, ...]
@@ -109,6 +117,14 @@ class PathSpectrum(Result):
         mode, meaning: as in :class:`GradientFlow`.
         errors: for an estimate, about how far each norm may be off; None when exact.
         notes: what else a reader should know.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> paths = ss.path_spectrum(model, data, loss)
+        >>> paths.branches, len(paths.norms), 0 < paths.mean_length < 4
+        (3, 4, True)
     """
 
     norms: np.ndarray
@@ -202,6 +218,14 @@ class Importance(Result):
         fall_decades: the flow's fall as built.
         mode: as in :class:`GradientFlow`.
         notes: what else a reader should know.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> rank = ss.importance(model, data, loss)
+        >>> [one.name for one in rank][:2], len(rank)
+        (['layers.1', 'layers.2'], 3)
     """
 
     shortcuts: tuple[ImportanceOf, ...]
@@ -293,6 +317,15 @@ class Prescription(Result):
         refused: what could not be tried, and why.
         advice: the answer in a sentence or two.
         notes: why the flow is as it is, how to do what came out best, and how the steps were taken.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> advice = ss.prescribe(ss.reference.deep_mlp(12, width=16), data, loss, steps=3)
+        >>> advice.before.state, advice.remedies[0].state
+        ('vanishing', 'healthy')
     """
 
     before: Remedy
@@ -334,6 +367,14 @@ class GradientCorrelation(Result):
         bins: rows ``(distance, mean correlation, pairs)``, equally filled.
         boundary: where the gradient was read.
         notes: what else a reader should know.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> found = ss.gradient_correlation(model, data, loss, pairs=100, bins=4)
+        >>> found.correlations.shape, len(found.bins), -1 <= found.mean <= 1
+        ((100,), 4, True)
     """
 
     distances: np.ndarray

@@ -151,6 +151,15 @@ class Verdict:
         hinders: the optimizers that such a flow mostly keeps from learning, of ``"SGD"`` and ``"Adam"``
             (whose steps do not depend on the gradient's size): what was seen on 200 networks. Empty for a
             healthy flow.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> _ = torch.manual_seed(0)
+        >>> verdict = ss.gradient_flow(ss.reference.deep_mlp(24, width=16), data, loss).verdict
+        >>> verdict.state, verdict.cause, verdict.where
+        ('vanishing', 'gain', 'layers.18.0')
     """
 
     state: str
@@ -207,6 +216,14 @@ class GradientFlow(Result):
         batches, samples: how much data it rests on.
         notes: what else a reader should know.
         sites: finer than boundaries: every weighted call, inside branches and at each time step.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> flow = ss.gradient_flow(model, data, loss)
+        >>> [b.depth for b in flow.boundaries], flow.verdict.state, flow.samples
+        ([0, 1, 2, 3, 4, 5], 'healthy', 32)
     """
 
     boundaries: tuple[BoundaryFlow, ...]

@@ -10,6 +10,7 @@ import numpy as np
 
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
+from skipscope._option_words import Quantity
 from skipscope._result import Result, Table
 
 # The state of one parameter's gradient at one step; History.states holds the index. The kinds of zero stay
@@ -80,6 +81,18 @@ class VerdictEvent:
         step: the optimizer step.
         before: the state until then.
         verdict: the verdict from then on.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> events = []
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with ss.watch(model, optimizer, flow_every=1, on_verdict=events.append):
+        ...     loss(model(data[0]), data[1]).backward()
+        ...     optimizer.step()
+        >>> [(event.step, event.before, event.verdict.state) for event in events]
+        [(1, 'unknown', 'healthy')]
     """
 
     step: int
@@ -137,6 +150,20 @@ class History(Result):
         recurrent: the recurrent layer whose reach was read; empty without one.
         reach: steps until a thousandth of the gradient is left there (NaN where more is left at the first
             step), and length of the sequence; ``[flow rows, 2]``.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with ss.watch(model, optimizer) as monitor:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         loss(model(data[0]), data[1]).backward()
+        ...         optimizer.step()
+        >>> history = monitor.history
+        >>> history.steps.tolist(), history.rms.shape == (3, len(history.parameters))
+        ([1.0, 2.0, 3.0], True)
     """
 
     parameters: tuple[str, ...]
@@ -192,7 +219,9 @@ class History(Result):
         """
         return total_of(self.norm, self.states)
 
-    def matrix(self, what: str = "rms", *, optimizer: int = 0, weights_only: bool = True) -> dict[str, Any]:
+    def matrix(
+        self, what: Quantity = "rms", *, optimizer: int = 0, weights_only: bool = True
+    ) -> dict[str, Any]:
         """What the heat map shows, as plain data.
 
         Args:

@@ -50,6 +50,18 @@ class Monitor:
         history: everything recorded so far, a :class:`History`. Waits for numbers on their way from an
             accelerator.
         verdict: the verdict so far, a :class:`LiveVerdict`; says what it rests on.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> monitor = ss.watch(model, optimizer, flow_every=1)
+        >>> loss(model(data[0]), data[1]).backward()
+        >>> optimizer.step()
+        >>> monitor.close()
+        >>> monitor.verdict.state, len(monitor.history.steps)
+        ('healthy', 1)
     """
 
     def __init__(

@@ -20,6 +20,16 @@ class SideBySide(Result):
     Attributes:
         names: what each result is called.
         texts: each result as it is saved.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> flow = ss.gradient_flow(model, data, loss)
+        >>> plain = ss.gradient_flow(ss.ablate(model, inputs=data[0]), data, loss)
+        >>> both = ss.side_by_side({"with": flow, "without": plain})
+        >>> list(both.results)
+        ['with', 'without']
     """
 
     names: tuple[str, ...]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from skipscope._option_words import Quantity
 from skipscope._result import Table
 from skipscope.monitor import STATES, History, VerdictEvent
 from skipscope.report._charts import Document, Heat, Lines, Mark, Panel, Series
@@ -17,7 +18,7 @@ KEY = (
 )
 
 
-def heat_of(result: History, what: str) -> Heat | None:
+def heat_of(result: History, what: Quantity) -> Heat | None:
     """One quantity of a history as a heat map, or None when nothing was recorded."""
     matrix = result.matrix(what)
     values = np.array(matrix["values"], dtype=float)
@@ -41,10 +42,11 @@ def heat_of(result: History, what: str) -> Heat | None:
 @view.register
 def _(result: History) -> Document:
     panels = []
-    for what, heading in (
-        ("rms", "The gradient of each weight, step by step"),
-        ("flow", "The flow at each boundary, step by step"),
-    ):
+    headings: dict[Quantity, str] = {
+        "rms": "The gradient of each weight, step by step",
+        "flow": "The flow at each boundary, step by step",
+    }
+    for what, heading in headings.items():
         chart = heat_of(result, what)
         if chart is not None:
             caption = f"The input is at the top. {chart.foot}"

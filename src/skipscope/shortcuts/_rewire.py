@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from skipscope import _data
 from skipscope import nn as connections
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import ConnectionKind
 from skipscope._untouched import private_copy, require_module, untouched
 from skipscope.shortcuts._edit import _chosen, refuse_another_architecture
 from skipscope.shortcuts._model_wrappers import unwrapped
@@ -33,7 +34,7 @@ PLACE = "shortcuts"
 def rewire(
     model: nn.Module,
     found: Shortcuts | Shortcut | Iterable[Shortcut] | None = None,
-    kind: str | type[nn.Module] | Maker = "rezero",
+    kind: ConnectionKind | type[nn.Module] | Maker = "rezero",
     *,
     inputs: Any = None,
     dim: int | None = None,

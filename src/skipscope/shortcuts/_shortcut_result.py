@@ -67,6 +67,14 @@ class Boundary:
         kind: ``"input"``, ``"merge"`` or ``"module"``.
         key: identifies the point, for skipscope's own use.
         summed: it is not what the call stacks, but the sum over that.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> found = ss.find_shortcuts(model, data[0])
+        >>> [(b.depth, b.name, b.kind) for b in found.boundaries][:2]
+        [(0, 'input', 'input'), (1, 'layers.0.0', 'module')]
     """
 
     name: str
@@ -111,6 +119,14 @@ class Shortcut:
         branch_at: operands that carry the branch, for editing.
         blocked: why this shortcut cannot be edited, or None.
         summed: the merge stacks, and is complete where what it stacks has been summed.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> one = ss.find_shortcuts(model, data[0])[0]
+        >>> one.name, one.kind, one.fork, one.span
+        ('layers.1', 'identity', 'layers.0.1', (1, 1))
     """
 
     name: str
@@ -166,6 +182,14 @@ class Shortcuts(Result, Sequence):
         passed: concatenations of a decoder whose skip passes a block with weights of its own: no shortcuts by
             the rule, and editable like them.
         writes_inputs: the model writes into tensors that it is called with.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> found = ss.find_shortcuts(model, data[0])
+        >>> len(found), found[0].name, len(found.select(name="layers.2*")), len(found.rejected)
+        (3, 'layers.1', 1, 0)
     """
 
     entries: tuple[Shortcut, ...]
@@ -188,7 +212,7 @@ class Shortcuts(Result, Sequence):
     def __getitem__(self, index: int | slice) -> Shortcut | Shortcuts:
         return replace(self, entries=self.entries[index]) if isinstance(index, slice) else self.entries[index]
 
-    def select(self, *, name: str = "*", kind: str | Sequence[str] | None = None) -> Shortcuts:
+    def select(self, *, name: str = "*", kind: Kind | Sequence[Kind] | None = None) -> Shortcuts:
         """Select by a shell pattern for the name, and by kind.
 
         Args:

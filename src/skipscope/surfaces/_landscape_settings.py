@@ -13,6 +13,7 @@ from torch import Tensor
 
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import BatchNorm, Engine, Normalization, Precision, Zeroable
 from skipscope._validation import is_finite, is_integer
 from skipscope.surfaces.evaluation._point_loss import Metric
 from skipscope.surfaces.planes._plane import Plane
@@ -62,18 +63,18 @@ class Options(TypedDict, total=False):
     span: Any
     store: str | os.PathLike[str] | None
     directions: Sequence[Any] | Plane | None
-    normalize: str
-    zero: Iterable[str]
+    normalize: Normalization
+    zero: Zeroable | Iterable[Zeroable]
     parameters: str | Iterable[str] | None
     orthogonal: bool
-    batch_norm: str
+    batch_norm: BatchNorm
     samples: int | None
     metrics: Mapping[str, Metric] | None
     l2: float
     tolerance: float | None
     strategy: str
-    precision: str | None
-    engine: str
+    precision: Precision | None
+    engine: Engine
     weight: Callable[[Batch], float] | None
     sample_loss: Callable[[Any, Any], Tensor] | None
 
@@ -94,18 +95,18 @@ class Settings:
     store: Any = None
     directions: Any = None
     strength: Any = None
-    normalize: str = "filter"
-    zero: Iterable[str] = ("biases", "norms")
+    normalize: Normalization = "filter"
+    zero: Zeroable | Iterable[Zeroable] = ("biases", "norms")
     parameters: Any = None
     orthogonal: bool = False
-    batch_norm: str = "frozen"
+    batch_norm: BatchNorm = "frozen"
     samples: int | None = None
     metrics: Any = None
     l2: float = 0.0
     tolerance: float | None = None
     strategy: str = "auto"
-    precision: str | None = None
-    engine: str = "auto"
+    precision: Precision | None = None
+    engine: Engine = "auto"
     weight: Callable[[Batch], float] | None = None
     sample_loss: Callable[[Any, Any], Tensor] | None = None
 
@@ -153,7 +154,7 @@ class Settings:
         return None if own is None else len(own) + (self.strength is not None)
 
     @property
-    def zeroed(self) -> tuple[str, ...]:
+    def zeroed(self) -> tuple[Zeroable, ...]:
         """What does not move, as a tuple."""
         return (self.zero,) if isinstance(self.zero, str) else tuple(self.zero)
 

@@ -33,7 +33,7 @@ def path_spectrum(
     model: nn.Module,
     data: Any,
     loss: Any = None,
-    wrt: Any = None,
+    wrt: Boundary | nn.Parameter | str | None = None,
     *,
     found: Any = None,
     batched: bool | None = None,
@@ -86,7 +86,7 @@ def path_spectrum(
 
 def paths_of(
     subject: Subject,
-    wrt: Any = None,
+    wrt: Boundary | nn.Parameter | str | None = None,
     *,
     batched: bool | None = None,
     max_bytes: int = 2**28,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from skipscope import _data
 from skipscope import nn as connections
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import ConnectionKind
 from skipscope._public_call import public_call
 from skipscope._untouched import private_copy, require_module, untouched
 
@@ -26,7 +27,7 @@ Wrap = Callable[[nn.Module], nn.Module]
 def add_shortcuts(
     model: nn.Module,
     inputs: Any,
-    kind: str | type[nn.Module] | Wrap = "identity",
+    kind: ConnectionKind | type[nn.Module] | Wrap = "identity",
     *,
     span: int = 1,
     where: str | Callable[[str], bool] | None = None,

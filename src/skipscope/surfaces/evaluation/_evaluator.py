@@ -25,13 +25,14 @@ from skipscope._cached_weights import (
 )
 from skipscope._data import Batch, Batches, Objective, forward
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import BatchNorm
 from skipscope._random import generator_states, generators_moved, refuse_noise, seed_generators
 from skipscope.shortcuts import average_statistics, norms_with_statistics
 from skipscope.surfaces.evaluation._moving_copy import MovingCopy
 from skipscope.surfaces.evaluation._point_loss import Metric, PointLoss, Reading, gather, joined, parts
 from skipscope.surfaces.planes._directions import Direction, inner
 
-BATCH_NORM = {
+BATCH_NORM: dict[BatchNorm, str] = {
     "frozen": "frozen", "recalibrate": "recalibrated at each point", "batch": "batch statistics",
     "as found": "frozen as found",
 }  # fmt: skip
@@ -56,7 +57,7 @@ class Strategy(Protocol):
 # ----------------------------------------------------------------------------------------------------
 
 
-def prepare_batch_norm(copy: nn.Module, mode: str) -> str:
+def prepare_batch_norm(copy: nn.Module, mode: BatchNorm) -> str:
     """Put our own copy into a batch-norm mode; returns its words.
 
     Raises:
@@ -96,7 +97,7 @@ class Loop:
         model: nn.Module,
         directions: Sequence[Direction],
         at_point: PointLoss,
-        batch_norm: str,
+        batch_norm: BatchNorm,
         *,
         name: str = "plain",
         channels_last: bool = False,
@@ -188,12 +189,13 @@ class Evaluator:
         loss: Objective,
         directions: Sequence[Direction],
         metrics: dict[str, Metric],
-        batch_norm: str,
+        batch_norm: BatchNorm,
         l2: float,
         strength_tensor: Tensor | None = None,
     ):
         self.model, self.loss, self.directions = model, loss, directions
-        self.mode, self.strength_tensor = batch_norm, strength_tensor
+        self.mode: BatchNorm = batch_norm
+        self.strength_tensor = strength_tensor
         self.plain = Loop(
             model, directions, PointLoss(data, loss, metrics), batch_norm, strength_tensor=strength_tensor
         )

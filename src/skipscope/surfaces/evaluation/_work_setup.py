@@ -13,6 +13,7 @@ from torch import nn
 
 from skipscope._data import Batches, Objective
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import Precision
 from skipscope._untouched import untouched
 from skipscope.surfaces._landscape_settings import Settings
 from skipscope.surfaces.evaluation._autotune import Choice, choose
@@ -56,7 +57,7 @@ def open_work(
 
 
 @contextmanager
-def precision_of(precision: str | None, model: nn.Module) -> Iterator[None]:
+def precision_of(precision: Precision | None, model: nn.Module) -> Iterator[None]:
     """The explicit choice of lower precision; None is the model's own, with torch's present settings."""
     device = next((p.device.type for p in model.parameters()), "cpu")
     if precision is None:

@@ -10,21 +10,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import get_args
 
 import numpy as np
 
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import Engine
 from skipscope._progress import track
 from skipscope.surfaces.grids._grid import Sheet
 from skipscope.surfaces.grids._surface_store import Store
 
-ENGINES = ("auto", "local", "torchrun", "ray")
+ENGINES = get_args(Engine)
 Remote = Callable[[Sequence[np.ndarray]], Iterator[tuple[np.ndarray, np.ndarray]]]
 _POLL_S = 0.02
 _PATIENCE_S = 10.0  # without a new unit before a rank is taken for lost; at least five units' time
 
 
-def engine_for(engine: str, stored: bool) -> str:
+def engine_for(engine: Engine, stored: bool) -> Engine:
     """The engine to use; "auto" is torchrun's ranks when there are some and a store to meet in, else this
     process.
 
@@ -64,7 +66,7 @@ class Runner:
         sheet: Sheet,
         work: Callable[[np.ndarray], np.ndarray],
         store: Store | None,
-        engine: str,
+        engine: Engine,
         what: str,
         at_once: int = 64,
         remote: Remote | None = None,

@@ -17,6 +17,7 @@ from torch import nn
 
 from skipscope._data import Batch, Batches, Objective, mean_loss, read
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import Engine, Normalization, Zeroable
 from skipscope._public_call import public_call
 from skipscope._sharding import refuse_spread
 from skipscope._untouched import private_copy, require_module, set_mode, untouched
@@ -51,8 +52,8 @@ class _Options(TypedDict, total=False):
     seed: int
     store: Any
     directions: Sequence[Any] | Plane | None
-    normalize: str
-    zero: Iterable[str]
+    normalize: Normalization
+    zero: Zeroable | Iterable[Zeroable]
     parameters: str | Iterable[str] | None
     orthogonal: bool
     samples: int | None
@@ -61,7 +62,7 @@ class _Options(TypedDict, total=False):
     max_products: int
     basis: int | None
     matrix: Matrix
-    engine: str
+    engine: Engine
     weight: Callable[[Batch], float] | None
 
 
@@ -84,8 +85,8 @@ def curvature_map(
     seed: int = 0,
     store: Any = None,
     directions: Sequence[Any] | Plane | None = None,
-    normalize: str = "filter",
-    zero: Iterable[str] = ("biases", "norms"),
+    normalize: Normalization = "filter",
+    zero: Zeroable | Iterable[Zeroable] = ("biases", "norms"),
     parameters: str | Iterable[str] | None = None,
     orthogonal: bool = False,
     samples: int | None = None,
@@ -94,7 +95,7 @@ def curvature_map(
     max_products: int = 300,
     basis: int | None = None,
     matrix: Matrix = "hessian",
-    engine: str = "auto",
+    engine: Engine = "auto",
     weight: Callable[[Batch], float] | None = None,
 ) -> CurvatureMap | PairedMaps:
     """Both ends of the Hessian's spectrum at every point of a landscape's grid.

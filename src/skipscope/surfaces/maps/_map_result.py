@@ -41,6 +41,13 @@ class CurvatureMap(Exported):
         seed: of directions and solver.
         weights_hash: of the model's parameters and buffers.
         data_hash: of the data.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = torch.nn.Linear(4, 1), (torch.randn(20, 4), torch.randn(20, 1))
+        >>> found = ss.curvature_map(model, data, torch.nn.functional.mse_loss, grid=3)
+        >>> found.smallest.shape, bool(found.converged.all())
+        ((3, 3), True)
     """
 
     name: str
@@ -132,6 +139,14 @@ class PairedMaps(Exported):
         maps: by twin.
         shared_weights: every twin has the same weights as the first (removed, detached, other strength).
         notes: what was done to make them comparable, and what may not be compared.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> twins = {"one": torch.nn.Linear(4, 1), "other": torch.nn.Linear(4, 1)}
+        >>> data = torch.randn(20, 4), torch.randn(20, 1)
+        >>> pair = ss.curvature_map(twins, data, torch.nn.functional.mse_loss, grid=3)
+        >>> list(pair.maps), pair.shared_weights
+        (['one', 'other'], False)
     """
 
     maps: dict[str, CurvatureMap]

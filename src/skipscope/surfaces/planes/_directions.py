@@ -19,19 +19,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import Normalization, Zeroable
 from skipscope._public_call import public_call
 from skipscope._sharding import refuse_spread
 from skipscope._validation import names_matching
 
 Direction = Mapping[str, Tensor]
-NORMALIZATIONS = ("filter", "layer", "tensor", "none")
-ZEROABLE = ("biases", "norms", "embeddings")
+NORMALIZATIONS = get_args(Normalization)
+ZEROABLE = get_args(Zeroable)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -42,8 +43,8 @@ def random_direction(
     *,
     seed: int = 0,
     axis: int = 0,
-    normalize: str = "filter",
-    zero: Iterable[str] = ("biases", "norms"),
+    normalize: Normalization = "filter",
+    zero: Zeroable | Iterable[Zeroable] = ("biases", "norms"),
     parameters: str | Iterable[str] | None = None,
     like: Direction | None = None,
     keep: bool = True,
@@ -103,7 +104,7 @@ class SeededDirection(Mapping[str, Tensor]):
         moved: Mapping[str, tuple[Tensor, int]],
         seed: int,
         axis: int,
-        normalize: str,
+        normalize: Normalization,
         like: Mapping[str, Tensor] | None,
     ):
         self.moved, self.seed, self.axis, self.normalize, self.like = moved, seed, axis, normalize, like
@@ -139,7 +140,7 @@ class SeededDirection(Mapping[str, Tensor]):
 
 
 def moved_parameters(
-    model: nn.Module, zero: Iterable[str], parameters: str | Iterable[str] | None = None
+    model: nn.Module, zero: Zeroable | Iterable[Zeroable], parameters: str | Iterable[str] | None = None
 ) -> dict[str, tuple[Tensor, int]]:
     """Each parameter that has a direction, with the dimension its filters lie in."""
     zero = set((zero,) if isinstance(zero, str) else zero)

@@ -38,6 +38,13 @@ class Plane:
         weights: the known sets of weights (and buffers) as they were given, so that their own loss can be
             read.
         names: of the points.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+        >>> plane = ss.solutions_plane(model, other)
+        >>> len(plane.directions), list(plane.directions[0])
+        (1, ['weight', 'bias'])
     """
 
     directions: list[Direction]

@@ -26,6 +26,14 @@ class SurfaceBand(Exported):
         low: lowest over seeds, [a, b].
         high: highest over seeds, [a, b].
         scores: name -> (mean over seeds, standard deviation over seeds).
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> band = ss.landscape(model, data, loss, grid=5, seed=[0, 1])
+        >>> list(band.surfaces), band.alphas.shape
+        (['0', '1'], (5,))
     """
 
     surfaces: dict[str, Surface]
@@ -60,6 +68,15 @@ class PairedBand(Exported):
         scores: twin -> score -> (mean over seeds, standard deviation over seeds).
         agreement: twin -> score -> share of seeds on which this twin's score is higher than the first twin's:
             near 0 or 1 the direction does not matter, near a half it decides.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> twins = {"with": model, "without": ss.ablate(model, inputs=data[0])}
+        >>> band = ss.paired_landscapes(twins, data, loss, grid=5, seed=[0, 1])
+        >>> list(band.pairs)
+        ['0', '1']
     """
 
     pairs: dict[str, PairedSurfaces]

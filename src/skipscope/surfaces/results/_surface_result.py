@@ -186,6 +186,14 @@ class Surface(Exported):
             ``interpolation_error`` (0.12 for 24 points drawn from many); None when every point was computed,
             and for the surface after a level of a run that has not ended, whose error was seen between the
             points of that level.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> surface = ss.landscape(model, data, loss, grid=5)
+        >>> surface.values.shape, surface.alphas.tolist(), surface.checks.passed
+        ((5, 5), [-1.0, -0.5, 0.0, 0.5, 1.0], True)
     """
 
     name: str
@@ -342,6 +350,15 @@ class PairedSurfaces(Exported):
         differences: twin -> its surface minus the first one's, for each twin that shares the first one's
             weights.
         notes: what may and what may not be compared here.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> twins = {"with": model, "without": ss.ablate(model, inputs=data[0])}
+        >>> pair = ss.paired_landscapes(twins, data, loss, grid=5)
+        >>> list(pair.surfaces), pair.shared_weights
+        (['with', 'without'], True)
     """
 
     surfaces: dict[str, Surface]
