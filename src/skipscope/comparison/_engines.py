@@ -310,7 +310,7 @@ class Stacked:
         """
         self.stopped[index] = self.table[index].clone()
         self.table[index] = 0.0
-        torch._foreach_copy_(list(self.parameters.values()), self.views)
+        copy_each(list(self.parameters.values()), self.views)
 
     def losses(self, batches: list[Any]) -> Tensor:
         """The loss of each network on its own batch, [networks]."""
