@@ -20,6 +20,9 @@ from torch import nn
 import skipscope as ss
 from skipscope import _public_call, _untouched
 from skipscope._public_call import public_call, turn
+from trust._model import CALLS
+from trust._model import batch as _data
+from trust._model import network as _net
 
 
 @pytest.fixture(autouse=True)
@@ -28,41 +31,6 @@ def ctrl_c_raises():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.f = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh())
-
-    def forward(self, x):
-        return x + self.f(x)
-
-
-def _net(depth: int = 4) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(*(Block() for _ in range(depth)), nn.Linear(8, 3))
-
-
-def _data() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(24, 8, generator=generator), torch.randint(0, 3, (24,), generator=generator)
-
-
-CALLS: dict[str, Callable[..., Any]] = {
-    "find_shortcuts": lambda m, d: ss.find_shortcuts(m, d[0]),
-    "ablate": lambda m, d: ss.ablate(m, inputs=d[0]),
-    "add_shortcuts": lambda m, d: ss.add_shortcuts(m, d[0], report=None),
-    "gradient_flow": lambda m, d: ss.gradient_flow(m, d, F.cross_entropy),
-    "gradient_split": lambda m, d: ss.gradient_split(m, d, F.cross_entropy),
-    "path_spectrum": lambda m, d: ss.path_spectrum(m, d, F.cross_entropy),
-    "importance": lambda m, d: ss.importance(m, d, F.cross_entropy),
-    "landscape": lambda m, d: ss.landscape(m, d, F.cross_entropy, grid=3, strategy="plain"),
-    "extreme_eigenvalues": lambda m, d: ss.extreme_eigenvalues(m, d, F.cross_entropy, max_products=6),
-    "curvature_trace": lambda m, d: ss.curvature_trace(m, d, F.cross_entropy, products=3),
-    "train_twins": lambda m, d: ss.train_twins({"a": m}, d, F.cross_entropy, seeds=1, steps=3, optimizers={"SGD": [0.1]}),
-    "compare": lambda m, d: ss.compare(m, d, F.cross_entropy, train=False, grid=3),
-}  # fmt: skip
 
 
 def _state(model: nn.Module) -> list[Any]:
