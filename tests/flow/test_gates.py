@@ -165,6 +165,7 @@ def build(part, canonical):
 
 
 @example(("residual", "multiplied out"), 0, False)
+@example(("chain", "multiplied out, minus brackets", "difference viewed"), 0, False)
 @settings(max_examples=40, deadline=None)
 @given(parts, st.integers(0, 10**6), st.booleans())
 def test_the_paths_of_nested_networks(part, seed, batched):

@@ -402,3 +402,20 @@ def test_nothing_is_left_of_a_trace():
         assert trace() is None and gc.collect() == 0
     finally:
         gc.enable()
+
+
+def test_an_input_that_leaves_torch_is_told():
+    """Ids that are read as Python numbers: what is made of them cannot be seen, which is not that there is none."""
+
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.lin = nn.Embedding(20, 6), nn.Linear(6, 6)
+
+        def forward(self, ids):
+            x = torch.stack([self.table.weight[i] for i in ids.tolist()])
+            return x + self.lin(x).tanh()
+
+    found = find_shortcuts(Looking(), torch.tensor([3, 4, 5]))
+    assert not len(found) and [o.name for o in found.opaque] == ["input"]
+    assert not find_shortcuts(nn.Linear(6, 6), torch.ones(2, 6)).opaque

@@ -399,6 +399,30 @@ def test_shortcuts_of_a_deeper_model_of_the_same_class_are_refused():
         ss.importance(shallow, (X, torch.zeros(4, 6)), nn.functional.mse_loss, found=found)
 
 
+@pytest.mark.parametrize("depths", [(2, 4), (4, 2)])
+def test_so_are_those_of_blocks_that_hold_several_layers(depths):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x + self.b(self.a(x).relu())
+
+    one, other = (nn.Sequential(*(Block() for _ in range(depth))) for depth in depths)
+    found = find_shortcuts(one, X)
+    with pytest.raises(SkipscopeError, match=r"(?s)another architecture.*module 2"):
+        ablate(other, found)
+    # An adapter that was put in later is no other depth.
+    one[0].adapter = nn.Linear(6, 6)
+    assert ablate(one, found)(X).shape == X.shape
+
+
+def test_a_strength_for_each_is_refused():
+    with pytest.raises(SkipscopeError, match="a strength is one factor for all"):
+        ablate(nn.Linear(6, 6), inputs=X, strength=[0.5, 1.0])  # pyright: ignore[reportArgumentType]
+
+
 def test_what_the_pass_did_not_run_is_in_the_meaning_of_the_twin():
     net: Any = Choosing()
     found = find_shortcuts(net, X)

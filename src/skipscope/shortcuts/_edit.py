@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
@@ -80,6 +81,11 @@ def ablate(
         raise SkipscopeError(
             "ablate", "unknown edit", expected="remove, detach, lesion, or strength=", got=repr(how)
         )
+    if strength is not None and not isinstance(strength, Real | Tensor):
+        raise SkipscopeError(
+            "ablate", "a strength is one factor for all", expected="a number or a tensor", got=repr(strength),
+            cure="ablate once for each group of shortcuts: edits of edits compose",
+        )  # fmt: skip
     if strength is not None and how != "remove":
         raise SkipscopeError(
             "ablate", "two edits at once", expected="how=, or strength= (a factor on the shortcut)",
@@ -201,12 +207,18 @@ def refuse_another_architecture(model: nn.Module, found: Sequence[Shortcut], ope
         return
     seen = {layer.name for layer in found.layers} | set(found.not_run)
     with_weights = {path for path, module in modules.items() if module._parameters}
+    in_rows = set().union(*map(_in_any_row, seen & with_weights)) if seen else set()
     for path in sorted(with_weights - seen):
         # One more of those that stand in a row; modules that were put in otherwise (an adapter) are no other
         # depth.
-        parent, _, last = path.rpartition(".")
-        if last.isdigit() and any(other.rpartition(".")[0] == parent for other in seen & with_weights):
+        if _in_any_row(path) & in_rows:
             refuse(None, f"no module {path}", f"{type(model).__name__} has it")
+
+
+def _in_any_row(path: str) -> set[str]:
+    """A path with each of its numbers left out in turn: what stands in one row is alike then."""
+    parts = path.split(".")
+    return {".".join([*parts[:i], "*", *parts[i + 1 :]]) for i, part in enumerate(parts) if part.isdigit()}
 
 
 def _nothing_to_edit(model: nn.Module, found: Any) -> SkipscopeError:

@@ -173,7 +173,8 @@ class Gates:
                 sign = -sign if kind == "neg" else sign
                 # Of several factors one may bring the sign: x + (-t) (x - H).
                 negative = {p for p in parents if len(parents) > 1 and graph.kind(p) == "neg"}
-                waiting += [(p, -sign if negative - {p} else sign) for p in parents]
+                ways = [p for p in parents if p != x and graph.ancestors.reaches(x, p)]
+                waiting += [(p, -sign if negative - {p} else sign) for p in ways]
         return None
 
 

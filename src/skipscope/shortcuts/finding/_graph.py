@@ -76,6 +76,7 @@ class Graph:
         self.sources = self._starts()
         self.merges = self._merges()
         own = {path for path, module in model.named_modules() if module._parameters}
+        own |= {v.name.rpartition(".")[0] for v in trace.values if v.origin is Origin.PARAMETER}
         runs = trace.runs
         self.runs = [runs[i] for i in self._ended() if runs[i].path in own]
 
@@ -281,7 +282,7 @@ class Graph:
         self._scalar = 0
         for i, (path, module) in enumerate(modules.items()):
             own = [p for p in module._parameters.values() if p is not None]
-            if all(p.numel() == 1 for p in own):
+            if own and all(p.numel() == 1 for p in own):
                 self._scalar |= 1 << i
             if any(p.ndim >= 2 for p in own):
                 self._shapes[i] = [tuple(p.shape) for p in own if p.ndim >= 2]

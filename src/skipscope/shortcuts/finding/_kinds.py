@@ -15,7 +15,7 @@ WHOLE = words(
     """
     view reshape view_as reshape_as transpose t T mT H mH adjoint permute movedim clone contiguous squeeze
     unsqueeze flatten unflatten ravel to detach data alias copy write_all atleast_1d atleast_2d atleast_3d
-    positive lift_fresh
+    positive lift_fresh quantize_per_tensor quantize_per_tensor_dynamic quantize_per_channel dequantize
     """
 )
 _POOLS = words(

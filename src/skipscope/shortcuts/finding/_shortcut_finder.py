@@ -99,12 +99,19 @@ def read(trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = Non
         rejected=(*_rejected(verdicts, found, parts), *_joined_otherwise(graph)),
         boundaries=boundaries_of(graph, model, list(zip(found, names, homes, strict=True))),
         layers=_layers(graph, model),
-        opaque=tuple(Rejected(h.name, h.reason, h.source) for h in trace.hidden),
+        opaque=(*(Rejected(h.name, h.reason, h.source) for h in trace.hidden), *_unseen_input(graph, model)),
         model=class_name(model),
         not_run=_not_run(trace, model),
         passed=_passed(graph, judge, verdicts, runs_at, merges),
         writes_inputs=trace.writes_inputs,
     )
+
+
+def _unseen_input(graph: Graph, model: nn.Module) -> Iterator[Rejected]:
+    """The input, where no call that was seen leads from it to the output: ids read as Python numbers."""
+    has_weights = any(True for _ in model.parameters())
+    if has_weights and graph.trace.inputs and graph.trace.outputs and not graph.activations:
+        yield Rejected("input", UNSEEN_INPUT, "")
 
 
 def _not_run(trace: Trace, model: nn.Module) -> tuple[str, ...]:
@@ -146,6 +153,7 @@ def _rejected(
     return tuple(others)
 
 
+UNSEEN_INPUT = "no call of torch leads from it to the output: what is made of it cannot be seen"
 _NO_SUMS = frozenset({"maximum", "minimum", "fmax", "fmin", "logaddexp", "logaddexp2", "hypot"})
 
 

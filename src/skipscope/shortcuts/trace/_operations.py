@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from skipscope.shortcuts.trace._recorded_trace import is_number
+
 Slot = tuple[int, str]  # position and keyword of one tensor argument
 SlotsIn = Callable[[Sequence[Any], Mapping[str, Any]], tuple[Slot, ...] | None]
 
@@ -113,7 +115,7 @@ def _operations() -> dict[str, Operation]:
     table |= {f"{name}_": replace(one, in_place=True) for name, one in table.items() if one.slots}
     same = {
         "subtract": "sub", "subtract_": "sub_", "multiply": "mul", "multiply_": "mul_", "concat": "cat",
-        "concatenate": "cat", "__rsub__": "rsub", "__radd__": "add", "__rmul__": "mul",
+        "concatenate": "cat", "add_relu": "add", "__rsub__": "rsub", "__radd__": "add", "__rmul__": "mul",
     }  # fmt: skip
     table |= {name: table[other] for name, other in same.items()}
     for name in ("add", "sub", "mul", "lerp"):
@@ -216,4 +218,4 @@ def one_by_one(
 
 def tensor_operands(values: Sequence[Any]) -> int:
     """How many operands are real or complex tensors."""
-    return len([v for v in values if isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())])
+    return len([v for v in values if isinstance(v, Tensor) and is_number(v.dtype)])

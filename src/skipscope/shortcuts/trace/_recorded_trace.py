@@ -28,6 +28,14 @@ class Origin(enum.Enum):
     CALL = "call"
 
 
+_QUANTIZED = frozenset({torch.quint8, torch.qint8, torch.qint32})
+
+
+def is_number(dtype: torch.dtype) -> bool:
+    """Whether tensors of a type hold real or complex numbers, and not counts, ids or truth values."""
+    return dtype.is_floating_point or dtype.is_complex or dtype in _QUANTIZED
+
+
 @dataclass(slots=True, eq=False)
 class Value:
     """One tensor at one time.
@@ -61,8 +69,10 @@ class Value:
 
     @property
     def is_float(self) -> bool:
-        """Whether it has real or complex numbers, through which a gradient goes."""
-        return self.dtype.is_floating_point or self.dtype.is_complex
+        """Whether it has real or complex numbers, through which a gradient goes; or those of a quantized
+        model.
+        """
+        return is_number(self.dtype)
 
     @property
     def is_activation(self) -> bool:

@@ -20,6 +20,7 @@ from skipscope._torch_internals import as_written, is_transformed, untransformed
 from skipscope.shortcuts.trace import _call_sites, _operations
 from skipscope.shortcuts.trace._function_names import (
     COMPOSITES,
+    LIKE_ANOTHER,
     LINEAR,
     LOOKUPS,
     OVERWRITES,
@@ -39,6 +40,7 @@ from skipscope.shortcuts.trace._recorded_trace import (
     Trace,
     TracedCall,
     Value,
+    is_number,
 )
 from skipscope.shortcuts.trace._tensor_memory import Memory, memory_of
 
@@ -147,6 +149,7 @@ class Recorder(TorchFunctionMode):
         self._times: Counter[str] = Counter()
         self._steps: Counter[tuple[str, int, int, str]] = Counter()
         self._weights: dict[int, tuple[str, Tensor]] = {}
+        self._packed_weights: dict[int, tuple[int, torch.ScriptObject]] = {}
         # Values that were computed from an input or a parameter.
         self._derived: set[int] = set()
         # Calls that cannot be looked into: name and operands.
@@ -179,8 +182,12 @@ class Recorder(TorchFunctionMode):
         if unseen is not None:
             return self._noted_unseen(unseen, func, function, args, kwargs)
         operands = tuple(self.value_of(tensor) for tensor in tensors)
+        packed = tuple(self._packed(a) for a in args if isinstance(a, torch.ScriptObject))
         transformed = any(map(is_transformed, tensors))
         call = self._begun(function, operands, args, kwargs, frame)
+        if function.name in LIKE_ANOTHER:
+            call.operands = operands[:1]
+        call.operands += packed
         if transformed:
             call.transformed = True
             self._unseen.append(("unseen", tuple(v for v in operands if v in self._derived)))
@@ -372,6 +379,18 @@ class Recorder(TorchFunctionMode):
             value.number = _number(tensor)
         self.memory.set(tensor, value.index)
         return value.index
+
+    def _packed(self, weights: torch.ScriptObject) -> int:
+        """The value of the weights that a quantized module keeps in an object of its own."""
+        path = self.stack[-1].path if self.stack else ""
+        known = self._packed_weights.get(id(weights))
+        if known is None:
+            value = Value(len(self.trace.values), Origin.PARAMETER, (1, 1), torch.qint8)
+            value.name = f"{path}.packed" if path else "packed"
+            self.trace.values.append(value)
+            self._derived.add(value.index)
+            known = self._packed_weights[id(weights)] = value.index, weights
+        return known[0]
 
     def _alias_of(self, tensor: Tensor) -> int | None:
         """The value of a view that no recorded call made, or None."""
@@ -575,6 +594,7 @@ class Recorder(TorchFunctionMode):
         self.sites.reset()
         self._applied = None
         self._weights.clear()
+        self._packed_weights.clear()
         del self.memory
 
 
@@ -660,7 +680,7 @@ _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.
 
 
 def _is_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+    return is_number(tensor.dtype)
 
 
 def _whole(end: Any) -> int | None:

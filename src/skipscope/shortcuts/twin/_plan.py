@@ -273,6 +273,9 @@ def edited(
 def _rewritten(factor: float | Tensor | None, operand: Tensor) -> Tensor:
     if factor is None:
         return operand.detach()
+    if operand.is_quantized:
+        scaled = operand.dequantize() * factor
+        return torch.quantize_per_tensor(scaled, operand.q_scale(), operand.q_zero_point(), operand.dtype)
     if isinstance(factor, (float, int)):  # a tuple of types: torch 2.6 cannot compile `float | int`
         if factor == 0:
             # In its own layout: the sum takes it on, and a view of the sum may need it.
