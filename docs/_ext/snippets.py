@@ -154,7 +154,7 @@ def _shown(printed: str, value: Any) -> str:
 
 def _wrapped(line: str) -> str:
     """A sentence in lines that fit the page; tables are narrower."""
-    return line if len(line) <= 100 else textwrap.fill(line, 96, break_long_words=False)
+    return line if len(line) <= 92 else textwrap.fill(line, 88, break_long_words=False)
 
 
 def _insert_outputs(app: Any, name: str, content: list[str]) -> None:

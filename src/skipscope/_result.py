@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from skipscope._errors import SkipscopeError
+from skipscope._errors import MissingExtra, SkipscopeError
 from skipscope._files import write_whole
 from skipscope._table import Table as Table
 from skipscope._table import printable
@@ -207,6 +207,10 @@ def loads(text: str, source: str = "text") -> Result:
         str(result)  # a value of another type may fit its field, and fail where it is used
         return result
     except SkipscopeError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name == "cattrs":
+            raise MissingExtra("load", "cattrs") from error
         raise
     except Exception as error:  # any malformed file must end here, whatever it holds
         raise SkipscopeError(

@@ -1,17 +1,33 @@
 """With torch and numpy alone (``pip install --no-deps``) one can find, edit, measure and watch."""
 
+import os
 import subprocess
 import sys
 
-CODE = """
+import pytest
+
+# All that is not torch's or NumPy's own.
+OTHERS = {
+    "scipy",
+    "cattrs",
+    "attrs",
+    "attr",
+    "cyclopts",
+    "matplotlib",
+    "rich",
+    "safetensors",
+    "zarr",
+    "numcodecs",
+}
+ABSENT = """
 import sys
-ABSENT = {"scipy", "cattrs", "attrs", "attr", "cyclopts", "matplotlib", "rich", "safetensors", "zarr", "numcodecs"}
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ABSENT:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
-
+"""
+CODE = """
 import torch
 import torch.nn.functional as F
 import skipscope as ss
@@ -48,7 +64,68 @@ print("light")
 """
 
 
-def test_torch_and_numpy_are_enough_to_find_edit_measure_and_watch():
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=200)
+# Rows of the table "What needs which package" in docs/promises.md: code, and what it needs beside torch and NumPy.
+START = """
+import torch
+import torch.nn.functional as F
+import skipscope as ss
+model, data = ss.reference.deep_mlp(3, width=8, shortcut="identity"), ss.reference.digits(16)
+small = torch.nn.Linear(64, 10)
+"""
+ROWS = {
+    "surfaces and curvature": (
+        """
+ss.paired_landscapes({"a": model, "b": ss.ablate(model, inputs=data[0])}, data, F.cross_entropy, grid=5)
+ss.extreme_eigenvalues(small, data, F.cross_entropy)
+ss.curvature_map(small, data, F.cross_entropy, grid=3)
+ss.spectral_density(small, data, F.cross_entropy, probes=2, steps=5)
+""",
+        {"scipy"},
+    ),
+    "pages and tables": (
+        """
+for ending in ("html", "csv", "tex", "json"):
+    ss.gradient_flow(model, data, F.cross_entropy).save(f"flow.{ending}")
+with ss.progress():
+    ss.train_twins({"a": model}, data, F.cross_entropy, seeds=1, steps=2)
+""",
+        set(),
+    ),
+    "pictures": ("ss.gradient_flow(model, data, F.cross_entropy).save('flow.svg')", {"matplotlib"}),
+    "load": (
+        "print(ss.load(ss.gradient_flow(model, data, F.cross_entropy).save('flow.json')))",
+        {"cattrs", "attrs", "attr"},
+    ),
+    "stores": (
+        "ss.landscape(model, data, F.cross_entropy, grid=5, store='surface.zarr')",
+        {"scipy", "zarr", "numcodecs"},
+    ),
+}
+
+
+def run(code, present, folder):
+    absent = f"ABSENT = {OTHERS - present!r}" + ABSENT
+    return subprocess.run(
+        [sys.executable, "-c", absent + code], capture_output=True, text=True, timeout=200, cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )  # fmt: skip
+
+
+def test_torch_and_numpy_are_enough_to_find_edit_measure_and_watch(tmp_path):
+    done = run(CODE, set(), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("light")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_needs_the_packages_that_the_table_names(row, tmp_path):
+    code, needed = ROWS[row]
+    done = run(START + code, needed, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("row", [row for row, (_, needed) in ROWS.items() if needed])
+def test_without_them_the_package_is_named(row, tmp_path):
+    code, needed = ROWS[row]
+    done = run(START + code, {"scipy"} & needed if row == "stores" else set(), tmp_path)
+    assert done.returncode and any(f"{name}" in done.stderr.splitlines()[-1] for name in needed), done.stderr
