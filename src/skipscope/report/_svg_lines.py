@@ -4,6 +4,7 @@ told.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -135,7 +136,7 @@ def _band(series: Series, x: Axis, y: Axis) -> Markup:
     upper = [(x(a), y(b)) for a, b in zip(series.x, series.high)]
     lower = [(x(a), y(b)) for a, b in zip(series.x, series.low)]
     points = [p for p in [*_thin(upper), *_thin(lower)[::-1]] if None not in p]
-    return tag("path", d=_path(points) + "Z", class_=f"band s{series.style % len(MARKERS)}")
+    return tag("path", d=_path(points, _SOFT) + "Z", class_=f"band s{series.style % len(MARKERS)}")
 
 
 def _line(series: Series, x: Axis, y: Axis, chart: Lines) -> Markup:
@@ -191,14 +192,63 @@ def _thin(points: list[tuple], most: int = 400) -> list[tuple]:
     return [*kept, points[-1]]
 
 
-def _path(points: Sequence[tuple]) -> str:
-    return "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in points) if points else ""
+def _path(points: Sequence[tuple], invisible: float = 3.0) -> str:
+    """The path through some points, in tenths of a pixel and relative to each other: half as long as in
+    full.
+
+    Example:
+        >>> _path([(41.62, 168.3), (47.0, 171.04), (52.5, 170.0)])
+        'M41.6 168.3l5.4 2.7 5.5-1'
+    """
+    kept = _without_invisible([(round(10 * px), round(10 * py)) for px, py in points], invisible)
+    steps = [_pair(bx - ax, by - ay) for (ax, ay), (bx, by) in itertools.pairwise(kept)]
+    line = " ".join(steps).replace(" -", "-")
+    return "M" + _pair(*kept[0]) + (f"l{line}" if line else "") if kept else ""
+
+
+# How near to the line through its neighbours a point is not seen, in tenths of a pixel: lines are 2 pixels
+# wide, and the edge of a band is soft.
+_SOFT = 6.0
+
+
+def _without_invisible(places: list[tuple[int, int]], invisible: float) -> list[tuple[int, int]]:
+    """Places without those that the straight line between others passes near enough (Ramer, Douglas and
+    Peucker).
+    """
+    keeps, stretches = {0, len(places) - 1}, [(0, len(places) - 1)]
+    while stretches:
+        first, last = stretches.pop()
+        if last - first < 2:
+            continue
+        distances = [_distance(place, places[first], places[last]) for place in places[first + 1 : last]]
+        farthest = max(distances)
+        if farthest > invisible:
+            middle = first + 1 + distances.index(farthest)
+            keeps.add(middle)
+            stretches += [(first, middle), (middle, last)]
+    return [place for i, place in enumerate(places) if i in keeps]
+
+
+def _distance(place: tuple[int, int], start: tuple[int, int], end: tuple[int, int]) -> float:
+    """From a place to the straight piece between two others."""
+    x, y = place[0] - start[0], place[1] - start[1]
+    dx, dy = end[0] - start[0], end[1] - start[1]
+    along = max(0.0, min(1.0, (x * dx + y * dy) / (dx * dx + dy * dy))) if dx or dy else 0.0
+    return math.hypot(x - along * dx, y - along * dy)
+
+
+def _pair(a: int, b: int) -> str:
+    """Two numbers in tenths; a minus separates them as well as a space."""
+    first, second = (
+        f"{value / 10:g}".replace("0.", ".") if abs(value) < 10 else f"{value / 10:g}" for value in (a, b)
+    )
+    return first + ("" if second.startswith("-") else " ") + second
 
 
 def _hits(chart: Lines, x: Axis, y: Axis) -> Markup:
     """Invisible discs that tell a pointer the numbers; a title serves where scripts do not run."""
     total = sum(len(s.x) for s in chart.series if not s.faint)
-    step = max(1, math.ceil(total / (160 if x.end - x.start > 400 else 60)))  # a finger is no mouse
+    step = max(1, math.ceil(total / (90 if x.end - x.start > 400 else 36)))  # a finger is no mouse
     parts = []
     for series in chart.series:
         if series.faint or (series.frame is not None and series.frame != chart.frame):
@@ -211,8 +261,9 @@ def _hits(chart: Lines, x: Axis, y: Axis) -> Markup:
                     if series.tips
                     else f"{series.label}  {short(float(series.x[i]))}: {short(float(series.y[i]))}"
                 )
-                parts.append(tag("circle", tag("title", told), cx=at[0], cy=at[1], r=8, class_="hit"))
-    return join(*parts)
+                disc = {"cx": round(at[0]), "cy": round(at[1]), "r": 10}
+                parts.append(tag("circle", tag("title", told), **disc))
+    return tag("g", *parts, class_="hits")
 
 
 def swatch(style: int, at_x: float, at_y: float) -> Markup:
