@@ -13,6 +13,8 @@ _UNWRITABLE = re.compile(
 )
 
 
+# Elements of a picture that are written without an end tag where nothing is in them.
+_SHAPES = {"path", "line", "rect", "circle"}
 _POWER = re.compile(r"\b10\^(-?\d+)\b")
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "−0123456789")
@@ -84,6 +86,8 @@ def tag(name: str, *children: Any, **attributes: Any) -> Markup:
         for child in children
         if child is not None
     )
+    if not inside and name in _SHAPES:
+        return Markup(f"<{name}{written}/>")
     return Markup(f"<{name}{written}>{inside}</{name}>")
 
 

@@ -69,7 +69,7 @@ def page(result: Result, document: Document, file: str = "report.html", live: st
         "file": file,
         "version": __version__,
         "live": live,
-        "css": Markup(_asset("chart.css") + _asset("page.css")),
+        "css": Markup(_without_space(_asset("chart.css") + _asset("page.css"))),
         "scripts": [Markup(script) for script in scripts],
         "policy": _policy(scripts),
     }
@@ -188,6 +188,11 @@ def _cell(value: Any) -> str:
 def _safe_json(text: str) -> Markup:
     """JSON for inside a script element: no ``<``, so nothing in it can end the element or open a comment."""
     return Markup(text.replace("<", "\\u003c"))
+
+
+def _without_space(css: str) -> str:
+    """A style sheet without its comments and its indentation."""
+    return re.sub(r"\s*([{};,])\s*", r"\1", re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL))
 
 
 def _policy(scripts: Sequence[str]) -> str:

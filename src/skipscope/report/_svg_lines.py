@@ -85,18 +85,18 @@ def _grid(chart: Lines, x: Axis, y: Axis, width: int, height: int, *, beside: bo
     parts = []
     # Lines that are named at their left end leave the right side to the numbers
     side, anchor = (x.end + 8, "start") if chart.back and beside else (x.start - 7, "end")
-    for value, label in y.ticks:
-        at = y.at(value)
-        parts += [
-            tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"),
-            tag("text", label, x=side, y=at + 4, text_anchor=anchor, class_="tick"),
-        ]
-    for value, label in x.ticks:
-        at = x.at(value)
-        parts += [
-            tag("line", x1=at, x2=at, y1=y.start, y2=y.start + 4, class_="axis"),
-            tag("text", label, x=at, y=y.start + 18, text_anchor="middle", class_="tick"),
-        ]
+    rows, columns = [y.at(value) for value, _ in y.ticks], [x.at(value) for value, _ in x.ticks]
+    length = x.end - x.start
+    parts += [
+        tag("path", d="".join(f"M{x.start:.1f} {at:.1f}h{length:.1f}" for at in rows), class_="grid"),
+        tag("path", d="".join(f"M{at:.1f} {y.start:.1f}v4" for at in columns), class_="axis"),
+    ]
+    heights = [tag("text", label, x=side, y=at + 4) for (_, label), at in zip(y.ticks, rows)]
+    places = [tag("text", label, x=at, y=y.start + 18) for (_, label), at in zip(x.ticks, columns)]
+    parts += [
+        tag("g", *heights, text_anchor=anchor, class_="tick"),
+        tag("g", *places, text_anchor="middle", class_="tick"),
+    ]
     parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
     at, anchor = (width - 2, "end") if chart.back and beside else (2, "start")
     parts.append(tag("text", chart.y_title, x=at, y=13, text_anchor=anchor, class_="title"))
@@ -192,7 +192,7 @@ def _thin(points: list[tuple], most: int = 400) -> list[tuple]:
     return [*kept, points[-1]]
 
 
-def _path(points: Sequence[tuple], invisible: float = 3.0) -> str:
+def _path(points: Sequence[tuple], invisible: float = 5.0) -> str:
     """The path through some points, in tenths of a pixel and relative to each other: half as long as in
     full.
 
@@ -248,21 +248,20 @@ def _pair(a: int, b: int) -> str:
 def _hits(chart: Lines, x: Axis, y: Axis) -> Markup:
     """Invisible discs that tell a pointer the numbers; a title serves where scripts do not run."""
     total = sum(len(s.x) for s in chart.series if not s.faint)
-    step = max(1, math.ceil(total / (90 if x.end - x.start > 400 else 36)))  # a finger is no mouse
+    step = max(1, math.ceil(total / (60 if x.end - x.start > 400 else 28)))  # a finger is no mouse
     parts = []
     for series in chart.series:
         if series.faint or (series.frame is not None and series.frame != chart.frame):
             continue
         for i in range(0, len(series.x), step):
-            at = x(series.x[i]), y(series.y[i])
-            if None not in at:
+            across, down = x(series.x[i]), y(series.y[i])
+            if across is not None and down is not None:
                 told = (
                     series.tips[i]
                     if series.tips
                     else f"{series.label}  {short(float(series.x[i]))}: {short(float(series.y[i]))}"
                 )
-                disc = {"cx": round(at[0]), "cy": round(at[1]), "r": 10}
-                parts.append(tag("circle", tag("title", told), **disc))
+                parts.append(tag("circle", tag("title", told), cx=round(across), cy=round(down)))
     return tag("g", *parts, class_="hits")
 
 
