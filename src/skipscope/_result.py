@@ -6,6 +6,7 @@ that the package root registers (see ``skipscope/__init__.py``): the one way upw
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -255,13 +257,52 @@ def load(path: str | os.PathLike[str]) -> Result:
             "load", f"cannot read {path}: {error}", cure="give a file written by result.save(...)"
         ) from error
     if path.suffix.lower() in {".html", ".htm"}:
-        _, found, rest = text.partition('<script type="application/json" id="skipscope-data">')
-        if not found:
-            raise SkipscopeError(
-                "load", f"{path} carries no saved result", expected="a page written by result.save(...)"
-            )
-        text = rest.partition("</script>")[0]  # every "<" in it is written as JSON's own escape
+        text = _text_of_page(text, path)
     return loads(text, str(path))
+
+
+# A page's data may not be greater than this once unpacked: a page of a few bytes can claim any size.
+_UNPACKED_BYTES = 1 << 30
+
+
+def packed(text: str) -> str:
+    """Text as a page carries it: compressed, in letters and digits; a third of its size.
+
+    Example:
+        >>> packed("{}" * 100)
+        'eNqrrq0eRaRhACD+YaQ='
+    """
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def _text_of_page(page: str, path: Path) -> str:
+    """The JSON text of a page's result.
+
+    Raises:
+        SkipscopeError: the page carries none, or it was cut short.
+    """
+    # Earlier pages carry the JSON as it is, every "<" as JSON's own escape.
+    _, plain, rest = page.partition('<script type="application/json" id="skipscope-data">')
+    if plain:
+        return rest.partition("</script>")[0]
+    _, found, rest = page.partition('<script type="application/zlib" id="skipscope-data">')
+    if not found:
+        raise SkipscopeError(
+            "load", f"{path} carries no saved result", expected="a page written by result.save(...)"
+        )
+    try:
+        reader = zlib.decompressobj()
+        data = base64.b64decode(rest.partition("</script>")[0], validate=True)
+        text = reader.decompress(data, _UNPACKED_BYTES)
+        if not reader.eof:
+            raise ValueError("incomplete data")
+        return text.decode()
+    except (ValueError, zlib.error) as error:
+        raise SkipscopeError(
+            "load",
+            f"{path} is not a saved result, or was cut short ({type(error).__name__}: {error})",
+            expected="a file written by result.save(...)",
+        ) from error
 
 
 def _import_kind(name: Any) -> type[Result]:

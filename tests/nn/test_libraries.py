@@ -229,3 +229,29 @@ def test_affine_residual_is_zayas():
         offset=torch.stack([theirs.residual_bias, theirs.hidden_states_bias]),
     )  # fmt: skip
     torch.testing.assert_close(ours.write(x, f), theirs(f, x))
+
+
+@pytest.mark.parametrize("active", [0, 2])
+def test_altup_is_gemma_3ns_where_its_router_says_the_same_for_every_token(active):
+    """Google's own model in transformers predicts and corrects alike, with coefficients that a router adds to."""
+    modeling = pytest.importorskip("transformers.models.gemma3n.modeling_gemma3n")
+    n, width = 3, 8
+    config = SimpleNamespace(
+        hidden_size=width,
+        altup_num_inputs=n,
+        rms_norm_eps=1e-6,
+        altup_active_idx=active,
+        altup_coef_clip=None,
+    )
+    theirs = modeling.Gemma3nTextAltUp(config)
+    ours = sn.AltUp(branch(), n, layer=active)
+    said = torch.tensor([1.0, 0.0, 0.0])
+    theirs.compute_router_modalities = lambda x: said.expand(*x.shape[:-1], n)
+    with torch.no_grad():
+        ours.predict.copy_(torch.randn(n, n)), ours.correct.copy_(torch.randn(n))
+        theirs.prediction_coefs.weight[:, 0] = (ours.predict - torch.eye(n)).flatten()
+        theirs.correction_coefs.weight[:, 0] = ours.correct - 1
+        streams = torch.randn(n, 2, 5, width)
+        computed = streams[active] + ours.branch(streams[active])
+        expected = theirs.correct(theirs.predict(streams), computed)
+        torch.testing.assert_close(ours(streams), expected, rtol=1e-4, atol=1e-5)

@@ -130,7 +130,7 @@ def test_a_pointer_is_told_the_numbers(browser, tmp_path):
     page = browser.open(flow.save(tmp_path / "f.html"))
     assert page.run("document.querySelector('.tip').hidden") is True
     page.run(
-        "document.querySelector('.wide .hit').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
+        "document.querySelector('.wide .hits circle').dispatchEvent(new PointerEvent('pointerover', {bubbles: true}))"
     )
     assert page.run("document.querySelector('.tip').hidden") is False
     assert flow.boundaries[0].name in page.run("document.querySelector('.tip').textContent")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
+import zlib
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,9 +15,8 @@ import pytest
 import skipscope as ss
 from report import samples
 from skipscope import SkipscopeError
-from skipscope._result import Result
-from skipscope.report import _page, document
-from skipscope.report._markup import raised
+from skipscope._result import Result, dumps
+from skipscope.report import _page, _svg_lines, document
 from skipscope.report._page import stress
 
 RESULTS = samples.everything()
@@ -183,7 +184,7 @@ def test_no_claim_of_the_comparison_is_left_out(tmp_path):
     text = " ".join("".join(Parts(page).text).split())
     for claim in result.claims:
         assert claim.claim in text
-        assert raised(claim.finding) in text
+        assert re.sub(r"10\^(\d+)", r"10\1", claim.finding) in text, "the exponent is raised, in a sup"
         assert claim.limits in text
         assert claim.why in text
         assert claim.see in text
@@ -262,3 +263,30 @@ def test_every_meaning_is_short():
 
     assert len(GLOSSARY) >= 12
     assert all(len(meaning.split()) <= 25 for meaning in GLOSSARY.values())
+
+
+def test_a_page_carries_its_data_compressed_and_earlier_pages_are_read(tmp_path):
+    result = samples.comparison()
+    page = result.save(tmp_path / "x.html").read_text()
+    kept = page.partition('id="skipscope-data">')[2].partition("</script>")[0]
+    text = zlib.decompress(base64.b64decode(kept)).decode()
+    assert dumps(ss.load(tmp_path / "x.html")) == text == dumps(result) and len(kept) < 0.6 * len(text)
+    plain = text.replace("<", "\\u003c")
+    old = page.replace("application/zlib", "application/json").replace(kept, plain)
+    (tmp_path / "old.html").write_text(old)
+    assert dumps(ss.load(tmp_path / "old.html")) == text
+    for broken in (kept[:-40], kept[:100] + "*" + kept[101:], base64.b64encode(b"no").decode()):
+        (tmp_path / "broken.html").write_text(page.replace(kept, broken))
+        with pytest.raises(SkipscopeError, match="cut short"):
+            ss.load(tmp_path / "broken.html")
+
+
+def test_lines_leave_out_only_what_no_one_sees():
+    generator = np.random.default_rng(0)
+    points = [(2.0 * i, float(y)) for i, y in enumerate(100 + generator.normal(0, 3, 200).cumsum())]
+    numbers = [float(n) for n in re.findall(r"-?(?:\d+\.?\d*|\.\d+)", _svg_lines._path(points))]
+    places = np.cumsum(np.array(numbers).reshape(-1, 2), axis=0)
+    assert len(places) < len(points)
+    drawn = np.interp([x for x, _ in points], *places.T)
+    steepest = max(abs(np.diff([y for _, y in points]))) / 2
+    assert np.abs(drawn - [y for _, y in points]).max() < 0.6 * (1 + steepest)

@@ -39,7 +39,8 @@ class Trained:
     """What is kept of a run.
 
     Attributes:
-        losses, update_ratio: each [steps].
+        losses, update_ratio: each [steps]; no longer than they are exact: losses of float32 in its shortest
+            decimals, ratios in eight digits.
         accuracy: share of training samples and of test samples named rightly; None where targets are no
             classes, or nothing was asked.
         network: the trained network, where it was asked for.
@@ -90,7 +91,12 @@ class Trainee:
         measured = (None, None)
         if reported and network is not None and np.isfinite(log.losses).all():
             measured = self._accuracies(network, run)
-        return Trained(log.losses, log.update_ratio, measured, network if is_kept else None)
+        with np.errstate(over="ignore"):
+            losses = log.losses.astype(np.float32)
+        if np.array_equal(losses, log.losses, equal_nan=True):  # it was computed in float32 or less
+            log.losses = np.array([float(str(loss)) for loss in losses])
+        ratios = np.array([float(f"{ratio:.8g}") for ratio in log.update_ratio])
+        return Trained(log.losses, ratios, measured, network if is_kept else None)
 
     def _accuracies(self, network: nn.Module, run: Run) -> tuple[float | None, float | None]:
         stream, count = self.course.stream, max(1, self.course.steps // _STEPS_A_BATCH)

@@ -263,8 +263,9 @@ class GradientFlow(Result):
                 else "two boundaries give no interval"
             )
             notes.append(
-                f"slope {short(self.verdict.slope)} decades a boundary ({band}); chi {short(self.chi)}, depth"
-                f" scale {short(self.depth_scale)} boundaries."
+                f"slope {short(self.verdict.slope)} decades a boundary ({band}): from each boundary to"
+                f" the one before it the squared gradient changes by a factor of {short(self.chi)} on average"
+                f" (chi); over {short(self.depth_scale)} boundaries (depth scale) it changes 2.72-fold."
             )
         notes.append(
             f"{self.meaning}, {self.mode} mode, {self.samples:,} samples in {self.batches} "

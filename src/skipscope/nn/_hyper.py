@@ -1,10 +1,10 @@
 """Several residual streams instead of one, with static weights.
 
-hyper-connections   X' = H_res X + h_post F(h_pre . X)                      Zhu et al. 2024, arXiv 2409.19606
-AltUp               X^ = P X,   X' = X^ + g (x_j + F(x_j) - x^_j)           Baykal et al. 2023, arXiv
-2301.13310
+hyper-connections   X' = H_res X + h_post F(h_pre . X)                    Zhu et al. 2024, arXiv 2409.19606
+AltUp               X^ = P X,   X' = X^ + g (x_j + F(x_j) - x^_j)         Baykal et al. 2023, arXiv 2301.13310
                     predict, compute for stream j, correct; j the next at each layer (as Recycled-AltUp: the
-                    streams begin as copies)
+                    streams begin as copies). Gemma 3n predicts and corrects alike; a router there adds to P
+                    and g for each token, and F reads the predicted stream
 
 X holds n streams. At the start H_res and P are the identity, h_post and g all ones and h_pre reads one
 stream, the next at each layer: then every stream is what a residual network's one stream would be.

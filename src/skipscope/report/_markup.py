@@ -13,8 +13,12 @@ _UNWRITABLE = re.compile(
 )
 
 
+# Elements of a picture that are written without an end tag where nothing is in them.
+_SHAPES = {"path", "line", "rect", "circle"}
 _POWER = re.compile(r"\b10\^(-?\d+)\b")
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "−0123456789")
+_EXPONENT = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 
 
 def clean(text: Any) -> str:
@@ -32,6 +36,34 @@ def raised(text: str) -> str:
     return _POWER.sub(lambda found: "10" + found[1].translate(_RAISED), text)
 
 
+def raised_markup(text: str) -> Markup:
+    """Powers of ten for a page: raised digits in the font of the others. (¹, ² and ³ as characters often come
+    from another font than ⁰ and ⁴ to ⁹.)
+
+    Example:
+        >>> raised_markup("one part in 10^17")
+        Markup('one part in 10<sup>17</sup>')
+    """
+    return Markup(
+        _POWER.sub(lambda found: f"10<sup>{found[1].replace('-', '−')}</sup>", str(escape(clean(text))))
+    )
+
+
+def _drawn(text: str) -> str:
+    """Escaped text of a picture, whose exponents are small raised digits of its own font."""
+    parts, at = [], 0
+    for found in _EXPONENT.finditer(text):
+        lowered, rest = found[0].translate(_LOWERED), text[found.end() :]
+        parts += [
+            escape(text[at : found.start()]),
+            f'<tspan dy="-.5em" font-size="75%">{lowered}</tspan>',
+            # The next characters go back to the line.
+            f'<tspan dy=".375em">{escape(rest[0])}</tspan>' if rest else "",
+        ]
+        at = found.end() + bool(rest)
+    return "".join(map(str, [*parts, escape(text[at:])]))
+
+
 def tag(name: str, *children: Any, **attributes: Any) -> Markup:
     """An element; children that are not markup are escaped, ``class_`` and ``stroke_width`` lose or change
     their underscore.
@@ -46,10 +78,16 @@ def tag(name: str, *children: Any, **attributes: Any) -> Markup:
         if value is not None
     )
     inside = "".join(
-        child if isinstance(child, Markup) else str(escape(clean(child)))
+        child
+        if isinstance(child, Markup)
+        else _drawn(clean(child))
+        if name == "text"
+        else str(escape(clean(child)))
         for child in children
         if child is not None
     )
+    if not inside and name in _SHAPES:
+        return Markup(f"<{name}{written}/>")
     return Markup(f"<{name}{written}>{inside}</{name}>")
 
 

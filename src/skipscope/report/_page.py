@@ -20,12 +20,12 @@ from markupsafe import Markup, escape
 
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
-from skipscope._result import Result, Table, dumps
+from skipscope._result import Result, Table, dumps, packed
 from skipscope._version import __version__
 from skipscope.report import _arcs, _surface_charts, _svg_bars, _svg_heat, _svg_lines
 from skipscope.report._charts import Bars, Chart, Document, Heat, Lines, Network, Panel, Surfaces
 from skipscope.report._glossary import with_terms
-from skipscope.report._markup import clean, raised
+from skipscope.report._markup import clean, raised_markup
 from skipscope.report._svg import both
 
 MOST = 8_000_000  # bytes: what a browser on a phone still opens, and a mail still carries
@@ -60,7 +60,7 @@ def page(result: Result, document: Document, file: str = "report.html", live: st
     panels = [_panel(panel, f"s{i + 1}") for i, panel in enumerate(document.panels)]
     turning = any(_turns(chart) for panel in document.panels for chart in panel.charts)
     scripts = [*([_asset("surface3d.js")] if turning else []), _asset("page.js")]
-    data = _safe_json(dumps(result))
+    data = packed(dumps(result))
     content = {
         "document": document,
         "panels": panels,
@@ -69,7 +69,7 @@ def page(result: Result, document: Document, file: str = "report.html", live: st
         "file": file,
         "version": __version__,
         "live": live,
-        "css": Markup(_asset("chart.css") + _asset("page.css")),
+        "css": Markup(_without_space(_asset("chart.css") + _asset("page.css"))),
         "scripts": [Markup(script) for script in scripts],
         "policy": _policy(scripts),
     }
@@ -190,6 +190,11 @@ def _safe_json(text: str) -> Markup:
     return Markup(text.replace("<", "\\u003c"))
 
 
+def _without_space(css: str) -> str:
+    """A style sheet without its comments and its indentation."""
+    return re.sub(r"\s*([{};,])\s*", r"\1", re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL))
+
+
 def _policy(scripts: Sequence[str]) -> str:
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
@@ -209,7 +214,10 @@ def stress(sentence: str) -> Markup:
     """
     parts, at = [], 0
     for found in _NUMBER.finditer(sentence):
-        parts += [escape(clean(sentence[at : found.start()])), Markup("<b>{}</b>").format(raised(found[0]))]
+        parts += [
+            escape(clean(sentence[at : found.start()])),
+            Markup("<b>{}</b>").format(raised_markup(found[0])),
+        ]
         at = found.end()
     return Markup("").join([*parts, escape(clean(sentence[at:]))])
 

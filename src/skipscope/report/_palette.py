@@ -20,7 +20,8 @@ PLOT_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def _circle(x: float, y: float) -> str:
-    return f"M{x - 3.2:.1f} {y:.1f}a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0z"
+    # One arc that ends a twentieth of a pixel from where it began: half as long as two halves.
+    return f"M{x:.1f} {y - 3.2:.1f}a3.2 3.2 0 1 0 .05 0z"
 
 
 def _square(x: float, y: float) -> str:

@@ -4,6 +4,7 @@ told.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -84,18 +85,18 @@ def _grid(chart: Lines, x: Axis, y: Axis, width: int, height: int, *, beside: bo
     parts = []
     # Lines that are named at their left end leave the right side to the numbers
     side, anchor = (x.end + 8, "start") if chart.back and beside else (x.start - 7, "end")
-    for value, label in y.ticks:
-        at = y.at(value)
-        parts += [
-            tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"),
-            tag("text", label, x=side, y=at + 4, text_anchor=anchor, class_="tick"),
-        ]
-    for value, label in x.ticks:
-        at = x.at(value)
-        parts += [
-            tag("line", x1=at, x2=at, y1=y.start, y2=y.start + 4, class_="axis"),
-            tag("text", label, x=at, y=y.start + 18, text_anchor="middle", class_="tick"),
-        ]
+    rows, columns = [y.at(value) for value, _ in y.ticks], [x.at(value) for value, _ in x.ticks]
+    length = x.end - x.start
+    parts += [
+        tag("path", d="".join(f"M{x.start:.1f} {at:.1f}h{length:.1f}" for at in rows), class_="grid"),
+        tag("path", d="".join(f"M{at:.1f} {y.start:.1f}v4" for at in columns), class_="axis"),
+    ]
+    heights = [tag("text", label, x=side, y=at + 4) for (_, label), at in zip(y.ticks, rows)]
+    places = [tag("text", label, x=at, y=y.start + 18) for (_, label), at in zip(x.ticks, columns)]
+    parts += [
+        tag("g", *heights, text_anchor=anchor, class_="tick"),
+        tag("g", *places, text_anchor="middle", class_="tick"),
+    ]
     parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
     at, anchor = (width - 2, "end") if chart.back and beside else (2, "start")
     parts.append(tag("text", chart.y_title, x=at, y=13, text_anchor=anchor, class_="title"))
@@ -135,7 +136,7 @@ def _band(series: Series, x: Axis, y: Axis) -> Markup:
     upper = [(x(a), y(b)) for a, b in zip(series.x, series.high)]
     lower = [(x(a), y(b)) for a, b in zip(series.x, series.low)]
     points = [p for p in [*_thin(upper), *_thin(lower)[::-1]] if None not in p]
-    return tag("path", d=_path(points) + "Z", class_=f"band s{series.style % len(MARKERS)}")
+    return tag("path", d=_path(points, _SOFT) + "Z", class_=f"band s{series.style % len(MARKERS)}")
 
 
 def _line(series: Series, x: Axis, y: Axis, chart: Lines) -> Markup:
@@ -191,28 +192,77 @@ def _thin(points: list[tuple], most: int = 400) -> list[tuple]:
     return [*kept, points[-1]]
 
 
-def _path(points: Sequence[tuple]) -> str:
-    return "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in points) if points else ""
+def _path(points: Sequence[tuple], invisible: float = 5.0) -> str:
+    """The path through some points, in tenths of a pixel and relative to each other: half as long as in
+    full.
+
+    Example:
+        >>> _path([(41.62, 168.3), (47.0, 171.04), (52.5, 170.0)])
+        'M41.6 168.3l5.4 2.7 5.5-1'
+    """
+    kept = _without_invisible([(round(10 * px), round(10 * py)) for px, py in points], invisible)
+    steps = [_pair(bx - ax, by - ay) for (ax, ay), (bx, by) in itertools.pairwise(kept)]
+    line = " ".join(steps).replace(" -", "-")
+    return "M" + _pair(*kept[0]) + (f"l{line}" if line else "") if kept else ""
+
+
+# How near to the line through its neighbours a point is not seen, in tenths of a pixel: lines are 2 pixels
+# wide, and the edge of a band is soft.
+_SOFT = 6.0
+
+
+def _without_invisible(places: list[tuple[int, int]], invisible: float) -> list[tuple[int, int]]:
+    """Places without those that the straight line between others passes near enough (Ramer, Douglas and
+    Peucker).
+    """
+    keeps, stretches = {0, len(places) - 1}, [(0, len(places) - 1)]
+    while stretches:
+        first, last = stretches.pop()
+        if last - first < 2:
+            continue
+        distances = [_distance(place, places[first], places[last]) for place in places[first + 1 : last]]
+        farthest = max(distances)
+        if farthest > invisible:
+            middle = first + 1 + distances.index(farthest)
+            keeps.add(middle)
+            stretches += [(first, middle), (middle, last)]
+    return [place for i, place in enumerate(places) if i in keeps]
+
+
+def _distance(place: tuple[int, int], start: tuple[int, int], end: tuple[int, int]) -> float:
+    """From a place to the straight piece between two others."""
+    x, y = place[0] - start[0], place[1] - start[1]
+    dx, dy = end[0] - start[0], end[1] - start[1]
+    along = max(0.0, min(1.0, (x * dx + y * dy) / (dx * dx + dy * dy))) if dx or dy else 0.0
+    return math.hypot(x - along * dx, y - along * dy)
+
+
+def _pair(a: int, b: int) -> str:
+    """Two numbers in tenths; a minus separates them as well as a space."""
+    first, second = (
+        f"{value / 10:g}".replace("0.", ".") if abs(value) < 10 else f"{value / 10:g}" for value in (a, b)
+    )
+    return first + ("" if second.startswith("-") else " ") + second
 
 
 def _hits(chart: Lines, x: Axis, y: Axis) -> Markup:
     """Invisible discs that tell a pointer the numbers; a title serves where scripts do not run."""
     total = sum(len(s.x) for s in chart.series if not s.faint)
-    step = max(1, math.ceil(total / (160 if x.end - x.start > 400 else 60)))  # a finger is no mouse
+    step = max(1, math.ceil(total / (60 if x.end - x.start > 400 else 28)))  # a finger is no mouse
     parts = []
     for series in chart.series:
         if series.faint or (series.frame is not None and series.frame != chart.frame):
             continue
         for i in range(0, len(series.x), step):
-            at = x(series.x[i]), y(series.y[i])
-            if None not in at:
+            across, down = x(series.x[i]), y(series.y[i])
+            if across is not None and down is not None:
                 told = (
                     series.tips[i]
                     if series.tips
                     else f"{series.label}  {short(float(series.x[i]))}: {short(float(series.y[i]))}"
                 )
-                parts.append(tag("circle", tag("title", told), cx=at[0], cy=at[1], r=8, class_="hit"))
-    return join(*parts)
+                parts.append(tag("circle", tag("title", told), cx=round(across), cy=round(down)))
+    return tag("g", *parts, class_="hits")
 
 
 def swatch(style: int, at_x: float, at_y: float) -> Markup:
