@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
 from skipscope import _data, _sharding
@@ -48,6 +49,7 @@ _FUNCTION = os.path.join(_call_sites.TORCH, "autograd", "function.py")
 _CHECKPOINT = os.path.join(_call_sites.TORCH, "utils", "checkpoint.py")
 _TRANSFORMS = os.path.join(_call_sites.TORCH, "_functorch") + os.sep
 _MODULE = os.path.join(_call_sites.TORCH, "nn", "modules", "module.py")
+_COMPILER = "torch._dynamo"
 _DIFFERENTIATING = frozenset({"grad", "backward"})
 # One call that holds weights and joins activations inside.
 CELLS = words(
@@ -57,6 +59,10 @@ IN_FUNCTION = "an autograd.Function: what it joins cannot be seen"
 CELL = "a fused recurrent cell: the gates in it cannot be seen"
 LIBRARY = "an operator of a library: what it joins cannot be seen"
 TRANSFORMED = "a function under torch.vmap or torch.func: what it joins cannot be tapped"
+
+
+# Operators that run functions of the model's inside.
+_CONTROL = words("cond while_loop map_impl scan associative_scan")
 
 
 class NeedsGradients(BaseException):
@@ -88,6 +94,17 @@ def record(model: nn.Module, call: Callable[[], Any], lent: LentInputs | None = 
         ['0.bias', '0.weight']
     """
     lent = lent or LentInputs()
+    is_loaded = _COMPILER in sys.modules
+    try:
+        return _with_gradients_if_needed(model, call, lent)
+    except Exception:
+        if is_loaded or _COMPILER not in sys.modules:
+            raise
+        # The pass itself loaded the compiler, as torch.cond does: now it can be kept from compiling.
+        return _with_gradients_if_needed(model, call, lent)
+
+
+def _with_gradients_if_needed(model: nn.Module, call: Callable[[], Any], lent: LentInputs) -> Trace:
     try:
         return _recorded(model, call, lent, gradients=False)
     except NeedsGradients:
@@ -117,7 +134,7 @@ def recording(
     recorder = Recorder(model, gradients, listener, lent)
     # Compiled code runs as it is written. Who has compiled something has this module loaded; loading it takes
     # seconds.
-    loaded = "torch._dynamo" in sys.modules
+    loaded = _COMPILER in sys.modules
     stance = torch.compiler.set_stance("force_eager") if loaded else nullcontext()
     try:
         with stance, recorder.watching(), torch.set_grad_enabled(gradients), recorder:
@@ -158,6 +175,8 @@ class Recorder(TorchFunctionMode):
         self._derived: set[int] = set()
         # Calls that cannot be looked into: name and operands.
         self._unseen: list[tuple[str, tuple[int, ...]]] = []
+        # Of calls that take one activation alone: name and source, until a weight is seen inside.
+        self._may_use_weights: dict[int, tuple[str, str]] = {}
         # The frame of the last call of an autograd.Function, and which of these calls it is.
         self._applied: tuple[Any, int] | None = None
         self._keys: list[TracedCall] = []
@@ -296,7 +315,9 @@ class Recorder(TorchFunctionMode):
         weights.
         """
         takes = sum(v in self._derived for v in dict.fromkeys(call.operands))
-        if takes > 1 and any(self.trace.values[v].from_data for v in call.results):
+        if (takes > 1 or call.function in _CONTROL) and any(
+            self.trace.values[v].from_data for v in call.results
+        ):
             self._hide(call.function, LIBRARY, call.source)
 
     def _inherit(self, value: Value, call: TracedCall) -> None:
@@ -504,11 +525,18 @@ class Recorder(TorchFunctionMode):
         is_data = [self.trace.values[v].from_data and self.trace.values[v].is_float for v in given]
         is_derived = [v in self._derived for v in given]
         runs_modules = any(isinstance(argument, nn.Module) for argument in arguments)
+        source = _call_sites.source_of(frame.f_back)
         if any(is_data) and (sum(is_derived) > 1 or runs_modules):
-            self._hide(name, IN_FUNCTION, _call_sites.source_of(frame.f_back))
+            self._hide(name, IN_FUNCTION, source)
+        elif any(is_data):
+            self._may_use_weights[len(self._unseen) - 1] = name, source
         return len(self._unseen) - 1
 
     def _noted_unseen(self, unseen: int, func: Any, function: Function, args: Any, kwargs: Any) -> Any:
+        # A function that it was given may run modules.
+        if unseen in self._may_use_weights and any(id(t) in self._weights for t in _tensors(args, kwargs)):
+            name, source = self._may_use_weights.pop(unseen)
+            self._hide(name, IN_FUNCTION, source)
         output = func(*args, **kwargs)
         if self.listener is not None:
             path = self.stack[-1].path if self.stack else ""
@@ -617,7 +645,9 @@ def _body(func: FunctionType) -> FunctionType:
 
 
 def _is_of_a_library(func: Any) -> bool:
-    """Whether a function is an operator that is not torch's own."""
+    """Whether a function is an operator that is not torch's own, or runs functions that it is given."""
+    if isinstance(func, HigherOrderOperator):
+        return func.__name__ in _CONTROL
     is_operator = type(func).__name__ in {"OpOverload", "OpOverloadPacket"}
     return is_operator and str(func).partition(".")[0] not in {"aten", "prims", "prim", "quantized"}
 
