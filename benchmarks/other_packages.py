@@ -1104,10 +1104,12 @@ def run(row: Row) -> dict[str, Any]:
 
 
 def edits_are_right(model: nn.Module, found: Shortcuts, x: Any) -> bool | None:
-    """Whether the twins give what they should; None where there is nothing to edit."""
+    """Whether the twins give what they should; None where nothing can be edited, or the output is 0."""
     if not len(found) or any(item.blocked for item in found):
         return None
     built = outputs(model, x)
+    if not any(tensor.any() for tensor in built):
+        return None
     removed = outputs(ablate(model, found), x)
     alike = (ablate(model, found, "detach"), ablate(model, found, strength=1.0))
     same = all(equal(outputs(twin, x), built) for twin in alike)

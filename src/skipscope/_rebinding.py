@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from skipscope._errors import SkipscopeError
 
 _DYNAMO = os.path.join(os.path.dirname(str(torch.__file__)), "_dynamo") + os.sep
-_NOT_THE_USERS = {"torch", "numpy", "skipscope"}
 _CONTAINERS = (dict, list, tuple, set, deque)
 _MOST = 100_000  # objects that are looked through behind the functions of one model
 
@@ -51,7 +50,6 @@ def rebind(copied: nn.Module, memo: dict[int, Any], operation: str) -> None:
         holder = queue.pop()
         if id(holder) in rebinder.own and id(holder) not in seen:
             seen.add(id(holder))
-            rebinder.refuse_class(type(holder))
             contents = vars(holder) if _has_attributes(holder) else holder
             _replace(contents, rebinder.rebound)
             queue += _contents(contents)
@@ -79,7 +77,6 @@ class _Rebinder:
 
     def __init__(self, memo: dict[int, Any], operation: str):
         self.operation = operation
-        self.classes: set[type] = set()
         self.images = dict(memo)
         self.own = {id(image) for key, image in memo.items() if key != id(image)}
         self.kept: list[Any] = [memo]  # identities stay their own while these live
@@ -163,42 +160,16 @@ class _Rebinder:
 
     def _globals(self, function: types.FunctionType) -> list[str]:
         """The global variables that a function reads and that are of the original."""
-        named = [
+        return [
             name
-            for name in _names(function.__code__)
+            for name in _global_names(function.__code__)
             if isinstance(value := function.__globals__.get(name), nn.Module | Tensor | types.MethodType)
             and self._is_of_original(value)
         ]
-        # Among the names are those of attributes; to read the instructions takes longer.
-        return [name for name in _global_names(function.__code__) if name in named] if named else []
 
     def _is_of_original(self, value: Any) -> bool:
         value = value.__self__ if isinstance(value, types.MethodType) else value
         return self.images.get(id(value), value) is not value
-
-    def refuse_class(self, kind: type) -> None:
-        """Refuse a class whose methods hold the original: a copy has the same class.
-
-        Raises:
-            SkipscopeError: as said.
-        """
-        if kind in self.classes:
-            return
-        self.classes.add(kind)
-        for base in kind.__mro__:
-            package = base.__module__.partition(".")[0]
-            if package in _NOT_THE_USERS or package in sys.stdlib_module_names:
-                continue
-            for method in vars(base).values():
-                if isinstance(method, types.FunctionType) and self._reaches(method):
-                    self._refuse_globals(method)
-                    raise SkipscopeError(
-                        self.operation,
-                        "a method of a class was defined around the model: a copy would run the original's"
-                        " weights",
-                        got=f"{method.__qualname__} holds a part of the model as a closure",
-                        cure="give the object the module as an attribute, or make the twin first",
-                    )
 
     def _refuse_globals(self, function: types.FunctionType) -> None:
         for name in self._globals(function):
@@ -258,15 +229,8 @@ def _has_attributes(value: Any) -> bool:
     if issubclass(kind, nn.Module):
         return True
     package = kind.__module__.partition(".")[0]
-    is_foreign = package in _NOT_THE_USERS or package in sys.stdlib_module_names
+    is_foreign = package in {"torch", "numpy", "skipscope"} or package in sys.stdlib_module_names
     return not is_foreign and not issubclass(kind, (type, *_CONTAINERS)) and hasattr(value, "__dict__")
-
-
-@functools.lru_cache(4096)
-def _names(code: types.CodeType) -> frozenset[str]:
-    """The names of global variables and attributes in a function, and in those defined in it."""
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return frozenset(code.co_names).union(*inner)
 
 
 @functools.lru_cache(4096)

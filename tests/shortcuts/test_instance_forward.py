@@ -452,34 +452,3 @@ def test_a_module_that_is_called_twice_with_a_mode():
     torch.testing.assert_close(every(X), every.g(every.f(every.norm(X, "norm")).tanh()) / 2)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(every, backend="eager", fullgraph=True)(X), every(X))
-
-
-def test_an_object_whose_class_holds_the_model_is_refused():
-    net = Net()
-
-    class Around:
-        def __call__(self, x):
-            return Net.forward(net, x)
-
-    net.forward = Around()
-    with pytest.raises(SkipscopeError, match="a method of a class was defined around the model"):
-        ablate(net, inputs=X)
-
-
-def test_a_class_whose_forward_runs_a_module_of_the_model_from_outside_is_refused():
-    shared = nn.Linear(6, 6)
-
-    class Block(nn.Module):
-        def forward(self, x):
-            return x + shared(x).tanh()
-
-    class Holder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.shared, self.block = shared, Block()
-
-        def forward(self, x):
-            return self.block(x)
-
-    with pytest.raises(SkipscopeError, match="holds a part of the model as a closure"):
-        ablate(Holder(), inputs=X)

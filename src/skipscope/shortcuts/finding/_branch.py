@@ -55,9 +55,9 @@ class Branches:
                 if above is None:
                     continue
                 x, region = above
-                found[i] = Side(x, "projection", side.region | region)
-                if side.how == "gated":
-                    found[i] = Side(x, "branch", side.region | region)
+                if side.how != "gated":
+                    found[i] = Side(x, "projection", side.region | region)
+                else:  # without a gate it stays what it is: norm(x) * (1 + scale) beside a shift
                     for carry, product in reader.gatings(i):
                         maps[i] = Side(x, "gated", side.region | region, (product,), carry=carry)
             elif (

@@ -89,7 +89,7 @@ class Mixtures:
             if name in _SUMS:
                 ends = _summed(call, len(shape)) == {axis}
                 return (at, "scaled" if name == "mean" and kind == "identity" else kind) if ends else None
-            if name in _PRODUCTS or name == "einsum":
+            if name in _PRODUCTS or name in {"einsum", "tensordot"}:
                 place = [graph.node_of(v) for v in call.operands].index(before)
                 ends = (
                     len(others) <= 1
@@ -131,6 +131,11 @@ def _summed(call: TracedCall, ndim: int) -> set[int]:
 
 def _contracted(call: TracedCall, place: int, ndim: int) -> set[int]:
     """The axes of one of its operands over which a product sums."""
+    if call.function == "tensordot":
+        dims = call.argument(2, "dims", 2)
+        if not isinstance(dims, int):
+            return {d % ndim for d in dims[place]}
+        return set(range(dims)) if place else set(range(ndim - dims, ndim))
     if call.function != "einsum":
         return {_PRODUCTS[call.function][place] + ndim} if ndim > 1 else {0}
     equation = call.arguments[0]

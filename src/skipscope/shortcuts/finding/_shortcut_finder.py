@@ -23,6 +23,7 @@ from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._names import fork_name, home_of, merge_name, unique_names
 from skipscope.shortcuts.finding._streams import learned_streams
 from skipscope.shortcuts.trace import LentInputs, Trace, record
+from skipscope.shortcuts.trace._scripted_functions import SCRIPTED, scripted_functions
 
 
 @public_call("find_shortcuts")
@@ -99,11 +100,22 @@ def read(trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = Non
         rejected=(*_rejected(verdicts, found, parts), *_joined_otherwise(graph)),
         boundaries=boundaries_of(graph, model, list(zip(found, names, homes, strict=True))),
         layers=_layers(graph, model),
-        opaque=(*(Rejected(h.name, h.reason, h.source) for h in trace.hidden), *_unseen_input(graph, model)),
+        opaque=_opaque(graph, model),
         model=class_name(model),
         not_run=_not_run(trace, model),
         passed=_passed(graph, judge, verdicts, runs_at, merges),
         writes_inputs=trace.writes_inputs,
+    )
+
+
+def _opaque(graph: Graph, model: nn.Module) -> tuple[Rejected, ...]:
+    """What could not be looked into."""
+    modules, ran = dict(model.named_modules()), {run.path for run in graph.trace.runs}
+    scripted = scripted_functions([module for path, module in modules.items() if path in ran])
+    return (
+        *(Rejected(h.name, h.reason, h.source) for h in graph.trace.hidden),
+        *(Rejected(name, SCRIPTED, "") for name in scripted),
+        *_unseen_input(graph, model),
     )
 
 
@@ -154,13 +166,31 @@ def _rejected(
 
 
 UNSEEN_INPUT = "no call of torch leads from it to the output: what is made of it cannot be seen"
-_NO_SUMS = frozenset({"maximum", "minimum", "fmax", "fmin", "logaddexp", "logaddexp2", "hypot"})
+_NO_SUMS = frozenset(
+    {
+        "maximum",
+        "minimum",
+        "fmax",
+        "fmin",
+        "logaddexp",
+        "logaddexp2",
+        "hypot",
+        "atan2",
+        "pow",
+        "copysign",
+        "index_reduce",
+        "scatter_reduce",
+        "put",
+    }
+)
 
 
 def _joined_otherwise(graph: Graph) -> Iterator[Rejected]:
     """The calls that join activations without adding them."""
     for call in graph.trace.calls if graph.activations else ():
-        nodes = [graph.node_of(v) for v in call.operands] if call.function in _NO_SUMS else []
+        nodes = (
+            [graph.node_of(v) for v in call.operands] if call.function in _NO_SUMS and not call.joins else []
+        )
         if sum(bool(graph.bit(node)) for node in nodes) > 1:
             yield Rejected(f"{call.module} {call.function}".strip(), Reason.NO_SUM.value, call.source)
 

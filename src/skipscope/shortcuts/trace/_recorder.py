@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope import _data, _sharding
-from skipscope._torch_internals import as_written, is_transformed, untransformed, without_modes
+from skipscope._torch_internals import (
+    as_written,
+    compiler_is_loaded,
+    is_transformed,
+    untransformed,
+    without_modes,
+)
 from skipscope.shortcuts.trace import _call_sites, _operations
 from skipscope.shortcuts.trace._function_names import (
     COMPOSITES,
@@ -59,6 +65,10 @@ LIBRARY = "an operator of a library: what it joins cannot be seen"
 TRANSFORMED = "a function under torch.vmap or torch.func: what it joins cannot be tapped"
 
 
+# Operators that run functions of the model's inside.
+_CONTROL = words("cond while_loop map_impl scan associative_scan")
+
+
 class NeedsGradients(BaseException):
     """The model differentiates in its forward pass. Its own code might catch an Exception."""
 
@@ -88,6 +98,17 @@ def record(model: nn.Module, call: Callable[[], Any], lent: LentInputs | None = 
         ['0.bias', '0.weight']
     """
     lent = lent or LentInputs()
+    is_loaded = compiler_is_loaded()
+    try:
+        return _with_gradients_if_needed(model, call, lent)
+    except Exception:
+        if is_loaded or not compiler_is_loaded():
+            raise
+        # The pass itself loaded the compiler, as torch.cond does: now it can be kept from compiling.
+        return _with_gradients_if_needed(model, call, lent)
+
+
+def _with_gradients_if_needed(model: nn.Module, call: Callable[[], Any], lent: LentInputs) -> Trace:
     try:
         return _recorded(model, call, lent, gradients=False)
     except NeedsGradients:
@@ -154,6 +175,8 @@ class Recorder(TorchFunctionMode):
         self._derived: set[int] = set()
         # Calls that cannot be looked into: name and operands.
         self._unseen: list[tuple[str, tuple[int, ...]]] = []
+        # Of calls that take one activation alone: name and source, until a weight is seen inside.
+        self._may_use_weights: dict[int, tuple[str, str]] = {}
         # The frame of the last call of an autograd.Function, and which of these calls it is.
         self._applied: tuple[Any, int] | None = None
         self._keys: list[TracedCall] = []
@@ -292,7 +315,9 @@ class Recorder(TorchFunctionMode):
         weights.
         """
         takes = sum(v in self._derived for v in dict.fromkeys(call.operands))
-        if takes > 1 and any(self.trace.values[v].from_data for v in call.results):
+        if (takes > 1 or call.function in _CONTROL) and any(
+            self.trace.values[v].from_data for v in call.results
+        ):
             self._hide(call.function, LIBRARY, call.source)
 
     def _inherit(self, value: Value, call: TracedCall) -> None:
@@ -500,11 +525,18 @@ class Recorder(TorchFunctionMode):
         is_data = [self.trace.values[v].from_data and self.trace.values[v].is_float for v in given]
         is_derived = [v in self._derived for v in given]
         runs_modules = any(isinstance(argument, nn.Module) for argument in arguments)
+        source = _call_sites.source_of(frame.f_back)
         if any(is_data) and (sum(is_derived) > 1 or runs_modules):
-            self._hide(name, IN_FUNCTION, _call_sites.source_of(frame.f_back))
+            self._hide(name, IN_FUNCTION, source)
+        elif any(is_data):
+            self._may_use_weights[len(self._unseen) - 1] = name, source
         return len(self._unseen) - 1
 
     def _noted_unseen(self, unseen: int, func: Any, function: Function, args: Any, kwargs: Any) -> Any:
+        # A function that it was given may run modules.
+        if unseen in self._may_use_weights and any(id(t) in self._weights for t in _tensors(args, kwargs)):
+            name, source = self._may_use_weights.pop(unseen)
+            self._hide(name, IN_FUNCTION, source)
         output = func(*args, **kwargs)
         if self.listener is not None:
             path = self.stack[-1].path if self.stack else ""
@@ -617,7 +649,9 @@ def _body(func: FunctionType) -> FunctionType:
 
 
 def _is_of_a_library(func: Any) -> bool:
-    """Whether a function is an operator that is not torch's own."""
+    """Whether a function is an operator that is not torch's own, or runs functions that it is given."""
+    if any(kind.__name__ == "HigherOrderOperator" for kind in type(func).__mro__):
+        return func.__name__ in _CONTROL
     is_operator = type(func).__name__ in {"OpOverload", "OpOverloadPacket"}
     return is_operator and str(func).partition(".")[0] not in {"aten", "prims", "prim", "quantized"}
 
