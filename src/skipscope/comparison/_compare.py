@@ -78,7 +78,7 @@ def compare(
         batch_size: samples a step where the data is one batch.
         grid: points a side of the loss surfaces.
         budget: seconds to stay within; parts that do not fit are left out and named in ``notes``.
-        quick: a smaller version of everything, within a ``budget`` of 30 seconds unless another is given.
+        quick: a smaller version of everything, within a ``budget`` of 12 seconds unless another is given.
         seed: for all that is drawn.
         name: what the page calls the model.
         about: sentences on the data or the model for the paragraph of methods.
@@ -105,6 +105,7 @@ def compare(
     settings = Settings(
         seeds=1 if quick else seeds, steps=steps or (60 if quick else 200), batch_size=batch_size,
         grid=min(grid, 11) if quick else grid, samples=128 if quick else 256, train=train, seed=seed,
+        strengths=6 if quick else 11,
     )  # fmt: skip
     clock = Clock(QUICK_SECONDS if quick and budget is None else budget)
     if model is None:
@@ -143,7 +144,7 @@ def _compare_own(
             one_snapshot(*(one.model for one in subjects.values())),
             fitting_threads(copy.deepcopy(base), whole.loss, batch),
         ):
-            measure_flow(evidence, subjects, clock)
+            measure_flow(evidence, subjects, settings, clock)
             trained: dict[str, nn.Module] = {}
             if settings.train:
                 train = partial(train_and_keep, data=data, loss=loss, weight=weight)

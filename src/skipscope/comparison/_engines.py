@@ -121,7 +121,8 @@ def train_one_by_one(
     got there.
     """
     logs = {}
-    for run in track(runs, f"training {name!r} under {choice.name}"):
+    several = len(runs) > 1  # who asks for one run at a time counts them
+    for run in track(runs, f"training {name!r} under {choice.name}") if several else runs:
         with random_state_kept(run.seed):
             logs[run] = _train(make.build(), run, choice, course)
         if course.stop_at is not None and (smoothed(logs[run].losses) <= course.stop_at).any():

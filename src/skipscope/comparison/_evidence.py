@@ -27,6 +27,7 @@ class Settings:
         train: whether to train at all.
         optimizers: optimizer -> rates to try.
         target: the loss to be reached; None: half of the first loss.
+        strengths: at how many strengths of the shortcuts the flow is measured.
         seed: for everything drawn.
     """
 
@@ -39,6 +40,7 @@ class Settings:
     optimizers: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: RATES)
     target: float | None = None
     seed: int = 0
+    strengths: int = 11
 
 
 @dataclass(frozen=True)

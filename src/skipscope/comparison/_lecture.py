@@ -126,7 +126,7 @@ def _measure(
 ) -> None:
     """Measure everything on the deepest networks, and the fall and the training also on shallower ones."""
     plain = deepest[ROLES.without_shortcuts]
-    measure_flow(evidence, deepest, clock)
+    measure_flow(evidence, deepest, settings, clock)
     trainings: dict[int, Training] = {}
     trained = deepest
     if settings.train:
@@ -189,6 +189,7 @@ def _affordable(
     a_step = (
         each * len(_BUILD) * depths[-1] * (rates + len(settings.optimizers) * (settings.seeds)) / workers()
     )
+    a_step *= clock.slowed
     seconds = a_step * settings.steps
     say(
         f"training: about {seconds * 1.3:.0f} s; {len(depths)} depths, 4 networks, 2 optimizers,"

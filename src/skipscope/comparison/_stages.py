@@ -4,7 +4,6 @@ budget.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,8 +27,8 @@ from skipscope.shortcuts import ablate
 from skipscope.surfaces import PairedSurfaces, paired_landscapes
 
 # What ``quick`` announces: parts that a busy machine has no time for are left out and named.
-QUICK_SECONDS = 30.0
-STRENGTHS = np.linspace(0.0, 1.0, 11)
+# With Python's and torch's own start the command takes three seconds more.
+QUICK_SECONDS = 12.0
 
 
 @dataclass
@@ -46,11 +45,20 @@ class Clock:
     stages: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     start: float = field(default_factory=time.perf_counter)
+    _cpu_at_start: float = field(default_factory=time.process_time)
 
     @property
     def spent(self) -> float:
         """Seconds since the clock was made."""
         return time.perf_counter() - self.start
+
+    @property
+    def slowed(self) -> float:
+        """How many times longer things have taken than this process computed: other work shares the
+        machine.
+        """
+        computed = time.process_time() - self._cpu_at_start
+        return max(1.0, self.spent / computed) if computed > 0.2 else 1.0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -72,17 +80,21 @@ class Clock:
         return False
 
 
-def strength_sweep(subject: Subject, name: str, known: Mapping[float, GradientFlow]) -> StrengthSweep:
-    """The flow at each strength of all shortcuts; ``known`` are those that have been measured."""
-    flows = []
-    for strength in track(STRENGTHS, f"shortcut strength of {name}", len(STRENGTHS)):
+def strength_sweep(
+    subject: Subject, name: str, known: Mapping[float, GradientFlow], count: int
+) -> StrengthSweep:
+    """The flow at ``count`` strengths of all shortcuts, from 0 to 1; ``known`` are those that have been
+    measured.
+    """
+    flows, strengths = [], np.linspace(0.0, 1.0, count)
+    for strength in track(strengths, f"shortcut strength of {name}", count):
         flow = known.get(float(strength))
         if flow is None:
             twin = ablate(subject.model, subject.found, strength=float(strength), share=True)
             flow = flow_of(subject.twin(twin))
         flows.append(flow)
     return StrengthSweep(
-        strengths=STRENGTHS,
+        strengths=strengths,
         names=tuple(b.name for b in flows[0].boundaries),
         gradient_rms=np.array([[_number(b.gradient_rms) for b in f.boundaries] for f in flows]),
         fall_decades=np.array([_number(f.verdict.fall_decades) for f in flows]),
@@ -120,7 +132,9 @@ def describe(
     }  # fmt: skip
 
 
-def measure_flow(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clock) -> None:
+def measure_flow(
+    evidence: Evidence, subjects: Mapping[str, Subject], settings: Settings, clock: Clock
+) -> None:
     """Flow of every network; for those with shortcuts also removed and detached, split, paths and
     strength.
     """
@@ -145,7 +159,7 @@ def measure_flow(evidence: Evidence, subjects: Mapping[str, Subject], clock: Clo
                 store[name] = answer
         without = evidence.flow.get(evidence.roles.without_shortcuts if removed else f"{name}, removed")
         known = {1.0: evidence.flow[name]} | ({0.0: without} if without is not None else {})
-        sweep = attempt(clock, f"strength: {name}", strength_sweep, subject, name, known)
+        sweep = attempt(clock, f"strength: {name}", strength_sweep, subject, name, known, settings.strengths)
         if sweep is not None:
             evidence.strength[name] = sweep
 
@@ -174,7 +188,7 @@ def measure_training(
         clock: the steps are cut to its budget.
     """
     runs = len(makers) * sum(len(r) + settings.seeds for r in settings.optimizers.values())
-    steps, per_step = settings.steps, seconds_a_step(subject, settings.batch_size)
+    steps, per_step = settings.steps, seconds_a_step(subject, settings.batch_size) * clock.slowed
     if clock.budget is not None:
         steps = int(min(steps, max(0.0, (clock.budget - clock.spent) * 0.6) / (runs * per_step)))
     say(f"training: {runs} runs of {steps} steps, about {runs * steps * per_step:.0f} s")
@@ -210,8 +224,8 @@ def trained_alike(training: Training, kept: Mapping[str, Mapping[str, nn.Module]
 
 
 def seconds_a_step(subject: Subject, batch_size: int | None) -> float:
-    """What one step of training takes: a forward and a backward pass, timed, and a fifth more for the
-    optimizer.
+    """What one step of training takes on a machine that does nothing else: a forward and a backward pass,
+    timed, and a fifth more for the optimizer.
     """
     batch = subject.data.first()
     if batch_size is not None and can_be_cut(subject.model, subject.data, subject.loss, batch_size):
@@ -223,7 +237,7 @@ def seconds_a_step(subject: Subject, batch_size: int | None) -> float:
             subject.loss(subject.model, batch).backward()
             seconds.append(time.perf_counter() - start)
             subject.model.zero_grad()
-    return 1.2 * statistics.median(seconds[1:])
+    return 1.2 * min(seconds[1:])
 
 
 def measure_surfaces(
