@@ -1,4 +1,4 @@
-"""The words that options take, for type checkers, for the command line and for the checks of each call.
+"""The words that options take and results give: for type checkers, the command line and each call's checks.
 
 This file imports nothing, so that help and completion of the command line do not wait for torch.
 """
@@ -16,6 +16,50 @@ Engine = Literal["auto", "local", "torchrun", "ray"]
 
 # The quantities that a recorded run keeps for each parameter, and the flow at each boundary.
 Quantity = Literal["rms", "mean_abs", "norm", "norm_before_clip", "flow"]
+
+# The gradient at one place; and the modes that the modules of a model are in.
+GradientState = Literal["ok", "exact_zero", "underflow", "not_connected", "nonfinite"]
+# A recorded run also has weights that are not trained, and steps without some weight; a measurement has
+# activations that are not finite, and boundaries that the data do not reach.
+RecordedState = GradientState | Literal["frozen", "absent"]
+MeasuredState = GradientState | Literal["nonfinite_activation", "not_met"]
+ModelMode = Literal["train", "eval", "mixed"]
+
+# The verdict on a flow: its state, the reason in a word, and the optimizers that it hinders. While a training
+# runs there may be nothing to judge yet, and every state that is given can be told.
+VerdictState = Literal["healthy", "vanishing", "exploding", "dead", "nonfinite", "unconnected", "cannot tell"]
+LiveState = Literal["healthy", "vanishing", "exploding", "dead", "nonfinite", "unconnected", "unknown"]
+LiveBasis = Literal["boundary flow", "parameter gradients"]
+OptimizerKind = Literal["SGD", "Adam"]
+VerdictCause = Literal[
+    "none",
+    "saturation",
+    "gain",
+    "inactive",
+    "collapse",
+    "missing path",
+    "underflow",
+    "overflow",
+    "weights",
+    "data",
+    "loss",
+    "time",
+    "branch",
+    "head",
+    "batch norm",
+    "noise",
+    "opaque",
+    "unexplained",
+    # The function that makes NaN.
+    "softmax",
+    "sqrt",
+    "div",
+    "log",
+    "norm",
+]
+
+# Why a step finds no gradients.
+MissingCause = Literal["cleared", "no backward", "detached", "replaced", "unused", "zero"]
 
 # The connections of ``skipscope.nn``; a test holds them equal to its registry.
 ConnectionKind = Literal[

@@ -135,6 +135,10 @@ class Growth:
     Attributes:
         without: the number without shortcuts.
         with_shortcuts: the same with them.
+
+    Example:
+        >>> Growth(without=0.5, with_shortcuts=2.0).factor
+        4.0
     """
 
     without: float
@@ -156,6 +160,11 @@ class BookExperiment(Result):
         loss: of the lecture's seed.
         means_without: ``[seeds, layers]``, mean absolute gradients on seeds 0, 1, ..., without shortcuts.
         means_with: ``[seeds, layers]``, the same with them.
+
+    Example:
+        >>> result = experiment(seeds=2)
+        >>> result.layers[0], result.means_without.shape
+        ('layers.0.0.weight', (2, 5))
     """
 
     layers: tuple[str, ...]

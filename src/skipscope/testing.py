@@ -19,7 +19,15 @@ from skipscope.shortcuts import Merge, Shortcuts, ablate, find_shortcuts, tap_me
 
 
 class BrokenContract(SkipscopeError, AssertionError):
-    """A shortcut module does not keep what :func:`check_shortcut` asks."""
+    """A shortcut module does not keep what :func:`check_shortcut` asks.
+
+    Example:
+        >>> try:
+        ...     check_shortcut(nn.Linear(4, 4), compile=False)  # x is not added
+        ... except BrokenContract as error:
+        ...     print(str(error).splitlines()[0])
+        check_shortcut: found: find_shortcuts does not find it
+    """
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,32 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from torch.nn.functional import cross_entropy
 
+import skipscope as ss
 from skipscope import nn as connections
-from skipscope._option_words import ConnectionKind
+from skipscope._option_words import (
+    ConnectionKind,
+    GradientState,
+    LiveBasis,
+    LiveState,
+    MissingCause,
+    ModelMode,
+    VerdictCause,
+    VerdictState,
+)
+from skipscope.flow import BoundaryFlow, LayerGradient
+from skipscope.flow.verdict._chain_verdict import ORDER
+from skipscope.flow.verdict._verdict_words import ADVICE
+from skipscope.monitor import STATES, LiveVerdict
+from skipscope.monitor._missing_gradients import MissingGradients
 
 CODE = (Path(__file__).parent / "typed" / "user_code.py").read_text()
 SOURCE = Path(__file__).parents[2] / "src"
@@ -32,6 +49,9 @@ MISTAKES = {
     "quantity": ('matrix("flow")', 'matrix("flows")'),
     "form": ('draw("svg")', 'draw("png")'),
     "style": ('style("paper")', 'style("papers")'),
+    "state": ('state == "vanishing"', 'state == "vanished"'),
+    "cause": ('cause == "saturation"', 'cause == "saturated"'),
+    "live state": ('before == "unknown"', 'before == "not known"'),
     "band": ("pair_band: ss.PairedBand", "pair_band: ss.PairedSurfaces"),
     "maps": ("maps: ss.PairedMaps", "maps: ss.CurvatureMap"),
 }
@@ -93,3 +113,35 @@ def test_annotated_user_code_is_right_and_every_planted_mistake_is_found(checker
 
 def test_the_words_for_connections_are_the_registry():
     assert get_args(ConnectionKind) == tuple(connections.registry())
+
+
+@pytest.mark.parametrize(
+    ("words", "result"),
+    [
+        (GradientState, BoundaryFlow), (GradientState, LayerGradient), (ModelMode, ss.GradientFlow),
+        (VerdictState, ss.Verdict), (VerdictCause, ss.Verdict),
+        (LiveState, LiveVerdict), (LiveBasis, LiveVerdict), (MissingCause, MissingGradients),
+    ],
+)  # fmt: skip
+def test_the_docstring_of_a_result_names_each_word_that_it_gives(words, result):
+    named = set(re.findall(r'``"([^"]+)"``', result.__doc__))
+    assert set(get_args(words)) - named == set()
+
+
+def test_states_are_ordered_and_causes_have_advice():
+    assert set(ORDER) == set(get_args(VerdictState))
+    assert STATES[: len(get_args(GradientState))] == get_args(GradientState)
+    # Without advice of its own, a cause has that of ss.prescribe.
+    assert set(get_args(VerdictCause)) - set(ADVICE) == {"none", "gain", "unexplained"}
+
+
+def test_a_verdict_is_loaded_with_its_words_and_refused_with_others(tmp_path):
+    model, data = ss.reference.deep_mlp(4, width=16), ss.reference.digits(32)
+    text = Path(ss.gradient_flow(model, data, cross_entropy).save(tmp_path / "flow.json")).read_text()
+    assert ss.load(tmp_path / "flow.json").verdict.state == "healthy"
+    content = json.loads(text)
+    del content["sha256"]
+    content["data"]["verdict"]["state"] = "fine"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    with pytest.raises(ss.SkipscopeError, match="not a saved result"):
+        ss.load(tmp_path / "other.json")

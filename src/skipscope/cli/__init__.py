@@ -104,7 +104,7 @@ def compare(
     source: Source = Source(),
     output: Output = Output(),
 ) -> None:
-    """What do its shortcuts do for a network? The main job: one page of evidence.
+    """What do its shortcuts do for a network? One page of evidence.
 
     Args:
         model: without one: the lecture's network, made deep, on embedded digits.
@@ -200,7 +200,7 @@ def landscape(
     source: Source = Source(),
     output: Output = Output(),
 ) -> None:
-    """Its loss surface on a filter-normalised plane; run it again and it goes on where it was stopped.
+    """Its loss surface on a filter-normalised plane; run again, it resumes where it was stopped.
 
     Args:
         grid: points a side, or a number a side: 51x31.

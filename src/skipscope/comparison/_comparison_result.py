@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from skipscope._numbers import short
+from skipscope._option_words import VerdictState
 from skipscope._result import Result, Table
 from skipscope.flow import GradientFlow, GradientSplit, Importance, PathSpectrum
 from skipscope.shortcuts import Shortcuts
@@ -193,7 +194,7 @@ class StrengthSweep(Result):
     names: tuple[str, ...]
     gradient_rms: np.ndarray
     fall_decades: np.ndarray
-    states: tuple[str, ...]
+    states: tuple[VerdictState, ...]
 
     def table(self) -> Table:
         rows = [
@@ -246,7 +247,7 @@ class Rung:
 
     depth: int
     fall: dict[str, float]
-    state: dict[str, str]
+    state: dict[str, VerdictState]
     steps: dict[str, dict[str, str]] = field(default_factory=dict)
     learns: dict[str, dict[str, bool]] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from skipscope._numbers import short
+from skipscope._option_words import ModelMode, VerdictState
 from skipscope._result import Result, Table
 
 # --- gradient_split ----------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ class GradientSplit(Result):
 
     shortcuts: tuple[SplitAt, ...]
     loss: float
-    mode: str
+    mode: ModelMode
     meaning: str
     notes: tuple[str, ...] = ()
 
@@ -112,7 +113,8 @@ class PathSpectrum(Result):
         gradient_norm: |G|.
         branches: how many branch operands there are (the greatest possible length).
         wrt: what the paths lead back to.
-        method: how it was computed: ``"batched"``, ``"loop"``, ``"mixed"`` or ``"estimate"``.
+        method: how it was computed: ``"batched"``, ``"loop"`` or ``"mixed"``; an estimate has
+            ``"estimate, "`` before it.
         loss: the loss on the data.
         mode, meaning: as in :class:`GradientFlow`.
         errors: for an estimate, about how far each norm may be off; None when exact.
@@ -135,7 +137,7 @@ class PathSpectrum(Result):
     wrt: str
     method: str
     loss: float
-    mode: str
+    mode: ModelMode
     meaning: str
     errors: np.ndarray | None = None
     notes: tuple[str, ...] = ()
@@ -187,7 +189,7 @@ class Cost:
     loss_cost: float
     fall_decades: float | None
     flow_cost: float | None
-    state: str
+    state: VerdictState
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ class Importance(Result):
     shortcuts: tuple[ImportanceOf, ...]
     loss: float
     fall_decades: float | None
-    mode: str
+    mode: ModelMode
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -299,7 +301,7 @@ class Remedy:
 
     name: str
     code: str
-    state: str
+    state: VerdictState
     fall_decades: float | None
     loss: float
     reached: float | None = None

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from skipscope._numbers import short
+from skipscope._option_words import GradientState, ModelMode, OptimizerKind, VerdictCause, VerdictState
 from skipscope._result import Result, Table
 from skipscope.flow.verdict._verdict_words import finding
 
@@ -41,7 +42,7 @@ class BoundaryFlow:
     factor: float | None
     chi: float | None
     zero_fraction: float | None
-    state: str
+    state: GradientState
     similarity: float | None = None
 
 
@@ -63,7 +64,7 @@ class LayerGradient:
     weight_grad_mean_abs: float | None
     weight_grad_rms: float | None
     zero_fraction: float | None
-    state: str
+    state: GradientState
     spread: float | None = None
     trainable: bool = True
 
@@ -162,15 +163,15 @@ class Verdict:
         ('vanishing', 'gain', 'layers.18.0')
     """
 
-    state: str
+    state: VerdictState
     fall_decades: float | None
     slope: float | None
     slope_interval: tuple[float, float] | None
     where: str | None
     reason: str
-    cause: str = "none"
+    cause: VerdictCause = "none"
     evidence: float | None = None
-    hinders: tuple[str, ...] = ()
+    hinders: tuple[OptimizerKind, ...] = ()
     advice: str = ""
     agreement: float | None = None
     chains: tuple[Verdict, ...] = ()
@@ -234,7 +235,7 @@ class GradientFlow(Result):
     product: float | None
     loss: float
     output_gradient_norm: float
-    mode: str
+    mode: ModelMode
     meaning: str
     dtype: str
     batches: int

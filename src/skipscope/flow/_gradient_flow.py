@@ -11,6 +11,7 @@ from torch import nn
 
 from skipscope._data import Batch, Batches, tensors_in
 from skipscope._numbers import short
+from skipscope._option_words import ModelMode, VerdictCause
 from skipscope._public_call import public_call
 from skipscope._ranks import greatest, ranks_of
 from skipscope._subject import Subject, prepare
@@ -211,13 +212,13 @@ def _needs_gains(verdict: Verdict, evidence: Evidence, residual: bool) -> bool:
     return not residual or (after is not None and not after.merge)
 
 
-def mode_of(model: nn.Module) -> str:
+def mode_of(model: nn.Module) -> ModelMode:
     """``"train"``, ``"eval"`` or ``"mixed"``."""
     modes = {module.training for module in model.modules()}
     return "mixed" if len(modes) > 1 else "train" if modes.pop() else "eval"
 
 
-def _culprit(model: nn.Module, batches: Batches, readings: Readings) -> tuple[str, str] | None:
+def _culprit(model: nn.Module, batches: Batches, readings: Readings) -> tuple[VerdictCause, str] | None:
     """What is not a number before anything is computed; or the loss, where all activations are finite."""
     order = {name: site.order for site in reversed(readings.sites) for name in site.weights}
     weights = sorted(model.named_parameters(), key=lambda named: order.get(named[0], len(order)))
@@ -261,7 +262,7 @@ def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: flo
                 factor,
                 None if factor is None else factor**2,
                 gradient.zeros / gradient.elements if gradient.elements else None,
-                state.removesuffix("_activation"),
+                "nonfinite" if state == "nonfinite_activation" else state,
                 readings.similarities[i],
             )
         )

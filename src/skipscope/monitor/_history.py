@@ -10,15 +10,23 @@ import numpy as np
 
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
-from skipscope._option_words import Quantity
+from skipscope._option_words import LiveBasis, LiveState, OptimizerKind, Quantity, RecordedState
 from skipscope._result import Result, Table
 
 # The state of one parameter's gradient at one step; History.states holds the index. The kinds of zero stay
 # apart.
-STATES = ("ok", "exact_zero", "underflow", "not_connected", "nonfinite", "frozen", "absent")
+STATES: tuple[RecordedState, ...] = (
+    "ok",
+    "exact_zero",
+    "underflow",
+    "not_connected",
+    "nonfinite",
+    "frozen",
+    "absent",
+)
 
-GRADIENTS = "parameter gradients"
-FLOW = "boundary flow"
+GRADIENTS: LiveBasis = "parameter gradients"
+FLOW: LiveBasis = "boundary flow"
 
 
 def total_of(norm: np.ndarray, states: np.ndarray) -> np.ndarray:
@@ -51,8 +59,8 @@ class LiveVerdict:
         finding: the verdict in one sentence, as ``gradient_flow`` has it.
     """
 
-    state: str
-    basis: str
+    state: LiveState
+    basis: LiveBasis
     step: int
     reason: str
     where: str | None = None
@@ -60,7 +68,7 @@ class LiveVerdict:
     slope: float | None = None
     slope_interval: tuple[float, float] | None = None
     advice: str = ""
-    hinders: tuple[str, ...] = ()
+    hinders: tuple[OptimizerKind, ...] = ()
     chain: str = ""
     chains: tuple[LiveVerdict, ...] = ()
     finding: str = ""
@@ -96,7 +104,7 @@ class VerdictEvent:
     """
 
     step: int
-    before: str
+    before: LiveState
     verdict: LiveVerdict
 
     def __str__(self) -> str:

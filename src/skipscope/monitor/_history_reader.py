@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import LiveState
 from skipscope.flow import Reach
 from skipscope.monitor import _live_verdict
 from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
@@ -192,7 +193,7 @@ def verdict_of(
         is_early: zeros and missing gradients are not judged yet: parts may start at zero by design.
     """
     names = list(dict.fromkeys(history.chains or ("",) * len(history.parameters)))
-    before = {v.chain: v.state for v in was.chains} or {"": was.state}
+    before: dict[str, LiveState] = {v.chain: v.state for v in was.chains} or {"": was.state}
     verdicts = []
     for name in names or [""]:
         part = [i for i in range(len(history.parameters)) if not history.chains or history.chains[i] == name]
@@ -208,7 +209,11 @@ def verdict_of(
 
 
 def _verdict_of_chain(
-    history: History, part: Sequence[int], was: str, found: Mapping[int, MissingGradients], is_early: bool
+    history: History,
+    part: Sequence[int],
+    was: LiveState,
+    found: Mapping[int, MissingGradients],
+    is_early: bool,
 ) -> LiveVerdict:
     """From the flow where it was read on this chain, else from its parameters' gradients."""
     owners = {history.owners[i] for i in part}
@@ -247,7 +252,9 @@ def _verdict_of_chain(
     )
 
 
-def _verdict_of_parameters(history: History, part: Sequence[int], was: str, is_early: bool) -> LiveVerdict:
+def _verdict_of_parameters(
+    history: History, part: Sequence[int], was: LiveState, is_early: bool
+) -> LiveVerdict:
     """Judge by biases of linear maps and convolutions that can be compared, else by weights."""
     if not len(history) or not part:
         return _live_verdict.UNKNOWN
@@ -268,7 +275,7 @@ def _verdict_of_parameters(history: History, part: Sequence[int], was: str, is_e
 
 
 def _judged_by(
-    history: History, chosen: list[int], alike: Sequence[Any], was: str, what: str, is_early: bool
+    history: History, chosen: list[int], alike: Sequence[Any], was: LiveState, what: str, is_early: bool
 ) -> LiveVerdict:  # fmt: skip
     """Judge the last steps of some parameters; equal entries in ``alike`` can be compared."""
     rms, states = np.full((WINDOW, len(chosen)), np.nan), np.full((WINDOW, len(chosen)), np.nan)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from skipscope._numbers import short
+from skipscope._option_words import GradientState, LiveState, RecordedState
 from skipscope.flow import (
     FALL,
     GROWTH,
@@ -46,11 +47,19 @@ _STATE_WORDS = np.array(["ok" if state == "underflow" else state for state in ST
 UNKNOWN = LiveVerdict("unknown", GRADIENTS, 0, "no step has been recorded yet")
 
 
-_BADNESS = ("unknown", "healthy", "vanishing", "exploding", "unconnected", "dead", "nonfinite")
+_BADNESS: tuple[LiveState, ...] = (
+    "unknown",
+    "healthy",
+    "vanishing",
+    "exploding",
+    "unconnected",
+    "dead",
+    "nonfinite",
+)
 _EARLY = "not every gradient has arrived yet; parts that start at zero are judged after the first steps"
 
 
-def badness(state: str) -> int:
+def badness(state: LiveState) -> int:
     """The place of a state from unknown and healthy to the worst."""
     return _BADNESS.index(state)
 
@@ -85,7 +94,7 @@ class Place:
 
 
 def judge_flow(
-    places: Sequence[Place], values: np.ndarray, step: int, was: str, *, normed: bool = False,
+    places: Sequence[Place], values: np.ndarray, step: int, was: LiveState, *, normed: bool = False,
     reach: Reach | None = None, is_early: bool = False,
 ) -> LiveVerdict:  # fmt: skip
     """The verdict on the flow at boundaries.
@@ -134,7 +143,7 @@ def judge_gradients(
     rms: np.ndarray,
     states: np.ndarray,
     step: int,
-    was: str,
+    was: LiveState,
     what: str = "weights",
     *,
     is_early: bool = False,
@@ -151,7 +160,7 @@ def judge_gradients(
         what: ``"weights"``; or ``"biases"``, where some must be comparable.
         is_early: weights without a gradient are left out.
     """
-    state = _lasting(states)
+    state: list[RecordedState] = _lasting(states)
     if is_early:
         state = ["absent" if s in {"exact_zero", "not_connected"} else s for s in state]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -179,12 +188,15 @@ _ONE = {"boundaries": "boundary", "weights": "weight", "biases": "bias"}
 
 
 def _live(
-    evidence: Evidence, of: str, step: int, was: str, of_weights: float | None, normed: bool = False
+    evidence: Evidence, of: str, step: int, was: LiveState, of_weights: float | None, normed: bool = False
 ) -> LiveVerdict:
     """Judge as ``gradient_flow`` does, or by the limits of weights; a state is not left by a hair."""
     found = judge_chain(evidence, {}, FlowContext(normed=normed))
     (points,) = evidence.lines
-    state, reason, where, fall = found.state, found.reason, found.where, found.fall_decades
+    # That takes samples, or calls that cannot be looked into; neither is known here.
+    assert found.state != "cannot tell"
+    state: LiveState = found.state
+    reason, where, fall = found.reason, found.where, found.fall_decades
     basis = FLOW if of == "boundaries" else GRADIENTS
     reason = reason.replace("boundaries", of)
     if fall is not None and found.cause not in {"time", "head"}:
@@ -210,7 +222,7 @@ def _live(
     )  # fmt: skip
 
 
-def _flow_state(value: float, averaging: float) -> tuple[str, float | None]:
+def _flow_state(value: float, averaging: float) -> tuple[GradientState, float | None]:
     if math.isnan(value):
         return "not_connected", None
     if math.isinf(value):
@@ -218,7 +230,7 @@ def _flow_state(value: float, averaging: float) -> tuple[str, float | None]:
     return ("ok", math.log10(value) + averaging) if value > 0 else ("exact_zero", None)
 
 
-def _lasting(codes: np.ndarray) -> list[str]:
+def _lasting(codes: np.ndarray) -> list[RecordedState]:
     """A zero or a missing gradient counts when it was so at every step looked at; a non-finite one at the
     last.
 

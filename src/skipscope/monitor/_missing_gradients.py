@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from skipscope import _torch_internals
+from skipscope._option_words import MissingCause
 from skipscope._untouched import is_measuring
 from skipscope.monitor._tracked_parameters import TrackedParameters, names_of
 
@@ -31,7 +32,7 @@ class MissingGradients:
         unused: parameters of modules that were not called.
     """
 
-    cause: str
+    cause: MissingCause
     reason: str
     advice: str
     unused: tuple[str, ...] = ()

@@ -21,6 +21,13 @@ class Connection(nn.Module):
     Attributes:
         kind: what ``find_shortcuts`` says of its merge: identity, scaled, projection, gated or concat.
         identity_at_start: True where the paper claims that a fresh module returns its input.
+
+    Example:
+        >>> class Halved(Connection):
+        ...     def write(self, x, f):
+        ...         return x + f / 2
+        >>> Halved(nn.Identity())(torch.ones(3))
+        tensor([1.5000, 1.5000, 1.5000])
     """
 
     kind: ClassVar[str] = "identity"
@@ -70,6 +77,17 @@ class Chain(nn.Module):
         identity_at_start: True where the paper claims that a fresh module returns its input.
         of_blocks: its branches are blocks that have shortcuts of their own.
         branches: F_1, F_2, ..., in order.
+
+    Example:
+        >>> class Summed(Chain):
+        ...     def __init__(self, *branches):
+        ...         super().__init__()
+        ...         self.branches = nn.ModuleList(branches)
+        ...
+        ...     def step(self, index, state, f):
+        ...         return [*state, f], sum(state) + f
+        >>> Summed(nn.Identity(), nn.Identity())(torch.ones(2))  # 1, then 1 + 1, then 1 + 1 + 2
+        tensor([4., 4.])
     """
 
     kind: str = "identity"
@@ -101,6 +119,11 @@ class Chain(nn.Module):
 class Elsewhere(nn.Module):
     """In place of a branch that is computed elsewhere: only ``read`` and ``write`` of its connection are
     called.
+
+    Example:
+        >>> connection = Connection(Elsewhere())
+        >>> connection.write(torch.ones(2), torch.ones(2))
+        tensor([2., 2.])
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,6 +134,12 @@ class Elsewhere(nn.Module):
 class Holder(nn.Module):
     """Connections by dotted name, beside a model's own modules; called among them (in a Sequential) it
     changes nothing.
+
+    Example:
+        >>> holder = Holder()
+        >>> holder.put("layers.0", Connection(nn.Linear(2, 2)))
+        >>> list(holder.state_dict())
+        ['layers.0.branch.weight', 'layers.0.branch.bias']
     """
 
     def put(self, name: str, connection: nn.Module) -> None:
@@ -138,7 +167,12 @@ class Holder(nn.Module):
 
 
 class Pointwise(nn.Linear):
-    """A linear map of dimension ``dim``: for images (``dim=1``) this is a 1 x 1 convolution."""
+    """A linear map of dimension ``dim``: for images (``dim=1``) this is a 1 x 1 convolution.
+
+    Example:
+        >>> Pointwise(3, 8, dim=1)(torch.ones(2, 3, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
+    """
 
     def __init__(self, width: int, width_out: int | None = None, *, dim: int = -1, bias: bool = True):
         super().__init__(width, width_out or width, bias)
@@ -150,7 +184,13 @@ class Pointwise(nn.Linear):
 
 
 class WidthNorm(nn.LayerNorm):
-    """Layer normalisation over dimension ``dim``."""
+    """Layer normalisation over dimension ``dim``.
+
+    Example:
+        >>> image = torch.randn(2, 3, 5, 5)
+        >>> WidthNorm(3, dim=1)(image).mean(1).abs().max() < 1e-5
+        tensor(True)
+    """
 
     def __init__(self, width: int, *, dim: int = -1):
         super().__init__(width)

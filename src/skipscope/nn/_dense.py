@@ -12,7 +12,12 @@ from skipscope.nn._connection import Connection
 
 
 def dense_shortcut(x: Tensor, f: Tensor, dim: int = -1) -> Tensor:
-    """``x`` and ``f`` side by side in dimension ``dim``."""
+    """``x`` and ``f`` side by side in dimension ``dim``.
+
+    Example:
+        >>> dense_shortcut(torch.zeros(2), torch.ones(1))
+        tensor([0., 0., 1.])
+    """
     return torch.cat([x, f], dim)
 
 

@@ -22,7 +22,12 @@ from skipscope.nn._connection import Chain
 
 
 def depth_average(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``sum_j weights[j] * outputs[j]``, the last first."""
+    """``sum_j weights[j] * outputs[j]``, the last first.
+
+    Example:
+        >>> depth_average([torch.ones(2), 4 * torch.ones(2)], torch.tensor([0.5, 0.25]))
+        tensor([1.5000, 1.5000])
+    """
     total = weights[len(outputs) - 1] * outputs[-1]
     for j in range(len(outputs) - 2, -1, -1):
         total = total + weights[j] * outputs[j]
@@ -69,7 +74,13 @@ class DepthAveraged(Chain):
 
 
 def stream_scalars(x: Tensor, f: Tensor, first: Tensor, weights: Tensor) -> Tensor:
-    """``a x + b f + c first`` with ``weights`` a, b and c."""
+    """``a x + b f + c first`` with ``weights`` a, b and c.
+
+    Example:
+        >>> x, f, first = torch.ones(2), torch.ones(2), 4 * torch.ones(2)
+        >>> stream_scalars(x, f, first, torch.tensor([1.0, 1.0, 0.5]))
+        tensor([4., 4.])
+    """
     return weights[0] * x + weights[1] * f + weights[2] * first
 
 

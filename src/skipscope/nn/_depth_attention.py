@@ -105,6 +105,11 @@ class DeltaAttention(DepthAttention):
         branches: F_1, F_2, ..., of one width.
         width: size of dimension ``dim``.
         dim: the dimension that holds the features.
+
+    Example:
+        >>> network = DeltaAttention(nn.Identity(), nn.Identity(), width=2)
+        >>> network(torch.ones(2)).detach()  # s_2 = 1 + 1, h_2 = s_2 + the mean of (1, 1) = 3, s_3 = 2 + 3
+        tensor([5., 5.])
     """
 
     kind = "identity"

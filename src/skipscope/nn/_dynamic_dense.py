@@ -21,6 +21,11 @@ from skipscope.nn._connection import Chain, normed
 def dynamic_dense(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
     """``sum_j weights[..., j] * outputs[j]``, the last first; outputs ``[..., width]``, ``weights [...,
     len(outputs)]``.
+
+    Example:
+        >>> outputs = [torch.ones(1, 2), 4 * torch.ones(1, 2)]
+        >>> dynamic_dense(outputs, torch.tensor([[0.5, 0.25]]))
+        tensor([[1.5000, 1.5000]])
     """
     columns = weights.unsqueeze(-2).unbind(-1)
     total = columns[-1] * outputs[-1]

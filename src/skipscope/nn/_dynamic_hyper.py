@@ -31,17 +31,36 @@ from skipscope.nn._hyper import StreamConnection
 def mix_streams(x: Tensor, residual: Tensor) -> Tensor:
     """Streams ``x [n, ..., width]`` mixed by ``residual [..., n, n]``, one matrix a token: row i makes stream
     i.
+
+    Example:
+        >>> streams = torch.tensor([[[1.0, 1.0]], [[3.0, 3.0]]])  # two streams of one token
+        >>> mix_streams(streams, torch.tensor([[[0.0, 1.0], [0.5, 0.5]]]))
+        tensor([[[3., 3.]],
+        <BLANKLINE>
+                [[2., 2.]]])
     """
     return (residual.movedim(-1, 0).unsqueeze(-1) * x.unsqueeze(-2)).sum(0).movedim(-2, 0)
 
 
 def weigh_streams(x: Tensor, pre: Tensor) -> Tensor:
-    """The branch's input: ``x [n, ..., width]`` summed with weights ``pre [..., n]``."""
+    """The branch's input: ``x [n, ..., width]`` summed with weights ``pre [..., n]``.
+
+    Example:
+        >>> streams = torch.tensor([[[1.0, 1.0]], [[3.0, 3.0]]])  # two streams of one token
+        >>> weigh_streams(streams, torch.tensor([[0.5, 0.5]]))
+        tensor([[2., 2.]])
+    """
     return (pre.movedim(-1, 0).unsqueeze(-1) * x).sum(0)
 
 
 def spread_branch(f: Tensor, post: Tensor) -> Tensor:
-    """The branch's output ``f [..., width]``, for each of n streams times ``post [..., n]``."""
+    """The branch's output ``f [..., width]``, for each of n streams times ``post [..., n]``.
+
+    Example:
+        >>> spread_branch(torch.ones(1, 3), torch.tensor([[1.0, 2.0]])).squeeze(1)
+        tensor([[1., 1., 1.],
+                [2., 2., 2.]])
+    """
     return post.movedim(-1, 0).unsqueeze(-1) * f
 
 
@@ -114,6 +133,11 @@ class DynamicHyperConnection(_Dynamic):
         width: size of dimension ``dim``.
         layer: this layer's place in the network; says which stream is read first.
         dim: the dimension of one stream that holds the features.
+
+    Example:
+        >>> connection = DynamicHyperConnection(nn.Identity(), streams=2, width=4)
+        >>> connection(torch.ones(2, 3, 4)).unique().detach()  # at the start, as x + F(x)
+        tensor([2.])
     """
 
     def __init__(self, branch: nn.Module, streams: int = 4, *, width: int, layer: int = 0, dim: int = -1):
@@ -171,6 +195,12 @@ class ManifoldHyperConnection(_Dynamic):
         layer: not used; for the same call as the other connections.
         dim: the dimension of one stream that holds the features.
         iterations: of Sinkhorn and Knopp's algorithm.
+
+    Example:
+        >>> connection = ManifoldHyperConnection(nn.Identity(), streams=2, width=4)
+        >>> pre, post, residual = connection.weights(torch.randn(2, 3, 4))
+        >>> bool((pre > 0).all()), torch.allclose(residual.sum(-1), torch.ones(3, 2))
+        (True, True)
     """
 
     def __init__(
@@ -230,6 +260,11 @@ class StreamCollapse(nn.Module):
 class CollapsedHyperConnection(ManifoldHyperConnection):
     """mHC whose streams end in a :class:`StreamCollapse`; arguments as for
     :class:`ManifoldHyperConnection`.
+
+    Example:
+        >>> connection = CollapsedHyperConnection(nn.Identity(), streams=2, width=4)
+        >>> connection.collapse()(torch.ones(2, 3, 4)).shape
+        torch.Size([3, 4])
     """
 
     def collapse(self) -> nn.Module:
@@ -247,6 +282,11 @@ class UnmixedHyperConnection(_Dynamic):
         width: size of dimension ``dim``.
         layer: not used; for the same call as the other connections.
         dim: the dimension of one stream that holds the features.
+
+    Example:
+        >>> connection = UnmixedHyperConnection(nn.Linear(4, 4), streams=2, width=4)
+        >>> connection(torch.ones(2, 3, 4)).shape, connection.weights(torch.ones(2, 3, 4))[2]
+        (torch.Size([2, 3, 4]), None)
     """
 
     kind = "identity"
@@ -275,6 +315,10 @@ class GatedRead(nn.Module):
         width: size of dimension ``dim``.
         rank: of the map from all streams to G.
         dim: the dimension of one stream that holds the features.
+
+    Example:
+        >>> GatedRead(2, 4, rank=1)(torch.ones(2, 3, 4)).shape
+        torch.Size([3, 4])
     """
 
     def __init__(self, streams: int, width: int, rank: int, *, dim: int = -1):
@@ -305,6 +349,11 @@ class GatedStreams(_Dynamic):
         layer: not used; for the same call as the other connections.
         rank: of the map from all streams to the gates.
         dim: the dimension of one stream that holds the features.
+
+    Example:
+        >>> connection = GatedStreams(nn.Linear(4, 4), streams=2, width=4)
+        >>> connection(torch.ones(2, 3, 4)).shape, connection.collapse()(torch.ones(2, 3, 4)).shape
+        (torch.Size([2, 3, 4]), torch.Size([3, 4]))
     """
 
     kind = "identity"

@@ -49,6 +49,12 @@ class Fixup(Connection):
     Args:
         branch: F, without normalisation.
         depth: how many such branches the network has.
+
+    Example:
+        >>> branch = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        >>> x = torch.randn(2, 4)
+        >>> torch.equal(Fixup(branch, depth=16)(x), x)  # the last weights of F are 0: x as it was
+        True
     """
 
     identity_at_start = True

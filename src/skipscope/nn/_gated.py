@@ -18,22 +18,42 @@ from skipscope.nn._connection import Connection, Pointwise, along
 
 
 def highway(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
-    """``x + gate * (f - x)``; all of one shape."""
+    """``x + gate * (f - x)``; all of one shape.
+
+    Example:
+        >>> highway(torch.zeros(2), torch.ones(2), torch.tensor([0.0, 0.25]))
+        tensor([0.0000, 0.2500])
+    """
     return x + gate * (f - x)
 
 
 def exclusive_gate(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
-    """``(1 - gate) * x + gate * f``; all of one shape."""
+    """``(1 - gate) * x + gate * f``; all of one shape.
+
+    Example:
+        >>> exclusive_gate(torch.ones(2), torch.zeros(2), torch.tensor([0.0, 0.25]))
+        tensor([1.0000, 0.7500])
+    """
     return (1 - gate) * x + gate * f
 
 
 def shortcut_only_gate(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
-    """``(1 - gate) * x + f``; all of one shape."""
+    """``(1 - gate) * x + f``; all of one shape.
+
+    Example:
+        >>> shortcut_only_gate(torch.ones(2), torch.ones(2), torch.tensor([0.0, 0.25]))
+        tensor([2.0000, 1.7500])
+    """
     return (1 - gate) * x + f
 
 
 def variance_gate(x: Tensor, f: Tensor, gate: Tensor) -> Tensor:
-    """``sqrt(1 - gate^2) * x + gate * f``, ``gate`` in (0, 1); the root is taken of no less than 0.001."""
+    """``sqrt(1 - gate^2) * x + gate * f``, ``gate`` in (0, 1); the root is taken of no less than 0.001.
+
+    Example:
+        >>> variance_gate(torch.ones(1), torch.ones(1), torch.tensor([0.6]))  # 0.8 x + 0.6 f
+        tensor([1.4000])
+    """
     return ((1 - gate) * (1 + gate)).clamp_min(1e-3).sqrt() * x + gate * f
 
 
@@ -54,6 +74,11 @@ class Highway(_Gated):
         width: size of dimension ``dim``, which F keeps.
         bias: where b starts; the paper takes -1 to -10, the deeper the network the lower.
         dim: the dimension that holds the features.
+
+    Example:
+        >>> x = torch.ones(3, 4)
+        >>> torch.allclose(Highway(nn.Linear(4, 4), 4, bias=-30.0)(x), x)  # the gate is shut: x as it was
+        True
     """
 
     def write(self, x: Tensor, f: Tensor) -> Tensor:
@@ -62,7 +87,13 @@ class Highway(_Gated):
 
 
 class ExclusiveGate(_Gated):
-    """``(1 - g) x + g F(x)``; arguments as for :class:`Highway`."""
+    """``(1 - g) x + g F(x)``; arguments as for :class:`Highway`.
+
+    Example:
+        >>> x = torch.randn(3, 4)
+        >>> torch.allclose(ExclusiveGate(nn.Identity(), 4)(x), x, atol=1e-6)  # (1 - g) x + g x
+        True
+    """
 
     def write(self, x: Tensor, f: Tensor) -> Tensor:
         """``(1 - g) x + g f``."""
@@ -70,7 +101,13 @@ class ExclusiveGate(_Gated):
 
 
 class ShortcutOnlyGate(_Gated):
-    """``(1 - g) x + F(x)``; arguments as for :class:`Highway`. He et al.: it needs b as low as -6."""
+    """``(1 - g) x + F(x)``; arguments as for :class:`Highway`. He et al.: it needs b as low as -6.
+
+    Example:
+        >>> x, branch = torch.ones(3, 4), nn.Linear(4, 4)
+        >>> torch.allclose(ShortcutOnlyGate(branch, 4, bias=-30.0)(x), x + branch(x))  # g = 0
+        True
+    """
 
     def __init__(self, branch: nn.Module, width: int, *, bias: float = -6.0, dim: int = -1):
         super().__init__(branch, width, bias=bias, dim=dim)
@@ -89,6 +126,10 @@ class VarianceGate(Connection):
         init: where every element of w starts; 0 gives g = 1/2.
         temperature: t; the smaller, the faster the gate learns.
         dim: the dimension that holds the features.
+
+    Example:
+        >>> VarianceGate(nn.Identity(), 2)(torch.ones(2)).detach()  # g = 1/2: sqrt(3)/2 + 1/2
+        tensor([1.3660, 1.3660])
     """
 
     kind = "scaled"

@@ -22,25 +22,45 @@ from skipscope.nn._connection import Chain, Connection
 
 
 def expand_streams(x: Tensor, streams: int) -> Tensor:
-    """``[...]`` -> ``[streams, ...]``: n copies of the input."""
+    """``[...]`` -> ``[streams, ...]``: n copies of the input.
+
+    Example:
+        >>> expand_streams(torch.ones(2, 3), 4).shape
+        torch.Size([4, 2, 3])
+    """
     return x.expand(streams, *x.shape)
 
 
 def reduce_streams(x: Tensor) -> Tensor:
     """``[streams, ...]`` -> ``[...]``: their mean (the paper's sum, up to a factor that its last norm takes
     out).
+
+    Example:
+        >>> reduce_streams(torch.tensor([[1.0, 1.0], [3.0, 3.0]]))
+        tensor([2., 2.])
     """
     return x.mean(0)
 
 
 def hyper_read(x: Tensor, pre: Tensor) -> Tensor:
-    """The branch's input: ``[streams, ...]`` and ``pre [streams]`` -> ``[...]``."""
+    """The branch's input: ``[streams, ...]`` and ``pre [streams]`` -> ``[...]``.
+
+    Example:
+        >>> hyper_read(torch.tensor([[1.0, 1.0], [3.0, 3.0]]), torch.tensor([0.0, 1.0]))
+        tensor([3., 3.])
+    """
     return torch.tensordot(pre, x, 1)
 
 
 def hyper_write(x: Tensor, f: Tensor, residual: Tensor, post: Tensor) -> Tensor:
     """``residual [n, n]`` mixes the streams ``[n, ...]``; each gets ``f [...]`` times its element of
     ``post``.
+
+    Example:
+        >>> streams = torch.tensor([[1.0, 1.0], [3.0, 3.0]])
+        >>> hyper_write(streams, torch.ones(2), torch.eye(2), torch.tensor([1.0, 2.0]))
+        tensor([[2., 2.],
+                [5., 5.]])
     """
     return torch.tensordot(residual, x, 1) + post.reshape(-1, *[1] * f.ndim) * f
 
@@ -48,13 +68,24 @@ def hyper_write(x: Tensor, f: Tensor, residual: Tensor, post: Tensor) -> Tensor:
 def altup(x: Tensor, f: Tensor, predict: Tensor, correct: Tensor, active: int) -> Tensor:
     """AltUp's prediction of the streams ``x [n, ...]``, corrected by what stream ``active`` became: itself
     plus ``f``.
+
+    Example:
+        >>> streams = torch.tensor([[1.0, 1.0], [3.0, 3.0]])
+        >>> altup(streams, torch.ones(2), torch.eye(2), torch.tensor([1.0, 0.5]), active=0)
+        tensor([[2.0000, 2.0000],
+                [3.5000, 3.5000]])
     """
     predicted = torch.tensordot(predict, x, 1)
     return predicted + correct.reshape(-1, *[1] * f.ndim) * (x[active] + f - predicted[active])
 
 
 class StreamConnection(Connection):
-    """A connection between streams ``[n, ...]``: one layer of :class:`HyperConnected`."""
+    """A connection between streams ``[n, ...]``: one layer of :class:`HyperConnected`.
+
+    Example:
+        >>> StreamConnection(nn.Identity()).collapse() is None
+        True
+    """
 
     def collapse(self) -> nn.Module | None:
         """What makes one tensor of the streams after the last layer; None for their mean."""
@@ -71,6 +102,11 @@ class HyperConnection(StreamConnection):
         branch: F, on one stream.
         streams: n.
         layer: this layer's place in the network; says which stream is read first.
+
+    Example:
+        >>> connection = HyperConnection(nn.Identity(), streams=2)
+        >>> reduce_streams(connection(expand_streams(torch.ones(3), 2))).detach()  # at the start, x + F(x)
+        tensor([2., 2., 2.])
     """
 
     kind = "projection"
@@ -98,6 +134,11 @@ class AltUp(StreamConnection):
         branch: F, on one stream.
         streams: n.
         layer: this layer's place in the network; says which stream is computed.
+
+    Example:
+        >>> connection = AltUp(nn.Identity(), streams=2, layer=1)
+        >>> connection.active, connection(torch.ones(2, 3)).shape
+        (1, torch.Size([2, 3]))
     """
 
     kind = "projection"
@@ -124,6 +165,11 @@ class HyperConnected(Chain):
         streams: n.
         connect: makes a layer's connection from ``branch, streams, layer=``: the static one, or for instance
             ``partial(ManifoldHyperConnection, width=64)``.
+
+    Example:
+        >>> network = HyperConnected(nn.Identity(), nn.Identity(), streams=2)
+        >>> network(torch.ones(3)).detach()  # at the start a residual network: 1, 2, 4
+        tensor([4., 4., 4.])
     """
 
     def __init__(

@@ -15,7 +15,12 @@ from skipscope.nn._connection import Connection, WidthNorm
 
 
 def identity_shortcut(x: Tensor, f: Tensor) -> Tensor:
-    """``x + f``, of one shape."""
+    """``x + f``, of one shape.
+
+    Example:
+        >>> identity_shortcut(torch.ones(2), torch.ones(2))
+        tensor([2., 2.])
+    """
     return x + f
 
 
@@ -33,7 +38,12 @@ class IdentityShortcut(Connection):
 
 
 class PostActivation(IdentityShortcut):
-    """``relu(x + F(x))``: the first residual networks."""
+    """``relu(x + F(x))``: the first residual networks.
+
+    Example:
+        >>> PostActivation(nn.Identity())(torch.tensor([-1.0, 2.0]))
+        tensor([0., 4.])
+    """
 
     def write(self, x: Tensor, f: Tensor) -> Tensor:
         """``relu(x + f)``."""
@@ -48,6 +58,11 @@ class PreActivation(IdentityShortcut):
         width: size of dimension ``dim``.
         dim: the dimension that holds the features.
         norm: in place of layer normalisation; He et al. use ``nn.BatchNorm2d(width)``.
+
+    Example:
+        >>> block = PreActivation(nn.Identity(), 2, norm=nn.Identity())
+        >>> block(torch.tensor([-1.0, 2.0]))  # x + relu(x)
+        tensor([-1.,  4.])
     """
 
     def __init__(self, branch: nn.Module, width: int, *, dim: int = -1, norm: nn.Module | None = None):

@@ -15,7 +15,12 @@ from skipscope.nn._depth import depth_average
 
 
 def laurel_weights(x: Tensor, f: Tensor, weights: Tensor) -> Tensor:
-    """``a f + b x`` with ``weights`` a and b."""
+    """``a f + b x`` with ``weights`` a and b.
+
+    Example:
+        >>> laurel_weights(torch.ones(2), torch.ones(2), torch.tensor([2.0, 0.5]))
+        tensor([2.5000, 2.5000])
+    """
     return weights[0] * f + weights[1] * x
 
 
@@ -24,6 +29,11 @@ def laurel_low_rank(
 ) -> Tensor:
     """``f + (x + up down mapped)``, ``mapped`` ``x`` by default: ``down [rank, width]``, ``up [width,
     rank]``.
+
+    Example:
+        >>> x, down, up = torch.ones(2), torch.ones(1, 2), torch.ones(2, 1)
+        >>> laurel_low_rank(x, torch.zeros(2), down, up)  # 0 + 1 + (1 + 1)
+        tensor([3., 3.])
     """
     rows = (x if mapped is None else mapped).movedim(dim, -1)
     return f + (x + (rows @ down.T @ up.T).movedim(-1, dim))
@@ -34,6 +44,10 @@ class LaurelWeights(Connection):
 
     Args:
         branch: F.
+
+    Example:
+        >>> LaurelWeights(nn.Identity())(torch.ones(2)).detach()  # a = b = 1 at the start
+        tensor([2., 2.])
     """
 
     kind = "scaled"
@@ -55,6 +69,11 @@ class LaurelLowRank(Connection):
         width: size of dimension ``dim``.
         rank: of the learned part.
         dim: the dimension that holds the features.
+
+    Example:
+        >>> connection = LaurelLowRank(nn.Linear(8, 8), 8, rank=2)
+        >>> connection.down.shape, connection.up.abs().max().item()  # W2 = 0: as x + F(x)
+        (torch.Size([2, 8]), 0.0)
     """
 
     def __init__(self, branch: nn.Module, width: int, *, rank: int = 4, dim: int = -1):

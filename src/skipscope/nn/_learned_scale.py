@@ -18,12 +18,22 @@ from skipscope.nn._connection import Connection, along
 
 
 def rezero(x: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
-    """``x + alpha * f`` with a scalar ``alpha``."""
+    """``x + alpha * f`` with a scalar ``alpha``.
+
+    Example:
+        >>> rezero(torch.ones(2), torch.ones(2), torch.tensor(0.5))
+        tensor([1.5000, 1.5000])
+    """
     return x + alpha * f
 
 
 def layer_scale(x: Tensor, f: Tensor, gamma: Tensor, dim: int = -1) -> Tensor:
-    """``x + gamma * f`` with one ``gamma`` for each feature, which lie in dimension ``dim``."""
+    """``x + gamma * f`` with one ``gamma`` for each feature, which lie in dimension ``dim``.
+
+    Example:
+        >>> layer_scale(torch.ones(2), torch.ones(2), torch.tensor([0.0, 0.5]))
+        tensor([1.0000, 1.5000])
+    """
     return x + along(gamma, f, dim) * f
 
 
@@ -32,6 +42,11 @@ class ReZero(Connection):
 
     Args:
         branch: F.
+
+    Example:
+        >>> x = torch.randn(3, 4)
+        >>> torch.equal(ReZero(nn.Linear(4, 4))(x), x)  # a = 0: x as it was
+        True
     """
 
     identity_at_start = True
@@ -48,6 +63,11 @@ class ReZero(Connection):
 class SkipInit(ReZero):
     """``x + a F(x)``, a = 0: ReZero's equation, found at the same time as what batch norm does at the
     start.
+
+    Example:
+        >>> x = torch.randn(3, 4)
+        >>> torch.equal(SkipInit(nn.Linear(4, 4))(x), x)  # a = 0: x as it was
+        True
     """
 
 
@@ -59,6 +79,10 @@ class LayerScale(Connection):
         width: size of dimension ``dim``.
         init: where every element of g starts; the paper's 0.1 to 1e-6, the deeper the network the lower.
         dim: the dimension that holds the features.
+
+    Example:
+        >>> LayerScale(nn.Identity(), 2, init=0.5)(torch.ones(2)).detach()
+        tensor([1.5000, 1.5000])
     """
 
     def __init__(self, branch: nn.Module, width: int, *, init: float = 1e-4, dim: int = -1):
@@ -72,7 +96,13 @@ class LayerScale(Connection):
 
 
 def affine_residual(x: Tensor, f: Tensor, scale: Tensor, offset: Tensor, dim: int = -1) -> Tensor:
-    """``scale[0] (x + offset[0]) + scale[1] (f + offset[1])``, each one number a feature."""
+    """``scale[0] (x + offset[0]) + scale[1] (f + offset[1])``, each one number a feature.
+
+    Example:
+        >>> scale, offset = torch.ones(2, 3), torch.tensor([[0.5] * 3, [0.0] * 3])
+        >>> affine_residual(torch.ones(3), torch.ones(3), scale, offset)  # (1 + 0.5) + 1
+        tensor([2.5000, 2.5000, 2.5000])
+    """
     s, t = (along(row, x, dim) for row in scale)
     b, c = (along(row, x, dim) for row in offset)
     return s * (x + b) + t * (f + c)
@@ -85,6 +115,10 @@ class AffineResidual(Connection):
         branch: F.
         width: size of dimension ``dim``.
         dim: the dimension that holds the features.
+
+    Example:
+        >>> AffineResidual(nn.Identity(), 2)(torch.ones(2)).detach()  # s = t = 1, b = c = 0 at the start
+        tensor([2., 2.])
     """
 
     kind = "projection"

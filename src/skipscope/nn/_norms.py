@@ -45,6 +45,11 @@ class PreNorm(_Normed):
         width: size of dimension ``dim``.
         dim: the dimension that holds the features.
         norm: in place of layer normalisation.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 3.0]])
+        >>> PreNorm(nn.Identity(), 2)(x).detach().round()  # (1, 3) + (-1, 1)
+        tensor([[0., 4.]])
     """
 
     def read(self, x: Tensor) -> Tensor:
@@ -53,7 +58,12 @@ class PreNorm(_Normed):
 
 
 class PostNorm(_Normed):
-    """``N(x + F(x))``; arguments as for :class:`PreNorm`."""
+    """``N(x + F(x))``; arguments as for :class:`PreNorm`.
+
+    Example:
+        >>> PostNorm(nn.Identity(), 2)(torch.tensor([[1.0, 3.0]])).detach()
+        tensor([[-1.0000,  1.0000]])
+    """
 
     def write(self, x: Tensor, f: Tensor) -> Tensor:
         """``N(x + f)``."""
@@ -94,6 +104,12 @@ class SandwichNorm(PreNorm):
     """``x + N'(F(N(x)))``: a second norm after the branch.
 
     Arguments as for :class:`PreNorm`, and ``norm_out`` in place of the second norm.
+
+    Example:
+        >>> block = SandwichNorm(nn.Linear(4, 4), 4)
+        >>> x = torch.randn(3, 4)
+        >>> (block(x) - x).mean(-1).abs().max() < 1e-5  # what is added is normed
+        tensor(True)
     """
 
     def __init__(
@@ -122,6 +138,11 @@ class Keel(PreNorm):
         width: size of dimension ``dim``.
         depth: how many such branches the network has.
         dim: the dimension that holds the features.
+
+    Example:
+        >>> block = Keel(nn.Linear(4, 4), 4, depth=24)
+        >>> block.scale, block(torch.randn(3, 4)).shape
+        (24.0, torch.Size([3, 4]))
     """
 
     kind = "scaled"
@@ -193,7 +214,12 @@ class _Before:
 
 
 def sub_norm_gain(layers: int) -> float:
-    """Sub-LN's factor on the branch's weights at the start, ``sqrt(log(2 layers))``."""
+    """Sub-LN's factor on the branch's weights at the start, ``sqrt(log(2 layers))``.
+
+    Example:
+        >>> sub_norm_gain(6) == math.log(12) ** 0.5
+        True
+    """
     return math.sqrt(math.log(2 * layers))
 
 
@@ -208,6 +234,11 @@ class DeepNorm(_Normed):
         decoder_layers: of the decoder beside this encoder.
         dim: the dimension that holds the features.
         norm: in place of layer normalisation.
+
+    Example:
+        >>> block = DeepNorm(nn.Linear(4, 4), 4, layers=8)
+        >>> block.scale, block(torch.randn(3, 4)).shape  # a = (2 * 8)^(1/4)
+        (2.0, torch.Size([3, 4]))
     """
 
     kind = "scaled"
@@ -302,7 +333,10 @@ def deep_norm_(
         SkipscopeError: a weight fuses queries, keys and values in an order that is not known.
 
     Example:
-        >>> branch = deep_norm_(nn.Linear(2, 2), layers=2)
+        >>> branch = nn.Linear(2, 2)
+        >>> _ = nn.init.ones_(branch.weight)
+        >>> deep_norm_(branch, layers=2).weight.tolist()  # times (8 * 2)^(-1/4)
+        [[0.5, 0.5], [0.5, 0.5]]
     """
     _, factor = deep_norm_constants(layers, encoder_layers=encoder_layers, decoder_layers=decoder_layers)
     _scale_values(branch, factor, skip)

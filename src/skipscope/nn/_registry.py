@@ -55,6 +55,14 @@ class Kind:
         paper: authors, year, arXiv number or repository.
         keeps_width: the output is as wide as the input.
         own_branches: it has a second branch of its own, made from the first.
+
+    Example:
+        >>> import torch
+        >>> kind = registry()["rezero"]
+        >>> kind.equation, kind.spans_depth
+        ('y = x + a F(x), a = 0 at the start', False)
+        >>> kind(nn.Linear(4, 4), 4)(torch.ones(2, 4)).unique().tolist()
+        [1.0]
     """
 
     name: str
@@ -386,6 +394,12 @@ def find_kind(kind: str | type[nn.Module], operation: str) -> Kind | None:
 
     Raises:
         SkipscopeError: a name that no kind has.
+
+    Example:
+        >>> find_kind("rezero", "my_function").name
+        'rezero'
+        >>> find_kind(nn.Linear, "my_function") is None
+        True
     """
     if isinstance(kind, str):
         if kind not in registry():

@@ -15,7 +15,14 @@ from skipscope.nn._connection import Chain, WidthNorm
 
 
 def residual_streams(post: Tensor, pre: Tensor, f: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Both streams after a layer: ``norm(post + f)``, which the next layer reads, and ``pre + f``."""
+    """Both streams after a layer: ``norm(post + f)``, which the next layer reads, and ``pre + f``.
+
+    Example:
+        >>> import torch
+        >>> post, pre = residual_streams(torch.ones(2), torch.ones(2), torch.ones(2), nn.Tanh())
+        >>> post, pre
+        (tensor([0.9640, 0.9640]), tensor([2., 2.]))
+    """
     return norm(post + f), pre + f
 
 

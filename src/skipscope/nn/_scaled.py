@@ -15,7 +15,13 @@ from skipscope.nn._connection import Connection
 
 
 def scaled_shortcut(x: Tensor, f: Tensor, scale: float, branch_scale: float = 1.0) -> Tensor:
-    """``scale * x + branch_scale * f``."""
+    """``scale * x + branch_scale * f``.
+
+    Example:
+        >>> import torch
+        >>> scaled_shortcut(torch.ones(2), torch.ones(2), 0.5, 0.25)
+        tensor([0.7500, 0.7500])
+    """
     return (x if scale == 1 else scale * x) + (f if branch_scale == 1 else branch_scale * f)
 
 
@@ -26,6 +32,11 @@ class ScaledShortcut(Connection):
         branch: F.
         scale: the factor on the shortcut.
         branch_scale: the factor on the branch.
+
+    Example:
+        >>> import torch
+        >>> ScaledShortcut(nn.Identity(), scale=0.5, branch_scale=1.0)(torch.ones(2))
+        tensor([1.5000, 1.5000])
     """
 
     kind = "scaled"
@@ -45,6 +56,11 @@ class DepthScaled(Connection):
     Args:
         branch: F.
         depth: how many such branches the network has.
+
+    Example:
+        >>> import torch
+        >>> DepthScaled(nn.Identity(), depth=4)(torch.ones(2))
+        tensor([1.5000, 1.5000])
     """
 
     def __init__(self, branch: nn.Module, depth: int):

@@ -18,6 +18,12 @@ from skipscope.nn._identity import IdentityShortcut
 def shake_shake(f1: Tensor, f2: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
     """``forward * f1 + (1 - forward) * f2``, whose gradient is that of ``backward * f1 + (1 - backward) *
     f2``.
+
+    Example:
+        >>> f1, f2 = torch.ones(2, requires_grad=True), torch.zeros(2)
+        >>> y = shake_shake(f1, f2, torch.tensor(0.25), torch.tensor(0.75))
+        >>> y.tolist(), torch.autograd.grad(y.sum(), f1)[0].tolist()
+        ([0.25, 0.25], [0.75, 0.75])
     """
     seen = backward * f1 + (1 - backward) * f2
     return seen + ((forward - backward) * (f1 - f2)).detach()
@@ -30,6 +36,11 @@ class ShakeShake(IdentityShortcut):
         branch: F1.
         other: F2; by default a copy of F1 with other weights of the same initialisation.
         mode: draw for each ``"row"`` (the paper's best) or once for the ``"batch"``.
+
+    Example:
+        >>> block = ShakeShake(nn.Identity(), nn.Identity()).eval()
+        >>> block(torch.ones(2, 3))[0]  # not training: x + (F1(x) + F2(x)) / 2
+        tensor([2., 2., 2.])
     """
 
     def __init__(

@@ -40,6 +40,11 @@ class PadShortcut(Connection):
         width_out: features out; as many by default.
         stride: of the branch.
         dim: the dimension that holds the features.
+
+    Example:
+        >>> import torch
+        >>> PadShortcut(nn.Linear(4, 8), 4, 8)(torch.ones(3, 4)).shape
+        torch.Size([3, 8])
     """
 
     def __init__(
@@ -57,6 +62,12 @@ class ProjectionShortcut(Connection):
     """Options B and C, ``W x + F(x)``; where it is wanted is for the caller to say.
 
     Arguments as for :class:`PadShortcut`.
+
+    Example:
+        >>> import torch
+        >>> branch = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+        >>> ProjectionShortcut(branch, 4, 8, stride=2, dim=1)(torch.ones(1, 4, 6, 6)).shape
+        torch.Size([1, 8, 3, 3])
     """
 
     kind = "projection"

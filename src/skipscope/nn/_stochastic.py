@@ -19,13 +19,23 @@ from skipscope.nn._connection import Connection
 
 
 def dropout_shortcut(x: Tensor, f: Tensor, p: float, training: bool) -> Tensor:
-    """``dropout(x, p) + f``."""
+    """``dropout(x, p) + f``.
+
+    Example:
+        >>> dropout_shortcut(torch.ones(2), torch.ones(2), p=0.5, training=False)
+        tensor([2., 2.])
+    """
     return F.dropout(x, p, training) + f
 
 
 def stochastic_depth(f: Tensor, p: float, training: bool, mode: Literal["row", "batch"] = "row") -> Tensor:
     """The branch's output ``f``, or zeros with probability ``p``, drawn for each row or once for the
     batch.
+
+    Example:
+        >>> stochastic_depth(torch.ones(2, 3), p=1.0, training=True)  # every row is dropped
+        tensor([[0., 0., 0.],
+                [0., 0., 0.]])
     """
     if not training or p == 0:
         return f
@@ -42,6 +52,10 @@ class DropoutShortcut(Connection):
     Args:
         branch: F.
         p: the probability that an element of the shortcut is dropped.
+
+    Example:
+        >>> DropoutShortcut(nn.Identity(), p=1.0)(torch.ones(3))  # no element of x is left: F(x)
+        tensor([1., 1., 1.])
     """
 
     def __init__(self, branch: nn.Module, p: float = 0.5):
@@ -60,6 +74,12 @@ class StochasticDepth(Connection):
         branch: F.
         p: the probability that the branch is dropped. Huang et al. let it grow from 0 at the input to 0.5.
         mode: draw for each ``"row"`` (sample) or once for the ``"batch"``, as the paper does.
+
+    Example:
+        >>> StochasticDepth(nn.Identity(), p=1.0)(torch.ones(2, 1)).tolist()  # F is always dropped
+        [[1.0], [1.0]]
+        >>> StochasticDepth(nn.Identity(), p=1.0).eval()(torch.ones(2, 1)).tolist()
+        [[2.0], [2.0]]
     """
 
     def __init__(self, branch: nn.Module, p: float = 0.2, mode: Literal["row", "batch"] = "row"):

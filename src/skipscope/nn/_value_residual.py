@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 
 def value_residual(values: Tensor, first: Tensor, weights: Tensor) -> Tensor:
-    """``a values + b first`` with ``weights`` a and b; both ``[n, heads, tokens, width / heads]``."""
+    """``a values + b first`` with ``weights`` a and b; both ``[n, heads, tokens, width / heads]``.
+
+    Example:
+        >>> value_residual(torch.ones(2), torch.zeros(2), torch.tensor([0.5, 0.5]))
+        tensor([0.5000, 0.5000])
+    """
     return weights[0] * values + weights[1] * first
 
 
@@ -25,6 +30,11 @@ class ValueResidualAttention(nn.Module):
         heads: how many parts of it attend by themselves.
         causal: whether a token sees only those before it.
         mixes: whether its values are ever joined with another layer's; the first layer's are not.
+
+    Example:
+        >>> added, values = ValueResidualAttention(8, heads=2)(torch.randn(3, 5, 8))
+        >>> added.shape, values.shape
+        (torch.Size([3, 5, 8]), torch.Size([3, 2, 5, 4]))
     """
 
     def __init__(self, width: int, heads: int = 1, *, causal: bool = False, mixes: bool = True):

@@ -47,6 +47,11 @@ def data_for(name: str, n: int = 128, *, seed: int = 0) -> tuple[Tensor, Tensor]
 
     Raises:
         SkipscopeError: no such network.
+
+    Example:
+        >>> inputs, target = data_for("resnet20", 16)
+        >>> networks()["resnet20"]()(inputs).shape
+        torch.Size([16, 10])
     """
     if name not in networks():
         raise SkipscopeError("data_for", "no such network", expected=", ".join(networks()), got=name)

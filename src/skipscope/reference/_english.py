@@ -25,6 +25,11 @@ class English:
         ids: ``[length]`` int64, from 0 to 255.
         sha256: of the whole text, whatever ``length`` was asked for.
         vocabulary: how many tokens there may be: 256.
+
+    Example:
+        >>> text = English(torch.tensor([72, 105]), sha256="")
+        >>> text.decode(text.ids)
+        'Hi'
     """
 
     ids: Tensor

@@ -61,7 +61,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embeddings, blocks, a last norm, and a head that shares the embedding's weights; see :func:`gpt`."""
+    """Embeddings, blocks, a last norm, and a head that shares the embedding's weights; see :func:`gpt`.
+
+    Example:
+        >>> model = GPT(layers=1, width=8, heads=2, vocab=16, context=4)
+        >>> model(torch.zeros(2, 4, dtype=torch.int64)).shape
+        torch.Size([2, 16, 4])
+    """
 
     def __init__(self, layers: int, width: int, heads: int, vocab: int, context: int):
         super().__init__()

@@ -24,7 +24,14 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class DeepMLP(nn.Module):
-    """Hidden layers of one width and a linear head; see :func:`deep_mlp`."""
+    """Hidden layers of one width and a linear head; see :func:`deep_mlp`.
+
+    Example:
+        >>> import torch
+        >>> model = deep_mlp(depth=3, shortcut="identity")
+        >>> type(model).__name__, len(model.layers), model(torch.ones(2, 64)).shape
+        ('DeepMLP', 3, torch.Size([2, 10]))
+    """
 
     def __init__(self, layers: list[nn.Module], head: nn.Module, use_shortcut: bool, scale: float):
         super().__init__()

@@ -56,7 +56,14 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, stages of basic blocks, the mean over pixels, and a linear head."""
+    """A stem, stages of basic blocks, the mean over pixels, and a linear head.
+
+    Example:
+        >>> import torch
+        >>> model = ResNet((1, 1), (4, 8), classes=3, in_channels=1, option="A")
+        >>> model(torch.ones(2, 1, 8, 8)).shape
+        torch.Size([2, 3])
+    """
 
     def __init__(
         self,
@@ -119,17 +126,32 @@ def resnet20(classes: int = 10, in_channels: int = 1, option: Literal["A", "B"] 
 
 
 def resnet32(classes: int = 10, in_channels: int = 1, option: Literal["A", "B"] = "B") -> ResNet:
-    """ResNet-32 for small images: 15 blocks; arguments as for :func:`resnet20`."""
+    """ResNet-32 for small images: 15 blocks; arguments as for :func:`resnet20`.
+
+    Example:
+        >>> sum(len(stage) for stage in resnet32().stages)
+        15
+    """
     return _small(32, classes, in_channels, option)
 
 
 def resnet56(classes: int = 10, in_channels: int = 1, option: Literal["A", "B"] = "B") -> ResNet:
-    """ResNet-56 for small images: 27 blocks; arguments as for :func:`resnet20`."""
+    """ResNet-56 for small images: 27 blocks; arguments as for :func:`resnet20`.
+
+    Example:
+        >>> sum(len(stage) for stage in resnet56().stages)
+        27
+    """
     return _small(56, classes, in_channels, option)
 
 
 def resnet110(classes: int = 10, in_channels: int = 1, option: Literal["A", "B"] = "B") -> ResNet:
-    """ResNet-110 for small images: 54 blocks; arguments as for :func:`resnet20`."""
+    """ResNet-110 for small images: 54 blocks; arguments as for :func:`resnet20`.
+
+    Example:
+        >>> sum(len(stage) for stage in resnet110().stages)
+        54
+    """
     return _small(110, classes, in_channels, option)
 
 

@@ -43,6 +43,7 @@ def study(model: nn.Module, batch: Batch) -> str:
     picture: str = found.draw("svg")
     flow: ss.GradientFlow = ss.gradient_flow(plain, batch, ce)
     verdict: ss.Verdict = flow.verdict
+    saturates = verdict.state == "vanishing" and verdict.cause == "saturation"
     rms: float | None = flow.boundaries[0].gradient_rms
     paths: ss.PathSpectrum = ss.path_spectrum(model, batch, ce)
     rank: ss.Importance = ss.importance(model, batch, ce)
@@ -55,9 +56,7 @@ def study(model: nn.Module, batch: Batch) -> str:
     loss: Tensor = penalty(model, batch[0]) + weighted(model, batch[0])
     again: ss.Result = ss.load("flow.json")
     numbers = f"{alike.mean} {parts.loss} {advice.advice} {again.table()} {picture}"
-    return (
-        f"{numbers} {first.name} {verdict.state} {rms} {paths.norms} {len(rank)} {runs.steps} {loss.item()}"
-    )
+    return f"{numbers} {first.name} {saturates} {rms} {paths.norms} {len(rank)} {runs.steps} {loss.item()}"
 
 
 def surfaces(model: nn.Module, batch: Batch) -> float:
@@ -79,7 +78,7 @@ def surfaces(model: nn.Module, batch: Batch) -> float:
 
 
 def warn(event: ss.VerdictEvent) -> None:
-    print(event.step, event.verdict.state)
+    print(event.step, event.before == "unknown", event.verdict.state)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> ss.History:

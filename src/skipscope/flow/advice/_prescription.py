@@ -12,6 +12,7 @@ from torch import nn
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
+from skipscope._option_words import VerdictCause
 from skipscope._progress import track
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
@@ -30,7 +31,17 @@ RATES: tuple[tuple[str, type[torch.optim.Optimizer], float], ...] = (
     ("Adam 0.001", torch.optim.Adam, 0.001),
 )
 # Where data, loss or graph are broken, no change of the network helps.
-BROKEN = {"data", "weights", "loss", "missing path", "softmax", "sqrt", "div", "log", "norm"}
+BROKEN: set[VerdictCause] = {
+    "data",
+    "weights",
+    "loss",
+    "missing path",
+    "softmax",
+    "sqrt",
+    "div",
+    "log",
+    "norm",
+}
 # Nothing was learnt where more than this share of the loss is left.
 STUCK = 0.99
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from skipscope._data import Batches, map_tensors
+from skipscope._option_words import GradientState, MeasuredState
 from skipscope._ranks import whole
 from skipscope._subject import Subject
 from skipscope.flow._flow_result import LayerGradient
@@ -78,7 +79,7 @@ def _in_float64(subject: Subject, seed: int, term: str) -> Readings | None:
             return None
 
 
-def boundary_state(readings: Readings, exact: Readings | None, i: int) -> tuple[str, float | None]:
+def boundary_state(readings: Readings, exact: Readings | None, i: int) -> tuple[MeasuredState, float | None]:
     """State and flow of a boundary, the flow not yet normalised."""
     gradient = readings.gradients[i]
     if not readings.activations[i].seen:
@@ -106,6 +107,7 @@ def layer(name: str, weight: WeightReading, exact: WeightReading | None, scale: 
     rms = weight.norm(total) * weight.unit / math.sqrt(count)
     mean = float(sizes.sum(dtype=torch.float64)) * weight.unit / count
     zeros = 0 if least_of > 0 else total.numel() - int(torch.count_nonzero(total))
+    state: GradientState
     if not math.isfinite(largest):
         state = "nonfinite"
     elif largest == 0:

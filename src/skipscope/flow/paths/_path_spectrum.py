@@ -14,6 +14,7 @@ from skipscope import _sharding
 from skipscope._data import Batch, Objective, map_tensors
 from skipscope._errors import SkipscopeError
 from skipscope._model_calls import no_gradient
+from skipscope._option_words import ModelMode
 from skipscope._progress import track
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
@@ -235,7 +236,7 @@ class _Sums:
         before = 0.0 if self.is_shared else self.norms.get(key, 0.0)
         self.norms[key] = math.hypot(before, norm_of(gradient))
 
-    def result(self, name: str, mode: str, meaning: str) -> PathSpectrum:
+    def result(self, name: str, mode: ModelMode, meaning: str) -> PathSpectrum:
         """As a result."""
         if not self.norms:
             raise SkipscopeError(

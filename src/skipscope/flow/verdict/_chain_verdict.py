@@ -7,18 +7,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from skipscope._numbers import short
+from skipscope._option_words import VerdictCause, VerdictState
 from skipscope.flow._flow_result import Verdict
 from skipscope.flow.verdict._flow_rules import ALL, HEAD, STARVED_SHARE, FlowContext, StretchGain, judge
 from skipscope.flow.verdict._verdict_evidence import REACHES, Evidence, Reach
 from skipscope.flow.verdict._verdict_words import advice_on
 
 # The worst first.
-ORDER = ("nonfinite", "unconnected", "dead", "vanishing", "exploding", "cannot tell", "healthy")
+ORDER: tuple[VerdictState, ...] = (
+    "nonfinite",
+    "unconnected",
+    "dead",
+    "vanishing",
+    "exploding",
+    "cannot tell",
+    "healthy",
+)
 
 
 def judge_chain(
     evidence: Evidence, gains: dict[str, StretchGain], context: FlowContext,
-    culprit: tuple[str, str] | None = None, stale: str = "",
+    culprit: tuple[VerdictCause, str] | None = None, stale: str = "",
 ) -> Verdict:  # fmt: skip
     """The verdict on one chain, in words.
 

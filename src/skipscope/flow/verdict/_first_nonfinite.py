@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from skipscope._data import Batches, Objective, tensors_in
 from skipscope._numbers import short
+from skipscope._option_words import VerdictCause
 from skipscope._torch_internals import without_modes
 from skipscope.shortcuts import TracedCall
 from skipscope.shortcuts.trace import recording
@@ -25,7 +26,7 @@ _WORDS = {
     "log": "it takes the logarithm of 0 or less",
     "norm": "the slope of a norm at 0 is undefined",
 }
-_CAUSES = {
+_CAUSES: dict[str, VerdictCause] = {
     "softmax": "softmax",
     "log_softmax": "softmax",
     "scaled_dot_product_attention": "softmax",
@@ -128,7 +129,7 @@ def _finite(gradients: tuple[Tensor | None, ...]) -> bool:
     return all(g is None or bool(g.isfinite().all()) for g in gradients)
 
 
-def first_nonfinite(model: nn.Module, data: Batches, loss: Objective) -> tuple[str, str] | None:
+def first_nonfinite(model: nn.Module, data: Batches, loss: Objective) -> tuple[VerdictCause, str] | None:
     """Cause and description of the first call, forward or backward, that makes a number not finite."""
     try:
         for batch in data:
@@ -145,7 +146,7 @@ def first_nonfinite(model: nn.Module, data: Batches, loss: Objective) -> tuple[s
     return None
 
 
-def _described(name: str, module: str, nan: bool) -> tuple[str, str]:
+def _described(name: str, module: str, nan: bool) -> tuple[VerdictCause, str]:
     # Outside their domain these give NaN although nothing overflows; elsewhere it is an infinity less
     # another.
     outside = nan and name in _DOMAINS

@@ -15,6 +15,14 @@ from itertools import pairwise
 import numpy as np
 
 from skipscope._numbers import short, student_quantile
+from skipscope._option_words import (
+    GradientState,
+    MeasuredState,
+    OptimizerKind,
+    RecordedState,
+    VerdictCause,
+    VerdictState,
+)
 from skipscope.flow._flow_result import Verdict
 
 # So many decades lost, or gained, going back are trouble. Of 300 networks labelled by training
@@ -38,7 +46,7 @@ ERRORS, WIDEST = 1.0, 0.3
 HEAD = 1e-4
 # More than this share of a chain's weighted calls starved: the chain itself vanishes there.
 STARVED_SHARE = 0.1
-ALL = ("SGD", "Adam")
+ALL: tuple[OptimizerKind, ...] = ("SGD", "Adam")
 # Activations of different samples whose mean cosine is this near 1 are one and the same for the layers after
 # them.
 COLLAPSED = 0.995
@@ -56,7 +64,7 @@ class Point:
 
     Attributes:
         name: of the boundary.
-        state: as in :class:`BoundaryFlow`, or ``"nonfinite_activation"``.
+        state: as in :class:`BoundaryFlow`, or one of those that only the rules tell apart.
         log_flow: log10 of its flow, None where there is none.
         similarity: mean cosine between the activations of different samples there.
         merge: whether a shortcut ends there.
@@ -67,7 +75,7 @@ class Point:
     """
 
     name: str
-    state: str
+    state: MeasuredState | RecordedState
     log_flow: float | None
     similarity: float | None = None
     merge: bool = False
@@ -142,7 +150,7 @@ def judge(
     points: Sequence[Point],
     stretches: Sequence[StretchGain] = (),
     context: FlowContext = _PLAIN,
-    culprit: tuple[str, str] | None = None,
+    culprit: tuple[VerdictCause, str] | None = None,
 ) -> Verdict:
     """The verdict on a flow.
 
@@ -173,7 +181,7 @@ def judge(
     )
     if not surely:
         return _uncertain(healthy, band, FALL if fall > 0 else limit) if maybe else healthy
-    state = "vanishing" if fall > 0 else "exploding"
+    state: VerdictState = "vanishing" if fall > 0 else "exploding"
     at = _where(logs)
     first, last = connected[at][0], connected[at + 1][0]
     alone = abs(logs[at + 1] - logs[at]) >= SHARE_OF_ONE * abs(fall)
@@ -268,7 +276,10 @@ def _in_words(p: Point) -> str:
 
 
 def _broken(
-    points: Sequence[Point], stretches: Sequence[StretchGain], residual: bool, culprit: tuple[str, str] | None
+    points: Sequence[Point],
+    stretches: Sequence[StretchGain],
+    residual: bool,
+    culprit: tuple[VerdictCause, str] | None,
 ) -> Verdict | None:
     """The states in which there is no fall to speak of: non-finite, unconnected, dead."""
     nothing: dict = {"fall_decades": None, "slope": None, "slope_interval": None}
@@ -339,12 +350,12 @@ def _is_silent(stretch: StretchGain) -> bool:
     return bool((stretch.activation and stretch.inactive == 1) or (stretch.layer and stretch.gain == 0))
 
 
-def _off(stretch: StretchGain) -> tuple[str, str]:
+def _off(stretch: StretchGain) -> tuple[VerdictCause, str]:
     """The cause where units have no slope, and what such a unit is called."""
     return ("inactive", "inactive") if stretch.activation in RECTIFIERS else ("saturation", "saturated")
 
 
-def _until(points: Sequence[Point], state: str) -> int:
+def _until(points: Sequence[Point], state: GradientState) -> int:
     """The last of the unbroken run from the first boundary on that is in ``state``."""
     last = 0
     for i, p in enumerate(points):
@@ -367,8 +378,13 @@ def _where(logs: Sequence[float]) -> int:
 
 
 def _why(
-    state: str, logs: Sequence[float], at: int, alone: bool, stretches: Sequence[StretchGain], residual: bool
-) -> tuple[str, str, float | None]:
+    state: VerdictState,
+    logs: Sequence[float],
+    at: int,
+    alone: bool,
+    stretches: Sequence[StretchGain],
+    residual: bool,
+) -> tuple[VerdictCause, str, float | None]:
     """The cause in a word, the reason in a sentence, and its number."""
     fall, steps = logs[-1] - logs[0], len(logs) - 1
     word = "shrinks" if state == "vanishing" else "grows"
@@ -405,7 +421,9 @@ def _why(
     return cause, "; besides, ".join([f"{what}: {words}", *besides]), evidence
 
 
-def _of_weights(stretches: Sequence[StretchGain], gains: float, observed: float) -> tuple[str, str, float]:
+def _of_weights(
+    stretches: Sequence[StretchGain], gains: float, observed: float
+) -> tuple[VerdictCause, str, float]:
     worst = (min if observed < 0 else max)(stretches, key=lambda c: c.gain)
     gain = _gain_a_layer(stretches, gains)
     return (
@@ -422,7 +440,7 @@ def _gain_a_layer(stretches: Sequence[StretchGain], gains: float) -> float:
     return 10.0 ** (gains / max(1, sum(c.layer is not None for c in stretches)))
 
 
-def _of_activations(stretches: Sequence[StretchGain]) -> tuple[str, str, float]:
+def _of_activations(stretches: Sequence[StretchGain]) -> tuple[VerdictCause, str, float]:
     worst = min(stretches, key=lambda c: c.slope)
     if worst.inactive >= 0.9:
         cause, word = _off(worst)

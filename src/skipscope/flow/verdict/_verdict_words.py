@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from skipscope._option_words import VerdictCause
+
 if TYPE_CHECKING:
     from skipscope.flow._flow_result import Verdict
 
 HEALTHY = "If training still stalls, check the data, the learning rate and the initialisation."
 _TRY = "ss.prescribe(model, data, loss) tries remedies on copies."
-ADVICE = {
+ADVICE: dict[VerdictCause, str] = {
     "time": (
         "Use gates (LSTM, GRU), orthogonal recurrent weights or shorter sequences, or read the output at more"
         " steps."
