@@ -32,8 +32,8 @@ class Routes:
         self.graph, self.made = graph, made
 
     def are_parallel(self, call: Merge, i: int) -> bool:
-        """Whether operand i of a masked call, which it lets pass, is replaced by the next one, or went through
-        a block where the call before has put it.
+        """Whether operand i of a masked call, which it lets pass, is replaced by the next one, or went
+        through a block where the call before has put it.
         """
         kept = self._kept_where(call, i)
         return kept is not None and (self._is_replaced(call, kept) or self._is_routed(call, i, kept))
