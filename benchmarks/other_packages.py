@@ -575,8 +575,8 @@ ROWS = (
         "affine couplings",
         lambda p: _nflows(p, True),
         lambda: torch.randn(3, 4),
-        {"identity": 4, "gated": 2},
-        "2 residual blocks and 1 coupling each",
+        {"identity": 4, "gated": 2, "concat": 2},
+        "2 residual blocks, 1 coupling each; the half that passes is written beside the other",
     ),
     Row(
         "nflows",
