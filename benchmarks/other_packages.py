@@ -1,7 +1,8 @@
 """Finding and editing in other people's packages: counts against those read in their source, and whether edits are exact.
 
 ``python -m benchmarks.other_packages [NAME ...]``: a line for each model of each package that is installed (random
-weights, tiny configurations); what is not installed is skipped. Expected counts were read in each package's source; the
+weights, tiny configurations); what is not installed is skipped, and the table says so. With names the other rows of the
+table stay as they were. Expected counts were read in each package's source; the
 column *read* says how they come about. Edits are right where a detached twin and one of strength 1 give the model's
 output bit for bit, strength 0 gives that of the removed twin, and the removed twin gives another.
 """
@@ -574,8 +575,8 @@ ROWS = (
         "affine couplings",
         lambda p: _nflows(p, True),
         lambda: torch.randn(3, 4),
-        {"identity": 4, "gated": 2},
-        "2 residual blocks and 1 coupling each",
+        {"identity": 4, "gated": 2, "concat": 2},
+        "2 residual blocks, 1 coupling each; the half that passes is written beside the other",
     ),
     Row(
         "nflows",
@@ -1150,6 +1151,7 @@ def main(names: list[str]) -> None:
             continue
         if importlib.util.find_spec(row.package) is None:
             print(f"{row.package:32} {row.name:26} not installed", flush=True)
+            rows.append({"package": row.package, "model": row.name, "skipped": "not installed"})
             continue
         try:
             result = run(row)
@@ -1166,9 +1168,11 @@ def main(names: list[str]) -> None:
         )
         print(f"{row.package:32} {row.name:26} {told}", flush=True)
     right = [r for r in rows if r.get("counts_right") and r.get("edits_right") in (True, None)]
-    print(f"{len(right)} of {len(rows)} models right, {len({r['package'] for r in rows})} packages")
-    if not names:
-        RESULTS.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    print(f"{len(right)} of {len(rows)} models right, {len({r['package'] for r in right})} packages right")
+    if names and RESULTS.exists():  # run in parts: the other rows stay as they were
+        kept = {(r["package"], r["model"]): r for r in json.loads(RESULTS.read_text())["rows"] + rows}
+        rows = [kept[key] for row in ROWS if (key := (row.package, row.name)) in kept]
+    RESULTS.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

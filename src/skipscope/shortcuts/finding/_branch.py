@@ -11,15 +11,18 @@ from skipscope.shortcuts.finding._kinds import (
     ELEMENTWISE,
     MATRIX_SUMS,
     POINTWISE,
+    REPEATING,
     STRAIGHT_POINTWISE,
     WHOLE,
 )
+from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._parts import Part
 from skipscope.shortcuts.finding._products import before_map, mapped_from
 from skipscope.shortcuts.finding._sides import Side, Sides
 from skipscope.shortcuts.trace import _operations
 
 _SUMS = frozenset({"add", "sub", "rsub", "addcmul"})
+_ADDING = frozenset({"add", "sub", "rsub"})
 
 
 class Branches:
@@ -143,7 +146,8 @@ class Branches:
 
     def _taken(self, reader: Sides, side: Side, fork: int) -> list[Part]:
         """The parts of the fork that a side takes. In a list part beside part, along the axis that they are
-        parts of, is the whole with some of it gone through the branch.
+        parts of, is the whole with some of it gone through the branch; not where the part is mixed with
+        itself, as rotated positions are, or repeated for each head.
         """
         graph, call = self.graph, reader.call
         region = side.region
@@ -154,7 +158,25 @@ class Branches:
             region = carried if carried & graph.children_of(fork) else region
         taken = graph.parts_taken(fork, region)
         dim = graph.joined_axis(call) if call.name != "stack" else None
-        return [] if dim is not None and any(part.axis_along(dim) for part in taken) else taken
+        if dim is None or self._is_mixed(region) or self._is_broadcast(call, dim, region):
+            return taken
+        return [] if any(part.axis_along(dim) for part in taken) else taken
+
+    def _is_mixed(self, region: int) -> bool:
+        """Whether values are repeated in a region, or several of them are added."""
+        added = bits(region & self.graph.of_kinds(_ADDING))
+        return bool(region & self.graph.of_kinds(REPEATING)) or any(
+            len(self.graph.active_parents(v)) > 1 for v in added
+        )
+
+    def _is_broadcast(self, call: Merge, dim: int, region: int) -> bool:
+        """Whether a call puts an operand that ends in a region into a larger part of its result."""
+        graph, rest = self.graph, []
+        for node in (call.output, *call.operands):
+            if node is not None and (node == call.output or region >> node & 1):
+                shape = graph.shape(node)
+                rest.append((*shape[:dim], *shape[dim + 1 :]))
+        return any(shape != rest[0] for shape in rest[1:])
 
     def _is_gain(self, region: int) -> bool:
         """Whether each value goes through by itself and is multiplied by weights at most: x + (m - 1) x is m

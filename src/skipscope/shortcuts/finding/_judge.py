@@ -18,6 +18,7 @@ from skipscope.shortcuts.finding._graph import Graph
 from skipscope.shortcuts.finding._kinds import ENLARGING
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._mixtures import Mixtures
+from skipscope.shortcuts.finding._routes import Routes
 from skipscope.shortcuts.finding._sides import Role, Side, Sides, is_scaled
 from skipscope.shortcuts.trace import _operations
 
@@ -73,6 +74,7 @@ class Judge:
         self.made = {call.output: call for call in graph.merges if call.output is not None}
         self.gates, self.expanded = Gates(graph, self.made), Expanded(graph, self.made)
         self.mixtures, self.bypass = Mixtures(graph, self.made), Bypass(graph)
+        self.routes = Routes(graph, self.made)
         self.branches = Branches(graph, self.gates, Couplings(graph, self.made))
 
     def verdict(self, call: Merge) -> Candidate | Reason | None:
@@ -166,6 +168,11 @@ class Judge:
             return found
         case.bypassing = found
         return None
+
+    def routed(self, case: _Case) -> Reason | None:
+        """Tokens that one mask sends through one block, and its contrary through another, skip none."""
+        are_parallel = any(self.routes.are_parallel(case.call, i) for i in case.bypassing)
+        return Reason.PARALLEL if are_parallel else None
 
     def branch(self, case: _Case) -> Reason | None:
         """What it skips has to hold weights."""
@@ -355,6 +362,7 @@ RULES: tuple[Callable[[Judge, _Case], Candidate | Reason | None], ...] = (
     Judge.crossed_gate,
     Judge.gated_projection,
     Judge.bypassed,
+    Judge.routed,
     Judge.branch,
     Judge.deeper_than_a_projection,
     Judge.shortcut,
