@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import skipscope.nn as sn
@@ -574,3 +575,254 @@ def test_sound_blocks_of_other_libraries_are_not_refused(blocks, library, count)
         except SkipscopeError as error:
             refused[name] = str(error)
     assert not refused and checked == count
+
+
+# --- further mistakes, and sound blocks ---------------------------------------------------------------------------
+
+
+class InAList(nn.Module):
+    """Its second branch is in a list, which torch does not look into."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch, self.more = branch(), [branch()]
+
+    def forward(self, x):
+        return x + self.branch(x) + self.more[0](x)
+
+
+class InADict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch, self.gains = branch(), {"out": torch.full((WIDTH,), 0.5)}
+
+    def forward(self, x):
+        return x + self.gains["out"] * self.branch(x)
+
+
+class CachesByShape(Block):
+    def __init__(self):
+        super().__init__()
+        self.cache = {}
+
+    def write(self, x, f):
+        return x + f * self.cache.setdefault(x.shape, torch.sigmoid(x.detach()))
+
+
+LAST = [torch.zeros(())]
+
+
+def reads_a_global(self, x):
+    before, LAST[0] = LAST[0], x.detach().mean()
+    return x + self.branch(x) + before
+
+
+def shrinks_its_weights(self, x):
+    with torch.no_grad():
+        self.branch[0].weight.mul_(0.99)
+    return x + self.branch(x)
+
+
+class GateAsANumber(Block):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.tensor(0.5))
+
+    def write(self, x, f):
+        return x + self.gate.item() * f
+
+
+def by_numpy(self, x):
+    return x + torch.from_numpy(self.branch(x).detach().numpy())
+
+
+def with_forward(forward):
+    return lambda: type("Block", (Block,), {"forward": forward})()
+
+
+FURTHER_MISTAKES = {
+    "layers in a list": InAList,
+    "a tensor in a dict": InADict,
+    "a cache by shape": CachesByShape,
+    "the last input in a global": with_forward(reads_a_global),
+    "a batch of one squeezed": with_forward(lambda s, x: x.squeeze() + s.branch(x.squeeze())),
+    "softmax over samples": with_forward(lambda s, x: x + s.branch(x).softmax(0)),
+    "the gradient of large numbers lost": with_forward(
+        lambda s, x: torch.where(x > 0.5, x.detach(), x) + s.branch(x)
+    ),
+    "weights that shrink at each pass": with_forward(shrinks_its_weights),
+    "a gate as a number": GateAsANumber,
+    "a reshape in place of a transpose": with_forward(lambda s, x: x.T.reshape(x.shape) + s.branch(x)),
+    "a branch by numpy": with_forward(by_numpy),
+    "a rounded shortcut": with_forward(lambda s, x: x.round() + s.branch(x)),
+}
+
+
+@pytest.mark.parametrize("mistake", FURTHER_MISTAKES)
+def test_further_planted_mistakes_are_refused(mistake):
+    torch.manual_seed(0)
+    block = FURTHER_MISTAKES[mistake]()
+    with pytest.raises(BrokenContract):
+        check_shortcut(block, torch.randn(4, WIDTH), compile=False)
+
+
+class Residual(nn.Module):
+    """``x + body(norm(x))``, as most people write it."""
+
+    def __init__(self, norm, body):
+        super().__init__()
+        self.norm, self.body = norm, body
+
+    def forward(self, x):
+        return x + self.body(self.norm(x))
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+
+
+class CausalAttention(nn.Module):
+    """Grouped queries, rotated by tables that are no weights."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, self.size = heads, width // heads
+        self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * self.size, bias=False)
+        angles = torch.arange(16)[:, None] / 100 ** (torch.arange(self.size // 2) / (self.size // 2))
+        self.register_buffer("turns", torch.cat([angles, angles], -1), persistent=False)
+
+    def turned(self, x):
+        turns = self.turns[: x.shape[-2]].to(x.dtype)
+        half = torch.cat([-x[..., self.size // 2 :], x[..., : self.size // 2]], -1)
+        return x * turns.cos() + half * turns.sin()
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2)
+        k, v = (t.unsqueeze(1).expand_as(q) for t in self.kv(x).chunk(2, -1))
+        y = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v, is_causal=True)
+        return y.transpose(1, 2).flatten(2)
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.gate, self.down = (nn.Linear(width, width, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class ParallelLayer(nn.Module):
+    """GPT-J's: one norm, attention and MLP side by side."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.attention, self.mlp = nn.LayerNorm(width), CausalAttention(width, 2), GatedMLP(width)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.attention(h) + self.mlp(h)
+
+
+class FourierMix(nn.Module):
+    def forward(self, x):
+        return torch.fft.fft2(x).real
+
+
+class Recurrent(nn.GRU):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+class CausalConv(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
+
+
+class Experts(nn.Module):
+    """A softmax over three experts."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.router, self.experts = nn.Linear(width, 3), nn.ModuleList(branch() for _ in range(3))
+
+    def forward(self, x):
+        shares = self.router(x).softmax(-1)
+        return sum(shares[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts))
+
+
+class TokenShift(nn.Module):
+    """RWKV's: each token mixed with the one before it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mix, self.key, self.value = (
+            nn.Parameter(torch.rand(width)),
+            nn.Linear(width, 9),
+            nn.Linear(9, width),
+        )
+
+    def forward(self, x):
+        before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+        return self.value(self.key(x * self.mix + before * (1 - self.mix)).relu().square())
+
+
+class DropsPaths(nn.Module):
+    """Stochastic depth with a layer scale."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mlp, self.scale = branch(), nn.Parameter(torch.full((width,), 0.1))
+
+    def forward(self, x):
+        f = self.scale * self.mlp(x)
+        if self.training:
+            f = f * torch.empty(len(x), 1, 1).bernoulli_(0.8) / 0.8
+        return x + f
+
+
+def normalised_weights():
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)),
+        nn.GELU(),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)),
+    )
+
+
+class KnowsItsOwner(Residual):
+    """A list keeps torch from taking the owner for a part."""
+
+    def __init__(self):
+        super().__init__(nn.LayerNorm(WIDTH), branch())
+        self.owner = [nn.ModuleList([self, nn.Linear(2, 2)])]
+
+
+TOKENS, IMAGES = (3, 5, WIDTH), (3, WIDTH, 6, 6)
+SOUND = {
+    "group norm and squeeze-excite": (lambda: Residual(nn.GroupNorm(2, WIDTH), SqueezeExcite(WIDTH)), IMAGES),
+    "grouped queries, rotary": (lambda: Residual(nn.RMSNorm(WIDTH), CausalAttention(WIDTH, 2)), TOKENS),
+    "SwiGLU": (lambda: Residual(nn.RMSNorm(WIDTH), GatedMLP(WIDTH)), TOKENS),
+    "attention and MLP in parallel": (lambda: ParallelLayer(WIDTH), TOKENS),
+    "Fourier mixing": (lambda: Residual(nn.LayerNorm(WIDTH), nn.Sequential(FourierMix(), nn.Linear(WIDTH, WIDTH))), TOKENS),
+    "a recurrent branch": (lambda: Residual(nn.LayerNorm(WIDTH), Recurrent(WIDTH, WIDTH, batch_first=True)), TOKENS),
+    "a causal convolution": (lambda: Residual(nn.LayerNorm(WIDTH), CausalConv(WIDTH, WIDTH, 3)), TOKENS),
+    "soft experts": (lambda: Residual(nn.LayerNorm(WIDTH), Experts(WIDTH)), (4, WIDTH)),
+    "token shift": (lambda: Residual(nn.LayerNorm(WIDTH), TokenShift(WIDTH)), TOKENS),
+    "dropped paths": (lambda: DropsPaths(WIDTH), TOKENS),
+    "normalised weights": (lambda: Residual(nn.Identity(), normalised_weights()), (4, WIDTH)),
+    "a list with its owner": (KnowsItsOwner, TOKENS),
+    "batch norm": (lambda: Residual(nn.BatchNorm2d(WIDTH), nn.Conv2d(WIDTH, WIDTH, 1)), IMAGES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_blocks_of_several_styles_are_not_refused(name):
+    torch.manual_seed(0)
+    make, shape = SOUND[name]
+    check_shortcut(make(), torch.randn(shape), compile=False)

@@ -294,6 +294,32 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def _tensors_outside(module: nn.Module) -> list[str]:
+    """The plain attributes that are tensors, or hold some: neither weights nor buffers."""
+    known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if not name.startswith("_") and any(id(tensor) not in known for tensor in _held(value, module))
+    ]
+
+
+def _held(value: Any, module: nn.Module) -> list[Tensor]:
+    """The tensors of a plain attribute: itself, or those in containers and in modules that are in them.
+
+    A module that holds ``module`` is its owner, and no part of it.
+    """
+    if isinstance(value, nn.Module):
+        owns = any(part is module for part in value.modules())
+        return [] if owns else [*value.parameters(), *value.buffers()]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in _held(part, module)]
+    return [value] if isinstance(value, Tensor) else []
+
+
 def _same(a: Any, b: Any) -> bool:
     return a == b if isinstance(a, int | float | str) else a is b
 
@@ -472,7 +498,7 @@ def _ablatable(case: _Case) -> None:
 
 def _state_dict(case: _Case) -> None:
     module = case.fresh()
-    outside = [name for name, value in _plain_attributes(module).items() if isinstance(value, Tensor)]
+    outside = _tensors_outside(module)
     if outside:
         raise _broken(
             case,

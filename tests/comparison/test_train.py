@@ -582,3 +582,231 @@ def test_a_ladders_sweep_stops_when_one_rate_is_there():
     counts = [c.steps_to_target[0] for c in short.curves["m"].values()]
     assert min(counts) <= first
     assert all(c.losses.shape[1] < 150 for c in short.curves["m"].values())
+
+
+# --- further instances of "equal to a plain loop" ------------------------------------------------------------------
+
+
+class GradientPenalty(nn.Module):
+    """A hook on a hidden activation of one sample in two, which turns its gradient around."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.one(x))
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: gradient * torch.tensor([1.0, -0.5] * 4))
+        return self.two(hidden)
+
+
+class FullBackwardHook(nn.Sequential):
+    """A module's backward hook that changes the gradient of its input."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        self[2].register_full_backward_hook(lambda module, grads_in, grads_out: (0.3 * grads_in[0],))
+
+
+def weaker(parameter):
+    parameter.grad.mul_(0.1)
+
+
+class PostAccumulate(nn.Sequential):
+    """A parameter's gradient changed once it is there."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        self[0].weight.register_post_accumulate_grad_hook(weaker)
+
+
+class SignOfAHook(nn.Sequential):
+    """Two hooks on one parameter, in their order."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        self[2].bias.register_hook(lambda gradient: gradient + 0.01)
+        self[2].bias.register_hook(lambda gradient: 2 * gradient)
+
+
+class FrozenStatistics(nn.Sequential):
+    """A batch norm that its own ``train`` keeps in evaluation mode."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        self[1].running_mean.normal_(), self[1].running_var.uniform_(0.5, 2)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+class NormWithoutWeights(nn.Sequential):
+    """A batch norm whose weights do not train, but whose statistics follow the data."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        self[1].requires_grad_(False)
+
+
+class NoiseOnWeights(nn.Linear):
+    def forward(self, x):
+        noise = 0.1 * torch.randn_like(self.weight) if self.training else 0
+        return F.linear(x, self.weight + noise, self.bias)
+
+
+class OneOfTwo(nn.Module):
+    """A coin decides at each step which layer is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 3) for _ in range(2))
+
+    def forward(self, x):
+        return self.layers[int(torch.rand(()) < 0.5)](x)
+
+
+FURTHER = {
+    "a hook on an activation, by sample": GradientPenalty,
+    "a backward hook of a module": FullBackwardHook,
+    "a hook once the gradient is there": PostAccumulate,
+    "two hooks on a parameter": SignOfAHook,
+    "a batch norm that stays frozen": FrozenStatistics,
+    "a batch norm without trained weights": NormWithoutWeights,
+    "noise on weights": lambda: NoiseOnWeights(8, 3),
+    "one of two layers by a coin": OneOfTwo,
+}
+FURTHER_RECIPES = {
+    "decay": ({"AdamW": partial(torch.optim.AdamW, weight_decay=0.01)}, 0.05, {}, {}),
+    "warmup": (
+        {"SGD": partial(torch.optim.SGD, momentum=0.9)}, 0.2,
+        {"schedule": lambda step: min(1.0, (step + 1) / 5)}, {"schedule": lambda step: min(1.0, (step + 1) / 5)},
+    ),
+    "clipped cosine": (
+        {"Adam": torch.optim.Adam}, 0.1,
+        {"schedule": lambda step: 0.5 * (1 + math.cos(math.pi * step / 8)), "clip_norm": 0.1},
+        {"schedule": lambda step: 0.5 * (1 + math.cos(math.pi * step / 8)), "clip": 0.1},
+    ),
+    "autocast and clip": (
+        {"SGD": partial(torch.optim.SGD, momentum=0.9)}, 0.1,
+        {"autocast": torch.bfloat16, "clip_norm": 0.3}, {"autocast": torch.bfloat16, "clip": 0.3},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FURTHER)
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_train_twins_is_a_plain_loop_for_further_models(name, optimizer):
+    make = FURTHER[name]
+    runs = ss.train_twins(
+        {"m": make},
+        batch(),
+        F.cross_entropy,
+        seeds=[4, 9],
+        steps=8,
+        batch_size=32,
+        optimizers={optimizer: 0.1},
+    )
+    for row, seed in enumerate((4, 9)):
+        expected, _ = plain_loop(make, course(Maker(make), batch(), steps=8), OPTIMIZERS[optimizer], seed)
+        np.testing.assert_allclose(runs.curves["m"][optimizer].losses[row], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FURTHER_RECIPES)
+@pytest.mark.parametrize("make", [tanh_net, FrozenStatistics, lambda: NoiseOnWeights(8, 3)])
+def test_train_twins_is_a_plain_loop_for_further_recipes(name, make):
+    kinds, rate, options, theirs = FURTHER_RECIPES[name]
+    (optimizer, kind), *_ = kinds.items()
+    runs = ss.train_twins(
+        {"m": make}, batch(), F.cross_entropy, seeds=2, steps=8, batch_size=32, optimizers={optimizer: rate}, **options
+    )  # fmt: skip
+    for seed in (0, 1):
+        expected, _ = plain_loop(
+            make, course(Maker(make), batch(), steps=8), partial(kind, lr=rate), seed, **theirs
+        )
+        np.testing.assert_allclose(runs.curves["m"][optimizer].losses[seed], expected, rtol=2e-5)
+
+
+def groups_with_decay(parameters):
+    """Decay on matrices alone, a rate of their own for vectors."""
+    parameters = list(parameters)
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "lr": 0.05},
+        ],
+        lr=0.02,
+    )
+
+
+def two_phases(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.3, nesterov=True, momentum=0.8)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3)
+    after = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, after], [3])
+
+
+@pytest.mark.parametrize("factory", [groups_with_decay, two_phases])
+def test_factories_with_groups_and_two_schedulers_are_a_plain_loop(factory):
+    torch.manual_seed(0)
+    model, expected = tanh_net(), []
+    made = factory(model.parameters())
+    optimizer, scheduler = made if isinstance(made, tuple) else (made, None)
+    for _, (x, y) in zip(range(8), course(Maker(tanh_net), batch(), steps=8).stream.batches(0)):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+        expected.append(loss.item())
+    runs = ss.train_twins(
+        {"m": tanh_net},
+        batch(),
+        F.cross_entropy,
+        seeds=1,
+        steps=8,
+        batch_size=32,
+        optimizers={"mine": factory},
+    )
+    np.testing.assert_allclose(runs.curves["m"]["mine"].losses[0], expected, rtol=1e-5)
+
+
+def test_a_reward_and_a_log_density_below_zero_have_targets_that_are_reached():
+    """A loss that is minus a reward, and one that starts at zero and falls."""
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+
+    @ss.objective
+    def reward(model, batch):
+        return -torch.sigmoid((model(batch[0]) * batch[1]).sum(-1)).mean()
+
+    @ss.objective
+    def cosine_similarity(model, batch):
+        return -F.cosine_similarity(model(batch[0]), batch[1], dim=-1).mean()
+
+    for loss in (reward, cosine_similarity):
+        runs = ss.train_twins(
+            {"m": lambda: nn.Linear(4, 4)}, (x, x.flip(1)), loss, seeds=2, steps=80, optimizers={"Adam": 0.03}
+        )
+        curves = runs.curves["m"]["Adam"]
+        first, best = curves.losses[:, 0].mean(), smoothed(curves.losses)[:, -1].min()
+        assert runs.target == pytest.approx((first + best) / 2) and curves.learns
+        assert all(1 < step < 80 for step in curves.steps_to_target)
+
+
+@pytest.mark.parametrize("seeds", [[0], [7, 2], 3])
+def test_the_seed_of_the_sweep_is_never_one_of_those_reported(seeds):
+    runs = ss.train_twins({"m": tanh_net}, batch(), F.cross_entropy, seeds=seeds, steps=3)
+    for curves in runs.curves["m"].values():
+        assert curves.sweep_seed not in runs.seeds and len(curves.losses) == len(runs.seeds)
+
+
+def test_a_best_rate_below_the_grid_extends_it_downwards():
+    def great(output, target):
+        return 300 * F.cross_entropy(output, target)
+
+    runs = ss.train_twins({"m": tanh_net}, batch(), great, seeds=1, steps=30, optimizers={"SGD": (3.0, 1.0)})
+    curves = runs.curves["m"]["SGD"]
+    assert curves.rate < 1.0 and len(curves.sweep) > 2

@@ -216,3 +216,121 @@ def test_every_kind_that_spans_depth_joins_all_layers(kind):
     model, x = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)]), features()
     twin = add_shortcuts(model, x, kind, report=None)
     assert sum(isinstance(m, nn.Identity) for m in twin) == 3 and twin(x).shape == x.shape
+
+
+# --- networks of other styles ------------------------------------------------------------------------------------
+
+
+class ReadsSizes(nn.Module):
+    """The owner reads its layers' attributes to make tensors, and their methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.GRUCell(8, 8) if i == 1 else nn.Linear(8, 8) for i in range(3))
+
+    def forward(self, x):
+        start = torch.zeros(len(x), self.layers[1].hidden_size)
+        x = self.layers[0](x) * self.layers[0].weight.norm()
+        return self.layers[2](self.layers[1](x, start))
+
+
+def by_hand_of_sizes(model, x):
+    first, cell, last = model.layers
+    x = (x + first(x)) * first.weight.norm()
+    x = cell(x, torch.zeros(len(x), 8))  # it takes two tensors
+    return x + last(x)
+
+
+def linear_norm_tanh(count, width=8):
+    return [part for _ in range(count) for part in (nn.Linear(width, width), nn.LayerNorm(width), nn.Tanh())]
+
+
+def by_hand_of_linear_norms(model, x):
+    for i in range(0, 9, 3):
+        x = x + model[i : i + 3](x)
+    return model[9](x)
+
+
+def by_hand_of_convolutions(model, x):
+    x = model[:4](x)
+    for start in (4, 7):
+        x = x + model[start : start + 3](x)
+    return model[10:](x)
+
+
+class Named(nn.Module):
+    """Stages by name in a ModuleDict, each a Sequential, the width changes between them."""
+
+    def __init__(self):
+        super().__init__()
+        stage = {"a": (8, 8), "b": (8, 6), "c": (6, 6)}
+        self.stages = nn.ModuleDict({k: seq(nn.Linear(a, b), nn.GELU()) for k, (a, b) in stage.items()})
+
+    def forward(self, x):
+        for stage in self.stages.values():
+            x = stage(x)
+        return x
+
+
+def by_hand_of_names(model, x):
+    a, b, c = model.stages.values()
+    x = a[1](x + a[0](x))
+    x = b(x)
+    return c[1](x + c[0](x))
+
+
+def by_hand_of_spans(model, x):
+    """Spans of two: the first child changes the width, so the windows begin one later."""
+    x = model[0](x)
+    for i in (1, 3):
+        x = x + model[i : i + 2](x)
+    return model[5](x)
+
+
+class TimeFirst(nn.Module):
+    """A recurrent layer among others gives a tuple and is left alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.GRU(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x):
+        x = self.layers[0](x)
+        x, _ = self.layers[1](x)
+        return self.layers[2](x)
+
+
+def by_hand_of_time(model, x):
+    first, middle, last = model.layers
+    x = middle(x + first(x))[0]
+    return x + last(x)
+
+
+OTHER_STYLES = {
+    "an owner that reads sizes and weights": (ReadsSizes, (3, 8), 1, by_hand_of_sizes),
+    "linear, norm, activation": (
+        lambda: nn.Sequential(*linear_norm_tanh(3), nn.Linear(8, 2)), (3, 8), 1, by_hand_of_linear_norms,
+    ),
+    "convolutions around a pool": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+            *[m for _ in range(2) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())],
+            nn.Flatten(), nn.Linear(36, 2),
+        ), (2, 3, 6, 6), 1, by_hand_of_convolutions,
+    ),
+    "stages by name": (Named, (3, 8), 1, by_hand_of_names),
+    "windows past the first layer": (
+        lambda: nn.Sequential(nn.Linear(4, 8), *[nn.Linear(8, 8) for _ in range(4)], nn.Linear(8, 2)), (3, 4), 2, by_hand_of_spans,
+    ),
+    "a layer that gives a tuple": (TimeFirst, (5, 2, 8), 1, by_hand_of_time),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", OTHER_STYLES)
+def test_networks_of_other_styles_get_the_shortcuts_that_a_person_would_write(style):
+    torch.manual_seed(0)
+    make, shape, span, by_hand = OTHER_STYLES[style]
+    model, x = make().eval(), torch.randn(shape)
+    twin = add_shortcuts(model, x, span=span, report=None)
+    torch.testing.assert_close(twin(x), by_hand(model, x))
+    assert not torch.equal(twin(x), model(x))
