@@ -68,3 +68,21 @@ def test_it_has_the_shortcuts_that_it_had(convert):
     # In steps of an eighth bit the twin is that of the network in float.
     expected = ss.ablate(Net(), before)(X)
     assert (removed - expected).abs().mean() < 0.1 * (built - expected).abs().mean()
+
+
+class Named(Net):
+    """The same, whose parts are named for a profiler."""
+
+    def forward(self, x):
+        with torch.profiler.record_function("blocks"):
+            x = self.blocks(self.first(self.enter(x)))
+        return self.leave(x)
+
+
+@pytest.mark.parametrize("convert", [lambda model: model.eval(), converted, with_int8_weights])
+def test_a_name_for_a_profiler_is_no_weight(convert):
+    named, plain = (ss.find_shortcuts(convert(kind()), X) for kind in (Named, Net))
+    assert len(plain) and [(s.kind, s.branch, s.span) for s in named] == [
+        (s.kind, s.branch, s.span) for s in plain
+    ]
+    assert [layer.name for layer in named.layers] == [layer.name for layer in plain.layers]

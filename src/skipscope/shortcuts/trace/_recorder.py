@@ -205,7 +205,9 @@ class Recorder(TorchFunctionMode):
         if unseen is not None:
             return self._noted_unseen(unseen, func, function, args, kwargs)
         operands = tuple(self.value_of(tensor) for tensor in tensors)
-        packed = tuple(self._packed(a) for a in args if isinstance(a, torch.ScriptObject))
+        # Other libraries of operators keep other things in objects: a profiler its handle, for one.
+        objects = [a for a in args if isinstance(a, torch.ScriptObject)]
+        packed = tuple(map(self._packed, objects)) if objects and str(func).startswith("quantized.") else ()
         transformed = any(map(is_transformed, tensors))
         call = self._begun(function, operands, args, kwargs, frame)
         if function.name in LIKE_ANOTHER:
