@@ -1,6 +1,7 @@
 """Every shortcut module against its paper's equation, written out in float64."""
 
 import math
+import pydoc
 from collections import Counter
 from functools import partial
 
@@ -849,3 +850,100 @@ def test_each_kind_says_what_it_is_and_takes_what_it_says(name):
 def test_attributes_that_a_connection_lacks_are_its_branchs():
     block = sn.ReZero(nn.Linear(WIDTH, WIDTH))
     assert block.out_features == WIDTH and not hasattr(block, "nothing_of_the_kind")
+
+
+# --- further instances --------------------------------------------------------------------------------------------
+
+
+class SplitsByHand(nn.Module):
+    """Attention with one weight for queries, keys and values, under the name that ``name`` says."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.add_module(name, nn.Linear(WIDTH, 3 * WIDTH))
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+
+class TransposedWeight(nn.Module):
+    """As in GPT-2, whose weights are input x output."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(WIDTH, 3 * WIDTH)),
+            nn.Parameter(torch.zeros(3 * WIDTH)),
+        )
+
+
+@pytest.mark.parametrize("name", ["qkv", "Wqkv", "to_qkv", "in_proj"])
+def test_deep_norm_scales_the_values_alone_of_weights_in_rows(name):
+    torch.manual_seed(0)
+    attention = SplitsByHand(name)
+    fused, bias, out = attention.get_submodule(name), attention.get_submodule(name).bias, attention.proj
+    before, before_out, before_bias = fused.weight.clone(), out.weight.clone(), bias.clone()
+    sn.deep_norm_(attention, layers=32)
+    torch.testing.assert_close(fused.weight[: 2 * WIDTH], before[: 2 * WIDTH], rtol=0, atol=0)
+    torch.testing.assert_close(fused.weight[2 * WIDTH :], before[2 * WIDTH :] * 256**-0.25)
+    torch.testing.assert_close(out.weight, before_out * 256**-0.25)
+    assert torch.equal(bias, before_bias)
+
+
+def test_deep_norm_scales_the_values_alone_of_weights_in_columns_and_refuses_unknown_orders():
+    attention = nn.Module()
+    attention.c_attn = TransposedWeight()
+    before = attention.c_attn.weight.detach().clone()
+    sn.deep_norm_(attention, layers=32)
+    expected = torch.cat([before[:, : 2 * WIDTH], before[:, 2 * WIDTH :] / 4], 1)
+    torch.testing.assert_close(attention.c_attn.weight.detach(), expected)
+    grouped = nn.Module()
+    grouped.qkv = nn.Linear(WIDTH, WIDTH + 2)  # fewer keys and values than queries: no thirds
+    known_first = nn.Sequential(nn.Linear(WIDTH, WIDTH), SplitsByHand("qkv_proj"))
+    for case in (grouped, SplitsByHand("query_key_value"), known_first):
+        weights = [p.detach().clone() for p in case.parameters()]
+        with pytest.raises(SkipscopeError, match="order that is not known") as refusal:
+            sn.deep_norm_(case, layers=32)
+        assert "skip=" in refusal.value.cure
+        assert all(torch.equal(a, b) for a, b in zip(weights, case.parameters())), "refused, and half done"
+
+
+def causal_attention():
+    class Attends(nn.MultiheadAttention):
+        def forward(self, x, mask, *, padding=None):
+            return super().forward(x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=False)[0]
+
+    return Attends(WIDTH, 2, batch_first=True)
+
+
+STACK_KINDS = [name for name, kind in sn.registry().items() if kind.spans_depth]
+
+
+@pytest.mark.parametrize("name", STACK_KINDS)
+def test_a_causal_mask_holds_through_every_layer_of_a_stack(name):
+    """With the mask no token sees a later one; without it they do; padded tokens are seen by none."""
+    torch.manual_seed(0)
+    stack = sn.registry()[name]([causal_attention() for _ in range(4)], WIDTH, depth=4).eval()
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    x, mask = torch.randn(2, 5, WIDTH), torch.ones(5, 5).triu(1).bool()
+    other = torch.cat([x[:, :3], torch.randn(2, 2, WIDTH)], 1)
+    torch.testing.assert_close(stack(x, mask)[:, :3], stack(other, mask)[:, :3])
+    assert not torch.allclose(stack(x, None)[:, :3], stack(other, None)[:, :3])
+    padding = torch.tensor([[False] * 3 + [True] * 2] * 2)
+    hidden = stack(x, None, padding=padding)[:, :3], stack(other, None, padding=padding)[:, :3]
+    torch.testing.assert_close(*hidden)
+
+
+@pytest.mark.parametrize("name", sn.registry())
+def test_help_names_each_kind_with_its_class_equation_arguments_and_paper(name, help_text):
+    """``help(skipscope.nn)`` as a person sees it."""
+    kind = sn.registry()[name]
+    line = next(one for one in help_text.splitlines() if one.strip().startswith(f"- {name} ("))
+    assert kind.module.__name__ in line and kind.equation in line and kind.paper in line
+    assert all(f"{argument}={default!r}" in line for argument, default in kind.arguments.items())
+    assert ("spans depth" in line) == kind.spans_depth
+
+
+@pytest.fixture(scope="module")
+def help_text():
+    return pydoc.plain(pydoc.render_doc(sn))

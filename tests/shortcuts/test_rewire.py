@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import skipscope as ss
 from skipscope import SkipscopeError
 from skipscope.nn import Connection, registry
 from skipscope.shortcuts import meaning
+from skipscope.shortcuts._rewire import rewirable
 
 WIDTH, DEPTH = 6, 4
 
@@ -346,3 +348,121 @@ def test_a_stock_vision_transformer_trains_with_each_kind_or_is_refused_in_words
         optimizer.step()
     assert all(p.grad is not None for n, p in twin.named_parameters() if n.startswith("shortcuts."))
     assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
+
+
+# --- stock models of other libraries ------------------------------------------------------------------------------
+
+
+class Logits(nn.Module):
+    """One tensor out of a model of transformers."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).last_hidden_state.mean(1)
+
+
+def stock_models():
+    """Name -> a small model that takes one tensor, and the tensor."""
+    import timm
+    import transformers
+
+    images, words = torch.randn(2, 3, 32, 32), torch.randint(0, 50, (2, 7))
+    small = {"num_classes": 3, "drop_path_rate": 0.0}
+    of_width = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    yield "ResNet", timm.create_model("resnet10t", **small), images
+    yield (
+        "ConvNeXt",
+        timm.create_model("convnext_atto", depths=(2, 1, 1, 1), dims=(8, 8, 16, 16), **small),
+        images,
+    )
+    mixer = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_blocks": 2}
+    yield "Mixer", timm.models.mlp_mixer.MlpMixer(**mixer, **small), images
+    bert = transformers.BertConfig(vocab_size=50, **of_width, **quiet)
+    yield "BERT", Logits(transformers.BertModel(bert, add_pooling_layer=False)), words
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    gpt = transformers.GPT2Config(
+        vocab_size=50, bos_token_id=0, eos_token_id=0, n_positions=16, n_embd=16, n_layer=2, n_head=2, **none
+    )
+    yield "GPT-2", Logits(transformers.GPT2Model(gpt)), words
+    llama = transformers.LlamaConfig(vocab_size=50, **of_width)
+    yield "Llama", Logits(transformers.LlamaModel(llama)), words
+
+
+# Why a kind may be refused, by model: the width changes, a norm stands on the stream, its layers are no nn.Linear.
+WHY_NOT = {
+    "ResNet": {
+        "the merges do not form one chain",
+        "this kind reads what the branch and the sum read, and a projection stands between",
+    },
+    "ConvNeXt": {"the merges do not form one chain", "reversible layers come in pairs of branches"},
+    "Mixer": set(),
+    "BERT": {"the merges do not form one chain", "this kind of connection does not fit this merge"},
+    "GPT-2": {"the branch calls no linear map before which the second norm could stand"},
+    "Llama": set(),
+}
+
+
+def five_steps(twin, x):
+    twin.train()
+    optimizer = torch.optim.SGD(twin.parameters(), 1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(twin(x), torch.tensor([0, 1]))
+        loss.backward()
+        optimizer.step()
+    return loss.detach()
+
+
+@pytest.mark.heavy
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(6))
+def test_stock_models_train_compile_and_pickle_with_each_kind(index):
+    """What does not fit is refused in words; a kind that goes around one branch always fits."""
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    name, model, x = list(stock_models())[index]
+    model.eval()
+    keys, expected = list(model.state_dict()), model(x).detach()
+    found = rewirable(ss.find_shortcuts(model, x))
+    assert len(found) >= 2
+    refused = {}
+    for kind in FITTING:
+        try:
+            twin = ss.rewire(model, found, kind=kind, inputs=x)
+        except SkipscopeError as error:
+            refused[kind] = error.problem
+            assert error.cure, kind
+            continue
+        own = [key for key in twin.state_dict() if not key.startswith("shortcuts.")]
+        assert own == keys, kind
+        assert five_steps(twin, x).isfinite(), kind
+        twin.eval()
+        if kind in {"rezero", "highway", "hyper"}:
+            torch._dynamo.reset()
+            torch.testing.assert_close(torch.compile(twin, backend="eager")(x), twin(x), msg=kind)
+        again = pickle.loads(pickle.dumps(twin))
+        assert torch.equal(again(x), twin(x)), kind
+    assert torch.equal(model(x), expected) and list(model.state_dict()) == keys
+    assert set(refused.values()) <= WHY_NOT[name]
+    assert {
+        "rezero",
+        "scaled",
+        "layer-scale",
+        "highway",
+        "skipinit",
+        "post-norm",
+        "stochastic-depth",
+    }.isdisjoint(refused)
+    rezero = ss.rewire(model, found, kind="rezero", inputs=x)
+    with torch.no_grad():
+        for key, parameter in rezero.named_parameters():
+            if key.endswith("alpha"):
+                parameter.fill_(1.0)
+    assert torch.equal(rezero(x), expected)
+    for kind in (ss.nn.LayerScale, lambda width, dim, depth: ss.nn.LayerScale(nn.Identity(), width, dim=dim)):
+        assert five_steps(ss.rewire(model, found, kind=kind, inputs=x), x).isfinite()

@@ -345,6 +345,7 @@ def deep_norm_(
 
 @torch.no_grad()
 def _scale_values(branch: nn.Module, factor: float, skip: tuple[str, ...]) -> None:
+    scaled = []
     for name, parameter in branch.named_parameters():
         words = set(name.split(".")[-2:])
         if parameter.ndim < 2 or words & set(skip):
@@ -359,8 +360,9 @@ def _scale_values(branch: nn.Module, factor: float, skip: tuple[str, ...]) -> No
                 got=f"shape {tuple(parameter.shape)}",
                 cure="scale it by hand, and leave it out: skip=(...)",
             )
-        scaled = parameter if dim is None else parameter.chunk(3, dim)[2]
-        scaled.mul_(factor)
+        scaled.append(parameter if dim is None else parameter.chunk(3, dim)[2])
+    for weight in scaled:  # none, if one was refused
+        weight.mul_(factor)
 
 
 @torch.no_grad()
