@@ -289,7 +289,7 @@ def assert_one_depth(result):
 
 
 def test_the_main_job_quick():
-    result = ss.compare(quick=True, budget=900)
+    result = ss.compare(quick=True, budget=900, steps=70)
     removed, plain = result.flow["shortcuts, removed"], result.flow["plain"]
     assert [b.gradient_rms for b in removed.boundaries][-1] == pytest.approx(
         plain.boundaries[-1].gradient_rms

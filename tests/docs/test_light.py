@@ -117,7 +117,9 @@ def test_torch_and_numpy_are_enough_to_find_edit_measure_and_watch(tmp_path):
     assert done.stdout.rstrip().endswith("light")
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    "row", [row if row == "pages and tables" else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+)
 def test_a_row_needs_the_packages_that_the_table_names(row, tmp_path):
     code, needed = ROWS[row]
     done = run(START + code, needed, tmp_path)

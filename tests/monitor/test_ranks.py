@@ -141,7 +141,11 @@ def test_what_is_collective_fails_in_time_on_a_rank_alone_and_works_again_togeth
 
 
 @pytest.mark.parametrize(
-    ("what", "problem"), [("folder", "already holds a history"), ("sink", "no such sink")]
+    ("what", "problem"),
+    [
+        ("folder", "already holds a history"),
+        pytest.param("sink", "no such sink", marks=pytest.mark.slow),
+    ],
 )
 def test_what_rank_0_alone_is_refused_ends_the_call_on_every_rank(what, problem, tmp_path):
     model = worker.make()
