@@ -108,7 +108,7 @@ def compare(
 
     Args:
         model: without one: the lecture's network, made deep, on embedded digits.
-        quick: a smaller version, in a quarter of a minute; what a busy machine has no time for is left out
+        quick: a smaller version, in at most half a minute; what a busy machine has no time for is left out
             and named.
         train: also train the twins side by side; --no-train leaves it out.
         seeds: training runs of each twin.

@@ -74,11 +74,11 @@ def compare(
             (``result.kinds_table()``).
         train: whether the twins are also trained side by side.
         seeds: training runs of each twin.
-        steps: optimizer steps a run; by default 200, with ``quick`` 60 (the lecture's network: 300 and 100).
+        steps: optimizer steps a run; by default 200, with ``quick`` 60 (the lecture's network: 300 and 70).
         batch_size: samples a step where the data is one batch.
         grid: points a side of the loss surfaces.
         budget: seconds to stay within; parts that do not fit are left out and named in ``notes``.
-        quick: a smaller version of everything, within a ``budget`` of 12 seconds unless another is given.
+        quick: a smaller version of everything, within a ``budget`` of 27 seconds unless another is given.
         seed: for all that is drawn.
         name: what the page calls the model.
         about: sentences on the data or the model for the paragraph of methods.

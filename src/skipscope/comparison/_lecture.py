@@ -85,7 +85,7 @@ def compare_lecture(settings: Settings, clock: Clock, *, quick: bool, steps: int
     settings = replace(
         settings,
         seeds=1 if quick else 3,
-        steps=steps or (100 if quick else 300),
+        steps=steps or (70 if quick else 300),
         batch_size=64,
         grid=11 if quick else 25,
         samples=128 if quick else 256,
@@ -189,10 +189,10 @@ def _affordable(
     a_step = (
         each * len(_BUILD) * depths[-1] * (rates + len(settings.optimizers) * (settings.seeds)) / workers()
     )
-    a_step *= clock.slowed
+    a_step *= 2 * clock.slowed  # at this width the optimizer and the log take as long as the passes
     seconds = a_step * settings.steps
     say(
-        f"training: about {seconds * 1.3:.0f} s; {len(depths)} depths, 4 networks, 2 optimizers,"
+        f"training: about {seconds:.0f} s; {len(depths)} depths, 4 networks, 2 optimizers,"
         f" {settings.seeds} seeds"
     )
     if clock.budget is None:

@@ -28,7 +28,7 @@ from skipscope.surfaces import PairedSurfaces, paired_landscapes
 
 # What ``quick`` announces: parts that a busy machine has no time for are left out and named.
 # With Python's and torch's own start the command takes three seconds more.
-QUICK_SECONDS = 12.0
+QUICK_SECONDS = 27.0
 
 
 @dataclass
