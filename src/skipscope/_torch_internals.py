@@ -11,7 +11,7 @@ import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -133,11 +133,6 @@ def compiled_from(module: Any) -> nn.Module | None:
 # --- hooks ------------------------------------------------------------------------------------------------
 
 
-def has_gradient_hooks(parameters: Iterable[Tensor]) -> bool:
-    """Whether a hook is set on one of the parameters, on its gradient or on its accumulation."""
-    return any(gradient_hooks(p) or accumulation_hooks(p) for p in parameters)
-
-
 def gradient_hooks(parameter: Tensor) -> list[Callable[..., Any]]:
     """The hooks on a parameter's gradient."""
     return list((getattr(parameter, "_backward_hooks", None) or {}).values())
@@ -151,11 +146,6 @@ def accumulation_hooks(parameter: Tensor) -> list[Callable[..., Any]]:
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks before and after a module's forward."""
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-
-
-def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether a hook is set on a module's backward pass."""
-    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import copy
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +10,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import skipscope as ss
-from skipscope._data import read
-from skipscope.comparison._engines import Course, Maker, Run, train_one_by_one, train_stacked
-from skipscope.comparison._optimizers import choices
-from skipscope.comparison._stream import Stream
 
 
 class Residual(nn.Module):
@@ -105,43 +100,3 @@ def test_every_call_reads_batches_of_several_shapes(call, form):
 def test_compare_takes_a_loader_whose_last_batch_is_shorter():
     result = ss.compare(Residual(), DataLoader(vectors(), 16), F.cross_entropy, quick=True, grid=3, steps=5)
     assert result.training is not None and not any("could not be measured" in note for note in result.notes)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_both_engines_train_alike_on_batches_of_several_shapes(form):
-    """Three seeds, so that the batches of one step have different shapes: each network's loss is on its own batch."""
-    _, data, loss, weight = FORMS[form]()
-    make = Maker(lambda: Residual(form != "a shorter last batch").double())
-    if form == "a shorter last batch":
-        data = ss.batches([(x.double(), y) for x, y in data])
-    batches, objective = read(make(0), data, loss, "test", weight=weight)
-    course, choice = (
-        Course(Stream(batches, make(0), objective), objective, 12),
-        choices("test", {"SGD": 0.1})["SGD"],
-    )
-    runs = [Run(seed, 0.1) for seed in range(3)]
-    together = train_stacked(make, runs, choice, course, "t")
-    alone = train_one_by_one(make, runs, choice, course, "t")
-    for run in runs:
-        np.testing.assert_allclose(together[run].losses, alone[run].losses, rtol=1e-9)
-
-
-def test_what_is_no_tensor_in_a_batch_goes_with_its_own_batch():
-    """A length that is an int: stacked with another batch's, it would be that one's."""
-    model = nn.Linear(4, 2).double()
-    pairs = [(torch.randn(3, 4).double(), scale) for scale in (1, 2, 3)]
-
-    @ss.objective
-    def scaled(model, batch):
-        return (model(batch[0]) * batch[1]).square().mean()
-
-    batches, objective = read(model, ss.batches(pairs), scaled, "test")
-    course, choice = (
-        Course(Stream(batches, model, objective), objective, 9),
-        choices("test", {"SGD": 0.01})["SGD"],
-    )
-    make, runs = Maker(lambda: copy.deepcopy(model)), [Run(0, 0.01), Run(1, 0.01)]
-    together = train_stacked(make, runs, choice, course, "t")
-    alone = train_one_by_one(make, runs, choice, course, "t")
-    for run in runs:
-        np.testing.assert_allclose(together[run].losses, alone[run].losses, rtol=1e-9)

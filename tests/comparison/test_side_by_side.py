@@ -1,4 +1,4 @@
-"""Trainings side by side: in copies of this process, or in one stack, each has the numbers that it has alone."""
+"""Trainings side by side: in copies of this process each has the numbers that it has alone."""
 
 import os
 
@@ -10,11 +10,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope import reference
-from skipscope._data import read
 from skipscope.comparison import _train
-from skipscope.comparison._engines import Course, Maker, Run, train_one_by_one, train_stacked
-from skipscope.comparison._optimizers import choices
-from skipscope.comparison._stream import Stream
 from skipscope.comparison._threads import Plan, StepSeconds
 from skipscope.comparison._train import train_and_keep
 
@@ -153,48 +149,3 @@ def test_what_cannot_be_copied_is_trained_here(monkeypatch):
     many = ss.batches(list(zip(x.split(50), y.split(50))))
     train_and_keep({"m": net}, many, F.cross_entropy, **{**OPTIONS, "steps": 4})
     assert asked == [2, 2, 1, 1]
-
-
-# --- a rate that diverges inside a stack
-
-
-def cubed(output, target):
-    """Grows without bound under a rate that is too great."""
-    return (output - F.one_hot(target, 10)).pow(4).sum(1).mean()
-
-
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_a_rate_that_diverges_stops_inside_a_stack_and_leaves_the_others_alone(optimizer):
-    make = Maker(net)
-    batches, objective = read(make(0), reference.digits(200), cubed, "test")
-    course = Course(Stream(batches, make(0), objective, 32), objective, 40)
-    choice, wild = choices("test", {optimizer: 0.1})[optimizer], {"SGD": 30.0, "AdamW": 1e13}[optimizer]
-    runs = [Run(0, 0.003), Run(0, wild), Run(1, 0.001)]
-    logs = train_stacked(make, runs, choice, course, "t")
-    alone = train_one_by_one(make, runs, choice, course, "t")
-    ends = int(np.flatnonzero(~np.isfinite(alone[runs[1]].losses))[0])
-    assert 0 < ends < 30 and np.isnan(logs[runs[1]].losses[ends + 1 :]).all()
-    assert (np.isfinite(logs[runs[1]].losses) == np.isfinite(alone[runs[1]].losses)).all()
-    assert np.isnan(logs[runs[1]].update_ratio[ends + 1 :]).all()
-    # Its neighbours have the bits that they have beside one that does not diverge.
-    calm = [runs[0], Run(0, 0.002), runs[2]]
-    beside = train_stacked(make, calm, choice, course, "t")
-    for run in (runs[0], runs[2]):
-        np.testing.assert_array_equal(logs[run].losses, beside[run].losses)
-        np.testing.assert_array_equal(logs[run].update_ratio, beside[run].update_ratio)
-        for a, b in zip(logs[run].trained().parameters(), beside[run].trained().parameters()):
-            assert torch.equal(a, b)
-    stopped = [p.isfinite().all() for p in logs[runs[1]].trained().parameters()]
-    expected = [p.isfinite().all() for p in alone[runs[1]].trained().parameters()]
-    assert stopped == expected
-
-
-def test_a_stack_ends_when_all_of_it_has_diverged(monkeypatch):
-    make = Maker(net)
-    batches, objective = read(make(0), reference.digits(200), cubed, "test")
-    course = Course(Stream(batches, make(0), objective, 32), objective, 400)
-    steps = []
-    monkeypatch.setattr(Course, "factor", lambda self, step: steps.append(step) or 1.0)
-    runs = [Run(0, 30.0), Run(1, 300.0)]
-    train_stacked(make, runs, choices("test", {"SGD": 0.1})["SGD"], course, "t")
-    assert len(steps) < 40

@@ -1,7 +1,6 @@
-"""Training of twins: the stacked engine is torch's own training, seeds are seeds, and a target never reached says so."""
+"""Training of twins: a run is a plain loop, bit for bit; seeds are seeds, and a target never reached says so."""
 
 import math
-import time
 from functools import partial
 
 import numpy as np
@@ -14,12 +13,11 @@ import skipscope as ss
 from skipscope import reference
 from skipscope._data import read
 from skipscope._errors import SkipscopeError
-from skipscope.comparison import _engines
 from skipscope.comparison._comparison_result import smoothed
-from skipscope.comparison._engines import Course, Maker, Run, is_stackable, train_one_by_one, train_stacked
 from skipscope.comparison._optimizers import choices
 from skipscope.comparison._stream import Stream
 from skipscope.comparison._train import train_and_keep
+from skipscope.comparison._training_run import Course, Maker, Run, train_each
 
 MAKE = partial(reference.deep_mlp, 3, width=16, inputs=64, shortcut="identity")
 
@@ -79,45 +77,35 @@ RECIPES = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("engine", [train_stacked, train_one_by_one])
-def test_both_engines_are_a_plain_loop(engine, optimizer, recipe):
-    options = RECIPES[recipe]
-    half = recipe == "autocast"
-    data = batch() if half else (batch()[0].double(), batch()[1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_run_has_the_bits_of_a_plain_loop(dtype, optimizer, recipe):
+    """Torch's optimizers move all weights as one tensor: that must not show."""
+    options, data = RECIPES[recipe], (batch()[0].to(dtype), batch()[1])
 
     def make():
-        return tanh_net() if half else tanh_net().double()
+        return tanh_net(7).to(dtype)
 
     names = {"schedule": "schedule", "clip": "clip_norm", "autocast": "autocast"}
     the_course = course(Maker(make), data, **{names[k]: v for k, v in options.items()})
     choice = choices("test", {optimizer: (0.1, 0.01)})[optimizer]
     runs = [Run(0, 0.1), Run(1, 0.1), Run(0, 0.01)]
-    logs = engine(Maker(make), runs, choice, the_course, "t")
+    logs = train_each(Maker(make), runs, choice, the_course, "t")
     for run in runs:
         expected, model = plain_loop(
             make, the_course, lambda p: OPTIMIZERS[optimizer](p, lr=run.rate), run.seed, **options
         )
-        tolerance = {"rtol": 2e-2, "atol": 2e-2} if half else {"rtol": 1e-9}
-        np.testing.assert_allclose(logs[run].losses, expected, **tolerance)
-        if not half:
-            for ours, theirs in zip(logs[run].trained().parameters(), model.parameters()):
-                torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+        assert list(logs[run].losses) == expected
+        assert all(map(torch.equal, logs[run].network.parameters(), model.parameters()))
 
 
-def test_the_engines_report_the_same_update_sizes():
+def test_the_size_of_a_step_is_that_of_the_update_over_that_of_the_weights():
     make, data = Maker(lambda: tanh_net().double()), (batch()[0].double(), batch()[1])
-    the_course, choice = course(make, data), choices("test", {"AdamW": (0.1, 0.01)})["AdamW"]
-    runs = [Run(0, 0.1), Run(1, 0.01)]
-    together, alone = (
-        engine(make, runs, choice, the_course, "t") for engine in (train_stacked, train_one_by_one)
-    )
-    for run in runs:
-        np.testing.assert_allclose(together[run].update_ratio, alone[run].update_ratio, rtol=1e-7)
-
-
-def stackable(make, data=None, loss=F.cross_entropy):
-    make = Maker(make)
-    return is_stackable(make, (0, 1), course(make, data or batch(), loss))
+    the_course, choice = course(make, data, steps=1), choices("test", {"SGD": 0.1})["SGD"]
+    ratio = train_each(make, [Run(0, 0.1)], choice, the_course, "t")[Run(0, 0.1)].update_ratio[0]
+    before = nn.utils.parameters_to_vector(make(0).parameters()).detach()
+    _, model = plain_loop(make.build, the_course, OPTIMIZERS["SGD"])
+    update = (nn.utils.parameters_to_vector(model.parameters()) - before).detach()
+    assert ratio == pytest.approx(float(update.norm() / before.norm()), rel=1e-12)
 
 
 class OnData(nn.Linear):
@@ -199,7 +187,7 @@ class GradientOfItsOwn(nn.Linear):
         return Double.apply(super().forward(x))
 
 
-ALONE = {
+AWKWARD = {
     "control flow on data": lambda: OnData(8, 3),
     "buffers": WithBuffer,
     "dropout": lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1), nn.Linear(8, 3)),
@@ -212,16 +200,9 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_what_is_more_than_a_function_of_its_weights_is_trained_one_by_one(name, monkeypatch):
-    monkeypatch.setattr(_engines, "_is_faster", lambda *_: True)
-    assert stackable(tanh_net)
-    assert not stackable(ALONE[name])
-
-
-@pytest.mark.parametrize("name", [*ALONE, "a gradient of its own"])
+@pytest.mark.parametrize("name", [*AWKWARD, "a gradient of its own"])
 def test_train_twins_is_a_plain_loop_whatever_the_model_does(name):
-    make = {**ALONE, "a gradient of its own": lambda: GradientOfItsOwn(8, 3)}[name]
+    make = {**AWKWARD, "a gradient of its own": lambda: GradientOfItsOwn(8, 3)}[name]
     runs = ss.train_twins(
         {"m": make}, batch(), F.cross_entropy, seeds=2, steps=8, batch_size=32, optimizers={"SGD": 0.1}
     )
@@ -230,37 +211,12 @@ def test_train_twins_is_a_plain_loop_whatever_the_model_does(name):
         np.testing.assert_allclose(runs.curves["m"]["SGD"].losses[seed], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("slow", ["stacked", "one by one"])
-def test_the_stacked_engine_is_taken_only_where_a_timed_step_says_so(slow, monkeypatch):
-    calls = {"stacked": (_engines.Stacked, "losses"), "one by one": (torch.autograd, "grad")}
-    owner, name = calls[slow]
-    plain = getattr(owner, name)
-
-    def slowly(*args, **keywords):
-        # Stacked networks ask for their gradients once; four alone do so four times.
-        time.sleep(0.2 if slow == "stacked" else 0.05)
-        return plain(*args, **keywords)
-
-    monkeypatch.setattr(_engines, "_TIMED", {})
-    monkeypatch.setattr(owner, name, slowly)
-    assert stackable(tanh_net) == (slow == "one by one")
-    monkeypatch.setattr(owner, name, plain)
-    assert stackable(tanh_net) == (slow == "one by one"), "asked again, the answer is the same"
-
-
-@pytest.mark.parametrize("engine", [train_stacked, train_one_by_one])
-def test_a_course_stops_at_its_loss(engine):
+def test_a_course_stops_at_its_loss():
     make, choice = Maker(tanh_net), choices("test", {"SGD": (0.5, 0.1)})["SGD"]
     runs = [Run(0, 0.5), Run(0, 0.1)]
-    logs = engine(make, runs, choice, course(make, batch(), steps=200, stop_at=0.7), "t")
+    logs = train_each(make, runs, choice, course(make, batch(), steps=200, stop_at=0.7), "t")
     lengths = [len(logs[run].losses) for run in runs]
     assert max(lengths) < 200 and (smoothed(logs[runs[0]].losses) <= 0.7).any()
-
-
-def test_what_vmap_only_loops_over_is_not_stacked():
-    make = Maker(lambda: reference.gpt(1, width=16, heads=2))
-    the_course = course(make, reference.english(4), size=None)
-    assert [is_stackable(make, (0,), the_course) for _ in range(2)] == [False, False]
 
 
 # --- the model as found -------------------------------------------------------------------------------------------

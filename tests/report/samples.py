@@ -385,7 +385,6 @@ def training(text: Callable[[str], str] = str, steps=200, seeds=3) -> Training:
         64,
         tuple(range(seeds)),
         "initialisation and batch order",
-        {text("plain"): "stacked"},
     )
 
 

@@ -71,7 +71,6 @@ class Training(Result):
         batch_size: samples a step.
         seeds: the seeds; ``varies`` says what differs between them.
         varies: "initialisation and batch order", or "batch order only" (a ready model was given).
-        engine: "stacked" (all rates and seeds as one batch of networks) or "one by one", for each twin.
         notes: what is worth knowing of how the twins were trained.
         processes: how many copies of this process trained side by side, with one thread each; 1: none.
 
@@ -90,7 +89,6 @@ class Training(Result):
     batch_size: int
     seeds: tuple[int, ...]
     varies: str
-    engine: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     processes: int = 1
 

@@ -50,11 +50,6 @@ class OptimizerChoice:
     rates: tuple[float, ...]
     factory: Callable[..., Any] | None = None
 
-    @property
-    def decay(self) -> float:
-        """Decoupled weight decay of the stock optimizer."""
-        return DECAY if self.name == "AdamW" else 0.0
-
     def make(self, parameters: Sequence[Tensor], rate: float | None) -> Driver:
         """The optimizer for these parameters.
 

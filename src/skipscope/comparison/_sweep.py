@@ -21,9 +21,9 @@ from skipscope._data import Batches
 from skipscope._progress import track
 from skipscope.comparison._accuracy import accuracy
 from skipscope.comparison._comparison_result import Curves, smoothed
-from skipscope.comparison._engines import Course, Log, Maker, Run, train_one_by_one, train_stacked
 from skipscope.comparison._optimizers import OptimizerChoice
 from skipscope.comparison._processes import Answering, side_by_side
+from skipscope.comparison._training_run import Course, Log, Maker, Run, train_each
 
 # A sweep whose best rate is its greatest or smallest is extended by two rates, at most so many times.
 EXTENSIONS = 3
@@ -69,7 +69,6 @@ class Trainee:
         make: makes its network.
         choice: the optimizer.
         course: what every run goes through.
-        stacks: whether several runs are trained as one batch of networks.
         test: data on which accuracy is measured, beside the training data.
     """
 
@@ -77,26 +76,23 @@ class Trainee:
     make: Maker
     choice: OptimizerChoice
     course: Course
-    stacks: bool
     test: Batches | None = None
 
     def train(self, runs: Sequence[Run], reported: bool, kept: int | None) -> list[Trained]:
         """Train these runs; measure the accuracy of those that are reported, keep the network of one seed."""
-        engine = train_stacked if self.stacks else train_one_by_one
-        logs = engine(self.make, runs, self.choice, self.course, self.name)
+        logs = train_each(self.make, runs, self.choice, self.course, self.name)
         return [self._trained(run, logs[run], reported, run.seed == kept) for run in runs]
 
     def _trained(self, run: Run, log: Log, reported: bool, is_kept: bool) -> Trained:
-        network = log.trained() if reported or is_kept else None
         measured = (None, None)
-        if reported and network is not None and np.isfinite(log.losses).all():
-            measured = self._accuracies(network, run)
+        if reported and np.isfinite(log.losses).all():
+            measured = self._accuracies(log.network, run)
         with np.errstate(over="ignore"):
             losses = log.losses.astype(np.float32)
         if np.array_equal(losses, log.losses, equal_nan=True):  # it was computed in float32 or less
             log.losses = np.array([float(str(loss)) for loss in losses])
         ratios = np.array([float(f"{ratio:.8g}") for ratio in log.update_ratio])
-        return Trained(log.losses, ratios, measured, network if is_kept else None)
+        return Trained(log.losses, ratios, measured, log.network if is_kept else None)
 
     def _accuracies(self, network: nn.Module, run: Run) -> tuple[float | None, float | None]:
         stream, count = self.course.stream, max(1, self.course.steps // _STEPS_A_BATCH)
@@ -109,8 +105,8 @@ class Trainee:
 
     @property
     def is_indivisible(self) -> bool:
-        """Whether the runs of a sweep need each other: one stack, or each ends where another got to."""
-        return self.stacks or self.course.stop_at is not None
+        """Whether the runs of a sweep need each other: each ends where another got to."""
+        return self.course.stop_at is not None
 
 
 @dataclass

@@ -25,19 +25,19 @@ from skipscope._ranks import ranks_of
 from skipscope._torch_internals import accumulation_hooks, gradient_hooks
 from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
 from skipscope.comparison._comparison_result import Training
-from skipscope.comparison._engines import Course, Maker, is_stackable
 from skipscope.comparison._optimizers import RATES as RATES
-from skipscope.comparison._optimizers import OptimizerChoice, choices
+from skipscope.comparison._optimizers import choices
 from skipscope.comparison._processes import workers
 from skipscope.comparison._stream import Stream
 from skipscope.comparison._sweep import FALLEN, Sweep, Trainee, final, sweep_then_seeds
 from skipscope.comparison._threads import Plan, StepSeconds, step_seconds
 from skipscope.comparison._training_arguments import require_size, require_whole, seeds_of
+from skipscope.comparison._training_run import Course, Maker
 from skipscope.shortcuts import refuse_shared
 
-# Trying which engine and how many threads are faster takes about so many steps; it is done where the
-# training has at least twenty times as many.
-_TRIAL_STEPS, _TRIAL_SHARE = 30, 20
+# Timing what a step of one network takes is about so many steps; it is done where the training has at least
+# twenty times as many.
+_TRIAL_STEPS, _TRIAL_SHARE = 8, 20
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,6 @@ def train_and_keep(
     notes: dict[str, None] = {}
     makers = {name: _maker(name, twin, notes) for name, twin in twins.items()}
     varies = "batch order only" if models else "initialisation and batch order"
-    engine: dict[str, str] = {}
     with untouched(*models, operation="train_twins"):
         first = next(iter(makers.values()))(chosen[0])
         if not any(p.requires_grad for p in first.parameters()):
@@ -222,13 +221,10 @@ def train_and_keep(
         trainees: dict[tuple[str, str], Trainee] = {}
         seconds: list[StepSeconds] = []
         for name, make in makers.items():
-            stacks = is_long and _stocks(chosen_optimizers) and is_stackable(make, chosen, course)
-            engine[name] = "stacked" if stacks else "one by one"
             if is_long:
                 seconds.append(step_seconds(make(chosen[0]), objective, next(stream.batches(0))))
             for choice in chosen_optimizers.values():
-                stacked = stacks and choice.factory is None
-                trainees[name, choice.name] = Trainee(name, make, choice, course, stacked, tested)
+                trainees[name, choice.name] = Trainee(name, make, choice, course, tested)
         at_a_time = sum(1 if one.is_indivisible else len(chosen) for one in trainees.values())
         most = workers() if _can_be_copied(first, stream, keep) else 1
         plan = Plan.fastest(seconds, steps * sum(runs.values()), at_a_time, most)
@@ -252,12 +248,8 @@ def train_and_keep(
         name: {o: network for o, sweep in by.items() if (network := sweep.reported[0].network) is not None}
         for name, by in logs.items()
     }
-    training = Training(curves, target, steps, stream.size, chosen, varies, engine, tuple(notes), plan.copies)
+    training = Training(curves, target, steps, stream.size, chosen, varies, tuple(notes), plan.copies)
     return training, kept
-
-
-def _stocks(chosen: Mapping[str, OptimizerChoice]) -> bool:
-    return any(choice.factory is None for choice in chosen.values())
 
 
 def _can_be_copied(model: nn.Module, stream: Stream, keep: bool) -> bool:
