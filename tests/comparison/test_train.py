@@ -14,10 +14,11 @@ from skipscope import reference
 from skipscope._data import read
 from skipscope._errors import SkipscopeError
 from skipscope.comparison._comparison_result import smoothed
+from skipscope.comparison._network_makers import Maker
 from skipscope.comparison._optimizers import choices
 from skipscope.comparison._stream import Stream
 from skipscope.comparison._train import train_and_keep
-from skipscope.comparison._training_run import Course, Maker, Run, train_each
+from skipscope.comparison._training_run import Course, Run, train_each
 
 MAKE = partial(reference.deep_mlp, 3, width=16, inputs=64, shortcut="identity")
 

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from skipscope._data import read, tensors_in
+from skipscope._data import Objective, read, tensors_in
 from skipscope._errors import SkipscopeError
 from skipscope._model_calls import no_gradient
 from skipscope._public_call import public_call
 from skipscope._ranks import ranks_of
-from skipscope._torch_internals import accumulation_hooks, gradient_hooks
-from skipscope._untouched import private_copy, random_state_kept, require_module, untouched
+from skipscope._untouched import random_state_kept, untouched
 from skipscope.comparison._comparison_result import Training
+from skipscope.comparison._network_makers import Maker, maker_of
 from skipscope.comparison._optimizers import RATES as RATES
 from skipscope.comparison._optimizers import choices
 from skipscope.comparison._processes import workers
@@ -32,8 +32,7 @@ from skipscope.comparison._stream import Stream
 from skipscope.comparison._sweep import FALLEN, Sweep, Trainee, final, sweep_then_seeds
 from skipscope.comparison._threads import Plan, StepSeconds, step_seconds
 from skipscope.comparison._training_arguments import require_size, require_whole, seeds_of
-from skipscope.comparison._training_run import Course, Maker
-from skipscope.shortcuts import refuse_shared
+from skipscope.comparison._training_run import Course
 
 # Timing what a step of one network takes is about so many steps; it is done where the training has at least
 # twenty times as many.
@@ -160,83 +159,29 @@ def train_and_keep(
     enough to tell in how many steps the best rate gets there; no network is kept. Neither then nor without
     ``extend`` does a sweep go on past the rates given. Without ``keep`` no network is kept.
     """
-    if not isinstance(twins, Mapping) or not twins:
-        raise SkipscopeError(
-            "train_twins", "there is nothing to train", expected='{"with": make_a, "without": make_b}',
-            got=f"{twins!r:.60}", cure="name each network",
-        )  # fmt: skip
-    require_whole("train_twins", steps=steps, batch_size=batch_size)
-    require_size("train_twins", clip_norm=recipe.clip_norm)
-    if target is not None and not math.isfinite(target):
-        raise SkipscopeError(
-            "train_twins",
-            "the target is no loss",
-            expected="a finite number",
-            got=target,
-            cure="leave target out",
-        )
-    if recipe.autocast not in {None, torch.bfloat16, torch.float16}:
-        raise SkipscopeError(
-            "train_twins",
-            "autocast is no dtype that torch.autocast trains in",
-            expected="torch.bfloat16 or torch.float16",
-            got=repr(recipe.autocast)[:60],
-            cure="autocast=torch.bfloat16",
-        )
+    _refuse(twins, steps, batch_size, target, recipe)
     chosen = seeds_of("train_twins", seeds)
     chosen_optimizers = choices("train_twins", optimizers)
     models = [twin for twin in twins.values() if isinstance(twin, nn.Module)]
     notes: dict[str, None] = {}
-    makers = {name: _maker(name, twin, notes) for name, twin in twins.items()}
-    varies = "batch order only" if models else "initialisation and batch order"
+    makers = {name: maker_of(name, twin, notes) for name, twin in twins.items()}
     with untouched(*models, operation="train_twins"):
         first = next(iter(makers.values()))(chosen[0])
-        if not any(p.requires_grad for p in first.parameters()):
-            raise SkipscopeError(
-                "train_twins", "no parameter requires a gradient: there is nothing to train",
-                got=type(first).__name__, cure="pass the model before it is frozen or quantised",
-            )  # fmt: skip
-        batches, objective = read(first, data, loss, "train_twins", weight=weight)
+        stream, objective = _stream(first, data, loss, batch_size, weight, notes)
         tested = None if test is None else read(first, test, loss, "train_twins", weight=weight)[0]
-        stream = Stream(batches, first, objective, batch_size)
-        if batches.single and not stream.cut and stream.size > (batch_size or 64):
-            notes.setdefault(
-                f"every step took the whole batch of {stream.size}: its rows were not taken for samples by"
-                " themselves (for smaller batches pass a DataLoader)"
-            )
-        with random_state_kept(0):
-            if not objective(first, next(stream.batches(0))).requires_grad:
-                raise no_gradient("train_twins", first)
-        course = Course(
-            stream,
-            objective,
-            steps,
-            target if stop_at_target else None,
-            recipe.schedule,
-            recipe.clip_norm,
-            recipe.autocast,
-        )
-        runs = {one.name: len(one.rates) + len(chosen) for one in chosen_optimizers.values()}
-        is_long = steps * sum(runs.values()) >= _TRIAL_STEPS * _TRIAL_SHARE
-        trainees: dict[tuple[str, str], Trainee] = {}
-        seconds: list[StepSeconds] = []
-        for name, make in makers.items():
-            if is_long:
-                seconds.append(step_seconds(make(chosen[0]), objective, next(stream.batches(0))))
-            for choice in chosen_optimizers.values():
-                trainees[name, choice.name] = Trainee(name, make, choice, course, tested)
-        at_a_time = sum(1 if one.is_indivisible else len(chosen) for one in trainees.values())
-        most = workers() if _can_be_copied(first, stream, keep) else 1
-        plan = Plan.fastest(seconds, steps * sum(runs.values()), at_a_time, most)
+        stop_at = target if stop_at_target else None
+        course = Course(stream, objective, steps, stop_at, recipe.schedule, recipe.clip_norm, recipe.autocast)
+        trainees = {
+            (name, choice.name): Trainee(name, make, choice, course, tested)
+            for name, make in makers.items()
+            for choice in chosen_optimizers.values()
+        }
+        plan = _plan(trainees, makers, chosen, workers() if _can_be_copied(first, stream, keep) else 1)
         with plan.threads():
             sweeps = sweep_then_seeds(
-                trainees,
-                chosen,
-                extend=extend and not stop_at_target,
-                keep=keep,
-                copies=plan.copies,
+                trainees, chosen, extend=extend and not stop_at_target, keep=keep, copies=plan.copies,
                 patience=plan.patience,
-            )
+            )  # fmt: skip
     logs: dict[str, dict[str, Sweep]] = {name: {} for name in makers}
     for (name, optimizer), sweep in sweeps.items():
         logs[name][optimizer] = sweep
@@ -248,8 +193,72 @@ def train_and_keep(
         name: {o: network for o, sweep in by.items() if (network := sweep.reported[0].network) is not None}
         for name, by in logs.items()
     }
+    varies = "batch order only" if models else "initialisation and batch order"
     training = Training(curves, target, steps, stream.size, chosen, varies, tuple(notes), plan.copies)
     return training, kept
+
+
+def _refuse(twins: Any, steps: int, batch_size: int | None, target: float | None, recipe: Recipe) -> None:
+    """Refuse what cannot be trained, before anything runs."""
+    if not isinstance(twins, Mapping) or not twins:
+        raise SkipscopeError(
+            "train_twins", "there is nothing to train", expected='{"with": make_a, "without": make_b}',
+            got=f"{twins!r:.60}", cure="name each network",
+        )  # fmt: skip
+    require_whole("train_twins", steps=steps, batch_size=batch_size)
+    require_size("train_twins", clip_norm=recipe.clip_norm)
+    if target is not None and not math.isfinite(target):
+        raise SkipscopeError(
+            "train_twins", "the target is no loss", expected="a finite number", got=target,
+            cure="leave target out",
+        )  # fmt: skip
+    if recipe.autocast not in {None, torch.bfloat16, torch.float16}:
+        raise SkipscopeError(
+            "train_twins", "autocast is no dtype that torch.autocast trains in",
+            expected="torch.bfloat16 or torch.float16", got=repr(recipe.autocast)[:60],
+            cure="autocast=torch.bfloat16",
+        )  # fmt: skip
+
+
+def _stream(
+    first: nn.Module,
+    data: Any,
+    loss: Any,
+    batch_size: int | None,
+    weight: Callable[[Any], float] | None,
+    notes: dict[str, None],
+) -> tuple[Stream, Objective]:
+    """Where batches come from, and the loss, as the first network takes them."""
+    if not any(p.requires_grad for p in first.parameters()):
+        raise SkipscopeError(
+            "train_twins", "no parameter requires a gradient: there is nothing to train",
+            got=type(first).__name__, cure="pass the model before it is frozen or quantised",
+        )  # fmt: skip
+    batches, objective = read(first, data, loss, "train_twins", weight=weight)
+    stream = Stream(batches, first, objective, batch_size)
+    if batches.single and not stream.cut and stream.size > (batch_size or 64):
+        notes.setdefault(
+            f"every step took the whole batch of {stream.size}: its rows were not taken for samples by"
+            " themselves (for smaller batches pass a DataLoader)"
+        )
+    with random_state_kept(0):
+        if not objective(first, next(stream.batches(0))).requires_grad:
+            raise no_gradient("train_twins", first)
+    return stream, objective
+
+
+def _plan(
+    trainees: Mapping[Any, Trainee], makers: Mapping[str, Maker], seeds: Sequence[int], copies: int
+) -> Plan:
+    """How the trainings share the processor, by a timed step of each network."""
+    course = next(iter(trainees.values())).course
+    runs = sum(len(one.choice.rates) + len(seeds) for one in trainees.values()) // len(makers)
+    seconds: list[StepSeconds] = []
+    if course.steps * runs >= _TRIAL_STEPS * _TRIAL_SHARE:
+        batch = next(course.stream.batches(0))
+        seconds = [step_seconds(make(seeds[0]), course.objective, batch) for make in makers.values()]
+    at_a_time = sum(1 if one.is_indivisible else len(seeds) for one in trainees.values())
+    return Plan.fastest(seconds, course.steps * runs, at_a_time, copies)
 
 
 def _can_be_copied(model: nn.Module, stream: Stream, keep: bool) -> bool:
@@ -265,64 +274,6 @@ def _can_be_copied(model: nn.Module, stream: Stream, keep: bool) -> bool:
         return not keep or bool(pickle.dumps(model))
     except Exception:
         return False
-
-
-# --- making the networks
-
-
-def _maker(name: str, twin: nn.Module | Callable[[], nn.Module], notes: dict[str, None]) -> Maker:
-    """Make the network of one seed, ready for training; remarks become notes."""
-    if isinstance(twin, nn.Module):
-        refuse_shared(twin, "train_twins", name)
-        if any(map(accumulation_hooks, twin.parameters())):
-            raise SkipscopeError(
-                "train_twins",
-                "parameters carry hooks that act once their gradient is there, and would act on the model"
-                " itself",
-                layer=name,
-                expected="a model without an optimizer in its backward pass",
-                got="register_post_accumulate_grad_hook",
-                cure="pass a factory that makes the model and its hooks: train_twins({name: make}, ...)",
-            )
-        return Maker(lambda: _in_training(_copy_with_hooks(twin), name, notes))
-
-    if not callable(twin):
-        raise SkipscopeError(
-            "train_twins", "a twin is neither a module nor a function that makes one", layer=name,
-            expected='{"with": make_a, "without": make_b}', got=type(twin).__name__,
-            cure="pass the module, or a function without arguments that returns a fresh one",
-        )  # fmt: skip
-
-    def build() -> nn.Module:
-        model = twin()
-        require_module(model, f"train_twins ({name})")
-        refuse_shared(model, "train_twins", name)
-        return _in_training(model, name, notes)
-
-    return Maker(build)
-
-
-def _copy_with_hooks(model: nn.Module) -> nn.Module:
-    """A copy whose parameters have the same gradient hooks, which ``deepcopy`` drops."""
-    copied = private_copy(model, "train_twins")
-    for parameter, own in zip(model.parameters(), copied.parameters(), strict=True):
-        if not gradient_hooks(own):
-            for hook in gradient_hooks(parameter):
-                own.register_hook(hook)
-    return copied
-
-
-def _in_training(model: nn.Module, name: str, notes: dict[str, None]) -> nn.Module:
-    """The model in the modes in which it is to be trained: as found, unless it is wholly in evaluation
-    mode.
-    """
-    modes = {module.training for module in model.modules()}
-    if modes == {False}:
-        notes.setdefault(f"{name} was in evaluation mode, and was trained in training mode")
-        return model.train()
-    if len(modes) > 1:
-        notes.setdefault(f"{name} was trained with some modules in evaluation mode, as they were found")
-    return model
 
 
 # --- the target

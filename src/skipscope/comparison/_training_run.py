@@ -22,23 +22,9 @@ from skipscope._progress import track
 from skipscope._random import random_state_kept
 from skipscope.comparison._comparison_result import smoothed
 from skipscope.comparison._flat_weights import FlatWeights
+from skipscope.comparison._network_makers import Maker
 from skipscope.comparison._optimizers import OptimizerChoice
 from skipscope.comparison._stream import Stream
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Makes a network; called with a seed, it leaves the global random states as they are.
-
-    Attributes:
-        build: makes the network from the random numbers that come next.
-    """
-
-    build: Callable[[], nn.Module]
-
-    def __call__(self, seed: int) -> nn.Module:
-        with random_state_kept(seed):
-            return self.build()
 
 
 @dataclass(frozen=True)
