@@ -42,8 +42,8 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# The one way upward: results draw themselves by this room's hand, and are read back from the rooms' own
-# stores.
+# `report` draws results, and stores are read by the packages that wrote them: no other lower package knows a
+# higher one.
 _result.register_drawer("skipscope.report")
 _result.register_reader("skipscope.surfaces:read_store")
 _result.register_reader("skipscope.monitor:read_history")

@@ -1,7 +1,7 @@
 """What data is: a batch, several batches, and the tensors in them.
 
 A *batch* is ``(inputs, target)`` or a Mapping that goes to the model as keywords; *data* is one batch or any
-other re-iterable of batches. A list or tuple is always one batch; what could be read both ways is refused.
+other re-iterable of batches. A list or tuple is always one batch; what could be read as either is refused.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def inputs_of(batch: Batch) -> Any:
     return batch[0] if isinstance(batch, list | tuple) else batch
 
 
-# What holds no tensor, and is met most.
+# The most frequent values that hold no tensor.
 _ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 
 
@@ -271,7 +271,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists, Mappings and dataclasses, in order."""
     if isinstance(value, Tensor):
         return [value]
-    if type(value) in _ATOMS:  # met most by those who ask at every call; Mapping is slow to ask for
+    if type(value) in _ATOMS:  # the most frequent case; isinstance with Mapping is slow
         return []
     if type(value) is tuple or type(value) is list:
         found: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What a loss is, and how it is averaged over batches: one reading of data and loss for every room.
+"""What a loss is, and how it is averaged over batches: how every package reads data and loss.
 
 A *loss* is ``loss(output, target)``, or nothing when the output carries ``.loss``, or ``@objective`` on
 ``f(model, batch)``. Several batches are averaged by the loss's own normaliser, and a check that a batch
@@ -41,7 +41,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss that every room reads the same way.
+    """A loss, and how it is averaged over batches.
 
     Attributes:
         name: for tables and captions.

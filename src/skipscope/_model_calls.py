@@ -1,4 +1,4 @@
-"""Calling the model and the loss that people wrote; what fails there is told with the layer, the shapes and a
+"""Calling the model and the loss that people wrote; an error there names the layer, the shapes and a
 cure.
 """
 
@@ -97,7 +97,7 @@ def _copied(value: Any) -> Any:
 
 
 def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
-    """The model's output on a batch; a shape error is told with the shapes, and names the layer when it
+    """The model's output on a batch; a shape error states the shapes, and names the layer when it
     can.
     """
     try:
@@ -169,7 +169,7 @@ def _how_to_pass(inputs: Any) -> str:
 
 
 def call_loss(loss: Callable[..., Any], output: Any, target: Any, operation: str) -> Any:
-    """``loss(output, target)``; an error is told with the shapes, and with the values of targets that are out
+    """``loss(output, target)``; an error states the shapes, and the values of targets that are out
     of range.
     """
     try:

@@ -26,7 +26,7 @@ MeasuredState = GradientState | Literal["nonfinite_activation", "not_met"]
 ModelMode = Literal["train", "eval", "mixed"]
 
 # The verdict on a flow: its state, the reason in a word, and the optimizers that it hinders. While a training
-# runs there may be nothing to judge yet, and every state that is given can be told.
+# runs there may be nothing to judge yet, and every other state is a word of its own.
 VerdictState = Literal["healthy", "vanishing", "exploding", "dead", "nonfinite", "unconnected", "cannot tell"]
 LiveState = Literal["healthy", "vanishing", "exploding", "dead", "nonfinite", "unconnected", "unknown"]
 LiveBasis = Literal["boundary flow", "parameter gradients"]

@@ -32,7 +32,7 @@ def drawn_apart(items: Iterable[T], seed: int | None = None) -> Iterator[T]:
     """Iterate; what the items draw (a DataLoader its order, an augmentation) leaves the global states as they
     are.
 
-    The items draw from a state of their own that goes on from each to the next. It begins at ``seed``, or
+    The items draw from a state of their own that continues from each to the next. It begins at ``seed``, or
     where the global states are.
     """
     if isinstance(items, list | tuple):  # draws nothing

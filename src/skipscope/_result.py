@@ -1,7 +1,8 @@
 """What a result is: frozen data that prints, becomes plain data, draws itself, saves and loads.
 
 A result knows nothing of how it is drawn. ``plot``, ``save("x.html")`` and the notebook view ask the drawer
-that the package root registers (see ``skipscope/__init__.py``): the one way upward in the house.
+that the package root registers (see ``skipscope/__init__.py``): no lower package
+imports a higher one otherwise.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Result:
 
     # What `save` writes first, so that a file says what it is before it is read.
     FORMAT: ClassVar[int] = 1
+    # Fields that files of earlier versions have under another name: old -> new.
+    RENAMED: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -205,7 +208,8 @@ def loads(text: str, source: str = "text") -> Result:
                 stacklevel=3,
             )
         kind = _kinds[content["result"]] if content["result"] in _kinds else _import_kind(content["result"])
-        result = _converter().structure(content["data"], kind)
+        data = {kind.RENAMED.get(name, name): value for name, value in content["data"].items()}
+        result = _converter().structure(data, kind)
         str(result)  # a value of another type may fit its field, and fail where it is used
         return result
     except SkipscopeError:

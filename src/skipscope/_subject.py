@@ -102,7 +102,7 @@ class Subject:
         return replace(self, data=Batches([batch], single=True, cuttable=self.data.cuttable))
 
     def recalibrate(self, twin: nn.Module) -> nn.Module:
-        """Measure the batch-norm statistics of a twin anew on the data (as ``skipscope.recalibrate``
+        """Measure the batch-norm statistics of a twin again on the data (as ``skipscope.recalibrate``
         does).
         """
         return average_statistics(twin, self.data, self.loss.run)

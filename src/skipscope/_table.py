@@ -42,7 +42,7 @@ class Table:
     Attributes:
         title: the line above the table.
         columns: the headings.
-        rows: the cells, row by row; numbers stay numbers, so that each format writes them its own way.
+        rows: the cells, row by row; numbers stay numbers, so that each format writes them as it needs.
         notes: sentences below the table.
     """
 

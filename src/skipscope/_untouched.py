@@ -79,12 +79,12 @@ class _Snapshot:
                 if type(thing.data) is Tensor:  # a shard frees and takes its storage as its library likes
                     self.storages.append((thing, thing.data))
                 return ()
-        way = _way(kind)
-        if way is None and _has_attributes(kind):
-            thing, way = vars(thing), _way(dict)
-        if way is None:
+        keeper = _keeper(kind)
+        if keeper is None and _has_attributes(kind):
+            thing, keeper = vars(thing), _keeper(dict)
+        if keeper is None:
             return thing if isinstance(thing, tuple) else ()
-        duplicate, restore = way
+        duplicate, restore = keeper
         before = duplicate(thing)
         self.kept.append((restore, thing, before))
         return before.values() if isinstance(before, dict) else before if isinstance(before, list) else ()
@@ -120,7 +120,7 @@ def _has_attributes(kind: type) -> bool:
 
 
 @functools.lru_cache(4096)
-def _way(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]] | None:
+def _keeper(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]] | None:
     """How this kind of thing is copied, and how it gets its contents back."""
     return next(
         ((duplicate, restore) for kinds, duplicate, restore in _WAYS if issubclass(kind, kinds)), None
@@ -184,7 +184,7 @@ def _restore_numpy_generator(generator: np.random.Generator, before: tuple[Any])
     (generator.bit_generator.state,) = before
 
 
-# What cannot change, and is met most.
+# The most frequent values that cannot change.
 _ATOMS = {int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype, torch.device}
 
 # What can change, how it is copied, and how it gets its contents back. A copy that is a dict or a list is
@@ -398,8 +398,8 @@ def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn
 
 def _copied(model: nn.Module, operation: str, share: bool) -> nn.Module:
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if share else {}
-    # Tensors with a history (the weight under an old weight norm or pruning, a kept activation) are made anew
-    # by each forward pass, and torch refuses to copy them.
+    # Each forward pass computes tensors with a history again (the weight under an old weight norm or pruning,
+    # a kept activation), and torch refuses to copy them.
     for module in model.modules():
         for tensor in _tensors_within(vars(module)):
             if not tensor.is_leaf:

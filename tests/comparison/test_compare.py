@@ -266,26 +266,26 @@ def test_a_summary_of_nothing_says_nothing():
 @pytest.mark.slow
 def test_the_main_job_whole():
     result = ss.compare()
-    assert [r.depth for r in result.ladder] == [8, 16, 30]
+    assert [r.depth for r in result.depths] == [8, 16, 30]
     assert set(result.training.curves) == {"plain", "plain, He", "shortcuts", "shortcuts, scaled"}
     assert result.flow["plain"].verdict.state == "vanishing"
     assert result.flow["shortcuts"].verdict.fall_decades < -1
-    assert result.ladder[-1].learns["shortcuts"]["Adam"]
-    assert not any(result.ladder[-1].learns["plain"].values())
+    assert result.depths[-1].learns["shortcuts"]["Adam"]
+    assert not any(result.depths[-1].learns["plain"].values())
     assert_one_depth(result)
 
 
 def assert_one_depth(result):
     """What is trained, ranked and drawn is as deep as what the headline names."""
-    assert result.ladder[-1].depth == 30 and "30 hidden layers" in result.subject
+    assert result.depths[-1].depth == 30 and "30 hidden layers" in result.subject
     importance = result.importance["shortcuts"]
     assert [i.name for i in importance] == [s.name for s in result.found["shortcuts"]]
     learns = {
         n: {o: None not in c.steps_to_target for o, c in by.items()}
         for n, by in result.training.curves.items()
     }
-    assert result.ladder[-1].learns == learns
-    assert result.ladder[-1].fall == {n: result.flow[n].verdict.fall_decades for n in result.ladder[-1].fall}
+    assert result.depths[-1].learns == learns
+    assert result.depths[-1].fall == {n: result.flow[n].verdict.fall_decades for n in result.depths[-1].fall}
 
 
 def test_the_main_job_quick():
@@ -297,8 +297,8 @@ def test_the_main_job_quick():
     assert result.flow["plain"].verdict.fall_decades > 10
     assert_plainly_told(result)
     assert result.flow["shortcuts"].verdict.fall_decades < -1
-    assert not any(result.ladder[-1].learns["plain"].values())
-    assert result.ladder[-1].learns["shortcuts"]["Adam"]
+    assert not any(result.depths[-1].learns["plain"].values())
+    assert result.depths[-1].learns["shortcuts"]["Adam"]
     assert_one_depth(result)
 
 

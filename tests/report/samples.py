@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from skipscope.comparison import Claim, Comparison, Curves, Rung, StrengthSweep, Training, Twin
+from skipscope.comparison import Claim, Comparison, Curves, DepthResult, StrengthSweep, Training, Twin
 from skipscope.curvature import ExtremeEigenvalues, Layout, SpectralDensity
 from skipscope.flow import (
     BoundaryFlow,
@@ -423,8 +423,8 @@ def comparison(text: Callable[[str], str] = str, depth=30, points=21) -> Compari
               text("Each line is one network; read it from right (the loss) to left (the input)."))
         for k, a in zip(keys, answers)
     )  # fmt: skip
-    ladder = tuple(
-        Rung(d, {text(n): slopes[n] * d for n in names}, {text(n): states[n] for n in names}, {text(n): {"SGD": "34", "Adam": "> 200"} for n in names},
+    depths = tuple(
+        DepthResult(d, {text(n): slopes[n] * d for n in names}, {text(n): states[n] for n in names}, {text(n): {"SGD": "34", "Adam": "> 200"} for n in names},
              {text(n): {"SGD": n != "plain"} for n in names})
         for d in (8, 12, 16, 30)
     )  # fmt: skip
@@ -439,7 +439,7 @@ def comparison(text: Callable[[str], str] = str, depth=30, points=21) -> Compari
         {text("shortcuts"): net, text("shortcuts, scaled"): net},
         {text(n): flow(depth + 1, s, text, states.get(n, "vanishing")) for n, s in slopes.items()},
         {text("shortcuts"): split(depth - 1, text)}, {text("shortcuts"): paths(depth - 1, text), text("shortcuts, scaled"): paths(depth - 1, text)},
-        training(text), ladder, {"trained": trained, "paired": pair(text, points)}, {text("shortcuts"): importance(depth - 1, text)},
+        training(text), depths, {"trained": trained, "paired": pair(text, points)}, {text("shortcuts"): importance(depth - 1, text)},
         {text("shortcuts"): strength(depth, text)}, text("Every network was measured on the same 256 samples. " * 6), (text("the deepest was left out"),),
         {"skipscope": "0.1.0", text("key"): text("value"), "seconds": {text("flow"): 1.2, "training": 40.0}},
     )  # fmt: skip

@@ -202,7 +202,7 @@ def test_a_comparison_of_which_little_was_measured_still_is_a_page(tmp_path):
         split={},
         paths={},
         training=None,
-        ladder=(),
+        depths=(),
         surfaces={},
         importance={},
         strength={},

@@ -313,7 +313,7 @@ def _own_line(error: Exception) -> str | None:
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename.startswith(package):
             return None
-        # A library that was called on the way says nothing of who called it wrongly.
+        # A library in between says nothing about who called it wrongly.
         if "site-packages" not in frame.filename and not frame.filename.startswith((sys.base_prefix, "<")):
             return f"{Path(frame.filename).name}:{frame.lineno}, {frame.line}"
     return None

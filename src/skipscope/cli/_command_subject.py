@@ -39,7 +39,7 @@ class Subject:
 
     Attributes:
         name: the MODEL as given.
-        make: builds the model anew; None when a ready model was given.
+        make: builds the model again; None when a ready model was given.
         model: the model, built once.
         data: one batch or batches.
         loss: the loss, or None when the output carries its own.
@@ -106,9 +106,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
         wrapped: Any = state.get("state_dict", state) if isinstance(state, dict) else state
         model.load_state_dict(wrapped)
-    except (
-        Exception
-    ) as error:  # unpicklers and load_state_dict fail in many ways; none may run code or end in a traceback
+    except Exception as error:  # unpicklers and load_state_dict raise many kinds; none may end in a traceback
         raise SkipscopeError(
             "weights",
             f"cannot load {path}: {str(error)[:400]}",

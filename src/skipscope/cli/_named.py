@@ -25,7 +25,7 @@ _OBJECT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*
 
 
 def called(found: Callable[[], Any], name: str, what: str) -> Any:
-    """Call what the user named; what it raises is told with the line that raised it."""
+    """Call what the user named; an error names the line that raised it."""
     try:
         return found()
     except SkipscopeError:
@@ -35,7 +35,7 @@ def called(found: Callable[[], Any], name: str, what: str) -> Any:
             what, f"{name} ended the program (sys.exit)", got=_place(error),
             cure="guard what is meant for the command line with: if __name__ == '__main__'",
         ) from error  # fmt: skip
-    except Exception as error:  # the user's own function may fail in any way
+    except Exception as error:  # the user's own function may raise anything
         if isinstance(error, TypeError) and len(traceback.extract_tb(error.__traceback__)) == 1:
             raise SkipscopeError(
                 what,
@@ -160,7 +160,7 @@ def resolve(name: str, what: str) -> Any:
             what, f"the module has no such name ({error})", expected=" or ".join(near) or None, got=name,
             cure="look for the name in the module, and how it is spelt",
         ) from error  # fmt: skip
-    except Exception as error:  # the user's own module may fail in any way while it is imported
+    except Exception as error:  # the user's own module may raise anything while it is imported
         raise SkipscopeError(
             what, f"importing {name} failed ({type(error).__name__}: {error})", got=_place(error),
             cure="import the module in Python and mend what fails",

@@ -4,7 +4,7 @@ from skipscope.comparison._compare import compare as compare
 from skipscope.comparison._comparison_result import Claim as Claim
 from skipscope.comparison._comparison_result import Comparison as Comparison
 from skipscope.comparison._comparison_result import Curves as Curves
-from skipscope.comparison._comparison_result import Rung as Rung
+from skipscope.comparison._comparison_result import DepthResult as DepthResult
 from skipscope.comparison._comparison_result import StrengthSweep as StrengthSweep
 from skipscope.comparison._comparison_result import Training as Training
 from skipscope.comparison._comparison_result import Twin as Twin

@@ -116,11 +116,11 @@ def _training_sentence(evidence: Evidence) -> str:
     if training is None:
         return ""
     optimizers = list(training.curves[roles.with_shortcuts])
-    told = [optimizer for optimizer in optimizers if _tells(training, roles, optimizer)]
-    if not told:
+    shown = [optimizer for optimizer in optimizers if _tells(training, roles, optimizer)]
+    if not shown:
         return f"Neither network reaches a loss of {short(training.target)} in {training.steps} steps."
     best = min(
-        told,
+        shown,
         key=lambda o: min(
             _middle(training.curves[name][o]) for name in (roles.with_shortcuts, roles.without_shortcuts)
         ),
@@ -249,8 +249,8 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
     if training is None:
         return _not_measured("stagnate", _STAGNATE, "The networks were not trained.")
     optimizers = list(training.curves[roles.with_shortcuts])
-    told = [optimizer for optimizer in optimizers if _tells(training, roles, optimizer)]
-    slower = [_slower(training, roles, optimizer) for optimizer in told]
+    shown = [optimizer for optimizer in optimizers if _tells(training, roles, optimizer)]
+    slower = [_slower(training, roles, optimizer) for optimizer in shown]
     cures = [
         name
         for name in roles.controls
@@ -258,13 +258,13 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
         and any(curves.learns for curves in training.curves.get(name, {}).values())
     ]
     answer = (
-        UNKNOWN if not told else FAILS if not any(slower) else PART if cures or not all(slower) else HOLDS
+        UNKNOWN if not shown else FAILS if not any(slower) else PART if cures or not all(slower) else HOLDS
     )
     lost = [
-        o for o in optimizers if o in told and math.isinf(_middle(training.curves[roles.with_shortcuts][o]))
+        o for o in optimizers if o in shown and math.isinf(_middle(training.curves[roles.with_shortcuts][o]))
     ]
     lost = lost or [o for o in optimizers if not training.curves[roles.with_shortcuts][o].learns]
-    if not told:
+    if not shown:
         limits = "Who is slower is not known: more steps would tell (steps=, --steps)."
     elif cures:
         limits = f"A shortcut is not the only cure: {cures[0]!r} learns too, without one."
@@ -285,7 +285,7 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
             )
     else:
         limits = "It is a matter of speed here: both networks learn, each at its best rate."
-        if any(math.isinf(_middle(training.curves[roles.without_shortcuts][o])) for o in told):
+        if any(math.isinf(_middle(training.curves[roles.without_shortcuts][o])) for o in shown):
             limits = (
                 "That the network without them can never learn is not shown: these are a few hundred steps."
             )
@@ -295,12 +295,12 @@ def _claim_stagnate(evidence: Evidence) -> Claim:
         answer,
         _training_sentence(evidence),
         limits,
-        _training_numbers(evidence, told),
+        _training_numbers(evidence, shown),
         "Bands are the range over seeds. Look where each curve leaves the plateau of guessing.",
     )
 
 
-def _training_numbers(evidence: Evidence, told: list[str]) -> str:
+def _training_numbers(evidence: Evidence, shown: list[str]) -> str:
     """Steps and update sizes of both networks under each optimizer, and where a verdict was contradicted."""
     training, roles = evidence.training, evidence.roles
     assert training is not None
@@ -312,7 +312,7 @@ def _training_numbers(evidence: Evidence, told: list[str]) -> str:
         counts = [
             training.steps_text(name, optimizer) for name in (roles.with_shortcuts, roles.without_shortcuts)
         ]
-        if optimizer in told:
+        if optimizer in shown:
             why.append(f"{optimizer}: {counts[0]} with shortcuts, {counts[1]} without.")
         else:
             why.append(
@@ -405,7 +405,7 @@ def _claim_surface(evidence: Evidence) -> Claim:
     answer, true, limits = _compare_surfaces(having, lacking)
     return Claim(
         "surface", _SURFACE, answer, true, limits, " ".join(filter(None, why)),
-        "A bowl is easy to walk down. Look for ridges, and for ground so flat that no step leads anywhere.",
+        "A bowl is easy to walk down. Look for ridges, and for regions so flat that no step leads anywhere.",
     )  # fmt: skip
 
 
@@ -647,7 +647,7 @@ def comparison_of(
         split=evidence.split,
         paths=evidence.paths,
         training=evidence.training,
-        ladder=tuple(evidence.ladder),
+        depths=tuple(evidence.depths),
         surfaces=evidence.surfaces,
         importance=evidence.importance,
         strength=evidence.strength,

@@ -64,7 +64,7 @@ def compare(
     given: twins are copies. Local.
 
     Args:
-        model: a factory (called anew for each seed) or a ready module (seeds then vary the order of batches
+        model: a factory (called again for each seed) or a ready module (seeds then vary the order of batches
             only); None: the lecture's network, made deep, on embedded digits.
         data: one batch ``(inputs, target)``, a Mapping, or any re-iterable of these.
         loss: ``loss(output, target)``, ``@skipscope.objective``, or nothing when the output carries
@@ -200,7 +200,7 @@ def _refuse_bad_loss(subject: Subject) -> None:
 
 
 def _twins(model, subject: Subject, variants, settings: Settings, clock: Clock):
-    """The networks to compare, how to make each anew, who plays which part, and what each one is."""
+    """The networks to compare, how to make each of them again, their roles, and the meaning of each."""
     base, found = subject.model, subject.found
     again = model if not isinstance(model, nn.Module) else None
     if len(found):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -232,8 +233,8 @@ class Twin:
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One depth of the ladder: does each network's gradient arrive, and does it learn?
+class DepthResult:
+    """One depth: whether each network's gradient arrives, and whether the network learns.
 
     Attributes:
         depth: hidden layers.
@@ -300,7 +301,7 @@ class Comparison(Result):
         split: branch against shortcut at each merge.
         paths: the exact path spectrum.
         training: the twins trained side by side, or None.
-        ladder: the same question at several depths, deepest last; empty for a user's own model.
+        depths: the same question at several depths, deepest last; empty for a user's own model.
         surfaces: "trained" (each twin from its own training) and "paired" (shared weights, pointwise
             difference).
         importance: each shortcut removed alone, each branch lesioned alone.
@@ -318,6 +319,8 @@ class Comparison(Result):
         (['with', 'with, detached', 'without'], True)
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {"ladder": "depths"}
+
     subject: str
     summary: tuple[str, ...]
     claims: tuple[Claim, ...]
@@ -327,13 +330,19 @@ class Comparison(Result):
     split: dict[str, GradientSplit]
     paths: dict[str, PathSpectrum]
     training: Training | None
-    ladder: tuple[Rung, ...]
+    depths: tuple[DepthResult, ...]
     surfaces: dict[str, PairedSurfaces]
     importance: dict[str, Importance]
     strength: dict[str, StrengthSweep]
     methods: str
     notes: tuple[str, ...]
     provenance: dict[str, Any]
+
+    @property
+    def ladder(self) -> tuple[DepthResult, ...]:
+        """Deprecated name of ``depths``."""
+        warnings.warn("Comparison.ladder is now Comparison.depths", DeprecationWarning, stacklevel=2)
+        return self.depths
 
     def kinds_table(self) -> Table:
         """One line each: as built, without its shortcuts, and with each kind; loss, accuracy and steps under

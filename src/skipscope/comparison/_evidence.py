@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from skipscope.comparison._comparison_result import Rung, StrengthSweep, Training, Twin
+from skipscope.comparison._comparison_result import DepthResult, StrengthSweep, Training, Twin
 from skipscope.comparison._optimizers import RATES
 from skipscope.flow import GradientFlow, GradientSplit, Importance, PathSpectrum
 from skipscope.shortcuts import Shortcuts
@@ -63,7 +63,7 @@ class Evidence:
     split: dict[str, GradientSplit] = field(default_factory=dict)
     paths: dict[str, PathSpectrum] = field(default_factory=dict)
     training: Training | None = None
-    ladder: list[Rung] = field(default_factory=list)
+    depths: list[DepthResult] = field(default_factory=list)
     surfaces: dict[str, PairedSurfaces] = field(default_factory=dict)
     importance: dict[str, Importance] = field(default_factory=dict)
     strength: dict[str, StrengthSweep] = field(default_factory=dict)

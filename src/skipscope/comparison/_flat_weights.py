@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from skipscope._torch_internals import copy_each
 from skipscope.comparison._optimizers import Driver
 
-# Every weight begins where an allocation of its own would, so that vector instructions cut it the same way.
+# Every weight begins where an allocation of its own would, so that vector instructions see the same blocks.
 _ALIGNED_BYTES = 64
 
 

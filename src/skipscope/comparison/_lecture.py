@@ -18,7 +18,7 @@ from skipscope._progress import say, track
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import one_snapshot, random_state_kept
 from skipscope.comparison._claims import comparison_of
-from skipscope.comparison._comparison_result import Comparison, Rung, Training
+from skipscope.comparison._comparison_result import Comparison, DepthResult, Training
 from skipscope.comparison._evidence import Evidence, Factory, Roles, Settings
 from skipscope.comparison._processes import workers
 from skipscope.comparison._stages import (
@@ -144,9 +144,9 @@ def _measure(
         for depth in depths[:-1]:
             networks = build(depth, settings.seed)
             flows = {name: flow_of(plain.other(model)) for name, model in networks.items()}
-            evidence.ladder.append(_rung(depth, flows, trainings.get(depth)))
+            evidence.depths.append(_at_depth(depth, flows, trainings.get(depth)))
     flows = {name: evidence.flow[name] for name in deepest}
-    evidence.ladder.append(_rung(depths[-1], flows, evidence.training))
+    evidence.depths.append(_at_depth(depths[-1], flows, evidence.training))
     measure_surfaces(evidence, trained, settings, clock)
     measure_importance(evidence, trained, clock)
 
@@ -215,12 +215,12 @@ def _affordable(
     return chosen, replace(settings, steps=steps)
 
 
-def _rung(depth: int, flows: dict[str, GradientFlow], training: Training | None) -> Rung:
+def _at_depth(depth: int, flows: dict[str, GradientFlow], training: Training | None) -> DepthResult:
     """What one depth shows; a network learns where every seed's loss reaches the target under that
     optimizer.
     """
     curves = training.curves if training is not None else {}
-    return Rung(
+    return DepthResult(
         depth,
         {name: flow.verdict.fall_decades or 0.0 for name, flow in flows.items()},
         {name: flow.verdict.state for name, flow in flows.items()},

@@ -107,7 +107,7 @@ def _number(value: float | None) -> float:
 
 
 def attempt(clock: Clock, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run one stage; what skipscope refuses becomes a note, and the page goes on without it."""
+    """Run one stage; what skipscope refuses becomes a note, and the page leaves it out."""
     with clock.stage(name.partition(":")[0]):
         try:
             return function(*arguments)

@@ -173,7 +173,7 @@ def sweep_then_seeds(
     Args:
         trainees: by any key; all with the same course.
         seeds: those that are reported.
-        extend: whether a sweep goes on past the rates given.
+        extend: whether a sweep may try rates beyond those given.
         keep: whether to keep the network of the first seed; never where a course stops at a loss.
         copies: of this process, each with one thread; fewer than two: everything is trained here.
         patience: seconds without any answer after which copies are given up.

@@ -157,7 +157,7 @@ def train_and_keep(
 
     With ``stop_at_target`` a sweep ends when its first rate has reached the target, which must then be given:
     enough to tell in how many steps the best rate gets there; no network is kept. Neither then nor without
-    ``extend`` does a sweep go on past the rates given. Without ``keep`` no network is kept.
+    ``extend`` does a sweep try rates beyond those given. Without ``keep`` no network is kept.
     """
     _refuse(twins, steps, batch_size, target, recipe)
     chosen = seeds_of("train_twins", seeds)

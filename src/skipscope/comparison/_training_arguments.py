@@ -11,7 +11,7 @@ from skipscope._validation import is_finite, is_integer
 
 
 def require_whole(operation: str, least: int = 1, **values: Any) -> None:
-    """Refuse what is no whole number from ``least`` on; None stands for a default."""
+    """Require whole numbers from ``least`` on; None stands for a default."""
     for name, value in values.items():
         if value is not None and not is_integer(value, least):
             raise SkipscopeError(
@@ -24,7 +24,7 @@ def require_whole(operation: str, least: int = 1, **values: Any) -> None:
 
 
 def require_size(operation: str, **values: Any) -> None:
-    """Refuse what is negative, infinite or no number; None stands for a default."""
+    """Require finite numbers that are not negative; None stands for a default."""
     for name, value in values.items():
         if value is not None and not (is_finite(value) and value >= 0):
             raise SkipscopeError(

@@ -2,7 +2,7 @@
 
 ``watch`` listens where the optimizer steps (``_step_recorder``), reads the gradients in one pass
 (``_gradient_norms``, ``_step_row``), keeps them in columns (``_row_files``, ``_run_store``) and judges them
-by the flow room's rule (``_live_verdict``).
+by the rule of ``skipscope.flow`` (``_live_verdict``).
 """
 
 from skipscope.monitor._history import STATES as STATES

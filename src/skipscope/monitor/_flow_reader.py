@@ -48,7 +48,7 @@ class FlowRow:
         norm: L2 norm of dL/d(activation) over the whole batch; inf where a gradient is not finite, NaN where
             none arrived.
         elements: that it is of, so that the RMS is ``norm / sqrt(elements)``.
-        hidden: whether the boundary lies between input and output.
+        hidden: whether the boundary is between input and output.
         averaging: decades that each loses by averages between it and the output.
         normed: norms over the data stand between the weights.
         reach: of the recurrent layer with the shortest one for its length; None without one.
@@ -285,8 +285,8 @@ class FlowReader:
         for i, values in norms.items():
             sums[0, i] = sum(v**2 for v in values)
         _rank_sums.all_reduced(sums)
-        squares, counts, met = sums.cpu().numpy()
-        at = np.flatnonzero(met)
+        squares, counts, reached = sums.cpu().numpy()
+        at = np.flatnonzero(reached)
         if counts.any():
             values = [float(v) for v in np.sqrt(squares[at]) / self._ranks]
             self._wait_for(owner, step, tuple(points[i].name for i in at), counts[at], values, scale)

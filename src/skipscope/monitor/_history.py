@@ -151,7 +151,7 @@ class History(Result):
         flow_norm: L2 norm of dL/d(activation) over the whole batch, as ``flow``: a change of width leaves it
             alone; -1 where the boundary was no part of the pass; ``[flow rows, B]``.
         flow_owners: the optimizer whose step it was; ``[flow rows]``.
-        hidden: whether each boundary lies between input and output, where the fall is taken; ``[B]``.
+        hidden: whether each boundary is between input and output, where the fall is taken; ``[B]``.
         averaging: decades that the norm at each boundary loses by averages between it and the output;
             ``[B]``.
         normed: norms over the data stand between the weights.

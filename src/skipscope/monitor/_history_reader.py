@@ -49,7 +49,7 @@ def assemble(
         events: when the state changed.
         notes: what a reader should know.
         complete: whether the run is over.
-        verdict: the live one; by default it is judged anew.
+        verdict: the live one; by default it is judged again.
     """
     place: dict[tuple[int, str], tuple[Any, ...]] = {}
     for about, _ in gradients:

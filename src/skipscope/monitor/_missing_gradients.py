@@ -1,4 +1,4 @@
-"""Why an optimizer gets no gradient: one step is observed, and four causes are told apart.
+"""Why an optimizer gets no gradient: one step is observed, and four causes are distinguished.
 
 The gradients were there after ``backward`` and cleared before the step; no ``backward`` ran; it ran, but no
 path leads from the loss to the parameters; or the modules that hold them were not called at all. Parameters

@@ -92,19 +92,19 @@ def done_by_first(work: Callable[[], tuple[Value, Told]]) -> tuple[Value | None,
         SkipscopeError: on every rank, where rank 0 was refused: the others would wait for it otherwise.
     """
     rank, size = world()
-    value, told, error = None, None, None
+    value, shared, error = None, None, None
     if rank == 0:
         try:
-            value, told = work()
+            value, shared = work()
         except SkipscopeError as refused:
             if size == 1:
                 raise
             error = refused
     if size > 1:
-        told, error = gathered((told, error))[0]
+        shared, error = gathered((shared, error))[0]
     if error is not None:
         raise error
-    return value, told  # type: ignore[return-value]
+    return value, shared  # type: ignore[return-value]
 
 
 def all_reduced(sums: Tensor) -> Tensor:

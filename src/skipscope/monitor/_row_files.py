@@ -2,7 +2,7 @@
 
 A file is one line of JSON that says what the columns are, then rows of float64. A row is written by one call,
 so a run killed at any moment leaves whole rows and at most one torn one, which readers leave out; they may
-read while the run goes on.
+read during the run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROOM = 60_000
 
 
 def most_rows(parameters: int) -> int:
-    """How many rows of so many parameters a history holds unless told otherwise: 64 to 1,000.
+    """How many rows of so many parameters a history holds by default: 64 to 1,000.
 
     Example:
         >>> most_rows(8), most_rows(148), most_rows(10_000)
@@ -94,7 +94,7 @@ class Rows:
                 raise OSError("the disk is full")
         except OSError as error:  # a monitor must not end a training
             warnings.warn(
-                f"skipscope: the history is no longer written ({error}); it goes on in memory", stacklevel=4
+                f"skipscope: the history is no longer written ({error}); it continues in memory", stacklevel=4
             )
             self.cut = True
             self.close()

@@ -31,7 +31,7 @@ class Store:
         keep: most rows in memory of each kind; None for what a history should hold.
         folder: where to write them as they come, as :func:`begin_folder` left it; None for nowhere.
         notes: what a reader should know.
-        before: what the folder holds already, where its run goes on.
+        before: what the folder holds already, where its run continues.
         first_step: steps made before.
     """
 

@@ -96,7 +96,7 @@ class StepRecorder:
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Any] | None:
         # A subclass whose step calls its parent's has two hooked functions: only the outer one is a step. A
-        # depth that an exception left behind is told from a real one by the calls under way.
+        # depth that an exception left behind is distinguished from a real one by the calls under way.
         self._depth = self._depth + 1 if self._depth and _nested(optimizer) else 1
         if self._depth > 1:
             return None

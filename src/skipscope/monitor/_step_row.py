@@ -159,7 +159,7 @@ def codes_of(tracked: TrackedParameters, grads: Sequence[Tensor | None]) -> np.n
 
 
 def local_sums(tracked: TrackedParameters, grads: Sequence[Tensor | None], wide: bool) -> Parts:
-    """L2 norms and sums of |g| of what lies on this rank, a part for each device.
+    """L2 norms and sums of |g| of what is on this rank, a part for each device.
 
     Args:
         tracked: whose gradients.
@@ -167,7 +167,7 @@ def local_sums(tracked: TrackedParameters, grads: Sequence[Tensor | None], wide:
         wide: sum squares in float64 on accelerators too, where float32 has been too small for them.
     """
     if tracked.device is not None and tracked.device.type != "cpu" and set(map(type, grads)) == {Tensor}:
-        with contextlib.suppress(RuntimeError):  # sparse gradients cannot go this short way
+        with contextlib.suppress(RuntimeError):  # not for sparse gradients
             return [(slice(None), _gradient_norms.Reading(_gradient_norms.on_device(grads, wide)))]  # type: ignore[arg-type]
     places: dict[torch.device, list[int]] = {}
     for i, grad in enumerate(grads):

@@ -1,4 +1,4 @@
-"""What torch calls on the way to an optimizer step, listened to while a monitor is open.
+"""What torch calls before an optimizer step, listened to while a monitor is open.
 
 Two of torch's own functions are wrapped, and put back when the last monitor closes: the one inside
 ``clip_grad_norm_`` that scales the gradients (so that it is heard however it was imported), and

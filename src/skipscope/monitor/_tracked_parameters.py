@@ -52,7 +52,7 @@ class TrackedParameters:
 
 
 def named_models(models: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """One model has no prefix; several are told apart by their key or number."""
+    """One model has no prefix; several are named by their key or number."""
     if isinstance(models, nn.Module):
         return {"": models}
     if isinstance(models, Mapping):

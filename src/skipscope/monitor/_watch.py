@@ -35,7 +35,7 @@ from skipscope.monitor._tracked_parameters import TrackedParameters, named_model
 from skipscope.monitor._wrappers import inner_optimizers, innermost
 
 _log = logging.getLogger("skipscope.monitor")
-# The verdict is judged anew at rows 1, 2, 4, 8, ..., then at every so many; at once when a gradient is not
+# The verdict is judged again at rows 1, 2, 4, 8, ..., then at every so many; at once when a gradient is not
 # finite.
 _JUDGE_EVERY = 64
 # In so many recorded steps a tensor that starts at zero by design may hold gradients back, and missing ones
@@ -402,7 +402,7 @@ def _zero_by_design(tracked: TrackedParameters) -> list[Tensor]:
 
 
 def _begun(folder: Path | None, resume: bool) -> tuple[Recorded | None, int]:
-    """What a folder holds already, and the step at which its run goes on."""
+    """What a folder holds already, and the step at which its run continues."""
     before = begin_folder(folder, resume=resume) if folder is not None else None
     return before, 0 if before is None else before.step
 
@@ -448,9 +448,9 @@ def watch(
             :class:`skipscope.monitor.Sink`).
         on_verdict: called with a :class:`VerdictEvent` when the state changes, on every rank.
         folder: where the history is written as it goes; read it with ``skipscope.load`` or ``skipscope
-            show``, also while the run goes on or after it was killed. By default it is kept in memory only.
+            show``, also during the run or after it was killed. By default it is kept in memory only.
         resume: go on with the history that ``folder`` already holds; by default such a folder is refused.
-        first_step: steps that the training has made before, so that a resumed one goes on counting there; by
+        first_step: steps that the training has made before, so that a resumed one continues its count; by
             default those in the folder that is resumed, else 0.
         keep: most rows in memory; when they are full every second is dropped. By default as many as take
             about 2 MB (405 of a GPT's 148 parameters, at most 1,000). The folder keeps all.
@@ -461,7 +461,7 @@ def watch(
 
     Raises:
         SkipscopeError: the optimizer's steps cannot be seen, it does not train the model, the parameters are
-            spread in a way that cannot be made whole, or a rank is missing.
+            spread so that it cannot be made whole, or a rank is missing.
         MissingExtra: a sink's package is not installed.
 
     Example:

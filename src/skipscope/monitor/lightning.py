@@ -1,6 +1,6 @@
 """A callback for Lightning (extra ``lightning``), and the one that ``SKIPSCOPE_WATCH`` adds to every trainer.
 
-With ``SKIPSCOPE_WATCH`` set, Lightning finds this room by its entry point and every ``Trainer`` watches its
+With ``SKIPSCOPE_WATCH`` set, Lightning finds this module by its entry point and every ``Trainer`` watches its
 model, with no line changed: ``SKIPSCOPE_WATCH=1`` reports on the terminal, any other value is a folder for
 the history.
 """
@@ -25,7 +25,7 @@ class WatchCallback(Callback):
 
     The numbers are what each optimizer receives: after Lightning's accumulation, unscaling and clipping, the
     norm before clipping beside it (Lightning clips by torch's ``clip_grad_norm_``, which is seen). Steps are
-    counted as the trainer counts them; where it resumes from a checkpoint, the history in ``folder`` goes on.
+    counted as the trainer counts them; where it resumes from a checkpoint, so does the history in ``folder``.
     A second ``fit`` from the start is a new run, in ``folder/2``, ``folder/3``, ...; ``resume=True`` or
     ``False`` decides it otherwise.
 

@@ -20,7 +20,7 @@ class WatchCallback(TrainerCallback):  # type: ignore[misc]
     The numbers are what the optimizer receives: after the trainer's accumulation, unscaling and clipping, the
     norm before clipping beside it (the trainer clips by torch's ``clip_grad_norm_``, which is seen). The
     total norms stand in the trainer's ``state.log_history`` with its own. Steps are counted as the trainer
-    counts them; where it resumes from a checkpoint, the history in ``folder`` goes on. A second ``train``
+    counts them; where it resumes from a checkpoint, the history in ``folder`` continues. A second ``train``
     from the start is a new run, in ``folder/2``, ``folder/3``, ...; ``resume=True`` or ``False`` decides it
     otherwise.
 

@@ -162,7 +162,7 @@ class Holder(nn.Module):
         return x
 
 
-# --- layers that act on one dimension, whichever it is
+# --- layers that act on one dimension
 # ---------------------------------------------------------
 
 

@@ -384,14 +384,14 @@ def admin_(model: nn.Module, *inputs: Any, **keywords: Any) -> nn.Module:
         >>> blocks[2].omega.min() > blocks[1].omega.max() > blocks[0].omega.min()
         tensor(True)
     """
-    met: list[tuple[Admin, float, float]] = []
+    profiled: list[tuple[Admin, float, float]] = []
     blocks = [module for module in model.modules() if isinstance(module, Admin)]
     handles = []
     for block in blocks:
         block.omega.fill_(1.0)
 
         def note(_: nn.Module, args: Any, output: Tensor, block: Admin = block) -> None:
-            met.append((block, float(args[0].float().var()), float(output.float().var())))
+            profiled.append((block, float(args[0].float().var()), float(output.float().var())))
 
         handles.append(block.branch.register_forward_hook(note))
     try:
@@ -399,8 +399,8 @@ def admin_(model: nn.Module, *inputs: Any, **keywords: Any) -> nn.Module:
     finally:
         for handle in handles:
             handle.remove()
-    total = met[0][1] if met else 0.0
-    for block, _, variance in met:
+    total = profiled[0][1] if profiled else 0.0
+    for block, _, variance in profiled:
         block.omega.fill_(total**0.5)
         total += variance
     return model

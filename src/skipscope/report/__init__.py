@@ -1,9 +1,9 @@
 """Everything that is drawn: pictures, notebook fragments, the network with its arcs, and the page.
 
-The ground knows this room by four functions (see ``_result.py``): :func:`plot`, :func:`save`,
-:func:`fragment` and
-:func:`draw`. A result is told once, as a :class:`~skipscope.report._charts.Document`, and drawn by two hands:
-SVG for pages, matplotlib for figures.
+The core calls this package by four functions (see ``_result.py``): :func:`plot`, :func:`save`,
+:func:`fragment` and :func:`draw`. A result is described once, as a
+:class:`~skipscope.report._charts.Document`, and drawn twice: as SVG for pages,
+by matplotlib for figures.
 """
 
 from __future__ import annotations
@@ -173,12 +173,12 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
     return write_whole(path, _picture(result, ending, **options))
 
 
-def _class(room: str, name: str) -> Any:
-    """A class of a room, imported when it is asked for: drawing one result need not wait for all rooms.
+def _class(package: str, name: str) -> Any:
+    """A class of a package, imported when it is asked for: drawing one result need not wait for all packages.
 
-    Returns a class that nothing is an instance of while the room has not been imported.
+    Returns a class without instances while the package has not been imported.
     """
-    module = sys.modules.get(f"skipscope.{room}")
+    module = sys.modules.get(f"skipscope.{package}")
     return getattr(module, name) if module is not None else type(name, (), {})
 
 

@@ -2,7 +2,7 @@
 
 Layers sit on a wire, from the input on the left to the output on the right. Between them are *places*: place
 i is before layer i. An arc leaves the wire at the place before the first layer it skips and joins it again
-after the last. A long network goes on in the next row; an arc that does too is drawn there as well.
+after the last. A long network continues in the next row; an arc that does too is drawn there as well.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _arc(arc: Arc, row: _Row) -> Markup:
     b = row.at(arc.end + 1) if right else row.at(row.last) + 16
     if left and right:
         d = f"M{a:.1f} {y:.1f}A{(b - a) / 2:.1f} {rise:.1f} 0 0 1 {b:.1f} {y:.1f}"
-    else:  # it goes on in another row: level at the open end
+    else:  # it continues in another row: level at the open end
         turn = min(24.0, (b - a) / 2)
         d = (
             f"M{a:.1f} {y:.1f}Q{a:.1f} {y - rise:.1f} {a + turn:.1f} {y - rise:.1f}"
@@ -164,12 +164,12 @@ def _arc(arc: Arc, row: _Row) -> Markup:
         d += f"H{b - turn:.1f}Q{b:.1f} {y - rise:.1f} {b:.1f} {y:.1f}" if right else f"H{b:.1f}"
     style = KINDS.index(arc.kind) if arc.kind in KINDS else 5
     thick = thickness(arc, row.pitch)
-    told = f"{arc.name}: {arc.kind}" + (
+    tip = f"{arc.name}: {arc.kind}" + (
         f", carries {100 * arc.share:.0f} % of the gradient" if arc.share is not None else ""
     )
     return tag(
         "path",
-        tag("title", told),
+        tag("title", tip),
         d=d,
         class_=f"arc s{style}",
         stroke_width=thick,

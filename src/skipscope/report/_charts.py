@@ -27,7 +27,7 @@ class Series:
         style: which colour, marker and dash; the same number means the same thing throughout a page.
         faint: drawn thin, in the background.
         points: the markers are joined by no line.
-        tips: what a pointer over each point is told, or None for the numbers alone.
+        tips: the text for a pointer over each point, or None for the numbers alone.
         frame: the step of the slider at which the line is strong, or None for always.
     """
 

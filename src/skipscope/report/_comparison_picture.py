@@ -73,7 +73,7 @@ def _surfaces(result: Comparison, figure: Any) -> Any:
     axes = np.ravel(figure.subplots(len(shown), 1, subplot_kw={"projection": "3d"}))
     scale = _surface_charts.heights(chart)
     for ax, surface in zip(axes, chart.surfaces):
-        maps.terrain(ax, surface, scale)
+        maps.relief(ax, surface, scale)
         note = f"\n{surface.note}" if surface.note else ""
         colour = LIGHT[style.get(surface.label, 5) % len(LIGHT)]
         ax.text2D(

@@ -33,9 +33,9 @@ GLOSSARY = {
     "lesion": "The branch is taken out and the shortcut left: the opposite of removing the shortcut.",
     "merge": "Where a shortcut and its branch join again, mostly by a sum.",
     "momentum": "Each step also continues a part of the step before.",
-    "path": "One way back through the network: at each sum it takes either the shortcut or the branch.",
+    "path": "One route back through the network: at each sum it takes either the shortcut or the branch.",
     "rank collapse": (
-        "The activations of different samples become copies of each other, so that nothing can be told apart."
+        "The activations of different samples become copies of each other, so no layer can separate them."
     ),
     "removed": "The shortcuts are taken out of these weights, as they are; nothing is trained again.",
     "RMS": "Root mean square: the typical size of many numbers.",

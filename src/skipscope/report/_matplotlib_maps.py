@@ -119,7 +119,7 @@ def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None 
     scale = _surface_charts.heights(chart, current().limits)
     drawn = None
     for where, surface in zip(axes, chart.surfaces):
-        drawn = terrain(where, surface, scale) if solid else contours(where, surface, scale)
+        drawn = relief(where, surface, scale) if solid else contours(where, surface, scale)
         note = textwrap.wrap(surface.note, 36 if count > 1 else 46) if current().notes else []
         where.set_title("\n".join(map(plain, [surface.label, *note])), fontsize=9)
         if not solid:
@@ -185,7 +185,7 @@ def contours(ax: Any, surface: Surface, scale: _surface_charts.Heights) -> Any:
     return drawn
 
 
-def terrain(ax: Any, surface: Surface, scale: _surface_charts.Heights) -> Any:
+def relief(ax: Any, surface: Surface, scale: _surface_charts.Heights) -> Any:
     """One surface in 3-D, from the same side as on the page."""
     level = _surface_charts.fine(scale(np.asarray(surface.values, dtype=float))).T
     sides = zip((surface.alphas, surface.betas), level.T.shape)

@@ -50,9 +50,9 @@ def page(result: Result, document: Document, file: str = "report.html", live: st
 
     Args:
         result: carried along, so that the page can be loaded.
-        document: what is told of it.
+        document: its content.
         file: the page's name, for the line that says how to load it.
-        live: address of the live page, where it lies beside this one.
+        live: address of the live page, where it is beside this one.
 
     Raises:
         SkipscopeError: it would be larger than a browser should be given.

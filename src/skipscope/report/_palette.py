@@ -1,4 +1,4 @@
-"""Colours, markers and dashes: told apart by eyes of any kind, and in black and white.
+"""Colours, markers and dashes: distinct to eyes of any kind, and in black and white.
 
 Series: Okabe and Ito's colours, each with a marker and a dash of its own. Heights: viridis, even in lightness
     from

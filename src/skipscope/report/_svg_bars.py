@@ -44,8 +44,10 @@ def bars(chart: Bars, width: int, most: int = 24) -> Markup:
 def _axis(chart: Bars, count: int, left: float, width: int) -> Axis:
     rows = [*chart.values, *(chart.low or []), *(chart.high or [])]
     shown = [float(value) for row in rows for value in row[:count]]
-    room = 56 if any(value < 0 for value in shown) and not chart.log else 4  # for numbers left of their bars
-    return axis(shown, left + room, width - (58 if width < 500 else 70), log=chart.log, zero=not chart.log)
+    margin = (
+        56 if any(value < 0 for value in shown) and not chart.log else 4
+    )  # for numbers left of their bars
+    return axis(shown, left + margin, width - (58 if width < 500 else 70), log=chart.log, zero=not chart.log)
 
 
 def _bar(chart: Bars, k: int, i: int, x: Axis, zero: float, at_y: float, thick: float) -> Markup:
@@ -53,15 +55,15 @@ def _bar(chart: Bars, k: int, i: int, x: Axis, zero: float, at_y: float, thick: 
     end, middle = x(value), at_y + thick / 2
     if end is None:
         return words("not measured", zero + 5, middle + 4, "note")
-    told = tag("title", f"{chart.labels[i]}  {chart.names[k]}: {short(value)}")
+    tip = tag("title", f"{chart.labels[i]}  {chart.names[k]}: {short(value)}")
     if chart.log:  # a bar's length means nothing where the axis has no zero: a dot on a thread
         drawn = join(
             tag("path", d=f"M{x.start:.1f} {middle:.1f}H{end:.1f}", class_="grid"),
-            tag("path", told, d=MARKERS[style](end, middle), class_=f"marker s{style}"),
+            tag("path", tip, d=MARKERS[style](end, middle), class_=f"marker s{style}"),
         )
     else:
         start, long = min(zero, end), max(1.0, abs(end - zero))
-        drawn = tag("rect", told, x=start, y=at_y, width=long, height=thick, class_=f"bar s{style}", rx=1.5)
+        drawn = tag("rect", tip, x=start, y=at_y, width=long, height=thick, class_=f"bar s{style}", rx=1.5)
     low, high, whisker = _whisker(chart, k, i, x, middle)
     if value < 0 and not chart.log:
         number = words(short(value), min(end, low or end) - 5, middle + 4, "value", "end")

@@ -1,6 +1,4 @@
-"""Lines as SVG: bands, markers, names at the lines' ends, a level of reference, and what a pointer is
-told.
-"""
+"""Lines as SVG: bands, markers, names at the lines' ends, a level of reference, and texts for a pointer."""
 
 from __future__ import annotations
 
@@ -256,12 +254,12 @@ def _hits(chart: Lines, x: Axis, y: Axis) -> Markup:
         for i in range(0, len(series.x), step):
             across, down = x(series.x[i]), y(series.y[i])
             if across is not None and down is not None:
-                told = (
+                tip = (
                     series.tips[i]
                     if series.tips
                     else f"{series.label}  {short(float(series.x[i]))}: {short(float(series.y[i]))}"
                 )
-                parts.append(tag("circle", tag("title", told), cx=round(across), cy=round(down)))
+                parts.append(tag("circle", tag("title", tip), cx=round(across), cy=round(down)))
     return tag("g", *parts, class_="hits")
 
 

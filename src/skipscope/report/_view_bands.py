@@ -1,4 +1,4 @@
-"""How surfaces over several seeds are told, and curvature over a plane."""
+"""How surfaces over several seeds are shown, and curvature over a plane."""
 
 from __future__ import annotations
 

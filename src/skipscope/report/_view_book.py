@@ -1,4 +1,4 @@
-"""How the lecture's own experiment is told: what it shows, and over a thousand seeds what it does not."""
+"""How the lecture's own experiment is shown: what it shows, and over a thousand seeds what it does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the main job is told: the answer, the network, then the lecture's claims one by one."""
+"""How the main job is shown: the answer, the network, then the lecture's claims one by one."""
 
 from __future__ import annotations
 
@@ -73,25 +73,25 @@ def _smaller(result: Comparison, style: dict[str, int]) -> list[Panel]:
                 " same, only no gradient goes through the shortcuts.",
             )
         )
-    if len(result.ladder) > 1:
+    if len(result.depths) > 1:
         panels.append(
             Panel(
                 "The deeper, the more",
-                _ladder_lines(result, style),
+                _depth_lines(result, style),
                 "Above zero the gradient shrinks on its way back, below it grows.",
-                [_ladder_table(result)],
+                [_depth_table(result)],
             )
         )
     return panels
 
 
-def _ladder_lines(result: Comparison, style: dict[str, int]) -> Lines:
-    depths = [float(rung.depth) for rung in result.ladder]
+def _depth_lines(result: Comparison, style: dict[str, int]) -> Lines:
+    depths = [float(row.depth) for row in result.depths]
     series = [
         Series(
-            name, depths, [rung.fall.get(name, math.nan) for rung in result.ladder], style=style.get(name, 5)
+            name, depths, [row.fall.get(name, math.nan) for row in result.depths], style=style.get(name, 5)
         )
-        for name in dict.fromkeys(n for rung in result.ladder for n in rung.fall)
+        for name in dict.fromkeys(n for row in result.depths for n in row.fall)
     ]
     ticks = {d: f"{d:g}" for d in depths}
     return Lines(
@@ -103,15 +103,15 @@ def _ladder_lines(result: Comparison, style: dict[str, int]) -> Lines:
     )
 
 
-def _ladder_table(result: Comparison) -> Table:
+def _depth_table(result: Comparison) -> Table:
     rows = []
-    for rung in result.ladder:
-        for name in rung.fall:
-            steps = ", ".join(f"{optimizer} {count}" for optimizer, count in rung.steps.get(name, {}).items())
-            learns = ", ".join(optimizer for optimizer, yes in rung.learns.get(name, {}).items() if yes) or (
-                "no" if rung.learns else "-"
+    for row in result.depths:
+        for name in row.fall:
+            steps = ", ".join(f"{optimizer} {count}" for optimizer, count in row.steps.get(name, {}).items())
+            learns = ", ".join(optimizer for optimizer, yes in row.learns.get(name, {}).items() if yes) or (
+                "no" if row.learns else "-"
             )
-            rows.append([rung.depth, name, rung.fall[name], rung.state.get(name, "-"), steps or "-", learns])
+            rows.append([row.depth, name, row.fall[name], row.state.get(name, "-"), steps or "-", learns])
     return Table(
         "The same question at every depth",
         ["hidden layers", "network", "fall (decades)", "verdict", "steps to target", "learns under"],
@@ -170,7 +170,7 @@ def _path(result: Comparison, style: dict[str, int]) -> list[Panel]:
         split = result.split[name]
         panels.append(
             Panel(
-                "At each fork, two ways back",
+                "At each fork, two paths back",
                 paths.split_lines(split),
                 paths.split_answer(split),
                 [s.table() for s in result.split.values()],

@@ -1,4 +1,4 @@
-"""How curvature is told: both ends, and the density between them."""
+"""How curvature is shown: both ends, and the density between them."""
 
 from __future__ import annotations
 

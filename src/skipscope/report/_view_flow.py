@@ -1,4 +1,4 @@
-"""How flow, split, paths, importance, remedies and correlations are told."""
+"""How flow, split, paths, importance, remedies and correlations are shown."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _(result: GradientFlow) -> Document:
                     log=True,
                 ),
                 caption=(
-                    "The size of each weight's own gradient: not the flow, and it can go the opposite way."
+                    "The size of each weight's own gradient: not the flow, and it can change otherwise."
                 ),
                 tables=[result.layer_table()],
             )
@@ -173,7 +173,7 @@ def _(result: GradientCorrelation) -> Document:
     panel = Panel(
         "Gradients of near inputs",
         chart,
-        "A line near zero: the gradient is shattered, neighbours are told unrelated things.",
+        "A line near zero: the gradient is shattered, neighbours get unrelated gradients.",
         [result.table()],
     )
     return Document(

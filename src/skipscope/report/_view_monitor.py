@@ -1,4 +1,4 @@
-"""How a monitor's history is told: layers x steps as a heat map, the verdict's line under it."""
+"""How a monitor's history is shown: layers x steps as a heat map, the verdict's line under it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _(result: History) -> Document:
     return Document(
         "Gradients during training",
         f"{len(result):,} steps recorded",
-        [_sentence(str(result.verdict)), *_told(result.events)],
+        [_sentence(str(result.verdict)), *_event_sentences(result.events)],
         panels or [Panel("The numbers", tables=_tables(result))],
         result.table().notes,
     )
@@ -82,15 +82,15 @@ def _marks(events: Sequence[VerdictEvent], columns: Sequence[int]) -> list[Mark]
     return marks
 
 
-def _told(events: Sequence[VerdictEvent]) -> list[str]:
+def _event_sentences(events: Sequence[VerdictEvent]) -> list[str]:
     """How the state changed: the first time, the last two, and how often in between."""
-    told = [
+    sentences = [
         _sentence(f"step {e.step:,}: from {e.before} to {e.verdict.state}: {e.verdict.reason}")
         for e in events
     ]
-    if len(told) <= 3:
-        return told
-    return [told[0], f"And {len(told) - 3:,} more, listed under the numbers.", *told[-2:]]
+    if len(sentences) <= 3:
+        return sentences
+    return [sentences[0], f"And {len(sentences) - 3:,} more, listed under the numbers.", *sentences[-2:]]
 
 
 def _tables(result: History) -> list[Table]:

@@ -1,4 +1,4 @@
-"""How the ways of the gradient are told: at each fork, by path length, and what each shortcut is worth."""
+"""How the paths of the gradient are shown: at each fork, by path length, and what each shortcut is worth."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def split_answer(split: GradientSplit) -> str:
 @view.register
 def _(result: GradientSplit) -> Document:
     panel = Panel(
-        "Two ways back, at each fork",
+        "Two paths back, at each fork",
         split_lines(result),
-        "At each fork the gradient arrives by two ways. Where the upper line is the shortcut's, it is the"
+        "At each fork the gradient arrives by two paths. Where the upper line is the shortcut's, it is the"
         " shortcut that keeps the gradient alive.",
         [result.table()],
     )
@@ -117,7 +117,7 @@ def _(result: PathSpectrum) -> Document:
     panel = Panel(
         "The gradient by the length of its path",
         path_lines({result.meaning: result}),
-        "Each point adds up all paths that cross so many branches; at 0 is the way by shortcuts alone. The"
+        "Each point adds up all paths that cross so many branches; at 0 is the path by shortcuts alone. The"
         " axis is logarithmic: a step down is a factor.",
         [result.table()],
     )

@@ -1,4 +1,4 @@
-"""How a network and its shortcuts are told: the drawing, and what was found."""
+"""How a network and its shortcuts are shown: the drawing, and what was found."""
 
 from __future__ import annotations
 

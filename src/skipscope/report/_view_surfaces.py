@@ -1,4 +1,4 @@
-"""How loss surfaces are told: turning, and as contours; twins beside each other, and their difference."""
+"""How loss surfaces are shown: turning, and as contours; twins beside each other, and their difference."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def surface_answer(name: str, surface: LossSurface) -> str:
         return f"{name}: {surface.label}."
     return (
         f"{name}: loss {short(scores.centre)} at the centre; {100 * scores.convexity_share:.0f} % of the"
-        f" plane curves up both ways, roughness {short(scores.roughness)}."
+        f" plane curves up in both directions, roughness {short(scores.roughness)}."
     )
 
 

@@ -1,4 +1,4 @@
-"""How training and strength are told: curves with bands, and the slider."""
+"""How training and strength are shown: curves with bands, and the slider."""
 
 from __future__ import annotations
 
