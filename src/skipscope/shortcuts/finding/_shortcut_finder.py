@@ -23,7 +23,6 @@ from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._names import fork_name, home_of, merge_name, unique_names
 from skipscope.shortcuts.finding._streams import learned_streams
 from skipscope.shortcuts.trace import LentInputs, Trace, record
-from skipscope.shortcuts.trace._scripted_functions import SCRIPTED, scripted_functions
 
 
 @public_call("find_shortcuts")
@@ -110,11 +109,8 @@ def read(trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = Non
 
 def _opaque(graph: Graph, model: nn.Module) -> tuple[Rejected, ...]:
     """What could not be looked into."""
-    modules, ran = dict(model.named_modules()), {run.path for run in graph.trace.runs}
-    scripted = scripted_functions([module for path, module in modules.items() if path in ran])
     return (
         *(Rejected(h.name, h.reason, h.source) for h in graph.trace.hidden),
-        *(Rejected(name, SCRIPTED, "") for name in scripted),
         *_unseen_input(graph, model),
     )
 
