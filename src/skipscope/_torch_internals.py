@@ -81,8 +81,9 @@ def untransformed(tensor: Tensor) -> Tensor:
 
 
 def inner_tensors(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that a tensor of another class is made of: the shard of a DTensor, the result of a collective
-    that is still under way.
+    """The tensors that a tensor of another class is made of.
+
+    They are the shard of a DTensor, or the result of a collective that is still under way.
     """
     if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         return ()
@@ -126,8 +127,9 @@ ScriptListener = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, A
 
 
 class _ScriptedCalls:
-    """Calls of scripted functions and methods, which no mode sees: while anyone listens, torch's classes call the
-    listener of the thread.
+    """Calls of scripted functions and methods, which no mode sees.
+
+    While anyone listens, torch's classes call the listener of the thread.
     """
 
     def __init__(self):

@@ -170,8 +170,11 @@ def sequence_parallel(model, mesh, local):
     """The residual stream is spread over the positions, as local tensors or as DTensors."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
-        ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module,
-    )  # fmt: skip
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
 
     spread, rows = Shard(1), {"output_layouts": Shard(1), "use_local_output": local}
     columns = {"input_layouts": spread}

@@ -41,8 +41,9 @@ class Routes:
         return kept is not None and (self._is_replaced(call, kept) or self._is_routed(call, i, kept))
 
     def _is_one_of_many(self, call: Merge, i: int) -> bool:
-        """Whether this pass replaced all that operand i had at first, and a block with weights made what other
-        calls had put there before.
+        """Whether this pass replaced all that operand i had at first.
+
+        What other calls had put there before is a route of its own only where a block with weights made it.
         """
         graph, routed, at = self.graph, call.traced.routed, call.output
         if routed is None or routed.operand != i or at is None:

@@ -713,9 +713,10 @@ def _collective_inside(frame: Any) -> Any:
     """
     inner = sys._getframe(3)
     while inner is not None and inner is not frame:
-        if inner.f_code.co_filename == _FUNCTION and inner.f_code.co_name == "apply":
-            if getattr(inner.f_locals.get("cls"), "__module__", "").startswith("torch.distributed.nn."):
-                return inner
+        is_apply = inner.f_code.co_filename == _FUNCTION and inner.f_code.co_name == "apply"
+        kind = inner.f_locals.get("cls") if is_apply else None
+        if getattr(kind, "__module__", "").startswith("torch.distributed.nn."):
+            return inner
         inner = inner.f_back
     return None
 

@@ -19,9 +19,10 @@ _CHOOSING = frozenset({"setitem", "index_put", "index_copy", "masked_scatter", "
 
 
 class RoutedRows:
-    """Chains of calls that put something in place of a part of one tensor, by the value that the last one gave:
-    what is replaced so far, the calls with the operand that each lets pass elsewhere, and how many of them
-    replaced anything.
+    """Chains of calls that put something in place of a part of one tensor, by the value that the last gave.
+
+    A chain is what is replaced so far, the calls with the operand that each lets pass elsewhere, and how many
+    of them replaced anything.
     """
 
     def __init__(self):
@@ -73,7 +74,7 @@ def _replaced(
             yield 1, mask.expand(shape)
             yield 0, ~mask.expand(shape)
         return
-    if kwargs or len(args) < 3 or not _is_chosen(args[1]) and call.joins != "index_copy":
+    if kwargs or len(args) < 3 or (not _is_chosen(args[1]) and call.joins != "index_copy"):
         return
     chosen = torch.zeros(args[0].shape, dtype=torch.bool, device=args[0].device)
     if call.joins == "index_copy":
