@@ -217,6 +217,8 @@ class Recorder(TorchFunctionMode):
         if unseen is not None:
             return self._noted_unseen(unseen, func, function, args, kwargs)
         operands = tuple(self.value_of(tensor) for tensor in tensors)
+        # Torch's own code fills what it makes (FSDP its buffers) in ways that join nothing.
+        is_empty = function.name in UNINITIALISED and sys._getframe(1) is frame
         if self._unfilled:
             self._note_unseen_write(function, operands, kwargs)
         # Other libraries of operators keep other things in objects: a profiler its handle, for one.
@@ -240,7 +242,7 @@ class Recorder(TorchFunctionMode):
             self._note(call, tensors, args, kwargs, output)
             if call.joins:
                 self._routed.note(call, args, kwargs)
-            if function.name in UNINITIALISED:
+            if is_empty:
                 self._unfilled |= dict.fromkeys(call.results, call.source)
             elif call.is_view and call.operands[0] in self._unfilled:
                 self._unfilled |= dict.fromkeys(call.results, self._unfilled[call.operands[0]])
@@ -251,7 +253,7 @@ class Recorder(TorchFunctionMode):
         elif isinstance(output, Tensor):
             value = self._new(output, Origin.CONSTANT).index
             self.memory.set(output, value)
-            if function.name in UNINITIALISED:
+            if is_empty:
                 self._unfilled[value] = call.source
         return output
 
