@@ -104,6 +104,7 @@ def read(trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = Non
         not_run=_not_run(trace, model),
         passed=_passed(graph, judge, verdicts, runs_at, merges),
         writes_inputs=trace.writes_inputs,
+        weights_used=_weights_used(trace),
     )
 
 
@@ -126,6 +127,14 @@ def _not_run(trace: Trace, model: nn.Module) -> tuple[str, ...]:
     """Paths of the modules with weights that did not run."""
     ran = {run.path for run in trace.runs} | {name.rpartition(".")[0] for name in trace.parameters}
     return tuple(path for path, module in model.named_modules() if module._parameters and path not in ran)
+
+
+def _weights_used(trace: Trace) -> tuple[str, ...]:
+    """Paths of the modules of which a weight was used though they did not run, in order of use."""
+    ran = {run.path for run in trace.runs}
+    return tuple(
+        dict.fromkeys(path for name in trace.parameters if (path := name.rpartition(".")[0]) not in ran)
+    )
 
 
 def _passed(
