@@ -146,7 +146,7 @@ class OfAKernel(Net):
 
 
 class OfACache(Net):
-    """What is filled in sight is no such tensor: by slices, at random, of no size."""
+    """What is filled in sight, or not read, is no such tensor."""
 
     def forward(self, x):
         cache = torch.empty(4, 12)
@@ -154,6 +154,8 @@ class OfACache(Net):
         left.copy_(x)
         right[:] = self.lin(x)
         mask = torch.empty_like(cache).bernoulli_(0.5)
+        mask = mask + torch.addmm(torch.empty(4, 12), x, torch.zeros(6, 12), beta=0)
+        torch.neg(mask, out=mask.new_empty(4, 12))
         return torch.cat([cache * mask, x.new_empty(4, 0)], 1)
 
 

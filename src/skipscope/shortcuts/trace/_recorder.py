@@ -261,7 +261,8 @@ class Recorder(TorchFunctionMode):
         """Note that a call reads a tensor that was never filled: code out of sight has filled it."""
         if function.name in VIEWS or function.name in SHAPE_ONLY or function.name in LIKE_ANOTHER:
             return
-        read = operands[1:] if function.in_place else operands[:-1] if "out" in kwargs else operands
+        is_target = function.in_place or kwargs.get("beta") == 0
+        read = operands[1:] if is_target else operands[:-1] if "out" in kwargs else operands
         for value in read:
             source = self._unfilled.pop(value, None)
             if source is not None and self.trace.values[value].is_float and self.trace.values[value].numel:
