@@ -169,9 +169,10 @@ def main(names: list[str]) -> None:
     right = [row for row in ran if row["edits_right"] is not False]
     failed = [row["type"] for row in rows if "error" in row]
     print(f"{len(ran)} of {len(rows)} types ran, {len(right)} with right edits; errors: {failed}")
-    if not names:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        RESULTS.write_text(json.dumps({**versions, "rows": rows}, indent=1) + "\n")
+    if names:  # run in parts: the other rows stay as they were
+        rows = list({row["type"]: row for row in before + rows}.values())
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    RESULTS.write_text(json.dumps({**versions, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -35,6 +36,8 @@ NAMES = (
     "_foreach_copy_",
     "_weight_norm",
     "ops.mkldnn._linear_pointwise",
+    "_C.ScriptFunction",
+    "_C.ScriptMethod",
 )
 
 
@@ -77,6 +80,17 @@ def untransformed(tensor: Tensor) -> Tensor:
     return named("_C._functorch.get_unwrapped")(tensor)
 
 
+def inner_tensors(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that a tensor of another class is made of.
+
+    They are the shard of a DTensor, or the result of a collective that is still under way.
+    """
+    if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        return ()
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]  # type: ignore[operator]
+    return tuple(part for part in parts if isinstance(part, Tensor))
+
+
 def is_fused_weight_norm(func: Any) -> bool:
     """Whether a function is the fused weight norm; no function is where torch has none."""
     return func is getattr(torch, "_weight_norm", None)
@@ -106,6 +120,57 @@ def fused_linear() -> Any:
 def memory_without_address(storage: Any) -> int:
     """An identifier of a storage that has no address (one on the meta device); 0 where there is none."""
     return int(getattr(storage, "_cdata", 0))
+
+
+# Called with a scripted function or method, what runs it, and the arguments of the call.
+ScriptListener = Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class _ScriptedCalls:
+    """Calls of scripted functions and methods, which no mode sees.
+
+    While anyone listens, torch's classes call the listener of the thread.
+    """
+
+    def __init__(self):
+        self._lock, self._users, self._local = threading.Lock(), 0, threading.local()
+        self._kinds: dict[Any, Callable[..., Any]] = {}
+
+    @contextmanager
+    def heard_by(self, listener: ScriptListener) -> Iterator[None]:
+        """Inside, the calls of this thread go through ``listener``."""
+        before = getattr(self._local, "listener", None)
+        self._local.listener = listener
+        self._change_users(1)
+        try:
+            yield
+        finally:
+            self._change_users(-1)
+            self._local.listener = before
+
+    def _change_users(self, by: int) -> None:
+        with self._lock:
+            self._users += by
+            if by > 0 and self._users == 1:
+                kinds = named("_C.ScriptFunction"), named("_C.ScriptMethod")
+                self._kinds = {kind: kind.__call__ for kind in kinds}
+                for kind, call in self._kinds.items():
+                    kind.__call__ = self._through_listener(call)
+            elif not self._users:
+                for kind, call in self._kinds.items():
+                    kind.__call__ = call
+
+    def _through_listener(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def heard(function: Any, *args: Any, **kwargs: Any) -> Any:
+            listener = getattr(self._local, "listener", None)
+            if listener is None:
+                return call(function, *args, **kwargs)
+            return listener(function, functools.partial(call, function), args, kwargs)
+
+        return heard
+
+
+scripted_calls = _ScriptedCalls()
 
 
 # --- compiled code ----------------------------------------------------------------------------------------

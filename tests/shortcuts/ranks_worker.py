@@ -130,6 +130,143 @@ def tensor_parallel():
         same(ss.ablate(sharded, found, **edit)(x), ss.ablate(model, found, **edit)(x), str(edit))
 
 
+class Block(nn.Module):
+    """Pre-norm attention and a gated MLP, whose heads may be spread over ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.n1, self.n2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16, bias=False) for _ in range(4))
+        self.w1, self.w2, self.w3 = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 32)
+
+    def attend(self, x):
+        q, k, v = (f(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.o(
+            ((q @ k.transpose(-1, -2) / 2).softmax(-1) @ v).transpose(1, 2).reshape(*x.shape[:2], -1)
+        )
+
+    def forward(self, x):
+        x = x + self.attend(self.n1(x))
+        y = self.n2(x)
+        return x + self.w2(F.silu(self.w1(y)) * self.w3(y))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.norm, self.out = nn.Embedding(40, 16), nn.LayerNorm(16), nn.Linear(16, 40, bias=False)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.double()
+
+    def forward(self, ids):
+        x = self.emb(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x))
+
+
+def sequence_parallel(model, mesh, local):
+    """The residual stream is spread over the positions, as local tensors or as DTensors."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    spread, rows = Shard(1), {"output_layouts": Shard(1), "use_local_output": local}
+    columns = {"input_layouts": spread}
+    parallelize_module(model, mesh, {
+        "emb": RowwiseParallel(input_layouts=Replicate(), **rows), "norm": SequenceParallel(),
+        "out": ColwiseParallel(**columns, output_layouts=Replicate()),
+    })  # fmt: skip
+    for block in model.blocks:
+        parallelize_module(block, mesh, {
+            **dict.fromkeys(("n1", "n2"), SequenceParallel()), **dict.fromkeys("qkv", ColwiseParallel(**columns)),
+            "o": RowwiseParallel(**rows), "w1": ColwiseParallel(**columns), "w3": ColwiseParallel(**columns),
+            "w2": RowwiseParallel(**rows),
+        })  # fmt: skip
+    return model
+
+
+def spread_stream():
+    """Sequence parallel: the same shortcuts, boundaries and twins as of the whole model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ids = torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(1))
+    found, model = ss.find_shortcuts(Tokens(), ids), Tokens()
+    assert [s.kind for s in found] == ["identity"] * 4
+    for local in (True, False):
+        spread = sequence_parallel(Tokens(), mesh, local)
+        assert plain_form(ss.find_shortcuts(spread, ids)) == plain_form(found)
+        for edit in EDITS:
+            out = ss.ablate(spread, found, **edit)(ids)
+            out = out.full_tensor() if isinstance(out, DTensor) else out
+            same(out, ss.ablate(model, found, **edit)(ids), f"{local}, {edit}")
+
+
+class Reduced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def gathered(x):
+    out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(out, x)
+    return sum(out)
+
+
+class Split(nn.Module):
+    """A block whose branch is summed over ranks by hand."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.a, self.b, self.reduce = nn.Linear(6, 6), nn.Linear(6, 6), reduce
+
+    def forward(self, x):
+        return x + self.reduce(self.b(self.a(x).relu()))
+
+
+def collectives():
+    """Collectives that a model calls itself: linked where torch's calls show what they give, else listed."""
+    import torch.distributed._functional_collectives as functional
+    import torch.distributed.nn.functional as differentiable
+
+    def in_place(x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    world = dist.group.WORLD
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    for reduce in (
+        Reduced.apply, in_place, differentiable.all_reduce, lambda x: sum(differentiable.all_gather(x)),
+        lambda x: functional.all_reduce(x, "sum", world),
+        lambda x: functional.all_gather_tensor_autograd(x, 0, world).unflatten(0, (-1, 4)).sum(0),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        model = seq(Split(reduce), Split(reduce))
+        found = ss.find_shortcuts(model, x)
+        assert [s.kind for s in found] == ["identity"] * 2 and not found.opaque, (reduce, found)
+        a, b = model
+        expected = reduce(b.b(b.a(reduce(a.b(a.a(x).relu()))).relu()))
+        torch.testing.assert_close(ss.ablate(model, found)(x), expected)
+    found = ss.find_shortcuts(seq(Split(gathered)), x)
+    assert not len(found) and [o.name for o in found.opaque] == ["empty"], found
+
+
 def gradients_at(model, points, x, y):
     seen = {}
 

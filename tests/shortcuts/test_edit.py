@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from shortcuts.architectures import (
@@ -475,3 +476,28 @@ def test_dense_blocks_are_cut_one_by_one():
     outputs = [ablate(model, [s])(x) for s in found]
     assert all(not torch.equal(a, model(x)) for a in outputs)
     assert len({o.sum().item() for o in outputs}) == len(found)
+
+
+@pytest.mark.parametrize("used", [0, 1, 3])
+def test_a_module_in_a_row_whose_weights_alone_are_used_is_no_other_depth(used):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.rows = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x):
+            for i, layer in enumerate(self.rows):
+                x = x + (F.linear(x, layer.weight, layer.bias) if i == used else layer(x)).tanh()
+            return x
+
+    net, x = Net(), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    found = find_shortcuts(net, x)
+    assert len(found) == 4 and found.weights_used == (f"rows.{used}",) and not found.not_run
+    expected = x
+    for layer in net.rows:
+        expected = layer(expected).tanh()
+    torch.testing.assert_close(ablate(net, found)(x), expected)
+    net.rows.append(nn.Linear(6, 6))
+    with pytest.raises(SkipscopeError, match=r"rows\.4"):
+        ablate(net, found)

@@ -257,6 +257,17 @@ def test_a_forward_that_is_set_on_the_twin(set_forward):
         }  # fmt: skip
 
 
+def test_a_forward_in_low_precision_is_edited_in_low_precision():
+    """As Accelerate prepares a model: the twin is the same network without shortcuts in that precision."""
+    net = Net()
+    net.forward = types.MethodType(torch.autocast("cpu", torch.bfloat16)(net.forward.__func__), net)
+    twin = ablate(net, inputs=X)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = without(net)
+    assert torch.equal(twin(X), expected) and not torch.equal(twin(X), without(net))
+    assert runs_own_weights(twin)
+
+
 def test_a_forward_that_pickle_loses_is_not_replaced_silently():
     net = Net()
     net.forward = types.MethodType(lambda self, x: Net.forward(self, x), net)

@@ -33,6 +33,8 @@ def test_two_ranks_of_ddp():
     [
         *(pytest.param(f"fsdp_{k}", marks=SHARDING_ON_CPU) for k in ("find", "options", "measure", "edit")),
         "tensor_parallel",
+        "spread_stream",
+        "collectives",
     ],
 )
 def test_sharded(kind, processes):

@@ -146,6 +146,53 @@ def test_rows_that_pass_are_a_shortcut(function):
         assert not torch.equal(ss.ablate(model, found)(x), built)
 
 
+class Experts(nn.Module):
+    """A block for each id: what it is given takes the place of the rows that have this id."""
+
+    def __init__(self, put, ids):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts, self.put, self.ids = nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), put, ids
+
+    def forward(self, x):
+        y, ids = x.clone(), torch.arange(len(x)) % self.ids
+        for i, expert in enumerate(self.experts):
+            y = self.put(y, ids == i, expert, x)
+        return y
+
+
+def by_rows(y, m, expert, x):
+    y[m] = expert(x[m]).relu()
+    return y
+
+
+def by_rows_of_the_result(y, m, expert, x):
+    y[m] = expert(y[m]).relu()
+    return y
+
+
+def by_numbers(y, m, expert, x):
+    return y.index_copy(0, m.nonzero()[:, 0], expert(x[m]).relu())
+
+
+PUTTING = {
+    "rows": by_rows, "rows of the result": by_rows_of_the_result, "numbers": by_numbers,
+    "where": lambda y, m, expert, x: torch.where(m[:, None], expert(x).relu(), y),
+    "where not": lambda y, m, expert, x: torch.where(~m[:, None], y, expert(x).relu()),
+    "scattered": lambda y, m, expert, x: y.masked_scatter(m[:, None], expert(x[m]).relu()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("put", PUTTING.values(), ids=PUTTING)
+def test_rows_of_which_each_has_its_own_block_pass_nowhere(put):
+    found = ss.find_shortcuts(Experts(put, ids=3), x_())
+    assert not len(found), [(s.kind, s.source) for s in found]
+    assert {r.reason for r in found.rejected} == {"parallel branches"}
+    # Rows of an id that no block has pass by all of them.
+    passing = ss.find_shortcuts(Experts(put, ids=4), x_())
+    assert {s.kind for s in passing} == {"concat" if put is by_numbers else "gated"}
+
+
 class Captions(nn.Module):
     """The features of an image stand in place of some tokens of a text."""
 

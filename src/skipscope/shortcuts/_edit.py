@@ -205,7 +205,7 @@ def refuse_another_architecture(model: nn.Module, found: Sequence[Shortcut], ope
                 refuse(shortcut.name, f"a module {path}", f"{type(model).__name__} has none")
     if not isinstance(found, Shortcuts):
         return
-    seen = {layer.name for layer in found.layers} | set(found.not_run)
+    seen = {layer.name for layer in found.layers} | {*found.not_run, *found.weights_used}
     with_weights = {path for path, module in modules.items() if module._parameters}
     in_rows = set().union(*map(_in_any_row, seen & with_weights)) if seen else set()
     for path in sorted(with_weights - seen):

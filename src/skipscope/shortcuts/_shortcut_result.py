@@ -182,6 +182,7 @@ class Shortcuts(Result, Sequence):
         passed: concatenations of a decoder whose skip passes a block with weights of its own: no shortcuts by
             the rule, and editable like them.
         writes_inputs: the model writes into tensors that it is called with.
+        weights_used: modules that did not run, but whose weights were used, by path.
 
     Example:
         >>> import torch, skipscope as ss
@@ -201,6 +202,7 @@ class Shortcuts(Result, Sequence):
     not_run: tuple[str, ...] = ()
     passed: tuple[Shortcut, ...] = ()
     writes_inputs: bool = False
+    weights_used: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.entries)

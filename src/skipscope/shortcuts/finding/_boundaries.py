@@ -9,6 +9,7 @@ from torch import nn
 from skipscope.shortcuts._shortcut_result import Boundary, CallKey
 from skipscope.shortcuts.finding._candidate import Candidate
 from skipscope.shortcuts.finding._graph import Graph
+from skipscope.shortcuts.finding._kinds import SHAPE
 from skipscope.shortcuts.trace import ModuleRun
 
 
@@ -46,12 +47,21 @@ def boundaries_of(
 def _looks_up(graph: Graph, run: ModuleRun) -> bool:
     """Whether a module's output is an embedding of token ids: activations begin there, and it is no layer."""
     node = graph.node_of(run.outputs[0]) if run.outputs else None
-    return (
-        node in graph.sources
-        and graph.sources[node] != "input"
-        and node is not None
-        and graph.kind(node) in _LOOKUPS
-    )
+    if node is None or node >= graph.activations:
+        return False
+    # Where the rows are spread over processes, collectives make one tensor of what was looked up.
+    above, waiting = {node}, [node]
+    while waiting:
+        at = waiting.pop()
+        if at in graph.sources:
+            continue
+        if graph.weights[at] or graph.kind(at) not in SHAPE:
+            return False
+        fresh = set(graph.active_parents(at)) - above
+        above |= fresh
+        waiting += fresh
+    begins = above & graph.sources.keys()
+    return all(graph.sources[v] != "input" and graph.kind(v) in _LOOKUPS for v in begins)
 
 
 _LOOKUPS = frozenset({"embedding", "embedding_bag"})

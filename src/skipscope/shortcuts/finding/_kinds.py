@@ -26,9 +26,17 @@ MAX_POOLS = words(
     """max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
     max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"""
 )
+# What moves the parts of a tensor between processes: all of it keeps its values.
+COLLECTIVES = words(
+    """
+    all_reduce all_gather_into_tensor reduce_scatter_tensor all_to_all_single broadcast shard_dim_alltoall
+    wait_tensor _wrap_tensor_autograd
+    """
+)
 # What moves, resizes, pools or copies values: y is linear in x, with constant coefficients.
 SHAPE = (
     WHOLE
+    | COLLECTIVES
     | SPLITS
     | _POOLS
     | MAX_POOLS

@@ -35,8 +35,26 @@ class Routes:
         """Whether operand i of a masked call, which it lets pass, is replaced by the next one, or went
         through a block where the call before has put it.
         """
+        if self._is_one_of_many(call, i):
+            return True
         kept = self._kept_where(call, i)
         return kept is not None and (self._is_replaced(call, kept) or self._is_routed(call, i, kept))
+
+    def _is_one_of_many(self, call: Merge, i: int) -> bool:
+        """Whether this pass replaced all that operand i had at first.
+
+        What other calls had put there before is a route of its own only where a block with weights made it.
+        """
+        graph, routed, at = self.graph, call.traced.routed, call.output
+        if routed is None or routed.operand != i or at is None:
+            return False
+        base, end = graph.node_of(routed.base), graph.node_of(routed.end)
+        if base is None or end is None or max(at, base, end) >= graph.activations:
+            return False
+        if at != end and not all(graph.ancestors.reaches(child, end) for child in graph.children[at]):
+            return False
+        put = [graph.node_of(value) for value in routed.before]
+        return all(v is not None and graph.has_weights(graph.on_the_way(base, v)) for v in put)
 
     def _is_replaced(self, call: Merge, kept: tuple[Hashable, bool]) -> bool:
         """Whether a later call keeps only the rest of the result, and all else that reads it goes there."""

@@ -23,7 +23,6 @@ from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._names import fork_name, home_of, merge_name, unique_names
 from skipscope.shortcuts.finding._streams import learned_streams
 from skipscope.shortcuts.trace import LentInputs, Trace, record
-from skipscope.shortcuts.trace._scripted_functions import SCRIPTED, scripted_functions
 
 
 @public_call("find_shortcuts")
@@ -105,16 +104,14 @@ def read(trace: Trace, model: nn.Module, streams: Mapping[int, str] | None = Non
         not_run=_not_run(trace, model),
         passed=_passed(graph, judge, verdicts, runs_at, merges),
         writes_inputs=trace.writes_inputs,
+        weights_used=_weights_used(trace),
     )
 
 
 def _opaque(graph: Graph, model: nn.Module) -> tuple[Rejected, ...]:
     """What could not be looked into."""
-    modules, ran = dict(model.named_modules()), {run.path for run in graph.trace.runs}
-    scripted = scripted_functions([module for path, module in modules.items() if path in ran])
     return (
         *(Rejected(h.name, h.reason, h.source) for h in graph.trace.hidden),
-        *(Rejected(name, SCRIPTED, "") for name in scripted),
         *_unseen_input(graph, model),
     )
 
@@ -130,6 +127,14 @@ def _not_run(trace: Trace, model: nn.Module) -> tuple[str, ...]:
     """Paths of the modules with weights that did not run."""
     ran = {run.path for run in trace.runs} | {name.rpartition(".")[0] for name in trace.parameters}
     return tuple(path for path, module in model.named_modules() if module._parameters and path not in ran)
+
+
+def _weights_used(trace: Trace) -> tuple[str, ...]:
+    """Paths of the modules of which a weight was used though they did not run, in order of use."""
+    ran = {run.path for run in trace.runs}
+    return tuple(
+        dict.fromkeys(path for name in trace.parameters if (path := name.rpartition(".")[0]) not in ran)
+    )
 
 
 def _passed(

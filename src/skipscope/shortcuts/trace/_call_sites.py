@@ -21,6 +21,7 @@ from skipscope._torch_internals import compiler_is_loaded
 from skipscope.shortcuts._shortcut_result import CallKey
 
 TORCH = os.path.dirname(str(torch.__file__)) + os.sep
+_DISTRIBUTED = os.path.join(TORCH, "distributed") + os.sep
 _MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
 PLUMBING = os.path.join(_MODULES, "module.py")
 # What runs between a call and a mode of ours.
@@ -47,6 +48,18 @@ def caller() -> FrameType:
             return frame
         frame = frame.f_back
     return frame
+
+
+def is_between_processes(frame: FrameType) -> bool:
+    """Whether a call that code in ``frame`` leads to is made by torch's code for tensors that are spread over
+    processes.
+    """
+    inner = sys._getframe(2)
+    while inner is not frame and inner.f_back is not None:
+        if inner.f_code.co_filename.startswith(_DISTRIBUTED):
+            return True
+        inner = inner.f_back
+    return False
 
 
 _sites: dict[tuple[int, int, str], tuple[CodeType, str]] = {}

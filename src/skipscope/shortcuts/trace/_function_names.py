@@ -45,6 +45,8 @@ SHAPE_ONLY = words(
     """zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_full
     new_empty new_tensor"""
 )
+# Of these nothing stands in the result until something is written there.
+UNINITIALISED = words("empty empty_like new_empty empty_strided new_empty_strided empty_permuted")
 # Of their second tensor they take the shape or the type alone.
 LIKE_ANOTHER = words("view_as reshape_as expand_as to resize_as")
 # They may return a view of their first argument; the memory of the result shows whether they did.

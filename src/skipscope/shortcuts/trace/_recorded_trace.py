@@ -92,6 +92,23 @@ class Operand:
     value: int
 
 
+@dataclass(frozen=True)
+class Routed:
+    """What one of the calls that together replace all of a tensor lets pass.
+
+    Attributes:
+        operand: number of the operand that it replaces in part.
+        base: value of the tensor that all of them together replace.
+        before: values that the calls before it have put in place of other parts.
+        end: value that the last of them gives.
+    """
+
+    operand: int
+    base: int
+    before: tuple[int | None, ...]
+    end: int
+
+
 @dataclass(slots=True, eq=False)
 class TracedCall:
     """One call of a torch function.
@@ -123,6 +140,7 @@ class TracedCall:
         owner: path of the module whose code makes the call, for calls that join tensors.
         checkpointed: it is run again in the backward pass, outside of any module's forward.
         lists_index: its index is a list: ``x[[1]]``, which the arguments have as a tuple like ``x[1,]``.
+        routed: for one of the calls that together replace all of a tensor, each a part of its own; else None.
         zeroed: a product with zeros of its own size that are not weights: an initial state.
     """
 
@@ -148,6 +166,7 @@ class TracedCall:
     owner: str = ""
     checkpointed: bool = False
     zeroed: bool = False
+    routed: Routed | None = None
     lists_index: bool = False
     _code: CodeType | None = None
     _instruction: int = 0

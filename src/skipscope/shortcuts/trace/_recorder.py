@@ -19,7 +19,9 @@ from skipscope import _data, _sharding
 from skipscope._torch_internals import (
     as_written,
     compiler_is_loaded,
+    inner_tensors,
     is_transformed,
+    scripted_calls,
     untransformed,
     without_modes,
 )
@@ -32,6 +34,7 @@ from skipscope.shortcuts.trace._function_names import (
     OVERWRITES,
     QUERIES,
     SHAPE_ONLY,
+    UNINITIALISED,
     VIEWS,
     Function,
     function_of,
@@ -48,6 +51,7 @@ from skipscope.shortcuts.trace._recorded_trace import (
     Value,
     is_number,
 )
+from skipscope.shortcuts.trace._routed_rows import RoutedRows
 from skipscope.shortcuts.trace._tensor_memory import Memory, memory_of
 
 _FUNCTION = os.path.join(_call_sites.TORCH, "autograd", "function.py")
@@ -61,6 +65,8 @@ CELLS = words(
 )
 IN_FUNCTION = "an autograd.Function: what it joins cannot be seen"
 CELL = "a fused recurrent cell: the gates in it cannot be seen"
+SCRIPTED = "a scripted function: what it joins cannot be seen"
+UNSEEN_WRITE = "code that no call of torch's is seen of fills this tensor (a kernel, a collective)"
 LIBRARY = "an operator of a library: what it joins cannot be seen"
 TRANSFORMED = "a function under torch.vmap or torch.func: what it joins cannot be tapped"
 
@@ -137,7 +143,8 @@ def recording(
     """Record what runs inside; a listener sees the tensors of each call as well."""
     recorder = Recorder(model, gradients, listener, lent)
     try:
-        with as_written(), recorder.watching(), torch.set_grad_enabled(gradients), recorder:
+        scripted = scripted_calls.heard_by(recorder.run_scripted)
+        with as_written(), recorder.watching(), torch.set_grad_enabled(gradients), scripted, recorder:
             yield recorder
     finally:
         recorder.finish()
@@ -171,15 +178,20 @@ class Recorder(TorchFunctionMode):
         self._steps: Counter[tuple[str, int, int, str]] = Counter()
         self._weights: dict[int, tuple[str, Tensor]] = {}
         self._packed_weights: dict[int, tuple[int, torch.ScriptObject]] = {}
+        # The tensors inside a weight of another class, each with that weight.
+        self._weight_parts: dict[int, tuple[Tensor, Tensor]] = {}
         # Values that were computed from an input or a parameter.
         self._derived: set[int] = set()
         # Calls that cannot be looked into: name and operands.
         self._unseen: list[tuple[str, tuple[int, ...]]] = []
         # Of calls that take one activation alone: name and source, until a weight is seen inside.
         self._may_use_weights: dict[int, tuple[str, str]] = {}
+        # Values of tensors that were made without content, and where, until they are read.
+        self._unfilled: dict[int, str] = {}
         # The frame of the last call of an autograd.Function, and which of these calls it is.
         self._applied: tuple[Any, int] | None = None
         self._keys: list[TracedCall] = []
+        self._routed = RoutedRows()
         self._constants: set[int] = set()
         self._composite = ""
 
@@ -205,6 +217,10 @@ class Recorder(TorchFunctionMode):
         if unseen is not None:
             return self._noted_unseen(unseen, func, function, args, kwargs)
         operands = tuple(self.value_of(tensor) for tensor in tensors)
+        # Torch's own code fills what it makes (FSDP its buffers) in ways that join nothing.
+        is_empty = function.name in UNINITIALISED and sys._getframe(1) is frame
+        if self._unfilled:
+            self._note_unseen_write(function, operands, kwargs)
         # Other libraries of operators keep other things in objects: a profiler its handle, for one.
         objects = [a for a in args if isinstance(a, torch.ScriptObject)]
         packed = tuple(map(self._packed, objects)) if objects and str(func).startswith("quantized.") else ()
@@ -224,13 +240,33 @@ class Recorder(TorchFunctionMode):
         output = func(*args, **kwargs)
         if function.name not in SHAPE_ONLY or function.in_place:
             self._note(call, tensors, args, kwargs, output)
+            if call.joins:
+                self._routed.note(call, args, kwargs)
+            if is_empty:
+                self._unfilled |= dict.fromkeys(call.results, call.source)
+            elif call.is_view and call.operands[0] in self._unfilled:
+                self._unfilled |= dict.fromkeys(call.results, self._unfilled[call.operands[0]])
             if not call.joins and _is_of_a_library(func):
                 self._note_library(call)
             if self.listener is not None:
                 self.listener(call, func, args, kwargs, output)
         elif isinstance(output, Tensor):
-            self.memory.set(output, self._new(output, Origin.CONSTANT).index)
+            value = self._new(output, Origin.CONSTANT).index
+            self.memory.set(output, value)
+            if is_empty:
+                self._unfilled[value] = call.source
         return output
+
+    def _note_unseen_write(self, function: Function, operands: tuple[int, ...], kwargs: Any) -> None:
+        """Note that a call reads a tensor that was never filled: code out of sight has filled it."""
+        if function.name in VIEWS or function.name in SHAPE_ONLY or function.name in LIKE_ANOTHER:
+            return
+        is_target = function.in_place or kwargs.get("beta") == 0
+        read = operands[1:] if is_target else operands[:-1] if "out" in kwargs else operands
+        for value in read:
+            source = self._unfilled.pop(value, None)
+            if source is not None and self.trace.values[value].is_float and self.trace.values[value].numel:
+                self._hide("empty", UNSEEN_WRITE, source)
 
     def _begun(
         self, function: Function, operands: tuple[int, ...], args: Any, kwargs: Any, frame: Any
@@ -262,7 +298,7 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         """Give a call that joins tensors its key."""
         values = _operations.operands(operation, args, kwargs)
-        if _operations.tensor_operands(values) < 2:
+        if _operations.tensor_operands(values) < 2 or _call_sites.is_between_processes(frame):
             return
         if call.transformed:
             self._hide("torch.func", TRANSFORMED, _call_sites.source_of(frame))
@@ -305,8 +341,7 @@ class Recorder(TorchFunctionMode):
             if value.index not in self._derived:
                 value.number = _number(tensor)
             self.memory.set(tensor, value.index)
-            if call.transformed:
-                self._unwrap(tensor, value.index)
+            self._unwrap(tensor, value.index)
             results.append(value.index)
         call.results = tuple(results)
         if call.function in CELLS and any(self.trace.values[v].from_data for v in results):
@@ -364,6 +399,7 @@ class Recorder(TorchFunctionMode):
         self._inherit(value, call)
         call.results = (value.index,)
         parts = self.memory.wrote(target, before, value.index)
+        self._unwrap(target, value.index)
         if parts is not None:
             call.whole, call.written = parts
 
@@ -397,7 +433,7 @@ class Recorder(TorchFunctionMode):
             value.name = known[0]
             self._derived.add(value.index)
             self.trace.parameters[known[0]] = value.index
-        elif (alias := self._alias_of(tensor)) is not None:
+        elif (alias := self._alias_of(tensor)) is not None or (alias := self._wrapped(tensor)) is not None:
             return alias
         elif self._unseen and id(tensor) not in self._constants and _is_float(tensor):
             return self._emerged(len(self._unseen) - 1, tensor)
@@ -433,12 +469,28 @@ class Recorder(TorchFunctionMode):
         self.memory.set(tensor, value)
         return value
 
+    def _wrapped(self, tensor: Tensor) -> int | None:
+        """The value of a tensor that an unseen call made of known ones or took out of one, or None."""
+        whole = self._weight_parts.get(id(tensor))
+        parts = inner_tensors(tensor) if whole is None else (whole[1],)
+        known = [self.value_of(part) for part in parts if whole is not None or self._is_known(part)]
+        if not known:
+            return None
+        value = self._infer("alias", tuple(known), tensor)
+        self.memory.set(tensor, value)
+        return value
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return self.memory.get(tensor) is not None or self._wrapped(tensor) is not None
+
     def _unwrap(self, tensor: Tensor, value: int) -> None:
-        """Give the tensor inside a transformed one, which outlives it, the same value."""
-        while is_transformed(tensor):
-            tensor = untransformed(tensor)
-            value = self._infer("alias", (value,), tensor)
-            self.memory.set(tensor, value)
+        """Give the tensors inside a transformed one, or one of another class, which outlive it, the same
+        value.
+        """
+        for part in [untransformed(tensor)] if is_transformed(tensor) else inner_tensors(tensor):
+            inner = self._infer("alias", (value,), part)
+            self.memory.set(part, inner)
+            self._unwrap(part, inner)
 
     def _emerged(self, unseen: int, tensor: Tensor) -> int:
         """The value of the result of an unseen call."""
@@ -503,7 +555,9 @@ class Recorder(TorchFunctionMode):
 
     def _unseen_around(self, frame: Any) -> int | None:
         """Which call of an ``autograd.Function`` a call is made in, also by a module in it."""
-        found = None
+        found = _collective_inside(frame)
+        if found is not None:
+            return self._apply(found, "collective", is_listed=False)
         for _ in range(16):
             frame = frame.f_back
             if frame is None or frame.f_code.co_filename == _MODULE:
@@ -516,8 +570,10 @@ class Recorder(TorchFunctionMode):
             return self._apply(*found)
         return self._unseen_modules[-1] if self._unseen_modules else None
 
-    def _apply(self, frame: Any, name: str) -> int:
-        """Note a call of an ``autograd.Function`` by its frame."""
+    def _apply(self, frame: Any, name: str, is_listed: bool = True) -> int:
+        """Note a call of an ``autograd.Function`` by its frame; one that is known to join nothing is not
+        listed.
+        """
         if self._applied is not None and self._applied[0] is frame:
             return self._applied[1]
         arguments = frame.f_locals.get("args", ())
@@ -528,6 +584,8 @@ class Recorder(TorchFunctionMode):
         is_derived = [v in self._derived for v in given]
         runs_modules = any(isinstance(argument, nn.Module) for argument in arguments)
         source = _call_sites.source_of(frame.f_back)
+        if not is_listed:
+            return len(self._unseen) - 1
         if any(is_data) and (sum(is_derived) > 1 or runs_modules):
             self._hide(name, IN_FUNCTION, source)
         elif any(is_data):
@@ -546,6 +604,23 @@ class Recorder(TorchFunctionMode):
         for tensor in _data.tensors_in(output):
             if id(tensor) not in self._weights:
                 self.memory.set(tensor, -1 - unseen)
+        return output
+
+    def run_scripted(self, function: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a scripted function, or a method of a scripted module, which no mode sees inside."""
+        frame = _call_sites.caller()
+        given = [self.value_of(tensor) for tensor in _data.tensors_in((args, kwargs))]
+        self._unseen.append((f"scripted {function.name}", tuple(given)))
+        is_data = any(self.trace.values[v].is_activation for v in given)
+        # A method's module is kept where no hook of ours is, and may hold weights.
+        joins = sum(v in self._derived for v in dict.fromkeys(given)) > 1
+        if is_data and (joins or not isinstance(function, torch.jit.ScriptFunction)):
+            self._hide(str(function.name), SCRIPTED, _call_sites.source_of(frame))
+        output = run(*args, **kwargs)
+        before = set(map(id, _data.tensors_in((args, kwargs))))
+        for tensor in _data.tensors_in(output):
+            if id(tensor) not in before:
+                self.memory.set(tensor, -len(self._unseen))
         return output
 
     def _hide(self, name: str, reason: str, source: str) -> None:
@@ -567,6 +642,7 @@ class Recorder(TorchFunctionMode):
                     if weight is not None:
                         path = places[id(module)]
                         self._weights.setdefault(id(weight), (f"{path}.{name}" if path else name, weight))
+                        self._weight_parts |= {id(part): (part, weight) for part in inner_tensors(weight)}
 
         hold(module for _, module in named)
         for _, module in named:
@@ -629,7 +705,23 @@ class Recorder(TorchFunctionMode):
         self._applied = None
         self._weights.clear()
         self._packed_weights.clear()
+        self._weight_parts.clear()
+        self._routed = RoutedRows()
         del self.memory
+
+
+def _collective_inside(frame: Any) -> Any:
+    """The frame of the differentiable collective that ``frame`` called and that makes the present call, or
+    None.
+    """
+    inner = sys._getframe(3)
+    while inner is not None and inner is not frame:
+        is_apply = inner.f_code.co_filename == _FUNCTION and inner.f_code.co_name == "apply"
+        kind = inner.f_locals.get("cls") if is_apply else None
+        if getattr(kind, "__module__", "").startswith("torch.distributed.nn."):
+            return inner
+        inner = inner.f_back
+    return None
 
 
 def _outside_of_the_call() -> Any:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from skipscope._errors import SkipscopeError
 from skipscope.shortcuts.trace import _operations
+from skipscope.shortcuts.twin import _eager_pass
 from skipscope.shortcuts.twin._plan import REWIRED, Plan, edited
 
 
@@ -24,6 +25,9 @@ def run_forward(module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any)
         SkipscopeError: its calls are not those of the pass in which the shortcuts were found.
     """
     group = plan.group
+    if not torch.compiler.is_compiling():
+        # Torch gave up compiling in between: code compiled in pieces from here on would edit nothing.
+        return torch.compiler.disable(_eager_pass.run_module)(module, plan, run, args, kwargs)
     if any(edit.startswith(REWIRED) for edit in group.edits[:-1]):
         raise SkipscopeError(
             "rewire",

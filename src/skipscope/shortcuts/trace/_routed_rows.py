@@ -1,0 +1,92 @@
+"""Calls that together replace every value of a tensor, each at places of its own: experts chosen by an id.
+
+Where one of two masks is the contrary of the other that can be told from how they are made. Of other masks
+what this pass replaced is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipscope._torch_internals import without_modes
+from skipscope.shortcuts.trace._recorded_trace import Routed, TracedCall
+
+_CHOOSING = frozenset({"setitem", "index_put", "index_copy", "masked_scatter", "where"})
+
+
+class RoutedRows:
+    """Chains of calls that put something in place of a part of one tensor, by the value that the last gave.
+
+    A chain is what is replaced so far, the calls with the operand that each lets pass elsewhere, and how many
+    of them replaced anything.
+    """
+
+    def __init__(self):
+        self._chains: dict[int, list[tuple[Tensor, tuple[tuple[TracedCall, int], ...], int]]] = {}
+
+    def note(self, call: TracedCall, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note one call; where it is the last of a chain that leaves nothing, every call of it is told so."""
+        if call.joins not in _CHOOSING or not call.results:
+            return
+        with without_modes():
+            extended = [self._extended(call, i, chosen) for i, chosen in _replaced(call, args, kwargs)]
+            for replaced, calls, replacing in extended:
+                if replacing > 1 and bool(replaced.all()):
+                    _mark(calls, call.results[0])
+        longest = max((len(calls) for _, calls, _ in extended), default=0)
+        self._chains[call.results[0]] = [chain for chain in extended if len(chain[1]) == longest]
+
+    def _extended(self, call: TracedCall, i: int, chosen: Tensor) -> Any:
+        """The chain that goes on with a call, or begins with it."""
+        before, replaces = call.joined[i], int(bool(chosen.any()))
+        for replaced, calls, replacing in self._chains.get(-1 if before is None else before, ()):
+            if replaced.shape == chosen.shape and not bool((replaced & chosen).any()):
+                return replaced | chosen, (*calls, (call, i)), replacing + replaces
+        return chosen, ((call, i),), replaces
+
+
+def _mark(calls: tuple[tuple[TracedCall, int], ...], end: int) -> None:
+    """Note in every call of a chain what it lets pass."""
+    first, at = calls[0]
+    base = first.joined[at]
+    put: tuple[int | None, ...] = ()
+    for call, operand in calls:
+        if base is not None:
+            call.routed = Routed(operand, base, put, end)
+        put += (call.joined[1 - operand],)
+
+
+def _replaced(
+    call: TracedCall, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[int, Tensor]]:
+    """Each operand that a call lets pass in part, and where it does not."""
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    if any(t.is_meta or t.is_nested or t.layout != torch.strided for t in tensors) or len(tensors) < 2:
+        return
+    if call.joins == "where":
+        mask = next((t for t in tensors if t.dtype == torch.bool), None)
+        if mask is not None:
+            shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+            yield 1, mask.expand(shape)
+            yield 0, ~mask.expand(shape)
+        return
+    if kwargs or len(args) < 3 or (not _is_chosen(args[1]) and call.joins != "index_copy"):
+        return
+    chosen = torch.zeros(args[0].shape, dtype=torch.bool, device=args[0].device)
+    if call.joins == "index_copy":
+        chosen.index_fill_(args[1], args[2], True)
+    elif call.joins == "masked_scatter":
+        chosen |= args[1]
+    else:
+        chosen[args[1]] = True
+    yield 0, chosen
+
+
+def _is_chosen(index: Any) -> bool:
+    """Whether tensors say which part is meant."""
+    parts = index if isinstance(index, tuple | list) else (index,)
+    return any(isinstance(part, Tensor | list) for part in parts)
