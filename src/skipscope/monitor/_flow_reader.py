@@ -307,8 +307,8 @@ class FlowReader:
         """Deliver the readings that have arrived."""
         while self._waiting:
             row = self._waiting[0]
-            on_the_way = [n for n in (row.norms, row.scale) if isinstance(n, _gradient_norms.Reading)]
-            if not (wait or all(n.ready() for n in on_the_way)):
+            inside_of = [n for n in (row.norms, row.scale) if isinstance(n, _gradient_norms.Reading)]
+            if not (wait or all(n.ready() for n in inside_of)):
                 return
             self._waiting.popleft()
             is_reading = isinstance(row.norms, _gradient_norms.Reading)
@@ -460,11 +460,11 @@ class FlowReader:
         device = next((v for v in norms if isinstance(v, Tensor)), None)
         if device is not None:
             norms = [v if isinstance(v, Tensor) else device.new_tensor(v) for v in norms]
-            on_the_way: Any = _gradient_norms.Reading(torch.stack(norms))
+            inside_of: Any = _gradient_norms.Reading(torch.stack(norms))
         else:
-            on_the_way = norms
+            inside_of = norms
         factor = 1.0 if scale is None else on_its_way(scale)
-        self._waiting.append(_Pending(owner, step, names, elements, on_the_way, factor, reach))
+        self._waiting.append(_Pending(owner, step, names, elements, inside_of, factor, reach))
 
 
 def _reach_of(recurrent: Sequence[_Activation], counted: Sequence[BackwardPass]) -> Reach | None:

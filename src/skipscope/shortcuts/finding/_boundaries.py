@@ -74,7 +74,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 class _Cover:
-    """What lies inside some branch or shortcut, or feeds one from the side (cross-attention)."""
+    """What is inside some branch or shortcut, or feeds one from the side (cross-attention)."""
 
     def __init__(self, graph: Graph, found: Sequence[tuple[Candidate, str, str]]):
         self.graph, self.region = graph, 0

@@ -26,7 +26,7 @@ from skipscope.shortcuts.trace import _operations
 
 FREE, SCALED, GATED, NORMED, PROJECTED, CHAINED = range(
     6
-)  # of several ways past a branch, the first is the shortcut
+)  # of several paths past a branch, the first is the shortcut
 _LINEAR = SHAPE | PRODUCT | LINEAR
 _CURVED = POINTWISE - STRAIGHT_POINTWISE - GATES - {"where", "masked_fill"}
 _PASSING = SHAPE | DROPOUT | {"mul", "div"}

@@ -1,4 +1,4 @@
-"""Gates that are multiplied out: x - t x + t H, in whichever order and by whichever calls, is t H + (1 - t)
+"""Gates that are multiplied out: x - t x + t H, in any order and by any calls, is t H + (1 - t)
 x.
 
 Such a gate is a sum of sums. Its addends are read back from the last sum; those where x stands alone, and
@@ -78,7 +78,7 @@ class Expanded:
                     return self._verdict(call, parts, kind, gate)
         return None
 
-    # --- the two ways to read it ---
+    # --- the two readings ---
 
     def _by_x(self, x: int, places: list[Place], rest: list[_Addend]) -> _Reading | None:
         """As x - t x + ...: what stands alone is the shortcut."""
@@ -99,8 +99,8 @@ class Expanded:
         return None
 
     def _by_weights(self, x: int, at: int) -> bool:
-        """Whether ``at`` was computed from ``x``, with weights on the way."""
-        return self.graph.has_weights(self.graph.on_the_way(x, at))
+        """Whether ``at`` was computed from ``x``, with weights in between."""
+        return self.graph.has_weights(self.graph.inside_of(x, at))
 
     def _verdict(
         self,
@@ -112,7 +112,7 @@ class Expanded:
         x, shortcut, branch, ends, side = reading
         graph, region = self.graph, 0
         for end in ends:
-            region |= graph.on_the_way(x, end)
+            region |= graph.inside_of(x, end)
         operands = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor)
         return Candidate(
             call,

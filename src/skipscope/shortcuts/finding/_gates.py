@@ -57,7 +57,7 @@ class Gates:
         router's output that multiplies each expert's is no input of the experts.
         """
         graph = self.graph
-        reached = dict.fromkeys(starts, False)  # node -> whether a weight has entered on the way
+        reached = dict.fromkeys(starts, False)  # node -> whether a weight has entered since
         for v in bits(nodes):
             parents = [p for p in graph.parents[v] if p in reached]
             free = [p for p in graph.active_parents(v) if not nodes >> p & 1 and p not in starts]
@@ -97,13 +97,13 @@ class Gates:
             part, h, _, is_gate = inner
             x = part.operands[1 - h]
             assert x is not None
-            region, side = graph.on_the_way(x, end), 0
+            region, side = graph.inside_of(x, end), 0
             if not graph.has_weights(region) and (before := before_map(graph, x, end)) is not None:
                 x, side = before
-                region = graph.on_the_way(x, end)
+                region = graph.inside_of(x, end)
             if not graph.has_weights(region):
                 continue
-            region |= graph.on_the_way(x, reader.position(j))
+            region |= graph.inside_of(x, reader.position(j))
             both = reader.factors if j in reader.factors else (j,)
             at = Place(part.key, 1 - h), Place(call.key, i), Place(part.key, h)
             kind = _kind(reader, is_gate)
@@ -139,7 +139,7 @@ class Gates:
             if inner is None or inner.call.name not in _ADDING or graph.ancestors.reaches(at, end):
                 continue
             fork = inner.forks[0]
-            region = graph.on_the_way(fork, end)
+            region = graph.inside_of(fork, end)
             if graph.has_weights(region):
                 branch_at = (*inner.branch_at, Place(call.key, j))
                 return at, replace(inner, region=inner.region | region, branch_at=branch_at)
@@ -149,7 +149,7 @@ class Gates:
         """Whether a weight enters between nodes ``x`` and ``at``, or ``at`` does not come from there."""
         graph = self.graph
         return at is not None and (
-            not graph.ancestors.reaches(x, at) or graph.has_weights(graph.on_the_way(x, at))
+            not graph.ancestors.reaches(x, at) or graph.has_weights(graph.inside_of(x, at))
         )
 
     def _inner(self, at: int, x: int) -> tuple[Merge, int, int, bool] | None:
@@ -173,8 +173,8 @@ class Gates:
                 sign = -sign if kind == "neg" else sign
                 # Of several factors one may bring the sign: x + (-t) (x - H).
                 negative = {p for p in parents if len(parents) > 1 and graph.kind(p) == "neg"}
-                ways = [p for p in parents if p != x and graph.ancestors.reaches(x, p)]
-                waiting += [(p, -sign if negative - {p} else sign) for p in ways]
+                routes = [p for p in parents if p != x and graph.ancestors.reaches(x, p)]
+                waiting += [(p, -sign if negative - {p} else sign) for p in routes]
         return None
 
 

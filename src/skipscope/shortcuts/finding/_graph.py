@@ -143,7 +143,7 @@ class Graph:
         return active, every, matrices
 
     def _operands(self, value: int, active: list[bool], weights: list[int]) -> list[int]:
-        """What a value was computed from: activations and weights. What starts activations begins anew."""
+        """What a value was computed from: activations and weights. Where activations start it is nothing."""
         if self._starts_at(self.trace.values[value]):
             return []
         above = [self._same[v] for v in self.trace.operands_of(value)]
@@ -162,7 +162,7 @@ class Graph:
                     reached[at] = True
                     above = (
                         same[v] for v in self.trace.operands_of(at)
-                    )  # also by way of ids that were looked up
+                    )  # also through ids that were looked up
                     waiting += [v for v in above if self.trace.values[v].from_data or active[v] or weights[v]]
 
         ends = self.trace.outputs or tuple(
@@ -442,7 +442,7 @@ class Graph:
         return cuts
 
     def between(self, starts: list[int], end: int) -> int:
-        """The set of nodes on the ways from any of ``starts`` to ``end``, these among them."""
+        """The set of nodes between any of ``starts`` and ``end``, these among them."""
         first, reaches = min(starts), self.ancestors.reaches
         window = self.ancestors[end] >> first
         if len(starts) == 1:
@@ -451,8 +451,8 @@ class Graph:
             inside = [any(reaches(s, first + v) for s in starts) for v in bits(window)]
         return chosen(window, inside) << first
 
-    def on_the_way(self, start: int, end: int) -> int:
-        """The set of nodes on the ways from ``start``, without it, to ``end``; empty where none leads
+    def inside_of(self, start: int, end: int) -> int:
+        """The set of nodes between ``start``, without it, and ``end``; empty where none leads
         there.
         """
         return self.between([start], end) & ~(1 << start) if self.ancestors.reaches(start, end) else 0

@@ -155,7 +155,7 @@ class Judge:
         ends = [carry for carry, _ in reader.gatings(j)] or [reader.position(j)]
         fork = side.fork
         return fork is not None and any(
-            self.bypass.is_deeper(self.graph.on_the_way(fork, end)) for end in ends
+            self.bypass.is_deeper(self.graph.inside_of(fork, end)) for end in ends
         )
 
     def bypassed(self, case: _Case) -> Reason | None:
@@ -209,7 +209,7 @@ class Judge:
         """A concatenation in a decoder whose skip passes a block with weights of its own (UNETR, DeepLabV3+),
         or None.
 
-        The deeper side is made larger again on its way, and the skip passes fewer weights one after the
+        The deeper side is enlarged again later, and the skip passes fewer weights one after the
         other.
         """
         reader = Sides(self.graph, call)
@@ -221,7 +221,7 @@ class Judge:
         fork, end = sides[skip].fork, reader.position(deep)
         if fork is None or not 0 < depths[skip] < depths[deep] or not self.graph.ancestors.reaches(fork, end):
             return None
-        region = self.graph.on_the_way(fork, end)
+        region = self.graph.inside_of(fork, end)
         if not region & self.graph.of_kinds(ENLARGING):
             return None
         at, branch = Place(call.key, skip), Place(call.key, deep)
@@ -259,7 +259,7 @@ class Judge:
     def _as_written(
         self, reader: Sides, sides: dict[int, Side], branches: tuple[int, ...], plain: Candidate
     ) -> Candidate:
-        """The verdict, where the way in which the merge is written says more than that it adds its
+        """The verdict, where the form in which the merge is written says more than that it adds its
         operands.
         """
         call, bypassing = reader.call, plain.bypassing
@@ -305,7 +305,7 @@ class Judge:
         return tuple(j for j in branches if j not in multiplied[1:])
 
     def _place(self, call: Merge, i: int, side: Side) -> Place:
-        """Where x is met before its factor: the factor stays as built, and its gradient live."""
+        """Where x stands before its factor: the factor stays as built, and its gradient live."""
         if call.put is not None and i == 0 and call.traced.whole is not None:
             return Place(call.key, _operations.WHOLE)
         for product in () if side.is_sum else side.products:

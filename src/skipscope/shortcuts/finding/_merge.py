@@ -13,9 +13,9 @@ class Put:
     """How a call puts one tensor into a part of another: side by side, as a concatenation has them.
 
     Attributes:
-        axis: along which the part lies beside the rest; None where it is a part along several, or unknown.
+        axis: along which the part is beside the rest; None where it is a part along several, or unknown.
         is_step: it is one step of a tensor that holds nothing else, as a stack is made.
-        is_chosen: where it lies depends on a mask, or on the data.
+        is_chosen: its place depends on a mask, or on the data.
     """
 
     axis: int | None

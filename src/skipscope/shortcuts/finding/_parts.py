@@ -1,6 +1,6 @@
 """Which part of a tensor a node takes: steps of a sequence, chunks of channels, however they are cut out.
 
-A part is told by ranges along axes of the whole. Views may be taken anew at each step (``x[:, 1:][:, t]``,
+A part is given by ranges along axes of the whole. Views may be taken again at each step (``x[:, 1:][:, t]``,
 ``x.transpose(0, 1)[t]``, ``x.unbind(1)[t]``): what counts is what they amount to.
 """
 
@@ -27,7 +27,7 @@ class Part:
     Attributes:
         axes: for each axis of the part which axis of the whole it runs along, and where; None where that is
             not known.
-        limits: along which axes of the whole it is less than all of it, and where it lies; at most there, if
+        limits: along which axes of the whole it is less than all of it, and its place; at most there, if
             not all is known.
         shape: of the part.
     """
@@ -207,7 +207,7 @@ def _unbind(taking: _Taking, before: Part) -> Part | None:
 
 
 def _split(taking: _Taking, before: Part) -> Part | None:
-    """Where a piece lies is known by the sizes of the pieces before it."""
+    """The place of a piece is known by the sizes of the pieces before it."""
     name = taking.call.function
     dim = taking.argument(2, "dim", 0) if name in {"split", "chunk", "tensor_split"} else _OWN_AXES[name]
     dim = (dim if name != "hsplit" or len(before.shape) > 1 else 0) % len(before.shape)

@@ -76,7 +76,7 @@ def before_map(graph: Graph, node: int, end: int) -> tuple[int, int] | None:
 
 
 def _before_parting(graph: Graph, node: int, at: int, end: int) -> tuple[int, int] | None:
-    """The same where ``node``, by way of ``at``, is a part of the map, and ``end`` takes other parts."""
+    """The same where ``node``, through ``at``, is a part of the map, and ``end`` takes other parts."""
     while graph.kind(at) in WHOLE | SPLITS | _CUTS and len(graph.active_parents(at)) == 1:
         (at,) = graph.active_parents(at)
     parts = graph.parts_of(at)
@@ -88,7 +88,7 @@ def _before_parting(graph: Graph, node: int, at: int, end: int) -> tuple[int, in
     others += [c for c in graph.children[x] if not region >> c & 1]
     if not any(graph.ancestors.reaches(v, end) for v in others):
         return None
-    return x, region | graph.on_the_way(at, node)
+    return x, region | graph.inside_of(at, node)
 
 
 def _operand(graph: Graph, node: int) -> int | None:
@@ -98,7 +98,7 @@ def _operand(graph: Graph, node: int) -> int | None:
         return above[0]
     if graph.kind(node) in MATRIX_PRODUCTS and len(above) == 2:
         for x, matrix in permutations(above):
-            if graph.ancestors.reaches(x, matrix) and graph.has_weights(graph.on_the_way(x, matrix)):
+            if graph.ancestors.reaches(x, matrix) and graph.has_weights(graph.inside_of(x, matrix)):
                 return x
     return None
 

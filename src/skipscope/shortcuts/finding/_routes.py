@@ -54,7 +54,7 @@ class Routes:
         if at != end and not all(graph.ancestors.reaches(child, end) for child in graph.children[at]):
             return False
         put = [graph.node_of(value) for value in routed.before]
-        return all(v is not None and graph.has_weights(graph.on_the_way(base, v)) for v in put)
+        return all(v is not None and graph.has_weights(graph.inside_of(base, v)) for v in put)
 
     def _is_replaced(self, call: Merge, kept: tuple[Hashable, bool]) -> bool:
         """Whether a later call keeps only the rest of the result, and all else that reads it goes there."""
@@ -84,7 +84,7 @@ class Routes:
         for j in (0, 1):
             rows, rest = before.operands[j], before.operands[1 - j]
             if self._kept_where(before, j) == kept and rows is not None and rest is not None:
-                return graph.has_weights(graph.on_the_way(rest, rows))
+                return graph.has_weights(graph.inside_of(rest, rows))
         return False
 
     def _origin(self, node: int | None) -> int | None:

@@ -78,7 +78,7 @@ class Side(NamedTuple):
         how: ``identity``, ``scaled``, ``projection`` or ``gated``; ``linear maps``: several, and nothing bent
             between them; ``branch``; or ``bent``: weightless, not linear.
         region: bit set of the operand's own nodes.
-        products: the products on the way, the nearest to the fork first.
+        products: the products in between, the nearest to the fork first.
         is_sum: it comes from other common nodes too, that depend on the fork: x + F(x), say.
         carry: of a linear map times a gate, the node that the gate multiplies.
     """
@@ -271,7 +271,7 @@ class Sides:
         return frozenset(largest if len(largest) == 1 else ())
 
     def _enters_weights(self, c: int, end: int) -> bool:
-        """Whether a weight is on the way from ``c`` to ``end``."""
+        """Whether a weight is between ``c`` and ``end``."""
         graph = self.graph
         if not graph.ancestors.reaches(c, end):
             return False
@@ -416,11 +416,11 @@ class _Walk:
 
     def _is_of(self, parent: int, x: int) -> bool:
         """Whether a node is a function of all of ``x``, and of nothing else."""
-        graph, way = self.graph, self.graph.on_the_way(x, parent)
-        if any(part.limits for part in graph.parts_taken(x, way)):
+        graph, region = self.graph, self.graph.inside_of(x, parent)
+        if any(part.limits for part in graph.parts_taken(x, region)):
             return False
-        above = (p for v in bits(way) for p in graph.parents[v])
-        return all(p == x or (p < graph.activations and way >> p & 1) for p in above)
+        above = (p for v in bits(region) for p in graph.parents[v])
+        return all(p == x or (p < graph.activations and region >> p & 1) for p in above)
 
     def first(self, candidates: frozenset[int] | set[int]) -> list[int]:
         """Those that depend on none of the others."""

@@ -1,8 +1,8 @@
 """Streams that begin in weights and not in the data: a decoder's learned queries, a resampler's latents.
 
 In q + F(q, data) the first q depends on no data, and is no activation as such. It is one all the same where
-the sum goes on as a stream, that is, where a later shortcut begins at it: so a position embedding that is
-added anew in every layer, whose sum is read by the branch alone, is told apart.
+the sum continues as a stream, that is, where a later shortcut begins at it: so a position embedding that is
+added again in every layer, whose sum is read by the branch alone, is excluded.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _carried(graph: Graph, at: int, forks: set[int]) -> bool:
 
 
 def _depends(graph: Graph, at: int, on: int) -> bool:
-    """Whether node ``at`` was computed from ``on``, by ways that may hold no data."""
+    """Whether node ``at`` was computed from ``on``, through values that may hold no data."""
     waiting, seen = [at], {at}
     while waiting:
         above = [p for p in graph.parents[waiting.pop()] if p not in seen]

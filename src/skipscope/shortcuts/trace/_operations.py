@@ -188,7 +188,7 @@ def whole_of(operation: Operation, target: Tensor) -> Tensor:
 
 
 def put_into(operation: Operation, func: Callable[..., Any], target: Tensor) -> Callable[..., Any]:
-    """The function that gives all of that tensor, with another put into it where ``target`` lies."""
+    """The function that gives all of that tensor, with another put in the place of ``target``."""
     whole = whole_of(operation, target)
     if whole is target:
         return out_of_place(operation, func)

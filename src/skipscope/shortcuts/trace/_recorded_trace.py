@@ -119,7 +119,7 @@ class TracedCall:
             ``add_``.
         operands: values of the tensors among the arguments, in order.
         results: values that it gave.
-        arguments: positional arguments; each tensor as an :class:`Operand`, what is no plain data as its
+        arguments: positional arguments; each tensor as an :class:`Operand`, other objects as their
             type's name.
         keywords: the same for keyword arguments.
         module: path of the innermost module that runs.
@@ -134,7 +134,7 @@ class TracedCall:
         key: identifier of the call site, for calls that join tensors or make activations of ids; None for any
             other.
         joins: for a call that joins tensors, the operation; else empty.
-        joined: the operands that it joins: values, or None for what is no tensor.
+        joined: the operands that it joins: values, or None for other objects.
         whole: for a write into a part of a tensor, all of that tensor before; else None.
         written: the same afterwards.
         owner: path of the module whose code makes the call, for calls that join tensors.

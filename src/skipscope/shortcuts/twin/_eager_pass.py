@@ -1,7 +1,7 @@
 """Edits in eager code: a call is known by its frames, which loops of any length leave right.
 
 A pass begins with the outermost call of an edited module. When it ends, it is checked: a pass in which merges
-ran and none of the edits was met is refused, or reported where the edited modules did not run at all.
+ran and reached none of the edits is refused, or reported where the edited modules did not run at all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _thread = threading.local()
 
 
 def pass_of(plan: Plan) -> _EagerPass | None:
-    """The pass of a plan's twin that is under way, if there is one."""
+    """The current pass of a plan's twin, or None."""
     around: _EagerPass | None = getattr(_thread, "current", None)
     return around if around is not None and around.group is plan.group else None
 
@@ -41,7 +41,7 @@ def pass_of(plan: Plan) -> _EagerPass | None:
 def run_module(
     module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any, method: str | None = None
 ) -> Any:
-    """Run an edited module: within the pass that is under way, or in a pass of its own.
+    """Run an edited module: within the current pass, or in a pass of its own.
 
     Args:
         module: the edited module.
@@ -68,7 +68,7 @@ def run_module(
     finally:
         _thread.current = around
     if around is not None and around.group is plan.group:
-        around.met |= this.met
+        around.reached |= this.reached
     this.check()
     return output
 
@@ -89,7 +89,7 @@ class _EagerPass(TorchFunctionMode):
         self.members = set(map(id, module.modules()))
         self.ran = {id(module): plan}
         self.counts: Counter[tuple[int, str]] = Counter()
-        self.met: set[int] = set()  # plans of which an edit was met
+        self.reached: set[int] = set()  # plans of which an edit was reached
         self.unknown: dict[int, str] = {}  # by plan, a merge that was not seen when the shortcuts were found
         self.merged = self.used_weights = False
         self.passing: dict[Any, Any] = {}  # what connections keep from one call to another
@@ -159,7 +159,7 @@ class _EagerPass(TorchFunctionMode):
                 if plan is not None and _call_sites.source_of(frame) not in self.group.known:
                     self.unknown.setdefault(id(plan), site)
             return None
-        self.met.add(id(plan))
+        self.reached.add(id(plan))
         nth = self.counts[id(plan), site]
         self.counts[id(plan), site] += 1
         if site in plan.everywhere:
@@ -217,17 +217,17 @@ class _EagerPass(TorchFunctionMode):
         group = self.group
         outside = self.unknown.pop(id(self._plan(None, "")), None) if self.method is not None else None
         for plan in self.ran.values():
-            if plan.calls and id(plan) not in self.met and id(plan) in self.unknown:
+            if plan.calls and id(plan) not in self.reached and id(plan) in self.unknown:
                 plan.refuse(f"only {self.unknown[id(plan)]}")
-        if self.met or not group.sites:
+        if self.reached or not group.sites:
             return
         if self.method is not None and self.used_weights and outside is not None:
             _refuse_method(self.method, outside)
         if self.is_integer and self.merged and not group.has_warned and not self._may_have_been_compiled():
             group.has_warned = True
             warnings.warn(
-                "ablate: none of the edited shortcuts was met in this pass of the twin, so what it returned"
-                " is the output of the network as built. Find the shortcuts with inputs of this kind and in"
+                "ablate: none of the edited shortcuts was reached in this pass of the twin, so it returned"
+                " the output of the network as built. Find the shortcuts with inputs of this kind and in"
                 " this mode: ss.find_shortcuts(twin, inputs).",
                 stacklevel=4,
             )
@@ -236,7 +236,7 @@ class _EagerPass(TorchFunctionMode):
 def _refuse_ambiguous(plan: Plan, site: str) -> NoReturn:
     raise SkipscopeError(
         "ablate",
-        "a part of the twin was run by itself, and which of its merges are edited can be told only where the "
+        "a part of the twin was run by itself, and which of its merges are edited is known only where the "
         "twin runs as a whole",
         layer=plan.rules_at(site)[0].name,
         expected="a call of the twin, or edits of all merges made by one line",

@@ -89,7 +89,7 @@ def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
                 got=type(self).__name__,
                 cure="give the method to the model's class, or edit the model after loading it",
             )
-        # Looked up anew: a graph module's class gets another forward when its graph has changed.
+        # Looked up again: a graph module's class gets another forward when its graph has changed.
         plainly = functools.partial(plain if is_compiled else original.forward, self)
         run = plainly if own is None else own  # torch 2.6 cannot compile the truth of a partial
         plan = plan_of(self)

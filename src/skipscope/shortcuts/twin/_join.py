@@ -99,7 +99,7 @@ class Join:
         Args:
             args: its inputs as built.
             kwargs: the same by name.
-            this: the pass that is under way.
+            this: the current pass.
 
         Raises:
             SkipscopeError: something else has used the fork's tensor before.
@@ -134,7 +134,7 @@ class Join:
 
 @dataclass(frozen=True, eq=False)
 class ChainJoin(Join):
-    """A merge of a chain: what one merge hands on is what the next one's shortcut must carry."""
+    """A merge of a chain: the output of one merge is what the next one's shortcut must carry."""
 
     def read(self, x: Tensor, passing: dict[Any, Any]) -> Tensor:
         state, h = self.module.begin(x)

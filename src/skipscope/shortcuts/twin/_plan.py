@@ -57,8 +57,8 @@ class Group:
         sites: of all edited calls.
         operations: of all edited calls.
         root: the plan of the twin itself, by which merges outside of every module's forward are edited.
-        compiled: the pass that is under way while code is compiled.
-        has_warned: whether the user knows that a pass met no edit.
+        compiled: the current pass while code is compiled.
+        has_warned: whether the user was warned that a pass reached no edit.
         has_readers: connections read what some modules are given.
         runs_eagerly: an edited call is in a compiled function that a forward calls: it runs as it is written.
         has_compiled: an edited call is in a module that was compiled, where no pass in eager code sees it.
@@ -167,7 +167,7 @@ class Plan:
         return [rule for (at, _), rules in self.rules.items() if at == site for rule in rules]
 
     def refuse(self, got: str) -> NoReturn:
-        """Refuse a pass in which none of the calls was met that this plan edits."""
+        """Refuse a pass that reached none of the calls that this plan edits."""
         rule = next(iter(self.rules.values()))[0]
         raise SkipscopeError(
             "ablate", "the twin ran other code than its shortcuts were found in, and was not edited there",
@@ -242,7 +242,7 @@ def edited(
         args: its arguments as built.
         kwargs: the same by name.
         values: its operands.
-        this: the pass that is under way.
+        this: the current pass.
     """
     target = values[0]
     join: Join | None = None
