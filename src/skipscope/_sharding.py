@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from skipscope._batches import hash_of
 from skipscope._errors import SkipscopeError
+from skipscope._ranks import RankGroup, is_spread
 from skipscope._torch_internals import begin_fsdp, fsdp_groups
 
 
@@ -84,6 +86,41 @@ def refuse_flattened(model: nn.Module, operation: str) -> None:
                 expected="DDP, FSDP2 (fully_shard), or no sharding",
                 got="FullyShardedDataParallel", cure="shard with torch.distributed.fsdp.fully_shard",
             )  # fmt: skip
+
+
+def refuse_unmovable(model: nn.Module, operation: str) -> None:
+    """Refuse weights that are spread over ranks in another way than FSDP2's, for what moves each shard.
+
+    Raises:
+        SkipscopeError: FSDP1, or tensor parallelism, alone or beside FSDP2; several meshes.
+    """
+    refuse_flattened(model, operation)
+    meshes = {p.device_mesh for p in model.parameters() if is_spread(p)}  # pyright: ignore[reportAttributeAccessIssue]
+    sharded = bool(units(model)) and len(meshes) == 1
+    for parameter in model.parameters():
+        if is_spread(parameter):
+            *copies, shard = parameter.placements  # pyright: ignore[reportAttributeAccessIssue]
+            sharded = sharded and shard.is_shard() and all(place.is_replicate() for place in copies)
+    if meshes and not sharded:
+        refuse_spread(model, operation)
+
+
+def refuse_disagreement(model: nn.Module, group: RankGroup, operation: str) -> None:
+    """Refuse tensors that every rank holds whole and that are not the same on all of them: there is no such
+    model (collective).
+
+    Raises:
+        SkipscopeError: naming the first; most likely batch-norm statistics of training without SyncBatchNorm.
+    """
+    held = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor) and not is_spread(t)}
+    every = group.gathered({name: hash_of([tensor]) for name, tensor in held.items()})
+    name = next((n for n in every[0] if any(other.get(n) != every[0][n] for other in every)), None)
+    if name is not None:
+        raise SkipscopeError(
+            operation, "the ranks hold different values of a tensor that is not sharded", layer=name,
+            expected="one model: the same buffers on every rank", got="values that differ",
+            cure="torch.distributed.broadcast(buffer, 0) for each of model.buffers(), or nn.SyncBatchNorm",
+        )  # fmt: skip
 
 
 def refuse_spread(model: nn.Module, operation: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
+from skipscope._sharding import class_name
 from skipscope.shortcuts import unwrapped
 from skipscope.surfaces._bands import by_seed, paired_band, read_seed, surface_band
 from skipscope.surfaces._landscape_settings import OneModelOptions, Options, Settings, with_signature
@@ -103,7 +104,7 @@ def landscape(
     """
     settings = Settings.of("landscape", OneModelOptions, read_seed(seed), options)
     model = unwrapped(model)  # a parameter's draw depends on its name, and a wrapper changes it
-    name = type(model).__name__
+    name = class_name(model)
     if isinstance(settings.seed, list):
         return surface_band(by_seed({name: model}, data, loss, settings), name)
     return surfaces({name: model}, data, loss, settings).surfaces[name]
