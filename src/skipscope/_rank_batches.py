@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 
 from skipscope._batches import Batch, Batches, batch_size, map_tensors, tensors_in
-from skipscope._errors import SkipscopeError
 from skipscope._ranks import RankGroup, as_told
 
 Part = TypeVar("Part")
@@ -110,9 +109,9 @@ def spread_batches(
             following of ``total``, those that are chosen.
 
     Raises:
-        SkipscopeError: on every rank, where one cannot read its data or has none.
+        SkipscopeError: on every rank, where one cannot read its data, or has none.
     """
-    held, own_hash, size = group.agreed("data", lambda: _summary(group, read))
+    held, own_hash, size = group.agreed("data", lambda: _summary(read))
     every: list[Any] = group.gathered((own_hash, size))
     sizes, filler = [n for _, n in every], next(iter(held))
     choose = subset or (lambda batches, first, total: batches)
@@ -128,14 +127,8 @@ def spread_batches(
     return RankBatches(own, filler, group, single=False, hash=hashes, device=device)
 
 
-def _summary(group: RankGroup, read: Callable[[], Batches]) -> tuple[Batches, str | None, int]:
+def _summary(read: Callable[[], Batches]) -> tuple[Batches, str | None, int]:
     """This rank's batches, their hash (None where they hold no tensor to compare), and their samples."""
     held = read()
-    if not list(held):
-        raise SkipscopeError(
-            "data", f"rank {group.rank} was given no batch",
-            expected="at least one on every rank: a sharded model runs on all ranks together",
-            cure="give every rank the same data, or a share of it, as a DistributedSampler does",
-        )  # fmt: skip
     comparable = any(tensors_in(batch) for batch in held)
     return held, held.hash() if comparable else None, sum(batch_size(batch) for batch in held)

@@ -93,16 +93,17 @@ class RankGroup:
         """Raise this rank's error, or another rank's; return where there is none on any."""
         self.raise_first(operation, self.gathered(as_told(error)), error)
 
-    def raise_first(self, operation: str, told: Sequence[Any], mine: Exception | None) -> None:
+    @staticmethod
+    def raise_first(operation: str, told: Sequence[SkipscopeError | None], mine: Exception | None) -> None:
         """As :meth:`end_together`, of errors that were gathered already, by :func:`as_told`."""
         if mine is not None:
             raise mine
-        failed = [rank for rank, error in enumerate(told) if error is not None]
-        if failed and isinstance(told[failed[0]], SkipscopeError):
-            raise told[failed[0]]
-        if failed:
-            raise SkipscopeError(operation, f"rank {failed[0]} failed: {told[failed[0]]}",
-                                 cure="see what that rank says")  # fmt: skip
+        for rank, error in enumerate(told):
+            if error is not None:
+                raise SkipscopeError(
+                    operation, f"rank {rank} failed: {error.problem}", layer=error.layer,
+                    expected=error.expected, got=error.got, cure=error.cure,
+                )  # fmt: skip
 
     def done_by_first(
         self, operation: str, work: Callable[[], tuple[Value, Told]]
@@ -126,11 +127,11 @@ class RankGroup:
         return value, found[0][0]  # type: ignore[return-value]
 
 
-def as_told(error: Exception | None) -> SkipscopeError | str | None:
+def as_told(error: Exception | None) -> SkipscopeError | None:
     """An error as other ranks are told of it."""
     if error is None or isinstance(error, SkipscopeError):
         return error
-    return f"{type(error).__name__}: {error}"[:500]
+    return SkipscopeError("", f"{type(error).__name__}: {error}"[:500], cure="see what that rank says")
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from skipscope._batches import hash_of
 from skipscope._errors import SkipscopeError
-from skipscope._ranks import RankGroup, is_spread
-from skipscope._torch_internals import begin_fsdp, fsdp_groups
+from skipscope._ranks import RankGroup, is_lost_rank, is_spread
+from skipscope._torch_internals import begin_fsdp, fsdp_groups, step_fsdp
 
 
 def units(model: nn.Module) -> list[Any]:
@@ -67,6 +67,48 @@ def whole(model: nn.Module) -> Iterator[None]:
     finally:
         for group, after_forward, after_backward in before:
             group.post_forward_mesh_info, group.reshard_after_backward = after_forward, after_backward
+
+
+class ForwardSteps:
+    """What the units of a model do in a forward pass, one after the other.
+
+    Each gathers its weights from all ranks. Where a pass fails on one rank the others wait for its part in
+    the gathering that is left: it goes through the rest of the steps without computing anything.
+
+    Args:
+        model: sharded.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.order: list[tuple[Any, bool]] | None = None
+        self._seen: list[tuple[Any, bool]] = []
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, the steps are seen."""
+        handles = []
+        for unit in units(self.model):
+            handles.append(unit.register_forward_pre_hook(lambda m, _: self._seen.append((m, True))))
+            handles.append(unit.register_forward_hook(lambda m, *_: self._seen.append((m, False))))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Run the model inside as every other rank does; where that fails, the other ranks can go on."""
+        self._seen = []
+        try:
+            yield
+        except Exception as error:
+            if self.order is not None and not is_lost_rank(error):
+                for unit, entering in self.order[len(self._seen) :]:
+                    step_fsdp(unit, entering)
+            raise
+        self.order = self.order or self._seen
 
 
 def _identities(unit: nn.Module) -> list[int]:

@@ -184,6 +184,12 @@ def begin_fsdp(unit: Any) -> None:
     unit._get_fsdp_state()._lazy_init()
 
 
+def step_fsdp(unit: Any, entering: bool) -> None:
+    """Let a unit of FSDP2 do what it does before or after its forward pass, without one."""
+    state = unit._get_fsdp_state()
+    state._pre_forward(unit, (), {}) if entering else state._post_forward(unit, (), None)
+
+
 def fsdp_groups(unit: Any) -> list[Any]:
     """What a unit of FSDP2 gathers at once: several sets of weights in newer versions, one at most in 2.6."""
     state = unit._get_fsdp_state()

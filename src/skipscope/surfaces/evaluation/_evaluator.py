@@ -119,6 +119,7 @@ class Loop:
         self.moving: MovingCopy | MovingShards
         if units(model):
             self.moving = MovingShards(model, directions, prepare)
+            at_point.steps = self.moving.steps
         else:
             self.moving = MovingCopy(model, directions, prepare, channels_last=channels_last)
         self.recalibrates = batch_norm == "recalibrate" and bool(norms_with_statistics(model))

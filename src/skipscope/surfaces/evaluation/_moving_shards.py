@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from skipscope._ranks import local
-from skipscope._sharding import units
+from skipscope._sharding import ForwardSteps, units
 from skipscope._untouched import untouched
 from skipscope.surfaces.planes._directions import Direction
 
@@ -29,12 +29,14 @@ class MovingShards:
 
     Attributes:
         model: the user's own.
+        steps: of its forward pass.
     """
 
     def __init__(
         self, model: nn.Module, directions: Sequence[Direction], prepare: Callable[[nn.Module], object]
     ):
         self.model, self.prepare, self._working = model, prepare, False
+        self.steps = ForwardSteps(model)
         self._reshard()
         self.names = {name for direction in directions for name in direction}
         self._shards = {n: local(p.detach()) for n, p in model.named_parameters() if n in self.names}
@@ -52,7 +54,7 @@ class MovingShards:
         if self._working:
             yield
             return
-        with untouched(self.model, operation="landscape"):
+        with untouched(self.model, operation="landscape"), self.steps.watched():
             self._working = True
             try:
                 self.prepare(self.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +25,10 @@ from skipscope._data import (
 )  # fmt: skip
 from skipscope._errors import SkipscopeError
 from skipscope._model_calls import differentiates
+from skipscope._random import random_state_kept
 from skipscope._rank_batches import RankBatches, spread_batches
 from skipscope._ranks import RankGroup
+from skipscope._sharding import ForwardSteps
 
 FOLDS = 10  # groups of samples left out in turn, for the scores' standard errors
 Metric = Callable[[Any, Any], Any]
@@ -153,6 +156,7 @@ class PointLoss:
         own = [turn.size for turn in self._turns if turn.counts]
         self.sizes = [size for part in data.together(own) for size in part]
         self.records = False
+        self.steps: ForwardSteps | None = None
 
     def read(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> dict[str, Any]:
         """One point as tensors on the model's device; ``run(model, batch)`` is the forward pass.
@@ -171,12 +175,21 @@ class PointLoss:
 
     def _read(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> dict[str, Any]:
         sums, error = _Sums(metrics=dict.fromkeys(self.metrics, 0.0)), None
+        self._rehearse(model, run)
         for turn in self._turns:
             try:
-                self._add(turn, sums, model, run)
+                with self.steps.one_pass() if self.steps is not None else nullcontext():
+                    self._add(turn, sums, model, run)
             except Exception as failed:
                 error = error or self.data.defer(failed)
         return _combined(self.data.together(sums, error), self.loss.sums, sum(self.sizes))
+
+    def _rehearse(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> None:
+        """Run the same batch on every rank once, which fails on all or on none: then the steps are known."""
+        if self.steps is not None and self.steps.order is None:
+            first = _Turn(self.data.first(), 0.0, 0, counts=False)
+            with random_state_kept(), self.steps.one_pass():
+                self._add(first, _Sums(), model, run)
 
     def _add(
         self, turn: _Turn, sums: _Sums, model: nn.Module, run: Callable[[nn.Module, Batch], Any]
