@@ -89,6 +89,8 @@ class Batches:
             self._known_first = self.peek(1)[0]
         return self._known_first
 
+    start = 0  # the number of this process's first batch
+
     def turns(self) -> Iterator[tuple[Batch, bool]]:
         """Every batch to run in a pass, and whether it counts."""
         return ((batch, True) for batch in self)

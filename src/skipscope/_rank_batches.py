@@ -44,6 +44,7 @@ class RankBatches(Batches):
         super().__init__(list(own), single=single)
         self.group, self._hash, self._filler, self._device = group, hash, filler, device
         self._counts = group.gathered(len(own))
+        self.start = sum(self._counts[: group.rank])
         self._seen: list[Batch] | None = None
 
     def hash(self) -> str:

@@ -75,6 +75,17 @@ class RankGroup:
             found = [each for some in every for each in some]
         return found
 
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, in place."""
+        for group in self.groups if self.size > 1 else ():
+            dist.all_reduce(tensor, group=group)
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Give every rank the first one's tensor, in place."""
+        for group in reversed(self.groups if self.size > 1 else ()):
+            dist.broadcast(tensor, dist.get_process_group_ranks(group)[0], group=group)
+
     def agreed(self, operation: str, work: Callable[[], Value]) -> Value:
         """What ``work``, which waits for nobody, returns on this rank.
 

@@ -7,7 +7,7 @@ objects than before: putting those back alone would leave FSDP believing that th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from skipscope._batches import hash_of
 from skipscope._errors import SkipscopeError
-from skipscope._ranks import RankGroup, is_lost_rank, is_spread
+from skipscope._ranks import RankGroup, is_lost_rank, is_spread, meet, ranks_of, whole, world
 from skipscope._torch_internals import begin_fsdp, fsdp_groups, step_fsdp
 
 
@@ -48,7 +48,49 @@ def as_found(models: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def sharded_call(
+    models: Iterable[nn.Module], operation: str, lost: Callable[[], SkipscopeError]
+) -> Iterator[RankGroup | None]:
+    """Surround a public call that all ranks of a sharded model make together.
+
+    Args:
+        models: each is sharded inside, and as it was found outside; None is yielded where none is sharded.
+        operation: named in errors.
+        lost: what is raised where another rank ends, or does not answer.
+
+    Raises:
+        SkipscopeError: a rank does not come or is lost, or the ranks have no model in common.
+    """
+    models = list(models)
+    sharded = [model for model in models if units(model)]
+    if not sharded:
+        yield None
+        return
+    ranks = [ranks_of(model) or tuple(range(world()[1])) for model in sharded]  # one left whole shows no mesh
+    if len(set(ranks)) > 1:
+        raise SkipscopeError(
+            operation, "the twins are spread over different ranks", expected="one mesh for all twins",
+            got=f"ranks {sorted(set(ranks))}",
+        )  # fmt: skip
+    meet(operation, ranks[0])
+    try:
+        with as_found(sharded):
+            for unit in (unit for model in sharded for unit in units(model)):
+                unit.reshard()
+            group = RankGroup.of(sharded[0])
+            assert group is not None
+            for model in models:
+                refuse_disagreement(model, group, operation)
+            yield group
+    except (RuntimeError, OSError) as error:
+        if not is_lost_rank(error):
+            raise
+        told = error.__context__  # where the ranks were lost first
+        raise told if isinstance(told, SkipscopeError) else lost() from error
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
     """Inside, every rank holds all weights: for a backward pass that begins in the middle of a unit, of which
     FSDP would not know. Collective; call it inside :func:`as_found`, which shards them again.
     """
@@ -67,6 +109,48 @@ def whole(model: nn.Module) -> Iterator[None]:
     finally:
         for group, after_forward, after_backward in before:
             group.post_forward_mesh_info, group.reshard_after_backward = after_forward, after_backward
+
+
+@contextmanager
+def taken_apart(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is as it was before ``fully_shard``, with whole weights, which are no part of it
+    afterwards (collective).
+    """
+    modules = list(model.modules())
+    kinds = [type(module) for module in modules]
+    held = [(vars(module), dict(vars(module))) for module in modules]
+    held += [(own, dict(own)) for module in modules for own in vars(module).values() if isinstance(own, dict)]
+    weights = {id(p): nn.Parameter(whole(p.detach()).clone(), p.requires_grad) for p in model.parameters()}
+    try:
+        for module in modules:
+            _take_apart(module, weights)
+        yield
+    finally:
+        for module, kind in zip(modules, kinds):
+            module.__class__ = kind
+        for own, before in held:
+            own.clear()
+            own.update(before)
+
+
+def _take_apart(module: nn.Module, weights: dict[int, nn.Parameter]) -> None:
+    loaded = sys.modules["torch.distributed.fsdp"]
+    if isinstance(module, loaded.FSDPModule):
+        module.__class__ = type(module).__mro__[2]
+    for name, own in list(vars(module).items()):
+        if "composable_api" in name:
+            del vars(module)[name]
+        elif name.endswith("_hooks"):
+            for key in [key for key, hook in own.items() if _is_of_fsdp(hook)]:
+                del own[key]
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = weights[id(parameter)]
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    function = getattr(hook, "hook", hook)  # torch wraps some
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed.")
 
 
 class ForwardSteps:

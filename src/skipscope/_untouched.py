@@ -396,6 +396,14 @@ def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn
         return _copied(model, operation, share)
 
 
+def whole_copy(model: nn.Module, operation: str) -> nn.Module:
+    """A copy of a model under FSDP2 as it was before ``fully_shard``, its weights whole on each rank
+    (collective).
+    """
+    with turn, _sharding.taken_apart(model):
+        return private_copy(model, operation, share=True)  # the whole weights are the copy's own
+
+
 def _copied(model: nn.Module, operation: str, share: bool) -> nn.Module:
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if share else {}
     # Tensors with a history (the weight under an old weight norm or pruning, a kept activation) are made anew

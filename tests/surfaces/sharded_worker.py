@@ -273,6 +273,78 @@ def losses():
         assert_same(ss.landscape(shard(build(mlp), mesh=mesh), data, F.cross_entropy, grid=3), expected, "hybrid")
 
 
+def eigenvalues():
+    """Both ends, equal to those of one process: the same batches on each rank, or shares of them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cases = (
+        (mlp, {}), (mlp, {"k": 2, "block": 2, "parameters": "4.*", "seed": 3}), (conv, {"matrix": "gauss_newton"}),
+        (conv, {"training": True, "parameters": ["0.*", "2.*"]}), (Attention, {"parameters": "mlp.*"}),
+        (mlp, {"mode": "finite differences", "parameters": "4.*", "tol": 1e-2}),
+    )  # fmt: skip
+    for make, options in cases:
+        data = batches_of(make, [6 + i for i in range(2 * world)] if world < 4 else [9, 6, 8, 7, 5])
+        shares = [data[i * len(data) // world : (i + 1) * len(data) // world] for i in range(world)]
+        expected = ss.extreme_eigenvalues(build(make), ss.batches(data), F.cross_entropy, **options)
+        for given in (data, shares[rank]):
+            model = shard(build(make))
+            before = state(model)
+            ours = ss.extreme_eigenvalues(model, ss.batches(given), F.cross_entropy, vectors=True, **options)
+            assert_as_found(model, before)
+            assert ours.converged and ours.method.startswith(expected.method.partition(",")[0])
+            for name in ("smallest", "largest"):
+                a, b = (torch.as_tensor(getattr(e, name)) for e in (ours, expected))
+                loose = options.get("mode") is not None
+                torch.testing.assert_close(a, b, rtol=1e-6 if loose else 1e-9, atol=1e-7 if loose else 1e-11)
+    alone = batches_of(mlp, (20,))[0]
+    expected = ss.extreme_eigenvalues(build(mlp), alone, F.cross_entropy)
+    model = shard(build(mlp), inner=False)
+    ours = ss.extreme_eigenvalues(model, alone, F.cross_entropy, vectors=True)
+    assert abs(ours.largest - expected.largest).max() < 1e-10
+    along = ss.landscape(model, alone, F.cross_entropy, grid=(3,), directions=[ours.direction("largest")], span=1e-3)
+    bend = float((along.values[0] - 2 * along.values[1] + along.values[2]) / 1e-6)
+    assert abs(bend - ours.largest[0]) < 1e-4 * ours.largest[0]
+    _eigenvalues_refused(model, rank)
+
+
+def _eigenvalues_refused(model, rank):
+    calls, before = [], state(model)
+
+    def fails_on_one(output, y):
+        calls.append(y)
+        if rank == 1 and len(y) == 8:
+            raise ArithmeticError("no logarithm of that")
+        return F.cross_entropy(output, y)
+
+    data = ss.batches(batches_of(mlp, [9, 7, 8, 6], seed=rank))
+    try:
+        ss.extreme_eigenvalues(model, data, fails_on_one, mode="finite differences", tol=1e-9)
+    except (ArithmeticError, ss.SkipscopeError) as error:
+        assert "no logarithm of that" in str(error) and (rank == 1 or "rank 1 failed" in str(error)), error
+    else:
+        raise AssertionError("the loss's error was lost")
+    refused(lambda: ss.extreme_eigenvalues(model, data, F.cross_entropy, k=0), "k is out of range")
+    refused(lambda: ss.extreme_eigenvalues(model, data, F.cross_entropy, mode="none"), "unknown mode")
+    refused(lambda: ss.spectral_density(model, data, F.cross_entropy), "spread over ranks")
+    assert_as_found(model, before)
+
+
+def eigenvalues_killed(folder):
+    calls = []
+
+    def loss(output, y):
+        calls.append(y)
+        if dist.get_rank() == 1 and len(calls) > 60:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return F.cross_entropy(output, y)
+
+    data = ss.batches(batches_of(mlp, [9, 7, 8, 6]))
+    try:
+        ss.extreme_eigenvalues(shard(build(mlp)), data, loss, mode="finite differences", tol=1e-9)
+    except ss.SkipscopeError as error:
+        Path(folder, f"told-{dist.get_rank()}.txt").write_text(str(error))
+        os._exit(1)
+
+
 def refused(call, *words):
     try:
         call()

@@ -66,7 +66,7 @@ def test_two_ranks():
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize(
-    "kind", ["directions", "same_data", "own_shares", "batch_norm", "found_whole", "losses"]
+    "kind", ["directions", "same_data", "own_shares", "batch_norm", "found_whole", "losses", "eigenvalues"]
 )
 def test_the_ranks_measure_what_one_process_does(kind, processes):
     torchrun(kind, processes=processes)
@@ -87,6 +87,12 @@ def test_what_is_wrong_on_one_rank_ends_the_call_on_all_in_words(tmp_path, proce
 @pytest.mark.slow
 def test_a_call_on_one_rank_alone_is_refused_with_the_cure():
     assert "REFUSED landscape: not every rank called it" in torchrun("alone")
+
+
+@pytest.mark.slow
+def test_a_lost_rank_ends_the_eigenvalues_in_words(tmp_path):
+    torchrun("eigenvalues_killed", tmp_path, fails=True)
+    assert "another rank was lost" in (tmp_path / "told-0.txt").read_text()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ ends.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,15 @@ from torch import nn
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
+from skipscope._sharding import sharded_call
+from skipscope._untouched import require_module
 from skipscope._validation import is_finite, is_integer
 from skipscope.curvature._curvature_operator import CurvatureOperator, How, open_operator
 from skipscope.curvature._curvature_results import ExtremeEigenvalues
 from skipscope.curvature._eigensolver import SolverOptions, find_ends, require_memory
 from skipscope.curvature._private_model import Selection
 from skipscope.curvature._product_modes import Matrix
+from skipscope.curvature._ranked_operator import open_ranked
 
 
 @public_call("extreme_eigenvalues")
@@ -84,9 +88,23 @@ def extreme_eigenvalues(
     """
     operation = "extreme_eigenvalues"
     how = How(matrix, parameters, weight, training, seed, mode)
-    operator = open_operator(operation, model, data, loss, how)
     options = SolverOptions(k, tol, confidence, block, basis, max_products, seed)
-    return ends_of(operator, options, vectors=vectors, operation=operation)
+    require_module(model, operation)
+    with sharded_call([model], operation, _lost_rank) as group:
+        if group is None:
+            operator = open_operator(operation, model, data, loss, how)
+            return ends_of(operator, options, vectors=vectors, operation=operation)
+        ranked = open_ranked(operation, model, data, loss, how, group)
+        solve = functools.partial(ends_of, ranked, options, vectors=vectors, operation=operation)
+        return ranked.solved_by_first(solve)
+
+
+def _lost_rank() -> SkipscopeError:
+    return SkipscopeError(
+        "extreme_eigenvalues",
+        "another rank was lost, or did not answer: all ranks make each product together",
+        expected="every rank until the end", cure="start it again: it begins from the first product",
+    )  # fmt: skip
 
 
 def ends_of(

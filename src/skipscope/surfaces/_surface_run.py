@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import nn
 from skipscope._data import Batches, Objective, mean_loss, read
 from skipscope._errors import SkipscopeError
 from skipscope._random import refuse_noise, seed_generators
-from skipscope._ranks import RankGroup, is_lost_rank, meet, ranks_of, world
-from skipscope._sharding import as_found, refuse_disagreement, refuse_unmovable, units
+from skipscope._ranks import RankGroup
+from skipscope._sharding import refuse_unmovable, sharded_call, units
 from skipscope._untouched import private_copy, require_module, untouched
 from skipscope._version import __version__
 from skipscope.shortcuts import average_statistics
@@ -55,35 +56,21 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
         return _surfaces(models, data, loss, settings, group)
 
 
-@contextmanager
-def ranks_together(models: Mapping[str, nn.Module], settings: Settings) -> Iterator[RankGroup | None]:
-    """Make the models ready for ranks that evaluate each point together, where one of them is sharded.
+def ranks_together(
+    models: Mapping[str, nn.Module], settings: Settings
+) -> AbstractContextManager[RankGroup | None]:
+    """The ranks that evaluate each point together, where one of the models is sharded; else None.
 
     Raises:
-        SkipscopeError: a rank does not come or is lost, or the ranks have no model in common.
+        SkipscopeError: for a sharded model, an engine or directions that it cannot be evaluated with.
     """
-    sharded = [model for model in models.values() if units(model)]
-    if not sharded:
-        yield None
-        return
-    _refuse_apart(sharded, settings)
-    try:
-        with as_found(sharded):
-            for unit in (unit for model in sharded for unit in units(model)):
-                unit.reshard()
-            group = RankGroup.of(sharded[0])
-            assert group is not None
-            for model in models.values():
-                refuse_disagreement(model, group, "landscape")
-            yield group
-    except (RuntimeError, OSError) as error:
-        if not is_lost_rank(error):
-            raise
-        told = error.__context__
-        raise told if isinstance(told, SkipscopeError) else lost_rank(settings.store is not None) from error
+    if any(map(units, models.values())):
+        _refuse_whole(settings)
+    lost = functools.partial(lost_rank, settings.store is not None)
+    return sharded_call(models.values(), "landscape", lost)
 
 
-def _refuse_apart(sharded: list[nn.Module], settings: Settings) -> None:
+def _refuse_whole(settings: Settings) -> None:
     if settings.engine == "ray":
         raise SkipscopeError(
             "landscape", "a sharded model runs on the ranks that hold it, not on Ray",
@@ -94,14 +81,6 @@ def _refuse_apart(sharded: list[nn.Module], settings: Settings) -> None:
             "landscape", "a plane's known points are whole weights, and a sharded model is never whole",
             cure="directions=plane.directions; the known points are then not marked",
         )  # fmt: skip
-    everyone = tuple(range(world()[1]))
-    ranks = [ranks_of(model) or everyone for model in sharded]  # one left whole shows no mesh
-    if len(set(ranks)) > 1:
-        raise SkipscopeError(
-            "landscape", "the twins are spread over different ranks", expected="one mesh for all twins",
-            got=f"ranks {sorted(set(ranks))}",
-        )  # fmt: skip
-    meet("landscape", ranks[0])
 
 
 def _surfaces(
