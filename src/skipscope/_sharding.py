@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from skipscope._batches import hash_of
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import RankGroup, is_lost_rank, is_spread, meet, ranks_of, whole, world
-from skipscope._torch_internals import begin_fsdp, fsdp_groups, step_fsdp
+from skipscope._torch_internals import begin_fsdp, fsdp_dtype, fsdp_groups, step_fsdp
 
 
 def units(model: nn.Module) -> list[Any]:
@@ -29,6 +30,11 @@ def units(model: nn.Module) -> list[Any]:
     loaded = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(loaded, "FSDPModule", None)
     return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+
+
+def computed_in(model: nn.Module) -> set[torch.dtype]:
+    """The dtypes that a mixed-precision policy of ``fully_shard`` has the model compute in."""
+    return {dtype for unit in units(model) if (dtype := fsdp_dtype(unit)) is not None}
 
 
 @contextmanager
@@ -67,6 +73,11 @@ def sharded_call(
         yield None
         return
     ranks = [ranks_of(model) or tuple(range(world()[1])) for model in sharded]  # one left whole shows no mesh
+    if len(sharded) < len(models):
+        raise SkipscopeError(
+            operation, "some of the twins are sharded, and some are not", expected="all of them, or none",
+            got=f"{len(sharded)} of {len(models)}", cure="fully_shard the others on the same mesh",
+        )  # fmt: skip
     if len(set(ranks)) > 1:
         raise SkipscopeError(
             operation, "the twins are spread over different ranks", expected="one mesh for all twins",
@@ -188,11 +199,20 @@ class ForwardSteps:
         try:
             yield
         except Exception as error:
-            if self.order is not None and not is_lost_rank(error):
-                for unit, entering in self.order[len(self._seen) :]:
+            if not is_lost_rank(error):
+                for unit, entering in self._left():
                     step_fsdp(unit, entering)
             raise
         self.order = self.order or self._seen
+
+    def _left(self) -> list[tuple[Any, bool]]:
+        """The steps that have not been made; while no pass was whole, the ends of those that have begun."""
+        if self.order is not None:
+            return self.order[len(self._seen) :]
+        begun = []
+        for unit, entering in self._seen:
+            begun.append(unit) if entering else begun.remove(unit)
+        return [(unit, False) for unit in reversed(begun)]
 
 
 def _identities(unit: nn.Module) -> list[int]:

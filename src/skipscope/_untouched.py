@@ -230,7 +230,8 @@ def untouched(
     """
     for model in models:
         require_module(model, operation)
-        meet(operation, ranks_of(model))
+        if not is_measuring():  # else they have met
+            meet(operation, ranks_of(model))
     with _running(seed):
         snapshots = [_shared[id(model)] for model in models if id(model) in _shared]
         rest = [model for model in models if id(model) not in _shared]

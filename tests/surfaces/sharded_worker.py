@@ -44,6 +44,18 @@ class Residual(nn.Module):
         return F.relu(x + self.norm(self.conv(x)))
 
 
+class Labelled(nn.Module):
+    """As Hugging Face's: its output carries the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x, labels):
+        logits = self.net(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
 def mlp():
     return nn.Sequential(nn.Linear(7, 9), nn.GELU(), nn.Linear(9, 5), nn.GELU(), nn.Linear(5, 5))
 
@@ -131,10 +143,13 @@ def short():
     data = batches_of(mlp, (12, 7, 11))
     expected = ss.landscape(build(mlp), ss.batches(data), F.cross_entropy, grid=3, strategy="plain")
     model, mine = shard(build(mlp)), data[:1] if dist.get_rank() == 0 else data[1:]
-    before = state(model)
+    model(data[0][0]).sum().backward()
+    before, grads = state(model), [(p.grad, p.grad.to_local().clone()) for p in model.parameters()]
     for given in (mine, data):
         assert_same(ss.landscape(model, ss.batches(given), F.cross_entropy, grid=3), expected, len(given))
     assert_as_found(model, before)
+    for p, (grad, held) in zip(model.parameters(), grads, strict=True):
+        assert p.grad is grad and torch.equal(grad.to_local(), held)
 
 
 def same_data():
@@ -158,7 +173,12 @@ def same_data():
 def directions():
     """Bit for bit those of the whole model, uneven shards and all, one filter and empty shards too."""
     for make in INPUTS:
-        for options in ({}, {"normalize": "layer"}, {"normalize": "tensor", "zero": ()}, {"normalize": "none"}):
+        for options in (
+            {},
+            {"normalize": "layer"},
+            {"normalize": "tensor", "zero": ()},
+            {"normalize": "none"},
+        ):
             plain, model = build(make), shard(build(make))
             first, ours = ss.random_direction(plain, **options), ss.random_direction(model, **options)
             second = ss.random_direction(plain, axis=1, like=first, **options)
@@ -168,7 +188,9 @@ def directions():
                 assert torch.equal(ours[name].full_tensor(), first[name]), (make, options, name)
                 assert torch.equal(theirs[name].full_tensor(), second[name]), (make, options, name)
     own = ss.landscape(model, batches_of(make, (20,))[0], F.cross_entropy, grid=3, directions=[first, second])
-    as_shards = ss.landscape(model, batches_of(make, (20,))[0], F.cross_entropy, grid=3, directions=[ours, theirs])
+    as_shards = ss.landscape(
+        model, batches_of(make, (20,))[0], F.cross_entropy, grid=3, directions=[ours, theirs]
+    )
     assert (own.values == as_shards.values).all()
 
 
@@ -195,9 +217,7 @@ def own_shares():
 def batch_norm():
     data = ss.batches(batches_of(conv, (12, 7, 11)))
     for mode in ("recalibrate", "batch", "as found"):
-        expected = ss.landscape(
-            build(conv), data, F.cross_entropy, grid=3, batch_norm=mode, strategy="plain"
-        )
+        expected = ss.landscape(build(conv), data, F.cross_entropy, grid=3, batch_norm=mode, strategy="plain")
         model = shard(build(conv))
         before = state(model)
         ours = ss.landscape(model, data, F.cross_entropy, grid=3, batch_norm=mode)
@@ -265,12 +285,25 @@ def losses():
     ):  # fmt: skip
         expected = ss.landscape(build(mlp), data, loss, grid=3, strategy="plain", **extra)
         ours = ss.landscape(shard(build(mlp)), data, loss, grid=3, **extra)
-        torch.testing.assert_close(torch.as_tensor(ours.values), torch.as_tensor(expected.values), rtol=1e-11, atol=0)
+        torch.testing.assert_close(
+            torch.as_tensor(ours.values), torch.as_tensor(expected.values), rtol=1e-11, atol=0
+        )
         assert ours.checks.passed
+    named = [{"x": x, "labels": y} for x, y in data]
+    expected = ss.landscape(build(Labelled), ss.batches(named), grid=3, strategy="plain")
+    mine = named[dist.get_rank() :: dist.get_world_size()] or named[:1]
+    for given in (named, mine) if dist.get_world_size() < 4 else (named,):
+        ours = ss.landscape(shard(build(Labelled)), ss.batches(given), grid=3)
+        torch.testing.assert_close(
+            torch.as_tensor(ours.values), torch.as_tensor(expected.values), rtol=1e-11, atol=0
+        )
+        assert ours.checks.passed and ours.label == expected.label
     if dist.get_world_size() == 4:
         mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         expected = ss.landscape(build(mlp), data, F.cross_entropy, grid=3, strategy="plain")
-        assert_same(ss.landscape(shard(build(mlp), mesh=mesh), data, F.cross_entropy, grid=3), expected, "hybrid")
+        assert_same(
+            ss.landscape(shard(build(mlp), mesh=mesh), data, F.cross_entropy, grid=3), expected, "hybrid"
+        )
 
 
 def eigenvalues():
@@ -300,7 +333,9 @@ def eigenvalues():
     model = shard(build(mlp), inner=False)
     ours = ss.extreme_eigenvalues(model, alone, F.cross_entropy, vectors=True)
     assert abs(ours.largest - expected.largest).max() < 1e-10
-    along = ss.landscape(model, alone, F.cross_entropy, grid=(3,), directions=[ours.direction("largest")], span=1e-3)
+    along = ss.landscape(
+        model, alone, F.cross_entropy, grid=(3,), directions=[ours.direction("largest")], span=1e-3
+    )
     bend = float((along.values[0] - 2 * along.values[1] + along.values[2]) / 1e-6)
     assert abs(bend - ours.largest[0]) < 1e-4 * ours.largest[0]
     _eigenvalues_refused(model, rank)
@@ -343,6 +378,73 @@ def eigenvalues_killed(folder):
     except ss.SkipscopeError as error:
         Path(folder, f"told-{dist.get_rank()}.txt").write_text(str(error))
         os._exit(1)
+
+
+class Tied(nn.Module):
+    """A language model whose embedding is also its head, with a frozen weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.body.bias.requires_grad_(False)
+
+    def forward(self, ids):
+        return self.head(F.gelu(self.body(self.embed(ids)))).mean(1)
+
+
+INPUTS[Tied] = INPUTS[Attention]
+
+
+def narrow():
+    return nn.Sequential(nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1), nn.Tanh(), nn.Linear(1, 5))
+
+
+INPUTS[narrow] = INPUTS[mlp]
+
+
+def ways():
+    """Ways to shard: tied and frozen weights, empty shards, kept weights, two modules as one unit, by columns."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.tensor import Shard
+
+    def grouped(model):
+        fully_shard([model[0], model[2]])
+        return fully_shard(model)
+
+    def inner_only(model):
+        fully_shard(model[2])  # the rest is whole on every rank
+        return model
+
+    def by_columns(p):
+        return Shard(1) if p.ndim > 1 and p.shape[1] % dist.get_world_size() == 0 else None
+
+    single = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float64)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    for make, sharded, close in (
+        (Tied, fully_shard, 1e-12), (narrow, shard, 1e-12), (mlp, grouped, 1e-12), (mlp, inner_only, 1e-12),
+        (mlp, lambda m: shard(m, reshard_after_forward=False), 1e-12),
+        (Attention, lambda m: shard(m, shard_placement_fn=by_columns), 1e-12),
+        (mlp, lambda m: shard(m, mp_policy=single), 1e-5), (mlp, lambda m: shard(m, mp_policy=half), 3e-2),
+    ):  # fmt: skip
+        data = ss.batches(batches_of(make, (12, 7, 11)))
+        expected = ss.landscape(build(make), data, F.cross_entropy, grid=3, strategy="plain")
+        model = sharded(build(make))
+        before = state(model)
+        ours = ss.landscape(model, data, F.cross_entropy, grid=3)
+        torch.testing.assert_close(
+            torch.as_tensor(ours.values), torch.as_tensor(expected.values), rtol=close, atol=close
+        )
+        assert ours.checks.passed
+        ends = ss.extreme_eigenvalues(model, data, F.cross_entropy)
+        alone = ss.extreme_eigenvalues(build(make), data, F.cross_entropy)
+        assert abs(ends.largest - alone.largest).max() < 1e-9 and ends.parameters == alone.parameters
+        assert_as_found(model, before)
+        model(data.first()[0]).sum().backward()  # it can still be trained
+    refused(
+        lambda: ss.paired_landscapes({"a": model, "b": build(mlp)}, data, F.cross_entropy, grid=3),
+        "1 of 2", "fully_shard the others",
+    )  # fmt: skip
 
 
 def refused(call, *words):
@@ -389,6 +491,11 @@ def errors(folder):
         assert "no logarithm of that" in str(error) and (rank == 1 or "rank 1 failed" in str(error)), error
     else:
         raise AssertionError("the loss's error was lost")
+    assert_as_found(model, before)
+    try:  # on every rank
+        landscape((torch.randn(4, 3, 6, 6, dtype=torch.float64), torch.zeros(4, dtype=torch.long)))
+    except (RuntimeError, ss.SkipscopeError) as error:
+        assert "channels" in str(error), error
     assert_as_found(model, before)
     _a_forward_pass_fails(rank)
     refused(lambda: landscape(_Iterable(last)), "the data is empty")
@@ -470,7 +577,9 @@ def run(folder, kill_after=None):
     except ss.SkipscopeError as error:
         Path(folder, f"told-{dist.get_rank()}.txt").write_text(str(error))
         os._exit(1)
-    torch.testing.assert_close(torch.as_tensor(ours.values), torch.as_tensor(expected.values), rtol=1e-11, atol=0)
+    torch.testing.assert_close(
+        torch.as_tensor(ours.values), torch.as_tensor(expected.values), rtol=1e-11, atol=0
+    )
     Path(folder, f"calls-{dist.get_rank()}.txt").write_text(str(len(calls)))
 
 

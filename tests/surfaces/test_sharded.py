@@ -66,7 +66,8 @@ def test_two_ranks():
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize(
-    "kind", ["directions", "same_data", "own_shares", "batch_norm", "found_whole", "losses", "eigenvalues"]
+    "kind",
+    ["directions", "same_data", "own_shares", "batch_norm", "found_whole", "losses", "ways", "eigenvalues"],
 )
 def test_the_ranks_measure_what_one_process_does(kind, processes):
     torchrun(kind, processes=processes)

@@ -37,7 +37,10 @@ MOVES_SHARDS = {"landscape", "paired_landscapes", "random_direction"}
 
 @pytest.mark.parametrize(
     ("call", "how"),
-    [*((call, "tensor parallel") for call in CALLS), *((call, "FSDP2") for call in sorted(CALLS.keys() - MOVES_SHARDS))],
+    [
+        *((call, "tensor parallel") for call in CALLS),
+        *((call, "FSDP2") for call in sorted(CALLS.keys() - MOVES_SHARDS)),
+    ],
 )
 def test_spread_weights_are_refused(one_rank, call, how):
     from torch.distributed.device_mesh import init_device_mesh

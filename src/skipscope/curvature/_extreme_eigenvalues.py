@@ -47,6 +47,10 @@ def extreme_eigenvalues(
 ) -> ExtremeEigenvalues:
     """The smallest and the largest eigenvalues of a loss's Hessian, each with a bound. Local under DDP.
 
+    Collective under FSDP2 (``fully_shard``), which has no second derivative: each rank takes a plain copy of
+    the whole weights, with their gradient and a product, and multiplies on its own batches; rank 0 alone
+    holds the basis. The result is the same on every rank.
+
     One Lanczos run gives both ends: float64 basis, re-orthogonalised in full, thick restart. Three things are
     told apart: the *residual* bounds the distance of each number to an eigenvalue; the *probability* says how
     surely no eigenvalue lies farther out (see ``_certificate``: it holds for every matrix, over the random
@@ -54,7 +58,8 @@ def extreme_eigenvalues(
 
     Args:
         model: any module; left as found.
-        data: one batch, or a re-iterable of batches, averaged as the loss does.
+        data: one batch, or a re-iterable of batches, averaged as the loss does. Under FSDP2 those of all
+            ranks together, read once and kept; the same ones on every rank, in one order, count once.
         loss: ``loss(output, target)``; None when the output carries ``.loss``; or an ``@ss.objective``.
         k: eigenvalues wanted at each end.
         tol: largest residual, relative to max |lambda|.
