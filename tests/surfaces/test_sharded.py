@@ -13,6 +13,7 @@ from torch import nn
 
 import skipscope as ss
 from needs import SHARDING_ON_CPU
+from skipscope._ranks import RankGroup, _chunk, as_told
 
 pytestmark = SHARDING_ON_CPU
 
@@ -57,6 +58,28 @@ def test_one_rank_alone_has_the_bits_of_the_whole_model(tmp_path):
         assert (alone.values == ours.values).all()  # read from the store
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("size", [0, 1, 2, 5, 8, 9])
+def test_parts_are_cut_as_fsdp_cuts_them(size, count):
+    whole = torch.arange(size * 3).reshape(size, 3)
+    parts = list(torch.chunk(whole, count)) + [whole[:0]] * count
+    for at in range(count):
+        assert torch.equal(_chunk(whole, 0, at, count), parts[at])
+
+
+def test_what_one_rank_raises_all_raise():
+    group = RankGroup((None,), 2, 3)
+    told = [None, as_told(KeyError("x")), as_told(ss.SkipscopeError("data", "it is empty", cure="fill it"))]
+    with pytest.raises(ss.SkipscopeError, match="call: rank 1 failed: KeyError: 'x'"):
+        group.raise_first("call", told, None)
+    with pytest.raises(ss.SkipscopeError, match="rank 2 failed: it is empty") as refused:
+        group.raise_first("call", [None, None, told[2]], None)
+    assert refused.value.cure == "fill it"
+    with pytest.raises(OSError, match="mine"):
+        group.raise_first("call", told, OSError("mine"))
+    group.raise_first("call", [None, None], None)
 
 
 def test_two_ranks():

@@ -31,15 +31,15 @@ def one_rank():
         dist.destroy_process_group()
 
 
-# What moves each rank's own shards takes FSDP2's: see test_sharded.py.
-MOVES_SHARDS = {"landscape", "paired_landscapes", "random_direction"}
+# What takes FSDP2's shards: see test_sharded.py.
+TAKES_SHARDS = {"landscape", "paired_landscapes", "random_direction", "extreme_eigenvalues"}
 
 
 @pytest.mark.parametrize(
     ("call", "how"),
     [
         *((call, "tensor parallel") for call in CALLS),
-        *((call, "FSDP2") for call in sorted(CALLS.keys() - MOVES_SHARDS)),
+        *((call, "FSDP2") for call in sorted(CALLS.keys() - TAKES_SHARDS)),
     ],
 )
 def test_spread_weights_are_refused(one_rank, call, how):

@@ -42,7 +42,8 @@ def landscape(
 
     Collective under FSDP2 (``fully_shard``): the ranks evaluate each point together, by the plain loop. Each
     moves its own shards in place, and puts them back at the end, also after an error; only rank 0 prints and
-    writes the store. The numbers are those of the whole model to rounding.
+    writes the store. The numbers are those of the whole model to rounding. ``strategy`` and ``engine`` change
+    nothing there; ``strength``, a plane in ``directions``, and "ray" are refused.
 
     Args:
         model: evaluated in evaluation mode.
