@@ -1,4 +1,4 @@
-"""The data of a model whose weights are spread over ranks: what each rank runs, and how their sums meet.
+"""The data of a model that is sharded: what each rank runs, and how the ranks' sums are combined.
 
 The batches of all ranks together are the data. Where every rank was given the same batches they count once,
 and each rank runs some of them. A sharded model runs on all ranks or on none, so in every pass each rank runs
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from skipscope._batches import Batch, Batches, batch_size, map_tensors, tensors_in
-from skipscope._ranks import RankGroup, as_told
+from skipscope._ranks import RankGroup, sendable_error
 
 Part = TypeVar("Part")
 
@@ -63,8 +63,8 @@ class RankBatches(Batches):
         Raises:
             SkipscopeError: on every rank, where one of them has an error; it has its own.
         """
-        found = self.group.gathered((_to_send(part), as_told(error)))
-        self.group.raise_first(self.operation, [told for _, told in found], error)
+        found = self.group.gathered((_to_send(part), sendable_error(error)))
+        self.group.raise_first(self.operation, [failed for _, failed in found], error)
         return [each for each, _ in found]
 
     def defer(self, error: Exception) -> Exception:

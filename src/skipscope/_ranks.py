@@ -22,7 +22,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._torch_internals import shared_store
 
 Value = TypeVar("Value")
-Told = TypeVar("Told")
+Shared = TypeVar("Shared")
 
 TIMEOUT_S = 60.0
 _held: Counter[tuple[int, ...]] = Counter()  # meetings that took place, by who took part
@@ -37,7 +37,7 @@ def world() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Processes that work together, each of which makes every call below (collective).
+    """Processes that work together; every method is collective.
 
     Attributes:
         groups: a process group for each dimension of their mesh; None is all processes.
@@ -102,14 +102,14 @@ class RankGroup:
 
     def end_together(self, operation: str, error: Exception | None) -> None:
         """Raise this rank's error, or another rank's; return where there is none on any."""
-        self.raise_first(operation, self.gathered(as_told(error)), error)
+        self.raise_first(operation, self.gathered(sendable_error(error)), error)
 
     @staticmethod
-    def raise_first(operation: str, told: Sequence[SkipscopeError | None], mine: Exception | None) -> None:
-        """As :meth:`end_together`, of errors that were gathered already, by :func:`as_told`."""
+    def raise_first(operation: str, errors: Sequence[SkipscopeError | None], mine: Exception | None) -> None:
+        """As :meth:`end_together`, of errors that were gathered already, each a :func:`sendable_error`."""
         if mine is not None:
             raise mine
-        for rank, error in enumerate(told):
+        for rank, error in enumerate(errors):
             if error is not None:
                 raise SkipscopeError(
                     operation, f"rank {rank} failed: {error.problem}", layer=error.layer,
@@ -117,8 +117,8 @@ class RankGroup:
                 )  # fmt: skip
 
     def done_by_first(
-        self, operation: str, work: Callable[[], tuple[Value, Told]]
-    ) -> tuple[Value | None, Told]:
+        self, operation: str, work: Callable[[], tuple[Value, Shared]]
+    ) -> tuple[Value | None, Shared]:
         """Work that the first rank alone does, for example on files.
 
         Returns:
@@ -127,26 +127,26 @@ class RankGroup:
         Raises:
             SkipscopeError: on every rank, where the first one failed: the others would wait for it otherwise.
         """
-        value, told, error = None, None, None
+        value, shared, error = None, None, None
         if self.rank == 0:
             try:
-                value, told = work()
+                value, shared = work()
             except Exception as failed:
                 error = failed
-        found = self.gathered((told, as_told(error)))
+        found = self.gathered((shared, sendable_error(error)))
         self.raise_first(operation, [each for _, each in found], error)
         return value, found[0][0]  # type: ignore[return-value]
 
 
-def as_told(error: Exception | None) -> SkipscopeError | None:
-    """An error as other ranks are told of it."""
+def sendable_error(error: Exception | None) -> SkipscopeError | None:
+    """An error in a form that other ranks can raise."""
     if error is None or isinstance(error, SkipscopeError):
         return error
     return SkipscopeError("", f"{type(error).__name__}: {error}"[:500], cure="see what that rank says")
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error says that another process ended, or did not answer: it has no class of its own."""
+    """Whether an error says that another process ended or did not answer; torch has no class for it."""
     text = f"{type(error).__name__} {error}"
     words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "DistNetworkError")
     return isinstance(error, RuntimeError | OSError) and any(word in text for word in words)

@@ -72,7 +72,8 @@ def sharded_call(
     if not sharded:
         yield None
         return
-    ranks = [ranks_of(model) or tuple(range(world()[1])) for model in sharded]  # one left whole shows no mesh
+    # A model that a forward pass left whole shows no mesh.
+    ranks = [ranks_of(model) or tuple(range(world()[1])) for model in sharded]
     if len(sharded) < len(models):
         raise SkipscopeError(
             operation, "some of the twins are sharded, and some are not", expected="all of them, or none",
@@ -96,8 +97,9 @@ def sharded_call(
     except (RuntimeError, OSError) as error:
         if not is_lost_rank(error):
             raise
-        told = error.__context__  # where the ranks were lost first
-        raise told if isinstance(told, SkipscopeError) else lost() from error
+        # Leaving the model as found fails too once a rank is lost; the first error says more.
+        first = error.__context__
+        raise first if isinstance(first, SkipscopeError) else lost() from error
 
 
 @contextmanager
@@ -194,7 +196,7 @@ class ForwardSteps:
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """Run the model inside as every other rank does; where that fails, the other ranks can go on."""
+        """Run the model inside as every other rank does; where that fails, the other ranks can continue."""
         self._seen = []
         try:
             yield
@@ -235,7 +237,7 @@ def refuse_flattened(model: nn.Module, operation: str) -> None:
 
 
 def refuse_unmovable(model: nn.Module, operation: str) -> None:
-    """Refuse weights that are spread over ranks in another way than FSDP2's, for what moves each shard.
+    """Refuse weights that something else than FSDP2 spreads over ranks, for what moves each shard.
 
     Raises:
         SkipscopeError: FSDP1, or tensor parallelism, alone or beside FSDP2; several meshes.

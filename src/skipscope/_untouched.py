@@ -230,7 +230,7 @@ def untouched(
     """
     for model in models:
         require_module(model, operation)
-        if not is_measuring():  # else they have met
+        if not is_measuring():  # else an outer call has waited for them
             meet(operation, ranks_of(model))
     with _running(seed):
         snapshots = [_shared[id(model)] for model in models if id(model) in _shared]

@@ -71,6 +71,7 @@ INPUTS = {
     conv: lambda n, g: torch.randn(n, 2, 6, 6, generator=g, dtype=torch.float64),
     Attention: lambda n, g: torch.randint(11, (n, 4), generator=g),
 }
+NETS = tuple(INPUTS)
 OPTIONS = (
     {}, {"orthogonal": True, "normalize": "layer", "zero": ()}, {"l2": 0.1, "normalize": "tensor"},
     {"samples": 17, "metrics": {"accuracy": lambda output, y: (output.argmax(-1) == y).double().mean()}},
@@ -154,7 +155,7 @@ def short():
 
 def same_data():
     """The same batches on every rank count once: what one process measures, to rounding."""
-    for make in INPUTS:
+    for make in NETS:
         for sizes in ((30,), (12, 7, 11)):
             data = ss.batches(batches_of(make, sizes)) if len(sizes) > 1 else batches_of(make, sizes)[0]
             for options in OPTIONS if len(sizes) > 1 else OPTIONS[:1]:
@@ -172,7 +173,7 @@ def same_data():
 
 def directions():
     """Bit for bit those of the whole model, uneven shards and all, one filter and empty shards too."""
-    for make in INPUTS:
+    for make in NETS:
         for options in (
             {},
             {"normalize": "layer"},
@@ -197,7 +198,7 @@ def directions():
 def own_shares():
     """Each rank's own batches, another number of them on each, together are the data."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    for make in INPUTS:
+    for make in NETS:
         every = [batches_of(make, [9 + r] * (1 + r % 2) + [3], seed=r) for r in range(world)]
         together = ss.batches([batch for own in every for batch in own])
         for options in OPTIONS:
@@ -403,8 +404,8 @@ def narrow():
 INPUTS[narrow] = INPUTS[mlp]
 
 
-def ways():
-    """Ways to shard: tied and frozen weights, empty shards, kept weights, two modules as one unit, by columns."""
+def sharding_options():
+    """Options of fully_shard: tied and frozen weights, empty shards, kept weights, two modules as one unit, by columns."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import Shard
 

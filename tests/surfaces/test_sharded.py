@@ -13,7 +13,7 @@ from torch import nn
 
 import skipscope as ss
 from needs import SHARDING_ON_CPU
-from skipscope._ranks import RankGroup, _chunk, as_told
+from skipscope._ranks import RankGroup, _chunk, sendable_error
 
 pytestmark = SHARDING_ON_CPU
 
@@ -71,14 +71,18 @@ def test_parts_are_cut_as_fsdp_cuts_them(size, count):
 
 def test_what_one_rank_raises_all_raise():
     group = RankGroup((None,), 2, 3)
-    told = [None, as_told(KeyError("x")), as_told(ss.SkipscopeError("data", "it is empty", cure="fill it"))]
+    errors = [
+        None,
+        sendable_error(KeyError("x")),
+        sendable_error(ss.SkipscopeError("data", "it is empty", cure="fill it")),
+    ]
     with pytest.raises(ss.SkipscopeError, match="call: rank 1 failed: KeyError: 'x'"):
-        group.raise_first("call", told, None)
+        group.raise_first("call", errors, None)
     with pytest.raises(ss.SkipscopeError, match="rank 2 failed: it is empty") as refused:
-        group.raise_first("call", [None, None, told[2]], None)
+        group.raise_first("call", [None, None, errors[2]], None)
     assert refused.value.cure == "fill it"
     with pytest.raises(OSError, match="mine"):
-        group.raise_first("call", told, OSError("mine"))
+        group.raise_first("call", errors, OSError("mine"))
     group.raise_first("call", [None, None], None)
 
 
@@ -90,7 +94,16 @@ def test_two_ranks():
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize(
     "kind",
-    ["directions", "same_data", "own_shares", "batch_norm", "found_whole", "losses", "ways", "eigenvalues"],
+    [
+        "directions",
+        "same_data",
+        "own_shares",
+        "batch_norm",
+        "found_whole",
+        "losses",
+        "sharding_options",
+        "eigenvalues",
+    ],
 )
 def test_the_ranks_measure_what_one_process_does(kind, processes):
     torchrun(kind, processes=processes)

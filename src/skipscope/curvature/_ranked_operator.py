@@ -20,7 +20,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._free_memory import SHARE, free_bytes
 from skipscope._random import random_state_kept
 from skipscope._rank_batches import RankBatches, spread_batches
-from skipscope._ranks import RankGroup, as_told, is_lost_rank
+from skipscope._ranks import RankGroup, is_lost_rank, sendable_error
 from skipscope._sharding import refuse_unmovable
 from skipscope.curvature._curvature_operator import CurvatureOperator, How, open_operator
 from skipscope.curvature._private_model import PrivateModel
@@ -71,8 +71,8 @@ class RankedOperator(CurvatureOperator):
             error = failed
         if self.group.rank == 0:
             self.group.gathered(None)  # the others stop
-        found = self.group.gathered((result, as_told(error)))
-        self.group.raise_first(self.model.operation, [told for _, told in found], error)
+        found = self.group.gathered((result, sendable_error(error)))
+        self.group.raise_first(self.model.operation, [failed for _, failed in found], error)
         return found[0][0]  # type: ignore[return-value]
 
     def _serve(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from skipscope._ranks import RankGroup, Told
+from skipscope._ranks import RankGroup, Shared
 from skipscope.surfaces.grids._grid import Sheet
 from skipscope.surfaces.grids._surface_store import Plan, Store, units_of
 from skipscope.surfaces.results._grid_exports import Exported
@@ -50,8 +50,8 @@ class RankStore:
         """Keep the finished result beside the numbers."""
         self._by_first(lambda store: store.finish(result))
 
-    def _by_first(self, work: Callable[[Store], Told]) -> Told:
-        def on_store() -> tuple[None, Told]:
+    def _by_first(self, work: Callable[[Store], Shared]) -> Shared:
+        def on_store() -> tuple[None, Shared]:
             assert self._store is not None
             return None, work(self._store)
 
