@@ -30,6 +30,14 @@ def torchrun(kind, *arguments, processes=2, fails=False):
     return done.stdout
 
 
+class Conv1D(nn.Module):
+    """Hugging Face's layer, known by its name: it computes x W."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(12.0).reshape(3, 4) + 1)
+
+
 def test_one_rank_alone_has_the_bits_of_the_whole_model(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -54,6 +62,10 @@ def test_one_rank_alone_has_the_bits_of_the_whole_model(tmp_path):
             assert (pair == getattr(expected, name)).all(), name
         assert ours.checks.passed and model.training
         assert ours.provenance.weights_hash == expected.provenance.weights_hash
+        # fully_shard puts a class of its own before it; its filters are columns all the same.
+        columns = fully_shard(Conv1D(), mesh=init_device_mesh("cpu", (1,)))
+        expected_columns = ss.random_direction(Conv1D())["weight"]
+        assert torch.equal(ss.random_direction(columns)["weight"].full_tensor(), expected_columns)
         alone = ss.landscape(make(), data, F.cross_entropy, grid=3, store=tmp_path / "store")
         assert (alone.values == ours.values).all()  # read from the store
     finally:
