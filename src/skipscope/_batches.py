@@ -7,10 +7,11 @@ other re-iterable of batches. A list or tuple is always one batch; what could be
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from skipscope._errors import SkipscopeError
 from skipscope._random import drawn_apart
+from skipscope._ranks import whole
 
 Batch = Any
+Part = TypeVar("Part")
 
 
 class Batches:
@@ -86,6 +89,24 @@ class Batches:
             self._known_first = self.peek(1)[0]
         return self._known_first
 
+    start = 0  # the number of this process's first batch
+
+    def turns(self) -> Iterator[tuple[Batch, bool]]:
+        """Every batch to run in a pass, and whether it counts."""
+        return ((batch, True) for batch in self)
+
+    def together(self, part: Part, error: Exception | None = None) -> list[Part]:
+        """What each process made of its batches: this one has them all."""
+        return [part]
+
+    def defer(self, error: Exception) -> Exception:
+        """What becomes of an error in a pass: there is nobody to wait for."""
+        raise error
+
+    def hash(self) -> str:
+        """A hash of every tensor of every batch."""
+        return hash_of(t for batch in self for t in tensors_in(batch))
+
     def copied(self) -> Batches:
         """The same batches, with tensors of their own at each reading: for a model that writes into its
         inputs.
@@ -99,6 +120,16 @@ class _Copied:
 
     def __iter__(self) -> Iterator[Batch]:
         return (map_tensors(batch, lambda tensor: tensor.detach().clone()) for batch in self.items)
+
+
+def hash_of(tensors: Iterable[Tensor]) -> str:
+    """A hash of tensors' shapes, dtypes and bits; of whole ones where they are spread over ranks."""
+    digest = hashlib.blake2b(digest_size=16)
+    for t in tensors:
+        digest.update(f"{tuple(t.shape)}{t.dtype}".encode())
+        flat = whole(t.detach()).cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def batches(items: Sequence[Batch]) -> Batches:

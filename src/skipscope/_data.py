@@ -32,6 +32,7 @@ from skipscope._model_calls import call_loss, error_text
 from skipscope._model_calls import call_model as call_model
 from skipscope._model_calls import forward as forward
 from skipscope._model_calls import without_gradients as without_gradients
+from skipscope._sharding import computed_in
 from skipscope._torch_losses import Samples as Samples
 from skipscope._torch_losses import stock_loss
 from skipscope._untouched import require_numbers, untouched
@@ -215,6 +216,10 @@ def _checked_weight(
         return without_gradients(lambda: _first_fitting_weight(model, data, loss, operation))
 
 
+# How far the loss of a batch and the mean over its parts may differ by rounding, relative.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
 def _first_fitting_weight(
     model: nn.Module, data: Batches, loss: Objective, operation: str
 ) -> Callable[[Batch], float]:
@@ -251,7 +256,7 @@ def _first_fitting_weight(
                         " the loss is a mean over samples)"
                     ),
                 ) from error
-            tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(value.dtype, 2e-2)
+            tolerance = max(_ROUNDING.get(d, 2e-2) for d in {value.dtype, *computed_in(model)})
             target = float(value)
             near = [
                 abs(a - target) <= tolerance * max(abs(target), 1e-12) or target != target for a in averages

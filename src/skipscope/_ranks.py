@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,9 @@ from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._torch_internals import shared_store
+
+Value = TypeVar("Value")
+Shared = TypeVar("Shared")
 
 TIMEOUT_S = 60.0
 _held: Counter[tuple[int, ...]] = Counter()  # meetings that took place, by who took part
@@ -27,6 +33,123 @@ def world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """Processes that work together; every method is collective.
+
+    Attributes:
+        groups: a process group for each dimension of their mesh; None is all processes.
+        rank: this process among them.
+        size: how many there are.
+    """
+
+    groups: tuple[Any, ...]
+    rank: int
+    size: int
+
+    @classmethod
+    def everyone(cls) -> RankGroup:
+        """All processes."""
+        return cls((None,), *world())
+
+    @classmethod
+    def of(cls, model: nn.Module) -> RankGroup | None:
+        """The ranks that hold the shards of ``model``; None where its weights are not spread."""
+        mesh = next(
+            (m for p in model.parameters() if (m := getattr(p, "device_mesh", None)) is not None), None
+        )
+        if mesh is None:
+            return None
+        groups = tuple(mesh.get_group(dimension) for dimension in range(mesh.ndim))
+        place = int((mesh.mesh.flatten() == dist.get_rank()).nonzero())
+        return cls(groups, place, mesh.mesh.numel())
+
+    def gathered(self, mine: Value) -> list[Value]:
+        """Each rank's own, by rank."""
+        found: list[Any] = [mine]
+        for group in reversed(self.groups if self.size > 1 else ()):
+            every: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(every, found, group=group)
+            found = [each for some in every for each in some]
+        return found
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, in place."""
+        for group in self.groups if self.size > 1 else ():
+            dist.all_reduce(tensor, group=group)
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Give every rank the first one's tensor, in place."""
+        for group in reversed(self.groups if self.size > 1 else ()):
+            dist.broadcast(tensor, dist.get_process_group_ranks(group)[0], group=group)
+
+    def agreed(self, operation: str, work: Callable[[], Value]) -> Value:
+        """What ``work``, which waits for nobody, returns on this rank.
+
+        Raises:
+            SkipscopeError: on every rank, where it failed on one: the others would wait for it otherwise.
+        """
+        value, error = None, None
+        try:
+            value = work()
+        except Exception as failed:
+            error = failed
+        self.end_together(operation, error)
+        return value  # type: ignore[return-value]
+
+    def end_together(self, operation: str, error: Exception | None) -> None:
+        """Raise this rank's error, or another rank's; return where there is none on any."""
+        self.raise_first(operation, self.gathered(sendable_error(error)), error)
+
+    @staticmethod
+    def raise_first(operation: str, errors: Sequence[SkipscopeError | None], mine: Exception | None) -> None:
+        """As :meth:`end_together`, of errors that were gathered already, each a :func:`sendable_error`."""
+        if mine is not None:
+            raise mine
+        for rank, error in enumerate(errors):
+            if error is not None:
+                raise SkipscopeError(
+                    operation, f"rank {rank} failed: {error.problem}", layer=error.layer,
+                    expected=error.expected, got=error.got, cure=error.cure,
+                )  # fmt: skip
+
+    def done_by_first(
+        self, operation: str, work: Callable[[], tuple[Value, Shared]]
+    ) -> tuple[Value | None, Shared]:
+        """Work that the first rank alone does, for example on files.
+
+        Returns:
+            What the work returned first, on the first rank alone; and what it returned second, on every rank.
+
+        Raises:
+            SkipscopeError: on every rank, where the first one failed: the others would wait for it otherwise.
+        """
+        value, shared, error = None, None, None
+        if self.rank == 0:
+            try:
+                value, shared = work()
+            except Exception as failed:
+                error = failed
+        found = self.gathered((shared, sendable_error(error)))
+        self.raise_first(operation, [each for _, each in found], error)
+        return value, found[0][0]  # type: ignore[return-value]
+
+
+def sendable_error(error: Exception | None) -> SkipscopeError | None:
+    """An error in a form that other ranks can raise."""
+    if error is None or isinstance(error, SkipscopeError):
+        return error
+    return SkipscopeError("", f"{type(error).__name__}: {error}"[:500], cure="see what that rank says")
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another process ended or did not answer; torch has no class for it."""
+    text = f"{type(error).__name__} {error}"
+    words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "DistNetworkError")
+    return isinstance(error, RuntimeError | OSError) and any(word in text for word in words)
 
 
 def ranks_of(model: nn.Module) -> tuple[int, ...]:
@@ -61,9 +184,45 @@ def greatest(model: nn.Module, value: float) -> float:
     return value
 
 
+def is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over ranks."""
+    return hasattr(tensor, "placements")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself; put together from its shards where it is spread over ranks (collective)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor itself; this rank's shard of it, in its own memory, where it is spread over ranks."""
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[operator]
+
+
+def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on every rank, spread as ``like`` is: each rank keeps its part of it. Nothing
+    is sent.
+    """
+    if not is_spread(like) or is_spread(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    mesh, part = like.device_mesh, tensor  # type: ignore[attr-defined]
+    for place, at, count in zip(like.placements, mesh.get_coordinate(), mesh.shape):  # type: ignore[attr-defined]
+        if place.is_shard():
+            part = _chunk(part, place.dim, at, count)
+    return DTensor.from_local(
+        part.clone(), mesh, like.placements, run_check=False,  # type: ignore[attr-defined]
+        shape=tensor.shape, stride=tensor.contiguous().stride(),
+    )  # fmt: skip
+
+
+def _chunk(tensor: Tensor, dimension: int, at: int, count: int) -> Tensor:
+    """Part ``at`` of ``count`` as ``torch.chunk`` cuts them: the last ones may be shorter, or empty."""
+    size = tensor.shape[dimension]
+    step = -(-size // count)
+    start = min(at * step, size)
+    return tensor.narrow(dimension, start, min(step, size - start))
 
 
 def meet(operation: str, ranks: tuple[int, ...], timeout: float | None = None) -> None:

@@ -239,6 +239,17 @@ def begin_fsdp(unit: Any) -> None:
     unit._get_fsdp_state()._lazy_init()
 
 
+def fsdp_dtype(unit: Any) -> torch.dtype | None:
+    """What a unit of FSDP2 computes in; None is its weights' own dtype."""
+    return unit._get_fsdp_state()._mp_policy.param_dtype
+
+
+def step_fsdp(unit: Any, entering: bool) -> None:
+    """Let a unit of FSDP2 do what it does before or after its forward pass, without one."""
+    state = unit._get_fsdp_state()
+    state._pre_forward(unit, (), {}) if entering else state._post_forward(unit, (), None)
+
+
 def fsdp_groups(unit: Any) -> list[Any]:
     """What a unit of FSDP2 gathers at once: several sets of weights in newer versions, one at most in 2.6."""
     state = unit._get_fsdp_state()

@@ -230,7 +230,8 @@ def untouched(
     """
     for model in models:
         require_module(model, operation)
-        meet(operation, ranks_of(model))
+        if not is_measuring():  # else an outer call has waited for them
+            meet(operation, ranks_of(model))
     with _running(seed):
         snapshots = [_shared[id(model)] for model in models if id(model) in _shared]
         rest = [model for model in models if id(model) not in _shared]
@@ -394,6 +395,14 @@ def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn
         )
     with turn:  # beside a call in another thread, the copy would get that call's hooks, modes and statistics
         return _copied(model, operation, share)
+
+
+def whole_copy(model: nn.Module, operation: str) -> nn.Module:
+    """A copy of a model under FSDP2 as it was before ``fully_shard``, its weights whole on each rank
+    (collective).
+    """
+    with turn, _sharding.taken_apart(model):
+        return private_copy(model, operation, share=True)  # the whole weights are the copy's own
 
 
 def _copied(model: nn.Module, operation: str, share: bool) -> nn.Module:

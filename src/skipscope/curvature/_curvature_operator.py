@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from skipscope._data import Batch, Batches, Objective
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
+from skipscope._rank_batches import RankBatches
 from skipscope._sharding import refuse_spread
 from skipscope._subject import prepare
 from skipscope._untouched import random_state_kept, require_module
@@ -83,8 +84,8 @@ class CurvatureOperator:
         self.held_bytes = 0
         self._memory, self._held = memory, {}
         self._shares = self._count_shares()
+        index, batch = self._first_batch()
         self.dtype, self.shape = np.dtype(np.float64), (self.layout.size, self.layout.size)
-        index, batch, _ = next(iter(self._batches()))
         model.refuse_hidden_parameters(batch, index)  # and a user's own error comes out as such
         trial = self._cut(torch.randn(self.layout.size, generator=own_generator(0)))
         self._product_mode, self.tried = select_mode(model, batch, index, matrix, trial, mode)
@@ -126,6 +127,11 @@ class CurvatureOperator:
         Raises:
             SkipscopeError: a product is not finite; the batch is named.
         """
+        total = self._multiplied(vectors)
+        self.products += vectors.shape[0]
+        return total
+
+    def _multiplied(self, vectors: Tensor) -> Tensor:
         tangents = [self._cut(vector) for vector in vectors]
         total = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
         sizes = [parameter.numel() for parameter in self.model.parameters]
@@ -136,7 +142,6 @@ class CurvatureOperator:
                     piece.add_(part.reshape(-1).to(piece.device), alpha=share)
             if not math.isfinite(float(total.sum())) and not total.isfinite().all():  # a sum may overflow
                 self._refuse_nonfinite(index, batch, found)
-        self.products += vectors.shape[0]
         return total
 
     def loss(self) -> float:
@@ -171,19 +176,22 @@ class CurvatureOperator:
             yield from ((index, None, share) for index, share in self._shares.items())
             return
         with random_state_kept(self.model.seed):  # a shuffling loader gives the same batches in every pass
-            items = enumerate(self.data)
+            items = enumerate(self.data, self.data.start)
             while (item := next(items, None)) is not None:
                 if item[0] in self._shares:
                     yield item[0], item[1], self._shares[item[0]]
 
     def _count_shares(self) -> dict[int, float]:
         objective: Objective = self.model.objective
-        if self.data.single or objective.sums:
-            with random_state_kept(self.model.seed):
-                return dict.fromkeys(range(1 if self.data.single else sum(1 for _ in self.data)), 1.0)
+        alone = self.data.single or objective.sums
         with random_state_kept(self.model.seed):
-            weights = {i: float(objective.weight(batch)) for i, batch in enumerate(self.data)}
-        total = sum(weights.values())
+            weights = {
+                i: 1.0 if alone else float(objective.weight(batch))
+                for i, batch in enumerate(self.data, self.data.start)
+            }
+        if alone:
+            return weights
+        total = sum(self.data.together(sum(weights.values())))
         if not total > 0:
             raise SkipscopeError(
                 self.model.operation, "no batch counts for anything, so the mean over batches is undefined",
@@ -191,6 +199,14 @@ class CurvatureOperator:
                 cure="check weight=, or the labels that are ignored",
             )  # fmt: skip
         return {i: weight / total for i, weight in weights.items() if weight}
+
+    def _first_batch(self) -> tuple[int, Batch]:
+        """The first batch that counts: of the first rank, on every rank, so that all choose alike."""
+        if not isinstance(self.data, RankBatches):
+            return next((index, batch) for index, batch, _ in self._batches())
+        objective: Objective = self.model.objective
+        seen = self.data.peek(8)
+        return 0, next((b for b in seen if objective.sums or objective.weight(b)), seen[0])
 
     # --- products of a batch ---
 
@@ -220,7 +236,7 @@ class CurvatureOperator:
     def _refuse_nonfinite(self, index: int, batch: Batch, found: list[Tangent]) -> None:
         if batch is None:
             with random_state_kept(self.model.seed):
-                batch = next(b for i, b in enumerate(self.data) if i == index)
+                batch = next(b for i, b in enumerate(self.data, self.data.start) if i == index)
         _, loss = self.model.output_and_loss(batch, index)
         bad = [
             n
@@ -334,7 +350,8 @@ def open_operator(
             operation, f"unknown matrix {how.matrix!r}", expected=" or ".join(map(repr, get_args(Matrix)))
         )
     require_module(model, operation)
-    refuse_spread(model, operation)
+    if not isinstance(data, RankBatches):
+        refuse_spread(model, operation)
     subject = prepare(model, data, loss, operation, weight=how.weight)
     own = private_model(
         subject.model,

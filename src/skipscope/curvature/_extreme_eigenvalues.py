@@ -4,6 +4,7 @@ ends.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,15 @@ from torch import nn
 from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
+from skipscope._sharding import sharded_call
+from skipscope._untouched import require_module
 from skipscope._validation import is_finite, is_integer
 from skipscope.curvature._curvature_operator import CurvatureOperator, How, open_operator
 from skipscope.curvature._curvature_results import ExtremeEigenvalues
 from skipscope.curvature._eigensolver import SolverOptions, find_ends, require_memory
 from skipscope.curvature._private_model import Selection
 from skipscope.curvature._product_modes import Matrix
+from skipscope.curvature._ranked_operator import open_ranked
 
 
 @public_call("extreme_eigenvalues")
@@ -43,6 +47,10 @@ def extreme_eigenvalues(
 ) -> ExtremeEigenvalues:
     """The smallest and the largest eigenvalues of a loss's Hessian, each with a bound. Local under DDP.
 
+    Collective under FSDP2 (``fully_shard``), which has no second derivative: each rank takes a plain copy of
+    the whole weights, with their gradient and a product, and multiplies on its own batches; rank 0 alone
+    holds the basis. The result is the same on every rank.
+
     One Lanczos run gives both ends: float64 basis, re-orthogonalised in full, thick restart. Three things are
     told apart: the *residual* bounds the distance of each number to an eigenvalue; the *probability* says how
     surely no eigenvalue lies farther out (see ``_certificate``: it holds for every matrix, over the random
@@ -50,7 +58,8 @@ def extreme_eigenvalues(
 
     Args:
         model: any module; left as found.
-        data: one batch, or a re-iterable of batches, averaged as the loss does.
+        data: one batch, or a re-iterable of batches, averaged as the loss does. Under FSDP2 those of all
+            ranks together, read once and kept; the same ones on every rank, in one order, count once.
         loss: ``loss(output, target)``; None when the output carries ``.loss``; or an ``@ss.objective``.
         k: eigenvalues wanted at each end.
         tol: largest residual, relative to max |lambda|.
@@ -84,9 +93,23 @@ def extreme_eigenvalues(
     """
     operation = "extreme_eigenvalues"
     how = How(matrix, parameters, weight, training, seed, mode)
-    operator = open_operator(operation, model, data, loss, how)
     options = SolverOptions(k, tol, confidence, block, basis, max_products, seed)
-    return ends_of(operator, options, vectors=vectors, operation=operation)
+    require_module(model, operation)
+    with sharded_call([model], operation, _lost_rank) as group:
+        if group is None:
+            operator = open_operator(operation, model, data, loss, how)
+            return ends_of(operator, options, vectors=vectors, operation=operation)
+        ranked = open_ranked(operation, model, data, loss, how, group)
+        solve = functools.partial(ends_of, ranked, options, vectors=vectors, operation=operation)
+        return ranked.solved_by_first(solve)
+
+
+def _lost_rank() -> SkipscopeError:
+    return SkipscopeError(
+        "extreme_eigenvalues",
+        "another rank was lost, or did not answer: all ranks make each product together",
+        expected="every rank until the end", cure="start it again: it begins from the first product",
+    )  # fmt: skip
 
 
 def ends_of(

@@ -17,7 +17,8 @@ from skipscope._data import Batch, Objective, forward, map_tensors
 from skipscope._errors import SkipscopeError
 from skipscope._model_calls import no_gradient
 from skipscope._random import refuse_noise
-from skipscope._untouched import private_copy, set_mode, untouched
+from skipscope._sharding import units
+from skipscope._untouched import private_copy, set_mode, untouched, whole_copy
 from skipscope._validation import names_matching
 from skipscope.curvature._curvature_results import Layout
 
@@ -230,7 +231,7 @@ def private_model(
     Raises:
         SkipscopeError: the model cannot be copied, no parameter was chosen, or one of them is complex.
     """
-    own = private_copy(model, operation)
+    own = whole_copy(model, operation) if units(model) else private_copy(model, operation)
     if training is not None:
         set_mode(own, training)
     chosen = _chosen(

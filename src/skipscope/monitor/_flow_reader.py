@@ -27,7 +27,7 @@ from torch.nn.modules import module as module_hooks
 
 from skipscope import _data, _torch_internals
 from skipscope._errors import SkipscopeError
-from skipscope._ranks import world
+from skipscope._ranks import RankGroup, world
 from skipscope._untouched import is_measuring, untouched
 from skipscope.flow import Layout, Reach, by_step, layout_of, reach_of
 from skipscope.monitor import _gradient_norms, _rank_sums
@@ -296,7 +296,7 @@ class FlowReader:
         add up different quantities. A rank that has not run the model yet is waited for until the next
         reading.
         """
-        every = _rank_sums.gathered((tuple(point.name for point in points), self.problem))
+        every = RankGroup.everyone().gathered((tuple(point.name for point in points), self.problem))
         self.problem = next((problem for _, problem in every if problem), None)
         if self.problem is None and len({names for names, _ in every if names}) > 1:
             self.problem = "the flow at boundaries cannot be read: not every rank has the same boundaries"

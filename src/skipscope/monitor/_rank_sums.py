@@ -6,18 +6,12 @@ parameters are DTensors) each holds a shard: one all-reduce of all tensors' sums
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
 from skipscope._errors import SkipscopeError
-from skipscope._ranks import world
-
-Value = TypeVar("Value")
-Told = TypeVar("Told")
+from skipscope._ranks import RankGroup
 
 
 def weight_of(grad: Tensor, size: int) -> float:
@@ -60,7 +54,7 @@ def check_mesh(name: str, parameter: Tensor, size: int) -> None:
 
 def disagreement(names: tuple[str, ...], norms: np.ndarray) -> str | None:
     """Why the ranks' gradients differ, or None (collective, called once at the first step)."""
-    every = gathered((names, norms.tolist()))
+    every = RankGroup.everyone().gathered((names, norms.tolist()))
     for rank, (other_names, other) in enumerate(every):
         if other_names != every[0][0]:
             return f"rank {rank} trains other parameters than rank 0"
@@ -73,38 +67,6 @@ def disagreement(names: tuple[str, ...], norms: np.ndarray) -> str | None:
                 f"{mine[i]:.4g}): they are not reduced before the step"
             )
     return None
-
-
-def gathered(mine: Any) -> list[Any]:
-    """Each rank's own, by rank (collective)."""
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    return every
-
-
-def done_by_first(work: Callable[[], tuple[Value, Told]]) -> tuple[Value | None, Told]:
-    """Work that rank 0 alone does, for example on files (collective).
-
-    Returns:
-        What the work returned first, on rank 0 alone; and what it returned second, on every rank.
-
-    Raises:
-        SkipscopeError: on every rank, where rank 0 was refused: the others would wait for it otherwise.
-    """
-    rank, size = world()
-    value, shared, error = None, None, None
-    if rank == 0:
-        try:
-            value, shared = work()
-        except SkipscopeError as refused:
-            if size == 1:
-                raise
-            error = refused
-    if size > 1:
-        shared, error = gathered((shared, error))[0]
-    if error is not None:
-        raise error
-    return value, shared  # type: ignore[return-value]
 
 
 def all_reduced(sums: Tensor) -> Tensor:

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from skipscope import _torch_internals
 from skipscope._errors import SkipscopeError
-from skipscope._ranks import meet, world
+from skipscope._ranks import RankGroup, meet, world
 from skipscope._validation import is_integer
 from skipscope.monitor import _live_verdict, _torch_patches
 from skipscope.monitor._backward_passes import inside_backward
 from skipscope.monitor._flow_reader import FlowReader, FlowRow
 from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
 from skipscope.monitor._missing_gradients import GradientSearch, MissingGradients
-from skipscope.monitor._rank_sums import done_by_first
 from skipscope.monitor._record import Record
 from skipscope.monitor._run_store import Recorded, Store, begin_folder
 from skipscope.monitor._sinks import Sink, Terminal, as_sink
@@ -76,7 +75,7 @@ class Monitor:
         self._rows, self._judged, self._judge_at_end = 0, 0, False
         self._open = True
         self._models = models
-        before, found = done_by_first(lambda: _begun(folder, resume))
+        before, found = RankGroup.everyone().done_by_first("watch", lambda: _begun(folder, resume))
         begun_at = found if first_step is None else first_step
         begun = time.perf_counter() - (before.seconds if before is not None else 0.0)
         self._recorders = [
@@ -490,7 +489,7 @@ def watch(
         )
     meet("watch", tuple(range(world()[1])), timeout)
     callbacks = on_verdict if isinstance(on_verdict, Sequence) else [on_verdict]
-    made, _ = done_by_first(lambda: ([as_sink(s) for s in sinks], None))
+    made, _ = RankGroup.everyone().done_by_first("watch", lambda: ([as_sink(s) for s in sinks], None))
     for other in _torch_patches.registered():
         if isinstance(other, Monitor) and (
             any(other.watches(o) for o, _ in optimizers)

@@ -16,7 +16,7 @@ from torch import nn
 from skipscope._errors import SkipscopeError
 from skipscope._untouched import require_module
 from skipscope.surfaces._landscape_settings import Settings
-from skipscope.surfaces._surface_run import surfaces
+from skipscope.surfaces._surface_run import ranks_together, surfaces
 from skipscope.surfaces.evaluation._point_loss import resident
 from skipscope.surfaces.results._band_result import PairedBand, SurfaceBand
 from skipscope.surfaces.results._score_result import Scores
@@ -56,7 +56,8 @@ def by_seed(
     for model in models.values():
         require_module(model, "landscape")
     # Read once: a loader that shuffles or augments would give each seed other data.
-    data = resident(next(iter(models.values())), data, loss, settings.samples, settings.seed[0])
+    with ranks_together(models, settings) as group:
+        data = resident(next(iter(models.values())), data, loss, settings.samples, settings.seed[0], group)
     pairs = {}
     for seed in settings.seed:
         store = None if settings.store is None else Path(settings.store) / f"seed-{seed}"

@@ -9,6 +9,7 @@ from torch import nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
+from skipscope._sharding import class_name
 from skipscope.shortcuts import unwrapped
 from skipscope.surfaces._bands import by_seed, paired_band, read_seed, surface_band
 from skipscope.surfaces._landscape_settings import OneModelOptions, Options, Settings, with_signature
@@ -39,9 +40,16 @@ def landscape(
 
     Local: no other process is waited for. The model is only read: a copy moves.
 
+    Collective under FSDP2 (``fully_shard``): the ranks evaluate each point together, by the plain loop. Each
+    moves its own shards in place, and puts them back at the end, also after an error; only rank 0 prints and
+    writes the store. The numbers are those of the whole model to rounding. ``strategy`` and ``engine`` change
+    nothing there; ``strength``, a plane in ``directions``, and "ray" are refused.
+
     Args:
         model: evaluated in evaluation mode.
         data: one batch or re-iterable batches; read once and kept, so that every point sees the same samples.
+            Under FSDP2 the batches of all ranks together; the same ones on every rank, in the same order,
+            count once.
         loss: ``loss(output, target)``; left out when the output carries ``.loss``; or ``@ss.objective``.
         seed: of the directions, and of the subset when ``samples`` is given. Several seeds give a band: the
             surface along each one's directions.
@@ -103,7 +111,7 @@ def landscape(
     """
     settings = Settings.of("landscape", OneModelOptions, read_seed(seed), options)
     model = unwrapped(model)  # a parameter's draw depends on its name, and a wrapper changes it
-    name = type(model).__name__
+    name = class_name(model)
     if isinstance(settings.seed, list):
         return surface_band(by_seed({name: model}, data, loss, settings), name)
     return surfaces({name: model}, data, loss, settings).surfaces[name]
@@ -136,7 +144,8 @@ def paired_landscapes(
     tensors, and their pointwise difference to it with a 95 % interval from the paired per-sample losses.
     Twins that were trained separately get the same Gaussian draw for the parameters that match by name and
     shape, each normalised to its own filters: they have no pointwise difference, only scores side by side.
-    Local, or shared between torchrun's ranks, which meet in the store.
+    Local, or shared between torchrun's ranks, which meet in the store; under FSDP2 collective, as
+    :func:`landscape`.
 
     Args:
         models: name -> model; the first is the one that others are compared with.

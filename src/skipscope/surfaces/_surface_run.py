@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 
 from skipscope._data import Batches, Objective, mean_loss, read
+from skipscope._errors import SkipscopeError
 from skipscope._random import refuse_noise, seed_generators
-from skipscope._sharding import refuse_spread
+from skipscope._ranks import RankGroup
+from skipscope._sharding import refuse_unmovable, sharded_call, units
 from skipscope._untouched import private_copy, require_module, untouched
 from skipscope._version import __version__
 from skipscope.shortcuts import average_statistics
@@ -24,12 +27,13 @@ from skipscope.surfaces.evaluation._autotune import Choice
 from skipscope.surfaces.evaluation._evaluator import prepare_batch_norm
 from skipscope.surfaces.evaluation._memory_limits import check_grid
 from skipscope.surfaces.evaluation._permutation_test import own_loss
-from skipscope.surfaces.evaluation._point_loss import data_hash, direction_hash, resident, weights_hash
+from skipscope.surfaces.evaluation._point_loss import direction_hash, resident, weights_hash
 from skipscope.surfaces.evaluation._twins_on_plane import TwinOnPlane, Work
 from skipscope.surfaces.evaluation._work_setup import choose_for_all, open_twins, precision_of
 from skipscope.surfaces.grids._adaptive_grid import Adaptive
 from skipscope.surfaces.grids._grid import Sheet, axes
-from skipscope.surfaces.grids._grid_runner import Runner, engine_for
+from skipscope.surfaces.grids._grid_runner import Runner, engine_for, lost_rank
+from skipscope.surfaces.grids._rank_store import RankStore
 from skipscope.surfaces.grids._ray_cluster import job, on_ray
 from skipscope.surfaces.grids._surface_store import Plan, Store, check_plan, read_plan
 from skipscope.surfaces.planes._plane import Plane
@@ -45,14 +49,47 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
     Raises:
         SkipscopeError: model, data, loss or settings that cannot be used.
     """
-    began = time.perf_counter()
-    first = next(iter(models.values()))
     for model in models.values():
         require_module(model, "landscape")
-        refuse_spread(model, "landscape")
-    engine = engine_for(settings.engine, settings.store is not None)
+        refuse_unmovable(model, "landscape")
+    with ranks_together(models, settings) as group:
+        return _surfaces(models, data, loss, settings, group)
+
+
+def ranks_together(
+    models: Mapping[str, nn.Module], settings: Settings
+) -> AbstractContextManager[RankGroup | None]:
+    """The ranks that evaluate each point together, where one of the models is sharded; else None.
+
+    Raises:
+        SkipscopeError: for a sharded model, an engine or directions that it cannot be evaluated with.
+    """
+    if any(map(units, models.values())):
+        _refuse_whole(settings)
+    lost = functools.partial(lost_rank, settings.store is not None)
+    return sharded_call(models.values(), "landscape", lost)
+
+
+def _refuse_whole(settings: Settings) -> None:
+    if settings.engine == "ray":
+        raise SkipscopeError(
+            "landscape", "a sharded model runs on the ranks that hold it, not on Ray",
+            expected="local or torchrun", got=settings.engine, cure="leave engine= out",
+        )  # fmt: skip
+    if isinstance(settings.directions, Plane):
+        raise SkipscopeError(
+            "landscape", "a plane's known points are whole weights, and a sharded model is never whole",
+            cure="directions=plane.directions; the known points are then not marked",
+        )  # fmt: skip
+
+
+def _surfaces(
+    models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings, group: RankGroup | None
+) -> PairedSurfaces:
+    began, first = time.perf_counter(), next(iter(models.values()))
+    engine = "local" if group is not None else engine_for(settings.engine, settings.store is not None)
     at = axes(settings.grid, settings.span, settings.axis_count, settings.strength is not None)
-    held = resident(first, data, loss, settings.samples, settings.seed)
+    held = resident(first, data, loss, settings.samples, settings.seed, group)
     held, objective = read(
         first, held, loss, "landscape", weight=settings.weight, sample_loss=settings.sample_loss
     )
@@ -67,13 +104,13 @@ def surfaces(models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Se
         check_grid(int(np.prod(work.shape)), len(work.names))
         sheet = Sheet(work.names, work.shape)
         facts = {t.name: _facts(t, held, objective, settings) for t in twins}
-        store, choices = _prepare(twins, work, settings, hashes, held, objective)
+        store, choices = _prepare(twins, work, settings, hashes, held, objective, group)
         what = f"loss surface of {', '.join(models)} ({_expected(choices, sheet.done.size)})"
         remote, at_once, in_flight = None, _at_once(twins), _unit_points(work, choices)
         if engine == "ray":
             strategies = {name: choice.name for name, choice in choices.items()}
             remote, at_once = on_ray(job(models, held, objective, settings, at, strategies)), min(at_once, 16)
-        runner = Runner(sheet, work, store, engine, what, at_once, remote, in_flight)
+        runner = Runner(sheet, work, store, engine, what, at_once, remote, in_flight, group)
 
         def end(interpolated: Interpolated | None) -> PairedSurfaces:
             run = Run(settings, at, held, objective, hashes, facts, choices, interpolated, began)
@@ -93,15 +130,20 @@ def _prepare(
     hashes: dict[str, str],
     data: Batches,
     loss: Objective,
-) -> tuple[Store | None, dict[str, Choice]]:
+    group: RankGroup | None,
+) -> tuple[Store | RankStore | None, dict[str, Choice]]:
     """Open the store, if any, and choose the way of evaluating: the store's own when it has one."""
     count = int(np.prod(work.shape))
     folder = settings.store
     if folder is None:
         return None, choose_for_all(twins, work, count, settings.strategy)
-    found = read_plan(folder)
     identity, probes = _identity(twins, work, settings, hashes, data, loss), work.fingerprint()
     plan = Plan(identity, probes, work.names, count, 1, "plain")
+    if group is not None:
+        choices = choose_for_all(twins, work, count, "plain")
+        plan = replace(plan, unit=_unit(work, choices, settings))
+        return RankStore(group, lambda: Store.opened(folder, plan)), choices
+    found = read_plan(folder)
     if found is not None:
         check_plan(found, plan, folder)
         return Store(folder, found), choose_for_all(twins, work, count, found.strategy)
@@ -120,8 +162,9 @@ def _expected(choices: dict[str, Choice], points: int) -> str:
 
 def _at_once(twins: list[TwinOnPlane]) -> int:
     """Points whose per-sample losses are held together: up to 64 or four a core, up to 64 MiB."""
-    samples = sum(twins[0].evaluator.plain.at_point.sizes)
-    return int(np.clip(2**23 // max(samples, 1), 1, max(64, 4 * torch.get_num_threads())))
+    at_point = twins[0].evaluator.plain.at_point
+    most = max(64, 4 * torch.get_num_threads())
+    return min(at_point.data.together(int(np.clip(2**23 // max(sum(at_point.sizes), 1), 1, most))))
 
 
 def _unit(work: Work, choices: dict[str, Choice], settings: Settings) -> int:
@@ -144,7 +187,7 @@ def _identity(
 ) -> dict[str, Any]:
     return {
         "weights": hashes,
-        "data": data_hash(data),
+        "data": data.hash(),
         "loss": loss.name,
         "grid": [at.tolist() for at in work.axes],
         "directions": {t.name: direction_hash(t.directions) for t in twins},
@@ -204,20 +247,33 @@ def _with_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, .
 
 def _facts(twin: TwinOnPlane, data: Batches, loss: Objective, settings: Settings) -> Facts:
     """What is measured apart from the evaluator: the model's own loss, and whether it has learnt."""
-    model, recalibrated = twin.fresh or twin.model, settings.batch_norm == "recalibrate"
-    if twin.evaluator.plain.draws:
-        seed_generators(0)  # the same draws as at every point
+    recalibrated = settings.batch_norm == "recalibrate"
+    plane = settings.directions if isinstance(settings.directions, Plane) else None
+    with _as_measured(twin, settings) as model:
+        if twin.evaluator.plain.draws:
+            seed_generators(0)  # the same draws as at every point
+        if twin.evaluator.plain.recalibrates:
+            average_statistics(model, data, loss.run)
+        own, learnt = own_loss(model, data, loss)
+        some = next((p.dtype for p in model.parameters()), torch.float32)
+        refuse_noise("landscape", twin.centre - twin.evaluator.penalty_at_origin(), own, some)
+        # A twin whose statistics did not fit it has none that fit at a checkpoint either.
+        known = _losses_at(model, plane, data, loss, recalibrated or twin.fresh is not None) if plane else []
+    return Facts(own, learnt, known)
+
+
+@contextmanager
+def _as_measured(twin: TwinOnPlane, settings: Settings) -> Iterator[nn.Module]:
+    """The model in the batch-norm mode of the surface: a copy where that changes it, if it can be copied."""
+    if units(twin.model):
+        with twin.evaluator.plain.moving.at_work():
+            yield twin.model
+        return
+    model = twin.fresh or twin.model
     if settings.batch_norm in {"recalibrate", "batch"}:
         model = private_copy(model, "landscape")
-        if prepare_batch_norm(model, settings.batch_norm) != "none" and recalibrated:
-            average_statistics(model, data, loss.run)
-    own, learnt = own_loss(model, data, loss)
-    some = next((p.dtype for p in model.parameters()), torch.float32)
-    refuse_noise("landscape", twin.centre - twin.evaluator.penalty_at_origin(), own, some)
-    plane = settings.directions if isinstance(settings.directions, Plane) else None
-    # A twin whose statistics did not fit it has none that fit at a checkpoint either.
-    known = _losses_at(model, plane, data, loss, recalibrated or twin.fresh is not None) if plane else []
-    return Facts(own, learnt, known)
+        prepare_batch_norm(model, settings.batch_norm)
+    yield model
 
 
 def _losses_at(

@@ -101,7 +101,7 @@ def paths_of(
     is_estimate = exact is False or (exact is None and len(found) > MAX_LENGTHS)
     backward = PathAngleBackward if is_estimate else PathLengthBackward
     sums = _Sums(isinstance(target, Tensor), len(found))
-    with subject.running(seed), _sharding.whole(model):
+    with subject.running(seed), _sharding.whole_weights(model):
         mode = mode_of(model)
         for i, (batch, share) in enumerate(track(shares_of(batches, objective, "path_spectrum"), "paths")):
             given = map_tensors(batch, Tensor.clone) if getattr(found, "writes_inputs", False) else batch

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from skipscope import _data
+from skipscope._batches import Batches
 from skipscope._public_call import public_call
 from skipscope._untouched import random_state_kept, set_mode
 
@@ -47,6 +48,7 @@ def average_statistics(
     norms = norms_with_statistics(twin)
     if not norms:
         return twin
+    data = batches if isinstance(batches, Batches) else Batches(batches)
     flags = {m: m.training for m in twin.modules()}
     momenta = [norm.momentum for norm in norms]
     try:
@@ -55,18 +57,33 @@ def average_statistics(
             norm.reset_running_stats()
             norm.training = True
         with random_state_kept(0), torch.no_grad():
-            for count, batch in enumerate(batches, 1):
+            count = 0
+            for batch, counts in data.turns():
+                count += counts
                 for norm in norms:
-                    norm.momentum = (
-                        1 / count
-                    )  # the plain average over batches; None means it for batch norms alone
+                    # The plain average over batches; None means it for batch norms alone.
+                    norm.momentum = 1 / count if counts else 0.0
                 run(twin, batch)
+            _average_over_ranks(norms, data, count)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for module, flag in flags.items():
             module.training = flag
     return twin
+
+
+def _average_over_ranks(norms: list[nn.modules.batchnorm._NormBase], data: Batches, count: int) -> None:
+    """Give each norm the average over all ranks' batches, where there are several."""
+    parts = data.together((count, [(norm.running_mean, norm.running_var) for norm in norms]))
+    if len(parts) < 2:
+        return
+    total = sum(each for each, _ in parts)
+    for i, norm in enumerate(norms):
+        for k, statistic in enumerate((norm.running_mean, norm.running_var)):
+            mean = sum(each / total * held[i][k] for each, held in parts)
+            if statistic is not None:
+                statistic.copy_(mean)
 
 
 def norms_with_statistics(model: nn.Module) -> list[nn.modules.batchnorm._NormBase]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from skipscope._errors import SkipscopeError
+from skipscope._rank_batches import RankBatches
 from skipscope.surfaces.evaluation._evaluator import Evaluator, Point, Strategy
 from skipscope.surfaces.evaluation._point_loss import Reading
 from skipscope.surfaces.evaluation._strategies import (
@@ -94,6 +95,8 @@ def choose(
     plain = Choice("plain", "the reference; asked for", 0.0, evaluator.origin_seconds)
     if wanted == "plain":
         return plain
+    if isinstance(evaluator.plain.at_point.data, RankBatches):
+        return replace(plain, why="weights are spread over ranks: each moves its shards in place")
     knowledge = _known.setdefault(_key(evaluator), _Knowledge())
     if wanted == "auto" and left not in knowledge.choices:
         choice = _Autotune(evaluator, points, left, knowledge).run()

@@ -7,8 +7,9 @@ tried against it on the first points (see :mod:`skipscope.surfaces.evaluation._a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,8 +28,10 @@ from skipscope._data import Batch, Batches, Objective, forward
 from skipscope._errors import SkipscopeError
 from skipscope._option_words import BatchNorm
 from skipscope._random import generator_states, generators_moved, refuse_noise, seed_generators
+from skipscope._sharding import units
 from skipscope.shortcuts import average_statistics, norms_with_statistics
 from skipscope.surfaces.evaluation._moving_copy import MovingCopy
+from skipscope.surfaces.evaluation._moving_shards import MovingShards
 from skipscope.surfaces.evaluation._point_loss import Metric, PointLoss, Reading, gather, joined, parts
 from skipscope.surfaces.planes._directions import Direction, inner
 
@@ -37,6 +40,7 @@ BATCH_NORM: dict[BatchNorm, str] = {
     "as found": "frozen as found",
 }  # fmt: skip
 Point = tuple[float, ...]
+Statistics = Sequence[Mapping[str, Tensor]]  # the buffers of each norm that keeps running statistics
 
 
 class Strategy(Protocol):
@@ -57,8 +61,9 @@ class Strategy(Protocol):
 # ----------------------------------------------------------------------------------------------------
 
 
-def prepare_batch_norm(copy: nn.Module, mode: BatchNorm) -> str:
-    """Put our own copy into a batch-norm mode; returns its words.
+def prepare_batch_norm(copy: nn.Module, mode: BatchNorm, statistics: Statistics = ()) -> str:
+    """Put our own copy into a batch-norm mode, with other statistics than its own if given; returns the
+    mode's words.
 
     Raises:
         SkipscopeError: an unknown mode.
@@ -68,6 +73,9 @@ def prepare_batch_norm(copy: nn.Module, mode: BatchNorm) -> str:
             "landscape", "unknown batch-norm mode", expected=" or ".join(BATCH_NORM), got=repr(mode)
         )
     layers = norms_with_statistics(copy)
+    for layer, values in zip(layers, statistics):
+        for name, value in values.items():
+            layer._buffers[name] = value.clone()
     if mode == "batch":
         for layer in layers:
             layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
@@ -90,6 +98,7 @@ class Loop:
         channels_last: lay the copy's convolution weights out that way.
         run: the forward pass, ``run(model, batch) -> output``.
         strength_tensor: the shortcut strength's tensor, where the first coefficient is the strength.
+        statistics: for the norms, in place of the model's own.
     """
 
     def __init__(
@@ -103,16 +112,24 @@ class Loop:
         channels_last: bool = False,
         run: Callable[[nn.Module, Batch], Any] | None = None,
         strength_tensor: Tensor | None = None,
+        statistics: Statistics = (),
     ):
         self.name, self.at_point, self.strength_tensor = name, at_point, strength_tensor
-        self.moving = MovingCopy(model, directions, channels_last=channels_last)
-        self.recalibrates = prepare_batch_norm(self.moving.model, batch_norm) == BATCH_NORM["recalibrate"]
+        prepare = partial(prepare_batch_norm, mode=batch_norm, statistics=statistics)
+        self.moving: MovingCopy | MovingShards
+        if units(model):
+            self.moving = MovingShards(model, directions, prepare)
+            at_point.steps = self.moving.steps
+        else:
+            self.moving = MovingCopy(model, directions, prepare, channels_last=channels_last)
+        self.recalibrates = batch_norm == "recalibrate" and bool(norms_with_statistics(model))
         self.run = run or _run
         self.draws = False
         self.caches: list[Cache] = []
 
     def __call__(self, points: Sequence[Point]) -> Reading:
-        return gather([self._one(point) for point in points])
+        with self.moving.at_work():
+            return gather([self._one(point) for point in points])
 
     def close(self) -> None:
         """Nothing is held."""
@@ -139,13 +156,17 @@ class Loop:
             SkipscopeError: the model came with such a cache already full, or draws from a generator that it
                 holds.
         """
+        with self.moving.at_work():
+            return self._read_origin(origin)
+
+    def _read_origin(self, origin: Point) -> Reading:
         before, copy = generator_states(), self.moving.model
         held = tensors_kept(copy)
         reading, self.caches = caches_filled_by(lambda: self([origin]), copy)
         refuse_full_caches(
             "landscape", copy, held, self.moving.names, lambda model: self.at_point.read(model, self.run)
         )
-        self.draws = generators_moved(before)
+        self.draws = any(self.at_point.data.together(generators_moved(before)))
         if self.draws:
             reading = self([origin])
         if holds_generators(copy):
@@ -170,6 +191,7 @@ class Evaluator:
         batch_norm: a key of :data:`BATCH_NORM`.
         l2: adds l2/2 |w|^2 over all parameters to every value.
         strength_tensor: the shortcut strength's tensor in ``model``, where the first axis is the strength.
+        statistics: for the norms, in place of the model's own.
 
     Attributes:
         plain: the reference.
@@ -192,13 +214,15 @@ class Evaluator:
         batch_norm: BatchNorm,
         l2: float,
         strength_tensor: Tensor | None = None,
+        statistics: Statistics = (),
     ):
         self.model, self.loss, self.directions = model, loss, directions
         self.mode: BatchNorm = batch_norm
         self.strength_tensor = strength_tensor
         self.plain = Loop(
-            model, directions, PointLoss(data, loss, metrics), batch_norm, strength_tensor=strength_tensor
-        )
+            model, directions, PointLoss(data, loss, metrics), batch_norm,
+            strength_tensor=strength_tensor, statistics=statistics,
+        )  # fmt: skip
         self.batch_norm = BATCH_NORM[batch_norm] if norms_with_statistics(model) else "none"
         self.strategy: Strategy = self.plain
         self._penalty = _Penalty(model, directions, l2) if l2 else None
@@ -206,7 +230,7 @@ class Evaluator:
         self.origin_point = (*([1.0] if strength_tensor is not None else []), *(0.0 for _ in directions))
         began = time.perf_counter()
         reading = self.plain.read_origin(self.origin_point)
-        self.origin_seconds = time.perf_counter() - began
+        self.origin_seconds = max(data.together(time.perf_counter() - began))
         self.plain_origin = reading
         self.origin = self._with_penalty(reading, [self.origin_point])
         self._kept: dict[Point, Reading] = {}

@@ -47,6 +47,25 @@ def directions_fit(models: Iterable[nn.Module], moved: Iterable[Tensor], axes: i
     return 2 * (copies + (3 + axes) * steps) + 2 * axes * steps <= free
 
 
+def shards_fit(shards: Iterable[Tensor], axes: int) -> None:
+    """Refuse a sharded model of which this rank cannot hold its shards again, and its part of each direction.
+
+    Raises:
+        SkipscopeError: with what it takes.
+    """
+    shards = list(shards)
+    device = next((t.device for t in shards), torch.device("cpu"))
+    needed, free = (1 + 2 * axes) * _bytes(shards), SHARE * free_bytes(device)
+    if needed > free:
+        raise SkipscopeError(
+            "landscape",
+            "this rank's shards of the weights and of the directions do not fit into memory",
+            expected=f"{needed / 2**30:.2f} GiB, {1 + 2 * axes} times its shards",
+            got=f"{free / 2**30:.2f} GiB on {device}",
+            cure="shard over more ranks, or fewer twins at once",
+        )
+
+
 def check_grid(points: int, numbers: int, usual: int = 0) -> None:
     """Refuse a grid whose numbers do not fit.
 

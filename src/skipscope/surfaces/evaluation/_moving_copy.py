@@ -7,7 +7,8 @@ along an axis, however many layers there are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +39,21 @@ class MovingCopy:
     Args:
         model: the user's model, in the mode in which it is to be evaluated; it is only read.
         directions: one or more directions.
+        prepare: changes the copy before it is used.
         channels_last: lay convolution weights out for channels-last inputs.
 
     Attributes:
         model: the copy.
     """
 
-    def __init__(self, model: nn.Module, directions: Sequence[Direction], *, channels_last: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        directions: Sequence[Direction],
+        prepare: Callable[[nn.Module], object],
+        *,
+        channels_last: bool = False,
+    ):
         self.model = private_copy(model, "landscape").requires_grad_(False)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -54,6 +63,11 @@ class MovingCopy:
         self._directions = directions
         self._flats = [] if self._lean else self._flatten(directions)
         self._at: tuple[float, ...] | None = None
+        prepare(self.model)
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """The copy is ours: nothing is put back."""
+        return nullcontext()
 
     @property
     def names(self) -> set[str]:

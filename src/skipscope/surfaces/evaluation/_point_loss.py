@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skipscope._batches import hash_of
 from skipscope._data import (
     Batch,
     Batches,
@@ -20,30 +22,53 @@ from skipscope._data import (
     map_tensors,
     rows,
     sample_count,
-    tensors_in,
 )  # fmt: skip
 from skipscope._errors import SkipscopeError
 from skipscope._model_calls import differentiates
+from skipscope._random import random_state_kept
+from skipscope._rank_batches import RankBatches, spread_batches
+from skipscope._ranks import RankGroup
+from skipscope._sharding import ForwardSteps
 
 FOLDS = 10  # groups of samples left out in turn, for the scores' standard errors
 Metric = Callable[[Any, Any], Any]
 
 
-def resident(model: nn.Module, data: Any, loss: Any, samples: int | None, seed: int) -> Batches:
+def resident(
+    model: nn.Module, data: Any, loss: Any, samples: int | None, seed: int, group: RankGroup | None = None
+) -> Batches:
     """Read the data once, keep it on the model's device, and draw the subset that every point will see.
 
     Reading once is also what makes points comparable: a loader that shuffles or augments gives other data
-    each time.
+    each time. Where there is a ``group``, each of its ranks keeps a part.
     """
-    source = as_batches(data, "landscape", any_shape=isinstance(loss, Objective))
-    place = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    held = [map_tensors(batch, lambda t: t.detach().to(place)) for batch in source]
+    if isinstance(data, RankBatches):
+        return data
+    place = device_of(model)
+
+    def read() -> Batches:
+        source = as_batches(data, "landscape", any_shape=isinstance(loss, Objective))
+        held = [map_tensors(batch, lambda t: t.detach().to(place)) for batch in source]
+        return Batches(held, single=source.single)
+
+    def subset(held: list[Batch], first: int, total: int) -> list[Batch]:
+        return held if samples is None else _subset(held, samples, seed, first, total)
+
+    if group is not None:
+        return spread_batches(group, read, place, subset)
+    found = read()
+    held = list(found)
     if samples is not None:
-        held = _subset(held, samples, seed)
-    return Batches(held, single=source.single)
+        held = _subset(held, samples, seed, 0, sum(batch_size(batch) for batch in held))
+    return Batches(held, single=found.single)
 
 
-def _subset(held: list[Batch], samples: int, seed: int) -> list[Batch]:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is, and what it is run on belongs."""
+    return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+
+
+def _subset(held: list[Batch], samples: int, seed: int, first: int, total: int) -> list[Batch]:
     if any(sample_count(batch) is None for batch in held):
         raise SkipscopeError(
             "landscape",
@@ -52,25 +77,16 @@ def _subset(held: list[Batch], samples: int, seed: int) -> list[Batch]:
             cure="pass fewer data instead",
         )
     sizes = [batch_size(batch) for batch in held]
-    if samples >= sum(sizes):
+    if samples >= total:
         return held
-    order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
-    kept, start = [], 0
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    kept, start = [], first
     for batch, size in zip(held, sizes):
         chosen = order[(order >= start) & (order < start + size)] - start
         if len(chosen):
             kept.append(rows(batch, chosen, size))
         start += size
     return kept
-
-
-def hash_of(tensors: Iterable[Tensor]) -> str:
-    """A hash of tensors' shapes, dtypes and bits."""
-    digest = hashlib.blake2b(digest_size=16)
-    for t in tensors:
-        digest.update(f"{tuple(t.shape)}{t.dtype}".encode())
-        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def direction_hash(directions: Iterable[Mapping[str, Tensor]]) -> str:
@@ -86,11 +102,6 @@ def direction_hash(directions: Iterable[Mapping[str, Tensor]]) -> str:
 def weights_hash(model: nn.Module) -> str:
     """A hash of everything a model's state dict holds in tensors."""
     return hash_of(t for t in model.state_dict().values() if isinstance(t, Tensor))
-
-
-def data_hash(data: Batches) -> str:
-    """A hash of every tensor of every batch."""
-    return hash_of(t for batch in data for t in tensors_in(batch))
 
 
 @dataclass
@@ -133,9 +144,19 @@ class PointLoss:
         self.data, self.loss, self.metrics = data, loss, metrics
         self.once = once and loss.is_its_samples
         self.samples = loss.samples if loss.from_output is not None else None
-        self.shares = [1.0 if loss.sums or data.single else float(loss.weight(batch)) for batch in data]
-        self.sizes = [batch_size(batch) for batch in data]
+        self._turns = [
+            _Turn(
+                batch,
+                (1.0 if loss.sums or data.single else float(loss.weight(batch))) if counts else 0.0,
+                batch_size(batch),
+                counts,
+            )
+            for batch, counts in data.turns()
+        ]
+        own = [turn.size for turn in self._turns if turn.counts]
+        self.sizes = [size for part in data.together(own) for size in part]
         self.records = False
+        self.steps: ForwardSteps | None = None
 
     def read(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> dict[str, Any]:
         """One point as tensors on the model's device; ``run(model, batch)`` is the forward pass.
@@ -153,34 +174,91 @@ class PointLoss:
         return map_tensors(found, torch.Tensor.detach) if self.records else found
 
     def _read(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> dict[str, Any]:
-        total: Any = 0.0
-        of_output, samples = self.loss.from_output, self.samples
-        numerators, denominators = [], []
-        metrics: dict[str, Any] = dict.fromkeys(self.metrics, 0.0)
-        for batch, share, size in zip(self.data, self.shares, self.sizes):
-            if of_output is None:
-                value, output = self.loss.function(model, batch), None
-            else:
-                output = run(model, batch)
-                value = None if self.once else of_output(output, batch)
-            if samples is not None:
-                n, d = samples(output, batch)
-                numerators.append(n.double())
-                denominators.append(d.double())
-            if value is None:
-                value = numerators[-1].sum() / (1.0 if self.loss.sums else denominators[-1].sum())
-            if share:  # a batch with nothing to count has an undefined mean, and counts for nothing
-                total = total + share * value.double()
-            for name, metric in self.metrics.items():
-                target = batch[1] if isinstance(batch, tuple | list) else batch
-                metrics[name] = metrics[name] + size * _number(name, metric(output, target))
-        normaliser = 1.0 if self.loss.sums else sum(self.shares)
-        return {
-            "value": total / normaliser if normaliser else torch.tensor(float("nan")),
-            "numerators": torch.cat(numerators) if numerators else None,
-            "denominators": torch.cat(denominators) if denominators else None,
-            "metrics": {name: value / sum(self.sizes) for name, value in metrics.items()},
-        }
+        sums, error = _Sums(metrics=dict.fromkeys(self.metrics, 0.0)), None
+        self._rehearse(model, run)
+        for turn in self._turns:
+            try:
+                with self.steps.one_pass() if self.steps is not None else nullcontext():
+                    self._add(turn, sums, model, run)
+            except Exception as failed:
+                error = error or self.data.defer(failed)
+        return _combined(self.data.together(sums, error), self.loss.sums, sum(self.sizes))
+
+    def _rehearse(self, model: nn.Module, run: Callable[[nn.Module, Batch], Any]) -> None:
+        """Run the same batch on every rank once, which fails on all or on none: then the steps are known."""
+        if self.steps is not None and self.steps.order is None:
+            first = _Turn(self.data.first(), 0.0, 0, counts=False)
+            with random_state_kept(), self.steps.one_pass():
+                self._add(first, _Sums(), model, run)
+
+    def _add(
+        self, turn: _Turn, sums: _Sums, model: nn.Module, run: Callable[[nn.Module, Batch], Any]
+    ) -> None:
+        of_output, samples, batch = self.loss.from_output, self.samples, turn.batch
+        if of_output is None:
+            value, output = self.loss.function(model, batch), None
+        else:
+            output = run(model, batch)
+            value = None
+        if not turn.counts:
+            return
+        if of_output is not None and not self.once:
+            value = of_output(output, batch)
+        if samples is not None:
+            n, d = samples(output, batch)
+            sums.numerators.append(n.double())
+            sums.denominators.append(d.double())
+        if value is None:
+            value = sums.numerators[-1].sum() / (1.0 if self.loss.sums else sums.denominators[-1].sum())
+        if turn.share:  # a batch with nothing to count has an undefined mean, and counts for nothing
+            sums.total = sums.total + turn.share * value.double()
+            sums.share += turn.share
+        for name, metric in self.metrics.items():
+            target = batch[1] if isinstance(batch, tuple | list) else batch
+            sums.metrics[name] = sums.metrics[name] + turn.size * _number(name, metric(output, target))
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A batch to run.
+
+    Attributes:
+        batch: its inputs and target.
+        share: what its loss counts for.
+        size: its samples.
+        counts: False where it is run only because another rank runs one.
+    """
+
+    batch: Batch
+    share: float
+    size: int
+    counts: bool
+
+
+@dataclass
+class _Sums:
+    """What a pass over some batches adds up to."""
+
+    total: Any = 0.0
+    share: float = 0.0
+    numerators: list[Tensor] = field(default_factory=list)
+    denominators: list[Tensor] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def _combined(parts: list[_Sums], sums: bool, samples: int) -> dict[str, Any]:
+    """One point from the sums over each part of the data, in order."""
+    normaliser = 1.0 if sums else sum(part.share for part in parts)
+    total: Any = sum(part.total for part in parts)
+    numerators, denominators = (
+        [t for part in parts for t in getattr(part, name)] for name in ("numerators", "denominators")
+    )
+    return {
+        "value": total / normaliser if normaliser else torch.tensor(float("nan")),
+        "numerators": torch.cat(numerators) if numerators else None,
+        "denominators": torch.cat(denominators) if denominators else None,
+        "metrics": {name: sum(part.metrics[name] for part in parts) / samples for name in parts[0].metrics},
+    }
 
 
 def _number(name: str, value: Any) -> Tensor:

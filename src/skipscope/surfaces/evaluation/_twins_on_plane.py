@@ -16,11 +16,14 @@ from torch import nn
 
 from skipscope._data import Batches, Objective
 from skipscope._errors import SkipscopeError
-from skipscope._untouched import private_copy, set_mode
+from skipscope._rank_batches import RankBatches
+from skipscope._ranks import local, whole
+from skipscope._sharding import units
+from skipscope._untouched import private_copy, set_mode, untouched
 from skipscope.shortcuts import ablate, average_statistics, norms_with_statistics
 from skipscope.surfaces._landscape_settings import Settings
-from skipscope.surfaces.evaluation._evaluator import Evaluator, Point
-from skipscope.surfaces.evaluation._memory_limits import directions_fit
+from skipscope.surfaces.evaluation._evaluator import Evaluator, Point, Statistics
+from skipscope.surfaces.evaluation._memory_limits import directions_fit, shards_fit
 from skipscope.surfaces.evaluation._point_loss import FOLDS, Reading, fold_sums, influence
 from skipscope.surfaces.grids._grid import Sheet
 from skipscope.surfaces.grids._surface_store import AWAY
@@ -37,8 +40,8 @@ class TwinOnPlane:
         directions: one an axis.
         evaluator: goes to points.
         shared: its weights are the first twin's.
-        fresh: a copy of the model with batch-norm statistics of its own, where those it came with were
-            another's.
+        fresh: the model with batch-norm statistics of its own, where those it came with were another's: a
+            copy, or under FSDP2 the user's own, which has them while it is at work.
     """
 
     name: str
@@ -70,7 +73,7 @@ def make_twins(
     """Every twin with its directions: identical tensors for those that share the first one's weights."""
     first: TwinOnPlane | None = None
     twins: list[TwinOnPlane] = []
-    keep = directions_fit(models.values(), next(iter(models.values())).parameters(), axes)
+    keep = _directions_fit(models, data, axes)
     for name, model in models.items():
         shared = first is None or same_weights(first.model, model)
         if not shared:
@@ -89,15 +92,39 @@ def make_twins(
         twin = TwinOnPlane(name, model, directions, make(edited), shared)
         frozen = shared and twin.evaluator.mode == "frozen"
         if first and frozen and stale_statistics(first.model, model, first.centre, twin.centre):
-            twin.fresh = private_copy(model, "landscape")
-            average_statistics(twin.fresh, data, loss.run)
-            twin.evaluator = make(twin.fresh)
+            twin.fresh, statistics = _recalibrated(model, data, loss)
+            twin.evaluator = make(twin.fresh, statistics=statistics)
             twin.evaluator.batch_norm = (
                 "frozen, after one recalibration (the statistics were those of the first twin)"
             )
         twins.append(twin)
         first = first or twin
     return twins
+
+
+def _directions_fit(models: Mapping[str, nn.Module], data: Batches, axes: int) -> bool:
+    """Whether directions are held; shards of them always are, or refused on every rank."""
+    moved, error = list(next(iter(models.values())).parameters()), None
+    if not isinstance(data, RankBatches):
+        return directions_fit(models.values(), moved, axes)
+    try:
+        shards_fit([local(p) for model in models.values() for p in model.parameters()], axes)
+    except SkipscopeError as refused:
+        error = refused
+    data.together(None, error)
+    return True
+
+
+def _recalibrated(model: nn.Module, data: Batches, loss: Objective) -> tuple[nn.Module, Statistics]:
+    """The model with norm statistics measured again: a copy that has them; or, where there can be none, the
+    model itself and the statistics.
+    """
+    if not units(model):
+        return average_statistics(private_copy(model, "landscape"), data, loss.run), ()
+    with untouched(model, operation="landscape"):
+        average_statistics(model, data, loss.run)
+        layers = norms_with_statistics(model)
+        return model, [{n: b.clone() for n, b in layer._buffers.items() if b is not None} for layer in layers]
 
 
 def refuse_own_directions(name: str, settings: Settings) -> None:
@@ -141,7 +168,7 @@ def same_weights(first: nn.Module, other: nn.Module) -> bool:
     """Parameters of the same names and values."""
     a, b = dict(first.named_parameters()), dict(other.named_parameters())
     return a.keys() == b.keys() and all(
-        a[n] is b[n] or (a[n].shape == b[n].shape and torch.equal(a[n], b[n])) for n in a
+        a[n] is b[n] or (a[n].shape == b[n].shape and torch.equal(whole(a[n]), whole(b[n]))) for n in a
     )
 
 

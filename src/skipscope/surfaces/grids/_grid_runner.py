@@ -1,4 +1,5 @@
-"""Who computes which unit: this process, the ranks of a torchrun, or a Ray cluster. No collectives anywhere.
+"""Who computes which unit: this process, the ranks of a torchrun, or a Ray cluster. No collectives, but where
+the ranks of a sharded model evaluate each point together.
 
 Under torchrun each rank takes every WORLD_SIZE-th unit and writes it to the store, then waits for the
 others'. When nothing has come for a while a rank is taken for lost, and those that are left compute its
@@ -17,7 +18,9 @@ import numpy as np
 from skipscope._errors import SkipscopeError
 from skipscope._option_words import Engine
 from skipscope._progress import track
+from skipscope._ranks import RankGroup, is_lost_rank
 from skipscope.surfaces.grids._grid import Sheet
+from skipscope.surfaces.grids._rank_store import RankStore
 from skipscope.surfaces.grids._surface_store import Store
 
 ENGINES = get_args(Engine)
@@ -59,21 +62,23 @@ class Runner:
         remote: computes units elsewhere and yields (unit, numbers) as they come.
         in_flight: points that a killed process may lose: a store's units are computed together up to that
             many.
+        group: ranks that evaluate each point together: all of them make the same calls.
     """
 
     def __init__(
         self,
         sheet: Sheet,
         work: Callable[[np.ndarray], np.ndarray],
-        store: Store | None,
+        store: Store | RankStore | None,
         engine: Engine,
         what: str,
         at_once: int = 64,
         remote: Remote | None = None,
         in_flight: int = 1,
+        group: RankGroup | None = None,
     ):
         self.sheet, self.work, self.store, self.what = sheet, work, store, what
-        self.at_once, self.remote, self.in_flight = at_once, remote, in_flight
+        self.at_once, self.remote, self.in_flight, self.group = at_once, remote, in_flight, group
         self.rank = int(os.environ.get("RANK", "0")) if engine == "torchrun" else 0
         self.world = int(os.environ.get("WORLD_SIZE", "1")) if engine == "torchrun" else 1
         # What an earlier run left is taken point by point, when it is asked for: a resumed adaptive run then
@@ -87,7 +92,12 @@ class Runner:
         if self.store is not None and not self.kept.done[points].all():
             self.store.read_into(self.kept)
         units = self.store.units(points) if self.store is not None else _chunks(points, self.at_once)
-        self._compute(units)
+        try:
+            self._compute(units)
+        except (RuntimeError, OSError) as error:
+            if self.group is None or not is_lost_rank(error):
+                raise
+            raise lost_rank(self.store is not None, self.kept.done) from error
         self.sheet.put(points, self.kept.data[:, points])
 
     def _compute(self, units: list[np.ndarray]) -> None:
@@ -95,7 +105,10 @@ class Runner:
         # done, and must still agree on whose each one is.
         mine = self._missing(units[self.rank :: self.world])
         longest, last = 0.0, time.perf_counter()
-        for unit, numbers in track((self.remote or self._here)(mine), self.what, len(mine)):
+        computed = (self.remote or self._here)(mine)
+        if self.group is None or self.group.rank == 0:
+            computed = track(computed, self.what, len(mine))
+        for unit, numbers in computed:
             self._keep(unit, numbers)
             longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
         if self.world > 1:
@@ -135,6 +148,25 @@ class Runner:
                 time.sleep(
                     min(1.0, max(_POLL_S, 4 * (time.monotonic() - began)))
                 )  # reading must not slow the others
+
+
+def lost_rank(stored: bool, done: np.ndarray | None = None) -> SkipscopeError:
+    """What is said on the ranks that are left.
+
+    Args:
+        stored: there is a store.
+        done: which points it has; None where it was not opened yet.
+    """
+    cure = 'start again with store="surface.zarr": what is done is then kept'
+    if stored:
+        cure = "start again with the same store: it resumes"
+        cure += "" if done is None else f"; {int(done.sum())} of {done.size} points are kept"
+    return SkipscopeError(
+        "landscape",
+        "another rank was lost, or did not answer: the ranks evaluate each point together",
+        expected="every rank until the end",
+        cure=cure,
+    )
 
 
 def _groups(units: Sequence[np.ndarray], most: int) -> list[list[np.ndarray]]:

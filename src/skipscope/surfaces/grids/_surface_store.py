@@ -127,6 +127,12 @@ def _brief(value: Any) -> str:
     return text if len(text) < 100 else text[:97] + "..."
 
 
+def units_of(plan: Plan, points: np.ndarray) -> list[np.ndarray]:
+    """The units of a plan that hold these points, each whole."""
+    size = plan.unit
+    return [np.arange(u * size, min((u + 1) * size, plan.points)) for u in np.unique(points // size)]
+
+
 class Store:
     """An open store.
 
@@ -142,6 +148,19 @@ class Store:
         self.folder, self.plan, self.wrote = Path(folder), plan, False
         self._array, self._told = self._opened(), False
         self._sweep()
+
+    @classmethod
+    def opened(cls, folder: str | os.PathLike[str], plan: Plan) -> Store:
+        """The store in the folder, or a new one.
+
+        Raises:
+            SkipscopeError: it belongs to other weights, data or settings, or cannot be made.
+        """
+        found = read_plan(folder)
+        if found is None:
+            return cls.create(folder, plan)
+        check_plan(found, plan, folder)
+        return cls(folder, found)
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], plan: Plan) -> Store:
@@ -206,8 +225,7 @@ class Store:
 
     def units(self, points: np.ndarray) -> list[np.ndarray]:
         """The units that hold these points, each whole."""
-        size = self.plan.unit
-        return [np.arange(u * size, min((u + 1) * size, self.plan.points)) for u in np.unique(points // size)]
+        return units_of(self.plan, points)
 
     def write(self, unit: np.ndarray, numbers: np.ndarray) -> None:
         """Keep one unit: one file, by rename.

@@ -25,7 +25,7 @@ from skipscope._version import __version__
 from skipscope.curvature import CurvatureOperator, How, Matrix, SolverOptions, open_operator, require_memory
 from skipscope.shortcuts import average_statistics, unwrapped
 from skipscope.surfaces._landscape_settings import Settings
-from skipscope.surfaces.evaluation._point_loss import data_hash, direction_hash, resident, weights_hash
+from skipscope.surfaces.evaluation._point_loss import direction_hash, resident, weights_hash
 from skipscope.surfaces.evaluation._twins_on_plane import (
     directions_for,
     refuse_own_directions,
@@ -34,7 +34,7 @@ from skipscope.surfaces.evaluation._twins_on_plane import (
 )
 from skipscope.surfaces.grids._grid import Sheet, axes
 from skipscope.surfaces.grids._grid_runner import Runner, engine_for
-from skipscope.surfaces.grids._surface_store import PLAN, Plan, Store, check_plan, read_plan
+from skipscope.surfaces.grids._surface_store import PLAN, Plan, Store, read_plan
 from skipscope.surfaces.maps._map_result import CurvatureMap, PairedMaps
 from skipscope.surfaces.maps._row_walk import NAMES, SEGMENT, Walk
 from skipscope.surfaces.maps._row_workers import rows_side_by_side
@@ -285,7 +285,7 @@ class _Plane:
         options = self.options
         return {
             "weights": weights_hash(model),
-            "data": data_hash(self.data),
+            "data": self.data.hash(),
             "loss": self.loss.name,
             "grid": [axis.tolist() for axis in self.at],
             "directions": direction_hash(moved),
@@ -308,8 +308,4 @@ def _open(store: Any, twin: str, plan: Plan) -> Store:
         folder = folder / "curvature"
     if twin:
         folder = folder / re.sub(r"[^\w.-]+", "_", twin)
-    found = read_plan(folder)
-    if found is None:
-        return Store.create(folder, plan)
-    check_plan(found, plan, folder)
-    return Store(folder, found)
+    return Store.opened(folder, plan)

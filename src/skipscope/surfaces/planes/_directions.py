@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from skipscope._errors import SkipscopeError
 from skipscope._option_words import Normalization, Zeroable
 from skipscope._public_call import public_call
-from skipscope._sharding import refuse_spread
+from skipscope._ranks import meet, ranks_of, spread_like, whole
+from skipscope._sharding import class_name, refuse_unmovable
 from skipscope._validation import names_matching
 
 Direction = Mapping[str, Tensor]
@@ -53,7 +54,7 @@ def random_direction(
 
     The draw of each parameter depends on the seed, the axis, its name and its shape alone, so that twins get
     the same draw for the parameters they have in common, on any device and in any precision; nobody's random
-    state is touched. Local.
+    state is touched. Local; collective under FSDP2, where each rank keeps its shard of the same direction.
 
     Args:
         model: whose weights give names, shapes and norms.
@@ -77,7 +78,8 @@ def random_direction(
         >>> list(direction), direction["weight"].shape
         (['weight'], torch.Size([2, 3]))
     """
-    refuse_spread(model, "landscape")
+    refuse_unmovable(model, "landscape")
+    meet("random_direction", ranks_of(model))
     if normalize not in NORMALIZATIONS:
         raise SkipscopeError(
             "landscape", "unknown normalisation", expected=" or ".join(NORMALIZATIONS), got=repr(normalize)
@@ -119,7 +121,7 @@ class SeededDirection(Mapping[str, Tensor]):
         weight, dimension = self.moved[name]
         draw = self._draw(name)
         if self.normalize == "filter":
-            draw *= _ratio(filter_norms(weight, dimension), filter_norms(draw, dimension))
+            draw *= _ratio(filter_norms(whole(weight), dimension), filter_norms(draw, dimension))
         elif self.normalize != "none":
             layer = name.rpartition(".")[0]
             group = (
@@ -127,15 +129,16 @@ class SeededDirection(Mapping[str, Tensor]):
                 if self.normalize == "layer"
                 else [name]
             )
-            wanted = torch.stack([doubled(self.moved[n][0]).norm() for n in group]).norm()
+            wanted = torch.stack([doubled(whole(self.moved[n][0])).norm() for n in group]).norm()
             draw *= _ratio(wanted, torch.stack([self._draw(n).norm() for n in group]).norm())
-        return draw.to(weight.dtype)
+        return spread_like(draw.to(weight.dtype), weight)
 
     def _draw(self, name: str) -> Tensor:
         weight, dimension = self.moved[name]
         draw = _gaussian(f"{self.seed}/{self.axis}/{name}/{tuple(weight.shape)}", weight)
         if self.like is not None and name in self.like:
-            draw = _without(draw, doubled(self.like[name]), dimension if self.normalize == "filter" else None)
+            by_filter = dimension if self.normalize == "filter" else None
+            draw = _without(draw, doubled(whole(self.like[name])), by_filter)
         return draw
 
 
@@ -162,7 +165,7 @@ def moved_parameters(
         if name not in chosen:
             continue
         owner = owners[name]
-        is_norm = isinstance(owner, _NORMS) or "Norm" in type(owner).__name__
+        is_norm = isinstance(owner, _NORMS) or "Norm" in class_name(owner)
         if (
             not (weight.is_floating_point() or weight.is_complex())
             or (is_norm and "norms" in zero)
@@ -185,7 +188,7 @@ def moved_parameters(
 def _filter_dimension(owner: nn.Module, weight: Tensor) -> int:
     if weight.ndim < 2:
         return -1  # a vector is one filter
-    swapped = isinstance(owner, _TRANSPOSED) or type(owner).__name__ == "Conv1D"
+    swapped = isinstance(owner, _TRANSPOSED) or class_name(owner) == "Conv1D"
     return 1 if swapped else 0
 
 
@@ -272,7 +275,8 @@ def checked_direction(direction: Any, model: nn.Module) -> Direction:
                 "landscape", "a direction is complex and its parameter is real", layer=name,
                 expected=str(parameters[name].dtype), got=str(tensor.dtype), cure="its .real part",
             )  # fmt: skip
-        read[name] = tensor.detach().to(parameters[name].device, parameters[name].dtype)
+        tensor = whole(tensor.detach()).to(parameters[name].device, parameters[name].dtype)
+        read[name] = spread_like(tensor, parameters[name])
     return read
 
 
@@ -284,7 +288,11 @@ def inner(a: Direction, b: Direction) -> float:
     """Sum over all parameters of a * b, in float64; of complex ones, of their real and of their imaginary
     parts.
     """
-    return sum(float((as_real(a[n]).double() * as_real(b[n]).double()).sum()) for n in a if n in b)
+    return sum(_inner(whole(a[n]), whole(b[n])) for n in a if n in b)
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float((as_real(a).double() * as_real(b).double()).sum())
 
 
 def cosine(a: Direction, b: Direction) -> float:
@@ -300,7 +308,7 @@ def worst_filter_ratio(direction: Direction, moved: Mapping[str, tuple[Tensor, i
         if name not in moved:
             continue
         weight, dimension = moved[name]
-        wanted, has = filter_norms(weight, dimension).flatten(), filter_norms(tensor, dimension).flatten()
+        wanted, has = (filter_norms(whole(t), dimension).flatten() for t in (weight, tensor))
         ratios = (has / wanted)[wanted > 0]
         if len(ratios):
             candidate = float(ratios[(ratios - 1).abs().argmax()])

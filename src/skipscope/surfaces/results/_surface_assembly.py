@@ -13,7 +13,7 @@ from skipscope._numbers import student_quantile
 from skipscope._version import __version__
 from skipscope.surfaces._landscape_settings import Settings
 from skipscope.surfaces.evaluation._autotune import Choice
-from skipscope.surfaces.evaluation._point_loss import data_hash, weights_hash
+from skipscope.surfaces.evaluation._point_loss import weights_hash
 from skipscope.surfaces.evaluation._twins_on_plane import TwinOnPlane, folds_of
 from skipscope.surfaces.grids._grid import Sheet
 from skipscope.surfaces.planes import _directions as dirs
@@ -203,7 +203,7 @@ def _provenance(run: Run, sheet: Sheet, twin: TwinOnPlane) -> Provenance:
             _in_weights(d, parameters, at) for d, at in zip(twin.directions, run.at[-len(twin.directions) :])
         ),
         weights_hash=run.hashes[twin.name],
-        data_hash=data_hash(run.data),
+        data_hash=run.data.hash(),
         loss=run.loss.name,
         batch_norm=twin.evaluator.batch_norm,
         strategy=twin.evaluator.strategy.name,
