@@ -57,6 +57,7 @@ class LiveVerdict:
         chains: one verdict for each of them; empty where there is only one. The whole has the worst state of
             them.
         finding: the verdict in one sentence, as ``gradient_flow`` has it.
+        score: minus the decades between the greatest and the least of the profile; None where there is none.
     """
 
     state: LiveState
@@ -72,6 +73,7 @@ class LiveVerdict:
     chain: str = ""
     chains: tuple[LiveVerdict, ...] = ()
     finding: str = ""
+    score: float | None = None
 
     def __str__(self) -> str:
         where = f" at {self.where}" if self.where else ""

@@ -21,6 +21,7 @@ from skipscope.monitor._live_verdict import Place
 from skipscope.monitor._missing_gradients import MissingGradients
 from skipscope.monitor._row_files import most_rows, read_rows
 from skipscope.monitor._step_row import SCALARS
+from skipscope.monitor._weight_lines import WeightLines
 
 # How many of the last steps a verdict from parameter gradients looks at.
 WINDOW = 8
@@ -40,6 +41,7 @@ def assemble(
     *,
     verdict: LiveVerdict | None = None,
     complete: bool = True,
+    lines: WeightLines | None = None,
 ) -> History:
     """Put columns side by side; parameters that came later are absent before.
 
@@ -50,6 +52,7 @@ def assemble(
         notes: what a reader should know.
         complete: whether the run is over.
         verdict: the live one; by default it is judged anew.
+        lines: the parameters' towers and their order of execution, where they are known.
     """
     place: dict[tuple[int, str], tuple[Any, ...]] = {}
     for about, _ in gradients:
@@ -104,7 +107,7 @@ def assemble(
         recurrent=next((about.get("recurrent", "") for about, _ in flow[-1:]), ""),
         reach=reach,
     )
-    return history if verdict is not None else replace(history, verdict=verdict_of(history))
+    return history if verdict is not None else replace(history, verdict=verdict_of(history, lines=lines))
 
 
 def _block(about: dict[str, Any], rows: np.ndarray, column: dict[tuple[int, str], int]) -> np.ndarray:
@@ -183,6 +186,7 @@ def verdict_of(
     found: Mapping[int, MissingGradients] | None = None,
     *,
     is_early: bool = False,
+    lines: WeightLines | None = None,
 ) -> LiveVerdict:
     """The verdict on a history: one for each chain, and the worst of them for the whole.
 
@@ -191,15 +195,15 @@ def verdict_of(
         was: the verdict so far, so that a state is not left by a hair.
         found: by optimizer, why gradients are missing, where that is known.
         is_early: zeros and missing gradients are not judged yet: parts may start at zero by design.
+        lines: the parameters' towers and their order of execution; by default one tower in the model's order.
     """
     names = list(dict.fromkeys(history.chains or ("",) * len(history.parameters)))
     before: dict[str, LiveState] = {v.chain: v.state for v in was.chains} or {"": was.state}
     verdicts = []
     for name in names or [""]:
         part = [i for i in range(len(history.parameters)) if not history.chains or history.chains[i] == name]
-        verdict = _verdict_of_chain(
-            history, part, before.get(name, was.state if len(names) < 2 else "unknown"), found or {}, is_early
-        )
+        so_far = before.get(name, was.state if len(names) < 2 else "unknown")
+        verdict = _verdict_of_chain(history, part, so_far, found or {}, is_early, lines or {})
         kinds = {history.kinds[i] for i in part} if history.kinds else {""}
         verdicts.append(_live_verdict.for_optimizer(verdict, kinds, name))
     if len(verdicts) == 1:
@@ -214,13 +218,17 @@ def _verdict_of_chain(
     was: LiveState,
     found: Mapping[int, MissingGradients],
     is_early: bool,
+    lines: WeightLines,
 ) -> LiveVerdict:
     """From the flow where it was read on this chain, else from its parameters' gradients."""
     owners = {history.owners[i] for i in part}
     causes = [cause for owner in owners if (cause := found.get(owner)) is not None]
     unused = {name for cause in causes for name in cause.unused}
     part = [i for i in part if history.parameters[i] not in unused]
-    of_parameters = _verdict_of_parameters(history, part, was, is_early)
+    judged = [_verdict_of_parameters(history, line, was, is_early) for line in _lines(history, part, lines)]
+    of_parameters = max(
+        judged, key=lambda v: (_live_verdict.badness(v.state), abs(v.fall_decades or 0.0))
+    )  # fmt: skip
     for cause in causes:
         if of_parameters.state in {"dead", "unconnected"} and cause.cause != "unused":
             of_parameters = replace(of_parameters, finding="", reason=cause.reason, advice=cause.advice)
@@ -250,6 +258,19 @@ def _verdict_of_chain(
     return _live_verdict.judge_flow(
         places, values[own], step, was, normed=history.normed, reach=reach, is_early=is_early or step == 1
     )
+
+
+def _lines(history: History, part: Sequence[int], lines: WeightLines) -> list[list[int]]:
+    """The parameters of each tower, in the order of execution; those of no known tower join every one."""
+    names = history.parameters
+    towers = sorted({lines[names[i]][0] for i in part if names[i] in lines})
+    if not towers:
+        return [list(part)]
+    places = {i: lines.get(names[i], (-1, i)) for i in part}
+    return [
+        sorted((i for i in part if places[i][0] in (tower, -1)), key=lambda i: places[i][1])
+        for tower in towers
+    ]
 
 
 def _verdict_of_parameters(
@@ -318,14 +339,16 @@ def read_history(path: Path, *, all_rows: bool = False) -> History | None:
         notes = list(json.loads((path / ABOUT).read_text(encoding="utf-8"))["notes"])
         gradients = _files(path, "gradients", all_rows, notes)
         flow = _files(path, "flow", all_rows, [])
-        events, end = _events(path / EVENTS)
+        events, end, lines = _events(path / EVENTS)
         notes += (
             ["The run that writes this is not over, or was cut short."]
             if end is None
             else [note for note in end.get("notes", ()) if note not in notes]
         )
         verdict = None if end is None or "verdict" not in end else _verdict_from(end["verdict"])
-        return assemble(gradients, flow, events, notes, verdict=verdict, complete=end is not None)
+        return assemble(
+            gradients, flow, events, notes, verdict=verdict, complete=end is not None, lines=lines
+        )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise SkipscopeError(
             "load", f"{path} is a monitor's folder, but damaged ({type(error).__name__}: {error})"
@@ -357,19 +380,24 @@ def _files(
     return found
 
 
-def _events(file: Path) -> tuple[list[VerdictEvent], dict[str, Any] | None]:
-    """(events, what the monitor wrote when it was closed); a torn last line is left out."""
-    events, end = [], None
+def _events(file: Path) -> tuple[list[VerdictEvent], dict[str, Any] | None, WeightLines | None]:
+    """Events, what the monitor wrote when it was closed, and the parameters' lines; a torn last line is left
+    out.
+    """
+    events, end, lines = [], None, None
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     for line in text.splitlines(keepends=True):
         if not line.endswith("\n"):
             break
         entry = json.loads(line)
+        if "lines" in entry:
+            lines = {name: tuple(place) for name, place in entry["lines"].items()}
+            continue
         if "closed" in entry or "resumed" in entry:
             end = entry if "closed" in entry else None
             continue
         events.append(VerdictEvent(entry["step"], entry["before"], _verdict_from(entry["verdict"])))
-    return events, end
+    return events, end, lines
 
 
 def _verdict_from(entry: dict[str, Any]) -> LiveVerdict:

@@ -219,6 +219,7 @@ def _live(
     return LiveVerdict(
         state, basis, step, reason, where, fall, found.slope, found.slope_interval,
         advice="" if state == "healthy" else advice_on(told), hinders=hinders, finding=told.finding,
+        score=found.score,
     )  # fmt: skip
 
 
@@ -274,6 +275,12 @@ def _comparable(
     adjusted = level.copy()
     adjusted[rows] -= design[:, 1:] @ solution[1:] - solution[1:].mean()
     return adjusted, compared
+
+
+def awaiting(verdict: LiveVerdict) -> LiveVerdict:
+    """The verdict until it is known which weights follow each other."""
+    reason = "which layers follow each other is looked up during the next step"
+    return replace(UNKNOWN, step=verdict.step, reason=reason)
 
 
 def refused(reason: str, step: int) -> LiveVerdict:

@@ -19,10 +19,11 @@ from skipscope import _torch_internals
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import meet, world
 from skipscope._validation import is_integer
+from skipscope.flow import FALL
 from skipscope.monitor import _live_verdict, _torch_patches
 from skipscope.monitor._backward_passes import inside_backward
 from skipscope.monitor._flow_reader import FlowReader, FlowRow
-from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
+from skipscope.monitor._history import GRADIENTS, STATES, History, LiveVerdict, VerdictEvent
 from skipscope.monitor._missing_gradients import GradientSearch, MissingGradients
 from skipscope.monitor._rank_sums import done_by_first
 from skipscope.monitor._record import Record
@@ -32,6 +33,7 @@ from skipscope.monitor._start_checks import check, notes_on
 from skipscope.monitor._step_recorder import StepRecorder
 from skipscope.monitor._step_row import SCALARS, Step
 from skipscope.monitor._tracked_parameters import TrackedParameters, named_models
+from skipscope.monitor._weight_lines import LineSearch
 from skipscope.monitor._wrappers import inner_optimizers, innermost
 
 _log = logging.getLogger("skipscope.monitor")
@@ -98,6 +100,10 @@ class Monitor:
         self._searched: dict[int, int] = {}
         self._missing: dict[int, MissingGradients] = {}
         self._zeros: dict[int, list[Tensor]] | None = None
+        self._line_search: LineSearch | None = None
+        self._line_owners: set[int] = set()  # whose step the search still waits for
+        # Every rank must come to the same verdict, and only this one's forward pass is seen.
+        self._lines_wanted, self._lines_sought = False, world()[1] > 1
         self._versions = [p._version for r in self._recorders for p in r.tracked.parameters[:8]]
         self._store = Store(
             keep, folder if self._first else None, notes_on(models, self._recorders), before, begun_at
@@ -132,6 +138,8 @@ class Monitor:
             self._flow.close()
         for search in self._search.values():
             search.close()
+        if self._line_search is not None:
+            self._line_search.close()
         for recorder in self._recorders:
             recorder.close()
         self._say_what_is_missing()
@@ -241,11 +249,40 @@ class Monitor:
             self._tracked[recorder.index] = recorder.tracked
             if self._flow is not None:
                 self._flow.replace_parameters(self._parameters_of_flow())
+        self._follow_lines(recorder)
         if recorder.index in self._to_search and self._open and not inside_backward():
             self._to_search.discard(recorder.index)
             self._search[recorder.index] = GradientSearch(recorder.tracked, self._models)
         if self._flow is not None and recorder.refusal is None:
             self._flow.stepped(recorder.index, recorder.step)
+
+    def _follow_lines(self, recorder: StepRecorder) -> None:
+        """Observe one step of every optimizer for the order of the layers, once a verdict depends on it."""
+        if self._line_search is not None:
+            self._line_owners.discard(recorder.index)
+            if not self._line_owners:
+                lines, self._line_search = self._line_search.conclude(), None
+                if lines is not None:
+                    self._store.set_lines(lines)
+                self._judge_soon()
+        elif self._lines_wanted and self._open and not inside_backward():
+            self._lines_wanted = False
+            self._line_owners = {one.index for one in self._recorders if one.rows}
+            self._line_search = LineSearch([one.tracked for one in self._recorders], self._models)
+
+    def _is_order_awaited(self, verdict: LiveVerdict) -> bool:
+        """Whether the verdict compares weights whose order and towers are not known yet, but will be."""
+        unsure = [
+            one for one in verdict.chains or (verdict,)
+            if one.basis == GRADIENTS and one.score is not None
+            and (one.state in {"vanishing", "exploding"} or (one.state == "healthy" and one.score <= -FALL))
+        ]  # fmt: skip
+        if not unsure or not self._open:
+            return False
+        if not self._lines_sought:
+            self._lines_sought = self._lines_wanted = True
+        is_coming = self._lines_wanted or self._line_search is not None
+        return is_coming and any(one.state != "healthy" for one in unsure)
 
     def _flow_read(self) -> None:
         assert self._flow is not None
@@ -358,7 +395,8 @@ class Monitor:
         if refusal is not None:
             self._verdict = _live_verdict.refused(refusal, max(s.step for s in self._recorders))
         elif self._rows:
-            self._verdict = self._store.verdict(self._verdict, self._missing, is_early=self._is_early())
+            found = self._store.verdict(self._verdict, self._missing, is_early=self._is_early())
+            self._verdict = _live_verdict.awaiting(found) if self._is_order_awaited(found) else found
         if self._verdict.state != before:
             self._announce(VerdictEvent(self._verdict.step, before, self._verdict))
 

@@ -11,6 +11,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from skipscope.shortcuts.trace import NeedsGradients, recording
 LEFT, REACHES = 1e-3, 3
 # So many decades below the chain's median of |dL/dW| / |W| a weight starves.
 STARVED = 4.0
+# So many calls that cannot be looked into, one after another, are judged by what passes between them.
+HIDDEN_CALLS = 3
 # Norms this far apart are compared; anything smaller than this share of the greatest is 0 in float32.
 _TINY = 1e-300
 
@@ -79,6 +82,9 @@ class Evidence:
         unconnected: trained weighted calls whose values reach the loss and that get no gradient.
         cut: the call that lets none through, where one was seen.
         opaque: a call that cannot be looked into and holds most of the weights, or "".
+        last_weights: the part of the head's gain that its weights have, without what follows them; None where
+            it is not known.
+        last_names: those weights: of the calls that no other weighted call follows.
     """
 
     lines: tuple[tuple[Point, ...], ...]
@@ -89,6 +95,8 @@ class Evidence:
     unconnected: tuple[str, ...] = ()
     cut: str = ""
     opaque: str = ""
+    last_weights: float | None = None
+    last_names: frozenset[str] = frozenset()
 
 
 def evidence_of(
@@ -136,11 +144,25 @@ def evidence_of(
             )
         )
     lines = _lines(normed, places, kept, orders, readings)
+    between = _between_hidden(readings, averages, unit)
     sites = [s for s in readings.sites if reached is None or s.order in reached]
+    head = _head(lines, averages, orders, kept, normed)
+    if between:
+        lines += (between,)
+        head = Head(0.0, 10.0 ** (between[-1].log_flow or 0.0), None)
+    followed = _followed(graph, sites, [site.order for site in sites])
+    ends = [site for site, is_followed in zip(sites, followed) if not is_followed and site.seen]
     return Evidence(
-        lines, _head(lines, averages, orders, kept, normed), _worst(sites, unit), _reach(sites),
-        _starved(settled, sizes), *_unconnected(readings, sites, reached), _opaque(readings),
-    )  # fmt: skip
+        lines,
+        head,
+        _worst(sites, unit),
+        _reach(sites),
+        _starved(settled, sizes),
+        *_unconnected(readings, sites, reached),
+        "" if between else _opaque(readings),
+        _last_weights(head, ends, averages, unit),
+        frozenset(name for site in ends for name in site.weights),
+    )
 
 
 def _averages(
@@ -286,6 +308,15 @@ def _head(
     return Head(sum(d for at, d in averages if at > orders[k][0]), 10.0**last.log_flow, None)
 
 
+def _last_weights(
+    head: Head | None, ends: Sequence[SiteReading], averages: Sequence[tuple[int, float]], unit: float
+) -> float | None:
+    """The norm at the last hidden boundary over that at the outputs of the last weighted calls."""
+    norms = [s.norm / unit * 10.0 ** sum(d for at, d in averages if at > s.order) for s in ends]
+    total = math.hypot(*norms)
+    return head.gain / total if head is not None and total > 0 and math.isfinite(total) else None
+
+
 def _worst(sites: Sequence[SiteReading], unit: float) -> Worst | None:
     seen = [s for s in sites if s.seen and s.squares > 0 and s.finite]
     if len(seen) < 2:
@@ -330,14 +361,18 @@ def _starved(readings: Readings, sizes: dict[str, float]) -> Starved:
     graph = readings.graph
     reached = graph.reached() if graph is not None and graph.results else None
     calls = [s for s in readings.sites if s.trained and s.seen and (reached is None or s.order in reached)]
+    weights = [site.weights for site in calls]
+    # Inside a call that cannot be looked into each weight counts for itself.
+    called = {name for site in readings.sites for name in site.weights}
+    weights += [(name,) for name in readings.weights if readings.hidden and name not in called]
     ratio = {}
-    for name in dict.fromkeys(name for site in calls for name in site.weights):
+    for name in dict.fromkeys(name for names in weights for name in names):
         weight = readings.weights.get(name)
         if weight is not None and weight.trainable and weight.total is not None and sizes.get(name, 0.0) > 0:
             norm = weight.norm(dense(weight.total)) * weight.unit
             if math.isfinite(norm):
                 ratio[name] = norm / sizes[name]
-    return starved_of(ratio, [site.weights for site in calls])
+    return starved_of(ratio, weights)
 
 
 def starved_of(ratio: dict[str, float], calls: Sequence[tuple[str, ...]]) -> Starved:
@@ -364,6 +399,25 @@ def starved_of(ratio: dict[str, float], calls: Sequence[tuple[str, ...]]) -> Sta
     least = next((r for r, _ in low if r > 0), 0.0)
     decades = math.log10(median / least) if least else math.inf
     return Starved(names, share, decades, all(r == 0 for r, _ in low))
+
+
+def _between_hidden(
+    readings: Readings, averages: Sequence[tuple[int, float]], unit: float
+) -> tuple[Point, ...]:
+    """The line of outputs of calls that cannot be looked into, where they follow each other and each holds a
+    small part of the weights; else ().
+
+    What happens inside one is not seen: so there must be several.
+    """
+    graph = readings.graph
+    found = [site for site in readings.hidden if site.seen and site.norm > _TINY and site.finite]
+    assert graph is not None
+    if len(found) < HIDDEN_CALLS or any(
+        before.order not in graph.ancestors([after.order]) for before, after in pairwise(found)
+    ):
+        return ()
+    logs = (math.log10(s.norm / unit) + sum(d for at, d in averages if at > s.order) for s in found)
+    return tuple(Point(site.name, "ok", log) for site, log in zip(found, logs))
 
 
 def _opaque(readings: Readings) -> str:

@@ -86,6 +86,8 @@ def finding(verdict: Verdict) -> str:
         return f"The gradient vanishes through time: it reaches back only {verdict.reach} steps in {at}."
     if verdict.cause == "branch":
         return f"The weights in {at} get next to no gradient, while others do."
+    if verdict.cause == "head" and verdict.starved and at != "head":
+        return f"The weights of the last layer, {at}, get next to no gradient for their size."
     if verdict.cause == "head" or (verdict.cause == "saturation" and at == "output"):
         gain = verdict.head.gain if verdict.head else 0.0
         return (
