@@ -261,9 +261,12 @@ def _healthy(points: Sequence[Point], fall: float | None, numbers: dict) -> Verd
 
 
 def _collapse(points: Sequence[Point]) -> Point | None:
-    """The first boundary from which on, to the last that says so, different samples look the same."""
+    """The first hidden boundary from which on, to the last one, different samples look the same.
+
+    No layer follows the output: alike outputs are what untrained networks give.
+    """
     found = None
-    for p in reversed(points):
+    for p in reversed([p for p in points if p.hidden]):
         if p.similarity is not None and p.similarity < COLLAPSED:
             break
         found = p if p.similarity is not None else found
