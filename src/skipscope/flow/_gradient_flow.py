@@ -27,7 +27,7 @@ from skipscope.flow.verdict._chain_verdict import judge_chain, worst
 from skipscope.flow.verdict._first_nonfinite import first_nonfinite, stale_norm
 from skipscope.flow.verdict._flow_rules import FlowContext, Point, StretchGain
 from skipscope.flow.verdict._layer_gains import layer_gains
-from skipscope.flow.verdict._verdict_evidence import Evidence, evidence_of
+from skipscope.flow.verdict._verdict_evidence import Evidence, evidence_of, size_of
 from skipscope.shortcuts import meaning
 
 
@@ -184,7 +184,7 @@ class _Measurement:
 
 
 def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:
-    """L2 norm of each weight: of a lookup's used rows, of zeros what an initialisation gives."""
+    """L2 norm of each weight: of a lookup's used rows; as :func:`size_of` has it."""
     found = {}
     tables = {name for site in readings.sites if site.function in LOOKUPS for name in site.weights}
     for name, p in model.named_parameters():
@@ -194,7 +194,7 @@ def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:
         if name in tables and total is not None and total.shape == value.shape:
             value = value[total.flatten(1).any(1)]
         norm = rough_norm(dense(value))
-        found[name] = norm or math.sqrt(value.numel() / max(1, value[0].numel() if len(value) else 1))
+        found[name] = size_of(value, norm)
     return found
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from skipscope._errors import SkipscopeError
 from skipscope._option_words import LiveState
-from skipscope.flow import Reach
+from skipscope.flow import Reach, Starved, starved_of
 from skipscope.monitor import _live_verdict
 from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
 from skipscope.monitor._live_verdict import Place
@@ -67,7 +67,7 @@ def assemble(
     P, S = len(keys), len(SCALARS) + 1
     norm, mean, before, states = (joined[:, S + k * P : S + (k + 1) * P] for k in range(4))
     step, seconds, evaluations, skipped, scale, total, owner = joined[:, :S].T
-    names, flow_rows, flow_owners, flow_norm, reach = _flow(flow)
+    names, flow_rows, flow_owners, flow_norm, flow_relative, reach = _flow(flow)
 
     def of(key: tuple[int, str], what: str) -> Any:
         about, i = place[key][2:]
@@ -100,6 +100,7 @@ def assemble(
         chains=tuple(of(key, "chains") if "chains" in place[key][2] else "" for key in keys),
         kinds=tuple(place[key][2].get("kind", "") for key in keys),
         flow_norm=flow_norm,
+        flow_relative=flow_relative,
         flow_owners=flow_owners,
         hidden=tuple(_of_boundary(flow, name, "hidden", True) for name in names),
         averaging=tuple(_of_boundary(flow, name, "averaging", 0.0) for name in names),
@@ -140,12 +141,12 @@ def states_of(mean: np.ndarray, tiny: np.ndarray) -> np.ndarray:
     return states
 
 
-def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _flow(flow: Columns) -> tuple[tuple[str, ...], *tuple[np.ndarray, ...]]:
     """Join the flow of all sets of boundaries.
 
     Returns:
-        Names, nearest the input first; step and RMS ``[rows, 1 + B]``; owners; norms ``[rows, B]``; reach
-        ``[rows, 2]``.
+        Names, nearest the input first; step and RMS ``[rows, 1 + B]``; owners; norms and norms of
+        gradient times activation ``[rows, B]``; reach ``[rows, 2]``.
     """
     names: list[str] = []
     for about, _ in reversed(flow):
@@ -154,7 +155,7 @@ def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.nd
             if name not in names:
                 names.insert(place, name)
             place = names.index(name) + 1
-    blocks, owners, norms, reaches = [], [], [], []
+    blocks, owners, norms, relatives, reaches = [], [], [], [], []
     for about, rows in flow:
         own, B = about["names"], len(about["names"])
         at = [names.index(name) for name in own]
@@ -162,17 +163,21 @@ def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.nd
         block[:, 0] = rows[:, 0]
         block[:, [1 + i for i in at]] = rows[:, 1 : 1 + B]
         norm[:, at] = rows[:, 1 + B : 1 + 2 * B] if rows.shape[1] > 1 + B else rows[:, 1:]
-        has_reach = rows.shape[1] == 3 + 2 * B
-        reaches.append(rows[:, 1 + 2 * B :] if has_reach else np.full((len(rows), 2), np.nan))
+        relative = np.full((len(rows), len(names)), np.nan)
+        if rows.shape[1] == 3 + 3 * B:
+            relative[:, at] = rows[:, 1 + 2 * B : 1 + 3 * B]
+        has_reach = rows.shape[1] >= 3 + 2 * B
+        reaches.append(rows[:, -2:] if has_reach else np.full((len(rows), 2), np.nan))
+        relatives.append(relative)
         blocks.append(block)
         norms.append(norm)
         owners.append(np.full(len(rows), float(about.get("optimizer", 0))))
     if not blocks:
-        return (), np.empty((0, 1)), np.empty(0), np.empty((0, 0)), np.empty((0, 2))
+        return (), np.empty((0, 1)), np.empty(0), np.empty((0, 0)), np.empty((0, 0)), np.empty((0, 2))
     joined = np.concatenate(blocks)
     order = np.argsort(joined[:, 0], kind="stable")
-    owner, norm, reach = (np.concatenate(column)[order] for column in (owners, norms, reaches))
-    return tuple(names), joined[order], owner, norm, reach
+    columns = (np.concatenate(column)[order] for column in (owners, norms, relatives, reaches))
+    return tuple(names), joined[order], *columns
 
 
 def _of_boundary(flow: Columns, name: str, what: str, default: Any) -> Any:
@@ -187,6 +192,7 @@ def verdict_of(
     *,
     is_early: bool = False,
     lines: WeightLines | None = None,
+    sizes: Mapping[str, float] | None = None,
 ) -> LiveVerdict:
     """The verdict on a history: one for each chain, and the worst of them for the whole.
 
@@ -195,6 +201,7 @@ def verdict_of(
         was: the verdict so far, so that a state is not left by a hair.
         found: by optimizer, why gradients are missing, where that is known.
         is_early: zeros and missing gradients are not judged yet: parts may start at zero by design.
+        sizes: L2 norms of the weights, where starved ones are to be looked for.
         lines: the parameters' towers and their order of execution; by default one tower in the model's order.
     """
     names = list(dict.fromkeys(history.chains or ("",) * len(history.parameters)))
@@ -203,7 +210,7 @@ def verdict_of(
     for name in names or [""]:
         part = [i for i in range(len(history.parameters)) if not history.chains or history.chains[i] == name]
         so_far = before.get(name, was.state if len(names) < 2 else "unknown")
-        verdict = _verdict_of_chain(history, part, so_far, found or {}, is_early, lines or {})
+        verdict = _verdict_of_chain(history, part, so_far, found or {}, is_early, lines or {}, sizes or {})
         kinds = {history.kinds[i] for i in part} if history.kinds else {""}
         verdicts.append(_live_verdict.for_optimizer(verdict, kinds, name))
     if len(verdicts) == 1:
@@ -219,13 +226,18 @@ def _verdict_of_chain(
     found: Mapping[int, MissingGradients],
     is_early: bool,
     lines: WeightLines,
+    sizes: Mapping[str, float],
 ) -> LiveVerdict:
     """From the flow where it was read on this chain, else from its parameters' gradients."""
     owners = {history.owners[i] for i in part}
     causes = [cause for owner in owners if (cause := found.get(owner)) is not None]
     unused = {name for cause in causes for name in cause.unused}
     part = [i for i in part if history.parameters[i] not in unused]
-    judged = [_verdict_of_parameters(history, line, was, is_early) for line in _lines(history, part, lines)]
+    towers = _lines(history, part, lines)
+    hungry = [_starved(history, tower, sizes) for tower in towers]
+    judged = [
+        _verdict_of_parameters(history, line, was, is_early, less) for line, less in zip(towers, hungry)
+    ]
     of_parameters = max(
         judged, key=lambda v: (_live_verdict.badness(v.state), abs(v.fall_decades or 0.0))
     )  # fmt: skip
@@ -255,9 +267,11 @@ def _verdict_of_chain(
     ]  # fmt: skip
     steps, length = history.reach[mine[-1]] if len(history.reach) else (math.nan, math.nan)
     reach = Reach(history.recurrent, int(steps), int(length)) if math.isfinite(steps) else None
+    relative = history.flow_relative[mine[-1]][own] if len(history.flow_relative) else ()
     return _live_verdict.judge_flow(
-        places, values[own], step, was, normed=history.normed, reach=reach, is_early=is_early or step == 1
-    )
+        places, values[own], step, was, normed=history.normed, reach=reach, is_early=is_early or step == 1,
+        relative=relative, starved=max(hungry, key=lambda one: one.share),
+    )  # fmt: skip
 
 
 def _lines(history: History, part: Sequence[int], lines: WeightLines) -> list[list[int]]:
@@ -273,8 +287,20 @@ def _lines(history: History, part: Sequence[int], lines: WeightLines) -> list[li
     ]
 
 
+def _starved(history: History, tower: Sequence[int], sizes: Mapping[str, float]) -> Starved:
+    """Weights of one tower that get next to nothing for their size; what gets exactly 0 may be unused."""
+    ratio = {}
+    for i in tower:
+        name = history.parameters[i]
+        own = history.norm[history.optimizers == history.owners[i], i][-WINDOW:]
+        typical = float(np.median(own)) if len(own) else math.nan
+        if name in sizes and math.isfinite(typical) and typical > 0 and sizes[name] > 0:
+            ratio[name] = typical / sizes[name]
+    return starved_of(ratio, [(name,) for name in ratio])
+
+
 def _verdict_of_parameters(
-    history: History, part: Sequence[int], was: LiveState, is_early: bool
+    history: History, part: Sequence[int], was: LiveState, is_early: bool, starved: Starved
 ) -> LiveVerdict:
     """Judge by biases of linear maps and convolutions that can be compared, else by weights."""
     if not len(history) or not part:
@@ -286,17 +312,18 @@ def _verdict_of_parameters(
     broken = (history.states[-WINDOW:] == STATES.index("nonfinite")).any(axis=0)
     weights = [i for i in part if i in set(weights) or broken[i]]
     shapes = [history.shapes[i] for i in weights]
-    of_weights = _judged_by(history, weights, shapes, was, "weights", is_early)
+    of_weights = _judged_by(history, weights, shapes, was, "weights", is_early, starved)
     if of_weights.state in {"nonfinite", "dead", "unconnected"}:
         return of_weights
     biases = [i for i in part if history.roles[i] == "bias"]
     alike = [(history.shapes[i], re.sub(r"\d+", "#", history.parameters[i])) for i in biases]
-    of_biases = _judged_by(history, biases, alike, was, "biases", is_early)
+    of_biases = _judged_by(history, biases, alike, was, "biases", is_early, starved)
     return of_weights if of_biases.state in {"unknown", "nonfinite", "dead", "unconnected"} else of_biases
 
 
 def _judged_by(
-    history: History, chosen: list[int], alike: Sequence[Any], was: LiveState, what: str, is_early: bool
+    history: History, chosen: list[int], alike: Sequence[Any], was: LiveState, what: str, is_early: bool,
+    starved: Starved,
 ) -> LiveVerdict:  # fmt: skip
     """Judge the last steps of some parameters; equal entries in ``alike`` can be compared."""
     rms, states = np.full((WINDOW, len(chosen)), np.nan), np.full((WINDOW, len(chosen)), np.nan)
@@ -314,7 +341,15 @@ def _judged_by(
         rms[-len(own) :, its], states[-len(own) :, its] = everything[at], history.states[at]
     names = [history.parameters[i] for i in chosen]
     return _live_verdict.judge_gradients(
-        names, alike, rms, states, last or int(history.steps[-1]), was, what, is_early=is_early
+        names,
+        alike,
+        rms,
+        states,
+        last or int(history.steps[-1]),
+        was,
+        what,
+        is_early=is_early,
+        starved=starved,
     )
 
 
@@ -405,5 +440,6 @@ def _verdict_from(entry: dict[str, Any]) -> LiveVerdict:
     if found.get("slope_interval") is not None:
         found["slope_interval"] = tuple(float(v) for v in found["slope_interval"])
     found["hinders"] = tuple(found.get("hinders", ()))
+    found["starved"] = tuple(found.get("starved", ()))
     found["chains"] = tuple(_verdict_from(chain) for chain in found.get("chains", ()))
     return LiveVerdict(**found)

@@ -30,6 +30,7 @@ from skipscope.flow import (
     Head,
     Point,
     Reach,
+    Starved,
     advice_on,
     judge_chain,
 )
@@ -44,6 +45,7 @@ _GROWTH_OF_NORM = 2.5
 _STICKY = 0.3
 _STATE_WORDS = np.array(["ok" if state == "underflow" else state for state in STATES])
 
+NONE_STARVED = Starved()
 UNKNOWN = LiveVerdict("unknown", GRADIENTS, 0, "no step has been recorded yet")
 
 
@@ -95,7 +97,8 @@ class Place:
 
 def judge_flow(
     places: Sequence[Place], values: np.ndarray, step: int, was: LiveState, *, normed: bool = False,
-    reach: Reach | None = None, is_early: bool = False,
+    reach: Reach | None = None, is_early: bool = False, relative: Sequence[float] = (),
+    starved: Starved = NONE_STARVED,
 ) -> LiveVerdict:  # fmt: skip
     """The verdict on the flow at boundaries.
 
@@ -107,9 +110,14 @@ def judge_flow(
         normed: norms over the data stand between the weights.
         reach: of a recurrent layer.
         is_early: boundaries without a gradient are left out.
+        starved: weights that get next to nothing, where that is known.
+        relative: the norm of gradient times activation there; NaN or empty where it was not read.
     """
     hidden = [place.hidden for place in places]
-    points = [Point(place.name, *_flow_state(value, place.averaging)) for place, value in zip(places, values)]
+    points = [
+        Point(place.name, *_flow_state(value, place.averaging), log_relative=_log(product, place.averaging))
+        for place, value, product in zip(places, values, [*relative] or [math.nan] * len(places))
+    ]
     inner = [point for point, is_hidden in zip(points, hidden) if is_hidden]
     trained = points[1:] if len(points) > 1 and not hidden[0] else points
     missing = {"not_connected", "exact_zero"}
@@ -122,7 +130,7 @@ def judge_flow(
     elif trained[0].state in missing:
         inner = trained
     inner = inner or [replace(point, hidden=False) for point in trained]
-    evidence = Evidence((tuple(inner),), _head_of(points, hidden, places), reach=reach)
+    evidence = Evidence((tuple(inner),), _head_of(points, hidden, places), reach=reach, starved=starved)
     return _live(evidence, "boundaries", step, was, None, normed)
 
 
@@ -147,6 +155,7 @@ def judge_gradients(
     what: str = "weights",
     *,
     is_early: bool = False,
+    starved: Starved = NONE_STARVED,
 ) -> LiveVerdict:
     """The verdict on the gradients of weights, or of biases.
 
@@ -159,6 +168,7 @@ def judge_gradients(
         was: the state so far.
         what: ``"weights"``; or ``"biases"``, where some must be comparable.
         is_early: weights without a gradient are left out.
+        starved: weights that get next to nothing, where that is known.
     """
     state: list[RecordedState] = _lasting(states)
     if is_early:
@@ -181,7 +191,7 @@ def judge_gradients(
     if what == "biases" and not alike:
         return LiveVerdict("unknown", GRADIENTS, step, "too few biases are alike")
     limit = _OF_WEIGHTS if alike else _OF_UNEQUAL
-    return _live(Evidence((tuple(points),)), what, step, was, limit)
+    return _live(Evidence((tuple(points),), starved=starved), what, step, was, limit)
 
 
 _ONE = {"boundaries": "boundary", "weights": "weight", "biases": "bias"}
@@ -199,7 +209,7 @@ def _live(
     reason, where, fall = found.reason, found.where, found.fall_decades
     basis = FLOW if of == "boundaries" else GRADIENTS
     reason = reason.replace("boundaries", of)
-    if fall is not None and found.cause not in {"time", "head"}:
+    if fall is not None and found.cause not in {"time", "head", "branch"}:
         growth = NORMED_GROWTH if normed else max(GROWTH, _GROWTH_OF_NORM)
         trouble, limit = ("vanishing", FALL) if fall >= 0 else ("exploding", growth)
         limit = of_weights or limit
@@ -219,8 +229,12 @@ def _live(
     return LiveVerdict(
         state, basis, step, reason, where, fall, found.slope, found.slope_interval,
         advice="" if state == "healthy" else advice_on(told), hinders=hinders, finding=told.finding,
-        score=found.score,
+        score=found.score, starved=found.starved,
     )  # fmt: skip
+
+
+def _log(value: float, averaging: float) -> float | None:
+    return math.log10(value) + averaging if math.isfinite(value) and value > 0 else None
 
 
 def _flow_state(value: float, averaging: float) -> tuple[GradientState, float | None]:

@@ -77,12 +77,12 @@ class Store:
                 "averaging": list(row.averaging), "normed": row.normed,
                 "recurrent": row.reach.site if row.reach is not None else "",
             }  # fmt: skip
-            rows = self._rows("flow", 3 + 2 * len(row.names), most_rows(2 * len(row.names)), about)
+            rows = self._rows("flow", 3 + 3 * len(row.names), most_rows(2 * len(row.names)), about)
             self._flow.append((key, rows))
         with np.errstate(invalid="ignore", divide="ignore"):
             rms = row.norm / np.sqrt(row.elements)
         reach = (np.nan, np.nan) if row.reach is None else (row.reach.steps or np.nan, row.reach.length)
-        rows.append(np.array([row.step, *rms, *row.norm, *reach], dtype=float))
+        rows.append(np.array([row.step, *rms, *row.norm, *row.relative, *reach], dtype=float))
 
     def add_event(self, event: VerdictEvent) -> None:
         """The state changed."""
@@ -99,11 +99,12 @@ class Store:
         return self._assembled(None, verdict, complete)
 
     def verdict(
-        self, was: LiveVerdict, found: Mapping[int, MissingGradients], *, is_early: bool
-    ) -> LiveVerdict:
+        self, was: LiveVerdict, found: Mapping[int, MissingGradients], *, is_early: bool,
+        sizes: Mapping[str, float] | None = None,
+    ) -> LiveVerdict:  # fmt: skip
         """The verdict on the last few rows."""
         now = self._assembled(WINDOW, was, False)
-        return verdict_of(now, was, found, is_early=is_early, lines=self._lines)
+        return verdict_of(now, was, found, is_early=is_early, lines=self._lines, sizes=sizes)
 
     def close(self, verdict: LiveVerdict) -> None:
         """Say on disk that the run is over, where all of it is there, and let go of the files."""

@@ -19,7 +19,7 @@ from skipscope import _torch_internals
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import meet, world
 from skipscope._validation import is_integer
-from skipscope.flow import FALL
+from skipscope.flow import FALL, size_of, tiny_scales
 from skipscope.monitor import _live_verdict, _torch_patches
 from skipscope.monitor._backward_passes import inside_backward
 from skipscope.monitor._flow_reader import FlowReader, FlowRow
@@ -103,7 +103,9 @@ class Monitor:
         self._line_search: LineSearch | None = None
         self._line_owners: set[int] = set()  # whose step the search still waits for
         # Every rank must come to the same verdict, and only this one's forward pass is seen.
-        self._lines_wanted, self._lines_sought = False, world()[1] > 1
+        self._lines_wanted, self._lines_sought, self._lines_known = False, world()[1] > 1, False
+        self._silent: set[str] = set()  # parameters that had no gradient in the first steps
+        self._tiny: bool | None = None  # whether scales that are tiny by design hold branches back
         self._versions = [p._version for r in self._recorders for p in r.tracked.parameters[:8]]
         self._store = Store(
             keep, folder if self._first else None, notes_on(models, self._recorders), before, begun_at
@@ -263,12 +265,37 @@ class Monitor:
             if not self._line_owners:
                 lines, self._line_search = self._line_search.conclude(), None
                 if lines is not None:
+                    self._lines_known = True
                     self._store.set_lines(lines)
                 self._judge_soon()
         elif self._lines_wanted and self._open and not inside_backward():
             self._lines_wanted = False
             self._line_owners = {one.index for one in self._recorders if one.rows}
             self._line_search = LineSearch([one.tracked for one in self._recorders], self._models)
+
+    def _weight_sizes(self) -> dict[str, float]:
+        """L2 norms of the weights whose gradient in relation to their size can be judged.
+
+        Left out: tables, of which a few rows are used; what had no gradient in the first steps, and may still
+        be on its way up from a tensor that started at 0; everything where tiny scales (layer scale) hold
+        branches back by design, or where it is not known which weights follow each other.
+        """
+        if self._lines_sought and not (self._lines_known or self._lines_wanted or self._line_search):
+            return {}
+        if self._tiny is None:
+            self._tiny = any(tiny_scales(innermost(model)) for model in self._models.values())
+        if self._tiny:
+            return {}
+        found = {
+            name: p.detach()
+            for recorder in self._recorders
+            for tracked in [recorder.tracked]
+            for name, p, role in zip(tracked.names, tracked.parameters, tracked.roles)
+            if p.ndim > 1 and p.requires_grad and role != "table" and name not in self._silent
+        }  # fmt: skip
+        wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in found.items()}
+        norms = {n: float(torch.linalg.vector_norm(p, dtype=wide[n])) for n, p in found.items()}
+        return {name: size_of(p, norms[name]) for name, p in found.items()}
 
     def _is_order_awaited(self, verdict: LiveVerdict) -> bool:
         """Whether the verdict compares weights whose order and towers are not known yet, but will be."""
@@ -277,12 +304,13 @@ class Monitor:
             if one.basis == GRADIENTS and one.score is not None
             and (one.state in {"vanishing", "exploding"} or (one.state == "healthy" and one.score <= -FALL))
         ]  # fmt: skip
+        unsure += [one for one in verdict.chains or (verdict,) if one.starved]
         if not unsure or not self._open:
             return False
         if not self._lines_sought:
             self._lines_sought = self._lines_wanted = True
         is_coming = self._lines_wanted or self._line_search is not None
-        return is_coming and any(one.state != "healthy" for one in unsure)
+        return is_coming and any(one.state != "healthy" or one.starved for one in unsure)
 
     def _flow_read(self) -> None:
         assert self._flow is not None
@@ -343,6 +371,7 @@ class Monitor:
         empty = (step.codes == -STATES.index("not_connected")) | ((step.codes > 0) & (mean == 0))
         if not empty.any():
             return
+        self._silent |= {name for name, is_empty in zip(step.tracked.names, empty) if is_empty}
         if self._zeros is None:
             self._zeros = {r.index: _zero_by_design(r.tracked) for r in self._recorders}
         if not row[SCALARS.index("skipped")] and self._searched.get(recorder.index, 0) < _SEARCHES:
@@ -395,8 +424,13 @@ class Monitor:
         if refusal is not None:
             self._verdict = _live_verdict.refused(refusal, max(s.step for s in self._recorders))
         elif self._rows:
-            found = self._store.verdict(self._verdict, self._missing, is_early=self._is_early())
-            self._verdict = _live_verdict.awaiting(found) if self._is_order_awaited(found) else found
+            is_early = self._is_early()
+            sizes = {} if is_early else self._weight_sizes()
+            found = self._store.verdict(self._verdict, self._missing, is_early=is_early, sizes=sizes)
+            if not self._is_order_awaited(found):
+                self._verdict = found
+            elif self._verdict.state == "unknown":
+                self._verdict = _live_verdict.awaiting(found)
         if self._verdict.state != before:
             self._announce(VerdictEvent(self._verdict.step, before, self._verdict))
 

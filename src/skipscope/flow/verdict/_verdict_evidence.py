@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -29,6 +29,8 @@ from skipscope.shortcuts.trace import NeedsGradients, recording
 LEFT, REACHES = 1e-3, 3
 # So many decades below the chain's median of |dL/dW| / |W| a weight starves.
 STARVED = 4.0
+# A weight of this share of its usual size is as good as 0.
+NEARLY_ZERO = 1e-3
 # So many calls that cannot be looked into, one after another, are judged by what passes between them.
 HIDDEN_CALLS = 3
 # Norms this far apart are compared; anything smaller than this share of the greatest is 0 in float32.
@@ -190,7 +192,7 @@ class Layout:
     """Where the boundaries of a model lie, known from a forward pass without gradients.
 
     Attributes:
-        hidden: by boundary, whether trained weights come before it, and any after it.
+        hidden: by boundary, whether trained weights come before it and any after it, and it is on the line.
         averaging: by boundary, decades that the norm of its gradient loses by averages between it and the
             output.
         normed: norms over the data stand between the weights.
@@ -229,8 +231,11 @@ def _layout(
     averages = _averages(graph, sites.sites, sites.pools)
     followed = _followed(graph, sites.sites, orders)
     start = min((site.order for site in sites.sites if site.trained), default=0)
+    # Frozen ones before the first trained one count: an update beside a frozen layer is beside the line.
+    met = [i for i, call in enumerate(made) if call is not None or points[i].key.site == "input"]
+    on = {i for i in _through(met, points, dict(enumerate(orders)), graph) if orders[i] >= start}
     return Layout(
-        tuple(f and o >= start and p.key.site != "input" for f, o, p in zip(followed, orders, points)),
+        tuple(f and i in on and p.key.site != "input" for i, (f, p) in enumerate(zip(followed, points))),
         tuple(sum(d for at, d in averages if at > order) for order in orders), sites.is_normed(trace),
     )  # fmt: skip
 
@@ -253,7 +258,10 @@ def _lines(
         on = [j for j, k in enumerate(kept) if not bit or orders[k][1] & bit or places[k].key.site == "input"]
         start = min((s.order for s in trained if not bit or given[s.order] & bit), default=0)
         on = [j for j in on if orders[kept[j]][0] >= start or places[kept[j]].key.site == "input"]
-        on = _through(on, places, kept, orders, readings)
+        through = set(
+            _through([kept[j] for j in on], places, {k: orders[k][0] for k in kept}, readings.graph)
+        )
+        on = [j for j in on if kept[j] in through]
         groups: dict[Any, list[int]] = defaultdict(list)
         for j in on:
             key = places[kept[j]].key
@@ -271,24 +279,25 @@ def _lines(
 
 
 def _through(
-    on: list[int],
-    places: Sequence[Any],
-    kept: Sequence[int],
-    orders: dict[int, tuple[int, int]],
-    readings: Readings,
+    on: Sequence[int], places: Sequence[Any], orders: Mapping[int, int], graph: CallGraph
 ) -> list[int]:
-    """Without the modules beside the line: those around which an earlier boundary still reaches the loss."""
-    graph = readings.graph
-    assert graph is not None
-    times = Counter((places[kept[j]].key.host, places[kept[j]].key.site) for j in on)
+    """Without the modules beside the line: those around which an earlier boundary still reaches the loss.
+
+    Args:
+        on: numbers of boundaries, in order.
+        places: the boundaries.
+        orders: by boundary, the number of the call that gave it.
+        graph: of the calls.
+    """
+    times = Counter((places[k].key.host, places[k].key.site) for k in on)
     found: list[int] = []
-    for j in on:
-        place, order = places[kept[j]], orders[kept[j]][0]
+    for k in on:
+        place = places[k]
         if place.kind == "module" and times[place.key.host, place.key.site] == 1 and found:
-            around = graph.reached(without=order)
-            if any(orders[kept[i]][0] in around for i in found[-2:]):
+            around = graph.reached(without=orders[k])
+            if any(orders[i] in around for i in found[-2:]):
                 continue
-        found.append(j)
+        found.append(k)
     return found
 
 
@@ -373,6 +382,14 @@ def _starved(readings: Readings, sizes: dict[str, float]) -> Starved:
             if math.isfinite(norm):
                 ratio[name] = norm / sizes[name]
     return starved_of(ratio, weights)
+
+
+def size_of(weight: Tensor, norm: float) -> float:
+    """The norm to which a weight's gradient is compared: of one that is 0, or has just left it, what an
+    initialisation gives.
+    """
+    usual = math.sqrt(weight.numel() / max(1, weight[0].numel() if len(weight) else 1))
+    return norm if norm > NEARLY_ZERO * usual else usual
 
 
 def starved_of(ratio: dict[str, float], calls: Sequence[tuple[str, ...]]) -> Starved:
