@@ -383,6 +383,65 @@ def test_unscaled_shortcuts_of_30_layers_learn_and_are_healthy(seed):
     assert verdict.state == "healthy" and -GROWTH < verdict.fall_decades < -1.5
 
 
+class Codebook(nn.Module):
+    """A straight-through quantiser (van den Oord et al. 2017, VQ-VAE): each term detaches what it must not train."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        self.decoder = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.codes = nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, x):
+        z = self.encoder(x)
+        q = self.codes[torch.cdist(z, self.codes).argmin(-1)]
+        return self.decoder(z + (q - z).detach()), z, q
+
+
+def of_codebook(output, x):
+    y, z, q = output
+    return F.mse_loss(y, x) + F.mse_loss(q, z.detach()) + 0.25 * F.mse_loss(z, q.detach())
+
+
+def test_what_a_term_detaches_and_another_trains_is_meant_and_noted():
+    x = torch.randn(32, 8)
+    flow = ss.gradient_flow(Codebook(), (x, x), of_codebook)
+    assert flow.verdict.state == "healthy" and len(flow.verdict.chains) == 3
+    assert sum("lets no gradient through. Another term does" in note for note in flow.notes) == 3
+
+
+def test_what_every_term_detaches_is_cut_off():
+    x = torch.randn(32, 8)
+    verdict = ss.gradient_flow(
+        Codebook(), (x, x), lambda o, t: F.mse_loss(o[0], t) + 0.25 * F.mse_loss(o[1], o[2].detach())
+    ).verdict
+    assert (verdict.state, verdict.where) == ("unconnected", "codes")
+    assert "1 weighted call gets no gradient though the loss depends on it" in verdict.reason
+
+
+def test_gates_that_are_shut_starve_most_of_the_weights():
+    """With sigmoid(-30) = 9e-14 in front, 16 of 18 weights get 13 decades less: their median starves as well."""
+
+    class Highway(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self.h, self.t = nn.Linear(16, 16), nn.Linear(16, 16)
+            nn.init.constant_(self.t.bias, bias)
+
+        def forward(self, x):
+            t = torch.sigmoid(self.t(x))
+            return t * torch.tanh(self.h(x)) + (1 - t) * x
+
+    def of(bias):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), *[Highway(bias) for _ in range(8)], nn.Linear(16, 2))
+        return ss.gradient_flow(model, batch(), F.cross_entropy).verdict
+
+    assert (of(-30.0).state, of(-30.0).cause, len(of(-30.0).starved)) == ("vanishing", "branch", 16)
+    assert (of(-2.0).state, of(-2.0).starved) == ("healthy", ())  # as Srivastava et al. 2015 start them
+
+
 # --- the pure part ------------------------------------------------------------------------------------------------------------
 
 

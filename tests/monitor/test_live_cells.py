@@ -157,3 +157,19 @@ def test_gradient_times_activation_by_autograd(passes):
     assert found == pytest.approx(expected, rel=1e-5)
     # Grown by 3 at each of 12 layers, and by what the branches add.
     assert monitor.verdict.state == "exploding" and monitor.verdict.fall_decades < -5
+
+
+def test_dead_units_are_placed_by_biases():
+    """A dead layer zeroes the gradient of the weight after it, too, and not that of its bias."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[q for _ in range(4) for q in (nn.Linear(16, 16), nn.ReLU())], nn.Linear(16, 10))
+    nn.init.constant_(model[4].bias, -100.0)
+    verdict = watched(model, X, classified)
+    assert (verdict.state, verdict.where) == ("dead", "4.bias")
+
+
+def test_a_number_that_is_not_finite_says_how_its_call_is_found():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    verdict = watched(model, X, lambda output: (output - output).norm(dim=1).sqrt().sum())
+    assert verdict.state == "nonfinite" and "gradient_flow(model, data, loss) on this batch" in verdict.advice
+    assert "overflow" not in str(verdict)

@@ -313,12 +313,23 @@ def _verdict_of_parameters(
     weights = [i for i in part if i in set(weights) or broken[i]]
     shapes = [history.shapes[i] for i in weights]
     of_weights = _judged_by(history, weights, shapes, was, "weights", is_early, starved)
-    if of_weights.state in {"nonfinite", "dead", "unconnected"}:
-        return of_weights
     biases = [i for i in part if history.roles[i] == "bias"]
+    if of_weights.state == "dead":
+        return _dead_at(history, biases, was, is_early) or of_weights
+    if of_weights.state in {"nonfinite", "unconnected"}:
+        return of_weights
     alike = [(history.shapes[i], re.sub(r"\d+", "#", history.parameters[i])) for i in biases]
     of_biases = _judged_by(history, biases, alike, was, "biases", is_early, starved)
     return of_weights if of_biases.state in {"unknown", "nonfinite", "dead", "unconnected"} else of_biases
+
+
+def _dead_at(history: History, biases: Sequence[int], was: LiveState, is_early: bool) -> LiveVerdict | None:
+    """Where the gradient ends, by the biases: theirs is 0 only where nothing arrives, that of a weight also
+    where its input is 0. None where they do not tell.
+    """
+    shapes = [()] * len(biases)  # dead or not: nothing is compared
+    found = _judged_by(history, list(biases), shapes, was, "biases", is_early, Starved())
+    return found if found.state == "dead" and len(biases) > 2 else None
 
 
 def _judged_by(

@@ -46,6 +46,11 @@ _STICKY = 0.3
 _STATE_WORDS = np.array(["ok" if state == "underflow" else state for state in STATES])
 
 NONE_STARVED = Starved()
+# Gradients do not tell which call it was; another pass over the batch does.
+_FIND_NONFINITE = (
+    "ss.gradient_flow(model, data, loss) on this batch names the first call that is not finite. Where the"
+    " loss grew before, lower the learning rate or clip gradients."
+)
 UNKNOWN = LiveVerdict("unknown", GRADIENTS, 0, "no step has been recorded yet")
 
 
@@ -188,7 +193,7 @@ def judge_gradients(
         return LiveVerdict("unknown", GRADIENTS, step, reason)
     equal = Counter(shape for shape, use in zip(shapes, compared) if use)
     alike = max(equal.values(), default=0) >= 3
-    if what == "biases" and not alike:
+    if what == "biases" and not alike and points[0].state != "exact_zero":
         return LiveVerdict("unknown", GRADIENTS, step, "too few biases are alike")
     limit = _OF_WEIGHTS if alike else _OF_UNEQUAL
     return _live(Evidence((tuple(points),), starved=starved), what, step, was, limit)
@@ -224,12 +229,16 @@ def _live(
             hint = "" if basis == FLOW else "; set flow_every= to read the flow itself"
             state, where, reason = "healthy", None, change + hint
     hinders = () if state == "healthy" else found.hinders or ("SGD",)
+    if basis == GRADIENTS and state == "dead" and found.cause == "loss":
+        # A weight whose input is 0 gets 0 as well.
+        reason = "every gradient is exactly 0: the loss passes none on, or the activations before it are 0"
+        found = replace(found, cause="unexplained")
     cause = "none" if state == "healthy" else found.cause
     told = replace(found, state=state, where=where, reason=reason, cause=cause)
+    advice = _FIND_NONFINITE if state == "nonfinite" else "" if state == "healthy" else advice_on(told)
     return LiveVerdict(
         state, basis, step, reason, where, fall, found.slope, found.slope_interval,
-        advice="" if state == "healthy" else advice_on(told), hinders=hinders, finding=told.finding,
-        score=found.score, starved=found.starved,
+        advice=advice, hinders=hinders, finding=told.finding, score=found.score, starved=found.starved,
     )  # fmt: skip
 
 

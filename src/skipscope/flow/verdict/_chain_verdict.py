@@ -74,6 +74,7 @@ def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
             if evidence.cut
             else "no way back leads from the loss to it"
         )
+        lost = "1 weighted call gets" if n == 1 else f"{n} weighted calls get"
         return replace(
             found,
             state="unconnected",
@@ -82,7 +83,7 @@ def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
             evidence=float(n),
             hinders=ALL,
             score=-math.inf,
-            reason=f"{by}; {n} weighted calls get no gradient though the loss depends on them",
+            reason=f"{by}; {lost} no gradient though the loss depends on {'it' if n == 1 else 'them'}",
         )
     if found.state == "healthy" and evidence.opaque:
         return replace(
@@ -119,7 +120,9 @@ def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
     if starved.share > STARVED_SHARE:
         n = len(starved.names)
         get, its = ("s get", "their") if n > 1 else (" gets", "its")
-        size = "exactly 0" if starved.zero else f"{short(starved.decades)} decades less than the median"
+        size = (
+            "exactly 0" if starved.zero else f"{short(starved.decades)} decades less than the {starved.than}"
+        )
         is_last = evidence.last_names.issuperset(starved.names) and not starved.zero
         return replace(
             found,

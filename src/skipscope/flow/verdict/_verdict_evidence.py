@@ -29,6 +29,9 @@ from skipscope.shortcuts.trace import NeedsGradients, recording
 LEFT, REACHES = 1e-3, 3
 # So many decades below the chain's median of |dL/dW| / |W| a weight starves.
 STARVED = 4.0
+# Or so many below the greatest: 93 stock models have 6 at most (one of 94 has q and k that attend to a single
+# position).
+STARVED_MOST = 9.0
 # A weight of this share of its usual size is as good as 0.
 NEARLY_ZERO = 1e-3
 # So many calls that cannot be looked into, one after another, are judged by what passes between them.
@@ -63,12 +66,14 @@ class Starved:
         share: of the weighted calls, those of which every weight starves.
         decades: how far the most starved one is below the median.
         zero: whether all of them get exactly 0.
+        than: what they are compared to: the median, or the greatest where most of them starve.
     """
 
     names: tuple[str, ...] = ()
     share: float = 0.0
     decades: float = 0.0
     zero: bool = False
+    than: str = "median"
 
 
 @dataclass(frozen=True)
@@ -401,21 +406,24 @@ def starved_of(ratio: dict[str, float], calls: Sequence[tuple[str, ...]]) -> Sta
 
     Example:
         >>> starved_of({"a": 1.0, "b": 1.0, "c": 1e-7}, [("a",), ("b",), ("c",)])
-        Starved(names=('c',), share=0.3333333333333333, decades=7.0, zero=False)
+        Starved(names=('c',), share=0.3333333333333333, decades=7.0, zero=False, than='median')
     """
     if len(ratio) < 3:
         return Starved()
     ordered = sorted(ratio.values())
     median = ordered[len(ordered) // 2]
-    low = sorted((r, name) for name, r in ratio.items() if r < median * 10**-STARVED)
-    if not low or not median > 0:
+    # Where most of them starve the median does, too.
+    is_usual = median >= ordered[-1] * 10**-STARVED_MOST
+    usual, limit = (median, STARVED) if is_usual else (ordered[-1], STARVED_MOST)
+    low = sorted((r, name) for name, r in ratio.items() if r < usual * 10**-limit)
+    if not low or not usual > 0:
         return Starved()
     names = tuple(name for _, name in low)
     judged = [mine for weights in dict.fromkeys(calls) if (mine := [w for w in weights if w in ratio])]
     share = sum(all(w in names for w in mine) for mine in judged) / max(1, len(judged))
     least = next((r for r, _ in low if r > 0), 0.0)
-    decades = math.log10(median / least) if least else math.inf
-    return Starved(names, share, decades, all(r == 0 for r, _ in low))
+    decades = math.log10(usual / least) if least else math.inf
+    return Starved(names, share, decades, all(r == 0 for r, _ in low), "median" if is_usual else "greatest")
 
 
 def _between_hidden(

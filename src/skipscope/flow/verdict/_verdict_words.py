@@ -37,7 +37,7 @@ ADVICE: dict[VerdictCause, str] = {
     "batch norm": (
         "Use model.train(), or ss.recalibrate(model, data), so that the running statistics fit the data."
     ),
-    "missing path": "Remove the detach, .data or no_grad on the way, or freeze those weights.",
+    "missing path": "Remove the detach, .data, no_grad or argmax on the way, or freeze those weights.",
     "softmax": "Leave at least one entry of each row unmasked.",
     "sqrt": "Add a small number under the root: its slope at 0 is infinite.",
     "div": "Add a small number to the divisor.",
