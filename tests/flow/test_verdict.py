@@ -420,6 +420,22 @@ def test_what_every_term_detaches_is_cut_off():
     assert "1 weighted call gets no gradient though the loss depends on it" in verdict.reason
 
 
+def test_a_condition_at_the_point_0_gives_the_first_weight_nothing_and_another_term_does():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+
+    @ss.objective
+    def oscillator(model, x):
+        x = x.clone().requires_grad_()
+        u = model(x)
+        (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        (ddu,) = torch.autograd.grad(du.sum(), x, create_graph=True)
+        return (ddu + u).square().mean() + model(torch.zeros(1, 1)).square().mean()
+
+    verdict = ss.gradient_flow(model, torch.rand(64, 1), oscillator).verdict
+    assert verdict.state == "healthy" and [one.starved for one in verdict.chains] == [(), ()]
+
+
 def test_gates_that_are_shut_starve_most_of_the_weights():
     """With sigmoid(-30) = 9e-14 in front, 16 of 18 weights get 13 decades less: their median starves as well."""
 

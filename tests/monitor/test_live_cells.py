@@ -173,3 +173,14 @@ def test_a_number_that_is_not_finite_says_how_its_call_is_found():
     verdict = watched(model, X, lambda output: (output - output).norm(dim=1).sqrt().sum())
     assert verdict.state == "nonfinite" and "gradient_flow(model, data, loss) on this batch" in verdict.advice
     assert "overflow" not in str(verdict)
+
+
+@pytest.mark.parametrize("flow", [None, 1])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_last_layer_that_starts_at_zero_is_not_dead(flow, steps):
+    """Couplings of flows and last convolutions of diffusion models start at 0; one step does not tell more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
+    nn.init.zeros_(model[4].weight)
+    verdict = watched(model, X, classified, flow=flow, steps=steps, rate=1e-3, kind=torch.optim.Adam)
+    assert verdict.state in ({"healthy", "unknown"} if steps == 1 else {"healthy"})

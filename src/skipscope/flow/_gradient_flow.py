@@ -146,9 +146,11 @@ class _Measurement:
                 seen.append(
                     Point(point.name, state, _log(flow), readings.similarities[i], point.kind == "merge")
                 )
-        found = evidence_of(
-            seen, points, kept, exact or readings, settled, _sizes(self.subject.model, settled)
-        )
+        sizes = _sizes(self.subject.model, settled)
+        if self.whole is not None:
+            # Of a term at one point (a boundary condition at 0) the first weight may get exactly 0.
+            sizes = {n: v for n, v in sizes.items() if not self._is_trained_elsewhere(n, settled)}
+        found = evidence_of(seen, points, kept, exact or readings, settled, sizes)
         if self.whole is None:
             return found
         if not seen:
@@ -158,6 +160,12 @@ class _Measurement:
         lost = set(self.whole.unreached)
         self.elsewhere = tuple(name for name in found.unconnected if name not in lost)
         return replace(found, unconnected=tuple(name for name in found.unconnected if name in lost))
+
+    def _is_trained_elsewhere(self, name: str, readings: Readings) -> bool:
+        """Whether a weight gets exactly 0 here, and something from another term."""
+        assert self.whole is not None
+        mine, all_terms = readings.weights[name], self.whole.readings.weights[name]
+        return not any(mine.rms) and any(all_terms.rms)
 
     def _is_reached_elsewhere(self, boundary: int) -> bool:
         return self.whole is not None and self.whole.readings.gradients[boundary].seen

@@ -384,8 +384,11 @@ class Monitor:
         zero.
         """
         rows = [recorder.rows for recorder in self._recorders if recorder.rows]
-        if not self._open or not rows:
+        if not rows:
             return False
+        if not self._open:
+            # A single step does not tell what starts at zero by design.
+            return min(rows) < 2 and any((self._zeros or {}).values())
         if min(rows) < 2:
             return True
         if self._zeros is None or min(rows) > _EARLY_ROWS:
