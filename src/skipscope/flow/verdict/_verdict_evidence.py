@@ -254,7 +254,9 @@ def _lines(
 ) -> tuple[tuple[Point, ...], ...]:
     """The points of each line, in order; of a module that runs several times the run that gets most."""
     trained = [site for site in readings.sites if site.trained and site.order >= 0]
-    given = readings.graph.inputs if readings.graph else []
+    graph = readings.graph
+    assert graph is not None
+    given = graph.inputs
     inputs = 0
     for k in kept:
         inputs |= orders[k][1]
@@ -263,9 +265,7 @@ def _lines(
         on = [j for j, k in enumerate(kept) if not bit or orders[k][1] & bit or places[k].key.site == "input"]
         start = min((s.order for s in trained if not bit or given[s.order] & bit), default=0)
         on = [j for j in on if orders[kept[j]][0] >= start or places[kept[j]].key.site == "input"]
-        through = set(
-            _through([kept[j] for j in on], places, {k: orders[k][0] for k in kept}, readings.graph)
-        )
+        through = set(_through([kept[j] for j in on], places, {k: orders[k][0] for k in kept}, graph))
         on = [j for j in on if kept[j] in through]
         groups: dict[Any, list[int]] = defaultdict(list)
         for j in on:
