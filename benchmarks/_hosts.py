@@ -7,6 +7,7 @@ says which are missing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -27,6 +28,9 @@ LABELS = Path(__file__).parent / "results" / "host_labels.json"
 # Half of the hosts are drawn as held out, before the first rule of the verdict is set.
 SEED = 13
 STEPS, BATCH = 30, 16
+# Those that torchvision describes to the compiler as soon as it is imported.
+VISION_OPERATORS = ("nms", "qnms")
+_declared: torch.library.Library | None = None
 LEARNT = 0.75  # of the loss at the start, on data that were not trained on
 
 
@@ -56,11 +60,25 @@ class Host:
     rate: float = 1e-3
 
 
+def _declare_vision_operators() -> None:
+    """Let a torchvision without its C++ operators be imported: models that classify call none of them."""
+    global _declared
+    if _declared is not None:
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in VISION_OPERATORS:
+        # Compiled operators that are there already are kept.
+        with contextlib.suppress(RuntimeError):
+            library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+    _declared = library
+
+
 # --- where hosts come from -----------------------------------------------------------------------------------------------
 
 
 def _timm(model: str, native: int = 224, small: int = 32, fixed: bool = False, sizes: Any = None, rate: float = 1e-3) -> Host:  # fmt: skip
     def make(classes: int, size: int) -> nn.Module:
+        _declare_vision_operators()
         import timm
 
         more = {"img_size": size} if fixed else {}
@@ -72,6 +90,7 @@ def _timm(model: str, native: int = 224, small: int = 32, fixed: bool = False, s
 
 def _torchvision(model: str, native: int = 224, small: int = 32, sizes: Any = None, rate: float = 1e-3, **more: Any) -> Host:  # fmt: skip
     def make(classes: int, size: int) -> nn.Module:
+        _declare_vision_operators()
         import torchvision
 
         own = {"image_size": size} if model.startswith("vit") else {}
@@ -83,6 +102,7 @@ def _torchvision(model: str, native: int = 224, small: int = 32, sizes: Any = No
 
 def _hf(name: str, head: str, config: str, kind: str, native: int = 64, rate: float = 1e-3, **options: Any) -> Host:  # fmt: skip
     def make(classes: int, size: int) -> nn.Module:
+        _declare_vision_operators()
         import transformers
 
         made = dict(options)
@@ -245,12 +265,13 @@ def hosts() -> tuple[Host, ...]:
         *(_timm(m) for m in (
             "resnet18", "resnet26", "resnet50", "resnext26ts", "regnetx_002", "regnety_002", "convnext_atto",
             "convnextv2_atto", "mobilenetv3_small_100", "mobilenetv2_050", "efficientnet_b0", "densenet121",
-            "poolformer_s12", "dla34", "repvgg_a0", "ghostnet_100", "pvt_v2_b0", "rexnet_100", "tinynet_e", "seresnet18",
+            "poolformer_s12", "repvgg_a0", "ghostnet_100", "pvt_v2_b0", "rexnet_100", "tinynet_e", "seresnet18",
             "vgg11_bn", "res2net50_26w_4s", "edgenext_xx_small", "hardcorenas_a", "lcnet_050", "xception41",
         )),
         *(_timm(m, small=32, fixed=True) for m in ("vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch32_224", "cait_xxs24_224")),
         *(_timm(m, small=32, fixed=True, sizes=(112, 224)) for m in ("mixer_s32_224", "gmlp_ti16_224", "resmlp_12_224")),
-        _timm("xcit_nano_12_p16_224", small=32), _timm("swin_tiny_patch4_window7_224", small=56, fixed=True, sizes=(112, 224)),
+        # Its stages must halve seven times.
+        _timm("dla34", sizes=(224, 448)), _timm("xcit_nano_12_p16_224", small=32), _timm("swin_tiny_patch4_window7_224", small=56, fixed=True, sizes=(112, 224)),
     ]  # fmt: skip
     vision = [
         _torchvision(m) for m in (
@@ -328,6 +349,11 @@ def available() -> dict[str, bool]:
 
 
 # --- data ------------------------------------------------------------------------------------------------------------------
+
+
+def class_counts(host: Host) -> tuple[int, ...]:
+    """The numbers of classes that a host is measured with; a language model has its vocabulary alone."""
+    return (10,) if host.kind in {"causal", "causal-ids", "masked", "seq2seq"} else (2, 10, 100, 1000)
 
 
 def batch(host: Host, n: int, classes: int, size: int, *, split: str = "train", seed: int = 0) -> Any:

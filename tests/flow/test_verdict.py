@@ -170,6 +170,90 @@ def test_a_verdict_that_would_rest_on_an_opaque_call_is_not_given():
     assert (verdict.state, verdict.cause, verdict.where) == ("cannot tell", "opaque", "_Hidden")
 
 
+class Reversible(torch.autograd.Function):
+    """y1 = x1 + f(x2), y2 = x2 + g(y1), undone going back (Gomez et al. 2017, The Reversible Residual Network)."""
+
+    @staticmethod
+    def forward(ctx, x1, x2, f, g, *weights):
+        with torch.no_grad():
+            y1 = x1 + f(x2)
+            y2 = x2 + g(y1)
+        ctx.branches = f, g
+        ctx.is_told = bool(weights)
+        ctx.save_for_backward(y1, y2)
+        return y1, y2
+
+    @staticmethod
+    def backward(ctx, d1, d2):
+        (y1, y2), (f, g) = ctx.saved_tensors, ctx.branches
+        with torch.enable_grad():
+            y1 = y1.detach().requires_grad_()
+            of_g = g(y1)
+        into, *of_weights = torch.autograd.grad(of_g, [y1, *g.parameters()], d2)
+        d1 = d1 + into
+        with torch.enable_grad():
+            x2 = (y2 - of_g).detach().requires_grad_()
+            of_f = f(x2)
+        into, *others = torch.autograd.grad(of_f, [x2, *f.parameters()], d1)
+        found = [*others, *of_weights]
+        if ctx.is_told:
+            return d1, d2 + into, None, None, *found
+        # As memcnn and Reformer do it: autograd is not told of the weights, their gradients are added up here.
+        for p, gradient in zip([*f.parameters(), *g.parameters()], found):
+            p.grad = gradient if p.grad is None else p.grad + gradient
+        return d1, d2 + into, None, None
+
+
+class Streams(nn.Module):
+    def __init__(self, depth, how):
+        super().__init__()
+        torch.manual_seed(0)
+        branch = lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))  # noqa: E731
+        self.stem, self.head, self.how = nn.Linear(8, 16), nn.Linear(16, 2), how
+        self.f, self.g = (nn.ModuleList(branch() for _ in range(depth)) for _ in range(2))
+
+    def forward(self, x):
+        a, b = self.stem(x).chunk(2, -1)
+        for f, g in zip(self.f, self.g):
+            if self.how == "plain":
+                a = a + f(b)
+                b = b + g(a)
+            else:
+                weights = [*f.parameters(), *g.parameters()] if self.how == "told" else []
+                a, b = Reversible.apply(a, b, f, g, *weights)
+        return self.head(torch.cat([a, b], -1))
+
+
+@pytest.mark.parametrize("how", ["told", "untold"])
+def test_a_reversible_network_is_judged_by_what_passes_between_its_calls(how):
+    plain, reversible = (
+        ss.gradient_flow(Streams(6, kind), batch(), F.cross_entropy) for kind in ("plain", how)
+    )
+    assert reversible.verdict.state == plain.verdict.state == "healthy"
+    weights = {layer.name: layer.weight_grad_rms for layer in plain.layers}
+    assert {layer.name: layer.weight_grad_rms for layer in reversible.layers} == pytest.approx(
+        weights, rel=1e-5
+    )
+    # Both streams after a block are one activation: by autograd, with the seed of the verdict.
+    model, norms = Streams(6, "plain"), []
+    a, b = model.stem(batch()[0]).chunk(2, -1)
+    for f, g in zip(model.f, model.g):
+        a = a + f(b)
+        b = b + g(a)
+        both = torch.cat([a, b], -1)
+        both.retain_grad()
+        a, b = both.chunk(2, -1)
+        norms.append(both)
+    F.cross_entropy(model.head(both), batch()[1]).backward()
+    expected = np.log10(float(norms[-1].grad.norm() / norms[0].grad.norm()))
+    assert reversible.verdict.fall_decades == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_one_or_two_calls_hide_cannot_be_told():
+    verdict = ss.gradient_flow(Streams(2, "told"), batch(), F.cross_entropy).verdict
+    assert (verdict.state, verdict.cause) == ("cannot tell", "opaque")
+
+
 def test_the_slope_of_what_follows_the_last_layer():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -203,7 +287,7 @@ def test_blank_positions_that_a_norm_amplifies_are_no_explosion():
     x = torch.randn(4, 12, 8)
     x[:, 4:] = 0
     verdict = ss.gradient_flow(model, (x, torch.randn(4, 12, 2)), F.mse_loss).verdict
-    assert verdict.fall_decades < -2 * GROWTH and verdict.state == "healthy"
+    assert verdict.fall_decades < -GROWTH - 1 and verdict.state == "healthy"
 
 
 def test_a_direction_that_is_read_at_its_first_step_only():
@@ -220,6 +304,158 @@ def test_a_direction_that_is_read_at_its_first_step_only():
 
     verdict = ss.gradient_flow(Net(), (torch.randn(4, 8, 8), batch(4)[1]), F.cross_entropy).verdict
     assert verdict.state == "healthy" and verdict.starved == ("net.weight_hh_l1_reverse",)
+
+
+class Policy(nn.Module):
+    """An actor as reinforcement learning starts it: its last weights are small, so that all actions are alike."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.act = (
+            nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh()),
+            nn.Linear(32, 2),
+        )
+        nn.init.orthogonal_(self.act.weight, 0.01)
+        nn.init.zeros_(self.act.bias)
+
+    def forward(self, x):
+        log = F.log_softmax(self.act(self.body(x)), -1)
+        return log, -(log.exp() * log).sum(-1)
+
+
+def test_an_entropy_at_its_greatest_is_no_fault_of_the_head():
+    """Its slope is 0 where all shares are equal, whatever the weights: it grows as soon as they are not."""
+    loss = lambda o, t: F.nll_loss(o[0], t) - 0.01 * o[1].mean()  # noqa: E731
+    verdict = ss.gradient_flow(Policy(), batch(), loss).verdict
+    assert [one.state for one in verdict.chains] == ["healthy", "healthy"]
+    assert min(one.head.gain for one in verdict.chains) < 1e-4
+
+    weak = Policy()
+    with torch.no_grad():
+        weak.act.weight.mul_(1e-4)
+    assert (ss.gradient_flow(weak, batch(), loss).verdict.cause) == "head"
+
+
+def _classifier(factor):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+    with torch.no_grad():
+        model[4].weight.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize(
+    "classes, factor, state", [(10, 1, "healthy"), (10, 0.01, "healthy"), (10, 1e5, "vanishing")]
+)
+def test_a_softmax_before_the_loss(classes, factor, state):
+    """Equal shares pass on 1/classes of the gradient, and train; shares of 0 and 1 pass on nothing."""
+    x, y = batch(32, classes=classes)
+    model = nn.Sequential(*_classifier(factor), nn.Softmax(-1))
+    verdict = ss.gradient_flow(model, (x, y), lambda o, t: F.mse_loss(o, F.one_hot(t, 10).float())).verdict
+    assert verdict.state == state
+    p = model(x).detach().double()
+    expected = float((p * (1 - p) / 0.09).square().mean().sqrt())
+    assert verdict.head.slope == pytest.approx(expected, rel=1e-3, abs=1e-12)
+
+
+def test_last_weights_that_are_far_too_large_are_named_as_the_last_layers():
+    verdict = ss.gradient_flow(_classifier(1e4), batch(32, classes=10), F.cross_entropy).verdict
+    assert (verdict.state, verdict.cause, verdict.where) == ("vanishing", "head", "4")
+    assert verdict.finding == "The weights of the last layer, 4, get next to no gradient for their size."
+    assert "1 weight gets" in verdict.reason
+
+
+def test_outputs_that_look_alike_are_no_collapse():
+    """So do those of most untrained classifiers (cosines of 0.995 to 1 on 22 stock models), which train."""
+    model = _classifier(0.01)
+    nn.init.ones_(model[4].bias)
+    verdict = ss.gradient_flow(model, batch(32, classes=10), F.cross_entropy).verdict
+    assert (verdict.state, verdict.cause) == ("healthy", "none")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_unscaled_shortcuts_of_30_layers_learn_and_are_healthy(seed):
+    """Under SGD at 0.003 and 0.01 they reach a loss of 0.6 and 0.2 in 200 steps, from every seed that was tried."""
+    torch.manual_seed(seed)
+    model = ss.reference.deep_mlp(30, shortcut="identity")
+    verdict = ss.gradient_flow(model, ss.reference.digits(64, seed=seed), F.cross_entropy).verdict
+    assert verdict.state == "healthy" and -GROWTH < verdict.fall_decades < -1.5
+
+
+class Codebook(nn.Module):
+    """A straight-through quantiser (van den Oord et al. 2017, VQ-VAE): each term detaches what it must not train."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        self.decoder = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.codes = nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, x):
+        z = self.encoder(x)
+        q = self.codes[torch.cdist(z, self.codes).argmin(-1)]
+        return self.decoder(z + (q - z).detach()), z, q
+
+
+def of_codebook(output, x):
+    y, z, q = output
+    return F.mse_loss(y, x) + F.mse_loss(q, z.detach()) + 0.25 * F.mse_loss(z, q.detach())
+
+
+def test_what_a_term_detaches_and_another_trains_is_meant_and_noted():
+    x = torch.randn(32, 8)
+    flow = ss.gradient_flow(Codebook(), (x, x), of_codebook)
+    assert flow.verdict.state == "healthy" and len(flow.verdict.chains) == 3
+    assert sum("lets no gradient through. Another term does" in note for note in flow.notes) == 3
+
+
+def test_what_every_term_detaches_is_cut_off():
+    x = torch.randn(32, 8)
+    verdict = ss.gradient_flow(
+        Codebook(), (x, x), lambda o, t: F.mse_loss(o[0], t) + 0.25 * F.mse_loss(o[1], o[2].detach())
+    ).verdict
+    assert (verdict.state, verdict.where) == ("unconnected", "codes")
+    assert "1 weighted call gets no gradient though the loss depends on it" in verdict.reason
+
+
+def test_a_condition_at_the_point_0_gives_the_first_weight_nothing_and_another_term_does():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+
+    @ss.objective
+    def oscillator(model, x):
+        x = x.clone().requires_grad_()
+        u = model(x)
+        (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        (ddu,) = torch.autograd.grad(du.sum(), x, create_graph=True)
+        return (ddu + u).square().mean() + model(torch.zeros(1, 1)).square().mean()
+
+    verdict = ss.gradient_flow(model, torch.rand(64, 1), oscillator).verdict
+    assert verdict.state == "healthy" and [one.starved for one in verdict.chains] == [(), ()]
+
+
+def test_gates_that_are_shut_starve_most_of_the_weights():
+    """With sigmoid(-30) = 9e-14 in front, 16 of 18 weights get 13 decades less: their median starves as well."""
+
+    class Highway(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self.h, self.t = nn.Linear(16, 16), nn.Linear(16, 16)
+            nn.init.constant_(self.t.bias, bias)
+
+        def forward(self, x):
+            t = torch.sigmoid(self.t(x))
+            return t * torch.tanh(self.h(x)) + (1 - t) * x
+
+    def of(bias):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), *[Highway(bias) for _ in range(8)], nn.Linear(16, 2))
+        return ss.gradient_flow(model, batch(), F.cross_entropy).verdict
+
+    assert (of(-30.0).state, of(-30.0).cause, len(of(-30.0).starved)) == ("vanishing", "branch", 16)
+    assert (of(-2.0).state, of(-2.0).starved) == ("healthy", ())  # as Srivastava et al. 2015 start them
 
 
 # --- the pure part ------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from skipscope.flow._importance import importance as importance
 from skipscope.flow._importance import importance_of as importance_of
 from skipscope.flow.advice._prescription import prescribe as prescribe
 from skipscope.flow.passes._gradient_sites import by_step as by_step
+from skipscope.flow.passes._zero_by_design import tiny_scales as tiny_scales
 from skipscope.flow.paths import path_spectrum as path_spectrum
 from skipscope.flow.paths import paths_of as paths_of
 from skipscope.flow.split import gradient_split as gradient_split
@@ -35,6 +36,9 @@ from skipscope.flow.verdict._flow_rules import judge as judge
 from skipscope.flow.verdict._verdict_evidence import Evidence as Evidence
 from skipscope.flow.verdict._verdict_evidence import Layout as Layout
 from skipscope.flow.verdict._verdict_evidence import Reach as Reach
+from skipscope.flow.verdict._verdict_evidence import Starved as Starved
 from skipscope.flow.verdict._verdict_evidence import layout_of as layout_of
 from skipscope.flow.verdict._verdict_evidence import reach_of as reach_of
+from skipscope.flow.verdict._verdict_evidence import size_of as size_of
+from skipscope.flow.verdict._verdict_evidence import starved_of as starved_of
 from skipscope.flow.verdict._verdict_words import advice_on as advice_on

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from skipscope.flow.verdict._chain_verdict import judge_chain, worst
 from skipscope.flow.verdict._first_nonfinite import first_nonfinite, stale_norm
 from skipscope.flow.verdict._flow_rules import FlowContext, Point, StretchGain
 from skipscope.flow.verdict._layer_gains import layer_gains
-from skipscope.flow.verdict._verdict_evidence import Evidence, evidence_of
+from skipscope.flow.verdict._verdict_evidence import Evidence, evidence_of, size_of
 from skipscope.shortcuts import meaning
 
 
@@ -84,12 +84,17 @@ def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientF
     """
     subject = subject.with_own_inputs()
     read = _Measurement(subject, seed, scale)
-    chains = [_Measurement(subject, seed, scale, term.name) for term in read.readings.terms]
+    chains = [_Measurement(subject, seed, scale, term.name, read) for term in read.readings.terms]
     verdict = read.verdict()
     if chains:
         verdicts = tuple(
             replace(one.verdict(), chain=term.name) for one, term in zip(chains, read.readings.terms)
         )
+        read.notes += tuple(
+            f"{term.name} does not reach {_few(one.elsewhere)}: {one.readings.cuts[-1][1]} lets no gradient"
+            " through. Another term does, so this is taken as meant."
+            for one, term in zip(chains, read.readings.terms) if one.elsewhere and one.readings.cuts
+        )  # fmt: skip
         # A term may be silent on these batches by its own clamp or margin, and no fault of the network.
         speaking = [
             v for v, term in zip(verdicts, read.readings.terms) if not (term.clamped and v.cause == "loss")
@@ -106,9 +111,14 @@ class _Measurement:
         exact: in float64, where something is 0 that may be too small for its dtype.
         settled: where what starts at zero by design has moved.
         notes: what was found on the way.
+        whole: the measurement of all terms, where this is one of them.
+        elsewhere: weighted calls that this term does not reach, and another one does.
     """
 
-    def __init__(self, subject: Subject, seed: int, scale: float, term: str = ""):
+    def __init__(
+        self, subject: Subject, seed: int, scale: float, term: str = "", whole: _Measurement | None = None
+    ):
+        self.whole, self.elsewhere = whole, tuple[str, ...]()
         self.subject, self.seed = subject, seed
         self.exact: Readings | None = None
         self.batches: list[Evidence] = []
@@ -131,14 +141,40 @@ class _Measurement:
         points, seen, kept = self.subject.boundaries, [], []
         for i, point in enumerate(points):
             state, flow = boundary_state(readings, exact, i)
-            if state != "not_met":
+            if state != "not_met" and not (state == "not_connected" and self._is_reached_elsewhere(i)):
                 kept.append(i)
                 seen.append(
                     Point(point.name, state, _log(flow), readings.similarities[i], point.kind == "merge")
                 )
-        return evidence_of(
-            seen, points, kept, exact or readings, settled, _sizes(self.subject.model, settled)
-        )
+        sizes = _sizes(self.subject.model, settled)
+        if self.whole is not None:
+            # Of a term at one point (a boundary condition at 0) the first weight may get exactly 0.
+            sizes = {n: v for n, v in sizes.items() if not self._is_trained_elsewhere(n, settled)}
+        found = evidence_of(seen, points, kept, exact or readings, settled, sizes)
+        if self.whole is None:
+            return found
+        if not seen:
+            # No boundary is this term's: it trains a table, say, that no layer comes before.
+            found = replace(found, lines=((Point("output", "ok", 0.0, hidden=False),),))
+        # The weights of a chain are those that it trains: a codebook has a term of its own.
+        lost = set(self.whole.unreached)
+        self.elsewhere = tuple(name for name in found.unconnected if name not in lost)
+        return replace(found, unconnected=tuple(name for name in found.unconnected if name in lost))
+
+    def _is_trained_elsewhere(self, name: str, readings: Readings) -> bool:
+        """Whether a weight gets exactly 0 here, and something from another term."""
+        assert self.whole is not None
+        mine, all_terms = readings.weights[name], self.whole.readings.weights[name]
+        return not any(mine.rms) and any(all_terms.rms)
+
+    def _is_reached_elsewhere(self, boundary: int) -> bool:
+        return self.whole is not None and self.whole.readings.gradients[boundary].seen
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """Trained weighted calls of which no weight gets a gradient."""
+        got = {name for name, weight in self.readings.weights.items() if weight.total is not None}
+        return tuple(s.name for s in self.readings.sites if s.trained and not set(s.weights) & got)
 
     def verdict(self) -> Verdict:
         """Judge the readings; run a second pass for the cause where there is trouble."""
@@ -184,7 +220,7 @@ class _Measurement:
 
 
 def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:
-    """L2 norm of each weight: of a lookup's used rows, of zeros what an initialisation gives."""
+    """L2 norm of each weight: of a lookup's used rows; as :func:`size_of` has it."""
     found = {}
     tables = {name for site in readings.sites if site.function in LOOKUPS for name in site.weights}
     for name, p in model.named_parameters():
@@ -194,7 +230,7 @@ def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:
         if name in tables and total is not None and total.shape == value.shape:
             value = value[total.flatten(1).any(1)]
         norm = rough_norm(dense(value))
-        found[name] = norm or math.sqrt(value.numel() / max(1, value[0].numel() if len(value) else 1))
+        found[name] = size_of(value, norm)
     return found
 
 
@@ -210,6 +246,10 @@ def _needs_gains(verdict: Verdict, evidence: Evidence, residual: bool) -> bool:
         return True
     after = next((point for point in seen[at + 1 :] if point.log_flow is not None), None)
     return not residual or (after is not None and not after.merge)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def mode_of(model: nn.Module) -> ModelMode:

@@ -47,6 +47,8 @@ class FlowRow:
         names: of the boundaries.
         norm: L2 norm of dL/d(activation) over the whole batch; inf where a gradient is not finite, NaN where
             none arrived.
+        relative: L2 norm of the gradient times the activation, where norms stand between the weights; else
+            NaN.
         elements: that it is of, so that the RMS is ``norm / sqrt(elements)``.
         hidden: whether the boundary is between input and output.
         averaging: decades that each loses by averages between it and the output.
@@ -58,6 +60,7 @@ class FlowRow:
     step: int
     names: tuple[str, ...]
     norm: np.ndarray
+    relative: np.ndarray
     elements: np.ndarray
     hidden: tuple[bool, ...]
     averaging: tuple[float, ...]
@@ -74,6 +77,8 @@ class _Activation:
         elements: of the gradient.
         recurrent: the layer.
         batch_first: the layer's input is ``[B, T, F]``.
+        value: the activation, where gradient times activation is asked for.
+        relative: that norm, by backward pass.
     """
 
     boundary: int
@@ -81,6 +86,8 @@ class _Activation:
     recurrent: str = ""
     batch_first: bool = False
     arrived: dict[BackwardPass, Any] = field(default_factory=dict)  # a norm; [gradient] where more may follow
+    value: Tensor | None = None
+    relative: dict[BackwardPass, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,6 +254,7 @@ class FlowReader:
         if counted and all(p.certain for p in counted):
             step = max(self.steps.values())
         norms: dict[int, list[Any]] = {}
+        relative: dict[int, list[Any]] = {}
         elements = np.zeros(len(points))
         recurrent = [activation for activation in self._activations if activation.recurrent]
         crossed = [activation for activation in self._activations if not activation.recurrent]
@@ -254,6 +262,7 @@ class FlowReader:
             value = _norm_of([activation.arrived[p] for p in counted if p in activation.arrived])
             if value is not None:
                 norms.setdefault(activation.boundary, []).append(value)
+                relative.setdefault(activation.boundary, []).append(_relative_of(activation, counted))
                 elements[activation.boundary] += activation.elements
         seen = {activation.boundary for activation in crossed}
         if len(self.parameters) > 1 and not any(p.certain for p in counted):
@@ -261,16 +270,16 @@ class FlowReader:
         elif any(p.partial for p in counted):
             seen &= set(norms)
         if self._ranks > 1:
-            self._cut_on_all_ranks(owner, step, points, norms, elements, seen, scale)
+            self._cut_on_all_ranks(owner, step, points, norms, relative, elements, seen, scale)
         elif norms:
             at = sorted(seen)
-            values = [_root(norms.get(i)) for i in at]
+            values = [*(_root(norms.get(i)) for i in at), *(_root(relative.get(i)) for i in at)]
             names = tuple(points[i].name for i in at)
             self._wait_for(owner, step, names, elements[at], values, scale, _reach_of(recurrent, counted))
 
     def _cut_on_all_ranks(
         self, owner: int, step: int, points: tuple[Boundary, ...], norms: dict[int, list[Any]],
-        elements: np.ndarray, seen: set[int], scale: Any,
+        relative: dict[int, list[Any]], elements: np.ndarray, seen: set[int], scale: Any,
     ) -> None:  # fmt: skip
         """Sum squares and counts over ranks (collective); the loss is the mean of theirs, so each holds
         1/ranks of it.
@@ -278,17 +287,18 @@ class FlowReader:
         if not (self._agreed or self._all_agree(points)):
             return
         device = next((v.device for values in norms.values() for v in values if isinstance(v, Tensor)), "cpu")
-        sums = torch.zeros(3, len(points), dtype=torch.float64)
+        sums = torch.zeros(4, len(points), dtype=torch.float64)
         for i in range(len(points)):
             sums[1, i], sums[2, i] = elements[i], i in seen
         sums = sums.to(device)
         for i, values in norms.items():
             sums[0, i] = sum(v**2 for v in values)
+            sums[3, i] = sum(v**2 for v in relative[i])
         _rank_sums.all_reduced(sums)
-        squares, counts, reached = sums.cpu().numpy()
+        squares, counts, reached, of_products = sums.cpu().numpy()
         at = np.flatnonzero(reached)
         if counts.any():
-            values = [float(v) for v in np.sqrt(squares[at]) / self._ranks]
+            values = [float(v) for q in (squares, of_products) for v in np.sqrt(q[at]) / self._ranks]
             self._wait_for(owner, step, tuple(points[i].name for i in at), counts[at], values, scale)
 
     def _all_agree(self, points: tuple[Boundary, ...]) -> bool:
@@ -315,7 +325,8 @@ class FlowReader:
             values = row.norms.array() if is_reading else np.array(row.norms, dtype=float)
             factor = float(row.scale.array()) if isinstance(row.scale, _gradient_norms.Reading) else row.scale
             with np.errstate(invalid="ignore", divide="ignore"):
-                norm = values / factor
+                norm, relative = np.split(values / factor, 2)
+            relative = relative if self._layout.normed else np.full(len(relative), np.nan)
             norm[~np.isfinite(norm)] = np.inf  # NaN says that none arrived, and nothing else
             norm = np.where(row.elements > 0, norm, np.nan)
             self.rows += 1
@@ -325,8 +336,8 @@ class FlowReader:
                 for n in row.names
             ))  # fmt: skip
             self.deliver(FlowRow(
-                row.owner, row.step, row.names, norm, row.elements, hidden, averaging, self._layout.normed,
-                row.reach,
+                row.owner, row.step, row.names, norm, relative, row.elements, hidden, averaging,
+                self._layout.normed, row.reach,
             ))  # fmt: skip
 
     def replace_parameters(self, parameters: Mapping[int, Sequence[Tensor]]) -> None:
@@ -401,6 +412,8 @@ class FlowReader:
             activation = activation.detach().requires_grad_().clone()
         elif is_input or activation.is_leaf:
             activation = activation.view_as(activation)  # the user's own tensor gets no hook
+        if self._layout.normed and not arrived.recurrent:
+            arrived.value = activation.detach()
         self._activations.append(arrived)
         self._hooks.append(activation.register_hook(functools.partial(self._arrive, arrived)))
         return activation
@@ -416,6 +429,9 @@ class FlowReader:
             activation.arrived[current] = [grad.clone()]
         else:
             activation.arrived[current] = _norm(grad)
+            if activation.value is not None:
+                activation.relative[current] = _product_norm(grad, activation.value)
+                activation.value = None
 
     def _find(self, args: Any, keywords: dict[str, Any]) -> bool:
         """Find the boundaries with the inputs at hand; when that fails the flow is given up, the training
@@ -495,6 +511,21 @@ def _norm_of(arrived: list[Any]) -> Any:
     return _norm(gradients[0] if len(gradients) == 1 else torch.stack(gradients).double().sum(dim=0))
 
 
+def _relative_of(activation: _Activation, counted: Sequence[BackwardPass]) -> Any:
+    """The norm of gradient times activation; 0 where it was not asked for."""
+    known = [activation.relative[p] for p in counted if p in activation.relative]
+    if known or activation.value is None:
+        return known[-1] if known else 0.0
+    gradients = [grad for p in counted if p in activation.arrived for grad in activation.arrived[p]]
+    total = gradients[0] if len(gradients) == 1 else torch.stack(gradients).double().sum(dim=0)
+    return _product_norm(total, activation.value)
+
+
+def _product_norm(grad: Tensor, value: Tensor) -> Any:
+    value = _gradient_norms.plain(value)
+    return _norm(grad * value) if grad.shape == value.shape and grad.layout == value.layout else 0.0
+
+
 def _norm(grad: Tensor) -> Any:
     if grad.device.type == "cpu":
         return _gradient_norms.one_on_host(grad)[0]
@@ -506,6 +537,7 @@ def _root(norms: list[Any] | None) -> Any:
     if not norms:
         return 0.0
     if isinstance(norms[0], Tensor):
+        norms = [norm if isinstance(norm, Tensor) else norms[0].new_tensor(norm) for norm in norms]
         return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     return math.hypot(*norms)
 

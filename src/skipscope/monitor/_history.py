@@ -57,6 +57,9 @@ class LiveVerdict:
         chains: one verdict for each of them; empty where there is only one. The whole has the worst state of
             them.
         finding: the verdict in one sentence, as ``gradient_flow`` has it.
+        starved: weights that get next to nothing while others do, the most starved first; judged where it is
+            known which weights follow each other.
+        score: minus the decades between the greatest and the least of the profile; None where there is none.
     """
 
     state: LiveState
@@ -72,6 +75,8 @@ class LiveVerdict:
     chain: str = ""
     chains: tuple[LiveVerdict, ...] = ()
     finding: str = ""
+    score: float | None = None
+    starved: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = f" at {self.where}" if self.where else ""
@@ -150,6 +155,8 @@ class History(Result):
             ``[P]``.
         flow_norm: L2 norm of dL/d(activation) over the whole batch, as ``flow``: a change of width leaves it
             alone; -1 where the boundary was no part of the pass; ``[flow rows, B]``.
+        flow_relative: L2 norm of gradient times activation there, which the scale of a norm has no part in;
+            NaN where no norms stand between the weights; ``[flow rows, B]``.
         flow_owners: the optimizer whose step it was; ``[flow rows]``.
         hidden: whether each boundary is between input and output, where the fall is taken; ``[B]``.
         averaging: decades that the norm at each boundary loses by averages between it and the output;
@@ -200,6 +207,7 @@ class History(Result):
     chains: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
     flow_norm: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    flow_relative: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
     flow_owners: np.ndarray = field(default_factory=lambda: np.empty(0))
     hidden: tuple[bool, ...] = ()
     averaging: tuple[float, ...] = ()

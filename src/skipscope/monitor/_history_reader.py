@@ -14,13 +14,14 @@ import numpy as np
 
 from skipscope._errors import SkipscopeError
 from skipscope._option_words import LiveState
-from skipscope.flow import Reach
+from skipscope.flow import Reach, Starved, starved_of
 from skipscope.monitor import _live_verdict
 from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
 from skipscope.monitor._live_verdict import Place
 from skipscope.monitor._missing_gradients import MissingGradients
 from skipscope.monitor._row_files import most_rows, read_rows
 from skipscope.monitor._step_row import SCALARS
+from skipscope.monitor._weight_lines import WeightLines
 
 # How many of the last steps a verdict from parameter gradients looks at.
 WINDOW = 8
@@ -40,6 +41,7 @@ def assemble(
     *,
     verdict: LiveVerdict | None = None,
     complete: bool = True,
+    lines: WeightLines | None = None,
 ) -> History:
     """Put columns side by side; parameters that came later are absent before.
 
@@ -50,6 +52,7 @@ def assemble(
         notes: what a reader should know.
         complete: whether the run is over.
         verdict: the live one; by default it is judged again.
+        lines: the parameters' towers and their order of execution, where they are known.
     """
     place: dict[tuple[int, str], tuple[Any, ...]] = {}
     for about, _ in gradients:
@@ -64,7 +67,7 @@ def assemble(
     P, S = len(keys), len(SCALARS) + 1
     norm, mean, before, states = (joined[:, S + k * P : S + (k + 1) * P] for k in range(4))
     step, seconds, evaluations, skipped, scale, total, owner = joined[:, :S].T
-    names, flow_rows, flow_owners, flow_norm, reach = _flow(flow)
+    names, flow_rows, flow_owners, flow_norm, flow_relative, reach = _flow(flow)
 
     def of(key: tuple[int, str], what: str) -> Any:
         about, i = place[key][2:]
@@ -97,6 +100,7 @@ def assemble(
         chains=tuple(of(key, "chains") if "chains" in place[key][2] else "" for key in keys),
         kinds=tuple(place[key][2].get("kind", "") for key in keys),
         flow_norm=flow_norm,
+        flow_relative=flow_relative,
         flow_owners=flow_owners,
         hidden=tuple(_of_boundary(flow, name, "hidden", True) for name in names),
         averaging=tuple(_of_boundary(flow, name, "averaging", 0.0) for name in names),
@@ -104,7 +108,7 @@ def assemble(
         recurrent=next((about.get("recurrent", "") for about, _ in flow[-1:]), ""),
         reach=reach,
     )
-    return history if verdict is not None else replace(history, verdict=verdict_of(history))
+    return history if verdict is not None else replace(history, verdict=verdict_of(history, lines=lines))
 
 
 def _block(about: dict[str, Any], rows: np.ndarray, column: dict[tuple[int, str], int]) -> np.ndarray:
@@ -137,12 +141,12 @@ def states_of(mean: np.ndarray, tiny: np.ndarray) -> np.ndarray:
     return states
 
 
-def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _flow(flow: Columns) -> tuple[tuple[str, ...], *tuple[np.ndarray, ...]]:
     """Join the flow of all sets of boundaries.
 
     Returns:
-        Names, nearest the input first; step and RMS ``[rows, 1 + B]``; owners; norms ``[rows, B]``; reach
-        ``[rows, 2]``.
+        Names, nearest the input first; step and RMS ``[rows, 1 + B]``; owners; norms and norms of
+        gradient times activation ``[rows, B]``; reach ``[rows, 2]``.
     """
     names: list[str] = []
     for about, _ in reversed(flow):
@@ -151,7 +155,7 @@ def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.nd
             if name not in names:
                 names.insert(place, name)
             place = names.index(name) + 1
-    blocks, owners, norms, reaches = [], [], [], []
+    blocks, owners, norms, relatives, reaches = [], [], [], [], []
     for about, rows in flow:
         own, B = about["names"], len(about["names"])
         at = [names.index(name) for name in own]
@@ -159,17 +163,21 @@ def _flow(flow: Columns) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.nd
         block[:, 0] = rows[:, 0]
         block[:, [1 + i for i in at]] = rows[:, 1 : 1 + B]
         norm[:, at] = rows[:, 1 + B : 1 + 2 * B] if rows.shape[1] > 1 + B else rows[:, 1:]
-        has_reach = rows.shape[1] == 3 + 2 * B
-        reaches.append(rows[:, 1 + 2 * B :] if has_reach else np.full((len(rows), 2), np.nan))
+        relative = np.full((len(rows), len(names)), np.nan)
+        if rows.shape[1] == 3 + 3 * B:
+            relative[:, at] = rows[:, 1 + 2 * B : 1 + 3 * B]
+        has_reach = rows.shape[1] >= 3 + 2 * B
+        reaches.append(rows[:, -2:] if has_reach else np.full((len(rows), 2), np.nan))
+        relatives.append(relative)
         blocks.append(block)
         norms.append(norm)
         owners.append(np.full(len(rows), float(about.get("optimizer", 0))))
     if not blocks:
-        return (), np.empty((0, 1)), np.empty(0), np.empty((0, 0)), np.empty((0, 2))
+        return (), np.empty((0, 1)), np.empty(0), np.empty((0, 0)), np.empty((0, 0)), np.empty((0, 2))
     joined = np.concatenate(blocks)
     order = np.argsort(joined[:, 0], kind="stable")
-    owner, norm, reach = (np.concatenate(column)[order] for column in (owners, norms, reaches))
-    return tuple(names), joined[order], owner, norm, reach
+    columns = (np.concatenate(column)[order] for column in (owners, norms, relatives, reaches))
+    return tuple(names), joined[order], *columns
 
 
 def _of_boundary(flow: Columns, name: str, what: str, default: Any) -> Any:
@@ -183,6 +191,8 @@ def verdict_of(
     found: Mapping[int, MissingGradients] | None = None,
     *,
     is_early: bool = False,
+    lines: WeightLines | None = None,
+    sizes: Mapping[str, float] | None = None,
 ) -> LiveVerdict:
     """The verdict on a history: one for each chain, and the worst of them for the whole.
 
@@ -191,15 +201,16 @@ def verdict_of(
         was: the verdict so far, so that a state is not left by a hair.
         found: by optimizer, why gradients are missing, where that is known.
         is_early: zeros and missing gradients are not judged yet: parts may start at zero by design.
+        sizes: L2 norms of the weights, where starved ones are to be looked for.
+        lines: the parameters' towers and their order of execution; by default one tower in the model's order.
     """
     names = list(dict.fromkeys(history.chains or ("",) * len(history.parameters)))
     before: dict[str, LiveState] = {v.chain: v.state for v in was.chains} or {"": was.state}
     verdicts = []
     for name in names or [""]:
         part = [i for i in range(len(history.parameters)) if not history.chains or history.chains[i] == name]
-        verdict = _verdict_of_chain(
-            history, part, before.get(name, was.state if len(names) < 2 else "unknown"), found or {}, is_early
-        )
+        so_far = before.get(name, was.state if len(names) < 2 else "unknown")
+        verdict = _verdict_of_chain(history, part, so_far, found or {}, is_early, lines or {}, sizes or {})
         kinds = {history.kinds[i] for i in part} if history.kinds else {""}
         verdicts.append(_live_verdict.for_optimizer(verdict, kinds, name))
     if len(verdicts) == 1:
@@ -214,13 +225,22 @@ def _verdict_of_chain(
     was: LiveState,
     found: Mapping[int, MissingGradients],
     is_early: bool,
+    lines: WeightLines,
+    sizes: Mapping[str, float],
 ) -> LiveVerdict:
     """From the flow where it was read on this chain, else from its parameters' gradients."""
     owners = {history.owners[i] for i in part}
     causes = [cause for owner in owners if (cause := found.get(owner)) is not None]
     unused = {name for cause in causes for name in cause.unused}
     part = [i for i in part if history.parameters[i] not in unused]
-    of_parameters = _verdict_of_parameters(history, part, was, is_early)
+    towers = _lines(history, part, lines)
+    hungry = [_starved(history, tower, sizes) for tower in towers]
+    judged = [
+        _verdict_of_parameters(history, line, was, is_early, less) for line, less in zip(towers, hungry)
+    ]
+    of_parameters = max(
+        judged, key=lambda v: (_live_verdict.badness(v.state), abs(v.fall_decades or 0.0))
+    )  # fmt: skip
     for cause in causes:
         if of_parameters.state in {"dead", "unconnected"} and cause.cause != "unused":
             of_parameters = replace(of_parameters, finding="", reason=cause.reason, advice=cause.advice)
@@ -247,13 +267,40 @@ def _verdict_of_chain(
     ]  # fmt: skip
     steps, length = history.reach[mine[-1]] if len(history.reach) else (math.nan, math.nan)
     reach = Reach(history.recurrent, int(steps), int(length)) if math.isfinite(steps) else None
+    relative = history.flow_relative[mine[-1]][own] if len(history.flow_relative) else ()
     return _live_verdict.judge_flow(
-        places, values[own], step, was, normed=history.normed, reach=reach, is_early=is_early or step == 1
-    )
+        places, values[own], step, was, normed=history.normed, reach=reach, is_early=is_early or step == 1,
+        relative=relative, starved=max(hungry, key=lambda one: one.share),
+    )  # fmt: skip
+
+
+def _lines(history: History, part: Sequence[int], lines: WeightLines) -> list[list[int]]:
+    """The parameters of each tower, in the order of execution; those of no known tower join every one."""
+    names = history.parameters
+    towers = sorted({lines[names[i]][0] for i in part if names[i] in lines})
+    if not towers:
+        return [list(part)]
+    places = {i: lines.get(names[i], (-1, i)) for i in part}
+    return [
+        sorted((i for i in part if places[i][0] in (tower, -1)), key=lambda i: places[i][1])
+        for tower in towers
+    ]
+
+
+def _starved(history: History, tower: Sequence[int], sizes: Mapping[str, float]) -> Starved:
+    """Weights of one tower that get next to nothing for their size; what gets exactly 0 may be unused."""
+    ratio = {}
+    for i in tower:
+        name = history.parameters[i]
+        own = history.norm[history.optimizers == history.owners[i], i][-WINDOW:]
+        typical = float(np.median(own)) if len(own) else math.nan
+        if name in sizes and math.isfinite(typical) and typical > 0 and sizes[name] > 0:
+            ratio[name] = typical / sizes[name]
+    return starved_of(ratio, [(name,) for name in ratio])
 
 
 def _verdict_of_parameters(
-    history: History, part: Sequence[int], was: LiveState, is_early: bool
+    history: History, part: Sequence[int], was: LiveState, is_early: bool, starved: Starved
 ) -> LiveVerdict:
     """Judge by biases of linear maps and convolutions that can be compared, else by weights."""
     if not len(history) or not part:
@@ -265,17 +312,29 @@ def _verdict_of_parameters(
     broken = (history.states[-WINDOW:] == STATES.index("nonfinite")).any(axis=0)
     weights = [i for i in part if i in set(weights) or broken[i]]
     shapes = [history.shapes[i] for i in weights]
-    of_weights = _judged_by(history, weights, shapes, was, "weights", is_early)
-    if of_weights.state in {"nonfinite", "dead", "unconnected"}:
-        return of_weights
+    of_weights = _judged_by(history, weights, shapes, was, "weights", is_early, starved)
     biases = [i for i in part if history.roles[i] == "bias"]
+    if of_weights.state == "dead":
+        return _dead_at(history, biases, was, is_early) or of_weights
+    if of_weights.state in {"nonfinite", "unconnected"}:
+        return of_weights
     alike = [(history.shapes[i], re.sub(r"\d+", "#", history.parameters[i])) for i in biases]
-    of_biases = _judged_by(history, biases, alike, was, "biases", is_early)
+    of_biases = _judged_by(history, biases, alike, was, "biases", is_early, starved)
     return of_weights if of_biases.state in {"unknown", "nonfinite", "dead", "unconnected"} else of_biases
 
 
+def _dead_at(history: History, biases: Sequence[int], was: LiveState, is_early: bool) -> LiveVerdict | None:
+    """Where the gradient ends, by the biases: theirs is 0 only where nothing arrives, that of a weight also
+    where its input is 0. None where they do not tell.
+    """
+    shapes = [()] * len(biases)  # dead or not: nothing is compared
+    found = _judged_by(history, list(biases), shapes, was, "biases", is_early, Starved())
+    return found if found.state == "dead" and len(biases) > 2 else None
+
+
 def _judged_by(
-    history: History, chosen: list[int], alike: Sequence[Any], was: LiveState, what: str, is_early: bool
+    history: History, chosen: list[int], alike: Sequence[Any], was: LiveState, what: str, is_early: bool,
+    starved: Starved,
 ) -> LiveVerdict:  # fmt: skip
     """Judge the last steps of some parameters; equal entries in ``alike`` can be compared."""
     rms, states = np.full((WINDOW, len(chosen)), np.nan), np.full((WINDOW, len(chosen)), np.nan)
@@ -293,7 +352,15 @@ def _judged_by(
         rms[-len(own) :, its], states[-len(own) :, its] = everything[at], history.states[at]
     names = [history.parameters[i] for i in chosen]
     return _live_verdict.judge_gradients(
-        names, alike, rms, states, last or int(history.steps[-1]), was, what, is_early=is_early
+        names,
+        alike,
+        rms,
+        states,
+        last or int(history.steps[-1]),
+        was,
+        what,
+        is_early=is_early,
+        starved=starved,
     )
 
 
@@ -318,14 +385,16 @@ def read_history(path: Path, *, all_rows: bool = False) -> History | None:
         notes = list(json.loads((path / ABOUT).read_text(encoding="utf-8"))["notes"])
         gradients = _files(path, "gradients", all_rows, notes)
         flow = _files(path, "flow", all_rows, [])
-        events, end = _events(path / EVENTS)
+        events, end, lines = _events(path / EVENTS)
         notes += (
             ["The run that writes this is not over, or was cut short."]
             if end is None
             else [note for note in end.get("notes", ()) if note not in notes]
         )
         verdict = None if end is None or "verdict" not in end else _verdict_from(end["verdict"])
-        return assemble(gradients, flow, events, notes, verdict=verdict, complete=end is not None)
+        return assemble(
+            gradients, flow, events, notes, verdict=verdict, complete=end is not None, lines=lines
+        )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise SkipscopeError(
             "load", f"{path} is a monitor's folder, but damaged ({type(error).__name__}: {error})"
@@ -357,19 +426,24 @@ def _files(
     return found
 
 
-def _events(file: Path) -> tuple[list[VerdictEvent], dict[str, Any] | None]:
-    """(events, what the monitor wrote when it was closed); a torn last line is left out."""
-    events, end = [], None
+def _events(file: Path) -> tuple[list[VerdictEvent], dict[str, Any] | None, WeightLines | None]:
+    """Events, what the monitor wrote when it was closed, and the parameters' lines; a torn last line is left
+    out.
+    """
+    events, end, lines = [], None, None
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     for line in text.splitlines(keepends=True):
         if not line.endswith("\n"):
             break
         entry = json.loads(line)
+        if "lines" in entry:
+            lines = {name: tuple(place) for name, place in entry["lines"].items()}
+            continue
         if "closed" in entry or "resumed" in entry:
             end = entry if "closed" in entry else None
             continue
         events.append(VerdictEvent(entry["step"], entry["before"], _verdict_from(entry["verdict"])))
-    return events, end
+    return events, end, lines
 
 
 def _verdict_from(entry: dict[str, Any]) -> LiveVerdict:
@@ -377,5 +451,6 @@ def _verdict_from(entry: dict[str, Any]) -> LiveVerdict:
     if found.get("slope_interval") is not None:
         found["slope_interval"] = tuple(float(v) for v in found["slope_interval"])
     found["hinders"] = tuple(found.get("hinders", ()))
+    found["starved"] = tuple(found.get("starved", ()))
     found["chains"] = tuple(_verdict_from(chain) for chain in found.get("chains", ()))
     return LiveVerdict(**found)

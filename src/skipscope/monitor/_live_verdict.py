@@ -30,6 +30,7 @@ from skipscope.flow import (
     Head,
     Point,
     Reach,
+    Starved,
     advice_on,
     judge_chain,
 )
@@ -44,6 +45,12 @@ _GROWTH_OF_NORM = 2.5
 _STICKY = 0.3
 _STATE_WORDS = np.array(["ok" if state == "underflow" else state for state in STATES])
 
+NONE_STARVED = Starved()
+# Gradients do not tell which call it was; another pass over the batch does.
+_FIND_NONFINITE = (
+    "ss.gradient_flow(model, data, loss) on this batch names the first call that is not finite. Where the"
+    " loss grew before, lower the learning rate or clip gradients."
+)
 UNKNOWN = LiveVerdict("unknown", GRADIENTS, 0, "no step has been recorded yet")
 
 
@@ -95,7 +102,8 @@ class Place:
 
 def judge_flow(
     places: Sequence[Place], values: np.ndarray, step: int, was: LiveState, *, normed: bool = False,
-    reach: Reach | None = None, is_early: bool = False,
+    reach: Reach | None = None, is_early: bool = False, relative: Sequence[float] = (),
+    starved: Starved = NONE_STARVED,
 ) -> LiveVerdict:  # fmt: skip
     """The verdict on the flow at boundaries.
 
@@ -107,9 +115,14 @@ def judge_flow(
         normed: norms over the data stand between the weights.
         reach: of a recurrent layer.
         is_early: boundaries without a gradient are left out.
+        starved: weights that get next to nothing, where that is known.
+        relative: the norm of gradient times activation there; NaN or empty where it was not read.
     """
     hidden = [place.hidden for place in places]
-    points = [Point(place.name, *_flow_state(value, place.averaging)) for place, value in zip(places, values)]
+    points = [
+        Point(place.name, *_flow_state(value, place.averaging), log_relative=_log(product, place.averaging))
+        for place, value, product in zip(places, values, [*relative] or [math.nan] * len(places))
+    ]
     inner = [point for point, is_hidden in zip(points, hidden) if is_hidden]
     trained = points[1:] if len(points) > 1 and not hidden[0] else points
     missing = {"not_connected", "exact_zero"}
@@ -122,7 +135,7 @@ def judge_flow(
     elif trained[0].state in missing:
         inner = trained
     inner = inner or [replace(point, hidden=False) for point in trained]
-    evidence = Evidence((tuple(inner),), _head_of(points, hidden, places), reach=reach)
+    evidence = Evidence((tuple(inner),), _head_of(points, hidden, places), reach=reach, starved=starved)
     return _live(evidence, "boundaries", step, was, None, normed)
 
 
@@ -147,6 +160,7 @@ def judge_gradients(
     what: str = "weights",
     *,
     is_early: bool = False,
+    starved: Starved = NONE_STARVED,
 ) -> LiveVerdict:
     """The verdict on the gradients of weights, or of biases.
 
@@ -159,6 +173,7 @@ def judge_gradients(
         was: the state so far.
         what: ``"weights"``; or ``"biases"``, where some must be comparable.
         is_early: weights without a gradient are left out.
+        starved: weights that get next to nothing, where that is known.
     """
     state: list[RecordedState] = _lasting(states)
     if is_early:
@@ -178,10 +193,10 @@ def judge_gradients(
         return LiveVerdict("unknown", GRADIENTS, step, reason)
     equal = Counter(shape for shape, use in zip(shapes, compared) if use)
     alike = max(equal.values(), default=0) >= 3
-    if what == "biases" and not alike:
+    if what == "biases" and not alike and points[0].state != "exact_zero":
         return LiveVerdict("unknown", GRADIENTS, step, "too few biases are alike")
     limit = _OF_WEIGHTS if alike else _OF_UNEQUAL
-    return _live(Evidence((tuple(points),)), what, step, was, limit)
+    return _live(Evidence((tuple(points),), starved=starved), what, step, was, limit)
 
 
 _ONE = {"boundaries": "boundary", "weights": "weight", "biases": "bias"}
@@ -199,7 +214,7 @@ def _live(
     reason, where, fall = found.reason, found.where, found.fall_decades
     basis = FLOW if of == "boundaries" else GRADIENTS
     reason = reason.replace("boundaries", of)
-    if fall is not None and found.cause not in {"time", "head"}:
+    if fall is not None and found.cause not in {"time", "head", "branch"}:
         growth = NORMED_GROWTH if normed else max(GROWTH, _GROWTH_OF_NORM)
         trouble, limit = ("vanishing", FALL) if fall >= 0 else ("exploding", growth)
         limit = of_weights or limit
@@ -214,12 +229,21 @@ def _live(
             hint = "" if basis == FLOW else "; set flow_every= to read the flow itself"
             state, where, reason = "healthy", None, change + hint
     hinders = () if state == "healthy" else found.hinders or ("SGD",)
+    if basis == GRADIENTS and state == "dead" and found.cause == "loss":
+        # A weight whose input is 0 gets 0 as well.
+        reason = "every gradient is exactly 0: the loss passes none on, or the activations before it are 0"
+        found = replace(found, cause="unexplained")
     cause = "none" if state == "healthy" else found.cause
     worded = replace(found, state=state, where=where, reason=reason, cause=cause)
+    advice = _FIND_NONFINITE if state == "nonfinite" else "" if state == "healthy" else advice_on(worded)
     return LiveVerdict(
         state, basis, step, reason, where, fall, found.slope, found.slope_interval,
-        advice="" if state == "healthy" else advice_on(worded), hinders=hinders, finding=worded.finding,
+        advice=advice, hinders=hinders, finding=worded.finding, score=found.score, starved=found.starved,
     )  # fmt: skip
+
+
+def _log(value: float, averaging: float) -> float | None:
+    return math.log10(value) + averaging if math.isfinite(value) and value > 0 else None
 
 
 def _flow_state(value: float, averaging: float) -> tuple[GradientState, float | None]:
@@ -274,6 +298,12 @@ def _comparable(
     adjusted = level.copy()
     adjusted[rows] -= design[:, 1:] @ solution[1:] - solution[1:].mean()
     return adjusted, compared
+
+
+def awaiting(verdict: LiveVerdict) -> LiveVerdict:
+    """The verdict until it is known which weights follow each other."""
+    reason = "which layers follow each other is looked up during the next step"
+    return replace(UNKNOWN, step=verdict.step, reason=reason)
 
 
 def refused(reason: str, step: int) -> LiveVerdict:

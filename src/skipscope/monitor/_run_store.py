@@ -22,6 +22,7 @@ from skipscope.monitor._missing_gradients import MissingGradients
 from skipscope.monitor._row_files import Rows, most_rows, read_rows
 from skipscope.monitor._step_row import SCALARS
 from skipscope.monitor._tracked_parameters import TrackedParameters, about_columns
+from skipscope.monitor._weight_lines import WeightLines
 
 
 class Store:
@@ -47,6 +48,7 @@ class Store:
         self.events: list[VerdictEvent] = []
         self._gradients: dict[int, list[tuple[TrackedParameters, Rows]]] = {}
         self._flow: list[tuple[tuple[tuple[str, ...], int], Rows]] = []
+        self._lines: WeightLines | None = None
         self._before, self._first_step = before, first_step
         if folder is not None and before is None:
             content = {"skipscope": __version__, "format": 2, "kind": "monitor", "notes": notes}
@@ -75,27 +77,34 @@ class Store:
                 "averaging": list(row.averaging), "normed": row.normed,
                 "recurrent": row.reach.site if row.reach is not None else "",
             }  # fmt: skip
-            rows = self._rows("flow", 3 + 2 * len(row.names), most_rows(2 * len(row.names)), about)
+            rows = self._rows("flow", 3 + 3 * len(row.names), most_rows(2 * len(row.names)), about)
             self._flow.append((key, rows))
         with np.errstate(invalid="ignore", divide="ignore"):
             rms = row.norm / np.sqrt(row.elements)
         reach = (np.nan, np.nan) if row.reach is None else (row.reach.steps or np.nan, row.reach.length)
-        rows.append(np.array([row.step, *rms, *row.norm, *reach], dtype=float))
+        rows.append(np.array([row.step, *rms, *row.norm, *row.relative, *reach], dtype=float))
 
     def add_event(self, event: VerdictEvent) -> None:
         """The state changed."""
         self.events.append(event)
         self._line(asdict(event))
 
+    def set_lines(self, lines: WeightLines) -> None:
+        """The parameters' towers and their order of execution are known."""
+        self._lines = lines
+        self._line({"lines": {name: list(place) for name, place in lines.items()}})
+
     def history(self, verdict: LiveVerdict | None, *, complete: bool) -> History:
         """Everything in memory."""
         return self._assembled(None, verdict, complete)
 
     def verdict(
-        self, was: LiveVerdict, found: Mapping[int, MissingGradients], *, is_early: bool
-    ) -> LiveVerdict:
+        self, was: LiveVerdict, found: Mapping[int, MissingGradients], *, is_early: bool,
+        sizes: Mapping[str, float] | None = None,
+    ) -> LiveVerdict:  # fmt: skip
         """The verdict on the last few rows."""
-        return verdict_of(self._assembled(WINDOW, was, False), was, found, is_early=is_early)
+        now = self._assembled(WINDOW, was, False)
+        return verdict_of(now, was, found, is_early=is_early, lines=self._lines, sizes=sizes)
 
     def close(self, verdict: LiveVerdict) -> None:
         """Say on disk that the run is over, where all of it is there, and let go of the files."""

@@ -19,10 +19,11 @@ from skipscope import _torch_internals
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import RankGroup, meet, world
 from skipscope._validation import is_integer
+from skipscope.flow import FALL, size_of, tiny_scales
 from skipscope.monitor import _live_verdict, _torch_patches
 from skipscope.monitor._backward_passes import inside_backward
 from skipscope.monitor._flow_reader import FlowReader, FlowRow
-from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
+from skipscope.monitor._history import GRADIENTS, STATES, History, LiveVerdict, VerdictEvent
 from skipscope.monitor._missing_gradients import GradientSearch, MissingGradients
 from skipscope.monitor._record import Record
 from skipscope.monitor._run_store import Recorded, Store, begin_folder
@@ -31,6 +32,7 @@ from skipscope.monitor._start_checks import check, notes_on
 from skipscope.monitor._step_recorder import StepRecorder
 from skipscope.monitor._step_row import SCALARS, Step
 from skipscope.monitor._tracked_parameters import TrackedParameters, named_models
+from skipscope.monitor._weight_lines import LineSearch
 from skipscope.monitor._wrappers import inner_optimizers, innermost
 
 _log = logging.getLogger("skipscope.monitor")
@@ -97,6 +99,12 @@ class Monitor:
         self._searched: dict[int, int] = {}
         self._missing: dict[int, MissingGradients] = {}
         self._zeros: dict[int, list[Tensor]] | None = None
+        self._line_search: LineSearch | None = None
+        self._line_owners: set[int] = set()  # whose step the search still waits for
+        # Every rank must come to the same verdict, and only this one's forward pass is seen.
+        self._lines_wanted, self._lines_sought, self._lines_known = False, world()[1] > 1, False
+        self._silent: set[str] = set()  # parameters that had no gradient in the first steps
+        self._tiny: bool | None = None  # whether scales that are tiny by design hold branches back
         self._versions = [p._version for r in self._recorders for p in r.tracked.parameters[:8]]
         self._store = Store(
             keep, folder if self._first else None, notes_on(models, self._recorders), before, begun_at
@@ -131,6 +139,8 @@ class Monitor:
             self._flow.close()
         for search in self._search.values():
             search.close()
+        if self._line_search is not None:
+            self._line_search.close()
         for recorder in self._recorders:
             recorder.close()
         self._say_what_is_missing()
@@ -240,11 +250,66 @@ class Monitor:
             self._tracked[recorder.index] = recorder.tracked
             if self._flow is not None:
                 self._flow.replace_parameters(self._parameters_of_flow())
+        self._follow_lines(recorder)
         if recorder.index in self._to_search and self._open and not inside_backward():
             self._to_search.discard(recorder.index)
             self._search[recorder.index] = GradientSearch(recorder.tracked, self._models)
         if self._flow is not None and recorder.refusal is None:
             self._flow.stepped(recorder.index, recorder.step)
+
+    def _follow_lines(self, recorder: StepRecorder) -> None:
+        """Observe one step of every optimizer for the order of the layers, once a verdict depends on it."""
+        if self._line_search is not None:
+            self._line_owners.discard(recorder.index)
+            if not self._line_owners:
+                lines, self._line_search = self._line_search.conclude(), None
+                if lines is not None:
+                    self._lines_known = True
+                    self._store.set_lines(lines)
+                self._judge_soon()
+        elif self._lines_wanted and self._open and not inside_backward():
+            self._lines_wanted = False
+            self._line_owners = {one.index for one in self._recorders if one.rows}
+            self._line_search = LineSearch([one.tracked for one in self._recorders], self._models)
+
+    def _weight_sizes(self) -> dict[str, float]:
+        """L2 norms of the weights whose gradient in relation to their size can be judged.
+
+        Left out: tables, of which a few rows are used; what had no gradient in the first steps, and may still
+        be on its way up from a tensor that started at 0; everything where tiny scales (layer scale) hold
+        branches back by design, or where it is not known which weights follow each other.
+        """
+        if self._lines_sought and not (self._lines_known or self._lines_wanted or self._line_search):
+            return {}
+        if self._tiny is None:
+            self._tiny = any(tiny_scales(innermost(model)) for model in self._models.values())
+        if self._tiny:
+            return {}
+        found = {
+            name: p.detach()
+            for recorder in self._recorders
+            for tracked in [recorder.tracked]
+            for name, p, role in zip(tracked.names, tracked.parameters, tracked.roles)
+            if p.ndim > 1 and p.requires_grad and role != "table" and name not in self._silent
+        }  # fmt: skip
+        wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in found.items()}
+        norms = {n: float(torch.linalg.vector_norm(p, dtype=wide[n])) for n, p in found.items()}
+        return {name: size_of(p, norms[name]) for name, p in found.items()}
+
+    def _is_order_awaited(self, verdict: LiveVerdict) -> bool:
+        """Whether the verdict compares weights whose order and towers are not known yet, but will be."""
+        unsure = [
+            one for one in verdict.chains or (verdict,)
+            if one.basis == GRADIENTS and one.score is not None
+            and (one.state in {"vanishing", "exploding"} or (one.state == "healthy" and one.score <= -FALL))
+        ]  # fmt: skip
+        unsure += [one for one in verdict.chains or (verdict,) if one.starved]
+        if not unsure or not self._open:
+            return False
+        if not self._lines_sought:
+            self._lines_sought = self._lines_wanted = True
+        is_coming = self._lines_wanted or self._line_search is not None
+        return is_coming and any(one.state != "healthy" or one.starved for one in unsure)
 
     def _flow_read(self) -> None:
         assert self._flow is not None
@@ -305,6 +370,7 @@ class Monitor:
         empty = (step.codes == -STATES.index("not_connected")) | ((step.codes > 0) & (mean == 0))
         if not empty.any():
             return
+        self._silent |= {name for name, is_empty in zip(step.tracked.names, empty) if is_empty}
         if self._zeros is None:
             self._zeros = {r.index: _zero_by_design(r.tracked) for r in self._recorders}
         if not row[SCALARS.index("skipped")] and self._searched.get(recorder.index, 0) < _SEARCHES:
@@ -317,8 +383,11 @@ class Monitor:
         zero.
         """
         rows = [recorder.rows for recorder in self._recorders if recorder.rows]
-        if not self._open or not rows:
+        if not rows:
             return False
+        if not self._open:
+            # A single step does not tell what starts at zero by design.
+            return min(rows) < 2 and any((self._zeros or {}).values())
         if min(rows) < 2:
             return True
         if self._zeros is None or min(rows) > _EARLY_ROWS:
@@ -357,7 +426,13 @@ class Monitor:
         if refusal is not None:
             self._verdict = _live_verdict.refused(refusal, max(s.step for s in self._recorders))
         elif self._rows:
-            self._verdict = self._store.verdict(self._verdict, self._missing, is_early=self._is_early())
+            is_early = self._is_early()
+            sizes = {} if is_early else self._weight_sizes()
+            found = self._store.verdict(self._verdict, self._missing, is_early=is_early, sizes=sizes)
+            if not self._is_order_awaited(found):
+                self._verdict = found
+            elif self._verdict.state == "unknown":
+                self._verdict = _live_verdict.awaiting(found)
         if self._verdict.state != before:
             self._announce(VerdictEvent(self._verdict.step, before, self._verdict))
 

@@ -220,6 +220,7 @@ class _Pass:
         to = self.readings
         to.graph = CallGraph.of(trace, results)
         to.sites, to.pools, to.cuts = self.sites.sites, self.sites.pools, self.sites.cuts
+        to.hidden = self.sites.hidden
         to.terms = tuple(t for t, _ in terms)
         to.opaque = [hidden.name for hidden in trace.hidden if hidden.name not in WEIGHTED]
         to.normed, to.squashed = (
@@ -241,7 +242,12 @@ class _Pass:
                 (value * seed).sum().backward()
             return {name: p.grad for name, p in named.items() if p.grad is not None}
         gradients = seeded(value, [*named.values(), *self.leaves], seed)
-        return {name: g for name, g in zip(named, gradients) if g is not None}
+        found = {name: g for name, g in zip(named, gradients) if g is not None}
+        # A reversible Function goes back through its modules itself, and leaves their gradients in .grad.
+        inside = {name: p.grad for name, p in named.items() if name not in found and p.grad is not None}
+        for name in inside:
+            named[name].grad = None
+        return found | inside
 
     def finish(self, weights: dict[str, Tensor], value: Tensor, accumulate: bool) -> None:
         to, unit = self.readings, self.arrivals.unit or 1.0

@@ -140,6 +140,7 @@ class Readings:
             model's inputs it was computed from, as bits.
         cuts: calls of the first batch that let no gradient through.
         opaque: calls of the first batch that could not be looked into.
+        hidden: the outputs of such calls, in order of execution, of the first batch.
         terms: of the loss, in the first batch; empty where it is one.
         normed: norms over the data stand between the weights, in the first batch.
         squashed: an activation function follows the last weights there.
@@ -160,6 +161,7 @@ class Readings:
     calls: dict[int, tuple[int, int]] = field(default_factory=dict)
     cuts: list[tuple[int, str]] = field(default_factory=list)
     opaque: list[str] = field(default_factory=list)
+    hidden: list[SiteReading] = field(default_factory=list)
     terms: tuple[Term, ...] = ()
     normed: bool = False
     squashed: bool = False
@@ -197,6 +199,7 @@ class Readings:
                 other.calls,
             )
             self.cuts, self.opaque, self.terms = other.cuts, other.opaque, other.terms
+            self.hidden = other.hidden
             self.normed, self.squashed = other.normed, other.squashed
             return
         known = {(site.weights, site.step): site for site in self.sites}

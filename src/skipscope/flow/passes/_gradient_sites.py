@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from skipscope._data import tensors_in
@@ -237,6 +238,7 @@ class SiteReader:
         sites, pools: what was read.
         cuts: calls that take what a gradient could go to and give what none can (``detach``, or any under
             no_grad).
+        hidden: outputs of calls that cannot be looked into, one for each call.
         unit: what one unit of a gradient is worth; empty until the seed is known.
     """
 
@@ -249,6 +251,9 @@ class SiteReader:
         self._parameters = {
             n: (p.requires_grad, p.ndim) for n, p in model.named_parameters(remove_duplicate=False)
         }
+        self.hidden: list[SiteReading] = []
+        self._hidden_nodes: dict[Any, SiteReading] = {}
+        self._hidden_seen: set[tuple[int, int]] = set()
         self._times: Counter[tuple[str, ...]] = Counter()
         self._scalars: dict[int, Tensor] = {}
         self.recorder: Recorder | None = None
@@ -256,6 +261,8 @@ class SiteReader:
     def __call__(self, call: TracedCall, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         """Take note of a call."""
         assert self.recorder is not None
+        if self.recorder.trace.hidden and self.measured:
+            self._look_for_hidden(self.recorder, args, kwargs)
         if call.index < 0:
             return
         passes_on = isinstance(output, Tensor) and output.requires_grad
@@ -286,6 +293,32 @@ class SiteReader:
             and (n := self._summed(trace, call))
         ):
             self._pool(trace, call, args[0], results[0], n)
+
+    def _look_for_hidden(self, recorder: Recorder, args: Any, kwargs: Any) -> None:
+        """Hook what an ``autograd.Function`` gave: it is known as such once something takes it."""
+        for tensor in tensors_in((args, kwargs)):
+            node = tensor.grad_fn
+            if not isinstance(node, torch.autograd.function.BackwardCFunction):
+                continue
+            key = (id(node), tensor.output_nr)
+            name = type(node).__name__.removesuffix("Backward")
+            if key in self._hidden_seen or not any(h.name == name for h in recorder.trace.hidden):
+                continue
+            self._hidden_seen.add(key)
+            if node not in self._hidden_nodes:
+                self._hidden_nodes[node] = self._hidden_site(recorder, name, tensor)
+            tensor.register_hook(self._hook(self._hidden_nodes[node].add))
+
+    def _hidden_site(self, recorder: Recorder, name: str, tensor: Tensor) -> SiteReading:
+        made = recorder.trace.values[recorder.value_of(tensor)].call
+        weights = () if made is None else recorder.trace.weights_of(recorder.trace.calls[made])
+        known = {n: self._parameters[n] for n in weights if n in self._parameters}
+        matrices = tuple(sorted(n for n, (_, ndim) in known.items() if ndim >= 2))
+        nth = sum(site.function == name for site in self.hidden)
+        order = -1 if made is None else made
+        site = SiteReading(f"{name} {nth + 1}", name, matrices, nth, order, True)
+        self.hidden.append(site)
+        return site
 
     def _summed(self, trace: Trace, call: TracedCall) -> float:
         """Number of summed positions where an operand is a sum, else 0: a sum times a constant is an
@@ -384,12 +417,14 @@ class SiteReader:
     def is_squashed(self, trace: Trace, reached: set[int]) -> bool:
         """Whether an activation function follows the last weights."""
         last = max((site.order for site in self.sites if site.order in reached), default=len(trace.calls))
-        return any(call.function in ACTIVATIONS and call.index in reached for call in trace.calls[last + 1 :])
+        squashing = ACTIVATIONS | {"softmax"}
+        return any(call.function in squashing and call.index in reached for call in trace.calls[last + 1 :])
 
     def forget(self) -> None:
         """Let go of the recorder and of tensors."""
         self.recorder = None
         self._scalars.clear()
+        self._hidden_nodes.clear()
 
     def _clamped(self, trace: Trace, values: list[int]) -> bool:
         above = {trace.values[v].call for value in values for v in trace.ancestors(value)} - {None}

@@ -44,7 +44,7 @@ def settled(
         each: called with the readings of each batch.
     """
     model = subject.model
-    tiny = set() if subject.ranks else _tiny(model)
+    tiny = set() if subject.ranks else tiny_scales(model)
     if subject.ranks or not (tiny or (readings.moving and _silent(readings))):
         return readings, ()
     moved: set[str] = set()
@@ -78,7 +78,7 @@ def settled(
     return now, (note,)
 
 
-def _tiny(model: nn.Module) -> set[str]:
+def tiny_scales(model: nn.Module) -> set[str]:
     """Names of trained scales that start at one small number, as layer scale (Touvron et al. 2021)."""
     found = set()
     for name, p in model.named_parameters():

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from skipscope._numbers import short
 from skipscope._option_words import VerdictCause, VerdictState
-from skipscope.flow._flow_result import Verdict
+from skipscope.flow._flow_result import Head, Verdict
 from skipscope.flow.verdict._flow_rules import ALL, HEAD, STARVED_SHARE, FlowContext, StretchGain, judge
 from skipscope.flow.verdict._verdict_evidence import REACHES, Evidence, Reach
 from skipscope.flow.verdict._verdict_words import advice_on
@@ -74,6 +74,7 @@ def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
             if evidence.cut
             else "no way back leads from the loss to it"
         )
+        lost = "1 weighted call gets" if n == 1 else f"{n} weighted calls get"
         return replace(
             found,
             state="unconnected",
@@ -82,7 +83,7 @@ def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
             evidence=float(n),
             hinders=ALL,
             score=-math.inf,
-            reason=f"{by}; {n} weighted calls get no gradient though the loss depends on them",
+            reason=f"{by}; {lost} no gradient though the loss depends on {'it' if n == 1 else 'them'}",
         )
     if found.state == "healthy" and evidence.opaque:
         return replace(
@@ -118,20 +119,26 @@ def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
     starved = evidence.starved
     if starved.share > STARVED_SHARE:
         n = len(starved.names)
-        size = "exactly 0" if starved.zero else f"{short(starved.decades)} decades less than the median"
+        get, its = ("s get", "their") if n > 1 else (" gets", "its")
+        size = (
+            "exactly 0" if starved.zero else f"{short(starved.decades)} decades less than the {starved.than}"
+        )
+        is_last = evidence.last_names.issuperset(starved.names) and not starved.zero
         return replace(
             found,
             state="dead" if starved.zero else "vanishing",
             where=starved.names[0].rpartition(".")[0] or starved.names[0],
-            cause="branch",
+            cause="head" if is_last else "branch",
             evidence=starved.decades,
             hinders=ALL if starved.decades > 9 else ("SGD",),
-            reason=f"{n} weights get {size}, in relation to their own size",
+            reason=f"{n} weight{get} {size}, in relation to {its} own size",
             score=min(found.score or 0.0, -starved.decades),
         )
     head = evidence.head
-    if head is not None and head.gain < HEAD:
-        saturated = after.slope < math.sqrt(head.gain)
+    saturated = head is not None and after.slope < max(math.sqrt(head.gain), HEAD)
+    # What follows the last weights may pass on little because the loss is near its least, as an entropy is at
+    # the start: that is no fault of the network.
+    if head is not None and head.gain < HEAD and (saturated or _is_weak(head, evidence)):
         return replace(
             found,
             state="vanishing",
@@ -146,6 +153,11 @@ def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
             ),
         )
     return found
+
+
+def _is_weak(head: Head, evidence: Evidence) -> bool:
+    """Whether it is the last weights that pass on next to nothing."""
+    return (head.gain if evidence.last_weights is None else evidence.last_weights) < HEAD
 
 
 def _vanishes(reach: Reach) -> bool:

@@ -39,7 +39,9 @@ class _Recorder(TorchFunctionMode):
         if self.busy or not args or not isinstance(args[0], Tensor):
             return func(*args, **kwargs)
         name = function_of(func).name
-        if name in ACTIVATIONS and args[0].is_floating_point():
+        if name == "softmax":
+            self.slopes.setdefault(self.at, []).append(("softmax", *_softmax_slope(func(*args, **kwargs))))
+        elif name in ACTIVATIONS and args[0].is_floating_point():
             # Under torch.vmap and torch.func no tensor can be made to require a gradient.
             with contextlib.suppress(RuntimeError):
                 self.slopes.setdefault(self.at, []).append(self.slope(func, args, kwargs))
@@ -73,6 +75,17 @@ class _Recorder(TorchFunctionMode):
         )  # fmt: skip
 
 
+def _softmax_slope(shares: Tensor) -> tuple[float, float, float]:
+    """RMS of p (1 - p) in relation to equal shares; the shares of units that are saturated and inactive."""
+    p = shares.detach().double()
+    n = p.numel() / max(1, p.sum().item())  # classes
+    slope = p * (1 - p) / max(1 / n * (1 - 1 / n), 1e-300)
+    return (
+        math.sqrt(float(slope.square().mean())), float((slope < SATURATED).double().mean()),
+        float((slope == 0).double().mean()),
+    )  # fmt: skip
+
+
 def gain(weight: Tensor, stride: Any = 1) -> float:
     """RMS(W) sqrt(fan-out): what a linear map with independent weights does to the RMS of a gradient.
 
@@ -99,6 +112,9 @@ def layer_gains(subject: Subject) -> dict[str, StretchGain]:
     except RuntimeError:
         return {}
     gains, slopes = recorder.gains, recorder.slopes
+    for i in range(len(points) - 1):
+        # Between boundaries a softmax chooses (attention, routing); only that of an output squashes.
+        slopes[i] = [s for s in slopes.get(i, []) if s[0] != "softmax"]
     return {p.name: _stretch_gain(gains.get(i, []), slopes.get(i, [])) for i, p in enumerate(points)}
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +29,13 @@ from skipscope.shortcuts.trace import NeedsGradients, recording
 LEFT, REACHES = 1e-3, 3
 # So many decades below the chain's median of |dL/dW| / |W| a weight starves.
 STARVED = 4.0
+# Or so many below the greatest: 93 stock models have 6 at most (one of 94 has q and k that attend to a single
+# position).
+STARVED_MOST = 9.0
+# A weight of this share of its usual size is as good as 0.
+NEARLY_ZERO = 1e-3
+# So many calls that cannot be looked into, one after another, are judged by what passes between them.
+HIDDEN_CALLS = 3
 # Norms this far apart are compared; anything smaller than this share of the greatest is 0 in float32.
 _TINY = 1e-300
 
@@ -58,12 +66,14 @@ class Starved:
         share: of the weighted calls, those of which every weight starves.
         decades: how far the most starved one is below the median.
         zero: whether all of them get exactly 0.
+        than: what they are compared to: the median, or the greatest where most of them starve.
     """
 
     names: tuple[str, ...] = ()
     share: float = 0.0
     decades: float = 0.0
     zero: bool = False
+    than: str = "median"
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,9 @@ class Evidence:
         unconnected: trained weighted calls whose values reach the loss and that get no gradient.
         cut: the call that lets none through, where one was seen.
         opaque: a call that cannot be looked into and holds most of the weights, or "".
+        last_weights: the part of the head's gain that its weights have, without what follows them; None where
+            it is not known.
+        last_names: those weights: of the calls that no other weighted call follows.
     """
 
     lines: tuple[tuple[Point, ...], ...]
@@ -89,6 +102,8 @@ class Evidence:
     unconnected: tuple[str, ...] = ()
     cut: str = ""
     opaque: str = ""
+    last_weights: float | None = None
+    last_names: frozenset[str] = frozenset()
 
 
 def evidence_of(
@@ -136,11 +151,25 @@ def evidence_of(
             )
         )
     lines = _lines(normed, places, kept, orders, readings)
+    between = _between_hidden(readings, averages, unit)
     sites = [s for s in readings.sites if reached is None or s.order in reached]
+    head = _head(lines, averages, orders, kept, normed)
+    if between:
+        lines += (between,)
+        head = Head(0.0, 10.0 ** (between[-1].log_flow or 0.0), None)
+    followed = _followed(graph, sites, [site.order for site in sites])
+    ends = [site for site, is_followed in zip(sites, followed) if not is_followed and site.seen]
     return Evidence(
-        lines, _head(lines, averages, orders, kept, normed), _worst(sites, unit), _reach(sites),
-        _starved(settled, sizes), *_unconnected(readings, sites, reached), _opaque(readings),
-    )  # fmt: skip
+        lines,
+        head,
+        _worst(sites, unit),
+        _reach(sites),
+        _starved(settled, sizes),
+        *_unconnected(readings, sites, reached),
+        "" if between else _opaque(readings),
+        _last_weights(head, ends, averages, unit),
+        frozenset(name for site in ends for name in site.weights),
+    )
 
 
 def _averages(
@@ -168,7 +197,7 @@ class Layout:
     """Where the boundaries of a model lie, known from a forward pass without gradients.
 
     Attributes:
-        hidden: by boundary, whether trained weights come before it, and any after it.
+        hidden: by boundary, whether trained weights come before it and any after it, and it is on the line.
         averaging: by boundary, decades that the norm of its gradient loses by averages between it and the
             output.
         normed: norms over the data stand between the weights.
@@ -207,8 +236,11 @@ def _layout(
     averages = _averages(graph, sites.sites, sites.pools)
     followed = _followed(graph, sites.sites, orders)
     start = min((site.order for site in sites.sites if site.trained), default=0)
+    # Frozen ones before the first trained one count: an update beside a frozen layer is beside the line.
+    met = [i for i, call in enumerate(made) if call is not None or points[i].key.site == "input"]
+    on = {i for i in _through(met, points, dict(enumerate(orders)), graph) if orders[i] >= start}
     return Layout(
-        tuple(f and o >= start and p.key.site != "input" for f, o, p in zip(followed, orders, points)),
+        tuple(f and i in on and p.key.site != "input" for i, (f, p) in enumerate(zip(followed, points))),
         tuple(sum(d for at, d in averages if at > order) for order in orders), sites.is_normed(trace),
     )  # fmt: skip
 
@@ -222,7 +254,9 @@ def _lines(
 ) -> tuple[tuple[Point, ...], ...]:
     """The points of each line, in order; of a module that runs several times the run that gets most."""
     trained = [site for site in readings.sites if site.trained and site.order >= 0]
-    given = readings.graph.inputs if readings.graph else []
+    graph = readings.graph
+    assert graph is not None
+    given = graph.inputs
     inputs = 0
     for k in kept:
         inputs |= orders[k][1]
@@ -231,7 +265,8 @@ def _lines(
         on = [j for j, k in enumerate(kept) if not bit or orders[k][1] & bit or places[k].key.site == "input"]
         start = min((s.order for s in trained if not bit or given[s.order] & bit), default=0)
         on = [j for j in on if orders[kept[j]][0] >= start or places[kept[j]].key.site == "input"]
-        on = _through(on, places, kept, orders, readings)
+        through = set(_through([kept[j] for j in on], places, {k: orders[k][0] for k in kept}, graph))
+        on = [j for j in on if kept[j] in through]
         groups: dict[Any, list[int]] = defaultdict(list)
         for j in on:
             key = places[kept[j]].key
@@ -249,24 +284,25 @@ def _lines(
 
 
 def _through(
-    on: list[int],
-    places: Sequence[Any],
-    kept: Sequence[int],
-    orders: dict[int, tuple[int, int]],
-    readings: Readings,
+    on: Sequence[int], places: Sequence[Any], orders: Mapping[int, int], graph: CallGraph
 ) -> list[int]:
-    """Without the modules beside the line: those around which an earlier boundary still reaches the loss."""
-    graph = readings.graph
-    assert graph is not None
-    times = Counter((places[kept[j]].key.host, places[kept[j]].key.site) for j in on)
+    """Without the modules beside the line: those around which an earlier boundary still reaches the loss.
+
+    Args:
+        on: numbers of boundaries, in order.
+        places: the boundaries.
+        orders: by boundary, the number of the call that gave it.
+        graph: of the calls.
+    """
+    times = Counter((places[k].key.host, places[k].key.site) for k in on)
     found: list[int] = []
-    for j in on:
-        place, order = places[kept[j]], orders[kept[j]][0]
+    for k in on:
+        place = places[k]
         if place.kind == "module" and times[place.key.host, place.key.site] == 1 and found:
-            around = graph.reached(without=order)
-            if any(orders[kept[i]][0] in around for i in found[-2:]):
+            around = graph.reached(without=orders[k])
+            if any(orders[i] in around for i in found[-2:]):
                 continue
-        found.append(j)
+        found.append(k)
     return found
 
 
@@ -284,6 +320,15 @@ def _head(
     k = next(k for k, p in zip(kept, points) if p.name == last.name)
     assert last.log_flow is not None
     return Head(sum(d for at, d in averages if at > orders[k][0]), 10.0**last.log_flow, None)
+
+
+def _last_weights(
+    head: Head | None, ends: Sequence[SiteReading], averages: Sequence[tuple[int, float]], unit: float
+) -> float | None:
+    """The norm at the last hidden boundary over that at the outputs of the last weighted calls."""
+    norms = [s.norm / unit * 10.0 ** sum(d for at, d in averages if at > s.order) for s in ends]
+    total = math.hypot(*norms)
+    return head.gain / total if head is not None and total > 0 and math.isfinite(total) else None
 
 
 def _worst(sites: Sequence[SiteReading], unit: float) -> Worst | None:
@@ -330,14 +375,26 @@ def _starved(readings: Readings, sizes: dict[str, float]) -> Starved:
     graph = readings.graph
     reached = graph.reached() if graph is not None and graph.results else None
     calls = [s for s in readings.sites if s.trained and s.seen and (reached is None or s.order in reached)]
+    weights = [site.weights for site in calls]
+    # Inside a call that cannot be looked into each weight counts for itself.
+    called = {name for site in readings.sites for name in site.weights}
+    weights += [(name,) for name in readings.weights if readings.hidden and name not in called]
     ratio = {}
-    for name in dict.fromkeys(name for site in calls for name in site.weights):
+    for name in dict.fromkeys(name for names in weights for name in names):
         weight = readings.weights.get(name)
         if weight is not None and weight.trainable and weight.total is not None and sizes.get(name, 0.0) > 0:
             norm = weight.norm(dense(weight.total)) * weight.unit
             if math.isfinite(norm):
                 ratio[name] = norm / sizes[name]
-    return starved_of(ratio, [site.weights for site in calls])
+    return starved_of(ratio, weights)
+
+
+def size_of(weight: Tensor, norm: float) -> float:
+    """The norm to which a weight's gradient is compared: of one that is 0, or has just left it, what an
+    initialisation gives.
+    """
+    usual = math.sqrt(weight.numel() / max(1, weight[0].numel() if len(weight) else 1))
+    return norm if norm > NEARLY_ZERO * usual else usual
 
 
 def starved_of(ratio: dict[str, float], calls: Sequence[tuple[str, ...]]) -> Starved:
@@ -349,21 +406,43 @@ def starved_of(ratio: dict[str, float], calls: Sequence[tuple[str, ...]]) -> Sta
 
     Example:
         >>> starved_of({"a": 1.0, "b": 1.0, "c": 1e-7}, [("a",), ("b",), ("c",)])
-        Starved(names=('c',), share=0.3333333333333333, decades=7.0, zero=False)
+        Starved(names=('c',), share=0.3333333333333333, decades=7.0, zero=False, than='median')
     """
     if len(ratio) < 3:
         return Starved()
     ordered = sorted(ratio.values())
     median = ordered[len(ordered) // 2]
-    low = sorted((r, name) for name, r in ratio.items() if r < median * 10**-STARVED)
-    if not low or not median > 0:
+    # Where most of them starve the median does, too.
+    is_usual = median >= ordered[-1] * 10**-STARVED_MOST
+    usual, limit = (median, STARVED) if is_usual else (ordered[-1], STARVED_MOST)
+    low = sorted((r, name) for name, r in ratio.items() if r < usual * 10**-limit)
+    if not low or not usual > 0:
         return Starved()
     names = tuple(name for _, name in low)
     judged = [mine for weights in dict.fromkeys(calls) if (mine := [w for w in weights if w in ratio])]
     share = sum(all(w in names for w in mine) for mine in judged) / max(1, len(judged))
     least = next((r for r, _ in low if r > 0), 0.0)
-    decades = math.log10(median / least) if least else math.inf
-    return Starved(names, share, decades, all(r == 0 for r, _ in low))
+    decades = math.log10(usual / least) if least else math.inf
+    return Starved(names, share, decades, all(r == 0 for r, _ in low), "median" if is_usual else "greatest")
+
+
+def _between_hidden(
+    readings: Readings, averages: Sequence[tuple[int, float]], unit: float
+) -> tuple[Point, ...]:
+    """The line of outputs of calls that cannot be looked into, where they follow each other and each holds a
+    small part of the weights; else ().
+
+    What happens inside one is not seen: so there must be several.
+    """
+    graph = readings.graph
+    found = [site for site in readings.hidden if site.seen and site.norm > _TINY and site.finite]
+    assert graph is not None
+    if len(found) < HIDDEN_CALLS or any(
+        before.order not in graph.ancestors([after.order]) for before, after in pairwise(found)
+    ):
+        return ()
+    logs = (math.log10(s.norm / unit) + sum(d for at, d in averages if at > s.order) for s in found)
+    return tuple(Point(site.name, "ok", log) for site, log in zip(found, logs))
 
 
 def _opaque(readings: Readings) -> str:

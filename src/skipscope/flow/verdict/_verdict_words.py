@@ -37,7 +37,7 @@ ADVICE: dict[VerdictCause, str] = {
     "batch norm": (
         "Use model.train(), or ss.recalibrate(model, data), so that the running statistics fit the data."
     ),
-    "missing path": "Remove the detach, .data or no_grad on the way, or freeze those weights.",
+    "missing path": "Remove the detach, .data, no_grad or argmax on the way, or freeze those weights.",
     "softmax": "Leave at least one entry of each row unmasked.",
     "sqrt": "Add a small number under the root: its slope at 0 is infinite.",
     "div": "Add a small number to the divisor.",
@@ -86,6 +86,8 @@ def finding(verdict: Verdict) -> str:
         return f"The gradient vanishes through time: it reaches back only {verdict.reach} steps in {at}."
     if verdict.cause == "branch":
         return f"The weights in {at} get next to no gradient, while others do."
+    if verdict.cause == "head" and verdict.starved and at != "head":
+        return f"The weights of the last layer, {at}, get next to no gradient for their size."
     if verdict.cause == "head" or (verdict.cause == "saturation" and at == "output"):
         gain = verdict.head.gain if verdict.head else 0.0
         return (

@@ -75,15 +75,14 @@ def average_statistics(
 
 def _average_over_ranks(norms: list[nn.modules.batchnorm._NormBase], data: Batches, count: int) -> None:
     """Give each norm the average over all ranks' batches, where there are several."""
-    parts = data.together((count, [(norm.running_mean, norm.running_var) for norm in norms]))
+    parts: list[Any] = data.together((count, [(norm.running_mean, norm.running_var) for norm in norms]))
     if len(parts) < 2:
         return
     total = sum(each for each, _ in parts)
     for i, norm in enumerate(norms):
         for k, statistic in enumerate((norm.running_mean, norm.running_var)):
-            mean = sum(each / total * held[i][k] for each, held in parts)
             if statistic is not None:
-                statistic.copy_(mean)
+                statistic.copy_(sum(each / total * held[i][k] for each, held in parts))
 
 
 def norms_with_statistics(model: nn.Module) -> list[nn.modules.batchnorm._NormBase]:

@@ -27,7 +27,8 @@ def run_forward(module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any)
     group = plan.group
     if not torch.compiler.is_compiling():
         # Torch gave up compiling in between: code compiled in pieces from here on would edit nothing.
-        return torch.compiler.disable(_eager_pass.run_module)(module, plan, run, args, kwargs)
+        eagerly: Any = torch.compiler.disable(_eager_pass.run_module)
+        return eagerly(module, plan, run, args, kwargs)
     if any(edit.startswith(REWIRED) for edit in group.edits[:-1]):
         raise SkipscopeError(
             "rewire",

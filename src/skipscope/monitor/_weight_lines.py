@@ -1,0 +1,122 @@
+"""Which weights lie on one line: found by observing the forward passes of one step.
+
+Gradients of parameters can be compared only along a line, in the order of execution. The model's own order is
+that of registration, and says nothing of two towers (an actor and a critic, an image and a text encoder),
+whose losses may differ by many decades. Autograd's graph knows: weights of which none is upstream of the
+other, nor of a third one that both reach, belong to different towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+from skipscope import _torch_internals
+from skipscope._data import tensors_in
+from skipscope._untouched import is_measuring
+from skipscope.monitor._backward_passes import inside_backward
+from skipscope.monitor._tracked_parameters import TrackedParameters
+
+# By parameter's name: the number of its tower, and its place in the order of execution.
+WeightLines = Mapping[str, tuple[int, int]]
+
+
+class LineSearch:
+    """Observes the forward passes of the coming step.
+
+    Args:
+        tracked: the parameters, by optimizer.
+        models: the models, by prefix.
+    """
+
+    def __init__(self, tracked: Sequence[TrackedParameters], models: Mapping[str, nn.Module]):
+        named = {name: p for one in tracked for name, p in zip(one.names, one.parameters) if p.requires_grad}
+        self._names = list(named)
+        self._bits = {
+            _torch_internals.accumulator(p): 1 << i for i, p in enumerate(named.values()) if p.is_leaf
+        }
+        matrices = {id(p) for p in named.values() if p.ndim > 1}
+        self._waiting = {
+            id(module)
+            for model in models.values() for module in model.modules()
+            if any(id(p) in matrices for p in module._parameters.values())
+        }  # fmt: skip
+        self._matrices = sum(1 << i for i, p in enumerate(named.values()) if p.ndim > 1)
+        # By autograd node, the parameters upstream of it; nodes are let go of when the step is over.
+        self._upstream: dict[Any, int] = {}
+        self._reached: list[int] = []
+        self._is_hidden = False
+        self._is_eager = _torch_internals.eager.begin()
+        self._hooks = [
+            _torch_internals.quiet_about_global_hooks(),
+            module_hooks.register_module_forward_hook(self._called),
+        ]
+
+    def _called(self, module: nn.Module, _: Any, output: Any) -> None:
+        if id(module) not in self._waiting or is_measuring():
+            return
+        if inside_backward():
+            # A checkpoint runs its part again, cut off from what comes before and after it.
+            self._is_hidden = True
+            return
+        made = [t.grad_fn for t in tensors_in(output) if isinstance(t, Tensor) and t.grad_fn is not None]
+        if made:
+            self._waiting.discard(id(module))
+            self._reached += [self._parameters_of(node) for node in made]
+
+    def _parameters_of(self, root: Any) -> int:
+        """The parameters that a node's value is computed from, as bits."""
+        known, stack = self._upstream, [root]
+        while stack:
+            node = stack[-1]
+            if node in known:
+                stack.pop()
+                continue
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            missing = [parent for parent in parents if parent not in known]
+            if missing:
+                stack += missing
+                continue
+            found = self._bits.get(node, 0)
+            for parent in parents:
+                found |= known[parent]
+            known[node] = found
+            stack.pop()
+        return known[root]
+
+    def conclude(self) -> WeightLines | None:
+        """The lines; None where a weight's place is not known."""
+        self.close()
+        towers: list[int] = []
+        order: dict[int, int] = {}
+        seen = 0
+        for bits in self._reached:
+            for i in _indices(bits & ~seen):
+                order[i] = len(order)
+            seen |= bits
+            apart = [tower for tower in towers if not tower & bits]
+            for tower in towers:
+                bits |= tower if tower & bits else 0
+            towers = [*apart, bits]
+        if self._is_hidden or self._matrices & ~seen:
+            return None
+        return {self._names[i]: (k, order[i]) for k, tower in enumerate(towers) for i in _indices(tower)}
+
+    def close(self) -> None:
+        """Take the hooks away, and let go of autograd's nodes, outputs first."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        while self._upstream:
+            self._upstream.popitem()
+        self._bits = {}
+        if self._is_eager:
+            self._is_eager = False
+            _torch_internals.eager.end()
+
+
+def _indices(bits: int) -> list[int]:
+    return [i for i in range(bits.bit_length()) if bits >> i & 1]
