@@ -300,7 +300,7 @@ def curvature_operator(
         weight: what a batch counts for in the mean; default: the loss's own normaliser.
         training: False runs in eval mode, True in training mode, None leaves each module's flag.
         seed: of random numbers inside the model (dropout), the same in every product.
-        mode: which way to make products; default: the first that works of "reverse over reverse", "forward
+        mode: how products are made; default: the first that works of "reverse over reverse", "forward
             over reverse", the two with fused kernels spelt out ("math kernels"), and "finite differences".
         memory: bytes that kept graphs may take; batches beyond it are run again for each product.
 

@@ -60,7 +60,7 @@ class ExtremeEigenvalues(Result):
         largest_residuals: the same for ``largest``.
         converged: every residual is at most ``tol`` times max |lambda|, and ``probability`` is at least
             ``confidence``.
-        probability: how surely no eigenvalue lies farther out than the reported ends by more than the
+        probability: how surely no eigenvalue is farther out than the reported ends by more than the
             tolerance; the chance is over the random start alone.
         confidence: the probability asked for.
         tol: the tolerance asked for, relative to max |lambda|.
@@ -163,7 +163,7 @@ class ExtremeEigenvalues(Result):
             + f": tolerance {short(self.tol)} of max |lambda|; {self.parameters:,} parameters,"
             f" {self.products} products ({self.method}).",
             (
-                "+- bounds the distance to an eigenvalue. That none lies farther out by more than the"
+                "+- bounds the distance to an eigenvalue. That none is farther out by more than the"
                 f" tolerance holds with probability {_percent(self.probability)}, over the random start."
             ),
         ]

@@ -2,7 +2,7 @@
 networks.
 
 The first run starts anywhere. One vector (or block) cannot see how often an eigenvalue occurs, so for k > 1
-further runs follow in what is orthogonal to the eigenvectors found: until one shows that nothing there lies
+further runs follow in what is orthogonal to the eigenvectors found: until one shows that nothing there is
 beyond the k-th. By Weyl's theorem the matrix's eigenvalues, each counted as often as it occurs, then lie
 within the residuals of those found.
 """
@@ -33,14 +33,14 @@ class SolverOptions:
     Attributes:
         k: eigenvalues at each end.
         tol: largest residual, relative to max |lambda|.
-        confidence: the probability that nothing lies farther out.
+        confidence: the probability that nothing is farther out.
         block: start vectors of a run.
         basis: vectors kept before a thick restart; None: as many as 1 GiB holds, at most 300.
         max_products: after these it stops, converged or not.
         seed: of the start vectors.
         margin: how much farther out is meant by that, relative to max |lambda|; None: the tolerance.
         precision: relative rounding error of the products, where it is known beforehand (float32: 1.2e-7).
-        screening: a lesser (confidence, margin), at which the ends are noted on the way; for k = 1.
+        screening: a lesser (confidence, margin), at which the ends are noted in passing; for k = 1.
     """
 
     k: int = 1
@@ -69,7 +69,7 @@ class Ends:
         scale: max |lambda|.
         noise: the products' rounding error, estimated.
         asymmetry: the largest |u'Av - v'Au| seen.
-        screened: both ends when the options's screening was met, or None.
+        screened: both ends once the screening was reached, or None.
     """
 
     values: np.ndarray
@@ -254,7 +254,7 @@ class _Search:
         return bool((residuals[self.wanted] <= limit).all())
 
     def _unseen(self, values: np.ndarray, width: int, margin: float) -> float:
-        """At most this is the chance that something lies farther out than what is known by ``margin`` of
+        """At most this is the chance that something is farther out than what is known by ``margin`` of
         max |lambda|.
         """
         out = margin * max(self.known.scale, abs(values[0]), abs(values[-1]))
@@ -264,7 +264,7 @@ class _Search:
         return min(chance_unseen(self.run, [low - out, high + out], width, diluted), 1.0)
 
     def _wait(self, size: float, limit: float) -> None:
-        """Before the next look take half the steps that are missing, if the size goes on falling as it has
+        """Before the next look take half the steps that are missing, if the size continues to fall as it has
         since the last.
 
         A look costs as much as many products of a small network; half, for it may fall faster. A run that

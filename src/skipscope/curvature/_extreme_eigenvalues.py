@@ -53,7 +53,7 @@ def extreme_eigenvalues(
 
     One Lanczos run gives both ends: float64 basis, re-orthogonalised in full, thick restart. Three things are
     told apart: the *residual* bounds the distance of each number to an eigenvalue; the *probability* says how
-    surely no eigenvalue lies farther out (see ``_certificate``: it holds for every matrix, over the random
+    surely no eigenvalue is farther out (see ``_certificate``: it holds for every matrix, over the random
     start); ``converged`` is both.
 
     Args:

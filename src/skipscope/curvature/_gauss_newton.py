@@ -1,8 +1,8 @@
-"""The ways to multiply a batch's Gauss-Newton matrix with a vector, candidate by candidate as in ``_modes``.
+"""Strategies that multiply a batch's Gauss-Newton matrix with a vector, as in ``_product_modes``.
 
 With f the model's outputs, l the loss as a function of them and J = df/dp, the matrix is J' (d2l/df2) J
-(Schraudolph 2002): the Hessian of the loss of the linearised model. ``J v`` is taken in one of three ways,
-the rest in reverse mode.
+(Schraudolph 2002): the Hessian of the loss of the linearised model. ``J v`` has three
+methods, the rest in reverse mode.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ Tangent = list[Tensor]  # one tensor a parameter
 
 
 class Mode(Protocol):
-    """A way to make products for one batch."""
+    """Computes products for one batch."""
 
     name: str
 
@@ -168,7 +168,7 @@ class FiniteDifferences(Differences):
 
 
 def backward(outputs: list[Tensor], inputs: list[Any], seeds: list[Tensor]) -> Tangent:
-    """The pull-back of ``seeds`` from outputs to inputs, the graph kept; zeros where there is no way."""
+    """The pull-back of ``seeds`` from outputs to inputs, the graph kept; zeros where unconnected."""
     found = torch.autograd.grad(outputs, inputs, seeds, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, found, strict=True)]
 

@@ -8,7 +8,7 @@ Vocabulary, used all through this room. ``A [n, n]`` is symmetric and known only
 
     A V' = V' H + Q' T',   H = V A V' [m, m],   T = Q A V' [b, m]
 
-so a Ritz pair ``H s = theta s`` has the residual ``|A V's - theta V's| = |T s|``, and an eigenvalue of A lies
+so a Ritz pair ``H s = theta s`` has the residual ``|A V's - theta V's| = |T s|``, and an eigenvalue of A is
 within that distance of theta (Parlett, *The Symmetric Eigenvalue Problem*, theorem 4.5.1). Because ``H`` is
 measured in full, not assumed tridiagonal, a restart from Ritz vectors (Wu & Simon 2000) needs no other
 formulas than the first steps do, and what should vanish in a symmetric matrix but does not measures the
@@ -36,7 +36,7 @@ _SAFETY = 4.0  # on the estimate of the products' rounding error
 
 @dataclass
 class Step:
-    """One block taken in, for the certificate: its products on the basis, and the way to the next block.
+    """One block taken in, for the certificate: its products on the basis, and the step to the next block.
 
     Attributes:
         measured: ``V A Q'`` ``[m, b]`` with Q already the last rows of V.
@@ -130,7 +130,7 @@ class Krylov:
         self._next_block(image, columns)
 
     def _take_out(self, image: Tensor) -> np.ndarray:
-        """Take what lies in the basis (next block included) and outside the run's space out of ``image [b,
+        """Take what is in the basis (next block included) and outside the run's space out of ``image [b,
         n]``.
 
         Returns its coordinates in the basis ``[m + b, b]``. Twice is enough (Giraud, Langou & Rozloznik
@@ -160,7 +160,7 @@ class Krylov:
         self.width = len(onward)
         self.coupling = np.zeros((m, self.width))
         self.coupling[m - b :] = onward.T
-        if not self.width and m < self.size:  # invariant: what else there is can only be met by a new start
+        if not self.width and m < self.size:  # invariant: anything else needs a new start
             self.invariant = True
             self.start(self.draw(min(b, self.size - m)))
 

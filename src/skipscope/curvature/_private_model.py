@@ -84,7 +84,7 @@ class PrivateModel:
         not a zero one.
 
         Raises:
-            SkipscopeError: naming such a parameter, where it can be told; or the loss draws noise that cannot
+            SkipscopeError: naming such a parameter, where it is known; or the loss draws noise that cannot
                 be seeded, or the model reads a weight from a cache of its own.
         """
         held = {} if self.module.training else tensors_kept(self.module)

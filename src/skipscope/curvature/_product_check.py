@@ -75,7 +75,7 @@ class ProductCheck:
             The reason, or None when nothing speaks against the product.
         """
         if not found.isfinite().all():
-            return None  # told by the product itself
+            return None  # the product itself says so
         own = self.model.parameters[0].dtype
         model, batch = in_double(self.model, self.batch, self.index) or (self.model, self.batch)
         dtype = model.parameters[0].dtype

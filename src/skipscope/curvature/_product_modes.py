@@ -141,7 +141,7 @@ def select_mode(
         refused[candidate.name] = objection
     raise SkipscopeError(
         model.operation,
-        "no way to multiply with the matrix works on this model",
+        "no mode of multiplying with the matrix works on this model",
         got="; ".join(f"{name}: {why}" for name, why in refused.items()),
         cure=None if mode is None else "leave mode= out: the first mode that is right is taken",
     )

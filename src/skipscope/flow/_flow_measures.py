@@ -20,16 +20,16 @@ from skipscope._result import Result, Table
 
 @dataclass(frozen=True)
 class SplitAt:
-    """The gradient arriving at one fork, by the way it came.
+    """The gradient arriving at one fork, by the path it took.
 
     Attributes:
         name, kind: the shortcut.
-        fork: where the two ways part.
+        fork: where the two paths part.
         branch_rms: RMS of the gradient that came through the branch.
         shortcut_rms: RMS of the gradient that came through the shortcut.
         cosine: between the two; None where one is zero.
         fork_rms: RMS of all gradient arriving at the fork.
-        other_rms: RMS of what came neither way (other consumers of the fork); None where there is none.
+        other_rms: RMS of what took neither path (other consumers of the fork); None where there is none.
         share: |shortcut| / (|shortcut| + |branch|); None where both are zero.
         residual: |branch + shortcut + other - total| / |total|, by measurement: 0 but for rounding.
     """
@@ -90,7 +90,7 @@ class GradientSplit(Result):
             rows,
             [
                 (
-                    "RMS of the gradient arriving at the fork by each way; share: shortcut / (shortcut +"
+                    "RMS of the gradient arriving at the fork by each path; share: shortcut / (shortcut +"
                     " branch)."
                 ),
                 *self.notes,
@@ -393,10 +393,7 @@ class GradientCorrelation(Result):
             ["distance", "correlation", "pairs"],
             [list(row) for row in self.bins],
             [
-                (
-                    "Near 0 the gradients are shattered: two inputs that are close are told to move in"
-                    " unrelated ways."
-                ),
+                ("Near 0 the gradients are shattered: two inputs that are close get unrelated gradients."),
                 *self.notes,
             ],
         )

@@ -144,7 +144,7 @@ class Verdict:
         chain: of a term, the function and the line that make it; summands that one line makes with the same
             weights (the steps of a recurrence) are one term. Of the whole, the worst term's.
         starved: weights that get next to nothing while others do, the most starved first.
-        head: what lies between the last hidden boundary and the output.
+        head: what is between the last hidden boundary and the output.
         worst: the weighted call that gets least.
         reach: of a recurrent layer, the steps until a thousandth of the gradient is left; None without one,
             or where more is left at the first step.

@@ -1,4 +1,4 @@
-"""``gradient_flow``: readings at the boundaries, three kinds of zero told apart, and the verdict on them."""
+"""``gradient_flow``: readings at the boundaries, three kinds of zero, and the verdict on them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def gradient_flow(
         model: any eager module; as found afterwards.
         data: a batch ``(inputs, target)``, a Mapping, or a re-iterable of batches.
         loss: ``loss(output, target)``; left out when the output carries ``.loss``.
-        found: shortcuts already found, whose merges are the boundaries; found anew by default.
+        found: shortcuts already found, whose merges are the boundaries; found by default.
         scaler: the training loop's ``torch.amp.GradScaler``, so that underflow is judged at the scale it
             sets.
         seed: of the random numbers drawn inside (dropout).
@@ -110,7 +110,7 @@ class _Measurement:
         readings: in the model's own precision.
         exact: in float64, where something is 0 that may be too small for its dtype.
         settled: where what starts at zero by design has moved.
-        notes: what was found on the way.
+        notes: what was noticed.
         whole: the measurement of all terms, where this is one of them.
         elsewhere: weighted calls that this term does not reach, and another one does.
     """
@@ -318,7 +318,7 @@ def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: flo
         )
     notes += [*_unused(readings), *_notes(readings, layers, scale)]
     if not_met:
-        notes.append(f"Not met in this pass, and left out: {', '.join(not_met)}.")
+        notes.append(f"Not reached in this pass, and left out: {', '.join(not_met)}.")
     slope = verdict.slope
     chi = None if slope is None else 10.0 ** (-2 * slope)
     depth_scale = None if slope is None else math.inf if slope == 0 else 1 / abs(2 * slope * math.log(10))

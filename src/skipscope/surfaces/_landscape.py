@@ -79,9 +79,9 @@ def landscape(
         tolerance: compute coarsely first and refine where interpolation is off by more than this share of the
             surface's range (and by more than the standard error); ``computed`` says which points the model
             was run for. None computes every point. With a store, ``ss.load`` gives the surface as it is after
-            each level, also while the run goes on or when it was stopped.
-        strategy: "auto" times ways of evaluating on the first points; "plain" is the reference, whose numbers
-            are the same on every run; or a name from an earlier result's provenance. On Linux one of the ways
+            each level, also during the run or when it was stopped.
+        strategy: "auto" times strategies on the first points; "plain" is the reference, whose numbers
+            are the same on every run; or a name from an earlier result's provenance. On Linux one strategy
             is a point a core: copies of this process, as many as torch has threads, made by fork as a
             DataLoader's workers are.
         precision: None is the model's own; "bf16" or "fp16" run it under autocast; "tf32" or "fp32" choose a

@@ -132,7 +132,7 @@ def _prepare(
     loss: Objective,
     group: RankGroup | None,
 ) -> tuple[Store | RankStore | None, dict[str, Choice]]:
-    """Open the store, if any, and choose the way of evaluating: the store's own when it has one."""
+    """Open the store, if any, and choose the strategy: the store's own when it has one."""
     count = int(np.prod(work.shape))
     folder = settings.store
     if folder is None:
@@ -237,7 +237,7 @@ def _with_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, .
     """Where the origin is a point of the grid it carries the plain loop's value: the model's own loss, bit
     for bit.
     """
-    sheet = copy.deepcopy(sheet)  # what is still refined goes on from what was computed
+    sheet = copy.deepcopy(sheet)  # further refinement starts from what was computed
     for twin in twins:
         places = [np.flatnonzero(axis == c) for axis, c in zip(at, twin.evaluator.origin_point)]
         if all(len(p) for p in places):

@@ -205,7 +205,7 @@ class Term:
     Attributes:
         name: function and source line.
         values: the summands, in the trace.
-        clamped: a call that may silence it on a batch lies between the last weights and it.
+        clamped: a call that may silence it on a batch is between the last weights and it.
     """
 
     name: str

@@ -58,7 +58,7 @@ def path_spectrum(
             default.
         found: the shortcuts that count; all that are found by default.
         batched: carry all lengths through the backward pass at once (torch's vmap), or one after the other;
-            by default whichever is faster.
+            by default the faster one.
         max_bytes: a bound on the gradients that go into and come out of a segment at once. In addition,
             memory holds the forward pass, and at each waiting cut one gradient for each length: in a chain at
             two cuts at a time. Passed segments are freed.

@@ -33,7 +33,7 @@ def judge_chain(
 
     Args:
         evidence: what was read.
-        gains: by boundary, what lies between it and the next.
+        gains: by boundary, what is between it and the next.
         context: what to know of the network.
         culprit: (cause, words): what is not finite to begin with, where something is.
         stale: the first batch norm whose running statistics are far from those of the data, or "".

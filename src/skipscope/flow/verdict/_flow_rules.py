@@ -92,13 +92,13 @@ class StretchGain:
     """Factor of the weights and activation functions between two boundaries on the gradient.
 
     Attributes:
-        activation: the activation function met in it, None without.
+        activation: its activation function, or None.
         slope: RMS of its derivative over all units, the factor it puts on the gradient's RMS.
         saturated: the share of units whose derivative is below 5 % of its greatest.
         inactive: the share of units whose derivative is exactly 0.
         gain: RMS weight x sqrt(fan-out) of the weights in it, multiplied: the factor they put on the
             gradient's RMS.
-        layer: the first weight met in it.
+        layer: its first weight.
     """
 
     activation: str | None = None
@@ -158,7 +158,7 @@ def judge(
 
     Args:
         points: in order of execution.
-        stretches: for each boundary, what lies between it and the next (or the output); may be empty.
+        stretches: for each boundary, what is between it and the next (or the output); may be empty.
         context: what to know of the network.
         culprit: (cause, words): what is not finite to begin with, where something is.
     """
@@ -398,7 +398,7 @@ def _why(
         step = 10.0 ** (logs[at] - logs[at + 1])
         size, whole = abs(logs[at + 1] - logs[at]), abs(fall)
         share = f"{short(size)} of {short(whole)} decades"
-        if size > whole:  # the other steps go the other way
+        if size > whole:  # the other steps change in the other direction
             share = f"{short(size)} decades, where all steps together come to {short(whole)}"
         what = f"one step puts a factor {short(step)} on it, {share}"
     else:

@@ -82,7 +82,7 @@ class Evidence:
 
     Attributes:
         lines: by line, the points, each with its norm and whether it is hidden.
-        head: what lies between the last hidden boundary and the output, or None.
+        head: what is between the last hidden boundary and the output, or None.
         worst: the site that gets least, or None.
         reach: of the recurrent layer with the shortest one in relation to its length, or None.
         starved: weights that get next to nothing.
@@ -117,7 +117,7 @@ def evidence_of(
     """Derive the evidence from readings.
 
     Args:
-        points: by boundary that was met, its state and the log10 of its flow.
+        points: by boundary that the pass reached, its state and the log10 of its flow.
         places: the boundaries themselves.
         kept: by point, the number of its boundary.
         readings: of all batches.

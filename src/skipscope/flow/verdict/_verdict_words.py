@@ -75,7 +75,7 @@ def finding(verdict: Verdict) -> str:
     if verdict.state == "cannot tell":
         if verdict.cause == "opaque":
             return f"No layer can be judged: {at} cannot be looked into."
-        return "The gradient's flow lies too close to a limit to be judged."
+        return "The gradient's flow is too close to a limit to be judged."
     if verdict.state == "nonfinite":
         return f"Numbers stop being finite at {at}."
     if verdict.state == "unconnected":

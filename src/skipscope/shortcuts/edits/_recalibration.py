@@ -82,7 +82,8 @@ def _average_over_ranks(norms: list[nn.modules.batchnorm._NormBase], data: Batch
     for i, norm in enumerate(norms):
         for k, statistic in enumerate((norm.running_mean, norm.running_var)):
             if statistic is not None:
-                statistic.copy_(sum(each / total * held[i][k] for each, held in parts))
+                mean: Any = sum(each / total * held[i][k] for each, held in parts)
+                statistic.copy_(mean)
 
 
 def norms_with_statistics(model: nn.Module) -> list[nn.modules.batchnorm._NormBase]:

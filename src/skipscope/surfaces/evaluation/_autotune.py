@@ -4,7 +4,7 @@ fastest so far.
 A strategy is taken only if it gives the plain loop's numbers (to rounding) and is clearly faster, so that
 timing noise does not change the choice. Points that the chosen strategy was timed on are points of the
 surface, and are not computed again. What was measured is remembered for the process: a second call on the
-same kind of model goes on from there, and one of the same size gives the same bits.
+same kind of model starts from there, and one of the same size gives the same bits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From points of a plane to losses: the plain loop over points, and one twin's evaluator around it.
 
-The plain loop (move our copy of the model, run every batch as it came) is the reference; faster ways are
-tried against it on the first points (see :mod:`skipscope.surfaces.evaluation._autotune`).
+The plain loop (move our copy of the model, run every batch as it came) is the reference; faster strategies
+are tried against it on the first points (see :mod:`skipscope.surfaces.evaluation._autotune`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Statistics = Sequence[Mapping[str, Tensor]]  # the buffers of each norm that kee
 
 
 class Strategy(Protocol):
-    """A way to evaluate points."""
+    """A strategy that evaluates points."""
 
     name: str
 
@@ -95,7 +95,7 @@ class Loop:
         at_point: the data and the loss.
         batch_norm: a key of :data:`BATCH_NORM`.
         name: for the result.
-        channels_last: lay the copy's convolution weights out that way.
+        channels_last: lay the copy's convolution weights out so.
         run: the forward pass, ``run(model, batch) -> output``.
         strength_tensor: the shortcut strength's tensor, where the first coefficient is the strength.
         statistics: for the norms, in place of the model's own.
@@ -195,7 +195,7 @@ class Evaluator:
 
     Attributes:
         plain: the reference.
-        strategy: the way points are evaluated; the plain loop until another is chosen.
+        strategy: evaluates the points; the plain loop until another is chosen.
         origin_point: the coefficients of the model as it is.
         origin: the reading there, by the plain loop.
         plain_origin: the same without the regulariser.
@@ -254,7 +254,7 @@ class Evaluator:
         return reading
 
     def use(self, strategy: Strategy) -> None:
-        """Evaluate this way from now on."""
+        """Evaluate with this strategy from now on."""
         if strategy is not self.strategy:
             self.strategy.close()
             # Every point of a surface has the bits of one strategy; the origin always those of the plain

@@ -78,7 +78,7 @@ def check_grid(points: int, numbers: int, usual: int = 0) -> None:
         SkipscopeError: with the largest square grid that fits.
     """
     free = SHARE * free_bytes(torch.device("cpu"))
-    each = 4 * 8  # bytes a number: the sheet, what is kept, and two copies on the way to results
+    each = 4 * 8  # bytes a number: the grid, what is kept, and two copies for results
     if points * each * numbers > free:
         numbers = max(numbers, usual)
         raise SkipscopeError(

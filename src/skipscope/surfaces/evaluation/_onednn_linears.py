@@ -3,7 +3,7 @@ after it.
 
 The BLAS that torch comes with runs at half speed on some processors; oneDNN's kernel does not, and computes
 an activation function on the way. Which activation follows which layer is seen in one forward pass. That
-nothing else reads the layer's output cannot be seen, but it is tried: a way of evaluating is taken only if it
+nothing else reads the layer's output cannot be seen, but it is tried: a strategy is taken only if it
 gives the plain loop's numbers (:mod:`skipscope.surfaces.evaluation._autotune`).
 """
 
@@ -64,7 +64,7 @@ def _epilogue(activation: nn.Module | None) -> Epilogue:
 def _linear(
     layer: nn.Linear, epilogue: Epilogue, then: Callable[[Tensor], Tensor] | None, input: Tensor
 ) -> Tensor:
-    if input.dtype != torch.float32 or input.ndim < 2:  # what the kernel does not take, torch's own way does
+    if input.dtype != torch.float32 or input.ndim < 2:  # what the kernel does not take
         output = functional.linear(input, layer.weight, layer.bias)
         return output if then is None else then(output)
     name, algorithm = epilogue

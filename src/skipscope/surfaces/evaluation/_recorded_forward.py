@@ -4,8 +4,8 @@ layers.
 :mod:`skipscope.surfaces.evaluation._onednn_linears` sees activation functions that are modules; here those
 that are called as functions are seen too (``F.gelu(self.fc(x))``). What looks at numbers on its way (``if
 x.sum() > 0``, ``.item()``) cannot be recorded and is refused by torch; what was read from a weight by other
-means would stand in the recording as a number that no longer moves, and is refused here. And, as every way of
-evaluating, it is taken only if it gives the plain loop's numbers.
+means would stand in the recording as a number that no longer moves, and is refused here. And, as every
+strategy, it is taken only if it gives the plain loop's numbers.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class StrategySpec:
     reads_weights: bool = False
 
 
-# --- the ways
+# --- the strategies
 # ------------------------------------------------------------------------------------------------------
 
 

@@ -188,7 +188,7 @@ class Adaptive:
     def _better(
         self, straight: dict[str, np.ndarray], logarithm: dict[str, np.ndarray], points: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Of two predictions of each value the one that came closer; it is the way from now on."""
+        """Of two predictions of each value the one that came closer; it is used from now on."""
         chosen = {}
         for name, _ in self.fields:
             value = self.sheet.data[self.sheet.names.index(name), points]

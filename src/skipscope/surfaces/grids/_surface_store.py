@@ -46,7 +46,7 @@ class Plan:
         names: the numbers at each point.
         points: how many points the grid has.
         unit: points a chunk.
-        strategy: the way of evaluating that was chosen first; all later ones use it, for the same bits.
+        strategy: the one that was chosen first; all later ones use it, for the same bits.
     """
 
     identity: dict[str, Any]

@@ -22,7 +22,7 @@ class CurvatureMap(Exported):
         smallest: ``[a, b]``; nan where the loss is not finite.
         largest: ``[a, b]``.
         residuals: a bound on the distance of both to an eigenvalue ``[a, b]``.
-        probability: how surely no eigenvalue lies farther out ``[a, b]``: by more than the tolerance where
+        probability: how surely no eigenvalue is farther out ``[a, b]``: by more than the tolerance where
             ``checked``, by more than half of max |lambda| elsewhere; over the random starts.
         converged: the residual is within the tolerance and the probability as asked where ``checked``, 90 %
             elsewhere ``[a, b]``.
@@ -105,7 +105,7 @@ class CurvatureMap(Exported):
                 f" point; {self.parameters:,} parameters; tolerance {short(self.tol)} of max |lambda|."
             ),
             (
-                f"At {int(self.checked.sum())} points nothing lies farther out by more than the tolerance"
+                f"At {int(self.checked.sum())} points nothing is farther out by more than the tolerance"
                 f" with probability {100 * self.confidence:g} %, at the others by more than half of max"
                 f" |lambda| with 90 %; the walk had gone wrong before {self.differed} of the checks, and was"
                 " done again there."

@@ -3,9 +3,9 @@ ended.
 
 Neighbours have nearly the same outermost eigenvectors, so a row is walked from one end: its first point is
 solved afresh, each next one starts near the eigenvectors of the two before it, continued in a straight line.
-On the way a solve stops when nothing grossly farther out is likely; at every sixteenth point it goes on until
-it is as sure as a fresh one (the start has a random part, so it can be), and where its ends then move, an
-eigenvalue has overtaken from elsewhere: the points since the last such check are solved afresh.
+Between them a solve stops when nothing grossly farther out is likely; at every sixteenth point it continues
+until it is as sure as a fresh one (the start has a random part, so it can be), and where its ends then move,
+an eigenvalue has overtaken from elsewhere: the points since the last such check are solved afresh.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SMALL = (
 SCREENING = (
     0.9,
     0.5,
-)  # elsewhere: the probability that nothing lies farther out by more than this share of max |lambda|
+)  # elsewhere: the probability that nothing is farther out by more than this share of max |lambda|
 
 
 class Walk:

@@ -7,7 +7,7 @@ zero direction.
 Filter normalisation (arXiv 1712.09913, section 4): d_f <- d_f |w_f| / |d_f|. A filter is an output channel:
 
 - a linear layer's row; a convolution's output channel; an embedding's row (one token's vector);
-- a transposed convolution's output channel, which lies in dimension 1 (within its group);
+- a transposed convolution's output channel, which is dimension 1 (within its group);
 - a column of Hugging Face's ``Conv1D``, which computes x W;
 - for any other parameter of two or more dimensions, a slice of dimension 0.
 

@@ -1,4 +1,4 @@
-"""Planes with a meaning: through two or three solutions, and the one a training trajectory lies in best.
+"""Planes with a meaning: through two or three solutions, and the plane closest to a training trajectory.
 
 A trajectory w_0 .. w_n seen from its end is the matrix M with rows w_t - w_n (arXiv 1712.09913, section 7).
 Its plane passes through w_n and is spanned by M's first two right singular vectors; *explained* is each one's
@@ -67,9 +67,9 @@ class Plane:
 def solutions_plane(model: nn.Module, *others: Any) -> Plane:
     """The line through two solutions, or the plane through three.
 
-    The first direction goes from ``model`` to the first of ``others``, which lies at (1,) or (1, 0). The
-    second is the part of the way to the other one that is orthogonal to the first, as long as the first, so
-    that the picture's angles and lengths are those of weight space. Local.
+    The first direction goes from ``model`` to the first of ``others``, which is at (1,) or (1, 0). The
+    second is the part of the difference to the other one that is orthogonal to the first, as long as the
+    first, so that the picture's angles and lengths are those of weight space. Local.
 
     Args:
         model: the origin.
@@ -116,7 +116,7 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
 
 @public_call("trajectory_plane")
 def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
-    """The plane through ``model`` in which its training trajectory lies best, with what it leaves out.
+    """The plane through ``model`` closest to its training trajectory, with what it leaves out.
 
     Checkpoints are read a few columns at a time, so that beside them it takes two directions and some tens of
     MiB, however many there are; loaded by ``torch.load(path, mmap=True)`` they stay on the disk. Local.

@@ -29,7 +29,7 @@ class Layer:
         betas: the second axis, [b]; empty for a line.
         columns: name -> numbers, [a, b] or [a].
         prefix: before the numbers' names in an ``.npz``; "" where there is one surface alone.
-        more: what lies on no grid, for the ``.npz``.
+        more: what is on no grid, for the ``.npz``.
     """
 
     name: str

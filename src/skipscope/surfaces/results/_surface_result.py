@@ -75,7 +75,7 @@ class Provenance(Result):
         loss: its name.
         batch_norm: "frozen", "recalibrated at each point" or "batch statistics"; "none" without batch norm.
         strategy: how points were evaluated.
-        why: why that way.
+        why: the reason.
         dtype: of the weights.
         device: of the weights.
         versions: of skipscope, torch and numpy.
@@ -148,7 +148,7 @@ class KnownPoints(Result):
         ]
         shares = ", ".join(f"{share:.1%}" for share in self.explained)
         notes = [
-            f"The axes hold {shares} of the squared distances from the origin; 'distance': what lies off the"
+            f"The axes hold {shares} of the squared distances from the origin; 'distance': what is off the"
             " plane."
         ]
         return Table("points on the plane", ["point", "coordinates", "distance", "own loss"], rows, notes)
@@ -404,7 +404,7 @@ class PairedSurfaces(Exported):
 
 
 _UNSEEN = (
-    "that the fit had not seen. This is the surface after a level; the same call goes on to the next one"
+    "that the fit had not seen. This is the surface after a level; the same call continues with the next one"
 )
 
 

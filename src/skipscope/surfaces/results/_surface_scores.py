@@ -194,7 +194,7 @@ def label_of(values: np.ndarray, centre: float, learnt: bool | None) -> str:
         values: the surface.
         centre: the loss at the origin.
         learnt: what the targets say (see :func:`skipscope.surfaces.evaluation._permutation_test.own_loss`);
-            None: they cannot be asked, and the network counts as learnt when its centre lies clearly below
+            None: they cannot be asked, and the network counts as learnt when its centre is clearly below
             the surface's median.
     """
     finite = values[np.isfinite(values)]
@@ -242,7 +242,7 @@ def scores_of(
         alphas: first axis.
         betas: second axis, empty for a line.
         label: see :func:`label_of`.
-        parts: the surface without each group of samples in turn; empty when samples cannot be told apart.
+        parts: the surface without each group of samples in turn; empty when samples are not known.
         origin: the coefficients of the model as it is.
         interpolated_from: rows and columns of the coarser grid, where the rest is interpolated from it.
     """
