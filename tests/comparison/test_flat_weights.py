@@ -27,6 +27,21 @@ class Wide(nn.Module):
         return self.memory(y[:, None])[0][:, 0]
 
 
+class Large(nn.Module):
+    """Weights of several tables, one of them longer than a table, which is left out now and then."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 300), nn.Linear(300, 500, bias=False)
+        self.c, self.d, self.calls = nn.Linear(500, 200), nn.Linear(200, 3), 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = torch.tanh(self.a(x))
+        y = self.b(y) if self.calls % 3 else F.pad(y, (0, 200))
+        return self.d(torch.tanh(self.c(y)))
+
+
 class Experts(nn.Module):
     """Which of two layers runs depends on the batch: the other's weights have no gradient in that step."""
 
@@ -138,7 +153,7 @@ def frozen():
 
 
 FLAT = {
-    "many kinds": Wide, "experts": Experts, "an expert now and then": LateExpert, "tied": Tied,
+    "many kinds": Wide, "large and small": Large, "experts": Experts, "an expert now and then": LateExpert, "tied": Tied,
     "clamped in place": Clamps, "frozen": frozen, "a hook takes a gradient": StopsTheGradient,
     "sparse gradients": SparseRows,
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """A training run is a plain loop: seed, make the network, train it.
 
-Torch's own optimizers move the weights of a network as one tensor, which leaves every bit as it is and takes
+Torch's own optimizers move the weights of a network as few tensors, which leaves every bit as it is and takes
 less time.
 """
 
@@ -122,7 +122,7 @@ class _Loop:
     """The loop of one run, as a person would write it.
 
     Attributes:
-        flat: the weights as one tensor, as long as an optimizer may see them so.
+        flat: the weights as few tensors, as long as an optimizer may see them so.
     """
 
     def __init__(self, model: nn.Module, run: Run, choice: OptimizerChoice, course: Course):
@@ -131,11 +131,12 @@ class _Loop:
         halves = course.autocast == torch.float16
         self.flat = None if choice.factory or halves else FlatWeights.of(model)
         self.make = lambda weights: choice.make(weights, run.rate)
-        self.driver = self.make(self.weights if self.flat is None else [self.flat.table])
+        self.driver = self.make(self.weights if self.flat is None else self.flat.tables)
+        self.needs_closure = self.driver.needs_closure  # it inspects a signature: not at every step
         self.rates = [group["lr"] for group in self.driver.optimizer.param_groups]
         self.device = self.weights[0].device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=halves and not self.driver.needs_closure)
-        self.update = _Update(self.weights if self.flat is None else [self.flat.table])
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=halves and not self.needs_closure)
+        self.update = _Update(self.weights if self.flat is None else self.flat.tables)
 
     @classmethod
     @contextmanager
@@ -158,7 +159,7 @@ class _Loop:
         if self.course.schedule is not None:
             for group, rate in zip(self.driver.optimizer.param_groups, self.rates):
                 group["lr"] = rate * factor
-        if self.driver.needs_closure:
+        if self.needs_closure:
             value = float(self.driver.optimizer.step(lambda: self._backward(batch)))  # type: ignore[arg-type]
         else:
             value = self._backward(batch)
