@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from skipscope._errors import SkipscopeError
 from skipscope._random import drawn_apart
 from skipscope._ranks import whole
+from skipscope._tensor_layouts import strided_parts
 
 Batch = Any
 Part = TypeVar("Part")
@@ -126,9 +127,10 @@ def hash_of(tensors: Iterable[Tensor]) -> str:
     """A hash of tensors' shapes, dtypes and bits; of whole ones where they are spread over ranks."""
     digest = hashlib.blake2b(digest_size=16)
     for t in tensors:
-        digest.update(f"{tuple(t.shape)}{t.dtype}".encode())
-        flat = whole(t.detach()).cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        for part in strided_parts(whole(t.detach())):
+            digest.update(f"{tuple(part.shape)}{part.dtype}".encode())
+            flat = part.cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -27,6 +27,7 @@ from skipscope._public_call import turn
 from skipscope._random import random_state_kept as random_state_kept
 from skipscope._ranks import meet, ranks_of
 from skipscope._rebinding import rebind
+from skipscope._tensor_layouts import is_strided, strided_parts
 from skipscope._torch_internals import compiled_from
 
 _thread = threading.local()
@@ -146,17 +147,30 @@ def _restore_storage(parameter: nn.Parameter, held: Tensor) -> None:
 def _restore_tensor(tensor: Tensor, before: Tensor) -> None:
     if tensor.is_meta:
         return
-    if tensor.shape != before.shape or not torch.equal(_bits(tensor), _bits(before)):
+    if not _are_equal(tensor, before):
         with torch.no_grad():
-            if tensor.shape == before.shape:
+            if tensor.is_nested:
+                for part, held in zip(strided_parts(tensor), strided_parts(before)):
+                    part.copy_(held)  # a part of a nested tensor is its memory
+            elif tensor.shape == before.shape:
                 tensor.copy_(before)
             else:
                 tensor.data = before
 
 
+def _are_equal(tensor: Tensor, before: Tensor) -> bool:
+    """Whether two tensors of one layout hold the same bits."""
+    if tensor.layout != before.layout or (not tensor.is_nested and tensor.shape != before.shape):
+        return False
+    mine, theirs = strided_parts(tensor.detach()), strided_parts(before.detach())
+    return len(mine) == len(theirs) and all(
+        a.shape == b.shape and torch.equal(_bits(a), _bits(b)) for a, b in zip(mine, theirs)
+    )
+
+
 def _bits(tensor: Tensor) -> Tensor:
     """The same memory as integers, so that NaN equals NaN and -0 does not equal 0."""
-    tensor = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.view(integer) if tensor.is_floating_point() else tensor
 
@@ -407,11 +421,11 @@ def whole_copy(model: nn.Module, operation: str) -> nn.Module:
 
 def _copied(model: nn.Module, operation: str, share: bool) -> nn.Module:
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()} if share else {}
-    # Each forward pass computes tensors with a history again (the weight under an old weight norm or pruning,
-    # a kept activation), and torch refuses to copy them.
+    # Torch refuses to copy tensors of most layouts, and those with a history, which each forward pass makes
+    # again (the weight under an old weight norm or pruning, a kept activation).
     for module in model.modules():
         for tensor in _tensors_within(vars(module)):
-            if not tensor.is_leaf:
+            if not tensor.is_leaf or not is_strided(tensor):
                 memo[id(tensor)] = tensor.detach().clone()
     try:
         with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -142,7 +141,7 @@ def _compare_own(
         evidence = Evidence(roles, describe(subjects, meanings, label))
         with (
             one_snapshot(*(one.model for one in subjects.values())),
-            fitting_threads(copy.deepcopy(base), whole.loss, batch),
+            fitting_threads(private_copy(base, "compare"), whole.loss, batch),
         ):
             measure_flow(evidence, subjects, settings, clock)
             trained: dict[str, nn.Module] = {}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope import _data, _sharding
+from skipscope._tensor_layouts import shape_of
 from skipscope._torch_internals import (
     as_written,
     compiler_is_loaded,
@@ -500,7 +501,7 @@ class Recorder(TorchFunctionMode):
         return index
 
     def _new(self, tensor: Tensor, origin: Origin, call: int | None = None, position: int = 0) -> Value:
-        value = Value(len(self.trace.values), origin, tuple(tensor.shape), tensor.dtype, call, position)
+        value = Value(len(self.trace.values), origin, shape_of(tensor), tensor.dtype, call, position)
         self.trace.values.append(value)
         return value
 
