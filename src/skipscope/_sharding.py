@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from skipscope._batches import hash_of
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import RankGroup, is_lost_rank, is_spread, meet, ranks_of, whole, world
-from skipscope._torch_internals import begin_fsdp, fsdp_dtype, fsdp_groups, step_fsdp
+from skipscope._torch_internals import begin_fsdp, fsdp_dtype, fsdp_groups, gathered_by_fsdp, step_fsdp
 
 
 def units(model: nn.Module) -> list[Any]:
@@ -30,6 +30,11 @@ def units(model: nn.Module) -> list[Any]:
     loaded = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(loaded, "FSDPModule", None)
     return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+
+
+def gathered_weights(model: nn.Module) -> dict[int, Tensor]:
+    """Id of a sharded weight -> what FSDP2 gathers in its place: the leaf of a backward pass."""
+    return {id(mine): whole for unit in units(model) for mine, whole in gathered_by_fsdp(unit)}
 
 
 def computed_in(model: nn.Module) -> set[torch.dtype]:

@@ -258,6 +258,12 @@ def fsdp_groups(unit: Any) -> list[Any]:
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
+def gathered_by_fsdp(unit: Any) -> list[tuple[Tensor, Tensor]]:
+    """Each sharded weight of a unit of FSDP2 with what it gathers in its place, once it has done so."""
+    weights = [weight for group in fsdp_groups(unit) for weight in group.fsdp_params]
+    return [(w.sharded_param, w.unsharded_param) for w in weights if hasattr(w, "_unsharded_param")]
+
+
 # --- backward passes --------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ optimizer steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,9 +49,13 @@ class BackwardPasses:
 
     Args:
         parameters: for each optimizer, by its number, the parameters of the model that it updates.
+        gathered: tells what FSDP2 gathered in a parameter's place, by its id: the leaves of its passes.
     """
 
-    def __init__(self, parameters: Mapping[int, Sequence[Tensor]]):
+    def __init__(
+        self, parameters: Mapping[int, Sequence[Tensor]], gathered: Callable[[], Mapping[int, Tensor]]
+    ):
+        self._gathered = gathered
         self.parameters = [p for group in parameters.values() for p in group]
         self.owners = [owner for owner, group in parameters.items() for _ in group]
         self.cleared = 0  # passes whose gradients were cleared before the step
@@ -91,7 +95,9 @@ class BackwardPasses:
         inputs only.
         """
         if not self._nodes:
-            self._nodes = [_torch_internals.accumulator(p) for p in self.parameters if p.requires_grad]
+            gathered = self._gathered()
+            leaves = [gathered.get(id(p), p) for p in self.parameters if p.requires_grad]
+            self._nodes = [_torch_internals.accumulator(leaf) for leaf in leaves]
         for node in self._nodes:
             found = _torch_internals.will_run(node)
             if found is not False:

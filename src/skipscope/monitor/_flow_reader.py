@@ -28,6 +28,7 @@ from torch.nn.modules import module as module_hooks
 from skipscope import _data, _torch_internals
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import RankGroup, world
+from skipscope._sharding import gathered_weights
 from skipscope._untouched import is_measuring, untouched
 from skipscope.flow import Layout, Reach, by_step, layout_of, reach_of
 from skipscope.monitor import _gradient_norms, _rank_sums
@@ -130,7 +131,7 @@ class FlowReader:
         self.root = ""
         self.found = self.rows = self.ran = self.cleared = self.forwards = 0
         self.parameters = parameters
-        self.passes = BackwardPasses(parameters)
+        self.passes = BackwardPasses(parameters, self._gathered)
         self.first_step = first_step
         self.steps = dict.fromkeys(parameters, first_step)
         self._points: tuple[Boundary, ...] | None = None
@@ -148,6 +149,9 @@ class FlowReader:
         self._ranks, self._agreed = world()[1], False
         self._waiting: deque[_Pending] = deque()
 
+    def _gathered(self) -> dict[int, Tensor]:
+        return gathered_weights(self._whole)
+
     # --- once a step ---
 
     def begin(self) -> None:
@@ -158,7 +162,7 @@ class FlowReader:
         self._reading, self._left, self._received = True, set(self.parameters), {}
         self._activations, self.forwards = [], 0
         self._running = []
-        self.passes = BackwardPasses(self.parameters)
+        self.passes = BackwardPasses(self.parameters, self._gathered)
         self._is_eager = _torch_internals.eager.begin()
         self._hooks = [
             _torch_internals.quiet_about_global_hooks(),
