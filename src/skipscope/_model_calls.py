@@ -34,6 +34,8 @@ def without_gradients(run: Callable[[], T]) -> T:
     except Exception as error:
         if not differentiates(error):
             raise
+    finally:
+        torch.clear_autocast_cache()  # older versions of torch use casts made without gradients again
     with torch.enable_grad():
         return run()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 from torch.nn.functional import cross_entropy
 
 import skipscope as ss
@@ -97,6 +98,8 @@ def mypy(folder):
 def test_annotated_user_code_is_right_and_every_planted_mistake_is_found(checker, tmp_path):
     if checker is mypy:
         pytest.importorskip("mypy")
+    elif tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        pytest.skip("older torch leaves types out that strict pyright asks for")
     write(tmp_path)
     found = checker(tmp_path)
     assert not {place for place in found if place[0] == "right.py"}

@@ -149,6 +149,8 @@ def recording(
             yield recorder
     finally:
         recorder.finish()
+        if not gradients:
+            torch.clear_autocast_cache()  # older versions of torch use casts made without gradients again
 
 
 class Recorder(TorchFunctionMode):
