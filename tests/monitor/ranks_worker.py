@@ -4,6 +4,7 @@ torchrun --standalone --nproc-per-node 2 ranks_worker.py KIND FOLDER
 """
 
 import contextlib
+import os
 import sys
 
 import torch
@@ -162,6 +163,14 @@ def flow_of_each_ranks_data(ss, model, x, y) -> None:
     say(f"TOGETHER {flow.verdict.state}")
 
 
+def leave() -> None:
+    """End this process once all have come here."""
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a process that ends in the ordinary manner may be aborted by gloo's threads
+
+
 def main(kind: str, folder: str) -> None:
     import skipscope as ss
 
@@ -178,16 +187,14 @@ def main(kind: str, folder: str) -> None:
     if "alone" in kind:
         alone(ss, wrapped, optimizer)
     if "refused" in kind or "alone" in kind:
-        dist.barrier()
-        dist.destroy_process_group()
-        return
+        leave()
     options = {"accumulate": 2 if "accumulate" in kind else 1, "clip": 0.1 if "clip" in kind else None}
     flow = {"flow_every": 2} if "flow" in kind else {}
     with ss.watch(wrapped, optimizer, sinks=["terminal"], folder=f"{folder}/run", **flow) as monitor:
         pairs = 2 if "tensor" in kind else 1  # ranks that share a weight's columns see the same data
         train(wrapped, optimizer, rank // pairs, size // pairs, **options)
     monitor.history.save(f"{folder}/rank{rank}.json")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

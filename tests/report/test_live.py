@@ -17,6 +17,7 @@ import pytest
 from report import live_oracle as oracle
 from report.browser import CHROMIUM, Browser, Page
 from skipscope import book
+from skipscope._errors import SkipscopeError
 from skipscope.cli import Output, play
 from skipscope.report import live_page
 
@@ -155,6 +156,13 @@ def test_the_command_writes_the_page(tmp_path, capsys):
     (tmp_path / "alone").mkdir()
     alone = result.save(tmp_path / "alone" / "book.html").read_text(encoding="utf-8")
     assert "play.html" not in alone and "skipscope play" in alone
+
+
+def test_a_folder_whose_name_no_system_takes_is_refused_and_forgotten(tmp_path):
+    with pytest.raises(SkipscopeError, match="cannot use the folder"):
+        play(output=Output(out=tmp_path / "a\0b", open=False))
+    play(output=Output(out=tmp_path, open=False))
+    assert (tmp_path / "play.html").exists()
 
 
 def press(page: Page, key: str) -> None:

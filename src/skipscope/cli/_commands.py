@@ -203,15 +203,18 @@ def _folder(output: Output, command: str, model: str | None) -> Path:
     """
     name = "-".join([command, *([re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")] if model else [])])
     folder = output.out or DEFAULT_FOLDER / name
-    _made.extend(path for path in (folder, *folder.parents) if not path.exists())
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "it cannot be written", str(folder))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with a null character is no OSError
+        why = getattr(error, "strerror", None) or error
         raise SkipscopeError(
-            "out", f"cannot use the folder {folder}: {error.strerror}", cure="give another one: --out FOLDER"
+            "out", f"cannot use the folder {folder}: {why}", cure="give another one: --out FOLDER"
         ) from error
+    finally:
+        _made.extend(path for path in missing if path.exists())
     return folder
 
 
