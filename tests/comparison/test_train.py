@@ -99,6 +99,11 @@ def test_a_run_has_the_bits_of_a_plain_loop(dtype, optimizer, recipe):
         assert all(map(torch.equal, logs[run].network.parameters(), model.parameters()))
 
 
+def test_every_twin_is_trained_one_by_one():
+    runs = ss.train_twins({"m": tanh_net}, batch(), F.cross_entropy, steps=2, seeds=1, optimizers="SGD")
+    assert runs.engine == {"m": "one by one"}
+
+
 def test_the_size_of_a_step_is_that_of_the_update_over_that_of_the_weights():
     make, data = Maker(lambda: tanh_net().double()), (batch()[0].double(), batch()[1])
     the_course, choice = course(make, data, steps=1), choices("test", {"SGD": 0.1})["SGD"]

@@ -93,6 +93,11 @@ class Training(Result):
     notes: tuple[str, ...] = ()
     processes: int = 1
 
+    @property
+    def engine(self) -> dict[str, str]:
+        """How each twin's runs were trained: "one by one". Earlier versions could also stack networks."""
+        return dict.fromkeys(self.curves, "one by one")
+
     def learners(self, optimizer: str) -> list[str]:
         """The twins that learn under ``optimizer``."""
         return [name for name, by in self.curves.items() if optimizer in by and by[optimizer].learns]
