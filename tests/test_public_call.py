@@ -1,7 +1,8 @@
 """Threads take turns, and Ctrl-C leaves everything as it was found, also while it is being restored."""
 
-from __future__ import gc
+from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
