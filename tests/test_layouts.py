@@ -108,6 +108,30 @@ def test_nested_inputs(layout):
         torch.testing.assert_close(one, F.linear(given, model.weight, model.bias))
 
 
+@pytest.mark.parametrize("call", ["gradient_flow", "importance", "landscape", "train_twins"])
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_sparse_inputs(layout, call):
+    class Embeds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.layer, self.head = (
+                nn.Parameter(torch.randn(6, 4)),
+                nn.Linear(4, 4),
+                nn.Linear(4, 2),
+            )
+
+        def forward(self, x):
+            y = torch.sparse.mm(x, self.weight)
+            return self.head(y + torch.tanh(self.layer(y)))
+
+    model, x = Embeds(), LAYOUTS[layout]()
+    result = CALLS[call](model, ss.batches([(x, Y)]))
+    if call == "gradient_flow":
+        F.cross_entropy(model(x), Y).backward()
+        rms = {layer.name: layer.weight_grad_rms for layer in result.layers}
+        assert rms["weight"] == pytest.approx(float(model.weight.grad.square().mean().sqrt()), rel=1e-5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_hash_sees_every_number(layout):
     tensor = LAYOUTS[layout]()

@@ -145,6 +145,8 @@ class _Pass:
         self.values: dict[int, int] = {}
 
     def touch(self, i: int, activation: Tensor) -> Tensor:
+        if activation.layout != torch.strided and not activation.is_nested:
+            return activation  # no gradient is read at a sparse input: torch gives a sparse leaf none to hook
         reading = self.readings.activations[i]
         with without_modes():  # the recorder need not see what is only looked at
             if not reading.seen:  # re-entrant checkpointing comes by twice
