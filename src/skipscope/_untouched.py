@@ -55,10 +55,10 @@ class _Snapshot:
         self.kept: list[tuple[Callable[[Any, Any], None], Any, Any]] = []
         self.gradients: list[tuple[Tensor, Tensor | None, bool]] = []
         self.storages: list[tuple[nn.Parameter, Tensor]] = []
-        models = list(models)
-        for weight in _renormalised(models):
+        modules = [module for model in models for module in model.modules()]
+        for weight in _renormalised(modules):
             self.kept.append((_restore_tensor, weight, weight.detach().clone()))
-        queue, seen = [thing for model in models for thing in (*model.modules(), *model.parameters())], set()
+        queue, seen = list[Any](modules), set()
         while queue:
             thing = queue.pop()
             if type(thing) in _ATOMS or id(thing) in seen:
@@ -128,11 +128,9 @@ def _keeper(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]
     )
 
 
-def _renormalised(models: Iterable[nn.Module]) -> list[Tensor]:
+def _renormalised(modules: Iterable[nn.Module]) -> list[Tensor]:
     """Weights that a forward pass rescales in place: those of embeddings with ``max_norm``."""
-    embeddings = [
-        m for model in models for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
-    ]
+    embeddings = [m for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     return [m.weight for m in embeddings if m.max_norm is not None and not m.weight.is_meta]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,21 +54,22 @@ def measure(
         each: called with the readings of each batch.
     """
     model = model or subject.model
-    count, total = len(subject.boundaries), Readings.empty(len(subject.boundaries), _weights(model))
+    empty = partial(Readings.empty, len(subject.boundaries), _weights(model))
+    total = empty()
     spread = bool(ranks_of(model))
 
     def tap(touch: Touch) -> AbstractContextManager[Any]:
         return tap_boundaries(model, subject.boundaries, touch)
 
     for batch, share in shares_of(data or subject.data, subject.loss, "gradient_flow"):
-        one = _Pass(model, batch, subject.loss, share, scale, count)
+        one = _Pass(model, batch, subject.loss, share, scale, empty())
         one.term = term
         try:
             one.run(tap, accumulate=spread)
         except RuntimeError as error:
             if not wants_backward(error):
                 raise backward_error("gradient_flow", error) from error
-            one = _Pass(model, batch, subject.loss, share, scale, count)
+            one = _Pass(model, batch, subject.loss, share, scale, empty())
             one.term = term
             one.run(tap, accumulate=True)
         if one.readings.batches:
@@ -132,17 +134,17 @@ class _Pass:
     term = ""
 
     def __init__(
-        self, model: nn.Module, batch: Batch, loss: Objective, share: float, scale: float, count: int
+        self, model: nn.Module, batch: Batch, loss: Objective, share: float, scale: float, readings: Readings
     ):
-        self.model, self.loss, self.share = model, loss, share
+        self.model, self.loss, self.share, self.readings = model, loss, share, readings
         self.batch = map_tensors(batch, _as_data)
-        self.readings = Readings.empty(count, _weights(model))
         samples = batch_size(self.batch)
         self.arrivals = _Arrivals(self.readings.gradients, share, scale, samples)
         self.leaves: list[Tensor] = []
         # What a DTensor's calls are made of is not the model's code: under FSDP2 there are boundaries only.
         self.sites = None if ranks_of(model) else SiteReader(model)
         self.values: dict[int, int] = {}
+        self.trained: dict[str, nn.Parameter] = {}
 
     def touch(self, i: int, activation: Tensor) -> Tensor:
         if activation.layout != torch.strided and not activation.is_nested:
@@ -238,7 +240,7 @@ class _Pass:
 
     def backward(self, value: Tensor, seed: float, accumulate: bool) -> dict[str, Tensor]:
         """Compute the parameters' gradients; ``torch.autograd.grad`` runs no optimizer in a hook."""
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.trained = named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if accumulate:
             with accumulation_hooks_off(list(named.values())):
                 (value * seed).sum().backward()
@@ -257,8 +259,7 @@ class _Pass:
             if name in to.weights:
                 to.weights[name].add(gradient, unit, self.share)
         if self.sites is not None:
-            held = dict(self.model.named_parameters())
-            to.moving = {n for n, g in weights.items() if is_zero(held[n]) and not is_zero(dense(g))}
+            to.moving = {n for n, g in weights.items() if is_zero(self.trained[n]) and not is_zero(dense(g))}
         if accumulate:
             self.model.zero_grad(set_to_none=True)
         to.loss = self.share * float(value.detach())

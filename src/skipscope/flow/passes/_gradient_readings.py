@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from skipscope._ranks import whole
 from skipscope.flow.passes._gradient_sites import CallGraph, PoolReading, SiteReading, Term
-from skipscope.flow.passes._tensor_norms import dense, is_safe, least, norm_of, sample_norms
+from skipscope.flow.passes._tensor_norms import dense, is_safe, least, norm_of, sample_norms, smallest_normal
 
 
 @dataclass
@@ -50,18 +51,18 @@ class Reading:
         self.elements += value.numel()
         if not value.numel():
             return
-        by_sample = sample_norms(value, samples) if samples and unit > 0 else []
-        norm = math.hypot(*by_sample)
+        by_sample = sample_norms(value, samples if unit > 0 else 0)
+        norm = math.sqrt(by_sample @ by_sample)
         norm = norm if is_safe(norm) else norm_of(value)
         self.finite = self.finite and math.isfinite(norm)
         self.norm = math.hypot(self.norm, norm * unit)
         self.zeros += value.numel() - int(torch.count_nonzero(value))
-        if by_sample:
-            shift = math.log10(unit)
-            self.samples += [math.log10(n) + shift if n > 0 else -math.inf for n in by_sample]
+        if len(by_sample):
+            with np.errstate(divide="ignore"):  # of 0 it is minus infinity
+                self.samples += (np.log10(by_sample) + math.log10(unit)).tolist()
         # Below, it is rounded to 0.
         floor = 0.5 * least(value.dtype) / training_unit if training_unit else 0.0
-        if floor > float(torch.finfo(value.dtype).tiny):
+        if floor > smallest_normal(value.dtype):
             self.lost += int(((value.abs() < floor) & (value != 0)).sum())
 
     def merge(self, other: Reading) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +21,16 @@ def is_zero(value: Tensor) -> bool:
     return not bool(value.flatten()[:64].any()) and not bool(value.any())
 
 
+@functools.cache
+def smallest_normal(dtype: torch.dtype) -> float:
+    """The smallest number that a dtype holds to its full precision."""
+    return float(torch.finfo(dtype).smallest_normal)
+
+
+@functools.cache
 def least(dtype: torch.dtype) -> float:
     """The smallest number above zero that a dtype holds."""
-    info = torch.finfo(dtype)
-    return float(info.smallest_normal) * float(info.eps)
+    return smallest_normal(dtype) * float(torch.finfo(dtype).eps)
 
 
 def norm_of(value: Tensor) -> float:
@@ -50,11 +58,11 @@ def is_safe(norm: float) -> bool:
     return 1e-140 < norm < 1e140 or math.isnan(norm)
 
 
-def sample_norms(value: Tensor, samples: int) -> list[float]:
-    """L2 norm of each sample's part; [] where the first dimension is not the samples'."""
+def sample_norms(value: Tensor, samples: int) -> np.ndarray:
+    """L2 norm of each sample's part, ``[samples]``; ``[0]`` where the first dimension is not the samples'."""
     if value.ndim < 2 or samples < 2 or len(value) != samples or not value.numel():
-        return []
-    return torch.linalg.vector_norm(value.flatten(1), dim=1, dtype=torch.float64).tolist()
+        return np.empty(0)
+    return torch.linalg.vector_norm(value.flatten(1), dim=1, dtype=torch.float64).cpu().numpy()
 
 
 def similarity(activation: Tensor, most: int = 256) -> float | None:

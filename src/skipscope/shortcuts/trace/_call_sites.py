@@ -6,6 +6,7 @@ how many times that host has been there (nth).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -155,8 +156,13 @@ class Sites:
     """
 
     def __init__(self, model: nn.Module):
-        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.model = model
         self.reset()
+
+    @functools.cached_property
+    def paths(self) -> dict[int, str]:
+        """The path of each module, by its id."""
+        return {id(module): path for path, module in self.model.named_modules()}
 
     def reset(self) -> None:
         """Begin a new forward pass."""

@@ -224,9 +224,7 @@ class Recorder(TorchFunctionMode):
         is_empty = function.name in UNINITIALISED and sys._getframe(1) is frame
         if self._unfilled:
             self._note_unseen_write(function, operands, kwargs)
-        # Other libraries of operators keep other things in objects: a profiler its handle, for one.
-        objects = [a for a in args if isinstance(a, torch.ScriptObject)]
-        packed = tuple(map(self._packed, objects)) if objects and str(func).startswith("quantized.") else ()
+        packed = self._packed_in(func, args) if type(func).__module__ == "torch._ops" else ()
         transformed = any(map(is_transformed, tensors))
         call = self._begun(function, operands, args, kwargs, frame)
         if function.name in LIKE_ANOTHER:
@@ -285,8 +283,8 @@ class Recorder(TorchFunctionMode):
             function.name,
             operands,
             (),
-            tuple(_plain(a, given) for a in args),
-            {key: _plain(a, given) for key, a in kwargs.items()},
+            _plain(args, given),
+            {key: _plain(a, given) for key, a in kwargs.items()} if kwargs else {},
             path,
             run.nth if run else 0,
             step,
@@ -445,6 +443,12 @@ class Recorder(TorchFunctionMode):
             value.number = _number(tensor)
         self.memory.set(tensor, value.index)
         return value.index
+
+    def _packed_in(self, func: Any, args: Any) -> tuple[int, ...]:
+        """The values of the weights that a quantized operator takes in objects."""
+        # Other libraries of operators keep other things in objects: a profiler its handle, for one.
+        is_quantized = str(func).startswith("quantized.")
+        return tuple(self._packed(a) for a in args if is_quantized and isinstance(a, torch.ScriptObject))
 
     def _packed(self, weights: torch.ScriptObject) -> int:
         """The value of the weights that a quantized module keeps in an object of its own."""
@@ -766,9 +770,12 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors among the arguments of a call, in order."""
     found: list[Tensor] = []
     for argument in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(argument, Tensor):
+        kind = type(argument)
+        if kind in _ATOM_TYPES:
+            continue
+        if kind is Tensor or isinstance(argument, Tensor):
             found.append(argument)
-        elif isinstance(argument, tuple | list):
+        elif isinstance(argument, (tuple, list)):
             found += _tensors(argument, None)
         elif isinstance(argument, dict):
             found += _tensors(argument.values(), None)
@@ -792,19 +799,20 @@ _ATOM_TYPES = frozenset(_ATOMS)
 
 def _plain(argument: Any, values: Iterator[int]) -> Any:
     """An argument as plain data."""
-    if type(argument) in _ATOM_TYPES:
+    kind = type(argument)
+    if kind in _ATOM_TYPES:
         return argument
-    if isinstance(argument, Tensor):
+    if kind is Tensor or isinstance(argument, Tensor):
         return Operand(next(values))
+    if isinstance(argument, (tuple, list)):
+        return tuple([a if type(a) in _ATOM_TYPES else _plain(a, values) for a in argument])
     if isinstance(argument, _ATOMS):
         return argument
     if isinstance(argument, slice):
         return slice(*(_whole(end) for end in (argument.start, argument.stop, argument.step)))
-    if isinstance(argument, tuple | list):
-        return tuple(_plain(item, values) for item in argument)
     if isinstance(argument, dict):
         return {key: _plain(item, values) for key, item in argument.items()}
-    return type(argument).__name__
+    return kind.__name__
 
 
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
