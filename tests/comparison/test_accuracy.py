@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import skipscope as ss
 from skipscope import reference
 from skipscope._data import read
-from skipscope.comparison._accuracy import accuracy
+from skipscope.comparison.training._accuracy import accuracy
 
 torch.manual_seed(3)
 X, Y = torch.randn(96, 8), torch.randint(4, (96,))

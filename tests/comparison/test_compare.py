@@ -14,11 +14,12 @@ from skipscope import reference
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope.comparison._claims import _compare_surfaces, share, summary
-from skipscope.comparison._comparison_result import Curves, _learns
+from skipscope.comparison._comparison_result import _learns
 from skipscope.comparison._evidence import Evidence, Roles, Settings
 from skipscope.comparison._lecture import QUICK_RATES, _affordable, build
-from skipscope.comparison._processes import side_by_side
 from skipscope.comparison._stages import Clock
+from skipscope.comparison.training import Curves
+from skipscope.comparison.training._processes import side_by_side
 from skipscope.surfaces import one_thread
 
 WITH = partial(reference.deep_mlp, 4, width=16, shortcut="identity", scale=0.5)

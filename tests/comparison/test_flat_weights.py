@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from tests.comparison.test_train import OPTIMIZERS, batch, course, plain_loop
 from torch import nn
 
-from skipscope.comparison._flat_weights import FlatWeights
-from skipscope.comparison._network_makers import Maker
-from skipscope.comparison._optimizers import choices
-from skipscope.comparison._training_run import Run, train_each
+from skipscope.comparison.training._flat_weights import FlatWeights
+from skipscope.comparison.training._network_makers import Maker
+from skipscope.comparison.training._optimizers import choices
+from skipscope.comparison.training._training_run import Run, train_each
 
 
 class Wide(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope._data import read
-from skipscope.comparison._stream import Stream
+from skipscope.comparison.training._stream import Stream
 
 STEPS, SIZE = 12, 16
 

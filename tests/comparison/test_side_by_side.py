@@ -10,9 +10,9 @@ from torch import nn
 
 import skipscope as ss
 from skipscope import reference
-from skipscope.comparison import _train
-from skipscope.comparison._threads import Plan, StepSeconds
-from skipscope.comparison._train import train_and_keep
+from skipscope.comparison.training import _train
+from skipscope.comparison.training._threads import Plan, StepSeconds
+from skipscope.comparison.training._train import train_and_keep
 
 
 def net():
@@ -144,7 +144,7 @@ def test_what_cannot_be_copied_is_trained_here(monkeypatch):
         train_and_keep(
             {"m": make}, reference.digits(200), F.cross_entropy, keep=keep, **{**OPTIONS, "steps": 4}
         )
-    monkeypatch.setattr("skipscope.comparison._stream.HELD", 2)
+    monkeypatch.setattr("skipscope.comparison.training._stream.HELD", 2)
     x, y = reference.digits(200)
     many = ss.batches(list(zip(x.split(50), y.split(50))))
     train_and_keep({"m": net}, many, F.cross_entropy, **{**OPTIONS, "steps": 4})

@@ -13,12 +13,12 @@ import skipscope as ss
 from skipscope import reference
 from skipscope._data import read
 from skipscope._errors import SkipscopeError
-from skipscope.comparison._comparison_result import smoothed
-from skipscope.comparison._network_makers import Maker
-from skipscope.comparison._optimizers import choices
-from skipscope.comparison._stream import Stream
-from skipscope.comparison._train import train_and_keep
-from skipscope.comparison._training_run import Course, Run, train_each
+from skipscope.comparison.training import smoothed
+from skipscope.comparison.training._network_makers import Maker
+from skipscope.comparison.training._optimizers import choices
+from skipscope.comparison.training._stream import Stream
+from skipscope.comparison.training._train import train_and_keep
+from skipscope.comparison.training._training_run import Course, Run, train_each
 
 MAKE = partial(reference.deep_mlp, 3, width=16, inputs=64, shortcut="identity")
 
@@ -331,7 +331,7 @@ def test_a_factory_with_a_scheduler_is_a_plain_loop():
 @pytest.mark.parametrize("rates", [(1e-2, 1e-3), (3000.0, 1000.0), (1e200, 1e190)])
 def test_a_best_rate_at_the_edge_extends_the_grid(rates):
     """A bowl: gradient descent on x^2/2 without momentum is at its bottom in one step at rate 1."""
-    from skipscope.comparison._sweep import _beyond
+    from skipscope.comparison.training._sweep import _beyond
 
     def losses(rate):
         return np.array([1.0, abs(1 - rate) ** 2 if rate < 1e100 else np.nan])
@@ -344,7 +344,7 @@ def test_a_best_rate_at_the_edge_extends_the_grid(rates):
 
 
 def test_rates_that_do_not_matter_are_not_extended():
-    from skipscope.comparison._sweep import _beyond
+    from skipscope.comparison.training._sweep import _beyond
 
     assert _beyond({0.1: np.full(9, 2.3), 0.01: np.full(9, 2.3)}) == []
     assert _beyond({0.1: np.array([1.0, 0.2]), 0.03: np.array([1.0, 0.1]), 0.01: np.array([1.0, 0.5])}) == []

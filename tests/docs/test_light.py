@@ -53,7 +53,7 @@ expected = torch.stack([p.grad.norm() for p in model.parameters()]).numpy()
 assert abs(monitor.history.norm[-1] / expected - 1).max() < 1e-5
 assert monitor.verdict.state == "healthy", monitor.verdict
 
-from skipscope.monitor._gradient_norms import on_host
+from skipscope.monitor.recording._gradient_norms import on_host
 norms = on_host([torch.full((3,), 1e-30), torch.full((4,), 1e30), torch.zeros(2), torch.full((2,), float("inf"))])[0]
 assert abs(norms[0] / (3**0.5 * 1e-30) - 1) < 1e-6 and abs(norms[1] / 2e30 - 1) < 1e-6
 assert norms[2] == 0 and norms[3] == float("inf")

@@ -28,7 +28,7 @@ from skipscope.flow import BoundaryFlow, LayerGradient
 from skipscope.flow.verdict._chain_verdict import ORDER
 from skipscope.flow.verdict._verdict_words import ADVICE
 from skipscope.monitor import STATES, LiveVerdict
-from skipscope.monitor._missing_gradients import MissingGradients
+from skipscope.monitor.recording._missing_gradients import MissingGradients
 
 CODE = (Path(__file__).parent / "typed" / "user_code.py").read_text()
 SOURCE = Path(__file__).parents[2] / "src"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import skipscope as ss
-from skipscope.monitor import _gradient_norms
+from skipscope.monitor.recording import _gradient_norms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")]
 

@@ -16,7 +16,7 @@ import skipscope as ss
 from skipscope import reference
 from skipscope.flow.verdict._flow_rules import FALL
 from skipscope.monitor import STATES, read_history, watch
-from skipscope.monitor._live_verdict import Place, judge_flow, judge_gradients
+from skipscope.monitor.history._live_verdict import Place, judge_flow, judge_gradients
 
 from ._loops import loss_of, network
 

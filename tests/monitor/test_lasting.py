@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from skipscope.monitor import STATES, _live_verdict
+from skipscope.monitor import STATES
+from skipscope.monitor.history import _live_verdict
 
 
 def plainly(column):

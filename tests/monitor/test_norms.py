@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipscope.monitor import _gradient_norms
-from skipscope.monitor._row_files import Rows, read_rows
+from skipscope.monitor.history._row_files import Rows, read_rows
+from skipscope.monitor.recording import _gradient_norms
 
 
 def exact(tensor):
@@ -106,7 +106,8 @@ def test_any_bytes_are_rows_or_a_value_error(data):
 @pytest.mark.parametrize("size", [1e-30, 1e25])
 def test_what_float32_cannot_square_is_unknown_once_and_then_right(monkeypatch, size):
     """The accelerator's way, on the CPU: never a zero or an infinity that is none."""
-    from skipscope.monitor import STATES, _step_recorder, watch
+    from skipscope.monitor import STATES, watch
+    from skipscope.monitor.recording import _step_recorder
 
     def sums(tracked, grads, wide):
         return [(list(range(len(grads))), _gradient_norms.on_device(grads, wide).numpy())]

@@ -160,7 +160,8 @@ def test_memory_is_bounded_and_the_folder_keeps_all(tmp_path):
 
 
 def test_a_long_run_is_read_in_part_and_says_so(tmp_path, monkeypatch):
-    from skipscope.monitor import _row_files, read_history
+    from skipscope.monitor import read_history
+    from skipscope.monitor.history import _row_files
 
     monkeypatch.setattr(_row_files, "_ROOM", 0)
     model = network(depth=1)

@@ -15,9 +15,10 @@ import torch
 
 from skipscope._numbers import short
 from skipscope._version import __version__
-from skipscope.comparison._comparison_result import Claim, Comparison, Curves, Training
+from skipscope.comparison._comparison_result import Claim, Comparison
 from skipscope.comparison._evidence import Evidence, Roles, Settings
 from skipscope.comparison._stages import Clock
+from skipscope.comparison.training import Curves, Training
 from skipscope.flow import GradientFlow
 from skipscope.surfaces import Scores, Surface
 

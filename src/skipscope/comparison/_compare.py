@@ -21,7 +21,6 @@ from skipscope.comparison._comparison_result import KIND, Comparison
 from skipscope.comparison._evidence import Evidence, Factory, Roles, Settings
 from skipscope.comparison._kind_variants import kind_names, twins_by_kind
 from skipscope.comparison._lecture import compare_lecture
-from skipscope.comparison._row_batches import can_be_cut
 from skipscope.comparison._stages import (
     QUICK_SECONDS,
     Clock,
@@ -31,9 +30,13 @@ from skipscope.comparison._stages import (
     measure_surfaces,
     measure_training,
 )
-from skipscope.comparison._threads import fitting_threads
-from skipscope.comparison._train import train_and_keep
-from skipscope.comparison._training_arguments import require_size, require_whole
+from skipscope.comparison.training import (
+    can_be_cut,
+    fitting_threads,
+    require_size,
+    require_whole,
+    train_and_keep,
+)
 from skipscope.shortcuts import ablate, add_shortcuts
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from skipscope.comparison._comparison_result import DepthResult, StrengthSweep, Training, Twin
-from skipscope.comparison._optimizers import RATES
+from skipscope.comparison._comparison_result import DepthResult, StrengthSweep, Twin
+from skipscope.comparison.training import RATES, Training
 from skipscope.flow import GradientFlow, GradientSplit, Importance, PathSpectrum
 from skipscope.shortcuts import Shortcuts
 from skipscope.surfaces import PairedSurfaces

@@ -18,9 +18,8 @@ from skipscope._progress import say, track
 from skipscope._subject import Subject, prepare
 from skipscope._untouched import one_snapshot, random_state_kept
 from skipscope.comparison._claims import comparison_of
-from skipscope.comparison._comparison_result import Comparison, DepthResult, Training
+from skipscope.comparison._comparison_result import Comparison, DepthResult
 from skipscope.comparison._evidence import Evidence, Factory, Roles, Settings
-from skipscope.comparison._processes import workers
 from skipscope.comparison._stages import (
     Clock,
     describe,
@@ -30,8 +29,7 @@ from skipscope.comparison._stages import (
     seconds_a_step,
     trained_alike,
 )
-from skipscope.comparison._threads import fitting_threads
-from skipscope.comparison._train import train_and_keep
+from skipscope.comparison.training import Training, fitting_threads, train_and_keep, workers
 from skipscope.flow import GradientFlow, flow_of
 
 DEPTHS, QUICK_DEPTHS = (8, 16, 30), (8, 30)

@@ -18,10 +18,9 @@ from skipscope._errors import SkipscopeError
 from skipscope._progress import say, track
 from skipscope._subject import Subject
 from skipscope._untouched import private_copy, set_mode
-from skipscope.comparison._comparison_result import KIND, StrengthSweep, Training, Twin
+from skipscope.comparison._comparison_result import KIND, StrengthSweep, Twin
 from skipscope.comparison._evidence import Evidence, Settings
-from skipscope.comparison._processes import workers
-from skipscope.comparison._row_batches import can_be_cut
+from skipscope.comparison.training import Training, can_be_cut, workers
 from skipscope.flow import GradientFlow, flow_of, importance_of, paths_of, split_of
 from skipscope.shortcuts import ablate
 from skipscope.surfaces import PairedSurfaces, paired_landscapes

@@ -5,11 +5,6 @@
 by the rule of ``skipscope.flow`` (``_live_verdict``).
 """
 
-from skipscope.monitor._history import STATES as STATES
-from skipscope.monitor._history import History as History
-from skipscope.monitor._history import LiveVerdict as LiveVerdict
-from skipscope.monitor._history import VerdictEvent as VerdictEvent
-from skipscope.monitor._history_reader import read_history as read_history
 from skipscope.monitor._record import Record as Record
 from skipscope.monitor._sinks import Csv as Csv
 from skipscope.monitor._sinks import JsonLines as JsonLines
@@ -17,3 +12,8 @@ from skipscope.monitor._sinks import Sink as Sink
 from skipscope.monitor._sinks import Terminal as Terminal
 from skipscope.monitor._watch import Monitor as Monitor
 from skipscope.monitor._watch import watch as watch
+from skipscope.monitor.history import STATES as STATES
+from skipscope.monitor.history import History as History
+from skipscope.monitor.history import LiveVerdict as LiveVerdict
+from skipscope.monitor.history import VerdictEvent as VerdictEvent
+from skipscope.monitor.history import read_history as read_history

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from skipscope.monitor._history import STATES, LiveVerdict, total_of
-from skipscope.monitor._history_reader import states_of
-from skipscope.monitor._step_row import SCALARS
-from skipscope.monitor._tracked_parameters import TrackedParameters
+from skipscope.monitor.history import STATES, LiveVerdict
+from skipscope.monitor.history._history import total_of
+from skipscope.monitor.history._history_reader import states_of
+from skipscope.monitor.recording._step_row import SCALARS
+from skipscope.monitor.recording._tracked_parameters import TrackedParameters
 
 
 @dataclass(frozen=True, eq=False)

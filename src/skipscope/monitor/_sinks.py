@@ -13,8 +13,8 @@ from typing import IO, Any, Protocol, runtime_checkable
 
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
-from skipscope.monitor._history import History, VerdictEvent
 from skipscope.monitor._record import Record, scalars
+from skipscope.monitor.history import History, VerdictEvent
 
 
 @runtime_checkable

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from skipscope.monitor._history import History, VerdictEvent
 from skipscope.monitor._record import Record, scalars
+from skipscope.monitor.history import History, VerdictEvent
 
 
 def options_of_run(options: dict[str, Any], step: int) -> dict[str, Any]:

@@ -20,20 +20,21 @@ from skipscope._errors import SkipscopeError
 from skipscope._ranks import RankGroup, meet, world
 from skipscope._validation import is_integer
 from skipscope.flow import FALL, size_of, tiny_scales
-from skipscope.monitor import _live_verdict, _torch_patches
-from skipscope.monitor._backward_passes import inside_backward
-from skipscope.monitor._flow_reader import FlowReader, FlowRow
-from skipscope.monitor._history import GRADIENTS, STATES, History, LiveVerdict, VerdictEvent
-from skipscope.monitor._missing_gradients import GradientSearch, MissingGradients
 from skipscope.monitor._record import Record
-from skipscope.monitor._run_store import Recorded, Store, begin_folder
 from skipscope.monitor._sinks import Sink, Terminal, as_sink
-from skipscope.monitor._start_checks import check, notes_on
-from skipscope.monitor._step_recorder import StepRecorder
-from skipscope.monitor._step_row import SCALARS, Step
-from skipscope.monitor._tracked_parameters import TrackedParameters, named_models
-from skipscope.monitor._weight_lines import LineSearch
-from skipscope.monitor._wrappers import inner_optimizers, innermost
+from skipscope.monitor.history import STATES, History, LiveVerdict, VerdictEvent, _live_verdict
+from skipscope.monitor.history._history import GRADIENTS
+from skipscope.monitor.history._run_store import Recorded, Store, begin_folder
+from skipscope.monitor.recording import _torch_patches
+from skipscope.monitor.recording._backward_passes import inside_backward
+from skipscope.monitor.recording._flow_reader import FlowReader, FlowRow
+from skipscope.monitor.recording._missing_gradients import GradientSearch, MissingGradients
+from skipscope.monitor.recording._start_checks import check, notes_on
+from skipscope.monitor.recording._step_recorder import StepRecorder
+from skipscope.monitor.recording._step_row import SCALARS, Step
+from skipscope.monitor.recording._tracked_parameters import TrackedParameters, named_models
+from skipscope.monitor.recording._weight_lines import LineSearch
+from skipscope.monitor.recording._wrappers import inner_optimizers, innermost
 
 _log = logging.getLogger("skipscope.monitor")
 # The verdict is judged again at rows 1, 2, 4, 8, ..., then at every so many; at once when a gradient is not

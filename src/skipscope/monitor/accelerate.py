@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from skipscope._errors import MissingExtra
-from skipscope.monitor._history import History, VerdictEvent
 from skipscope.monitor._record import Record, scalars
 from skipscope.monitor._trainer_runs import options_of_run
 from skipscope.monitor._watch import Monitor, watch
+from skipscope.monitor.history import History, VerdictEvent
 
 try:
     from accelerate.tracking import GeneralTracker

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from skipscope._errors import MissingExtra
-from skipscope.monitor._history import History, VerdictEvent
 from skipscope.monitor._record import Record, scalars
+from skipscope.monitor.history import History, VerdictEvent
 
 
 class TensorBoard:

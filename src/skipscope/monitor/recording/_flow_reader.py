@@ -31,10 +31,10 @@ from skipscope._ranks import RankGroup, world
 from skipscope._sharding import gathered_weights
 from skipscope._untouched import is_measuring, untouched
 from skipscope.flow import Layout, Reach, by_step, layout_of, reach_of
-from skipscope.monitor import _gradient_norms, _rank_sums
-from skipscope.monitor._backward_passes import BackwardPass, BackwardPasses, inside_backward
-from skipscope.monitor._step_row import on_its_way
-from skipscope.monitor._wrappers import innermost
+from skipscope.monitor.recording import _gradient_norms, _rank_sums
+from skipscope.monitor.recording._backward_passes import BackwardPass, BackwardPasses, inside_backward
+from skipscope.monitor.recording._step_row import on_its_way
+from skipscope.monitor.recording._wrappers import innermost
 from skipscope.shortcuts import Boundary, boundaries, tap_boundaries
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._torch_internals import copy_each
-from skipscope.comparison._optimizers import Driver
+from skipscope.comparison.training._optimizers import Driver
 
 # Every weight begins where an allocation of its own would, so that vector instructions see the same blocks.
 _ALIGNED_BYTES = 64

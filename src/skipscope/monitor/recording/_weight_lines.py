@@ -17,8 +17,8 @@ from torch.nn.modules import module as module_hooks
 from skipscope import _torch_internals
 from skipscope._data import tensors_in
 from skipscope._untouched import is_measuring
-from skipscope.monitor._backward_passes import inside_backward
-from skipscope.monitor._tracked_parameters import TrackedParameters
+from skipscope.monitor.recording._backward_passes import inside_backward
+from skipscope.monitor.recording._tracked_parameters import TrackedParameters
 
 # By parameter's name: the number of its tower, and its place in the order of execution.
 WeightLines = Mapping[str, tuple[int, int]]

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from skipscope._data import Objective
 from skipscope._progress import track
 from skipscope._random import random_state_kept
-from skipscope.comparison._comparison_result import smoothed
-from skipscope.comparison._flat_weights import FlatWeights
-from skipscope.comparison._network_makers import Maker
-from skipscope.comparison._optimizers import OptimizerChoice
-from skipscope.comparison._stream import Stream
+from skipscope.comparison.training._flat_weights import FlatWeights
+from skipscope.comparison.training._network_makers import Maker
+from skipscope.comparison.training._optimizers import OptimizerChoice
+from skipscope.comparison.training._stream import Stream
+from skipscope.comparison.training._training_result import smoothed
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,9 @@ import numpy as np
 
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
-from skipscope._option_words import LiveBasis, LiveState, OptimizerKind, Quantity, RecordedState
+from skipscope._option_words import LiveBasis, LiveState, OptimizerKind, Quantity
 from skipscope._result import Result, Table
-
-# The state of one parameter's gradient at one step; History.states holds the index. The kinds of zero stay
-# apart.
-STATES: tuple[RecordedState, ...] = (
-    "ok",
-    "exact_zero",
-    "underflow",
-    "not_connected",
-    "nonfinite",
-    "frozen",
-    "absent",
-)
+from skipscope.monitor.recording._step_row import STATES as STATES
 
 GRADIENTS: LiveBasis = "parameter gradients"
 FLOW: LiveBasis = "boundary flow"

@@ -127,7 +127,7 @@ def on_device(grads: Sequence[Tensor], wide: bool = False) -> Tensor:
 def _kernel(device: torch.device, dtype: torch.dtype) -> Callable[[Sequence[Tensor]], Tensor] | None:
     """Our own kernel, once it has been seen to be right on this device; None where it cannot be had."""
     try:
-        from skipscope.monitor._kernels import norms_and_sums
+        from skipscope.monitor.recording._kernels import norms_and_sums
 
         ramp = (
             torch.arange(40000, device=device).remainder(128).to(dtype)

@@ -23,16 +23,16 @@ from skipscope._model_calls import no_gradient
 from skipscope._public_call import public_call
 from skipscope._ranks import ranks_of
 from skipscope._untouched import random_state_kept, untouched
-from skipscope.comparison._comparison_result import Training
-from skipscope.comparison._network_makers import Maker, maker_of
-from skipscope.comparison._optimizers import RATES as RATES
-from skipscope.comparison._optimizers import choices
-from skipscope.comparison._processes import workers
-from skipscope.comparison._stream import Stream
-from skipscope.comparison._sweep import FALLEN, Sweep, Trainee, final, sweep_then_seeds
-from skipscope.comparison._threads import Plan, StepSeconds, step_seconds
-from skipscope.comparison._training_arguments import require_size, require_whole, seeds_of
-from skipscope.comparison._training_run import Course
+from skipscope.comparison.training._network_makers import Maker, maker_of
+from skipscope.comparison.training._optimizers import RATES as RATES
+from skipscope.comparison.training._optimizers import choices
+from skipscope.comparison.training._processes import workers
+from skipscope.comparison.training._stream import Stream
+from skipscope.comparison.training._sweep import FALLEN, Sweep, Trainee, final, sweep_then_seeds
+from skipscope.comparison.training._threads import Plan, StepSeconds, step_seconds
+from skipscope.comparison.training._training_arguments import require_size, require_whole, seeds_of
+from skipscope.comparison.training._training_result import Training
+from skipscope.comparison.training._training_run import Course
 
 # Timing what a step of one network takes is about so many steps; it is done where the training has at least
 # twenty times as many.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._validation import is_finite
-from skipscope.comparison._training_arguments import require_size
+from skipscope.comparison.training._training_arguments import require_size
 
 # The rates that are tried, from the greatest to the smallest. AdamW is there for the asking.
 RATES: dict[str, tuple[float, ...]] = {"SGD": (0.1, 0.03, 0.01, 0.003), "Adam": (0.01, 0.003, 0.001, 0.0003)}

@@ -17,7 +17,7 @@ from torch.nn.modules import module as module_hooks
 from skipscope import _torch_internals
 from skipscope._option_words import MissingCause
 from skipscope._untouched import is_measuring
-from skipscope.monitor._tracked_parameters import TrackedParameters, names_of
+from skipscope.monitor.recording._tracked_parameters import TrackedParameters, names_of
 
 
 @dataclass(frozen=True)

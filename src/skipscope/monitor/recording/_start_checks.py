@@ -13,8 +13,8 @@ from skipscope._ranks import world
 from skipscope._sharding import refuse_flattened
 from skipscope._untouched import require_module
 from skipscope._validation import is_integer
-from skipscope.monitor._step_recorder import StepRecorder
-from skipscope.monitor._tracked_parameters import names_of
+from skipscope.monitor.recording._step_recorder import StepRecorder
+from skipscope.monitor.recording._tracked_parameters import names_of
 from skipscope.shortcuts import refuse_shared
 
 

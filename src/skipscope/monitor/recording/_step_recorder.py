@@ -18,9 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._ranks import world
-from skipscope.monitor import _rank_sums
-from skipscope.monitor._step_row import Clip, Step, clip_of, codes_of, local_sums, on_its_way, whole_sums
-from skipscope.monitor._tracked_parameters import same_members, track
+from skipscope.monitor.recording import _rank_sums
+from skipscope.monitor.recording._step_row import (
+    Clip,
+    Step,
+    clip_of,
+    codes_of,
+    local_sums,
+    on_its_way,
+    whole_sums,
+)
+from skipscope.monitor.recording._tracked_parameters import same_members, track
 
 # How many steps' numbers may be on their way from an accelerator before the oldest is waited for.
 _IN_FLIGHT = 64

@@ -19,12 +19,12 @@ from torch import nn
 
 from skipscope._data import Batches
 from skipscope._progress import track
-from skipscope.comparison._accuracy import accuracy
-from skipscope.comparison._comparison_result import Curves, smoothed
-from skipscope.comparison._network_makers import Maker
-from skipscope.comparison._optimizers import OptimizerChoice
-from skipscope.comparison._processes import Answering, side_by_side
-from skipscope.comparison._training_run import Course, Log, Run, train_each
+from skipscope.comparison.training._accuracy import accuracy
+from skipscope.comparison.training._network_makers import Maker
+from skipscope.comparison.training._optimizers import OptimizerChoice
+from skipscope.comparison.training._processes import Answering, side_by_side
+from skipscope.comparison.training._training_result import Curves, smoothed
+from skipscope.comparison.training._training_run import Course, Log, Run, train_each
 
 # A sweep whose best rate is its greatest or smallest is extended by two rates, at most so many times.
 EXTENSIONS = 3

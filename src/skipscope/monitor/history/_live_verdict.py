@@ -34,7 +34,7 @@ from skipscope.flow import (
     advice_on,
     judge_chain,
 )
-from skipscope.monitor._history import FLOW, GRADIENTS, STATES, LiveVerdict
+from skipscope.monitor.history._history import FLOW, GRADIENTS, STATES, LiveVerdict
 
 # dL/dW was seen to fall 1.4 decades where dL/dx grew: ask for more than of a flow, and for more still where
 # no weights of equal shape can be compared.

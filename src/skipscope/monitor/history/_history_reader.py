@@ -15,13 +15,13 @@ import numpy as np
 from skipscope._errors import SkipscopeError
 from skipscope._option_words import LiveState
 from skipscope.flow import Reach, Starved, starved_of
-from skipscope.monitor import _live_verdict
-from skipscope.monitor._history import STATES, History, LiveVerdict, VerdictEvent
-from skipscope.monitor._live_verdict import Place
-from skipscope.monitor._missing_gradients import MissingGradients
-from skipscope.monitor._row_files import most_rows, read_rows
-from skipscope.monitor._step_row import SCALARS
-from skipscope.monitor._weight_lines import WeightLines
+from skipscope.monitor.history import _live_verdict
+from skipscope.monitor.history._history import STATES, History, LiveVerdict, VerdictEvent
+from skipscope.monitor.history._live_verdict import Place
+from skipscope.monitor.history._row_files import most_rows, read_rows
+from skipscope.monitor.recording._missing_gradients import MissingGradients
+from skipscope.monitor.recording._step_row import SCALARS
+from skipscope.monitor.recording._weight_lines import WeightLines
 
 # How many of the last steps a verdict from parameter gradients looks at.
 WINDOW = 8

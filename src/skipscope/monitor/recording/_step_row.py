@@ -12,12 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipscope.monitor import _gradient_norms, _rank_sums
-from skipscope.monitor._history import STATES
-from skipscope.monitor._tracked_parameters import TrackedParameters
+from skipscope._option_words import RecordedState
+from skipscope.monitor.recording import _gradient_norms, _rank_sums
+from skipscope.monitor.recording._tracked_parameters import TrackedParameters
 
 # The first numbers of a row; then come norm, mean |g| and the norm before clipping, each [P].
 SCALARS = ("step", "seconds", "evaluations", "skipped", "loss_scale", "total_before_clip")
+# The state of one parameter's gradient at one step; History.states holds the index. The kinds of zero stay
+# apart.
+STATES: tuple[RecordedState, ...] = (
+    "ok",
+    "exact_zero",
+    "underflow",
+    "not_connected",
+    "nonfinite",
+    "frozen",
+    "absent",
+)
 # Where there is no gradient, mean |g| holds minus the state's number.
 _NOT_CONNECTED, _FROZEN = -STATES.index("not_connected"), -STATES.index("frozen")
 

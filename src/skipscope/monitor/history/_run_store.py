@@ -15,14 +15,14 @@ import numpy as np
 from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
 from skipscope._version import __version__
-from skipscope.monitor._flow_reader import FlowRow
-from skipscope.monitor._history import History, LiveVerdict, VerdictEvent
-from skipscope.monitor._history_reader import ABOUT, EVENTS, WINDOW, assemble, verdict_of
-from skipscope.monitor._missing_gradients import MissingGradients
-from skipscope.monitor._row_files import Rows, most_rows, read_rows
-from skipscope.monitor._step_row import SCALARS
-from skipscope.monitor._tracked_parameters import TrackedParameters, about_columns
-from skipscope.monitor._weight_lines import WeightLines
+from skipscope.monitor.history._history import History, LiveVerdict, VerdictEvent
+from skipscope.monitor.history._history_reader import ABOUT, EVENTS, WINDOW, assemble, verdict_of
+from skipscope.monitor.history._row_files import Rows, most_rows, read_rows
+from skipscope.monitor.recording._flow_reader import FlowRow
+from skipscope.monitor.recording._missing_gradients import MissingGradients
+from skipscope.monitor.recording._step_row import SCALARS
+from skipscope.monitor.recording._tracked_parameters import TrackedParameters, about_columns
+from skipscope.monitor.recording._weight_lines import WeightLines
 
 
 class Store:

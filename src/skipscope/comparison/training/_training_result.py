@@ -1,0 +1,176 @@
+"""Result of training twins: their curves, and when each reached the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from skipscope._numbers import short
+from skipscope._result import Result, Table
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """One twin under one optimizer at its best rate.
+
+    Attributes:
+        rate: the learning rate that won the sweep.
+        sweep: learning rate -> smoothed final loss on ``sweep_seed``; inf where training diverged. Empty
+            where there was one rate only.
+        losses: training loss, [seeds, steps].
+        update_ratio: |update| / |weights| over all weights, [seeds, steps].
+        steps_to_target: first step at which each seed's smoothed loss is at or below the target; None: never.
+        learns: the smoothed loss of every seed ends at or below the target.
+        is_at_edge: the best rate is the greatest or the smallest that was tried: one beyond may be better.
+        sweep_seed: the seed on which the rates were tried; not one of those reported.
+        train_accuracy: share named rightly by each seed's trained network, in evaluation mode, on a tenth as
+            many training batches as there were steps (at most all); None for a run that diverged, and for all
+            where the targets are no classes.
+        test_accuracy: the same on the test data; None without.
+    """
+
+    rate: float
+    sweep: dict[str, float]
+    losses: np.ndarray
+    update_ratio: np.ndarray
+    steps_to_target: tuple[int | None, ...]
+    learns: bool
+    is_at_edge: bool = False
+    sweep_seed: int | None = None
+    train_accuracy: tuple[float | None, ...] | None = None
+    test_accuracy: tuple[float | None, ...] | None = None
+
+    @property
+    def final_loss(self) -> float:
+        """Mean over seeds of the smoothed loss at the end."""
+        return float(np.mean(smoothed(self.losses)[:, -1]))
+
+
+def smoothed(losses: np.ndarray, span: int = 10) -> np.ndarray:
+    """Mean over the last ``span`` steps along the last axis; over those there are, at the start."""
+    padding = [(0, 0)] * (losses.ndim - 1) + [(span - 1, 0)]
+    padded = np.pad(np.asarray(losses, dtype=float), padding)
+    sums = np.lib.stride_tricks.sliding_window_view(padded, span, axis=-1).sum(-1)
+    return sums / np.minimum(np.arange(losses.shape[-1]) + 1, span)
+
+
+@dataclass(frozen=True, eq=False)
+class Training(Result):
+    """Twins trained side by side on the same batches: loss against step, steps to a loss, update sizes.
+
+    Attributes:
+        curves: twin -> optimizer -> :class:`Curves`.
+        target: the loss whose first crossing is counted.
+        steps: steps each run had.
+        batch_size: samples a step.
+        seeds: the seeds; ``varies`` says what differs between them.
+        varies: "initialisation and batch order", or "batch order only" (a ready model was given).
+        notes: what is worth knowing of how the twins were trained.
+        processes: how many copies of this process trained side by side, with one thread each; 1: none.
+
+    Example:
+        >>> import torch, skipscope as ss
+        >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> runs = ss.train_twins({"with": model}, data, loss, seeds=1, steps=5, optimizers={"Adam": [0.01]})
+        >>> runs.steps, runs.curves["with"]["Adam"].losses.shape
+        (5, (1, 5))
+    """
+
+    curves: dict[str, dict[str, Curves]]
+    target: float
+    steps: int
+    batch_size: int
+    seeds: tuple[int, ...]
+    varies: str
+    notes: tuple[str, ...] = ()
+    processes: int = 1
+
+    @property
+    def engine(self) -> dict[str, str]:
+        """How each twin's runs were trained: "one by one". Earlier versions could also stack networks."""
+        return dict.fromkeys(self.curves, "one by one")
+
+    def learners(self, optimizer: str) -> list[str]:
+        """The twins that learn under ``optimizer``."""
+        return [name for name, by in self.curves.items() if optimizer in by and by[optimizer].learns]
+
+    def steps_text(self, twin: str, optimizer: str) -> str:
+        """Median steps to the target, or "> N" after N steps in which most seeds never reach it: never a
+        made-up ratio.
+        """
+        curves = self.curves[twin][optimizer]
+        reached = curves.steps_to_target
+        steps = sorted(np.inf if s is None else s for s in reached)
+        middle = steps[len(steps) // 2]
+        return f"> {curves.losses.shape[1]}" if np.isinf(middle) else f"{middle:.0f}"
+
+    def accuracies(self, twin: str, optimizer: str) -> dict[str, float | None]:
+        """Mean over seeds of "train accuracy" and "test accuracy", as far as any twin has them.
+
+        Empty where the targets are no classes; None where a run diverged.
+        """
+        every = [c for by in self.curves.values() for c in by.values()]
+        own = self.curves[twin][optimizer]
+        found: dict[str, float | None] = {}
+        for name in ("train_accuracy", "test_accuracy"):
+            if any(getattr(c, name) is not None for c in every):
+                values = getattr(own, name) or (None,)
+                known = [value for value in values if value is not None]
+                is_whole = len(known) == len(values)
+                found[name.replace("_", " ")] = float(np.mean(known)) if is_whole else None
+        return found
+
+    def table(self) -> Table:
+        heads: list[str] = []
+        for twin, by in self.curves.items():
+            heads = [name.replace("accuracy", "acc.") for name in self.accuracies(twin, next(iter(by)))]
+        rows = [
+            [
+                twin,
+                optimizer,
+                c.rate,
+                c.final_loss,
+                *self.accuracies(twin, optimizer).values(),
+                self.steps_text(twin, optimizer),
+                float(np.median(c.update_ratio)),
+                "yes" if c.learns else "no",
+            ]
+            for twin, by in self.curves.items()
+            for optimizer, c in by.items()
+        ]
+        return Table(
+            f"training: {len(self.seeds)} seeds, {self.steps} steps, batches of {self.batch_size}",
+            [
+                "twin",
+                "optimizer",
+                "best rate",
+                "final loss",
+                *heads,
+                f"steps to {short(self.target)}",
+                "update size",
+                "learns",
+            ],
+            rows,
+            [
+                (
+                    f"Seeds vary {self.varies}. Each twin has its best rate out of the same sweep, on a seed"
+                    " of its own. 'learns': every seed's smoothed loss (mean over 10 steps) ends at or below"
+                    f" {short(self.target)}."
+                ),
+                *(["acc.: accuracy, the share of samples whose class is named rightly."] if heads else []),
+                *self._edges(),
+                *self.notes,
+            ],
+        )
+
+    def _edges(self) -> list[str]:
+        """A sentence for each best rate at the edge of its sweep."""
+        return [
+            f"The best rate of {twin} under {optimizer}, {short(c.rate)}, is at the edge of the rates tried:"
+            " one beyond may be better."
+            for twin, by in self.curves.items()
+            for optimizer, c in by.items()
+            if c.is_at_edge
+        ]
