@@ -394,7 +394,7 @@ _SURFACE = "Shortcuts change the loss surface (Li et al. 2018): smooth with them
 def _claim_surface(evidence: Evidence) -> Claim:
     trained, roles = evidence.surfaces.get("trained"), evidence.roles
     if trained is None or not {roles.with_shortcuts, roles.without_shortcuts} <= trained.surfaces.keys():
-        return _not_measured("surface", _SURFACE, "The surfaces could not be computed.")
+        return _not_measured("surface", _SURFACE, "The surfaces of these networks were not measured.")
     having, lacking = (trained.surfaces[name] for name in (roles.with_shortcuts, roles.without_shortcuts))
     why = [f"{_capital(name)}: {s.label or _shape(s.scores)}." for name, s in trained.surfaces.items()]
     why.append(

@@ -189,7 +189,7 @@ def _surface(result: Comparison, style: dict[str, int]) -> list[Panel]:
         first, *others = surfaces.pair_panels(pair)
         tables = [*first.tables, *(s.checks.table() for s in pair.surfaces.values())]
         panels += [Panel(headings.get(key, key), first.chart, first.caption, tables), *others]
-    return [*panels, resnet56_panel()] if panels else []
+    return [*panels, resnet56_panel()]
 
 
 def _which(result: Comparison, style: dict[str, int]) -> list[Panel]:
