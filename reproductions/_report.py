@@ -175,7 +175,7 @@ def run(name: str, module: ModuleType, options: Options, *, say: Callable[[str],
             }  # fmt: skip
             _write(path, json.dumps(unit))
             said = ", ".join(
-                f"{key} {value}" for key, value in setting.items() if not isinstance(value, list)
+                f"{key} {value}" for key, value in setting.items() if not isinstance(value, (list, dict))
             )
             say(f"[{number}/{len(units)}] {said} ({unit['seconds']:.1f} s)")
         kept.append(json.loads(path.read_text(encoding="utf-8")))
