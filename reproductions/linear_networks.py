@@ -212,7 +212,7 @@ def region(setting, inputs, target):
     def ratio(model):
         loss = squared_error(model(inputs), outputs)
         gradient = torch.autograd.grad(loss, list(model.parameters()))
-        return float(sum(part.square().sum() for part in gradient) / loss)
+        return float(sum(part.square().sum() for part in gradient) / loss.detach())
 
     model, found = network(setting["width"], layers, 1), []
     for _ in range(setting["points"]):
