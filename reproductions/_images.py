@@ -76,10 +76,15 @@ class PreResNet(nn.Module):
         return self.head(F.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3)))
 
 
+def blank(cifar: str | None) -> Tensor:
+    """Two empty images: what networks are traced with."""
+    side = 8 if cifar is None else 32
+    return torch.zeros(2, channels(cifar), side, side)
+
+
 def plain(model: nn.Module, cifar: str | None = None) -> nn.Module:
     """The same network with all of its shortcuts removed, and the same weights."""
-    side = 8 if cifar is None else 32
-    return ss.ablate(model, inputs=torch.zeros(2, channels(cifar), side, side))
+    return ss.ablate(model, inputs=blank(cifar))
 
 
 def trained(make: Callable[[], nn.Module], spec: dict) -> tuple[nn.Module, list[dict[str, Tensor]]]:

@@ -45,7 +45,7 @@ REPRODUCTION = Reproduction(
         " plane's interior, where the discrete 2 x 2 Hessian has no negative eigenvalue. *Roughness*: the share of the ups and"
         " downs along rows and columns that one valley would not need. Networks that have not learnt are left out."
     ),
-    seeds=4,
+    seeds=3,
     takes_cifar=True,
 )  # fmt: skip
 
