@@ -53,7 +53,7 @@ REPRODUCTION = Reproduction(
         ),
     ),
     setup=(
-        "A ResNet of 32 layers with 8, 16 and 32 channels (the paper: 110 layers, 16 to 64 channels; `--full`), on the 1,437"
+        "A ResNet of 20 layers with 8, 16 and 32 channels (the paper: 110 layers, 16 to 64 channels; `--full`), on the 1,437"
         " training digits, tested on 360. SGD, momentum 0.9, rate 0.1 divided by 10 at a half and at three quarters, decay"
         " 0.0001, batches of 64, 20 epochs; no warm-up. All kinds start from the same weights and see the same batches. As in"
         " table 1, ReLU follows the sum, and every shortcut is of the kind, also the two where the shape changes. Exclusive"
@@ -82,7 +82,7 @@ ORDER = (IDENTITY, *OTHERS, PRE)
 
 def settings(options):
     depth, widths, epochs, batch = {
-        "quick": (8, [4, 4, 8], 1, 256), "default": (32, _images.SMALL, 20, 64), "full": (110, _images.PAPER, 60, 128),
+        "quick": (8, [4, 4, 8], 1, 256), "default": (20, _images.SMALL, 20, 64), "full": (110, _images.PAPER, 60, 128),
     }[options.size]  # fmt: skip
     epochs, batch = (164, 128) if options.cifar else (epochs, batch)
     return [
