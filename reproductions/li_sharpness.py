@@ -42,7 +42,7 @@ REPRODUCTION = Reproduction(
         Claim(
             "filters",
             "With directions normalised filter by filter, large batches have sharper minima than small ones, with decay and without",
-            "Section 4.1, figures 3 and 4",
+            "Section 4, figures 3 and 4",
             "The mean rise of the loss from -0.5 to 0.5 along three such directions; log of the small batch's over the large one's."
             " *Shown* if both intervals (with decay, without) lie below 0; *in part* if one does and the other does not lie above"
             " 0; else *not shown*.",
@@ -50,7 +50,7 @@ REPRODUCTION = Reproduction(
         Claim(
             "error",
             "Small batches generalise better than large ones",
-            "Section 4.1, figures 2 to 4: test errors beside each plot",
+            "Sections 3 and 4, figures 2 to 4: test errors beside each plot",
             "Test error of the large batch less that of the small one. *Shown* if the paired intervals with decay and without lie"
             " above 0; *in part* if one does and the other does not lie below 0; *too small to tell* if both contain 0; else *not"
             " shown*.",
@@ -58,7 +58,7 @@ REPRODUCTION = Reproduction(
         Claim(
             "correlation",
             "Sharpness goes with the test error if directions are normalised filter by filter",
-            "Section 4.1: side by side comparisons are then meaningful, and sharper minima have a higher error",
+            "Section 4: side by side comparisons are then meaningful, and sharper minima have a higher error",
             "Rank correlation of sharpness and test error over the four networks of a seed. *Shown* if its interval lies above 0"
             " with filter normalisation and not with directions as drawn; *in part* if with both; else *not shown*.",
         ),

@@ -22,7 +22,7 @@ REPRODUCTION = Reproduction(
         Claim(
             "plane",
             "Between 40 and 90 percent of the variation of a training path lies in a plane",
-            "Section 7.2, figure 9: VGG-9 on CIFAR-10, small and large batches, with and without weight decay",
+            "Section 7, figure 9: VGG-9 on CIFAR-10, small and large batches, with and without weight decay",
             "The share of the summed squared distances from the end that the two principal directions hold. *Shown* if in all four"
             " settings the interval over seeds lies within 0.4 to 0.9; *in part* if it lies above 0.4 in all, or within in at"
             " least two; else *not shown*.",
@@ -30,7 +30,7 @@ REPRODUCTION = Reproduction(
         Claim(
             "random",
             "Random directions show almost nothing of the path",
-            "Section 7.1, figure 8: projected on random directions, hardly any motion is seen, since high-dimensional vectors"
+            "Section 7, figure 8: projected on random directions, hardly any motion is seen, since high-dimensional vectors"
             " are nearly orthogonal",
             "The same share held by two random directions, normalised filter by filter. *Shown* if in all four settings its"
             " interval lies below 0.05; *in part* if in at least one; else *not shown*.",
