@@ -72,8 +72,8 @@ REPRODUCTION = Reproduction(
         ),
     ),
     setup=(
-        "Linear networks of width 4 (Hessian) or 6 (optimum) in float64, mean squared error to a random linear target on 64"
-        " random inputs. The Hessian has $16 L$ rows; all its eigenvalues are computed. Layers with shortcuts start at zero,"
+        "Linear networks of width 3 (Hessian) or 6 (optimum) in float64, mean squared error to a random linear target on 64"
+        " random inputs. The Hessian has $9 L$ rows; all its eigenvalues are computed. Layers with shortcuts start at zero,"
         " as in the paper."
     ),
     seeds=5,
@@ -116,7 +116,7 @@ def settings(options):
     quick = options.size == "quick"
     depths = [6, 12] if quick else [6, 12, 24, 48] + [96] * (options.size == "full")
     start = [
-        {"part": "hessian", "seed": seed, "span": span, "layers": layers, "width": 2 if quick else 4}
+        {"part": "hessian", "seed": seed, "span": span, "layers": layers, "width": 2 if quick else 3}
         for seed in options.seeds
         for layers in depths
         for span in (1, 2, 3, None)
