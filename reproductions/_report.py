@@ -205,7 +205,7 @@ def judge(
         say(f"{name}/{claim['name']}: {claim['verdict']}. {claim['ours']}. {claim['why']}")
     order = ("reproduction", "size", "claims", "table", "figures", "provenance", "rows")
     head = [f" {json.dumps(key)}: {json.dumps(_plain(content[key]), indent=1)}" for key in order[:-1]]
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in _plain(rows))  # a line a row
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # a line a row
     path = out / f"{name}.json"
     _write(path, "{\n" + ",\n".join(head) + ',\n "rows": [\n' + lines + "\n ]\n}\n")
     return path
