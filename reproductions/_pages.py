@@ -9,7 +9,7 @@ import importlib
 import json
 from pathlib import Path
 
-from reproductions._report import RESULTS, ROOT, Reproduction
+from reproductions._report import RESULTS, ROOT, VERDICTS, Reproduction
 
 PAGES = ROOT / "docs" / "papers"
 INDEX = """# The papers, reproduced
@@ -44,38 +44,53 @@ def render() -> dict[str, str]:
     """Every page's text by its file's name."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     pages = {f"{result['reproduction']}.md": _page(result) for result in results}
-    lines = ["| claim | in the paper | here | verdict |", "|---|---|---|---|"]
+    lines = ["| paper | claim | in the paper | here | verdict |", "|---|---|---|---|---|"]
+    counts = dict.fromkeys(VERDICTS, 0)
     for result in results:
+        link = f"[{_about(result).title}]({result['reproduction']}.md)"
         for claim in result["claims"]:
+            counts[claim["verdict"]] += 1
             cells = [
-                f"[{_cell(claim['statement'])}]({result['reproduction']}.md)",
-                _cell(claim["where"]),
-                _cell(claim["ours"]),
+                link,
+                *(_cell(claim[key]) for key in ("statement", "where", "ours")),
                 f"*{claim['verdict']}*",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+            link = ""
+    total = ", ".join(f"{count} *{verdict}*" for verdict, count in counts.items() if count)
+    lines = [f"Of {sum(counts.values())} claims: {total}.", "", *lines]
     contents = "\n".join(["", "```{toctree}", ":hidden:", "", *(name[:-3] for name in pages), "```", ""])
     return {"index.md": INDEX + "\n".join(lines) + "\n" + contents, **pages}
 
 
+def _about(result: dict) -> Reproduction:
+    return importlib.import_module(f"reproductions.{result['reproduction']}").REPRODUCTION
+
+
 def _page(result: dict) -> str:
     name = result["reproduction"]
-    about: Reproduction = importlib.import_module(f"reproductions.{name}").REPRODUCTION
+    about = _about(result)
     parts = [f"# {about.title}", "\n\n".join(about.papers), about.setup]
     for claim in result["claims"]:
         parts += [
             f"## {claim['statement']}",
             f"*In the paper*: {claim['where']}",
             f"*What counts as shown*, written before the run: {claim['criterion']}",
-            f"**{claim['verdict'].capitalize()}.** {claim['ours']}.",
+            f"**{claim['verdict'].capitalize()}.** {_capital(claim['ours'])}.",
             claim["why"],
         ]
-    parts += [f"![{picture[:-4]}](../../reproductions/results/{picture})" for picture in result["figures"]]
+    for picture in result["figures"]:
+        described = picture.removeprefix(f"{name}_").removesuffix(".svg")
+        parts.append(f"![{about.title}: {described}](../../reproductions/results/{picture})")
     parts.append(_table(result["table"]))
     if any("[" in str(cell) for line in result["table"] for cell in line.values()):
         parts.append("In brackets: the 95 % interval of the mean over seeds.")
     parts.append(_provenance(name, result["provenance"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _table(rows: list[dict]) -> str:

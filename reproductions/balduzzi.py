@@ -302,7 +302,7 @@ def figures(rows):
         xlabel="depth L",
         ylabel="mean correlation of input gradients",
     )
-    axes.legend(ncol=2, fontsize=8)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
 
     lines, rows_of_axes = plt.subplots(3, 1, figsize=(6.4, 4.8), sharex=True)
     for at, (kind, depth) in zip(rows_of_axes, AS_DRAWN):

@@ -54,7 +54,7 @@ REPRODUCTION = Reproduction(
             "warm-up",
             "A post-norm transformer needs a warm-up of the learning rate, a pre-norm one does not",
             "Xiong et al., the experiments on translation with and without warm-up",
-            "Final loss without warm-up less with, paired by seed, 12 layers. *Shown* if post-norm's interval lies above 0.05"
+            "Final loss without warm-up less with, paired by seed, 8 layers. *Shown* if post-norm's interval lies above 0.05"
             " nats and pre-norm's below 0.05; *in part* if post-norm loses more than pre-norm beyond the paired interval; *too"
             " small to tell* if that interval contains 0; else *not shown*.",
         ),
@@ -70,7 +70,7 @@ REPRODUCTION = Reproduction(
             "deep",
             "DeepNorm trains depths at which post-norm fails",
             "Wang et al., the figures and tables on depth: post-norm diverges where DeepNorm trains",
-            "32 layers, warm-up of 40 of 120 steps. A network learns when the mean loss of its last 20 steps is 0.2 nats or more"
+            "24 layers, warm-up of 40 of 100 steps. A network learns when the mean loss of its last 20 steps is 0.2 nats or more"
             " below the entropy of single bytes. *Shown* if DeepNorm learns for every seed and post-norm for none; *in part* if"
             " DeepNorm's final loss is lower beyond the paired interval; *too small to tell* if that interval contains 0; else"
             " *not shown*.",
@@ -78,7 +78,7 @@ REPRODUCTION = Reproduction(
     ),
     setup=(
         "Width 48, 4 heads, contexts of 32 bytes, Xavier's initialisation; the norms are `ss.nn.PreNorm`, `ss.nn.PostNorm` and"
-        " `ss.nn.DeepNorm` around attention and feed-forward. Training: 12 layers, 200 steps of Adam at rate 0.003 in batches of"
+        " `ss.nn.DeepNorm` around attention and feed-forward. Training: 8 layers, 200 steps of Adam at rate 0.003 in batches of"
         " 16 passages, warm-up linear over 60 steps or none. The papers translate with encoders and decoders and train for long."
     ),
     seeds=3,
@@ -147,15 +147,15 @@ def settings(options):
         for layers in depths
     ]
     training = [
-        {"part": "training", "seed": seed, "kind": kind, "layers": 1 if quick else 12, "warm_up": warm_up,
+        {"part": "training", "seed": seed, "kind": kind, "layers": 1 if quick else 8, "warm_up": warm_up,
          "steps": 3 if quick else 200, "rate": 3e-3, **size}
         for seed in options.seeds
         for kind in KINDS
         for warm_up in (0, 2 if quick else 60)
     ]  # fmt: skip
     deep = [
-        {"part": "deep", "seed": seed, "kind": kind, "layers": 2 if quick else 32, "warm_up": 2 if quick else 40,
-         "steps": 3 if quick else 120, "rate": 3e-3, **size}
+        {"part": "deep", "seed": seed, "kind": kind, "layers": 2 if quick else 24, "warm_up": 2 if quick else 40,
+         "steps": 3 if quick else 100, "rate": 3e-3, **size}
         for seed in options.seeds
         for kind in ("post-norm", "DeepNorm")
     ]  # fmt: skip

@@ -124,7 +124,7 @@ def settings(options):
         for seed in range(len(options.seeds) + (0 if quick else 2))
         for kind in KINDS[:-1]
     ]  # fmt: skip
-    depths = {"quick": [2], "default": [4, 16, 64, 128], "full": [4, 16, 64, 256, 1024, 5000]}[options.size]
+    depths = {"quick": [2], "default": [4, 16, 64], "full": [4, 16, 64, 256, 1024, 5000]}[options.size]
     return variance + [
         {"part": "training", "seed": seed, "kind": kind, "blocks": blocks, "width": 32, "steps": 4 if quick else 120}
         for seed in options.seeds

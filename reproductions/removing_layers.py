@@ -62,7 +62,7 @@ REPRODUCTION = Reproduction(
         ' `ss.ablate(model, shortcuts, "lesion")`. The papers prune models of billions of weights, trained on trillions of'
         " words: what is redundant there need not be here."
     ),
-    seeds=5,
+    seeds=4,
 )  # fmt: skip
 
 

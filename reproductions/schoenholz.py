@@ -69,14 +69,14 @@ def settings(options):
         for seed in options.seeds
         for biases in ([0.05] if quick else [0.01, 0.05, 0.2, 0.5])
     ]  # fmt: skip
-    depths = {"quick": [2, 4], "default": [8, 16, 32, 64, 96], "full": [8, 16, 32, 64, 96, 128, 192]}[
+    depths = {"quick": [2, 4], "default": [8, 16, 32, 64], "full": [8, 16, 32, 64, 96, 128, 192]}[
         options.size
     ]
     training = [
         {"seed": seed, "trained": True, "biases": 0.05, "weight": weight, "depth": depth,
          "width": 32 if quick else 64, "steps": 5 if quick else 300}
         for seed in list(options.seeds)[:3]
-        for weight in ([1.0, 2.0] if quick else [0.8, 1.2, 1.5, 1.76, 2.2, 3.0, 4.0])
+        for weight in ([1.0, 2.0] if quick else [0.8, 1.2, 1.76, 3.0, 4.0])
         for depth in depths
     ]  # fmt: skip
     return plane + training

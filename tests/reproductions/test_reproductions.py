@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,18 @@ def test_the_list_is_printed_by_a_process_of_its_own():
     words = [sys.executable, "-m", "reproductions"]
     printed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert [line.split()[0] for line in printed.splitlines()] == names()
+
+
+def test_a_killed_process_goes_on_where_it_was(tmp_path):
+    words = [sys.executable, "-m", "reproductions", "balduzzi", "--quick", "--out", str(tmp_path)]
+    units = tmp_path / "units" / "balduzzi"
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not list(units.glob("*.json")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in units.glob("*.json")}
+    assert kept and not (tmp_path / "balduzzi.json").exists()
+    main(words[3:])
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert (tmp_path / "balduzzi.json").exists()
