@@ -285,7 +285,7 @@ def judge(rows):
             "shown" if off.low >= -0.1 and off.high <= 0.1 else "shown in part" if estimate(theirs).high < n / 2 else "not shown",
             f"mean length {estimate(theirs)} by single paths, {length} exactly",
             f"The norms of single paths add up to {excess} times those of the exact spectrum: paths of one length cancel each"
-            f" other. Where there is one path only the two agree to {ends:.1g}.",
+            f" other. Where there is one path only the two agree to {max(ends, 1e-6):.0g}.",
         ),
     }  # fmt: skip
 
@@ -324,9 +324,9 @@ def figures(rows):
     left.set(xlabel="block taken out", ylabel="test error (%)", ylim=(0, 100))
     left.legend()
     for name, shortcuts, deep in (
-        ("with, deep", True, True),
         ("with shortcuts", True, False),
         ("without", False, False),
+        ("with, deep", True, True),
     ):
         found = lesion_rows(rows, shortcuts, deep)
         blocks = len(found[0]["single"])
