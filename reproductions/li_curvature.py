@@ -36,7 +36,7 @@ REPRODUCTION = Reproduction(
     ),
     setup=(
         "The networks of 56 layers of [error by depth](li_depth.md), on the planes of [where chaos begins](li_surfaces.md): both"
-        " ends of the Hessian's spectrum on 64 training images, in the weights that move, at 5 x 5 points from -1 to 1."
+        " ends of the Hessian's spectrum on 32 training images, in the weights that move, at 5 x 5 points from -1 to 1."
     ),
     seeds=3,
     takes_cifar=True,
@@ -44,7 +44,7 @@ REPRODUCTION = Reproduction(
 
 
 def settings(options):
-    grid, samples = {"quick": (3, 16), "default": (5, 64), "full": (21, 256)}[options.size]
+    grid, samples = {"quick": (3, 16), "default": (5, 32), "full": (21, 256)}[options.size]
     return [
         {
             "twin": twin, "seed": seed, "grid": grid, "samples": samples,
