@@ -21,7 +21,7 @@ this experiment, at this size, does not show the claim; it does not say that the
 
 ```console
 $ python -m reproductions            # lists them
-$ python -m reproductions balduzzi   # runs one; started again, it goes on where it was stopped
+$ python -m reproductions balduzzi   # runs one, or goes on with it
 $ make reproductions                 # all
 ```
 
@@ -71,6 +71,9 @@ def _page(result: dict) -> str:
     name = result["reproduction"]
     about = _about(result)
     parts = [f"# {about.title}", "\n\n".join(about.papers), about.setup]
+    for picture in result["figures"]:
+        described = picture.removeprefix(f"{name}_").removesuffix(".svg")
+        parts.append(f"![{about.title}: {described}](../../reproductions/results/{picture})")
     for claim in result["claims"]:
         parts += [
             f"## {claim['statement']}",
@@ -79,9 +82,6 @@ def _page(result: dict) -> str:
             f"**{claim['verdict'].capitalize()}.** {_capital(claim['ours'])}.",
             claim["why"],
         ]
-    for picture in result["figures"]:
-        described = picture.removeprefix(f"{name}_").removesuffix(".svg")
-        parts.append(f"![{about.title}: {described}](../../reproductions/results/{picture})")
     parts.append(_table(result["table"]))
     if any("[" in str(cell) for line in result["table"] for cell in line.values()):
         parts.append("In brackets: the 95 % interval of the mean over seeds.")
