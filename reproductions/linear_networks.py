@@ -254,7 +254,7 @@ def slopes(rows, value, low=0) -> Estimate:
 def judge(rows):
     two, one = growth(rows, 2), growth(rows, 1)
     slope = slopes(part(rows, "hessian", span=1), "condition")
-        apart = max(row["from_residual"] for row in part(rows, "hessian", span=None))
+    apart = max(row["from_residual"] for row in part(rows, "hessian", span=None))
     flat = [row["largest"] + row["gradient"] for row in part(rows, "hessian", span=3)]
     reached = [row["loss"] < 1e-8 for row in part(rows, "optimum")]
     norm = slopes(part(rows, "optimum"), "largest_norm", low=4)
