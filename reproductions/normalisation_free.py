@@ -288,7 +288,7 @@ def figures(rows):
         ]
         axes.plot(depths, losses, marker=marker, label=kind)
     axes.axhline(math.log(10), color="black", linestyle=":", linewidth=0.8)
-    axes.text(depths[0], math.log(10) * 1.1, "chance", fontsize=8)
+    axes.text(depths[0], math.log(10) * 1.1, "chance", fontsize=8).set_in_layout(False)
     axes.set(
         xscale="log", yscale="log", xlabel="blocks of two layers", ylabel="training loss after the last step"
     )
