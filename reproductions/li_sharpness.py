@@ -200,11 +200,16 @@ def judge(rows):
         name: estimate(row["doubled"][name] / row["small"][name] for row in rows)
         for name in ("filter_rise", "drawn_rise")
     }
+    short = {size: f"{estimate(row[size]['train_loss'] for row in rows).mean:.2g}" for size in SIZES}
+    spec = rows[0]["networks"]["large"]
+    samples = len(_images.images(spec["cifar"], "train")[0]) if spec["cifar"] is None else 50000
+    steps = spec["epochs"] * (samples // spec["batch"])
     return {
         "line": Judgement(
             "shown" if line[0.0].high < 0 and line[5e-4].low > 0 else "shown in part" if turn.low > 0 else "not shown",
             f"log ratio of the rises (small over large): {line[0.0]} without decay, {line[5e-4]} with",
-            f"Decay changes it by {turn}.",
+            f"Decay changes it by {turn}. The large batch takes {steps} steps in the same epochs, and its training loss ends at"
+            f" {short['large']}, that of the small one at {short['small']}: here it has not come as far.",
         ),
         "weights": Judgement(
             "shown" if shrink.high < 0 else "not shown" if shrink.low > 0 else "too small to tell",
