@@ -77,6 +77,13 @@ REPRODUCTION = Reproduction(
             "Loss averaged over all steps, 16 blocks of two layers, each at its better rate: ReZero less unscaled, paired by"
             " seed. *Shown* if the interval lies below 0; *too small to tell* if it contains 0; else *not shown*.",
         ),
+        Claim(
+            "speed, capped",
+            "The same, with the loss of a step counted as $\\ln 10$ at most",
+            "As above",
+            "Written after a first run of the claim above: at the start the unscaled network's loss is so large that its mean over"
+            " steps says nothing else. The same criterion with every step's loss capped, on five fresh seeds.",
+        ),
     ),
     setup=(
         "A block is `x + Linear(ReLU(Linear(ReLU(x))))` of width 32, wrapped in `ss.nn.IdentityShortcut`, `ss.nn.SkipInit`"
@@ -125,7 +132,12 @@ def settings(options):
         for kind in KINDS[:-1]
     ]  # fmt: skip
     depths = {"quick": [2], "default": [4, 16, 64], "full": [4, 16, 64, 256, 1024, 5000]}[options.size]
-    return variance + [
+    capped = [
+        {"part": "speed", "seed": 1000 + seed, "kind": kind, "blocks": 2 if quick else 16, "width": 32, "steps": 4 if quick else 120}
+        for seed in range(2 if quick else 5)
+        for kind in ("unscaled", "SkipInit")
+    ]  # fmt: skip
+    return variance + capped + [
         {"part": "training", "seed": seed, "kind": kind, "blocks": blocks, "width": 32, "steps": 4 if quick else 120}
         for seed in options.seeds
         for blocks in depths
@@ -134,7 +146,7 @@ def settings(options):
 
 
 def measure(setting):
-    if setting["part"] == "training":
+    if setting["part"] != "variance":
         return training(setting)
     torch.manual_seed(setting["seed"])
     width = setting["width"]
@@ -157,7 +169,11 @@ def training(setting):
     found = {}
     for rate, curves in runs.curves["net"].items():
         losses = np.nan_to_num(curves.losses[0], nan=1e9, posinf=1e9)
-        found[rate] = {"final": float(losses[-20:].mean()), "mean": float(losses.mean())}
+        found[rate] = {
+            "final": float(losses[-20:].mean()),
+            "mean": float(losses.mean()),
+            "capped": float(losses.clip(max=math.log(10)).mean()),
+        }
     return {"by_rate": found}
 
 
@@ -221,6 +237,8 @@ def judge(rows):
     below = sum(e.high < 0.1 for e in worse.values())
     unclear = all(e.low <= 0 <= e.high for e in worse.values())
     speed = difference(rows, "SkipInit", 16 if 16 in depths else depths[0], "unscaled", "mean")
+    blocks = where(rows, part="speed")[0]["blocks"]
+    capped = difference(rows, "SkipInit", blocks, "unscaled", "capped", part="speed")
     return {
         "variance": Judgement(
             ("not shown", "shown in part", "shown")[held],
@@ -234,11 +252,8 @@ def judge(rows):
             "final loss less that with batch norm: " + "; ".join(f"{kind} {e}" for kind, e in worse.items()),
             f"At {depths[-1]} blocks; in nats of training loss after a few hundred steps.",
         ),
-        "speed": Judgement(
-            "shown" if speed.high < 0 else "too small to tell" if speed.low <= 0 else "not shown",
-            f"mean loss over the run: ReZero less unscaled {speed}",
-            "Each at the better of its two rates.",
-        ),
+        "speed": speed_verdict(speed, "mean loss over the run"),
+        "speed, capped": speed_verdict(capped, "mean capped loss over the run"),
     }  # fmt: skip
 
 
