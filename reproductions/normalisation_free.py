@@ -218,12 +218,19 @@ def depth_verdict(rows, kind) -> Judgement:
     )
 
 
-def difference(rows, kind, blocks, other, which) -> Estimate:
+def difference(rows, kind, blocks, other, which, part="training") -> Estimate:
     first, second = (
-        [better(row, which) for row in where(rows, part="training", kind=k, blocks=blocks)]
-        for k in (kind, other)
+        [better(row, which) for row in where(rows, part=part, kind=k, blocks=blocks)] for k in (kind, other)
     )
     return paired(first, second)
+
+
+def speed_verdict(found: Estimate, what: str) -> Judgement:
+    return Judgement(
+        "shown" if found.high < 0 else "too small to tell" if found.low <= 0 else "not shown",
+        f"{what}: ReZero less unscaled {found}",
+        "Each at the better of its two rates.",
+    )
 
 
 def judge(rows):
