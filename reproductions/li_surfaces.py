@@ -13,6 +13,7 @@ from reproductions import _images
 from reproductions._report import Claim, Judgement, Reproduction, band, estimate, paired, where
 from reproductions.li_depth import PAPER, TWINS, depths, middle, network, specification
 
+FRESH = 100  # seeds from here on belong to the claim that was written after a first run
 CHAOTIC = 0.05, 0.5  # roughness from here on, or a convex share below: as `skipscope compare` says "chaotic"
 REPRODUCTION = Reproduction(
     title="Loss surfaces: where chaos begins",
@@ -37,6 +38,17 @@ REPRODUCTION = Reproduction(
             " intervals; *in part* if one of the two rises lies beyond its interval; else *not shown*. Chaos *begins* at the"
             " least depth from which on the roughness without less that with lies above 0 beyond its paired interval.",
         ),
+        Claim(
+            "onset by convexity",
+            "The same, told by the convex share",
+            "Figure 5, section 6, as above",
+            "Written after a first run of the claim above, whose criterion is a blunder: roughness weighs ups and downs by their"
+            " size, and where the loss at the edge is 10^8 nothing else counts. On fresh seeds, at 8, 20 and 32 layers: *shown*"
+            " if without shortcuts the mean convex share is 0.5 or more at 8 layers and less at 32, with shortcuts 0.5 or more"
+            " at both, and from 8 to 32 layers it falls without shortcuts, and by more than with, both beyond their paired"
+            " intervals; *in part* if only the falls are; else *not shown*. Chaos *begins* at the least depth from which on the"
+            " convex share with less that without lies above 0 beyond its paired interval.",
+        ),
     ),
     setup=(
         "The networks of [error by depth](li_depth.md). Each pair of twins, trained separately, has the same Gaussian draw,"
@@ -60,9 +72,16 @@ def settings(options):
             "samples": samples,
             "twins": {twin: specification(options, depth, shortcuts, seed) for twin, shortcuts in TWINS.items()},
         }
-        for seed in options.seeds
-        for depth in depths(options)
+        for seed, depth in [
+            *((seed, depth) for seed in options.seeds for depth in depths(options)),
+            *((FRESH + seed, depth) for seed in options.seeds for depth in fresh_depths(options)),
+        ]
     ]  # fmt: skip
+
+
+def fresh_depths(options) -> list[int]:
+    """The depths of the claim that was written after a first run."""
+    return depths(options)[:1] if options.size == "quick" else [8, 20, 32]
 
 
 def measure(setting):
@@ -103,7 +122,51 @@ def rougher(rows, depth):
     return paired(values(rows, depth, "without", "roughness"), values(rows, depth, "with", "roughness"))
 
 
+def first_run(rows) -> list[dict]:
+    return [row for row in rows if row["seed"] < FRESH]
+
+
+def judge_convexity(rows) -> Judgement:
+    """The claim that was written after a first run, on its fresh seeds."""
+    fresh = [row for row in rows if row["seed"] >= FRESH]
+    every = sorted({row["depth"] for row in fresh})
+    low, high = every[0], every[-1]
+    pairs = {depth: {row["seed"]: row for row in learnt(fresh, depth)} for depth in every}
+    both = sorted(pairs[low].keys() & pairs[high].keys())
+
+    def fall(twin):
+        return [
+            pairs[low][seed][twin]["convexity_share"] - pairs[high][seed][twin]["convexity_share"]
+            for seed in both
+        ]
+
+    falls, more = estimate(fall("without")), paired(fall("without"), fall("with"))
+    means = {
+        (twin, depth): estimate(values(fresh, depth, twin, "convexity_share")).mean
+        for twin in TWINS
+        for depth in (low, high)
+    }
+    sides = (
+        means["without", high]
+        < CHAOTIC[1]
+        <= min(means["without", low], means["with", low], means["with", high])
+    )
+    beyond = falls.low > 0 and more.low > 0
+    begins = None
+    for depth in reversed(every):
+        shares = [values(fresh, depth, twin, "convexity_share") for twin in TWINS]
+        if not paired(*shares).low > 0:
+            break
+        begins = depth
+    return Judgement(
+        "not shown" if not beyond else "shown" if sides else "shown in part",
+        f"chaos begins at {begins} layers" if begins else "no depth from which on the plain networks are less convex",
+        f"From {low} to {high} layers the convex share falls by {falls} without shortcuts, by {more} more than with.",
+    )  # fmt: skip
+
+
 def judge(rows):
+    by_convexity, rows = judge_convexity(rows), first_run(rows)
     every = sorted({row["depth"] for row in rows})
     deepest, first = every[-1], middle(every)
     convex = paired(
@@ -138,7 +201,8 @@ def judge(rows):
             smooth,
             f"at {deepest} layers the convex share is {convex} higher with shortcuts, the roughness {rough} higher without",
             f"Chaotic: {', '.join(twin for twin in TWINS if chaotic[twin]) or 'neither'} shortcuts"
-            f" ({len(both)} pairs of which both have learnt).",
+            f" ({len(both)} pairs of which both have learnt). Roughness"
+            " weighs ups and downs by their size, so the heights at the edge hide those near the centre.",
         ),
         "onset": Judgement(
             "shown" if benign and beyond == 2 else "shown in part" if beyond else "not shown",
@@ -146,6 +210,7 @@ def judge(rows):
             f"At {every[0]} layers the surface without shortcuts is {'benign' if benign else 'chaotic already'}; from {first} to"
             f" {deepest} layers its roughness rises by {rises}, by {more} more than with shortcuts.",
         ),
+        "onset by convexity": by_convexity,
     }  # fmt: skip
 
 
@@ -153,9 +218,10 @@ def table(rows):
     return [
         {
             "layers": depth,
-            "pairs": len(learnt(rows, depth)),
+            "seeds": "first" if part[0]["seed"] < FRESH else "fresh",
+            "pairs": len(learnt(part, depth)),
             **{
-                f"{label} {twin}": estimate(values(rows, depth, twin, name))
+                f"{label} {twin}": estimate(values(part, depth, twin, name))
                 for name, label in (
                     ("convexity_share", "convex share"),
                     ("roughness", "roughness"),
@@ -164,11 +230,13 @@ def table(rows):
                 for twin in TWINS
             },
         }
-        for depth in sorted({row["depth"] for row in rows})
+        for part in (first_run(rows), [row for row in rows if row["seed"] >= FRESH])
+        for depth in sorted({row["depth"] for row in part})
     ]
 
 
 def figures(rows):
+    rows = first_run(rows)
     every = sorted({row["depth"] for row in rows})
     scores, pair = plt.subplots(1, 2)
     for axes, name, label in (
