@@ -286,7 +286,14 @@ def figures(rows):
             values = [
                 geometric(max(v, 1e-12) for v in at) for at in zip(*(row["mean_square"] for row in mine))
             ]
-            band(axes, range(1, len(values) + 1), values, kind, marker="")
+            band(
+                axes,
+                range(1, len(values) + 1),
+                values,
+                kind,
+                marker="",
+                linestyle="--" if kind == "Fixup" else "-",
+            )
     axes.set(
         xscale="log",
         yscale="log",
@@ -312,7 +319,10 @@ def figures(rows):
     axes.axhline(math.log(10), color="black", linestyle=":", linewidth=0.8)
     axes.text(depths[0], math.log(10) * 1.1, "chance", fontsize=8).set_in_layout(False)
     axes.set(
-        xscale="log", yscale="log", xlabel="blocks of two layers", ylabel="training loss after the last step"
+        xscale="log",
+        yscale="log",
+        xlabel="blocks of two layers",
+        ylabel="training loss after the last step (at most 10)",
     )
     axes.set_xticks(depths, depths)
     axes.minorticks_off()
