@@ -117,10 +117,12 @@ def table(rows):
 
 def figures(rows):
     figure, panels = plt.subplots(1, 2, figsize=(6.4, 3.0), sharey=True)
-    shown = None
+    shown, edge = None, 1 + 1 / (rows[0]["grid"] - 1)  # a cell's middle is its point
     for axes, twin in zip(panels, TWINS):
         mean = np.nanmean([np.log10(np.maximum(row["ratio"], 1e-4)) for row in of(rows, twin)], axis=0)
-        shown = axes.imshow(mean.T, origin="lower", extent=(-1, 1, -1, 1), vmin=-3, vmax=0.5, cmap="magma")
+        shown = axes.imshow(
+            mean.T, origin="lower", extent=(-edge, edge, -edge, edge), vmin=-3, vmax=0.5, cmap="magma"
+        )
         axes.grid(False)
         axes.set_title(f"{twin} shortcuts")
     figure.colorbar(shown, ax=panels, label="log10 |lambda_min / lambda_max|, mean over seeds")
