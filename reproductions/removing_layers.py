@@ -41,6 +41,13 @@ REPRODUCTION = Reproduction(
             " interval lies below 0; *too small to tell* if it contains 0; else *not shown*.",
         ),
         Claim(
+            "attention, later blocks",
+            "The same, without the first block",
+            "As above",
+            "Written after the run, from the same networks: the first block's feed-forward branch alone decides the claim above."
+            " The same criterion over the second block to the last.",
+        ),
+        Claim(
             "quarter",
             "A quarter of the blocks can be removed, without training again, at little cost",
             "Men et al. remove about a quarter of the layers of large models and keep most of their score",
@@ -170,12 +177,22 @@ def by_kind(row, kind) -> list[float]:
     return [cost for name, cost in zip(row["names"], row["single"]) if name.endswith(kind)]
 
 
+def attention_verdict(rows, first: int) -> Judgement:
+    attention, mlp = (
+        [float(np.mean(by_kind(row, kind)[first:])) for row in rows] for kind in ("attn", "mlp")
+    )
+    cheaper = paired(attention, mlp)
+    return Judgement(
+        "shown" if cheaper.high < 0 else "too small to tell" if cheaper.low <= 0 else "not shown",
+        f"attention less feed-forward: {cheaper} nats",
+        f"Removed alone, an attention branch costs {estimate(attention)} nats, a feed-forward branch {estimate(mlp)}.",
+    )
+
+
 def judge(rows):
     first = paired([row["block"][0] for row in rows], [max(row["block"][1:]) for row in rows])
     depth = estimate(rank_correlation(range(len(row["block"]) - 2), row["block"][1:-1]) for row in rows)
     held = (first.low > 0) + (depth.high < 0)
-    attention, mlp = ([float(np.mean(by_kind(row, kind))) for row in rows] for kind in ("attn", "mlp"))
-    cheaper = paired(attention, mlp)
     share = estimate(row["quarter"] / (entropy() - row["loss"]) for row in rows)
     foretells = estimate(rank_correlation(sums(row), row["random_costs"]) for row in rows)
     excess = estimate(float(np.median(np.array(row["random_costs"]) / np.array(sums(row)))) for row in rows)
@@ -186,11 +203,8 @@ def judge(rows):
             f"the first block costs {first} nats more than the worst other; rank correlation with depth {depth}",
             f"The first block costs {estimate(row['block'][0] for row in rows)} nats a byte.",
         ),
-        "attention": Judgement(
-            "shown" if cheaper.high < 0 else "too small to tell" if cheaper.low <= 0 else "not shown",
-            f"attention less feed-forward: {cheaper} nats",
-            f"Removed alone, an attention branch costs {estimate(attention)} nats, a feed-forward branch {estimate(mlp)}.",
-        ),
+        "attention": attention_verdict(rows, 0),
+        "attention, later blocks": attention_verdict(rows, 1),
         "quarter": Judgement(
             "shown" if share.high < 0.1 else "shown in part" if share.high < 0.25 else "not shown",
             f"{share} of what the model has learnt beyond single bytes",
