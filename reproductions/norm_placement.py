@@ -343,7 +343,7 @@ def figures(rows):
     )
     right.set_xticks(depths, depths)
     right.minorticks_off()
-    left.legend()
+    right.legend()
 
     trained, axes = plt.subplots()
     for kind, colour in zip(KINDS, ("#0067a5", "#c8500a", "#2c8a6b")):
