@@ -136,7 +136,8 @@ def judge(rows):
             "not shown" if below else "shown" if above == 2 else "shown in part" if above else "too small to tell",
             f"{deep} layers: the degenerate share without shortcuts is {more['start']} greater at the start,"
             f" {more['trained']} after training",
-            f"With a cut ten times as small, at the start: {paired(*(shares(rows, kind, deep, cut=1) for kind in KINDS))}.",
+            f"With a cut ten times as small, at the start: {paired(*(shares(rows, kind, deep, cut=1) for kind in KINDS))}. The"
+            " cut is relative: without a norm, activations and the greatest eigenvalue of the residual network grow with depth.",
         ),
         "depth": Judgement(
             "not shown" if not rise.low > 0 else "shown" if excess.low > 0 else "shown in part",
@@ -172,7 +173,7 @@ def figures(rows):
     deep = max(row["depth"] for row in rows)
     figure, panels = plt.subplots(1, 2, sharey=True)
     for axes, when in zip(panels, ("start", "trained")):
-        for kind in KINDS:
+        for kind in reversed(KINDS):
             curves = [row[when]["sizes"] for row in where(rows, kind=kind, depth=deep)]
             mean = np.exp(np.mean(np.log(np.maximum(curves, 1e-16)), axis=0))
             axes.plot(np.linspace(0, 1, len(mean)), mean, label=f"{kind} shortcuts")
