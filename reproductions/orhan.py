@@ -137,7 +137,7 @@ def judge(rows):
             f"{deep} layers: the degenerate share without shortcuts is {more['start']} greater at the start,"
             f" {more['trained']} after training",
             f"With a cut ten times as small, at the start: {paired(*(shares(rows, kind, deep, cut=1) for kind in KINDS))}. The"
-            " cut is relative: without a norm, activations and the greatest eigenvalue of the residual network grow with depth.",
+            " cut is relative: without a norm the greatest eigenvalue of the residual network grows with depth, by decades.",
         ),
         "depth": Judgement(
             "not shown" if not rise.low > 0 else "shown" if excess.low > 0 else "shown in part",
