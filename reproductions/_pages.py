@@ -17,7 +17,8 @@ INDEX = """# The papers, reproduced
 The lecture rests on papers. Here their claims are measured again with skipscope, on two processor cores and data that
 the package carries. What would count as *shown* was written down before each run. An order of two means counts only
 where the 95 % interval of their difference over seeds does not contain zero. "Not shown" is a result: it says that
-this experiment, at this size, does not show the claim; it does not say that the paper is wrong.
+this experiment, at this size, does not show the claim; it does not say that the paper is wrong. Where a criterion turned
+out to be a blunder, it stays, and a second one stands beside it. Times are wall-clock, on cores that other work shared.
 
 ```console
 $ python -m reproductions            # lists them
@@ -107,9 +108,13 @@ def _cell(value: object) -> str:
 
 def _provenance(name: str, made: dict) -> str:
     threads = ", ".join(map(str, made["threads"]))
+    several = len(made["commits"]) > 3
+    commits = (
+        f"{len(made['commits'])} commits, which its JSON lists" if several else ", ".join(made["commits"])
+    )
     return (
         f"*How it was made*: `{made['command']}`; {made['units']} units of work, {made['seconds'] / 60:.1f} minutes on"
         f" {threads} thread{'s' if threads != '1' else ''} ({made['machine']}); skipscope {made['skipscope']} at"
-        f" {', '.join(made['commits'])}, torch {made['torch']}, Python {made['python']}; {', '.join(made['dates'])}."
+        f" {commits}, torch {made['torch']}, Python {made['python']}; {', '.join(made['dates'])}."
         f" Every measured number: `reproductions/results/{name}.json`; the script: `reproductions/{name}.py`."
     )
