@@ -198,6 +198,8 @@ def figures(rows):
     axes.set(
         yticks=range(len(ORDER)), yticklabels=ORDER, xlabel="test error (%): seeds, mean and 95 % interval"
     )
-    axes.set_xlim(left=0)
+    axes.set(xscale="log", xlim=(2, 105), xticks=(2, 5, 10, 20, 50, 100))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.invert_yaxis()
     return {"kinds": figure}
