@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-all test-oldest test-newest trust mutate audit lint format compare bench picture docs docs-quick container
+.PHONY: help install test test-all test-oldest test-newest trust mutate audit lint format compare bench reproductions picture docs docs-quick container
 
 help:        ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: *##/\t/' | expand -t 14
@@ -45,6 +45,10 @@ compare:     ## the main job
 
 bench:       ## every benchmark, as ratios measured in one run; JSON in benchmarks/results/
 	$(PYTHON) -m benchmarks
+
+reproductions: ## run the papers' claims, or go on with them (under four hours), and write their pages
+	$(PYTHON) -m reproductions all
+	$(PYTHON) -m reproductions pages
 
 docs:        ## build the site into docs/_build, running every snippet and the gallery (minutes)
 	$(PYTHON) -m sphinx -W --keep-going -b html docs docs/_build

@@ -25,7 +25,10 @@ spec.loader.exec_module(snippets)
 
 PAGES = {
     str(path.relative_to(ROOT)): path
-    for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((DOCS / "howto").glob("*.md"))]
+    for path in [
+        ROOT / "README.md",
+        *(p for sub in (".", "howto", "papers") for p in sorted((DOCS / sub).glob("*.md"))),
+    ]
 }
 QUICK = {
     "docs/options.md",

@@ -62,11 +62,11 @@ def test_roughness_of_noise_is_near_one_and_of_a_plateau_zero():
 
 @pytest.mark.parametrize("depth", [0.1, 0.5])
 def test_the_barrier_between_two_valleys(depth):
-    """-exp around (-.5, 0) at depth 1 and around (.5, 0) at ``depth``: the select_mode out of the shallow one is its depth."""
+    """-exp around (-.5, 0) at depth 1 and around (.5, 0) at ``depth``: the rise out of the shallow one is its depth."""
     two = -np.exp(-40 * ((A + 0.5) ** 2 + B**2)) - depth * np.exp(-40 * ((A - 0.5) ** 2 + B**2))
     assert barrier(two) == pytest.approx(depth, rel=0.02)
     line = np.array([0.0, 3.0, 1.0, 5.0, -1.0])
-    assert barrier(line) == 5.0  # from 0.0 the way to -1.0 goes over 5.0; from 1.0 it is a select_mode of 2.0
+    assert barrier(line) == 5.0  # from 0.0 the way to -1.0 goes over 5.0; from 1.0 it is a rise of 2.0
 
 
 def test_the_barrier_by_brute_force():
@@ -81,7 +81,7 @@ def test_the_barrier_by_brute_force():
             if values[regions == regions[place]].min() < values[place]:
                 best = max(best, level - values[place])
                 break
-    # A point that is no valley has a deeper neighbour at its own level, a select_mode of nothing.
+    # A point that is no valley has a deeper neighbour at its own level, a rise of nothing.
     assert barrier(values) == pytest.approx(best)
 
 
@@ -268,3 +268,8 @@ def test_jackknife_errors_cover_what_other_samples_give():
     spread = np.std([s.scores.width for s in found], ddof=1)
     # On nine points an axis the level's median jumps from point to point: an error on the safe side.
     assert spread < np.median([s.scores.errors["width"] for s in found]) < 2.5 * spread
+
+
+def test_the_table_names_its_scores_in_words():
+    notes = " ".join(scores_of(Part(0.0, A**2 + B**2, 0.5), AT, AT, label="", parts=[]).table().notes)
+    assert "highest rise from a side valley" in notes and "_" not in notes

@@ -24,7 +24,7 @@ class Scores(Exported):
         convexity_share: share of the interior where the discrete 2 x 2 Hessian has no negative eigenvalue.
         roughness: share of the movement up and down, along rows and columns, that a single valley would not
             need: 0 when every line has one valley, towards 1 for noise.
-        barrier: the highest select_mode out of a valley other than the deepest, on the best path to a deeper
+        barrier: the highest rise out of a valley other than the deepest, on the best path to a deeper
             one (0: there is one valley, or the others are shallower than the noise).
         width: radius of the disc with the area of the region around the origin where the loss is below
             ``level``, in units of the axes.
@@ -78,7 +78,7 @@ def scores_table(title: str, scores: dict[str, Scores]) -> Table:
     notes = [
         "Convexity: share of the plane where the surface curves up in both directions. Roughness: share of"
         " the ups and downs along rows and columns that a single valley would not need. Barrier: highest"
-        " select_mode from a side valley to a deeper one. Width: radius of the region around the centre with"
+        " rise from a side valley to a deeper one. Width: radius of the region around the centre with"
         f" a loss below {level}. +-: standard error over the samples."
     ]
     flat = [name for name, s in scores.items() if s.label]

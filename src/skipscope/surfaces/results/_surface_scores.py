@@ -84,10 +84,10 @@ def roughness(values: np.ndarray) -> float:
 
 
 def barrier(values: np.ndarray) -> float:
-    """The highest select_mode out of any valley but the deepest, on the best path to a deeper one.
+    """The highest rise out of any valley but the deepest, on the best path to a deeper one.
 
     Zero-dimensional persistence: points are flooded from the lowest up; where two valleys meet, the shallower
-    ends, and its depth below the meeting point is the select_mode. Neighbours are the eight around a point.
+    ends, and its depth below the meeting point is the rise. Neighbours are the eight around a point.
     """
     flat = np.where(np.isfinite(values), values, np.inf).reshape(values.shape[0], -1)
     rows, columns = flat.shape

@@ -1,0 +1,1 @@
+"""The papers behind the lecture, reproduced on two cores: ``python -m reproductions``."""
