@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from skipscope._errors import MissingExtra, SkipscopeError
-from skipscope._files import write_whole
+from skipscope._files import refuse_devices, write_whole
+from skipscope._printable import printable
 from skipscope._table import Table as Table
-from skipscope._table import printable
 from skipscope._version import __version__
 
 _kinds: dict[str, type[Result]] = {}
@@ -245,10 +245,7 @@ def load(path: str | os.PathLike[str]) -> Result:
         4
     """
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise SkipscopeError(
-            "load", f"{path} is a pipe, a socket or a device", expected="a file written by result.save(...)"
-        )
+    refuse_devices(path, operation="load", expected="a file written by result.save(...)")
     for reader in _readers:
         module, _, name = reader.partition(":")
         result = getattr(importlib.import_module(module), name)(path)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from skipscope._table import Table, printable
+from skipscope._printable import printable
+from skipscope._table import Table
 from skipscope._version import __version__
 from trust import HAZARDS, Row, run
 

@@ -24,6 +24,7 @@ from skipscope._data import (
     tensors_in,
 )
 from skipscope._errors import SkipscopeError
+from skipscope._files import refuse_devices
 from skipscope._untouched import random_state_kept, untouched
 from skipscope.cli._named import called, factory, named_model, resolve
 
@@ -97,6 +98,8 @@ def _moved(model: nn.Module, device: str) -> nn.Module:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
+    expected = "safetensors, or a state_dict of this very model"
+    refuse_devices(path, operation="weights", expected=expected)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -110,7 +113,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise SkipscopeError(
             "weights",
             f"cannot load {path}: {str(error)[:400]}",
-            expected="safetensors, or a state_dict of this very model",
+            expected=expected,
             cure="save them with safetensors.torch.save_file(model.state_dict(), ...)",
         ) from error
 

@@ -30,11 +30,6 @@ def called(found: Callable[[], Any], name: str, what: str) -> Any:
         return found()
     except SkipscopeError:
         raise
-    except SystemExit as error:
-        raise SkipscopeError(
-            what, f"{name} ended the program (sys.exit)", got=_place(error),
-            cure="guard what is meant for the command line with: if __name__ == '__main__'",
-        ) from error  # fmt: skip
     except Exception as error:  # the user's own function may raise anything
         if isinstance(error, TypeError) and len(traceback.extract_tb(error.__traceback__)) == 1:
             raise SkipscopeError(
