@@ -144,6 +144,8 @@ SURROUNDINGS: dict[str, tuple[str, dict[str, str], set[int]]] = {
     "to head": ("{} | head -1 >/dev/null; exit ${{PIPESTATUS[0]}}", {}, {0}),
     "to a closed output": ("{} >&-", {}, {0, 1}),
     "to a closed error output": ("{} >/dev/null 2>&-", {}, {0, 1}),
+    "to a full error output": ("{} >/dev/null 2>/dev/full", {}, {0}),
+    "from a closed input": ("{} <&-", {}, {0}),
     "in cp1252": ("{} >out.txt", {"PYTHONIOENCODING": "cp1252"}, {0}),
     "in ASCII": ("{} >out.txt", {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}, {0}),
     "in 40 columns": ("{} >out.txt", {"COLUMNS": "40"}, {0}),
