@@ -65,6 +65,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
     (folder / "mine.py").write_text(MODELS)
     (folder / "ends.py").write_text("import sys\ndef make():\n    sys.exit(3)\n")
+    (folder / "syntax.py").write_text("def make(:\n")
     (folder / "broken.py").write_text("import a_package_that_is_not_there\n")
     return folder
 
@@ -95,6 +96,7 @@ BAD = {
         ["flow", "mine.make", "--data", "mine:batch"],
         "a colon before the name: mine:make",
     ),
+    "a broken file without a name": (["flow", "syntax.py", "--data", "mine:batch"], "syntax.py:NAME"),
     "a file without a name": (["flow", "mine.py", "--data", "mine:batch"], "mine.py:Block or :make"),
     "its loss fails": (
         ["flow", "mine:make", "--data", "mine:batch", "--loss", "mine:unlucky"],
@@ -205,6 +207,19 @@ def test_weights_that_hold_code_are_not_run(folder):
     done = skipscope(folder, "flow", "mine:make", "--data", "mine:batch", "--weights", "harmful.pt")
     assert done.returncode == 1
     assert not (folder / "harmed").exists()
+
+
+def test_the_code_of_a_repository_is_never_run(monkeypatch):
+    from types import SimpleNamespace
+
+    from skipscope.cli._named import named_model
+
+    asked = []
+    model = SimpleNamespace(from_pretrained=lambda name, **options: asked.append((name, options)))
+    library = SimpleNamespace(CONFIG_MAPPING={}, AutoModel=model)
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    named_model("hf:owner/name", [])()
+    assert asked == [("owner/name", {"trust_remote_code": False})]
 
 
 def test_find_flow_paths_and_show(folder):

@@ -194,14 +194,7 @@ def loads(text: str, source: str = "text") -> Result:
     """
     try:
         content = json.loads(text)
-        if (written := content.get("format", Result.FORMAT)) > Result.FORMAT:
-            raise SkipscopeError(
-                "load",
-                f"{source} was written by a later skipscope ({content.get('skipscope')})",
-                expected=f"format {Result.FORMAT} or earlier",
-                got=f"format {written}",
-                cure="update skipscope",
-            )
+        refuse_later_format(content, Result.FORMAT, source)
         if content.get("sha256", _checksum(content["data"])) != _checksum(content["data"]):
             warnings.warn(
                 f"{printable(source)} has changed since it was saved: its checksum is not that of its data",
@@ -224,6 +217,22 @@ def loads(text: str, source: str = "text") -> Result:
             f"{source} is not a saved result, or was cut short ({type(error).__name__}: {str(error)[:200]})",
             expected="a file written by result.save(...)",
         ) from error
+
+
+def refuse_later_format(content: dict[str, Any], known: int, source: str) -> None:
+    """Refuse what was written in a format that this version does not know yet.
+
+    Raises:
+        SkipscopeError: ``content["format"]`` is greater than ``known``.
+    """
+    if (written := content.get("format", known)) > known:
+        raise SkipscopeError(
+            "load",
+            f"{source} was written by a later skipscope ({content.get('skipscope')})",
+            expected=f"format {known} or earlier",
+            got=f"format {written}",
+            cure="update skipscope",
+        )
 
 
 def load(path: str | os.PathLike[str]) -> Result:

@@ -56,7 +56,8 @@ def main() -> int:
         }
         given.json.write_text(json.dumps(content, indent=1) + "\n")
     if given.markdown:
-        given.markdown.write_text(HEAD + _table(rows).markdown())
+        left = f"\nA row was left after {60 * given.minutes:.0f} seconds where its tries were not all made.\n"
+        given.markdown.write_text(HEAD + _table(rows).markdown() + left)
     return 1 if any(row.failures for row in rows) else 0
 
 

@@ -109,9 +109,12 @@ def _with_colon(name: str) -> str | None:
     ``train.py``.
     """
     if name.endswith(".py") and Path(name).is_file():
-        tree = ast.parse(Path(name).read_text(encoding="utf-8"))
+        try:
+            body = ast.parse(Path(name).read_bytes()).body
+        except (SyntaxError, ValueError, OSError):  # importing it will say what is wrong
+            body = []
         kinds = (ast.ClassDef, ast.FunctionDef)
-        names = [node.name for node in tree.body if isinstance(node, kinds) and node.name[0] != "_"]
+        names = [node.name for node in body if isinstance(node, kinds) and node.name[0] != "_"]
         return f"name what makes the model, after a colon: {name}:{' or :'.join(names[:3]) or 'NAME'}"
     module, _, attribute = name.rpartition(".")
     if module and Path(*module.split(".")).with_suffix(".py").is_file():
@@ -203,7 +206,9 @@ def _hf(name: str, said: list[str]) -> Callable[[], nn.Module]:
             raise ValueError("no model class takes this configuration")
 
         return lambda: _built("hf", name, build)
-    return lambda: _built("hf", name, lambda: transformers.AutoModel.from_pretrained(name))
+    # Without the option transformers asks at a terminal whether the repository's own code may run.
+    load = transformers.AutoModel.from_pretrained
+    return lambda: _built("hf", name, lambda: load(name, trust_remote_code=False))
 
 
 def _built(library: str, name: str, build: Callable[[], nn.Module]) -> nn.Module:
