@@ -96,6 +96,7 @@ BAD = {
         ["flow", "mine.make", "--data", "mine:batch"],
         "a colon before the name: mine:make",
     ),
+    "its syntax is wrong": (["flow", "syntax:make", "--data", "mine:batch"], "syntax.py:1, def make(:"),
     "a broken file without a name": (["flow", "syntax.py", "--data", "mine:batch"], "syntax.py:NAME"),
     "a file without a name": (["flow", "mine.py", "--data", "mine:batch"], "mine.py:Block or :make"),
     "its loss fails": (
@@ -115,6 +116,10 @@ BAD = {
     "no batches": (["flow", "mine:make", "--data", "mine:empty"], "empty"),
     "wrong shape": (["flow", "mine:make", "--data", "mine:wrong_shape"], "(48, 5)"),
     "nan": (["compare", "mine:make", "--data", "mine:nan_batch"], "not finite"),
+    "a shape that is too large": (
+        ["find", "mine:make", "--input", "9999999x9999999x9999999x9999999"],
+        "do not fit into memory",
+    ),
     "bad shape words": (["find", "mine:make", "--input", "8x-3"], "8x3x224x224"),
     "cannot write": (["flow", "mine:make", "--data", "mine:batch", "--out", "/proc/nope"], "--out"),
     "no grid": (["landscape", "mine:make", "--data", "mine:batch", "--grid", "9y5"], "51x31"),

@@ -47,7 +47,9 @@ def called(found: Callable[[], Any], name: str, what: str) -> Any:
 
 
 def _place(error: BaseException) -> str:
-    """The line that raised it."""
+    """The line that raised it, or that cannot be read."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{Path(error.filename).name}:{error.lineno}, {(error.text or '').strip()}"
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(last.filename).name}:{last.lineno}, {last.line}"
 
