@@ -17,7 +17,6 @@ from typing import Any
 import skipscope as ss
 from report import samples
 from skipscope import _table, cli
-from skipscope.cli import _commands
 from trust._hazard import Hazard, replaced
 from trust._model import network
 
@@ -133,7 +132,7 @@ def _stumbles():
     def stumble(*_: Any, **__: Any) -> None:
         raise SystemExit(99)  # a status that is documented nowhere
 
-    return replaced((_commands, "_folder", stumble))
+    return replaced((cli, "_run", stumble))
 
 
 # --- where output goes ----------------------------------------------------------------------------------------------
