@@ -32,7 +32,8 @@ mutate:      ## break 300 random lines, one at a time, and see whether a test fa
 
 audit:       ## known vulnerabilities of the pinned dependencies; fails where one could not be looked up
 	$(PYTHON) -m pip install pip-audit
-	$(PYTHON) -m pip_audit --requirement requirements-audit.txt --no-deps --disable-pip --strict
+	@$(PYTHON) -m pip_audit --requirement requirements-audit.txt --no-deps --disable-pip --strict \
+	  || { echo "make audit: a package above is vulnerable, or no index could be asked about it"; exit 1; }
 
 lint:        ## ruff, pyright, import-linter
 	ruff check . && ruff format --check . && pyright && lint-imports

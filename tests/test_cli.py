@@ -65,6 +65,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
     (folder / "mine.py").write_text(MODELS)
     (folder / "ends.py").write_text("import sys\ndef make():\n    sys.exit(3)\n")
+    (folder / "syntax.py").write_text("def make(:\n")
     (folder / "broken.py").write_text("import a_package_that_is_not_there\n")
     return folder
 
@@ -95,6 +96,8 @@ BAD = {
         ["flow", "mine.make", "--data", "mine:batch"],
         "a colon before the name: mine:make",
     ),
+    "its syntax is wrong": (["flow", "syntax:make", "--data", "mine:batch"], "syntax.py:1, def make(:"),
+    "a broken file without a name": (["flow", "syntax.py", "--data", "mine:batch"], "syntax.py:NAME"),
     "a file without a name": (["flow", "mine.py", "--data", "mine:batch"], "mine.py:Block or :make"),
     "its loss fails": (
         ["flow", "mine:make", "--data", "mine:batch", "--loss", "mine:unlucky"],
@@ -113,6 +116,10 @@ BAD = {
     "no batches": (["flow", "mine:make", "--data", "mine:empty"], "empty"),
     "wrong shape": (["flow", "mine:make", "--data", "mine:wrong_shape"], "(48, 5)"),
     "nan": (["compare", "mine:make", "--data", "mine:nan_batch"], "not finite"),
+    "a shape that is too large": (
+        ["find", "mine:make", "--input", "9999999x9999999x9999999x9999999"],
+        "do not fit into memory",
+    ),
     "bad shape words": (["find", "mine:make", "--input", "8x-3"], "8x3x224x224"),
     "cannot write": (["flow", "mine:make", "--data", "mine:batch", "--out", "/proc/nope"], "--out"),
     "no grid": (["landscape", "mine:make", "--data", "mine:batch", "--grid", "9y5"], "51x31"),
@@ -205,6 +212,19 @@ def test_weights_that_hold_code_are_not_run(folder):
     done = skipscope(folder, "flow", "mine:make", "--data", "mine:batch", "--weights", "harmful.pt")
     assert done.returncode == 1
     assert not (folder / "harmed").exists()
+
+
+def test_the_code_of_a_repository_is_never_run(monkeypatch):
+    from types import SimpleNamespace
+
+    from skipscope.cli._named import named_model
+
+    asked = []
+    model = SimpleNamespace(from_pretrained=lambda name, **options: asked.append((name, options)))
+    library = SimpleNamespace(CONFIG_MAPPING={}, AutoModel=model)
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    named_model("hf:owner/name", [])()
+    assert asked == [("owner/name", {"trust_remote_code": False})]
 
 
 def test_find_flow_paths_and_show(folder):
@@ -314,13 +334,97 @@ def test_each_command_and_model_has_a_folder_and_nothing_is_overwritten(folder):
     assert "They agree in every number" in shown.stdout
 
 
-def test_json_is_alone_on_standard_output_whatever_a_factory_prints(folder):
+LOUD = {
+    "print": "print('hello')",
+    "a child process": "os.system('echo hello')",
+    "a library in C": "os.write(1, b'hello')",
+    "the interpreter's own": "sys.__stdout__.write('hello')",
+    "as the process ends": "atexit.register(print, 'hello')",
+}
+
+
+@pytest.mark.parametrize("how", LOUD)
+def test_json_is_alone_on_standard_output_whatever_a_factory_prints(folder, how):
     (folder / "loud.py").write_text(
-        "from mine import *\ndef loud():\n    print('hello')\n    return make()\n"
+        f"import atexit, os, sys\nfrom mine import *\ndef loud():\n    {LOUD[how]}\n    return make()\n"
     )
     done = skipscope(folder, "find", "loud:loud", "--input", "4x8", "--json")
     assert len(json.loads(done.stdout)["entries"]) == 2
     assert "hello" in done.stderr
+    assert "resnet20" in json.loads(skipscope(folder, "find", "--list", "--json").stdout)
+
+
+ENDS = {
+    "sys.exit in forward": (
+        "def make():\n    m = Block()\n    m.forward = lambda x: sys.exit(0)\n    return m\n",
+        "sys.exit(0)",
+    ),
+    "sys.exit in an import": ("sys.exit(0)\n", "sys.exit(0)"),
+    "arguments read in an import": (
+        "import argparse\np = argparse.ArgumentParser()\np.add_argument('--lr', required=True)\np.parse_args()\n",
+        "p.parse_args()",
+    ),
+    "an error that is no Exception": (
+        "class Stop(BaseException):\n    pass\ndef make():\n    raise Stop('stopped')\n",
+        "Stop: stopped",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_own_code_that_ends_the_program_is_named(folder, how):
+    code, line = ENDS[how]
+    (folder / "ending.py").write_text(f"import sys\nfrom mine import Block\n{code}")
+    done = skipscope(folder, "find", "ending:make", "--input", "4x8")
+    assert done.returncode == 1 and line in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_factory_may_change_the_working_folder(tmp_path, folder):
+    code = "import os\nimport mine\ndef make():\n    os.chdir('/')\n    return mine.make()\n"
+    (folder / "moves.py").write_text(code)
+    words = ["find", "moves:make", "--input", "4x8", "--out", "moved", "--save", "moved.csv"]
+    assert skipscope(folder, *words).returncode == 0
+    assert (folder / "moved" / "find.json").exists() and (folder / "moved.csv").exists()
+
+
+def in_a_shell(folder, line):
+    command = f"{sys.executable} -m skipscope find mine:make --input 4x8 --out shell"
+    return subprocess.run(
+        ["bash", "-c", line.format(command)], cwd=folder, capture_output=True, text=True, timeout=280
+    )
+
+
+def test_streams_that_are_closed_or_full_cost_nothing(folder):
+    for line in ("{} <&-", "{} 2>/dev/full", "{} --json 2>/dev/full"):
+        done = in_a_shell(folder, line)
+        assert done.returncode == 0, (line, done.stderr)
+    assert (folder / "shell" / "find-3.json").exists()
+
+
+def test_a_working_folder_that_is_gone(tmp_path):
+    line = f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} -m skipscope --version"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr  # torch itself cannot compute there
+
+
+def test_the_question_may_be_left_unanswered(folder):
+    import pty
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(folder)
+        words = ["-m", "skipscope", "find", "mine:make", "--input", "4x8", "--out", "asked"]
+        os.execv(sys.executable, [sys.executable, *words])
+    said = b""
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # the child has ended
+            break
+        said += part
+        if said.endswith(b"[y/N] "):
+            os.write(terminal, b"\x04")  # Ctrl-D
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, said
 
 
 def test_a_file_and_a_loss_of_ones_own(folder):
@@ -347,7 +451,7 @@ def test_work_is_kept_when_standard_output_is_full_or_closed(folder):
         done = subprocess.run(
             [*command, "full"], cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True, timeout=280
         )
-    assert done.returncode == 1 and "the results are saved" in done.stderr
+    assert done.returncode == 1 and "what was saved before is kept" in done.stderr
     assert (folder / "full" / "find.json").exists()
 
 
@@ -375,7 +479,10 @@ def test_what_is_no_file_is_not_shown(folder, kind):
         os.mkfifo(path)
     elif kind == "folder":
         path.mkdir(exist_ok=True)
-    done = skipscope(folder, "show", "/dev/zero" if kind == "device" else str(path))
+    given = "/dev/zero" if kind == "device" else str(path)
+    done = skipscope(folder, "show", given)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    done = skipscope(folder, "find", "mine:make", "--input", "4x8", "--weights", given)
     assert done.returncode == 1 and "Traceback" not in done.stderr
 
 

@@ -160,3 +160,31 @@ def test_keys_that_forward_does_not_take_are_named():
     assert "got:      ids, mask" in message
     assert "leave out or rename ids; add input_ids" in message
     assert len(ss.find_shortcuts(Net(), {"input_ids": x, "mask": x})) == 0
+
+
+def test_control_characters_of_a_name_are_not_in_an_error_a_report_or_a_verdict(tmp_path, capsys):
+    """A terminal prints the text of an error as it is."""
+    sly = "a\x1b]0;title\x07\u202e"
+    net = nn.Sequential()
+    net.add_module(sly, nn.Sequential(nn.Linear(16, 16), nn.Tanh()))
+    net.add_module("head", nn.Linear(16, 4))
+    said = []
+    for call in (
+        lambda: ss.path_spectrum(net, batch(), F.cross_entropy, wrt="nothing"),
+        lambda: ss.load(tmp_path / f"{sly}.json"),
+        lambda: ss.gradient_flow(net, batch(), F.cross_entropy).save(tmp_path / sly / "x.json"),
+    ):
+        with pytest.raises(SkipscopeError) as refused:
+            call()
+        said.append(str(refused.value))
+    ss.add_shortcuts(net, batch()[0])
+    said.append(capsys.readouterr().out)
+    net = nn.Sequential()
+    for i in range(12):
+        net.add_module(f"{sly}{i}", nn.Sequential(nn.Linear(16, 16), nn.Sigmoid()))
+    net.add_module("head", nn.Linear(16, 4))
+    verdict = ss.gradient_flow(net, batch(), F.cross_entropy).verdict
+    said.append(str(verdict))
+    assert verdict.state == "vanishing"
+    for text in said:
+        assert "\N{REPLACEMENT CHARACTER}" in text and not {"\x1b", "\x07", "\u202e"} & set(text)

@@ -66,3 +66,14 @@ def test_asked_for_a_pipe_gets_lines():
         list(track(range(3), "adding"))
         say("a word")
     assert file.getvalue().splitlines()[0] == "adding (3 steps)" and "a word" in file.getvalue()
+
+
+def test_a_name_is_no_markup_and_moves_no_cursor(impatient, monkeypatch):
+    monkeypatch.setattr("sys.stderr", file := Terminal())
+    assert list(track(range(2), "training a[/bold]\x1b]0;title\x07")) == [0, 1]
+    assert "training a[/bold]" in file.getvalue() and "\x1b]0" not in file.getvalue()
+    file = io.StringIO()
+    with progress(file=file):
+        list(track(range(2), "b\x1b[2J"))
+        say("c\x1b[2J")
+    assert "\x1b" not in file.getvalue()

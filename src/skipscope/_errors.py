@@ -6,6 +6,8 @@ import linecache
 import traceback
 from pathlib import Path
 
+from skipscope._printable import printable_lines
+
 _PACKAGE = str(Path(__file__).parent)
 
 
@@ -46,7 +48,7 @@ class SkipscopeError(ValueError):
         details = {"layer": layer, "expected": expected, "got": got, "cure": cure}
         lines = [f"{operation}: {problem}"]
         lines += [f"  {key + ':':<9} {value}" for key, value in details.items() if value is not None]
-        super().__init__("\n".join(lines))
+        super().__init__(printable_lines("\n".join(lines)))
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows instead of a traceback: the user's line that made the call, and the message."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read only where reading ends."""
 
 from __future__ import annotations
 
@@ -40,3 +40,13 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes, *, operation
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
     return path
+
+
+def refuse_devices(path: Path, *, operation: str, expected: str) -> None:
+    """Refuse what is there and is neither a file nor a folder: reading it may never end.
+
+    Raises:
+        SkipscopeError: it is a pipe, a socket or a device.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise SkipscopeError(operation, f"{path} is a pipe, a socket or a device", expected=expected)

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
+from skipscope._printable import printable
+
 Item = TypeVar("Item")
 _PATIENCE = 2.0  # seconds that a call may take before a display appears by itself
 _display: Any = None
@@ -85,7 +87,7 @@ class _Bars:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.bars = Progress(
-            TextColumn("{task.description:<38.38}"),
+            TextColumn("{task.description:<38.38}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
@@ -160,12 +162,13 @@ def _in_notebook() -> bool:
 def say(text: str) -> None:
     """Show one line to whoever watches the progress: an estimate, what comes next."""
     if _display is not None and not _silent:
-        _display.say(text)
+        _display.say(printable(text))
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
     """Iterate over ``items`` and show how far the work has come, if a display is on or appears by itself."""
     global _display
+    what = printable(what)  # it may hold a name
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
     if _silent:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from skipscope._errors import MissingExtra, SkipscopeError
-from skipscope._files import write_whole
+from skipscope._files import refuse_devices, write_whole
+from skipscope._printable import printable
 from skipscope._table import Table as Table
-from skipscope._table import printable
 from skipscope._version import __version__
 
 _kinds: dict[str, type[Result]] = {}
@@ -194,14 +194,7 @@ def loads(text: str, source: str = "text") -> Result:
     """
     try:
         content = json.loads(text)
-        if (written := content.get("format", Result.FORMAT)) > Result.FORMAT:
-            raise SkipscopeError(
-                "load",
-                f"{source} was written by a later skipscope ({content.get('skipscope')})",
-                expected=f"format {Result.FORMAT} or earlier",
-                got=f"format {written}",
-                cure="update skipscope",
-            )
+        refuse_later_format(content, Result.FORMAT, source)
         if content.get("sha256", _checksum(content["data"])) != _checksum(content["data"]):
             warnings.warn(
                 f"{printable(source)} has changed since it was saved: its checksum is not that of its data",
@@ -226,6 +219,22 @@ def loads(text: str, source: str = "text") -> Result:
         ) from error
 
 
+def refuse_later_format(content: dict[str, Any], known: int, source: str) -> None:
+    """Refuse what was written in a format that this version does not know yet.
+
+    Raises:
+        SkipscopeError: ``content["format"]`` is greater than ``known``.
+    """
+    if (written := content.get("format", known)) > known:
+        raise SkipscopeError(
+            "load",
+            f"{source} was written by a later skipscope ({content.get('skipscope')})",
+            expected=f"format {known} or earlier",
+            got=f"format {written}",
+            cure="update skipscope",
+        )
+
+
 def load(path: str | os.PathLike[str]) -> Result:
     """Read what ``result.save(path)`` wrote: ``.json``, ``.html``, or a monitor's or a landscape's folder.
 
@@ -245,10 +254,7 @@ def load(path: str | os.PathLike[str]) -> Result:
         4
     """
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise SkipscopeError(
-            "load", f"{path} is a pipe, a socket or a device", expected="a file written by result.save(...)"
-        )
+    refuse_devices(path, operation="load", expected="a file written by result.save(...)")
     for reader in _readers:
         module, _, name = reader.partition(":")
         result = getattr(importlib.import_module(module), name)(path)

@@ -15,24 +15,12 @@ from typing import Any
 
 from skipscope._errors import MissingExtra
 from skipscope._numbers import short
+from skipscope._printable import printable
 
 # Narrower than this, words and numbers would be cut into pieces; a narrower terminal wraps the lines instead.
 _NARROWEST = 60
-# C0 and C1 control characters, and those that reverse the direction of what follows. A name may hold any of
-# them.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # A spreadsheet takes a cell that begins with one of these for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-
-
-def printable(text: str) -> str:
-    """Replace control characters, so that a name cannot move a terminal's cursor or end a comment.
-
-    Example:
-        >>> printable("layer" + chr(27) + "[31m")
-        'layer�[31m'
-    """
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope._numbers import student_quantile
+from skipscope.flow.verdict import _verdict_evidence
 from skipscope.flow.verdict._flow_rules import FALL, GROWTH, Point, judge
 
 
@@ -492,3 +494,11 @@ def test_a_healthy_verdict_says_what_to_do_next_before_its_number():
     verdict = ss.gradient_flow(model, data, nn.functional.cross_entropy).verdict
     assert verdict.state == "healthy"
     assert str(verdict).startswith(f"healthy: {verdict.finding} {verdict.advice}")
+
+
+def test_of_several_recurrent_layers_the_one_that_reaches_back_least_counts():
+    squares = {"long": [1.0] * 10, "short": [100.0 ** (t - 9) for t in range(10)]}
+    sites = [SimpleNamespace(name=name, steps=steps, weights=(name,)) for name, steps in squares.items()]
+    for order in (sites, sites[::-1]):
+        reach = _verdict_evidence._reach(order)
+        assert (reach.site, reach.steps, reach.length) == ("short", 3, 10)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from skipscope._table import Table, printable
+from skipscope._printable import printable
+from skipscope._table import Table
 from skipscope._version import __version__
 from trust import HAZARDS, Row, run
 
@@ -55,7 +56,8 @@ def main() -> int:
         }
         given.json.write_text(json.dumps(content, indent=1) + "\n")
     if given.markdown:
-        given.markdown.write_text(HEAD + _table(rows).markdown())
+        left = f"\nA row was left after {60 * given.minutes:.0f} seconds where its tries were not all made.\n"
+        given.markdown.write_text(HEAD + _table(rows).markdown() + left)
     return 1 if any(row.failures for row in rows) else 0
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import skipscope as ss
 from report import samples
 from skipscope import _table, cli
-from skipscope.cli import _commands
 from trust._hazard import Hazard, replaced
 from trust._model import network
 
@@ -133,7 +132,7 @@ def _stumbles():
     def stumble(*_: Any, **__: Any) -> None:
         raise SystemExit(99)  # a status that is documented nowhere
 
-    return replaced((_commands, "_folder", stumble))
+    return replaced((cli, "_run", stumble))
 
 
 # --- where output goes ----------------------------------------------------------------------------------------------
@@ -144,6 +143,8 @@ SURROUNDINGS: dict[str, tuple[str, dict[str, str], set[int]]] = {
     "to head": ("{} | head -1 >/dev/null; exit ${{PIPESTATUS[0]}}", {}, {0}),
     "to a closed output": ("{} >&-", {}, {0, 1}),
     "to a closed error output": ("{} >/dev/null 2>&-", {}, {0, 1}),
+    "to a full error output": ("{} >/dev/null 2>/dev/full", {}, {0}),
+    "from a closed input": ("{} <&-", {}, {0}),
     "in cp1252": ("{} >out.txt", {"PYTHONIOENCODING": "cp1252"}, {0}),
     "in ASCII": ("{} >out.txt", {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}, {0}),
     "in 40 columns": ("{} >out.txt", {"COLUMNS": "40"}, {0}),

@@ -4,13 +4,16 @@ immediate.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import importlib
+import json
 import os
 import sys
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +21,7 @@ from cyclopts import App, Group, Parameter, validators
 
 from skipscope._errors import SkipscopeError
 from skipscope._option_words import BatchNorm, Engine, Normalization, Precision
-from skipscope._table import printable
+from skipscope._printable import printable_lines
 from skipscope._version import __version__
 
 app = App(
@@ -243,31 +246,68 @@ def show(*files: Path, output: Output = Output()) -> None:
 def _run(command: str, model: str | None, output: Output, *arguments: Any, **options: Any) -> None:
     """Run one command of :mod:`skipscope.cli._commands`, after a first line that does not wait for torch."""
     if not output.json and os.environ.get("RANK", "0") == "0":
-        print(f"skipscope {command} {printable(model or '')}".rstrip() + " ...", file=sys.stderr, flush=True)
-    # With --json nothing but JSON reaches standard output, whatever the user's own functions print.
-    with contextlib.redirect_stdout(sys.stderr) if output.json else contextlib.nullcontext():
+        say(f"skipscope {command} {model or ''}".rstrip() + " ...")
+    if output.save is not None:  # the user's own functions may change the working folder
+        output = replace(output, save=output.save.absolute())
+    with _prints_on_stderr() if output.json else contextlib.nullcontext():
         commands = importlib.import_module("skipscope.cli._commands")
         try:
-            getattr(commands, command)(*arguments, output=output, **options)
+            data = getattr(commands, command)(*arguments, output=output, **options)
+        except SystemExit as error:
+            raise SkipscopeError(
+                command,
+                f"your own code ended the program (sys.exit({error.code!r:.60}))",
+                got=_own_line(error),
+                cure="guard what is meant for the command line with: if __name__ == '__main__'",
+            ) from error
         finally:
             commands.remove_empty_folders()
+    if data is not None:
+        json.dump(data, sys.stdout, indent=1, allow_nan=False)
+        print(flush=True)
+
+
+@contextlib.contextmanager
+def _prints_on_stderr() -> Iterator[None]:
+    """Send to standard error what is printed inside: by Python, by libraries in C and by child processes.
+
+    What the user's own code prints as the process ends goes there too.
+    """
+    if sys.__stdout__ is None or sys.__stderr__ is None:  # closed by who called
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    sys.__stdout__.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            sys.__stdout__.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+        atexit.register(os.dup2, 2, 1)
 
 
 def main() -> None:
     """The entry point: an error that the user can cure is reported in words, never as a traceback."""
-    # module:callable means the user's own folder first, as for `python -m`.
-    sys.path.insert(0, os.getcwd())
+    # module:callable means the user's own folder first, as for `python -m`; that folder may be gone.
+    with contextlib.suppress(OSError):
+        sys.path.insert(0, os.getcwd())
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         app()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except SkipscopeError as error:
-        _complain(f"skipscope {error}")
+        say(f"skipscope {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        _complain("\nskipscope: stopped; finished parts are kept where this command keeps them")
+        say("\nskipscope: stopped; finished parts are kept where this command keeps them")
         sys.exit(130)
     except BrokenPipeError:
         # `skipscope ... | head` is not an error: the results are saved before they are printed.
@@ -275,39 +315,43 @@ def main() -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             _unexpected(error)
-        _complain("skipscope: nothing more can be printed (no space left); the results are saved")
+        say("skipscope: nothing more can be printed (no space left); what was saved before is kept")
         _discard_output()
         sys.exit(1)
-    except Exception as error:
+    except SystemExit:  # --help, --version and options that were not understood
+        raise
+    except BaseException as error:
         _unexpected(error)
 
 
-def _complain(text: str) -> None:
-    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
+def say(text: str) -> None:
+    """Print on standard error; what it cannot take is lost, and nothing else."""
+    with contextlib.suppress(OSError):
+        print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _unexpected(error: Exception) -> None:
+def _unexpected(error: BaseException) -> None:
     if os.environ.get("SKIPSCOPE_DEBUG"):
         raise error
     if (place := _own_line(error)) is not None:
         words = f"{type(error).__name__}: {error}"
-        _complain(
+        say(
             f"skipscope: your own code failed ({words})\n  got:      {place}\n  cure:     call it in Python"
             " and mend what fails; SKIPSCOPE_DEBUG=1 shows the whole traceback"
         )
         sys.exit(1)
-    _complain(
+    say(
         f"skipscope: unexpected {type(error).__name__}: {error}\n  cure:     set SKIPSCOPE_DEBUG=1 to see"
         " where, and please report it"
     )
     sys.exit(70)
 
 
-def _own_line(error: Exception) -> str | None:
+def _own_line(error: BaseException) -> str | None:
     """The line of the user's own code that raised an error; None where skipscope raised it."""
     package = str(Path(__file__).parents[1])
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

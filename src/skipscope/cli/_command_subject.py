@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from skipscope._data import (
     tensors_in,
 )
 from skipscope._errors import SkipscopeError
+from skipscope._files import refuse_devices
+from skipscope._free_memory import free_bytes
 from skipscope._untouched import random_state_kept, untouched
 from skipscope.cli._named import called, factory, named_model, resolve
 
@@ -97,6 +100,8 @@ def _moved(model: nn.Module, device: str) -> nn.Module:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
+    expected = "safetensors, or a state_dict of this very model"
+    refuse_devices(path, operation="weights", expected=expected)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -110,7 +115,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise SkipscopeError(
             "weights",
             f"cannot load {path}: {str(error)[:400]}",
-            expected="safetensors, or a state_dict of this very model",
+            expected=expected,
             cure="save them with safetensors.torch.save_file(model.state_dict(), ...)",
         ) from error
 
@@ -179,6 +184,12 @@ def _random_inputs(shape: str, model: nn.Module, source: Source, said: list[str]
             "input", "this is not a shape", expected="numbers joined by x, e.g. 8x3x224x224", got=shape[:60]
         )
     sizes = [int(n) for n in shape.split("x")]
+    needed, free = 4 * math.prod(sizes), free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise SkipscopeError(
+            "input", "inputs of this shape do not fit into memory",
+            expected=f"at most {free / 2**30:.1f} GiB", got=f"{shape[:60]}, {needed / 2**30:,.1f} GiB",
+        )  # fmt: skip
     generator = torch.Generator().manual_seed(source.seed)
     words = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
     tokens = words is not None and len(sizes) <= 2

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import sys
@@ -18,9 +17,10 @@ import skipscope as ss
 from skipscope import reference
 from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
+from skipscope._printable import printable
 from skipscope._progress import progress
 from skipscope._result import Result, finite
-from skipscope._table import printable
+from skipscope.cli import say
 from skipscope.report import side_by_side
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def compare(
     seeds: int,
     steps: int | None,
     kinds: str | None,
-) -> None:
+) -> Any:
     """Run the main job and write its page."""
     folder = _folder(output, "compare", model)
     with progress(not output.json):
@@ -73,17 +73,16 @@ def compare(
                 about=subject.said,
                 variants=cast("list[ConnectionKind]", kinds.split(",")) if kinds else None,
             )
-    _deliver(result, "compare", output, folder, before=result.kinds_table().text() if kinds else "")
+    return _deliver(result, "compare", output, folder, before=result.kinds_table().text() if kinds else "")
 
 
-def play(*, output: Output) -> None:
+def play(*, output: Output) -> Any:
     """Write the live page."""
     page = _write_live_page(_folder(output, "play", None))
-    if output.json:
-        print(json.dumps({"page": str(page.resolve())}), file=sys.__stdout__)
-    else:
-        print(printable(f"Page: {page.resolve()}"))
+    place = str(page.resolve())
+    data = _printed(printable(f"Page: {place}"), {"page": place}, output)
     _offer(page, output)
+    return data
 
 
 def _write_live_page(folder: Path) -> Path:
@@ -92,46 +91,45 @@ def _write_live_page(folder: Path) -> Path:
     return write_whole(folder / LIVE_PAGE, live_page())
 
 
-def book(seeds: int, *, output: Output) -> None:
+def book(seeds: int, *, output: Output) -> Any:
     """Run the lecture's experiment."""
     from skipscope import book as lecture
 
     folder = _folder(output, "book", None)
     with progress(not output.json):
         result = lecture.experiment(seeds=seeds)
-    _deliver(result, "book", output, folder)
+    return _deliver(result, "book", output, folder)
 
 
-def find(model: str | None, source: Source, *, output: Output, list_models: bool) -> None:
+def find(model: str | None, source: Source, *, output: Output, list_models: bool) -> Any:
     """Find the shortcuts of a model and draw them as arcs."""
     if list_models:
-        print("\n".join(reference.networks()))
-        return
+        return _printed("\n".join(reference.networks()), list(reference.networks()), output)
     folder = _folder(output, "find", model)
     subject = _subject(_required(model), source, uses_loss=False)
     found = ss.find_shortcuts(subject.model, subject.inputs)
-    _deliver(found, "find", output, folder, before=found.draw("text"))
+    return _deliver(found, "find", output, folder, before=found.draw("text"))
 
 
-def flow(model: str | None, source: Source, *, output: Output) -> None:
+def flow(model: str | None, source: Source, *, output: Output) -> Any:
     """Measure the gradient flow and judge it."""
     folder = _folder(output, "flow", model)
     subject = _subject(_required(model), source)
-    _deliver(ss.gradient_flow(subject.model, subject.data, subject.loss), "flow", output, folder)
+    return _deliver(ss.gradient_flow(subject.model, subject.data, subject.loss), "flow", output, folder)
 
 
-def paths(model: str | None, source: Source, *, output: Output, wrt: str | None) -> None:
+def paths(model: str | None, source: Source, *, output: Output, wrt: str | None) -> Any:
     """Measure the path-length spectrum."""
     folder = _folder(output, "paths", model)
     subject = _subject(_required(model), source)
     with progress(not output.json):
         result = ss.path_spectrum(subject.model, subject.data, subject.loss, wrt=wrt)
-    _deliver(result, "paths", output, folder)
+    return _deliver(result, "paths", output, folder)
 
 
 def landscape(
     model: str | None, source: Source, *, output: Output, grid: str, line: bool, **options: Any
-) -> None:
+) -> Any:
     """Compute the loss surface.
 
     Checkpointed after every point, so an interrupted run resumes. Only rank 0 prints.
@@ -144,8 +142,7 @@ def landscape(
             subject.model, subject.data, subject.loss,
             grid=sizes, seed=source.seed, store=folder / "landscape.zarr", **options,
         )  # fmt: skip
-    if leads:
-        _deliver(result, "landscape", output, folder)
+    return _deliver(result, "landscape", output, folder) if leads else None
 
 
 def _sizes(grid: str, line: bool) -> tuple[int, ...]:
@@ -157,20 +154,17 @@ def _sizes(grid: str, line: bool) -> tuple[int, ...]:
     return sizes if line or len(sizes) == 2 else sizes * 2
 
 
-def show(files: tuple[Path, ...], *, output: Output) -> None:
+def show(files: tuple[Path, ...], *, output: Output) -> Any:
     """Print or draw saved results; several side by side."""
     if not files:
         raise SkipscopeError(
             "show", "no file was named", cure="skipscope show skipscope-out/flow-resnet20/flow.json"
         )
     result = ss.load(files[0]) if len(files) == 1 else side_by_side({str(f): ss.load(f) for f in files})
-    if output.json:
-        _print_json(result)
-    elif output.out:
-        _deliver(result, files[0].stem or "result", output, _folder(output, "show", None))
-    else:
-        _save_picture(result, output)
-        print(result)
+    if output.out and not output.json:
+        return _deliver(result, files[0].stem or "result", output, _folder(output, "show", None))
+    _save_picture(result, output)
+    return _printed(result, result, output)
 
 
 # --- in and out
@@ -193,7 +187,7 @@ def _subject(
 
     subject = load_subject(model, source, samples, uses_loss=uses_loss)
     for sentence in () if quiet else subject.said:
-        print(f"({printable(sentence)})", file=sys.stderr)
+        say(f"({sentence})")
     return subject
 
 
@@ -215,7 +209,7 @@ def _folder(output: Output, command: str, model: str | None) -> Path:
         ) from error
     finally:
         _made.extend(path for path in missing if path.exists())
-    return folder
+    return folder.absolute()  # the user's own functions may change the working folder
 
 
 def remove_empty_folders() -> None:
@@ -232,47 +226,54 @@ def _unused(folder: Path, name: str) -> str:
     return next(n for n in names if not any((folder / f"{n}.{end}").exists() for end in ("json", "html")))
 
 
-def _deliver(result: Result, name: str, output: Output, folder: Path, before: str = "") -> None:
+def _deliver(result: Result, name: str, output: Output, folder: Path, before: str = "") -> Any:
     """Write the result, print it, say where it went, and offer to open the page.
 
     It is written first: whatever becomes of the terminal, the work is kept.
+
+    Returns:
+        What :func:`_printed` returns.
     """
     if output.json and output.out is None:
         _save_picture(result, output)
-        _print_json(result)
-        return
+        return _printed("", result, output)
     name = _unused(folder, name)
     data = result.save(folder / f"{name}.json")
     # Written first: the result's page links to it.
     _write_live_page(folder)
     page = result.save(folder / f"{name}.html")
     _save_picture(result, output)
-    if output.json:
-        _print_json(result)
-    else:
-        print(before + "\n" * bool(before) + str(result))
     places = "\n".join(
         printable(f"{word}: {path.resolve()}") for word, path in (("Page", page), ("Data", data))
     )
-    print("\n" + places, file=sys.stderr if output.json else sys.stdout)
+    plain = _printed("\n".join([*filter(None, [before]), str(result), "", places]), result, output)
+    if output.json:
+        say(places)
     _offer(page, output)
+    return plain
+
+
+def _printed(text: Any, data: Any, output: Output) -> Any:
+    """Print a text. Where JSON is asked for return the data instead: the command line prints it last."""
+    if not output.json:
+        print(text)
+        return None
+    return finite(data.to_dict() if isinstance(data, Result) else data)
 
 
 def _save_picture(result: Result, output: Output) -> None:
     if output.save is not None:
-        print(printable(f"Saved: {result.save(output.save).resolve()}"), file=sys.stderr)
+        say(f"Saved: {result.save(output.save).resolve()}")
 
 
 def _offer(page: Path, output: Output) -> None:
     wanted = output.open
-    if wanted is None and not output.json and sys.stdin.isatty() and sys.stdout.isatty():
-        wanted = input("Open the page? [y/N] ").strip().lower() in {"y", "yes"}
+    if (
+        wanted is None
+        and not output.json
+        and all(s is not None and s.isatty() for s in (sys.stdin, sys.stdout))
+    ):
+        with contextlib.suppress(EOFError):  # Ctrl-D
+            wanted = input("Open the page? [y/N] ").strip().lower() in {"y", "yes"}
     if wanted:
         webbrowser.open(page.resolve().as_uri())
-
-
-def _print_json(result: Any) -> None:
-    # The work runs with standard output sent to standard error; this alone goes to the real one.
-    out: Any = sys.__stdout__
-    json.dump(finite(result.to_dict()), out, indent=1, allow_nan=False)
-    print(file=out, flush=True)

@@ -30,11 +30,6 @@ def called(found: Callable[[], Any], name: str, what: str) -> Any:
         return found()
     except SkipscopeError:
         raise
-    except SystemExit as error:
-        raise SkipscopeError(
-            what, f"{name} ended the program (sys.exit)", got=_place(error),
-            cure="guard what is meant for the command line with: if __name__ == '__main__'",
-        ) from error  # fmt: skip
     except Exception as error:  # the user's own function may raise anything
         if isinstance(error, TypeError) and len(traceback.extract_tb(error.__traceback__)) == 1:
             raise SkipscopeError(
@@ -52,7 +47,9 @@ def called(found: Callable[[], Any], name: str, what: str) -> Any:
 
 
 def _place(error: BaseException) -> str:
-    """The line that raised it."""
+    """The line that raised it, or that cannot be read."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{Path(error.filename).name}:{error.lineno}, {(error.text or '').strip()}"
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(last.filename).name}:{last.lineno}, {last.line}"
 
@@ -114,9 +111,12 @@ def _with_colon(name: str) -> str | None:
     ``train.py``.
     """
     if name.endswith(".py") and Path(name).is_file():
-        tree = ast.parse(Path(name).read_text(encoding="utf-8"))
+        try:
+            body = ast.parse(Path(name).read_bytes()).body
+        except (SyntaxError, ValueError, OSError):  # importing it will say what is wrong
+            body = []
         kinds = (ast.ClassDef, ast.FunctionDef)
-        names = [node.name for node in tree.body if isinstance(node, kinds) and node.name[0] != "_"]
+        names = [node.name for node in body if isinstance(node, kinds) and node.name[0] != "_"]
         return f"name what makes the model, after a colon: {name}:{' or :'.join(names[:3]) or 'NAME'}"
     module, _, attribute = name.rpartition(".")
     if module and Path(*module.split(".")).with_suffix(".py").is_file():
@@ -208,7 +208,9 @@ def _hf(name: str, said: list[str]) -> Callable[[], nn.Module]:
             raise ValueError("no model class takes this configuration")
 
         return lambda: _built("hf", name, build)
-    return lambda: _built("hf", name, lambda: transformers.AutoModel.from_pretrained(name))
+    # Without the option transformers asks at a terminal whether the repository's own code may run.
+    load = transformers.AutoModel.from_pretrained
+    return lambda: _built("hf", name, lambda: load(name, trust_remote_code=False))
 
 
 def _built(library: str, name: str, build: Callable[[], nn.Module]) -> nn.Module:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from skipscope._numbers import short
 from skipscope._option_words import GradientState, ModelMode, OptimizerKind, VerdictCause, VerdictState
+from skipscope._printable import printable
 from skipscope._result import Result, Table
 from skipscope.flow.verdict._verdict_words import finding
 
@@ -193,7 +194,7 @@ class Verdict:
         parts = [f"{self.state}{of}: {self.finding}", f"{because}.".replace("..", "."), self.advice]
         if self.state == "healthy":  # there is no reason to give: the number stands below
             parts[1:] = reversed(parts[1:])
-        return " ".join(part for part in parts if part)
+        return printable(" ".join(part for part in parts if part))
 
 
 @dataclass(frozen=True)

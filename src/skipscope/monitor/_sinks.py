@@ -13,6 +13,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
+from skipscope._printable import printable
 from skipscope.monitor._record import Record, scalars
 from skipscope.monitor.history import History, VerdictEvent
 
@@ -75,7 +76,7 @@ class Terminal:
         self._say(f"{len(history):,} steps recorded. {history.verdict}")
 
     def _say(self, text: str) -> None:
-        print(f"skipscope: {text}", file=self.file or sys.stderr, flush=True)
+        print(printable(f"skipscope: {text}"), file=self.file or sys.stderr, flush=True)
 
 
 class JsonLines:

@@ -11,6 +11,7 @@ import numpy as np
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
 from skipscope._option_words import LiveBasis, LiveState, OptimizerKind, Quantity
+from skipscope._printable import printable
 from skipscope._result import Result, Table
 from skipscope.monitor.recording._step_row import STATES as STATES
 
@@ -72,7 +73,7 @@ class LiveVerdict:
         of = f" {self.chain}:" if self.chain else ""
         because = f"{self.reason[:1].upper()}{self.reason[1:]}".rstrip(".")
         words = " ".join(part for part in (self.finding, f"{because}.", self.advice) if part)
-        return f"step {self.step}:{of} {self.state}{where} (from {self.basis}): {words}"
+        return printable(f"step {self.step}:{of} {self.state}{where} (from {self.basis}): {words}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from skipscope._errors import SkipscopeError
+from skipscope._files import refuse_devices
 from skipscope._option_words import LiveState
+from skipscope._result import refuse_later_format
 from skipscope.flow import Reach, Starved, starved_of
 from skipscope.monitor.history import _live_verdict
 from skipscope.monitor.history._history import STATES, History, LiveVerdict, VerdictEvent
@@ -29,6 +31,7 @@ WINDOW = 8
 NOT_RUN = -1.0
 ABOUT = "monitor.json"
 EVENTS = "events.jsonl"
+FORMAT = 2
 
 Columns = Sequence[tuple[dict[str, Any], np.ndarray]]  # (what the columns are, [rows, width])
 
@@ -376,13 +379,15 @@ def read_history(path: Path, *, all_rows: bool = False) -> History | None:
         all_rows: read every row.
 
     Raises:
-        SkipscopeError: it is one, but damaged.
+        SkipscopeError: it is one, but damaged or of a later format.
     """
     path = Path(path)
     if not (path / ABOUT).is_file():
         return None
     try:
-        notes = list(json.loads((path / ABOUT).read_text(encoding="utf-8"))["notes"])
+        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+        refuse_later_format(about, FORMAT, str(path))
+        notes = list(about["notes"])
         gradients = _files(path, "gradients", all_rows, notes)
         flow = _files(path, "flow", all_rows, [])
         events, end, lines = _events(path / EVENTS)
@@ -392,10 +397,14 @@ def read_history(path: Path, *, all_rows: bool = False) -> History | None:
             else [note for note in end.get("notes", ()) if note not in notes]
         )
         verdict = None if end is None or "verdict" not in end else _verdict_from(end["verdict"])
-        return assemble(
+        history = assemble(
             gradients, flow, events, notes, verdict=verdict, complete=end is not None, lines=lines
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        str(history)  # a value of another type may fail only where it is used
+        return history
+    except SkipscopeError:
+        raise
+    except Exception as error:  # any damaged file must end here, whatever it holds
         raise SkipscopeError(
             "load", f"{path} is a monitor's folder, but damaged ({type(error).__name__}: {error})"
         ) from error
@@ -406,6 +415,7 @@ def _files(
 ) -> list[tuple[dict[str, Any], np.ndarray]]:
     found: list[tuple[dict[str, Any], np.ndarray]] = []
     for file in sorted(folder.glob(f"{kind}-*.rows")):
+        refuse_devices(file, operation="load", expected="a file that a monitor wrote")
         with open(file, "rb") as begun:
             first = begun.readline()
         if not first.endswith(b"\n"):
@@ -431,6 +441,7 @@ def _events(file: Path) -> tuple[list[VerdictEvent], dict[str, Any] | None, Weig
     out.
     """
     events, end, lines = [], None, None
+    refuse_devices(file, operation="load", expected="a file that a monitor wrote")
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     for line in text.splitlines(keepends=True):
         if not line.endswith("\n"):

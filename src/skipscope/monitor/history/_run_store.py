@@ -16,7 +16,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
 from skipscope._version import __version__
 from skipscope.monitor.history._history import History, LiveVerdict, VerdictEvent
-from skipscope.monitor.history._history_reader import ABOUT, EVENTS, WINDOW, assemble, verdict_of
+from skipscope.monitor.history._history_reader import ABOUT, EVENTS, FORMAT, WINDOW, assemble, verdict_of
 from skipscope.monitor.history._row_files import Rows, most_rows, read_rows
 from skipscope.monitor.recording._flow_reader import FlowRow
 from skipscope.monitor.recording._missing_gradients import MissingGradients
@@ -51,7 +51,7 @@ class Store:
         self._lines: WeightLines | None = None
         self._before, self._first_step = before, first_step
         if folder is not None and before is None:
-            content = {"skipscope": __version__, "format": 2, "kind": "monitor", "notes": notes}
+            content = {"skipscope": __version__, "format": FORMAT, "kind": "monitor", "notes": notes}
             write_whole(folder / ABOUT, json.dumps(content), operation="watch")
         elif before is not None:
             self._line({"resumed": first_step})

@@ -17,6 +17,7 @@ from skipscope import _data
 from skipscope import nn as connections
 from skipscope._errors import SkipscopeError
 from skipscope._option_words import ConnectionKind
+from skipscope._printable import printable
 from skipscope._public_call import public_call
 from skipscope._untouched import private_copy, require_module, untouched
 
@@ -101,7 +102,7 @@ def add_shortcuts(
     _run_once(twin, stretches, maker, runs)
     if report is not None:
         for label, line in plan.lines.items():
-            report(f"{label}: {line}")
+            report(printable(f"{label}: {line}"))
     return twin
 
 
