@@ -160,8 +160,9 @@ def judge_convexity(rows) -> Judgement:
         begins = depth
     return Judgement(
         "not shown" if not beyond else "shown" if sides else "shown in part",
-        f"chaos begins at {begins} layers" if begins else "no depth from which on the plain networks are less convex",
-        f"From {low} to {high} layers the convex share falls by {falls} without shortcuts, by {more} more than with.",
+        f"from {low} to {high} layers the convex share falls by {falls} without shortcuts, by {more} more than with",
+        f"By this criterion chaos begins at {begins} layers." if begins
+        else "There is no depth from which on the networks without shortcuts are less convex.",
     )  # fmt: skip
 
 

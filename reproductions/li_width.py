@@ -36,7 +36,9 @@ REPRODUCTION = Reproduction(
     setup=(
         "Plain networks of 32 layers (56 with `--full`) with 4, 8 and 16 channels in the first stage, twice and four times that"
         " in the others, trained and looked at as in [error by depth](li_depth.md) and [where chaos begins](li_surfaces.md):"
-        " 20 epochs on the digits, 15 x 15 points from -1 to 1, filter-normalised, 256 training images."
+        " 20 epochs on the digits, 15 x 15 points from -1 to 1, filter-normalised, 256 training images. The"
+        " depth was chosen when the errors of one seed of [error by depth](li_depth.md) were known, before any surface was; the"
+        " middle width's networks are those of that page."
     ),
     seeds=3,
     takes_cifar=True,

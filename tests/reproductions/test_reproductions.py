@@ -18,11 +18,17 @@ FIELDS = {"reproduction", "size", "claims", "table", "figures", "provenance", "r
 CLAIM = {"name", "statement", "where", "criterion", "verdict", "ours", "why"}
 
 
+# Their quick forms take longest, and share the code that they run with others.
+SLOW = {"he", "li_curvature", "li_sharpness"}
+
+
 class Killed(BaseException):
     """Ends a run where it is, as a kill would."""
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in names()]
+)
 def test_the_quick_form_goes_on_after_a_fault_and_is_complete(name, tmp_path, monkeypatch):
     module = importlib.import_module(f"reproductions.{name}")
     measure, done = module.measure, []
