@@ -141,7 +141,7 @@ def test_results_show_accuracy_on_training_and_test_data(tmp_path):
     def make():
         return reference.deep_mlp(2, 32, shortcut="identity")
 
-    runs, kept = ss.comparison._train.train_and_keep(
+    runs, kept = ss.comparison.training._train.train_and_keep(
         {"m": make}, train, F.cross_entropy, seeds=2, steps=100, optimizers={"Adam": [0.01]},
         test=DataLoader(TensorDataset(*test), 100),
     )  # fmt: skip
