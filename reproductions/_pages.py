@@ -79,7 +79,7 @@ def _page(result: dict) -> str:
         parts += [
             f"## {claim['statement']}",
             f"*In the paper*: {claim['where']}",
-            f"*What counts as shown*, written before the run: {claim['criterion']}",
+            f"*What counts as shown*{_when(claim['criterion'])}: {claim['criterion']}",
             f"**{claim['verdict'].capitalize()}.** {_capital(claim['ours'])}.",
             claim["why"],
         ]
@@ -88,6 +88,11 @@ def _page(result: dict) -> str:
         parts.append("In brackets: the 95 % interval of the mean over seeds.")
     parts.append(_provenance(name, result["provenance"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _when(criterion: str) -> str:
+    """A criterion that came after a run says so itself."""
+    return "" if criterion.startswith("Written after") else ", written before the run"
 
 
 def _capital(text: str) -> str:
