@@ -109,3 +109,18 @@ def test_a_loss_that_draws_from_a_generator_of_its_own_is_refused():
 
     with pytest.raises(ss.SkipscopeError, match="two values at the same weights and data"):
         ss.curvature_operator(model, batch, noisy, memory=0)
+
+
+def test_whole_numbers_among_the_weights_need_no_gradient_where_the_loss_has_none():
+    class Coded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3).requires_grad_(False), nn.Linear(2, 2)
+            self.codes = nn.Parameter(torch.arange(3), requires_grad=False)
+
+        def forward(self, x):
+            return self.used(x)[:, self.codes]
+
+    data = torch.randn(6, 4), torch.arange(6) % 3
+    ends = ss.extreme_eigenvalues(Coded(), data, nn.functional.cross_entropy, parameters="unused.*")
+    assert ends.largest[0] == ends.smallest[0] == 0
