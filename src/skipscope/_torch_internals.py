@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
+import os
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import CodeType, FrameType, MethodType
 from typing import Any
 
 import torch
@@ -171,6 +174,52 @@ class _ScriptedCalls:
 
 
 scripted_calls = _ScriptedCalls()
+
+
+# --- custom functions -------------------------------------------------------------------------------------
+
+_FUNCTION = os.path.join(os.path.dirname(torch.__file__), "autograd", "function.py")
+# Until torch 2.13 ``apply`` is written in Python.
+_APPLY_HAS_A_FRAME = isinstance(torch.autograd.Function.apply, MethodType)
+_applied: dict[CodeType, tuple[str, str] | None] = {}
+
+
+def applied_function(frame: FrameType) -> tuple[str, str] | None:
+    """Module and name of the ``autograd.Function`` that a frame applies; None where it applies none.
+
+    The frame is that of ``apply``. From torch 2.14 on ``apply`` has none, and it is that of ``forward``.
+    """
+    code = frame.f_code
+    if _APPLY_HAS_A_FRAME:
+        is_apply = code.co_filename == _FUNCTION and code.co_name == "apply"
+        kind = frame.f_locals.get("cls") if is_apply else None
+        return None if kind is None else (kind.__module__, kind.__name__)
+    if code not in _applied:
+        kinds = (k for k in _every_function(torch.autograd.Function) if _code_of_forward(k) is code)
+        _applied[code] = next(((kind.__module__, kind.__name__) for kind in kinds), None)
+    return _applied[code]
+
+
+def _every_function(kind: Any) -> Iterator[Any]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _every_function(each)
+
+
+def _code_of_forward(kind: Any) -> Any:
+    return getattr(inspect.unwrap(kind.forward), "__code__", None)
+
+
+def arguments_applied(frame: FrameType) -> list[Any]:
+    """What the ``autograd.Function`` of :func:`applied_function` is applied to."""
+    code, found = frame.f_code, frame.f_locals
+    if code.co_filename == _FUNCTION:
+        return list(found.get("args", ()))
+    count = code.co_argcount + code.co_kwonlyargcount
+    given = [found[name] for name in code.co_varnames[:count] if name in found]
+    if code.co_flags & inspect.CO_VARARGS:
+        given += found.get(code.co_varnames[count], ())
+    return [value for value in given if not isinstance(value, torch.autograd.function.FunctionCtx)]
 
 
 # --- compiled code ----------------------------------------------------------------------------------------

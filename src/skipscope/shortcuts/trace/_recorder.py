@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from skipscope import _data, _sharding
 from skipscope._tensor_layouts import shape_of
 from skipscope._torch_internals import (
+    applied_function,
+    arguments_applied,
     as_written,
     compiler_is_loaded,
     inner_tensors,
@@ -55,7 +57,6 @@ from skipscope.shortcuts.trace._recorded_trace import (
 from skipscope.shortcuts.trace._routed_rows import RoutedRows
 from skipscope.shortcuts.trace._tensor_memory import Memory, memory_of
 
-_FUNCTION = os.path.join(_call_sites.TORCH, "autograd", "function.py")
 _CHECKPOINT = os.path.join(_call_sites.TORCH, "utils", "checkpoint.py")
 _TRANSFORMS = os.path.join(_call_sites.TORCH, "_functorch") + os.sep
 _MODULE = os.path.join(_call_sites.TORCH, "nn", "modules", "module.py")
@@ -565,14 +566,13 @@ class Recorder(TorchFunctionMode):
         found = _collective_inside(frame)
         if found is not None:
             return self._apply(found, "collective", is_listed=False)
-        for _ in range(16):
+        for _ in range(17):
+            applied = applied_function(frame)
+            if applied is not None and applied[0] != "torch.utils.checkpoint":
+                found = frame, applied[1]
             frame = frame.f_back
             if frame is None or frame.f_code.co_filename == _MODULE:
                 break
-            if frame.f_code.co_filename == _FUNCTION and frame.f_code.co_name == "apply":
-                kind = frame.f_locals.get("cls")
-                if getattr(kind, "__module__", "") != "torch.utils.checkpoint":
-                    found = frame, getattr(kind, "__name__", "Function")
         if found is not None:
             return self._apply(*found)
         return self._unseen_modules[-1] if self._unseen_modules else None
@@ -583,7 +583,7 @@ class Recorder(TorchFunctionMode):
         """
         if self._applied is not None and self._applied[0] is frame:
             return self._applied[1]
-        arguments = frame.f_locals.get("args", ())
+        arguments = arguments_applied(frame)
         given = [self.value_of(t) for t in _data.tensors_in(arguments)]
         self._unseen.append((name, tuple(given)))
         self._applied = frame, len(self._unseen) - 1
@@ -723,9 +723,8 @@ def _collective_inside(frame: Any) -> Any:
     """
     inner = sys._getframe(3)
     while inner is not None and inner is not frame:
-        is_apply = inner.f_code.co_filename == _FUNCTION and inner.f_code.co_name == "apply"
-        kind = inner.f_locals.get("cls") if is_apply else None
-        if getattr(kind, "__module__", "").startswith("torch.distributed.nn."):
+        applied = applied_function(inner)
+        if applied is not None and applied[0].startswith("torch.distributed.nn."):
             return inner
         inner = inner.f_back
     return None
