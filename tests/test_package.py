@@ -17,7 +17,9 @@ MODULES = [
 ]
 # Adapters of packages that may not be installed; their own tests run them.
 # Each needs a package of its own; the kernels need Triton.
-OPTIONAL = {f"skipscope.monitor.{name}" for name in ("lightning", "transformers", "accelerate", "_kernels")}
+OPTIONAL = {
+    f"skipscope.monitor.{name}" for name in ("lightning", "transformers", "accelerate", "recording._kernels")
+}
 
 
 def python(code: str) -> str:
