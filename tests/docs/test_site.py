@@ -171,6 +171,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     # A copy: the builder writes stubs beside the pages. "dummy" reads and resolves everything, and writes no page.
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("_build", "api", "gallery"))
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    results = "reproductions/results"
+    shutil.copytree(ROOT / results, tmp_path / results, ignore=shutil.ignore_patterns("units"))
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "dummy", "docs", "out"],
         cwd=tmp_path, capture_output=True, text=True,
