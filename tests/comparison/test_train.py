@@ -772,3 +772,20 @@ def test_a_best_rate_below_the_grid_extends_it_downwards():
     runs = ss.train_twins({"m": tanh_net}, batch(), great, seeds=1, steps=30, optimizers={"SGD": (3.0, 1.0)})
     curves = runs.curves["m"]["SGD"]
     assert curves.rate < 1.0 and len(curves.sweep) > 2
+
+
+def test_trained_networks_are_kept_when_asked_for_and_no_file_holds_them(tmp_path):
+    make, data, loss = (
+        lambda: ss.reference.deep_mlp(2, 8),
+        ss.reference.digits(64),
+        nn.functional.cross_entropy,
+    )
+    options = {"seeds": 1, "steps": 20, "optimizers": {"SGD": [0.1]}, "target": 1.0}
+    runs = ss.train_twins({"one": make}, data, loss, keep=True, **options)
+    network = runs.networks["one"]["SGD"]
+    torch.manual_seed(runs.seeds[0])
+    assert not torch.equal(next(network.parameters()), next(make().parameters()))
+    assert float(loss(network(data[0]), data[1])) < runs.curves["one"]["SGD"].losses[0, 0]
+    assert ss.load(runs.save(tmp_path / "runs.json")).networks == {}
+    assert ss.train_twins({"one": make}, data, loss, **options).networks == {}
+    assert str(runs.curves["one"]["SGD"]).startswith("Curves(rate=0.1, 1 seed x 20 steps, final_loss=")

@@ -530,3 +530,11 @@ def test_a_function_outside_its_domain_is_no_overflow():
 
     verdict = ss.gradient_flow(Angle(), data(8), lambda output, target: output.sum()).verdict
     assert verdict.state == "nonfinite" and verdict.cause == "unexplained" and "acos" in verdict.reason
+
+
+def test_a_flow_is_a_sequence_of_its_boundaries():
+    flow = ss.gradient_flow(
+        ss.reference.deep_mlp(3, width=8), ss.reference.digits(16), nn.functional.cross_entropy
+    )
+    assert len(flow) == len(flow.boundaries) and list(flow) == list(flow.boundaries)
+    assert flow[-1] is flow.boundaries[-1]

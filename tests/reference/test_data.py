@@ -61,9 +61,19 @@ def test_english_from_a_short_text_stays_inside_it():
     assert target.shape == (200, 8)
 
 
+def test_no_passage_of_the_training_part_reaches_into_the_test_part():
+    text = reference.english_text(100).ids
+    for split, part in (("train", text[:80]), ("test", text[80:])):
+        inputs, target = reference.english(3000, context=7, length=100, split=split)
+        windows = {tuple(w.tolist()) for w in part.unfold(0, 8, 1)}
+        drawn = {(*one.tolist(), int(last)) for one, last in zip(inputs, target[:, -1])}
+        assert drawn == windows  # every one of them, and no other
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
+        (lambda: reference.english(split="dev"), "'dev'"),
         (lambda: reference.digits(0), "1 to 1797"),
         (lambda: reference.digits(361, split="test"), "1 to 360"),
         (lambda: reference.digits(split="dev"), "'dev'"),

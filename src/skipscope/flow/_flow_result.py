@@ -7,6 +7,7 @@ its way back from the loss; both are in decades (powers of ten).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from skipscope._numbers import short
@@ -199,7 +200,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class GradientFlow(Result):
-    """The gradient on its way back: at each boundary, at each weight, and the verdict.
+    """The gradient on its way back: at each boundary, at each weight, and the verdict. A sequence of its
+    boundaries.
 
     Attributes:
         boundaries: in order of execution, the one nearest the input first.
@@ -224,7 +226,7 @@ class GradientFlow(Result):
         >>> model, data = ss.reference.deep_mlp(4, width=16, shortcut="identity"), ss.reference.digits(32)
         >>> loss = torch.nn.functional.cross_entropy
         >>> flow = ss.gradient_flow(model, data, loss)
-        >>> [b.depth for b in flow.boundaries], flow.verdict.state, flow.samples
+        >>> [b.depth for b in flow], flow.verdict.state, flow.samples
         ([0, 1, 2, 3, 4, 5], 'healthy', 32)
     """
 
@@ -243,6 +245,15 @@ class GradientFlow(Result):
     samples: int
     notes: tuple[str, ...] = ()
     sites: tuple[SiteFlow, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.boundaries)
+
+    def __getitem__(self, index: int) -> BoundaryFlow:
+        return self.boundaries[index]
+
+    def __iter__(self) -> Iterator[BoundaryFlow]:
+        return iter(self.boundaries)
 
     def table(self) -> Table:
         """One row a boundary; the verdict above."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -59,7 +60,12 @@ def english_text(length: int | None = None) -> English:
 
 
 def english(
-    n: int = 32, *, context: int = 64, length: int | None = None, seed: int = 0
+    n: int = 32,
+    *,
+    context: int = 64,
+    length: int | None = None,
+    split: Literal["train", "test"] | None = None,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Passages of English as one batch for next-token prediction.
 
@@ -67,20 +73,25 @@ def english(
         n: how many passages, drawn at random.
         context: tokens a passage.
         length: draw from the first ``length`` bytes only; None for the whole text.
+        split: ``"train"`` draws from the first four fifths of these, ``"test"`` from the last; None from all.
         seed: which passages.
 
     Returns:
         ``(inputs, target)``: both ``[n, context]`` int64; the target is the inputs moved on by one token.
 
     Raises:
-        SkipscopeError: no passage of that length fits.
+        SkipscopeError: no passage of that length fits, or an unknown split.
 
     Example:
         >>> inputs, target = english(4, context=16)
         >>> inputs.shape, bool((inputs[:, 1:] == target[:, :-1]).all())
         (torch.Size([4, 16]), True)
     """
+    if split not in {None, "train", "test"}:
+        raise SkipscopeError("english", "unknown split", expected='"train", "test" or None', got=repr(split))
     ids = english_text(length).ids
+    cut = len(ids) * 4 // 5
+    ids = ids[{"train": slice(cut), "test": slice(cut, None), None: slice(None)}[split]]
     if n < 1 or not 0 < context < len(ids):
         raise SkipscopeError(
             "english", "no passage of that length fits",

@@ -68,6 +68,7 @@ def train_twins(
     target: float | None = None,
     weight: Callable[[Any], float] | None = None,
     test: Any = None,
+    keep: bool = False,
 ) -> Training:
     """Train networks side by side and tell how fast each one learns.
 
@@ -103,6 +104,7 @@ def train_twins(
         weight: see ``skipscope.gradient_flow``.
         test: data on which each trained network's accuracy is measured, beside its accuracy on training
             batches. Accuracy is shown where the loss is a cross-entropy on classes.
+        keep: keep the trained networks, as ``Training.networks``.
 
     Returns:
         :class:`Training`.
@@ -115,11 +117,11 @@ def train_twins(
         >>> from skipscope import reference
         >>> make = lambda: reference.deep_mlp(4, shortcut="identity")
         >>> loss = nn.functional.cross_entropy
-        >>> runs = train_twins({"with": make}, reference.digits(256), loss, seeds=2, steps=30)
-        >>> runs.curves["with"]["Adam"].losses.shape
-        (2, 30)
+        >>> runs = train_twins({"with": make}, reference.digits(256), loss, seeds=2, steps=30, keep=True)
+        >>> runs.curves["with"]["Adam"].losses.shape, type(runs.networks["with"]["Adam"]).__name__
+        ((2, 30), 'DeepMLP')
     """
-    return train_and_keep(
+    training, networks = train_and_keep(
         twins,
         data,
         loss,
@@ -131,8 +133,9 @@ def train_twins(
         weight=weight,
         test=test,
         recipe=Recipe(schedule, clip_norm, autocast),
-        keep=False,
-    )[0]
+        keep=keep,
+    )
+    return training.holding(networks) if keep else training
 
 
 def train_and_keep(

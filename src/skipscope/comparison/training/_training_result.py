@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from skipscope._numbers import short
 from skipscope._result import Result, Table
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Curves:
     """One twin under one optimizer at its best rate.
 
@@ -45,6 +46,11 @@ class Curves:
     def final_loss(self) -> float:
         """Mean over seeds of the smoothed loss at the end."""
         return float(np.mean(smoothed(self.losses)[:, -1]))
+
+    def __repr__(self) -> str:
+        seeds, steps = self.losses.shape
+        runs = f"{seeds} seed{'s' * (seeds != 1)} x {steps} steps"
+        return f"Curves(rate={self.rate:g}, {runs}, final_loss={self.final_loss:.4g}, learns={self.learns})"
 
 
 def smoothed(losses: np.ndarray, span: int = 10) -> np.ndarray:
@@ -86,6 +92,19 @@ class Training(Result):
     varies: str
     notes: tuple[str, ...] = ()
     processes: int = 1
+
+    @property
+    def networks(self) -> dict[str, dict[str, nn.Module]]:
+        """Twin -> optimizer -> the first seed's network, trained at its best rate.
+
+        Empty unless :func:`train_twins` was asked to ``keep`` them, and in what is loaded: files hold none.
+        """
+        return self.__dict__.get("_networks", {})
+
+    def holding(self, networks: dict[str, dict[str, nn.Module]]) -> Training:
+        """The same result with trained networks beside it, which are no part of what is saved."""
+        self.__dict__["_networks"] = networks
+        return self
 
     @property
     def engine(self) -> dict[str, str]:
