@@ -345,6 +345,16 @@ def test_a_busy_machine_makes_quick_leave_out_and_say_so():
         "training was cut from 100",
         "left out: the loss surfaces",
     ]
+    assert _affordable((8, 30), settings, 1e-1, clock) == ([], settings)
+    assert clock.notes[-1].startswith("training was left out: the budget of 30 s has room for")
+
+
+def test_a_machine_too_busy_to_train_still_gives_a_page(monkeypatch):
+    monkeypatch.setattr("skipscope.comparison._lecture.seconds_a_step", lambda *_: 1e3)
+    result = ss.compare(quick=True, budget=60)
+    assert any(note.startswith("training was left out") for note in result.notes)
+    training = next(claim for claim in result.claims if claim.key == "stagnate")
+    assert training.answer == "not measured" and result.flow["plain"].verdict.state == "vanishing"
 
 
 # --- the claim on surfaces ---------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from skipscope.comparison._claims import comparison_of
 from skipscope.comparison._comparison_result import Comparison, DepthResult
 from skipscope.comparison._evidence import Evidence, Factory, Roles, Settings
 from skipscope.comparison._stages import (
+    FEWEST_STEPS,
     Clock,
     describe,
     measure_flow,
@@ -195,7 +196,13 @@ def _affordable(
     )
     if clock.budget is None:
         return sorted(depths, reverse=True), settings
-    left = 0.6 * (clock.budget - clock.spent)
+    left = max(0.0, 0.6 * (clock.budget - clock.spent))
+    steps = min(settings.steps, int(left / a_step))
+    if steps < min(FEWEST_STEPS, settings.steps):
+        clock.notes.append(
+            f"training was left out: the budget of {clock.budget:.0f} s has room for {steps} steps only"
+        )
+        return [], settings
     chosen = [depths[-1]]
     for depth in depths[:-1]:
         seconds += a_step * settings.steps * 0.4 * depth / depths[-1]
@@ -205,7 +212,6 @@ def _affordable(
             )
         else:
             chosen.append(depth)
-    steps = max(20, min(settings.steps, int(left / a_step)))
     if steps < settings.steps:
         clock.notes.append(
             f"training was cut from {settings.steps} to {steps} steps to stay within {clock.budget:.0f} s"

@@ -28,6 +28,8 @@ from skipscope.surfaces import PairedSurfaces, paired_landscapes
 # What ``quick`` announces: parts that a busy machine has no time for are left out and named.
 # With Python's and torch's own start the command takes three seconds more.
 QUICK_SECONDS = 27.0
+# Fewer steps show nothing: where the budget has no room for them, training is left out.
+FEWEST_STEPS = 20
 
 
 @dataclass
@@ -191,7 +193,7 @@ def measure_training(
     if clock.budget is not None:
         steps = int(min(steps, max(0.0, (clock.budget - clock.spent) * 0.6) / (runs * per_step)))
     say(f"training: {runs} runs of {steps} steps, about {runs * steps * per_step:.0f} s")
-    if steps < min(20, settings.steps):
+    if steps < min(FEWEST_STEPS, settings.steps):
         clock.notes.append(
             f"training was left out: the budget of {clock.budget:.0f} s has room for {steps} steps only"
         )
