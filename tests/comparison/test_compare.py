@@ -349,12 +349,16 @@ def test_a_busy_machine_makes_quick_leave_out_and_say_so():
     assert clock.notes[-1].startswith("training was left out: the budget of 30 s has room for")
 
 
-def test_a_machine_too_busy_to_train_still_gives_a_page(monkeypatch):
-    monkeypatch.setattr("skipscope.comparison._lecture.seconds_a_step", lambda *_: 1e3)
+def test_a_machine_too_busy_to_train_still_gives_a_page_with_the_papers_picture(monkeypatch, tmp_path):
+    for stage in ("_lecture", "_stages"):
+        monkeypatch.setattr(f"skipscope.comparison.{stage}.seconds_a_step", lambda *_: 1e3)
     result = ss.compare(quick=True, budget=60)
     assert any(note.startswith("training was left out") for note in result.notes)
     training = next(claim for claim in result.claims if claim.key == "stagnate")
     assert training.answer == "not measured" and result.flow["plain"].verdict.state == "vanishing"
+    page = result.save(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not result.surfaces and "Precomputed, not of your network" in page
+    assert len(page.encode()) < 500_000
 
 
 # --- the claim on surfaces ---------------------------------------------------------------------------------------------
