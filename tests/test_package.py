@@ -56,7 +56,11 @@ def test_help_does_not_import_torch():
 
 def test_the_core_imports_no_plotting_and_no_logger():
     rooms = ["comparison", "surfaces", "curvature", "flow", "shortcuts", "reference", "nn", "book", "testing"]
-    modules = imported("import " + ", ".join(f"skipscope.{room}" for room in rooms))
+    code = "".join(
+        f"import skipscope.{room} as room\nfor name in getattr(room, '__all__', []): getattr(room, name)\n"
+        for room in rooms
+    )
+    modules = imported(code)
     assert "torch" in modules
     assert not modules & {
         "matplotlib",
@@ -68,6 +72,21 @@ def test_the_core_imports_no_plotting_and_no_logger():
         "ray",
         "IPython",
     }
+
+
+def test_nothing_is_imported_that_an_answer_does_not_need():
+    call = "ss.landscape(nn.Linear(2, 1), (torch.randn(4, 2), torch.randn(4, 1)), nn.functional.mse_loss, grid=3)"
+    modules = imported(f"import torch\nfrom torch import nn\nimport skipscope as ss\n{call}")
+    assert "skipscope.surfaces._landscape" in modules
+    unused = {"skipscope.curvature", "skipscope.surfaces.maps._curvature_map", "skipscope.shortcuts.finding"}
+    assert not modules & {*unused, "skipscope.flow", "scipy.ndimage", "zarr", "matplotlib"}
+
+
+def test_a_lazy_name_that_is_not_there_is_refused_as_python_does():
+    import skipscope.flow as flow
+
+    with pytest.raises(AttributeError, match=r"module 'skipscope\.flow' has no attribute 'shortcut_flow'"):
+        flow.shortcut_flow
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in OPTIONAL])

@@ -9,33 +9,12 @@ Example:
     9
 """
 
-import importlib as _importlib
-import re as _re
-from pathlib import Path as _Path
-from typing import Any as _Any
-
 from skipscope import _result
+from skipscope._lazy_names import lazy_names as _lazy_names
 from skipscope._version import __version__ as __version__
 
-# Every public name is listed once, in __init__.pyi, and imported when first used: `import skipscope` is
-# immediate.
-_STUB = _Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
-_MODULES = {
-    name: module for module, name in _re.findall(r"^from (\S+) import (\w+) as", _STUB, _re.MULTILINE)
-}
-__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> _Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _MODULES[name]
-    if module == ".":
-        value = _importlib.import_module(f".{name}", __name__)
-    else:
-        value = getattr(_importlib.import_module(module, __name__), name)
-    globals()[name] = value
-    return value
+# Every public name is listed once, in __init__.pyi: `import skipscope` is immediate.
+__getattr__, __all__ = _lazy_names(__name__, __file__)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __dir__() -> list[str]:

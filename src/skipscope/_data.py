@@ -225,17 +225,7 @@ def _first_fitting_weight(
 ) -> Callable[[Batch], float]:
     looked_at = data.peek(8)
     for batch in looked_at:
-        if sample_count(batch) is None and not _normaliser_is_known(loss, batch):
-            raise SkipscopeError(
-                operation,
-                "no number of samples can be seen in a batch, and there are several to average",
-                expected="tensors in inputs and target whose first dimension is the samples",
-                got=_form_of(batch),
-                cure=(
-                    "say what a batch counts for: weight=lambda batch: ... (its number of samples, where the"
-                    " loss is a mean over samples)"
-                ),
-            )
+        _refuse_unseen_count(loss, batch, operation)
     standing = [loss.weight, *loss.candidates]
     for whole in [batch for batch in looked_at if batch_size(batch) > 1][:2]:
         n = batch_size(whole)
@@ -251,35 +241,56 @@ def _first_fitting_weight(
                     operation,
                     f"a batch cannot be cut in two ({error_text(error)}): nothing shows what it counts for",
                     got=_form_of(whole),
-                    cure=(
-                        "say what a batch counts for: weight=lambda batch: ... (its number of samples, where"
-                        " the loss is a mean over samples)"
-                    ),
+                    cure=_SAY_THE_WEIGHT,
                 ) from error
             tolerance = max(_ROUNDING.get(d, 2e-2) for d in {value.dtype, *computed_in(model)})
             target = float(value)
-            near = [
-                abs(a - target) <= tolerance * max(abs(target), 1e-12) or target != target for a in averages
-            ]
+            near = [_is_near(average, target, tolerance) or target != target for average in averages]
             if not any(near):
-                again = float(loss(model, whole).detach())
-                if abs(again - target) > tolerance * max(abs(target), 1e-12):
+                if not _is_near(float(loss(model, whole).detach()), target, tolerance):
                     return standing[0]  # it draws noise of its own: one batch is not even equal to itself
-                raise SkipscopeError(
-                    operation,
-                    "the loss of a batch is not the weighted mean of the losses of its two parts, so "
-                    f"batches cannot be averaged (loss: {loss.name})",
-                    expected=f"{target:.9g}, the loss of one batch of {n}",
-                    got=f"{averages[0]:.9g} from its parts of {cut} and {n - cut}",
-                    cure=(
-                        "say what a batch counts for: weight=lambda batch: ... (the loss's own denominator,"
-                        " e.g. the number of labels that are not ignored). Where the samples of a batch"
-                        " interact (a contrastive loss, batch statistics) no weight is right: pass one batch,"
-                        " or weight=lambda batch: 1.0 for the mean over these batches"
-                    ),
-                )
+                raise _not_a_mean(loss, operation, target, averages[0], cut, n)
             standing = [weigh for weigh, ok in zip(standing, near) if ok]
     return standing[0]
+
+
+_SAY_THE_WEIGHT = (
+    "say what a batch counts for: weight=lambda batch: ... (its number of samples, where the loss is a mean"
+    " over samples)"
+)
+
+
+def _refuse_unseen_count(loss: Objective, batch: Batch, operation: str) -> None:
+    if sample_count(batch) is None and not _normaliser_is_known(loss, batch):
+        raise SkipscopeError(
+            operation,
+            "no number of samples can be seen in a batch, and there are several to average",
+            expected="tensors in inputs and target whose first dimension is the samples",
+            got=_form_of(batch),
+            cure=_SAY_THE_WEIGHT,
+        )
+
+
+def _is_near(value: float, target: float, tolerance: float) -> bool:
+    return abs(value - target) <= tolerance * max(abs(target), 1e-12)
+
+
+def _not_a_mean(
+    loss: Objective, operation: str, target: float, average: float, cut: int, n: int
+) -> SkipscopeError:
+    return SkipscopeError(
+        operation,
+        "the loss of a batch is not the weighted mean of the losses of its two parts, so "
+        f"batches cannot be averaged (loss: {loss.name})",
+        expected=f"{target:.9g}, the loss of one batch of {n}",
+        got=f"{average:.9g} from its parts of {cut} and {n - cut}",
+        cure=(
+            "say what a batch counts for: weight=lambda batch: ... (the loss's own denominator,"
+            " e.g. the number of labels that are not ignored). Where the samples of a batch"
+            " interact (a contrastive loss, batch statistics) no weight is right: pass one batch,"
+            " or weight=lambda batch: 1.0 for the mean over these batches"
+        ),
+    )
 
 
 def _normaliser_is_known(loss: Objective, batch: Batch) -> bool:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
-from skipscope._torch_internals import shared_store
+from skipscope._torch_private import shared_store
 
 Value = TypeVar("Value")
 Shared = TypeVar("Shared")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from skipscope._batches import hash_of
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import RankGroup, is_lost_rank, is_spread, meet, ranks_of, whole, world
-from skipscope._torch_internals import begin_fsdp, fsdp_dtype, fsdp_groups, gathered_by_fsdp, step_fsdp
+from skipscope._torch_private import begin_fsdp, fsdp_dtype, fsdp_groups, gathered_by_fsdp, step_fsdp
 
 
 def units(model: nn.Module) -> list[Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from skipscope._data import Arguments, Batch, Batches, Objective, inputs_of, map_tensors, read
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import meet, ranks_of
-from skipscope._torch_internals import as_written
+from skipscope._torch_private import as_written
 from skipscope._untouched import require_module, throwaway, untouched
 from skipscope.shortcuts import Boundary, Shortcuts, average_statistics, boundaries, find_shortcuts, unwrapped
 

@@ -28,7 +28,7 @@ from skipscope._random import random_state_kept as random_state_kept
 from skipscope._ranks import meet, ranks_of
 from skipscope._rebinding import rebind
 from skipscope._tensor_layouts import is_strided, strided_parts
-from skipscope._torch_internals import compiled_from
+from skipscope._torch_private import compiled_from
 
 _thread = threading.local()
 

@@ -288,7 +288,7 @@ def test_everything_ends_at_close_also_when_the_training_raised():
 
 
 def test_names_of_torchs_own_are_there():
-    from skipscope import _torch_internals as internals
+    from skipscope import _torch_private as internals
 
     seen = []
     weight = torch.ones(2, requires_grad=True)

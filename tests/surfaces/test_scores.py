@@ -13,6 +13,7 @@ from skipscope.surfaces.results._surface_scores import (
     Part,
     barrier,
     convexity_share,
+    joined_to,
     label_of,
     level_for,
     roughness,
@@ -93,6 +94,30 @@ def test_the_width_of_a_disc():
     assert width(AT**2, AT, NONE, 0.25)[0] == pytest.approx(0.5, abs=0.026)
     far = np.minimum(A**2 + B**2, (A - 0.9) ** 2 + (B - 0.9) ** 2)  # a second region does not count
     assert width(far, AT, AT, 0.04)[0] == pytest.approx(0.2, rel=0.1)
+
+
+@given(
+    st.integers(1, 12),
+    st.one_of(st.none(), st.integers(1, 12)),
+    st.integers(0, 2**16),
+    st.floats(0.1, 0.95),
+    st.data(),
+)
+def test_a_region_is_that_of_scipy(rows, columns, seed, share, data):
+    from scipy.ndimage import label
+
+    shape = (rows,) if columns is None else (rows, columns)
+    below = np.random.default_rng(seed).random(shape) < share
+    origin = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    regions = np.asarray(label(below)[0])  # type: ignore[index]
+    expected = (regions == regions[origin]) & below[origin] & below
+    assert np.array_equal(joined_to(origin, below), expected)
+
+
+def test_a_region_that_winds_is_followed_to_its_end():
+    snake = np.ones((41, 41), dtype=bool)
+    snake[1::4, :-1] = snake[3::4, 1:] = False
+    assert np.array_equal(joined_to((0, 0), snake), snake)
 
 
 def test_nothing_finite_breaks_no_score():

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from skipscope._data import Batch, tensors_in
 from skipscope._errors import SkipscopeError
-from skipscope._torch_internals import is_fused_weight_norm
+from skipscope._torch_private import is_fused_weight_norm
 from skipscope.curvature._gauss_newton import GaussNewtonDifferences, GaussNewtonForward, GaussNewtonReverse
 from skipscope.curvature._hessian_products import (
     Differences,

@@ -1,44 +1,5 @@
 """The gradient on its way back: flow, verdict, split, paths, importance, remedies."""
 
-from skipscope.flow._flow_measures import Cost as Cost
-from skipscope.flow._flow_measures import GradientCorrelation as GradientCorrelation
-from skipscope.flow._flow_measures import GradientSplit as GradientSplit
-from skipscope.flow._flow_measures import Importance as Importance
-from skipscope.flow._flow_measures import ImportanceOf as ImportanceOf
-from skipscope.flow._flow_measures import PathSpectrum as PathSpectrum
-from skipscope.flow._flow_measures import Prescription as Prescription
-from skipscope.flow._flow_measures import Remedy as Remedy
-from skipscope.flow._flow_measures import SplitAt as SplitAt
-from skipscope.flow._flow_result import BoundaryFlow as BoundaryFlow
-from skipscope.flow._flow_result import GradientFlow as GradientFlow
-from skipscope.flow._flow_result import Head as Head
-from skipscope.flow._flow_result import LayerGradient as LayerGradient
-from skipscope.flow._flow_result import Verdict as Verdict
-from skipscope.flow._gradient_correlation import gradient_correlation as gradient_correlation
-from skipscope.flow._gradient_flow import flow_of as flow_of
-from skipscope.flow._gradient_flow import gradient_flow as gradient_flow
-from skipscope.flow._importance import importance as importance
-from skipscope.flow._importance import importance_of as importance_of
-from skipscope.flow.advice._prescription import prescribe as prescribe
-from skipscope.flow.passes._gradient_sites import by_step as by_step
-from skipscope.flow.passes._zero_by_design import tiny_scales as tiny_scales
-from skipscope.flow.paths import path_spectrum as path_spectrum
-from skipscope.flow.paths import paths_of as paths_of
-from skipscope.flow.split import gradient_split as gradient_split
-from skipscope.flow.split import split_of as split_of
-from skipscope.flow.verdict._chain_verdict import judge_chain as judge_chain
-from skipscope.flow.verdict._flow_rules import FALL as FALL
-from skipscope.flow.verdict._flow_rules import GROWTH as GROWTH
-from skipscope.flow.verdict._flow_rules import NORMED_GROWTH as NORMED_GROWTH
-from skipscope.flow.verdict._flow_rules import FlowContext as FlowContext
-from skipscope.flow.verdict._flow_rules import Point as Point
-from skipscope.flow.verdict._flow_rules import judge as judge
-from skipscope.flow.verdict._verdict_evidence import Evidence as Evidence
-from skipscope.flow.verdict._verdict_evidence import Layout as Layout
-from skipscope.flow.verdict._verdict_evidence import Reach as Reach
-from skipscope.flow.verdict._verdict_evidence import Starved as Starved
-from skipscope.flow.verdict._verdict_evidence import layout_of as layout_of
-from skipscope.flow.verdict._verdict_evidence import reach_of as reach_of
-from skipscope.flow.verdict._verdict_evidence import size_of as size_of
-from skipscope.flow.verdict._verdict_evidence import starved_of as starved_of
-from skipscope.flow.verdict._verdict_words import advice_on as advice_on
+from skipscope._lazy_names import lazy_names
+
+__getattr__, __all__ = lazy_names(__name__, __file__)

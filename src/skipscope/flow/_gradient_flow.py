@@ -281,31 +281,7 @@ def _culprit(model: nn.Module, batches: Batches, readings: Readings) -> tuple[Ve
 def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: float) -> GradientFlow:
     readings, exact = read.readings, read.exact
     unit = readings.output_gradient or 1.0
-    flow = [boundary_state(readings, exact, i) for i in range(len(subject.boundaries))]
-    values = [None if value is None else value / unit for _, value in flow]
-    rows, not_met = [], []
-    for i, (point, (state, _)) in enumerate(zip(subject.boundaries, flow)):
-        if state == "not_met":
-            not_met.append(point.name)
-            continue
-        after = next((v for v in values[i + 1 :] if v is not None), None)
-        here = values[i]
-        factor = None if here is None or not after else here / after
-        gradient = readings.gradients[i]
-        rows.append(
-            BoundaryFlow(
-                point.name,
-                point.depth,
-                point.kind,
-                here,
-                readings.activations[i].rms,
-                factor,
-                None if factor is None else factor**2,
-                gradient.zeros / gradient.elements if gradient.elements else None,
-                "nonfinite" if state == "nonfinite_activation" else state,
-                readings.similarities[i],
-            )
-        )
+    rows, not_reached = _rows(subject, read, unit)
     layers = tuple(
         layer(name, w, exact.weights.get(name) if exact else None, scale)
         for name, w in readings.weights.items()
@@ -317,8 +293,8 @@ def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: flo
             " same."
         )
     notes += [*_unused(readings), *_notes(readings, layers, scale)]
-    if not_met:
-        notes.append(f"Not reached in this pass, and left out: {', '.join(not_met)}.")
+    if not_reached:
+        notes.append(f"Not reached in this pass, and left out: {', '.join(not_reached)}.")
     slope = verdict.slope
     chi = None if slope is None else 10.0 ** (-2 * slope)
     depth_scale = None if slope is None else math.inf if slope == 0 else 1 / abs(2 * slope * math.log(10))
@@ -339,6 +315,37 @@ def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: flo
         tuple(notes),
         _sites(readings, unit),
     )
+
+
+def _rows(subject: Subject, read: _Measurement, unit: float) -> tuple[list[BoundaryFlow], list[str]]:
+    """What was read at each boundary, in units of the output's gradient; and which were not reached."""
+    readings = read.readings
+    flow = [boundary_state(readings, read.exact, i) for i in range(len(subject.boundaries))]
+    values = [None if value is None else value / unit for _, value in flow]
+    rows, not_reached = [], []
+    for i, (point, (state, _)) in enumerate(zip(subject.boundaries, flow)):
+        if state == "not_met":
+            not_reached.append(point.name)
+            continue
+        after = next((v for v in values[i + 1 :] if v is not None), None)
+        here = values[i]
+        factor = None if here is None or not after else here / after
+        gradient = readings.gradients[i]
+        rows.append(
+            BoundaryFlow(
+                point.name,
+                point.depth,
+                point.kind,
+                here,
+                readings.activations[i].rms,
+                factor,
+                None if factor is None else factor**2,
+                gradient.zeros / gradient.elements if gradient.elements else None,
+                "nonfinite" if state == "nonfinite_activation" else state,
+                readings.similarities[i],
+            )
+        )
+    return rows, not_reached
 
 
 def _product(rows: list[BoundaryFlow]) -> float | None:

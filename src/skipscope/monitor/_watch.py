@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skipscope import _torch_internals
+from skipscope import _torch_private
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import RankGroup, meet, world
 from skipscope._validation import is_integer
@@ -413,7 +413,7 @@ class Monitor:
             self._judge()
         elif not self._judge_at_end:
             self._judge_at_end = True
-            _torch_internals.at_end_of_backward(self._judge_at_end_of_backward)
+            _torch_private.at_end_of_backward(self._judge_at_end_of_backward)
 
     def _judge_at_end_of_backward(self) -> None:
         self._judge_at_end = False

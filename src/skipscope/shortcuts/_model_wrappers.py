@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from skipscope._torch_internals import compiled_from
+from skipscope._torch_private import compiled_from
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

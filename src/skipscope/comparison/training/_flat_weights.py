@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipscope._torch_internals import copy_each
+from skipscope._torch_private import copy_each
 from skipscope.comparison.training._optimizers import Driver
 
 # Every weight begins where an allocation of its own would, so that vector instructions see the same blocks.

@@ -9,7 +9,7 @@ from torch import nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._random import random_state_kept
-from skipscope._torch_internals import accumulation_hooks, gradient_hooks
+from skipscope._torch_private import accumulation_hooks, gradient_hooks
 from skipscope._untouched import private_copy, require_module
 from skipscope.shortcuts import refuse_shared
 

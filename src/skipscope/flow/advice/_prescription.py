@@ -16,7 +16,7 @@ from skipscope._option_words import VerdictCause
 from skipscope._progress import track
 from skipscope._public_call import public_call
 from skipscope._subject import Subject, prepare
-from skipscope._torch_internals import as_written
+from skipscope._torch_private import as_written
 from skipscope._untouched import private_copy, random_state_kept
 from skipscope.flow._flow_measures import Prescription, Remedy
 from skipscope.flow._flow_result import Verdict

@@ -20,7 +20,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._model_calls import no_gradient
 from skipscope._ranks import greatest, ranks_of
 from skipscope._subject import Subject
-from skipscope._torch_internals import accumulation_hooks_off, without_modes
+from skipscope._torch_private import accumulation_hooks_off, without_modes
 from skipscope.flow.passes._gradient_readings import Reading, Readings
 from skipscope.flow.passes._gradient_seed import (
     backward_error,

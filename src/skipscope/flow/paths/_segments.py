@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, saved_tensors_hooks
 
-from skipscope import _torch_internals
+from skipscope import _torch_private
 from skipscope._data import Batch, Objective
 from skipscope.flow._autograd_graph import leaves_above
 from skipscope.shortcuts import Boundary, Merge, OperandSide, Shortcuts, tap_boundaries, tap_merges
@@ -341,4 +341,4 @@ def _grad(
     ends: Sequence[SegmentEnd], rows: Sequence[Tensor], sources: Sequence[Tensor], *, batched: bool = False
 ) -> list[Tensor | None]:
     roots = [end.root for end in ends]  # tensors and edges side by side, which torch takes
-    return _torch_internals.gradients(roots, sources, rows, batched=batched)
+    return _torch_private.gradients(roots, sources, rows, batched=batched)

@@ -66,93 +66,104 @@ def judge_chain(
 
 
 def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
-    """Add what the lines do not show, the worst first."""
+    """The first of what the lines do not show, the worst first; ``found`` where there is none of it."""
     if ORDER.index(found.state) > ORDER.index("unconnected") and evidence.unconnected:
-        where, n = evidence.unconnected[-1], len(evidence.unconnected)
-        by = (
-            f"{evidence.cut} lets no gradient through"
-            if evidence.cut
-            else "no way back leads from the loss to it"
-        )
-        lost = "1 weighted call gets" if n == 1 else f"{n} weighted calls get"
-        return replace(
-            found,
-            state="unconnected",
-            where=where,
-            cause="missing path",
-            evidence=float(n),
-            hinders=ALL,
-            score=-math.inf,
-            reason=f"{by}; {lost} no gradient though the loss depends on {'it' if n == 1 else 'them'}",
-        )
+        return _without_path(found, evidence)
     if found.state == "healthy" and evidence.opaque:
-        return replace(
-            found,
-            state="cannot tell",
-            cause="opaque",
-            where=evidence.opaque,
-            reason=(
-                f"most of the weights are inside {evidence.opaque}, where no gradient between layers can be"
-                " read"
-            ),
-        )
+        return _out_of_sight(found, evidence)
     if found.state not in {"healthy", "exploding", "vanishing", "cannot tell"}:
         return found
-    reach = evidence.reach
-    if reach is not None and _vanishes(reach):
-        assert reach.steps is not None
-        return replace(
-            found,
-            state="vanishing",
-            where=reach.site,
-            cause="time",
-            evidence=float(reach.steps),
-            hinders=ALL,
-            score=min(found.score or 0.0, -3.0 * reach.length / reach.steps),
-            reason=(
-                f"a thousandth of the gradient is left after {reach.steps} steps, and the sequence has"
-                f" {reach.length}"
-            ),
-        )
+    if evidence.reach is not None and _vanishes(evidence.reach):
+        return _through_time(found, evidence.reach)
     if found.state != "healthy":
         return found
+    if evidence.starved.share > STARVED_SHARE:
+        return _starved(found, evidence)
+    return _at_the_head(found, evidence, after)
+
+
+def _without_path(found: Verdict, evidence: Evidence) -> Verdict:
+    """Weighted calls that the loss depends on and no gradient comes to."""
+    n = len(evidence.unconnected)
+    by = (
+        f"{evidence.cut} lets no gradient through"
+        if evidence.cut
+        else "no way back leads from the loss to it"
+    )
+    lost = "1 weighted call gets" if n == 1 else f"{n} weighted calls get"
+    return replace(
+        found,
+        state="unconnected",
+        where=evidence.unconnected[-1],
+        cause="missing path",
+        evidence=float(n),
+        hinders=ALL,
+        score=-math.inf,
+        reason=f"{by}; {lost} no gradient though the loss depends on {'it' if n == 1 else 'them'}",
+    )
+
+
+def _out_of_sight(found: Verdict, evidence: Evidence) -> Verdict:
+    """Most weights are inside one call that could not be looked into."""
+    reason = f"most of the weights are inside {evidence.opaque}, where no gradient between layers can be read"
+    return replace(found, state="cannot tell", cause="opaque", where=evidence.opaque, reason=reason)
+
+
+def _through_time(found: Verdict, reach: Reach) -> Verdict:
+    """A gradient that does not reach back to the beginning of the sequence."""
+    assert reach.steps is not None
+    return replace(
+        found,
+        state="vanishing",
+        where=reach.site,
+        cause="time",
+        evidence=float(reach.steps),
+        hinders=ALL,
+        score=min(found.score or 0.0, -3.0 * reach.length / reach.steps),
+        reason=f"a thousandth of the gradient is left after {reach.steps} steps, and the sequence has"
+        f" {reach.length}",
+    )
+
+
+def _starved(found: Verdict, evidence: Evidence) -> Verdict:
+    """Weights that get far less than the others, in relation to their size."""
     starved = evidence.starved
-    if starved.share > STARVED_SHARE:
-        n = len(starved.names)
-        get, its = ("s get", "their") if n > 1 else (" gets", "its")
-        size = (
-            "exactly 0" if starved.zero else f"{short(starved.decades)} decades less than the {starved.than}"
-        )
-        is_last = evidence.last_names.issuperset(starved.names) and not starved.zero
-        return replace(
-            found,
-            state="dead" if starved.zero else "vanishing",
-            where=starved.names[0].rpartition(".")[0] or starved.names[0],
-            cause="head" if is_last else "branch",
-            evidence=starved.decades,
-            hinders=ALL if starved.decades > 9 else ("SGD",),
-            reason=f"{n} weight{get} {size}, in relation to {its} own size",
-            score=min(found.score or 0.0, -starved.decades),
-        )
+    n = len(starved.names)
+    get, its = ("s get", "their") if n > 1 else (" gets", "its")
+    size = "exactly 0" if starved.zero else f"{short(starved.decades)} decades less than the {starved.than}"
+    is_last = evidence.last_names.issuperset(starved.names) and not starved.zero
+    return replace(
+        found,
+        state="dead" if starved.zero else "vanishing",
+        where=starved.names[0].rpartition(".")[0] or starved.names[0],
+        cause="head" if is_last else "branch",
+        evidence=starved.decades,
+        hinders=ALL if starved.decades > 9 else ("SGD",),
+        reason=f"{n} weight{get} {size}, in relation to {its} own size",
+        score=min(found.score or 0.0, -starved.decades),
+    )
+
+
+def _at_the_head(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
+    """A head, or what follows it, that passes on next to nothing; ``found`` where it does pass it on.
+
+    What follows the last weights may pass on little because the loss is near its least, as an entropy is at
+    the start: that is no fault of the network.
+    """
     head = evidence.head
-    saturated = head is not None and after.slope < max(math.sqrt(head.gain), HEAD)
-    # What follows the last weights may pass on little because the loss is near its least, as an entropy is at
-    # the start: that is no fault of the network.
-    if head is not None and head.gain < HEAD and (saturated or _is_weak(head, evidence)):
-        return replace(
-            found,
-            state="vanishing",
-            where="output" if saturated else "head",
-            cause="saturation" if saturated else "head",
-            evidence=after.slope if saturated else head.gain,
-            hinders=("SGD",),
-            reason=(
-                f"the slope of the output's {after.activation} is {short(after.slope)}"
-                if saturated
-                else f"the last layer passes on {short(head.gain)} of the gradient"
-            ),
-        )
-    return found
+    if head is None or head.gain >= HEAD:
+        return found
+    if after.slope < max(math.sqrt(head.gain), HEAD):
+        reason = f"the slope of the output's {after.activation} is {short(after.slope)}"
+        where, cause, proof = "output", "saturation", after.slope
+    elif _is_weak(head, evidence):
+        reason = f"the last layer passes on {short(head.gain)} of the gradient"
+        where, cause, proof = "head", "head", head.gain
+    else:
+        return found
+    return replace(
+        found, state="vanishing", where=where, cause=cause, evidence=proof, hinders=("SGD",), reason=reason
+    )
 
 
 def _is_weak(head: Head, evidence: Evidence) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from skipscope._data import Batches, Objective, tensors_in
 from skipscope._numbers import short
 from skipscope._option_words import VerdictCause
-from skipscope._torch_internals import without_modes
+from skipscope._torch_private import without_modes
 from skipscope.shortcuts import TracedCall
 from skipscope.shortcuts.trace import recording
 

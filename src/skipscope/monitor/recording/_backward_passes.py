@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipscope import _torch_internals
+from skipscope import _torch_private
 
 # What p.grad is: the tensor (kept, so that its id stays its own) and its version; None without a gradient.
 GradientState = tuple[Tensor, int] | None
@@ -68,7 +68,7 @@ class BackwardPasses:
 
     def under_way(self) -> BackwardPass | None:
         """The pass that is running now; None where it computes no gradient of the parameters."""
-        task = _torch_internals.graph_task()
+        task = _torch_private.graph_task()
         if task not in self._by_task:
             self._by_task[task] = self._begin(task)
         return self._by_task[task]
@@ -86,8 +86,8 @@ class BackwardPasses:
             return None
         now = self._states()
         self._drop_cleared(now)
-        begun = BackwardPass(kind == "by hand", not _torch_internals.runs_whole_graph(), now)
-        _torch_internals.at_end_of_backward(lambda: self._end(task))
+        begun = BackwardPass(kind == "by hand", not _torch_private.runs_whole_graph(), now)
+        _torch_private.at_end_of_backward(lambda: self._end(task))
         return begun
 
     def _kind(self) -> str | None:
@@ -97,9 +97,9 @@ class BackwardPasses:
         if not self._nodes:
             gathered = self._gathered()
             leaves = [gathered.get(id(p), p) for p in self.parameters if p.requires_grad]
-            self._nodes = [_torch_internals.accumulator(leaf) for leaf in leaves]
+            self._nodes = [_torch_private.accumulator(leaf) for leaf in leaves]
         for node in self._nodes:
-            found = _torch_internals.will_run(node)
+            found = _torch_private.will_run(node)
             if found is not False:
                 return "backward" if found else "by hand"
         return None
@@ -190,4 +190,4 @@ def _any(grad: Tensor) -> Any:
 
 def inside_backward() -> bool:
     """Whether this thread is in a backward pass: an optimizer that steps here steps from a gradient hook."""
-    return _torch_internals.graph_task() != -1 and not torch.compiler.is_compiling()
+    return _torch_private.graph_task() != -1 and not torch.compiler.is_compiling()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from skipscope import _data, _torch_internals
+from skipscope import _data, _torch_private
 from skipscope._errors import SkipscopeError
 from skipscope._ranks import RankGroup, world
 from skipscope._sharding import gathered_weights
@@ -163,9 +163,9 @@ class FlowReader:
         self._activations, self.forwards = [], 0
         self._running = []
         self.passes = BackwardPasses(self.parameters, self._gathered)
-        self._is_eager = _torch_internals.eager.begin()
+        self._is_eager = _torch_private.eager.begin()
         self._hooks = [
-            _torch_internals.quiet_about_global_hooks(),
+            _torch_private.quiet_about_global_hooks(),
             module_hooks.register_module_forward_pre_hook(self._called_before),
         ]
         if not self.rows:  # until the model has been seen running, parts of it may be what the training calls
@@ -211,7 +211,7 @@ class FlowReader:
         """Optimizers that step inside the backward pass have made one step when it is over."""
         if not self._at_end:
             self._at_end = True
-            _torch_internals.at_end_of_backward(self._backward_ended)
+            _torch_private.at_end_of_backward(self._backward_ended)
 
     def _backward_ended(self) -> None:
         self._at_end = False
@@ -361,7 +361,7 @@ class FlowReader:
         if is_measuring() or self.problem is not None or not torch.is_grad_enabled():
             return None
         if module is self.model:
-            return self._forward_begins(module, args, _torch_internals.keywords_of_call())
+            return self._forward_begins(module, args, _torch_private.keywords_of_call())
         if self.forwards and isinstance(module, nn.RNNBase):
             return self._recurrence_begins(module, args)
         if id(module) in self._parts and not self.forwards:
@@ -428,7 +428,7 @@ class FlowReader:
             return
         grad = _gradient_norms.plain(gradient).detach()
         activation.elements = grad.numel()
-        if _torch_internals.keeps_graph() or activation.arrived or activation.recurrent:
+        if _torch_private.keeps_graph() or activation.arrived or activation.recurrent:
             # Another pass through the same graph may follow, and autograd may add to this tensor in place.
             activation.arrived[current] = [grad.clone()]
         else:
@@ -465,7 +465,7 @@ class FlowReader:
         self._unhook()
         if self._is_eager:
             self._is_eager = False
-            _torch_internals.eager.end()
+            _torch_private.eager.end()
 
     def _wait_for(
         self,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skipscope._torch_internals import norms_of
+from skipscope._torch_private import norms_of
 
 # 256 kB of float32: fits the second-level cache, and BLAS still runs it in the calling thread.
 _PIECE = 65536

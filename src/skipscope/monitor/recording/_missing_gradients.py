@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from skipscope import _torch_internals
+from skipscope import _torch_private
 from skipscope._option_words import MissingCause
 from skipscope._untouched import is_measuring
 from skipscope.monitor.recording._tracked_parameters import TrackedParameters, names_of
@@ -55,8 +55,8 @@ class GradientSearch:
             if p.requires_grad and p.is_leaf:
                 self._hooks.append(p.register_post_accumulate_grad_hook(self._note_arrival(i)))
         # Hooks that are added after compilation are not called.
-        self._is_eager = _torch_internals.eager.begin()
-        self._passes = _torch_internals.count_backward_passes()
+        self._is_eager = _torch_private.eager.begin()
+        self._passes = _torch_private.count_backward_passes()
 
     def _note_call(self, module: nn.Module, _: Any) -> None:
         if not is_measuring():
@@ -72,7 +72,7 @@ class GradientSearch:
 
     def conclude(self) -> MissingGradients | None:
         """Why gradients are missing in the observed step; None where none is."""
-        passes = _torch_internals.count_backward_passes() - self._passes - 1
+        passes = _torch_private.count_backward_passes() - self._passes - 1
         self.close()
         parameters, names = self.tracked.parameters, self.tracked.names
         trained = [i for i, p in enumerate(parameters) if p.requires_grad]
@@ -149,7 +149,7 @@ class GradientSearch:
         self._hooks = []
         if self._is_eager:
             self._is_eager = False
-            _torch_internals.eager.end()
+            _torch_private.eager.end()
 
 
 def _is_nonzero(grad: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from skipscope import _torch_internals
+from skipscope import _torch_private
 from skipscope._data import tensors_in
 from skipscope._untouched import is_measuring
 from skipscope.monitor.recording._backward_passes import inside_backward
@@ -36,7 +36,7 @@ class LineSearch:
         named = {name: p for one in tracked for name, p in zip(one.names, one.parameters) if p.requires_grad}
         self._names = list(named)
         self._bits = {
-            _torch_internals.accumulator(p): 1 << i for i, p in enumerate(named.values()) if p.is_leaf
+            _torch_private.accumulator(p): 1 << i for i, p in enumerate(named.values()) if p.is_leaf
         }
         matrices = {id(p) for p in named.values() if p.ndim > 1}
         self._waiting = {
@@ -49,9 +49,9 @@ class LineSearch:
         self._upstream: dict[Any, int] = {}
         self._reached: list[int] = []
         self._is_hidden = False
-        self._is_eager = _torch_internals.eager.begin()
+        self._is_eager = _torch_private.eager.begin()
         self._hooks = [
-            _torch_internals.quiet_about_global_hooks(),
+            _torch_private.quiet_about_global_hooks(),
             module_hooks.register_module_forward_hook(self._called),
         ]
 
@@ -115,7 +115,7 @@ class LineSearch:
         self._bits = {}
         if self._is_eager:
             self._is_eager = False
-            _torch_internals.eager.end()
+            _torch_private.eager.end()
 
 
 def _indices(bits: int) -> list[int]:

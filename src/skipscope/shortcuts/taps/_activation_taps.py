@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from skipscope import _data
-from skipscope._torch_internals import without_modes
+from skipscope._torch_private import without_modes
 from skipscope.shortcuts._shortcut_result import Boundary, CallKey, OperandSide, Shortcut, Shortcuts
 from skipscope.shortcuts.taps._gate_sides import Call, GateSides, make_followed
 from skipscope.shortcuts.trace import _call_sites, _operations

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from skipscope._torch_internals import compiler_is_loaded
+from skipscope._torch_private import compiler_is_loaded
 from skipscope.shortcuts._shortcut_result import CallKey
 
 TORCH = os.path.dirname(str(torch.__file__)) + os.sep

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from skipscope import _data, _sharding
 from skipscope._tensor_layouts import shape_of
-from skipscope._torch_internals import (
+from skipscope._torch_private import (
     applied_function,
     arguments_applied,
     as_written,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipscope._torch_internals import without_modes
+from skipscope._torch_private import without_modes
 from skipscope.shortcuts.trace._recorded_trace import Routed, TracedCall
 
 _CHOOSING = frozenset({"setitem", "index_put", "index_copy", "masked_scatter", "where"})

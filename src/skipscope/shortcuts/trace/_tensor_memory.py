@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from skipscope._torch_internals import memory_without_address
+from skipscope._torch_private import memory_without_address
 from skipscope.shortcuts.trace._recorded_trace import Trace
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from skipscope._errors import SkipscopeError
 from skipscope._rebinding import eager
-from skipscope._torch_internals import forward_hooks
+from skipscope._torch_private import forward_hooks
 from skipscope.shortcuts.twin import _compiled_pass, _eager_pass
 from skipscope.shortcuts.twin._plan import PLAN, Group, Plan, plan_of, shares_parameters
 
@@ -76,6 +76,24 @@ def _qualified_name(function: Any) -> str:
 
 @functools.cache
 def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
+    forward = _forward_of(original)
+    namespace = {
+        **{name: _within_pass(name, method) for name, method in _own_methods(original)},
+        **_copies_of(original),
+        **_refusals_of(original),
+        "forward": functools.wraps(original.forward)(forward),
+        "__call__": _call_of(original, forward),
+        "__prepare_scriptable__": _refuse_script,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    make: Any = type(original)
+    return make(original.__name__, (original,), namespace)
+
+
+def _forward_of(original: type[nn.Module]) -> Any:
+    """The forward of an edited class: an edited pass, or a part of the one under way."""
     plain = eager(original.forward)
     is_compiled = plain is not original.forward
 
@@ -104,15 +122,26 @@ def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
         _refuse_symbolic((args, kwargs))
         return _eager_pass.run_module(self, plan, run, args, kwargs)
 
+    return forward
+
+
+def _call_of(original: type[nn.Module], forward: Any) -> Any:
+    """The call of an edited class. Hooks may merge too, so the pass begins before them."""
+
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run, plan = functools.partial(original.__call__, self), plan_of(self)
-        # Hooks may merge too. Compiled code edits itself in forward, and a tracer may take the module as a
-        # whole.
+        # Compiled code edits itself in forward, and a tracer may take the module as a whole.
         edits_itself = torch.compiler.is_compiling() or self._compiled_call_impl is not None
         if plan is None or edits_itself or _is_symbolic((args, kwargs)):
             return run(*args, **kwargs)
         with _seen_into(self.__dict__.get("forward"), forward):
             return _eager_pass.run_module(self, plan, run, args, kwargs)
+
+    return call
+
+
+def _copies_of(original: type[nn.Module]) -> dict[str, Any]:
+    """What pickles, copies and recompiles: the class is made again, its plan goes along."""
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         inherited: Any = original.__reduce_ex__
@@ -120,6 +149,32 @@ def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
         assert isinstance(parts, tuple)
         arguments = tuple(original if argument is type(self) else argument for argument in parts[1])
         return (_rebuild, (parts[0], arguments, original), *parts[2:])
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        inherited: Any = original
+        copied, plan = inherited.__deepcopy__(self, memo), plan_of(self)
+        if plan is not None and plan_of(copied) is None:  # a graph module makes another class
+            copied.__dict__[PLAN] = plan.__deepcopy__(memo)
+            if not isinstance(copied, _edited_class(original)):
+                copied.__class__ = _edited_class(type(copied))
+        return copied
+
+    def recompile(self: Any) -> Any:
+        self.__class__ = original  # it sets the forward of its instance's class
+        try:
+            return self.recompile()
+        finally:
+            self.__class__ = _edited_class(original)
+
+    return {
+        "__reduce_ex__": reduce,
+        **({"__deepcopy__": deepcopy} if hasattr(original, "__deepcopy__") else {}),
+        **({"recompile": recompile} if issubclass(original, torch.fx.GraphModule) else {}),
+    }
+
+
+def _refusals_of(original: type[nn.Module]) -> dict[str, Any]:
+    """What would change the original's parameters through a twin that shares them."""
 
     def apply(self: nn.Module, function: Any, *args: Any, **kwargs: Any) -> nn.Module:
         _refuse_if_shared(self, "move or convert the original first, or make the twin with share=False")
@@ -133,41 +188,7 @@ def _edited_class(original: type[nn.Module]) -> type[nn.Module]:
         _refuse_if_shared(self, "freeze the original first, or make the twin with share=False")
         return original.requires_grad_(self, requires_grad)
 
-    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        inherited: Any = original
-        copied = inherited.__deepcopy__(self, memo)
-        if (plan := plan_of(self)) is not None and plan_of(
-            copied
-        ) is None:  # a graph module makes another class
-            copied.__dict__[PLAN] = plan.__deepcopy__(memo)
-            if not isinstance(copied, _edited_class(original)):
-                copied.__class__ = _edited_class(type(copied))
-        return copied
-
-    def recompile(self: Any) -> Any:
-        self.__class__ = original  # it sets the forward of its instance's class
-        try:
-            return self.recompile()
-        finally:
-            self.__class__ = _edited_class(original)
-
-    namespace = {
-        **{name: _within_pass(name, method) for name, method in _own_methods(original)},
-        **({"recompile": recompile} if issubclass(original, torch.fx.GraphModule) else {}),
-        **({"__deepcopy__": deepcopy} if hasattr(original, "__deepcopy__") else {}),
-        "forward": functools.wraps(original.forward)(forward),
-        "__call__": call,
-        "__prepare_scriptable__": _refuse_script,
-        "__reduce_ex__": reduce,
-        "_apply": apply,
-        "load_state_dict": load,
-        "requires_grad_": require,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-    }
-    make: Any = type(original)
-    return make(original.__name__, (original,), namespace)
+    return {"_apply": apply, "load_state_dict": load, "requires_grad_": require}
 
 
 def _rebuild(make: Any, arguments: tuple[Any, ...], original: type[nn.Module]) -> nn.Module:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._errors import SkipscopeError
-from skipscope._torch_internals import without_modes
+from skipscope._torch_private import without_modes
 from skipscope.shortcuts._shortcut_result import Boundary, Place
 from skipscope.shortcuts.trace import _operations
 from skipscope.shortcuts.twin._join import Join

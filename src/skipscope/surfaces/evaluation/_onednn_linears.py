@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from skipscope._torch_internals import fused_linear
+from skipscope._torch_private import fused_linear
 
 Epilogue = tuple[str, str]  # oneDNN's name of an activation function, and which algorithm
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from skipscope._data import Batch
-from skipscope._torch_internals import fused_linear
+from skipscope._torch_private import fused_linear
 
 _MOST = 4  # shapes of batches: each is recorded
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from skipscope._data import Batch, Batches, batch_size, map_tensors, rows
-from skipscope._torch_internals import compiler_is_loaded
+from skipscope._torch_private import compiler_is_loaded
 from skipscope.surfaces.evaluation._evaluator import Evaluator, Loop, Point, Strategy
 from skipscope.surfaces.evaluation._memory_limits import fits
 from skipscope.surfaces.evaluation._onednn_linears import linears, through_one_dnn

@@ -20,7 +20,7 @@ from skipscope._rank_batches import RankBatches
 from skipscope._ranks import local, whole
 from skipscope._sharding import units
 from skipscope._untouched import private_copy, set_mode, untouched
-from skipscope.shortcuts import ablate, average_statistics, norms_with_statistics
+from skipscope.shortcuts import average_statistics, norms_with_statistics
 from skipscope.surfaces._landscape_settings import Settings
 from skipscope.surfaces.evaluation._evaluator import Evaluator, Point, Statistics
 from skipscope.surfaces.evaluation._memory_limits import directions_fit, shards_fit
@@ -159,6 +159,8 @@ def _with_strength(model: nn.Module, settings: Settings) -> tuple[nn.Module, tor
         return model, None
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     strength_tensor = torch.ones((), device=place)
+    from skipscope.shortcuts import ablate  # few planes have such an axis, and it loads all of finding
+
     twin = ablate(model, settings.strength, strength=strength_tensor)
     set_mode(twin, False)
     return twin, strength_tensor

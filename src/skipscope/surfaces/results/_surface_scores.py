@@ -137,14 +137,11 @@ def width(
     points the surface is taken as flat triangles, so that the width moves smoothly with the values and has an
     error. NaN when the origin is not below the level or not on the grid.
     """
-    from scipy.ndimage import label
-
     below = np.nan_to_num(values, nan=np.inf) <= level
     origin = tuple(int(np.argmin(np.abs(axis - c))) for axis, c in zip((alphas, betas)[: values.ndim], at))
     if not below[origin]:
         return float("nan"), False
-    regions = np.asarray(label(below)[0])  # type: ignore[index]
-    region = regions == regions[origin]
+    region = joined_to(origin, below)
     # Other regions below the level are no part of this one: to its triangles they are as high as can be.
     depth = np.where(region | ~below & np.isfinite(values), level - values, -_FAR * (abs(level) + 1))
     if values.ndim == 1:
@@ -154,6 +151,30 @@ def width(
     area = float((_share_of_squares(depth) * cells).sum())
     edge = region[0].any() or region[-1].any() or region[:, 0].any() or region[:, -1].any()
     return float(np.sqrt(area / np.pi)), bool(edge)
+
+
+def joined_to(origin: tuple[int, ...], below: np.ndarray) -> np.ndarray:
+    """The points of ``below`` that steps along the axes join to ``origin``; both are masks of one shape.
+
+    Whole runs are taken at once, along one axis and then along the other, until nothing is added.
+    (``scipy.ndimage.label`` does the same; importing it takes longer than a small surface.)
+    """
+    runs = [_runs(below, axis) for axis in range(below.ndim)]
+    region, size = np.zeros(below.shape, dtype=bool), 0
+    region[origin] = below[origin]
+    while size != (size := int(region.sum())):
+        for run in runs:
+            reached = np.zeros(run.max() + 1, dtype=bool)
+            reached[run[region]] = True
+            region = below & reached[run]
+    return region
+
+
+def _runs(below: np.ndarray, axis: int) -> np.ndarray:
+    """A number for each point, the same along an unbroken run of points along one axis."""
+    begins = ~np.moveaxis(below, axis, -1)
+    begins[..., 0] = True
+    return np.moveaxis(np.cumsum(begins).reshape(begins.shape), -1, axis)
 
 
 def _share_above(*corners: np.ndarray) -> np.ndarray:
