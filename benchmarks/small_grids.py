@@ -25,8 +25,9 @@ def network(name: str) -> tuple[Any, Any]:
 
     torch.manual_seed(0)
     if name == "gelu_mlp":
-        layers = [module for _ in range(4) for module in (nn.Linear(64, 64), nn.GELU())]
-        return nn.Sequential(*layers, nn.Linear(64, 10)).eval(), (
+        # That of benchmarks.landscape.
+        layers = [module for n in (64, *[256] * 4) for module in (nn.Linear(n, 256), nn.GELU())]
+        return nn.Sequential(*layers, nn.Linear(256, 10)).eval(), (
             torch.rand(1797, 64),
             torch.randint(10, (1797,)),
         )

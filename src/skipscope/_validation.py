@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,57 @@ def is_finite(value: Any) -> bool:
         (True, True, False, False, False)
     """
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_option(
+    operation: str, what: str, value: Any, options: Iterable[str | None], more: str = ""
+) -> None:
+    """Refuse what is none of the words that can be chosen from.
+
+    Args:
+        operation: named in the error.
+        what: what is chosen, e.g. ``"engine"``.
+        value: what was given.
+        options: the words; None where it may be left open.
+        more: what may be given in their place, in words.
+
+    Raises:
+        SkipscopeError: ``value`` is not among them.
+
+    Example:
+        >>> require_option("ablate", "edit", "remove", ("remove", "detach"))
+        >>> require_option("ablate", "edit", "detatch", ("remove", "detach"))
+        Traceback (most recent call last):
+        ...
+        skipscope._errors.SkipscopeError: ablate: unknown edit 'detatch'
+          expected: 'remove' or 'detach'
+          cure:     did you mean 'detach'?
+    """
+    known = list(options)
+    if (value is None or isinstance(value, str)) and value in known:
+        return
+    words = [word for word in known if word is not None]
+    raise SkipscopeError(
+        operation,
+        f"unknown {what} {value!r:.60}",
+        expected=_either([*map(repr, known), *([more] if more else [])]),
+        cure=did_you_mean(str(value), words),
+    )
+
+
+def did_you_mean(asked: str, names: Sequence[str]) -> str | None:
+    """A cure that suggests the names that are most like one that was asked for, or None.
+
+    Example:
+        >>> did_you_mean("detatch", ["remove", "detach"])
+        "did you mean 'detach'?"
+    """
+    near = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
+    return "did you mean " + " or ".join(map(repr, near)) + "?" if near else None
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
 def names_matching(names: Sequence[str], patterns: str | Iterable[str], operation: str) -> set[str]:

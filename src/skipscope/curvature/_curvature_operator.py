@@ -24,6 +24,7 @@ from skipscope._rank_batches import RankBatches
 from skipscope._sharding import refuse_spread
 from skipscope._subject import prepare
 from skipscope._untouched import random_state_kept, require_module
+from skipscope._validation import require_option
 from skipscope.curvature._curvature_results import Layout
 from skipscope.curvature._hessian_products import Tangent
 from skipscope.curvature._lanczos import own_generator
@@ -345,10 +346,7 @@ def open_operator(
     kind: type[CurvatureOperator] = CurvatureOperator,
 ) -> CurvatureOperator:
     """:func:`curvature_operator` in the name of another public call."""
-    if how.matrix not in get_args(Matrix):
-        raise SkipscopeError(
-            operation, f"unknown matrix {how.matrix!r}", expected=" or ".join(map(repr, get_args(Matrix)))
-        )
+    require_option(operation, "matrix", how.matrix, get_args(Matrix))
     require_module(model, operation)
     if not isinstance(data, RankBatches):
         refuse_spread(model, operation)

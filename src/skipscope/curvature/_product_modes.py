@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from skipscope._data import Batch, tensors_in
 from skipscope._errors import SkipscopeError
 from skipscope._torch_private import is_fused_weight_norm
+from skipscope._validation import require_option
 from skipscope.curvature._gauss_newton import GaussNewtonDifferences, GaussNewtonForward, GaussNewtonReverse
 from skipscope.curvature._hessian_products import (
     Differences,
@@ -111,11 +112,7 @@ def select_mode(
         candidate for candidate in product_modes(matrix) if mode is None or candidate.name.startswith(mode)
     ]
     if not candidates:
-        raise SkipscopeError(
-            model.operation,
-            f"unknown mode {mode!r}",
-            expected=", ".join(repr(candidate.name) for candidate in product_modes(matrix)),
-        )
+        require_option(model.operation, "mode", mode, [candidate.name for candidate in product_modes(matrix)])
     refused: dict[str, str] = {}
     check = ProductCheck(model, batch, index, trial, _DIFFERENCES[matrix])
     for candidate in candidates:

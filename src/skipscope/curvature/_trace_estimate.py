@@ -15,6 +15,7 @@ from skipscope._data import Batch
 from skipscope._errors import SkipscopeError
 from skipscope._progress import track
 from skipscope._public_call import public_call
+from skipscope._validation import require_option
 from skipscope.curvature._curvature_operator import How, open_operator
 from skipscope.curvature._curvature_results import TraceEstimate, stderr_of
 from skipscope.curvature._lanczos import Product, own_generator
@@ -121,10 +122,7 @@ def curvature_trace(
         9.333333
     """
     operation = "curvature_trace"
-    if method not in get_args(Method):
-        raise SkipscopeError(
-            operation, f"unknown method {method!r}", expected=" or ".join(map(repr, get_args(Method)))
-        )
+    require_option(operation, "method", method, get_args(Method))
     if products < 2:
         raise SkipscopeError(operation, "too few products", expected="at least 2", got=products)
     how = How(matrix, parameters, weight, training, seed, mode)

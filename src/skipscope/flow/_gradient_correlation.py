@@ -21,6 +21,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._model_calls import no_gradient
 from skipscope._public_call import public_call
 from skipscope._subject import prepare
+from skipscope._validation import require_option
 from skipscope.flow._flow_measures import GradientCorrelation
 from skipscope.flow.passes._gradient_seed import backward_error
 from skipscope.shortcuts import tap_boundaries
@@ -63,10 +64,7 @@ def gradient_correlation(
         >>> round(ss.gradient_correlation(linear, data, nn.MSELoss()).mean, 6)
         1.0
     """
-    if of not in {"output", "loss"}:
-        raise SkipscopeError(
-            "gradient_correlation", "unknown quantity", expected='of="output" or "loss"', got=repr(of)
-        )
+    require_option("gradient_correlation", "quantity", of, ("output", "loss"))
     subject = prepare(model, data, loss, "gradient_correlation", weight=weight)
     points, batch = subject.boundaries, subject.data.first()
     with subject.running(seed):

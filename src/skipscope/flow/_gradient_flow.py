@@ -20,7 +20,7 @@ from skipscope.flow._flow_result import BoundaryFlow, GradientFlow, LayerGradien
 from skipscope.flow.passes._gradient_pass import measure
 from skipscope.flow.passes._gradient_readings import Readings
 from skipscope.flow.passes._gradient_sites import LOOKUPS
-from skipscope.flow.passes._tensor_norms import dense, rough_norm
+from skipscope.flow.passes._tensor_norms import dense, norm_of
 from skipscope.flow.passes._zero_by_design import settled
 from skipscope.flow.passes._zero_gradients import boundary_state, layer, second_opinion
 from skipscope.flow.verdict._chain_verdict import judge_chain, worst
@@ -229,7 +229,7 @@ def _sizes(model: nn.Module, readings: Readings) -> dict[str, float]:
         value, total = p.detach(), readings.weights[name].total
         if name in tables and total is not None and total.shape == value.shape:
             value = value[total.flatten(1).any(1)]
-        norm = rough_norm(dense(value))
+        norm = norm_of(dense(value))
         found[name] = size_of(value, norm)
     return found
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from skipscope._errors import SkipscopeError
+from skipscope._validation import require_option
 from skipscope.nn._connection import Chain, Elsewhere
 from skipscope.nn._dense import DenseShortcut
 from skipscope.nn._depth import DepthAveraged, StreamScalars
@@ -402,11 +403,7 @@ def find_kind(kind: str | type[nn.Module], operation: str) -> Kind | None:
         True
     """
     if isinstance(kind, str):
-        if kind not in registry():
-            raise SkipscopeError(
-                operation, "unknown kind", expected="one of " + ", ".join(registry()) + ", or a module class",
-                got=repr(kind),
-            )  # fmt: skip
+        require_option(operation, "kind", kind, registry(), "a module class")
         return registry()[kind]
     if kind is HyperConnected:
         return registry()["hyper"]

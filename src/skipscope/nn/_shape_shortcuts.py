@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from skipscope._errors import SkipscopeError
+from skipscope._validation import require_option
 from skipscope.nn._connection import Connection, Pointwise, pad_width
 
 
@@ -102,8 +102,7 @@ def option(
         >>> type(option("B", nn.Linear(4, 4), 4)).__name__, type(option("B", nn.Linear(4, 8), 4, 8)).__name__
         ('PadShortcut', 'ProjectionShortcut')
     """
-    if letter not in {"A", "B", "C"}:
-        raise SkipscopeError("option", "no such option", expected='"A", "B" or "C"', got=repr(letter))
+    require_option("option", "letter", letter, ("A", "B", "C"))
     changes = stride > 1 or (width_out or width) != width
     module = ProjectionShortcut if letter == "C" or (letter == "B" and changes) else PadShortcut
     return module(branch, width, width_out, stride=stride, dim=dim)

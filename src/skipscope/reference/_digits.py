@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from skipscope._errors import SkipscopeError
+from skipscope._validation import require_option
 
 # The images come writer by writer: a split in the middle of nothing would put one hand on both sides.
 _TRAIN = 1437
@@ -46,8 +47,7 @@ def digits(
         >>> inputs.shape, target.bincount().tolist()
         (torch.Size([20, 64]), [2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
     """
-    if split not in {None, "train", "test"}:
-        raise SkipscopeError("digits", "unknown split", expected='"train", "test" or None', got=repr(split))
+    require_option("digits", "split", split, ("train", "test", None))
     pixels, labels = _source()
     chosen = np.arange(len(labels))[
         {"train": slice(_TRAIN), "test": slice(_TRAIN, None), None: slice(None)}[split]

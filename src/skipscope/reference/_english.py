@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from skipscope._errors import SkipscopeError
+from skipscope._validation import require_option
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +88,7 @@ def english(
         >>> inputs.shape, bool((inputs[:, 1:] == target[:, :-1]).all())
         (torch.Size([4, 16]), True)
     """
-    if split not in {None, "train", "test"}:
-        raise SkipscopeError("english", "unknown split", expected='"train", "test" or None', got=repr(split))
+    require_option("english", "split", split, ("train", "test", None))
     ids = english_text(length).ids
     cut = len(ids) * 4 // 5
     ids = ids[{"train": slice(cut), "test": slice(cut, None), None: slice(None)}[split]]

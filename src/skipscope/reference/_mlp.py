@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from skipscope._errors import SkipscopeError
+from skipscope._validation import require_option
 from skipscope.nn import registry
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -93,10 +93,7 @@ def deep_mlp(
         ("init", init, ("default", "he")),
         ("activation", activation, tuple(_ACTIVATIONS)),
     ]:
-        if value not in known:
-            raise SkipscopeError(
-                "deep_mlp", f"unknown {name}", expected=", ".join(map(repr, known)), got=repr(value)
-            )
+        require_option("deep_mlp", name, value, known)
     sizes = [inputs] + [width] * depth
     layers: list[nn.Module] = [
         nn.Sequential(nn.Linear(a, b), _ACTIVATIONS[activation]()) for a, b in pairwise(sizes)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skipscope._errors import SkipscopeError
+from skipscope._validation import require_option
 from skipscope.nn import pad_shortcut
 
 
@@ -76,8 +76,7 @@ class ResNet(nn.Module):
         large_images: bool = False,
     ):
         super().__init__()
-        if option not in {"A", "B"}:
-            raise SkipscopeError("resnet", "unknown option", expected='"A" or "B"', got=repr(option))
+        require_option("resnet", "option", option, ("A", "B"))
         self.in_channels = in_channels
         kernel, stride = (7, 2) if large_images else (3, 1)
         self.conv1 = nn.Conv2d(in_channels, widths[0], kernel, stride, kernel // 2, bias=False)

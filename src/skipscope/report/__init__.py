@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
 from skipscope._result import Result
+from skipscope._validation import require_option
 from skipscope.report import _arcs, _arcs_text, _page
 from skipscope.report._charts import Chart, Lines, Surfaces
 from skipscope.report._document import document as document
@@ -242,6 +243,7 @@ def draw(
     known: Any = shares
     if isinstance(shares, _class("flow", "GradientSplit")):
         known = {split.name: split.share for split in known}
+    require_option("draw", "form", form, ("text", "svg", "html"))
     chart = _view_shortcuts.drawing(found, known)
     if form == "text":
         drawing = Drawing(_arcs_text.text(chart, width or shutil.get_terminal_size().columns, ascii=ascii))
@@ -249,6 +251,4 @@ def draw(
         return drawing
     if form == "svg":
         return _page.alone(_arcs.network(chart, width or 720))
-    if form == "html":
-        return _page.piece(_page.svg(chart))
-    raise SkipscopeError("draw", f"unknown form {form!r}", expected='"text", "svg" or "html"', got=form)
+    return _page.piece(_page.svg(chart))

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from skipscope._errors import SkipscopeError
+from skipscope._validation import require_option
 
 StyleName = Literal["default", "paper"]
 Limits = tuple[float, float]
@@ -84,10 +84,7 @@ class style:
 
     def __init__(self, name: StyleName = "default"):
         global _named
-        if name not in _STYLES:
-            raise SkipscopeError(
-                "style", "unknown style", expected=" or ".join(map(repr, get_args(StyleName))), got=repr(name)
-            )
+        require_option("style", "style", name, get_args(StyleName))
         self._before, _named = _named, _STYLES[name]
 
     def __enter__(self) -> style:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from skipscope._errors import SkipscopeError
 from skipscope._public_call import public_call
 from skipscope._untouched import private_copy, require_module
+from skipscope._validation import require_option
 from skipscope.shortcuts._model_wrappers import unwrapped
 from skipscope.shortcuts._shortcut_result import Boundary, Shortcut, Shortcuts
 from skipscope.shortcuts.edits._recalibration import recalibrate as recalibrate_norms
@@ -77,10 +78,8 @@ def ablate(
     """
     require_module(model, "ablate")
     model = unwrapped(model)
-    if strength is None and how not in {"remove", "detach", "lesion"}:
-        raise SkipscopeError(
-            "ablate", "unknown edit", expected="remove, detach, lesion, or strength=", got=repr(how)
-        )
+    if strength is None:
+        require_option("ablate", "edit", how, ("remove", "detach", "lesion"), "strength=")
     if strength is not None and not isinstance(strength, Real | Tensor):
         raise SkipscopeError(
             "ablate", "a strength is one factor for all", expected="a number or a tensor", got=repr(strength),

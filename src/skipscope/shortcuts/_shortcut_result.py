@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import Any, Literal, get_args, overload
 
 from skipscope._errors import SkipscopeError
 from skipscope._result import Result, Table, _draw
+from skipscope._validation import did_you_mean, require_option
 
 Kind = Literal["identity", "scaled", "projection", "gated", "concat"]
 KINDS = get_args(Kind)
@@ -160,12 +160,6 @@ class Rejected:
     source: str
 
 
-def _nearest(asked: str, names: Sequence[str]) -> str | None:
-    """A cure that suggests similar names, or None."""
-    near = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
-    return "did you mean " + " or ".join(map(repr, near)) + "?" if near else None
-
-
 @dataclass(frozen=True)
 class Shortcuts(Result, Sequence):
     """The shortcuts of a model in order of execution; a sequence.
@@ -226,14 +220,7 @@ class Shortcuts(Result, Sequence):
         """
         kinds = KINDS if kind is None else (kind,) if isinstance(kind, str) else tuple(kind)
         for one in kinds:
-            if one not in KINDS:
-                raise SkipscopeError(
-                    "select",
-                    f"there is no kind {one!r}",
-                    expected="one of " + ", ".join(KINDS),
-                    got=repr(one),
-                    cure=_nearest(str(one), KINDS),
-                )
+            require_option("select", "kind", one, KINDS)
         named = [s for s in self.entries if fnmatch.fnmatchcase(s.name, name)]
         if not named and name != "*":
             names = [s.name for s in self.entries]
@@ -244,7 +231,7 @@ class Shortcuts(Result, Sequence):
                 expected=f"a pattern for one of the {len(names)} names"
                 if names
                 else "none: there are no shortcuts",
-                cure=_nearest(name, names) or (f"the names begin with {names[0]}" if names else None),
+                cure=did_you_mean(name, names) or (f"the names begin with {names[0]}" if names else None),
             )
         return replace(self, entries=tuple(s for s in named if s.kind in kinds))
 

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from skipscope._ranks import whole
 from skipscope.flow.passes._gradient_sites import CallGraph, PoolReading, SiteReading, Term
-from skipscope.flow.passes._tensor_norms import dense, is_safe, least, norm_of, sample_norms, smallest_normal
+from skipscope.flow.passes._tensor_norms import (
+    dense,
+    is_safe,
+    least,
+    norm_of,
+    sample_norms,
+    smallest_normal,
+    zeros_in,
+)
 
 
 @dataclass
@@ -22,7 +30,7 @@ class Reading:
         norm: L2 norm.
         relative: L2 norm of the gradient times the activation, element by element: a norm layer's scale has
             no part in it, nor have positions where the activation is 0 (blank patches, padding).
-        elements, zeros: how many there are, and how many of them are 0.
+        elements, zeros: how many there are, and of a gradient how many of them are 0.
         lost: elements that training, with its own scale of the loss, would flush to zero.
         samples: log10 of each sample's norm; empty where not known.
     """
@@ -44,7 +52,8 @@ class Reading:
             value: any shape, dense or sparse.
             unit: what one unit of it is worth in what is reported.
             training_unit: what one unit of it is worth in training, scaled as the user's GradScaler scales.
-            samples: how many samples the batch has, where each one's norm is asked for.
+            samples: of a gradient how many samples the batch has; 0 for an activation, whose zeros are not
+                counted.
         """
         value = dense(value.detach())
         self.seen, self.dtype = True, value.dtype
@@ -56,7 +65,8 @@ class Reading:
         norm = norm if is_safe(norm) else norm_of(value)
         self.finite = self.finite and math.isfinite(norm)
         self.norm = math.hypot(self.norm, norm * unit)
-        self.zeros += value.numel() - int(torch.count_nonzero(value))
+        if samples:
+            self.zeros += zeros_in(value)
         if len(by_sample):
             with np.errstate(divide="ignore"):  # of 0 it is minus infinity
                 self.samples += (np.log10(by_sample) + math.log10(unit)).tolist()

@@ -15,7 +15,7 @@ from skipscope._subject import Subject
 from skipscope.flow._flow_result import LayerGradient
 from skipscope.flow.passes._gradient_pass import measure
 from skipscope.flow.passes._gradient_readings import Readings, WeightReading
-from skipscope.flow.passes._tensor_norms import least
+from skipscope.flow.passes._tensor_norms import least, sum_of_sizes, zeros_in
 
 ROUNDING = (
     "What is exactly 0 here is so by rounding in an activation function (1 - tanh^2, say), which a scale of"
@@ -102,11 +102,10 @@ def layer(name: str, weight: WeightReading, exact: WeightReading | None, scale: 
         return LayerGradient(name, None, None, None, "not_connected", trainable=weight.trainable)
     total = whole(weight.total)
     count = max(1, total.numel())
-    sizes = total.abs()
-    least_of, largest = (float(end) for end in sizes.aminmax()) if total.numel() else (0.0, 0.0)
+    largest = max(abs(float(end)) for end in total.aminmax()) if total.numel() else 0.0
     rms = weight.norm(total) * weight.unit / math.sqrt(count)
-    mean = float(sizes.sum(dtype=torch.float64)) * weight.unit / count
-    zeros = 0 if least_of > 0 else total.numel() - int(torch.count_nonzero(total))
+    mean = sum_of_sizes(total) * weight.unit / count
+    zeros = zeros_in(total)
     state: GradientState
     if not math.isfinite(largest):
         state = "nonfinite"

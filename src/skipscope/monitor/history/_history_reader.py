@@ -292,13 +292,17 @@ def _lines(history: History, part: Sequence[int], lines: WeightLines) -> list[li
 
 def _starved(history: History, tower: Sequence[int], sizes: Mapping[str, float]) -> Starved:
     """Weights of one tower that get next to nothing for their size; what gets exactly 0 may be unused."""
+    typical: dict[int, np.ndarray] = {}  # of every parameter, by optimizer
+    for owner in {history.owners[i] for i in tower}:
+        own = np.flatnonzero(history.optimizers == owner)[-WINDOW:]
+        if len(own):
+            typical[owner] = np.median(history.norm[own], axis=0)
     ratio = {}
     for i in tower:
-        name = history.parameters[i]
-        own = history.norm[history.optimizers == history.owners[i], i][-WINDOW:]
-        typical = float(np.median(own)) if len(own) else math.nan
-        if name in sizes and math.isfinite(typical) and typical > 0 and sizes[name] > 0:
-            ratio[name] = typical / sizes[name]
+        name, owner = history.parameters[i], history.owners[i]
+        norm = float(typical[owner][i]) if owner in typical else math.nan
+        if name in sizes and math.isfinite(norm) and norm > 0 and sizes[name] > 0:
+            ratio[name] = norm / sizes[name]
     return starved_of(ratio, [(name,) for name in ratio])
 
 

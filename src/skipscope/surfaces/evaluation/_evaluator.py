@@ -25,10 +25,10 @@ from skipscope._cached_weights import (
     tensors_kept,
 )
 from skipscope._data import Batch, Batches, Objective, forward
-from skipscope._errors import SkipscopeError
 from skipscope._option_words import BatchNorm
 from skipscope._random import generator_states, generators_moved, refuse_noise, seed_generators
 from skipscope._sharding import units
+from skipscope._validation import require_option
 from skipscope.shortcuts import average_statistics, norms_with_statistics
 from skipscope.surfaces.evaluation._moving_copy import MovingCopy
 from skipscope.surfaces.evaluation._moving_shards import MovingShards
@@ -68,10 +68,7 @@ def prepare_batch_norm(copy: nn.Module, mode: BatchNorm, statistics: Statistics 
     Raises:
         SkipscopeError: an unknown mode.
     """
-    if mode not in BATCH_NORM:
-        raise SkipscopeError(
-            "landscape", "unknown batch-norm mode", expected=" or ".join(BATCH_NORM), got=repr(mode)
-        )
+    require_option("landscape", "batch-norm mode", mode, BATCH_NORM)
     layers = norms_with_statistics(copy)
     for layer, values in zip(layers, statistics):
         for name, value in values.items():

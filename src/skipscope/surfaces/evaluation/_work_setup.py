@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from skipscope._data import Batches, Objective
-from skipscope._errors import SkipscopeError
 from skipscope._option_words import Precision
 from skipscope._untouched import untouched
+from skipscope._validation import require_option
 from skipscope.surfaces._landscape_settings import Settings
 from skipscope.surfaces.evaluation._autotune import Choice, choose
 from skipscope.surfaces.evaluation._evaluator import Point
@@ -59,26 +59,20 @@ def open_work(
 @contextmanager
 def precision_of(precision: Precision | None, model: nn.Module) -> Iterator[None]:
     """The explicit choice of lower precision; None is the model's own, with torch's present settings."""
+    require_option("landscape", "precision", precision, (None, "fp32", "tf32", *_PRECISIONS))
     device = next((p.device.type for p in model.parameters()), "cpu")
     if precision is None:
         yield
     elif precision in _PRECISIONS:
         with torch.autocast(device, _PRECISIONS[precision], cache_enabled=False):
             yield
-    elif precision in {"tf32", "fp32"}:
+    else:
         before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         try:
             yield
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    else:
-        raise SkipscopeError(
-            "landscape",
-            "unknown precision",
-            expected="None (the model's own), fp32, tf32, bf16 or fp16",
-            got=repr(precision),
-        )
 
 
 def choose_for_all(twins: list[TwinOnPlane], work: Work, count: int, wanted: str) -> dict[str, Choice]:

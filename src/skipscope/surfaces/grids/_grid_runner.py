@@ -19,6 +19,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._option_words import Engine
 from skipscope._progress import track
 from skipscope._ranks import RankGroup, is_lost_rank
+from skipscope._validation import require_option
 from skipscope.surfaces.grids._grid import Sheet
 from skipscope.surfaces.grids._rank_store import RankStore
 from skipscope.surfaces.grids._surface_store import Store
@@ -38,8 +39,7 @@ def engine_for(engine: Engine, stored: bool) -> Engine:
     """
     if engine == "auto":
         return "torchrun" if stored and int(os.environ.get("WORLD_SIZE", "1")) > 1 else "local"
-    if engine not in ENGINES:
-        raise SkipscopeError("landscape", "unknown engine", expected=" or ".join(ENGINES), got=repr(engine))
+    require_option("landscape", "engine", engine, ENGINES)
     if engine == "torchrun" and not stored:
         raise SkipscopeError(
             "landscape",

@@ -29,7 +29,7 @@ from skipscope._option_words import Normalization, Zeroable
 from skipscope._public_call import public_call
 from skipscope._ranks import meet, ranks_of, spread_like, whole
 from skipscope._sharding import class_name, refuse_unmovable
-from skipscope._validation import names_matching
+from skipscope._validation import names_matching, require_option
 
 Direction = Mapping[str, Tensor]
 NORMALIZATIONS = get_args(Normalization)
@@ -80,10 +80,7 @@ def random_direction(
     """
     refuse_unmovable(model, "landscape")
     meet("random_direction", ranks_of(model))
-    if normalize not in NORMALIZATIONS:
-        raise SkipscopeError(
-            "landscape", "unknown normalisation", expected=" or ".join(NORMALIZATIONS), got=repr(normalize)
-        )
+    require_option("landscape", "normalisation", normalize, NORMALIZATIONS)
     seeded = SeededDirection(moved_parameters(model, zero, parameters), seed, axis, normalize, like)
     return dict(seeded) if keep else seeded
 
@@ -147,13 +144,8 @@ def moved_parameters(
 ) -> dict[str, tuple[Tensor, int]]:
     """Each parameter that has a direction, with the dimension its filters lie in."""
     zero = set((zero,) if isinstance(zero, str) else zero)
-    if zero - set(ZEROABLE):
-        raise SkipscopeError(
-            "landscape",
-            "unknown kind of parameter to leave still",
-            expected=f"any of {ZEROABLE}",
-            got=sorted(zero),
-        )
+    for kind in zero:
+        require_option("landscape", "kind of parameter to leave still", kind, ZEROABLE)
     owners: dict[str, nn.Module] = {}
     for module_name, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
