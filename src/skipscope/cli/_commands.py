@@ -5,6 +5,7 @@ went.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import re
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from skipscope._option_words import ConnectionKind
     from skipscope.cli import Output, Source
     from skipscope.cli._command_subject import Subject
+
+# A command is a process of its own. What torch made while it was imported stays, and each full collection of
+# garbage walks through it, for a tenth of a second.
+gc.freeze()
 
 DEFAULT_FOLDER = Path("skipscope-out")
 _made: list[Path] = []  # folders that this command made, the innermost first

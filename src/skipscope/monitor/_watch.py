@@ -40,6 +40,8 @@ _log = logging.getLogger("skipscope.monitor")
 # The verdict is judged again at rows 1, 2, 4, 8, ..., then at every so many; at once when a gradient is not
 # finite.
 _JUDGE_EVERY = 64
+# Steps between two verdicts on the flow, after the first few; ``monitor.verdict`` is up to date at any time.
+_JUDGE_FLOW_EVERY = 8
 # In so many recorded steps a tensor that starts at zero by design may hold gradients back, and missing ones
 # are looked into.
 _EARLY_ROWS, _SEARCHES = 8, 3
@@ -75,7 +77,8 @@ class Monitor:
         self._first = world()[0] == 0
         self._sinks, self._on_verdict = list(sinks) if self._first else [], tuple(on_verdict)
         self._verdict = _live_verdict.UNKNOWN
-        self._rows, self._judged, self._judge_at_end = 0, 0, False
+        self._rows, self._flow_rows, self._flow_judged = 0, 0, 0
+        self._judged, self._judge_at_end = (0, 0), False
         self._open = True
         self._models = models
         before, found = RankGroup.everyone().done_by_first("watch", lambda: _begun(folder, resume))
@@ -332,7 +335,10 @@ class Monitor:
 
     def _deliver_flow(self, row: FlowRow) -> None:
         self._store.add_flow(row)
-        if self._rows:
+        self._flow_rows += 1
+        is_due = abs(row.step - self._flow_judged) >= _JUDGE_FLOW_EVERY or self._flow_rows < _JUDGE_FLOW_EVERY
+        if self._rows and (is_due or np.isinf(row.norm).any()):
+            self._flow_judged = row.step
             self._judge_soon()
 
     def _deliver(self, recorder: StepRecorder, step: Step) -> None:
@@ -404,7 +410,7 @@ class Monitor:
             recorder.hand_over(wait=True)
         if self._flow is not None:
             self._flow.hand_over(wait=True)
-        if self._open and self._judged != self._rows:
+        if self._open and self._judged != (self._rows, self._flow_rows):
             self._judge()
 
     def _judge_soon(self) -> None:
@@ -421,7 +427,7 @@ class Monitor:
             self._judge()
 
     def _judge(self) -> None:
-        self._judged = self._rows
+        self._judged = self._rows, self._flow_rows
         refusal = next((s.refusal for s in self._recorders if s.refusal), None)
         before = self._verdict.state
         if refusal is not None:
