@@ -363,3 +363,25 @@ def test_a_head_that_passes_next_to_nothing_on():
         == (verdict.state, verdict.where)
         == ("vanishing", "head")
     )
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_verdict_on_the_flow_is_current_when_asked_and_announced_within_eight_steps(asked):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[m for _ in range(12) for m in (nn.Linear(16, 16), nn.Tanh())], nn.Linear(16, 1))
+    for linear in model[:-1:2]:
+        nn.init.orthogonal_(linear.weight)
+    optimizer, events = torch.optim.SGD(model.parameters(), 1e-9), []
+    with watch(model, optimizer, flow_every=1, on_verdict=events.append) as monitor:
+        for step in range(1, 41):
+            if step == 21:
+                with torch.no_grad():
+                    for linear in model[:-1:2]:
+                        linear.weight *= 0.1
+            optimizer.zero_grad()
+            model(torch.randn(8, 16)).square().mean().backward()
+            optimizer.step()
+            if asked and step in {20, 22}:
+                assert monitor.verdict.state == ("healthy" if step == 20 else "vanishing")
+    (found,) = [event for event in events if event.verdict.state == "vanishing"]
+    assert found.step in ({21, 22} if asked else set(range(21, 30)))

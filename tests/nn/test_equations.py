@@ -242,7 +242,7 @@ def test_options_differ_where_the_shape_stays():
 
 
 def test_unknown_option_is_refused():
-    with pytest.raises(SkipscopeError, match='"A", "B" or "C"'):
+    with pytest.raises(SkipscopeError, match="'A', 'B' or 'C'"):
         sn.option("D", nn.Linear(4, 4), 4)
 
 

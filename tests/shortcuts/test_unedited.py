@@ -340,9 +340,9 @@ def test_a_pass_without_merges_is_nobodys_business():
 
 def test_a_typo_is_refused_and_near_names_are_told():
     found = find_shortcuts(chain(), X)
-    with pytest.raises(SkipscopeError, match=r"(?s)no kind 'identiy'.*did you mean 'identity'"):
+    with pytest.raises(SkipscopeError, match=r"(?s)unknown kind 'identiy'.*did you mean 'identity'"):
         found.select(kind="identiy")
-    with pytest.raises(SkipscopeError, match=r"(?s)no kind 'gate'.*did you mean 'gated'"):
+    with pytest.raises(SkipscopeError, match=r"(?s)unknown kind 'gate'.*did you mean 'gated'"):
         found.select(kind=["identity", "gate"])
     with pytest.raises(SkipscopeError, match=r"(?s)has a name that matches.*'layer\.\*'.*begin with 0"):
         found.select(name="layer.*")
