@@ -1,33 +1,118 @@
-"""Break random lines of the core, one at a time, in a copy of the tree, and see whether a test of its folder fails.
+"""Break random lines of the core, one at a time, in a copy of the tree, and see whether a test fails.
 
-``make mutate`` runs it. The mutations are those of cosmic-ray. A mutant is killed when a test fails or the run takes
-much longer than it did; those that survive are printed as diffs, to be looked at one by one.
+``make mutate`` runs it. The mutations are those of cosmic-ray. First every fast test of the core's folders runs once
+and says which lines it executes; then each mutant is tried against the tests that execute its line, the fastest first,
+in a fork of a process that has imported torch already. A mutant is killed when a test fails, takes much longer than it
+did, or the process ends; those that survive are printed as diffs, to be looked at one by one.
 
-    python .ci/mutate.py --count 300 --seed 0 [--only src/skipscope/flow]
+    python .ci/mutate.py --count 300 --seed 0 --work FOLDER [--only src/skipscope/flow]
+
+The folder keeps the copy, the map and what came of each mutant: the same command again resumes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import compileall
+import contextlib
+import importlib
 import json
 import os
 import random
+import resource
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from cosmic_ray.commands import init
-from cosmic_ray.mutating import mutate_and_test
-from cosmic_ray.work_db import WorkDB, use_db
-from cosmic_ray.work_item import TestOutcome
-
-CORE = ("flow", "shortcuts", "curvature", "surfaces", "monitor", "comparison", "nn")
+CORE = ("nn", "flow", "comparison", "monitor", "curvature", "surfaces", "shortcuts")
 # Neither changes what a program does: annotations, and the text of a message.
 LEFT_OUT = ("core/VariableReplacer", "core/VariableInserter", "core/ReplaceBinaryOperator_BitOr")
+IMPORTED_ONCE = ("numpy", "torch", "scipy.sparse.linalg", "pytest", "hypothesis", "cattrs", "jinja2", "rich")
+# A test that takes longer is left out of the map; seconds of one file's tests that are tried before another file's.
+LONGEST, A_FILE_FIRST = 20, 2.0
+MEMORY = 12 * 2**30
+
+
+@dataclass
+class Coverage:
+    """What each test executes.
+
+    Attributes:
+        seconds: how long each test takes, by its id; tests that failed are not among them.
+        lines: the tests that execute a line, by file and line.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    lines: dict[str, dict[int, list[str]]] = field(default_factory=lambda: defaultdict(dict))
+
+    def add(self, other: dict[str, Any]) -> None:
+        """Join what another folder's tests execute."""
+        self.seconds |= other["seconds"]
+        for file, lines in other["lines"].items():
+            for line, tests in lines.items():
+                known = [test for test in tests if test in self.seconds]
+                self.lines[file].setdefault(int(line), []).extend(known)
+
+    def tests_of(self, file: str, line: int, source: str) -> list[str]:
+        """The tests that execute the statement of a line; the module's, where it runs in an import or elsewhere."""
+        executed = self.lines.get(file, {})
+        found = {test for at in statement(source, line) for test in executed.get(at, ())}
+        return sorted(found or {test for tests in executed.values() for test in tests})
+
+
+def statement(source: str, line: int) -> range:
+    """The lines of the smallest statement around a line: of a definition's head all, of another's head the head."""
+    around = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.stmt) and _first(node) <= line <= (node.end_lineno or 0)
+    ]
+    if not around:
+        return range(line, line + 1)
+    node = min(around, key=lambda node: (node.end_lineno or 0) - _first(node))
+    end = node.end_lineno or line
+    body = getattr(node, "body", None)
+    if body and not isinstance(node, ast.FunctionDef | ast.ClassDef):
+        end = max(line, _first(body[0]) - 1)
+    return range(_first(node), end + 1)
+
+
+def _first(node: ast.stmt) -> int:
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+
+
+def in_order(tests: Iterable[str], seconds: dict[str, float], file: str, budget: float) -> list[str]:
+    """Tests of at most ``budget`` seconds in all: those of the module's own folder first, then those of files that
+    are named like it. A first round takes the fastest of each file, a second round what is left.
+    """
+    words = set(Path(file).stem.strip("_").split("_"))
+
+    def rank(path: str) -> tuple[bool, bool, str]:
+        return Path(path).parts[1] != Path(file).parts[2], not words & set(Path(path).stem.split("_")), path
+
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for test in sorted(tests, key=lambda test: (seconds[test], test)):
+        by_file[test.partition("::")[0]].append(test)
+    rounds: tuple[list[str], list[str]] = [], []
+    for path in sorted(by_file, key=rank):
+        spent = 0.0
+        for test in by_file[path]:
+            rounds[bool(spent > A_FILE_FIRST)].append(test)
+            spent += seconds[test]
+    chosen, spent = [], 0.0
+    for test in [*rounds[0], *rounds[1]]:
+        if not chosen or spent + seconds[test] <= budget:
+            chosen.append(test)
+            spent += seconds[test]
+    return chosen
 
 
 def main() -> None:
@@ -36,75 +121,286 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="files whose path begins so")
-    parser.add_argument("--jobs", type=int, default=2, help="processes of a test run")
-    parser.add_argument("--json", type=Path, help="also write what came of each")
+    parser.add_argument("--budget", type=float, default=45.0, help="seconds of tests for a mutant")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="where the copy of the tree, the map and the outcomes are kept; default: a new folder",
+    )
     given = parser.parse_args()
-    root = Path(__file__).resolve().parents[1]
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "tree"
-        shutil.copytree(
-            root, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", ".hypothesis", "*.zarr")
-        )
-        os.chdir(copy)
-        os.environ |= {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
-        # Nothing is written beside the sources later: a mutant as long as what it replaces is compiled all the same.
-        compileall.compile_dir("src", quiet=1)
-        report = [_try(item, given.jobs) for item in _drawn(Path(folder), given)]
+    work = (given.work or Path(tempfile.mkdtemp(prefix="mutate-"))).absolute()
+    print(f"To resume: --work {work}", flush=True)
+    _enter_copy(work / "tree")
+    mutants = _drawn(work, given)
+    coverage = Coverage()
+    for room in CORE:
+        coverage.add(_kept(work / f"map-{room}.json", lambda room=room: _forked(lambda: _map(room), 3600)))
+    print(
+        f"{len(coverage.seconds)} tests, {sum(coverage.seconds.values()):.0f} s; {len(mutants)} mutants",
+        flush=True,
+    )
+    log = work / f"outcomes-{given.seed}.jsonl"
+    report = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {one["mutant"] for one in report}
+    for mutant in mutants:
+        if _name(mutant) in done:
+            continue
+        report.append(_try(mutant, coverage, given.budget))
+        with log.open("a") as file:
+            file.write(json.dumps(report[-1]) + "\n")
+    wanted = {_name(mutant) for mutant in mutants}
+    report = [one for one in report if one["mutant"] in wanted]
     killed = sum(one["outcome"] != "survived" for one in report)
     print(f"{killed} of {len(report)} killed ({killed / max(len(report), 1):.0%})")
-    if given.json:
-        given.json.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(0 if killed >= 0.9 * len(report) else 1)
 
 
-def _drawn(folder: Path, given: argparse.Namespace) -> list:
-    files = [
-        p
-        for room in CORE
-        for p in sorted(Path("src/skipscope", room).rglob("*.py"))
-        if p.name != "__init__.py"
-    ]
-    with use_db(folder / "mutants.sqlite", mode=WorkDB.Mode.create) as mutants:
-        init([p for p in files if str(p).startswith(given.only)], mutants, {})
-        items = [
-            item for item in mutants.work_items if not item.mutations[0].operator_name.startswith(LEFT_OUT)
-        ]
-    items.sort(
-        key=lambda item: (
-            str(item.mutations[0].module_path),
-            item.mutations[0].operator_name,
-            item.mutations[0].occurrence,
-        )
+def _enter_copy(tree: Path) -> None:
+    """Work in a copy of the source tree, with the packages that change nothing imported once."""
+    if not tree.exists():
+        root = Path(__file__).resolve().parents[1]
+        left_out = shutil.ignore_patterns(".git", "__pycache__", ".hypothesis", "*.zarr", "_build")
+        shutil.copytree(root, tree, ignore=left_out)
+        # Nothing is written beside the sources later: a mutant as long as what it replaces is compiled all the same.
+        compileall.compile_dir(tree / "src", quiet=1)
+    os.chdir(tree)
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = [str(tree / "src"), *(p for p in others if p and not p.rstrip("/").endswith("/src"))]
+    os.environ |= {
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    sys.path[:] = path + [p for p in sys.path if not p.rstrip("/").endswith("/src")]
+    sys.dont_write_bytecode = True
+    for name in IMPORTED_ONCE:
+        importlib.import_module(name)
+    importlib.import_module("torch").set_num_threads(1)
+
+
+def _kept(path: Path, make: Callable[[], Any]) -> Any:
+    if not path.exists():
+        path.write_text(json.dumps(make()))
+    return json.loads(path.read_text())
+
+
+# --- mutants --------------------------------------------------------------------------------------------------------
+
+
+def _drawn(work: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
+    every = _kept(work / "mutants.json", lambda: _forked(lambda: _mutants(work), 3600))
+    every = [mutant for mutant in every if mutant["file"].startswith(given.only)]
+    return random.Random(given.seed).sample(every, min(given.count, len(every)))
+
+
+def _mutants(work: Path) -> list[dict[str, Any]]:
+    from cosmic_ray.commands import init
+    from cosmic_ray.work_db import WorkDB, use_db
+
+    rooms = [Path("src/skipscope", room).rglob("*.py") for room in CORE]
+    files = sorted(p for paths in rooms for p in paths if p.name != "__init__.py")
+    with use_db(work / "mutants.sqlite", mode=WorkDB.Mode.create) as database:
+        init(files, database, {})
+        mutations = [item.mutations[0] for item in database.work_items]
+    return sorted(
+        (
+            {
+                "file": str(m.module_path),
+                "operator": m.operator_name,
+                "arguments": dict(m.operator_args or {}),
+                "occurrence": m.occurrence,
+                "line": m.start_pos[0],
+            }
+            for m in mutations
+            if not m.operator_name.startswith(LEFT_OUT)
+        ),
+        key=lambda m: (m["file"], m["operator"], m["occurrence"]),
     )
-    return random.Random(given.seed).sample(items, min(given.count, len(items)))
 
 
-_seconds: dict[str, float] = {}
+def _name(mutant: dict[str, Any]) -> str:
+    return "{file}:{line} {operator} {occurrence}".format(**mutant)
 
 
-def _test_files(module: Path) -> list[str]:
-    """The test files of a module's folder, those named like the module first: a mutant is killed sooner."""
-    words = set(module.stem.strip("_").split("_"))
-    files = sorted(Path("tests", module.parts[2]).glob("test_*.py"))
-    return [str(path) for path in sorted(files, key=lambda path: not words & set(path.stem.split("_")))]
+def _try(mutant: dict[str, Any], coverage: Coverage, budget: float) -> dict[str, Any]:
+    """Break the line, run its tests in a fork, put the line back."""
+    from cosmic_ray.mutating import _make_diff, mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    path, begun = Path(mutant["file"]), time.monotonic()
+    source = path.read_text(encoding="utf-8")
+    broken = mutate_code(
+        source, get_operator(mutant["operator"])(**mutant["arguments"]), mutant["occurrence"]
+    )
+    diff = "\n".join(_make_diff(source, broken, mutant["file"]))
+    found = coverage.tests_of(mutant["file"], mutant["line"], source)
+    tests = in_order(found, coverage.seconds, mutant["file"], budget)
+    times = path.stat()
+    try:
+        path.write_text(broken, encoding="utf-8")
+        limit = 30 + 3 * sum(coverage.seconds[test] for test in tests)
+        by = _forked(lambda: _first_failure(tests, coverage.seconds), limit) if tests else ""
+    finally:
+        path.write_text(source, encoding="utf-8")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # its compiled form is valid again
+    outcome = "survived" if by == "" else "killed"
+    seconds = time.monotonic() - begun
+    print(
+        f"{outcome:8}  {_name(mutant)}  {len(tests)} of {len(found)} tests, {seconds:.1f} s  {by or ''}",
+        flush=True,
+    )
+    if by == "":
+        print(diff, flush=True)
+    return {"mutant": _name(mutant), "outcome": outcome, "by": by, "tests": len(tests), "of": len(found),
+            "seconds": seconds, "diff": diff}  # fmt: skip
 
 
-def _try(item, jobs: int) -> dict[str, str]:
-    (mutation,) = item.mutations
-    module = Path(mutation.module_path)
-    room = module.parts[2]
-    tests = f"{sys.executable} -m pytest -x -q -p no:cacheprovider -n {jobs} {' '.join(_test_files(module))}"
-    if room not in _seconds:
-        begun = time.monotonic()
-        subprocess.run(tests.split(), check=True, capture_output=True)
-        _seconds[room] = time.monotonic() - begun
-    result = mutate_and_test(item.mutations, tests, 2 * _seconds[room] + 60)
-    survived = result.test_outcome is TestOutcome.SURVIVED
-    where = f"{mutation.module_path}:{mutation.start_pos[0]} {mutation.operator_name}"
-    print(f"{'SURVIVED' if survived else 'killed'}  {where}", flush=True)
-    if survived:
-        print(result.diff, flush=True)
-    return {"where": where, "outcome": "survived" if survived else "killed", "diff": result.diff or ""}
+# --- in a fork ------------------------------------------------------------------------------------------------------
+
+
+def _forked(function: Callable[[], Any], limit: float) -> Any:
+    """What a function returns in a fork of this process; a text if it ended otherwise, or not in time."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        child = os.fork()
+        if not child:
+            os.setsid()
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            silent = os.open(Path(folder) / "output", os.O_WRONLY | os.O_CREAT)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+            try:
+                answer.write_text(json.dumps(function()))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        end = time.monotonic() + limit
+        ended = 0
+        while not ended and time.monotonic() < end:
+            ended = os.waitpid(child, os.WNOHANG)[0]
+            time.sleep(0.02)
+        with contextlib.suppress(ProcessLookupError):  # what it started may go on
+            os.killpg(child, signal.SIGKILL)
+        if not ended:
+            os.waitpid(child, 0)
+            return f"not done after {limit:.0f} s"
+        return json.loads(answer.read_text()) if answer.exists() else "the process ended"
+
+
+def _pytest(arguments: Iterable[str], plugin: object) -> None:
+    import pytest
+
+    pytest.main(["-n0", "-p", "no:cacheprovider", "--tb=no", *arguments], plugins=[plugin])
+
+
+def _first_failure(tests: list[str], seconds: dict[str, float]) -> str:
+    """The first of some tests that fails, or the file that cannot be imported; "" if all pass."""
+    import pytest
+
+    place = {test: i for i, test in enumerate(tests)}
+
+    class Chosen:
+        failed = ""
+
+        @pytest.hookimpl(trylast=True)
+        def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+            items[:] = sorted((i for i in items if i.nodeid in place), key=lambda item: place[item.nodeid])
+            for item in items:
+                item.add_marker(pytest.mark.timeout(10 + 5 * seconds[item.nodeid]), append=False)
+
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            self._note(report)
+
+        def pytest_collectreport(self, report: Any) -> None:
+            self._note(report)
+
+        def _note(self, report: Any) -> None:
+            if report.failed and not self.failed:
+                self.failed = report.nodeid or "collection"
+
+    chosen = Chosen()
+    _pytest(["-x", *dict.fromkeys(test.partition("::")[0] for test in tests)], chosen)
+    return chosen.failed
+
+
+def _map(room: str) -> dict[str, Any]:
+    """What each fast test of a folder executes, and for how long."""
+    import coverage
+    import pytest
+
+    measured = coverage.Coverage(data_file=None, source=["src/skipscope"], config_file=False)
+    seconds: dict[str, float] = {}
+    failed: set[str] = set()
+
+    class Mapper:
+        context = "import"
+
+        def _switch(self, context: str) -> str:
+            before, self.context = self.context, context
+            measured.switch_context(context)
+            return before
+
+        @pytest.hookimpl(wrapper=True)
+        def pytest_make_collect_report(self, collector: Any):
+            # What a test file computes as it is read, and a fixture for all its tests, counts for all of them.
+            before = self._switch(collector.nodeid if isinstance(collector, pytest.Module) else self.context)
+            try:
+                return (yield)
+            finally:
+                self._switch(before)
+
+        @pytest.hookimpl(wrapper=True)
+        def pytest_fixture_setup(self, fixturedef: Any, request: Any):
+            before = self.context
+            if fixturedef.scope != "function":
+                self._switch(request.node.nodeid.partition("::")[0])
+            try:
+                return (yield)
+            finally:
+                self._switch(before)
+
+        @pytest.hookimpl(trylast=True)
+        def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+            for item in items:
+                item.add_marker(pytest.mark.timeout(LONGEST), append=False)
+
+        @pytest.hookimpl(wrapper=True)
+        def pytest_runtest_protocol(self, item: Any):
+            self._switch(item.nodeid)
+            begun = time.monotonic()
+            try:
+                return (yield)
+            finally:
+                seconds[item.nodeid] = time.monotonic() - begun
+                self._switch("import")
+
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:
+                failed.add(report.nodeid)
+
+    measured.start()
+    try:
+        measured.switch_context("import")
+        importlib.import_module("skipscope.cli._commands")
+        _pytest([f"tests/{room}"], Mapper())
+    finally:
+        measured.stop()
+    in_file: dict[str, list[str]] = defaultdict(list)
+    for test in seconds:
+        in_file[test.partition("::")[0]].append(test)
+    data = measured.get_data()
+    lines = {
+        str(Path(file).relative_to(Path.cwd())): {
+            line: sorted({t for c in contexts for t in ([c] if c in seconds else in_file.get(c, ()))})
+            for line, contexts in data.contexts_by_lineno(file).items()
+        }
+        for file in data.measured_files()
+    }
+    return {
+        "seconds": {t: s for t, s in seconds.items() if t not in failed},
+        "lines": lines,
+        "failed": sorted(failed),
+    }
 
 
 if __name__ == "__main__":

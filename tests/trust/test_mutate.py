@@ -1,0 +1,86 @@
+"""Which tests a mutant is tried against, and what counts as killed."""
+
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location("mutate", Path(__file__).parents[2] / ".ci" / "mutate.py")
+mutate = importlib.util.module_from_spec(_spec)
+sys.modules["mutate"] = mutate  # dataclasses look there
+_spec.loader.exec_module(mutate)
+
+SOURCE = """\
+LIMIT = 3
+
+
+@cache
+def first(x):
+    if x > (
+        LIMIT
+    ):
+        return [
+            x,
+            1,
+        ]
+    return x
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "lines"),
+    [(1, [1]), (4, range(4, 14)), (5, range(4, 14)), (7, [6, 7, 8]), (11, [9, 10, 11, 12]), (13, [13])],
+)
+def test_the_statement_around_a_line(line, lines):
+    assert list(mutate.statement(SOURCE, line)) == list(lines)
+
+
+def coverage():
+    kept = mutate.Coverage()
+    lines = {"src/a.py": {"1": [], "6": ["tests/f/t.py::x", "tests/f/t.py::y"], "9": ["tests/f/t.py::y"]}}
+    kept.add({"seconds": {"tests/f/t.py::x": 1.0, "tests/f/t.py::y": 2.0}, "lines": lines})
+    more = {"src/a.py": {"9": ["tests/g/t.py::failed", "tests/g/t.py::z"]}}
+    kept.add({"seconds": {"tests/g/t.py::z": 3.0}, "lines": more})
+    return kept
+
+
+def test_a_mutant_meets_the_tests_that_execute_its_statement():
+    assert coverage().tests_of("src/a.py", 11, SOURCE) == ["tests/f/t.py::y", "tests/g/t.py::z"]
+    assert coverage().tests_of("src/a.py", 7, SOURCE) == ["tests/f/t.py::x", "tests/f/t.py::y"]
+
+
+def test_what_an_import_executes_is_tried_against_every_test_of_the_module():
+    assert coverage().tests_of("src/a.py", 1, SOURCE) == [
+        "tests/f/t.py::x",
+        "tests/f/t.py::y",
+        "tests/g/t.py::z",
+    ]
+    assert coverage().tests_of("src/b.py", 1, SOURCE) == []
+
+
+def test_own_files_come_first_and_the_fastest_of_each_file_before_the_rest():
+    seconds = {
+        "tests/nn/test_a.py::far": 0.1,
+        "tests/flow/test_b.py::slow": 3.0,
+        "tests/flow/test_b.py::slower": 4.0,
+        "tests/flow/test_b.py::fast": 0.5,
+        "tests/flow/test_split.py::named": 1.0,
+    }
+    file = "src/skipscope/flow/split/_gradient_split.py"
+    ordered = ["split.py::named", "b.py::fast", "b.py::slow", "b.py::slower"]
+    ordered = [f"tests/flow/test_{name}" for name in ordered]
+    ordered.insert(3, "tests/nn/test_a.py::far")
+    assert mutate.in_order(seconds, seconds, file, 100) == ordered
+    assert mutate.in_order(seconds, seconds, file, 4.6) == [*ordered[:3], ordered[3]]
+    assert mutate.in_order(seconds, seconds, file, 0.1) == ordered[:1]
+
+
+def test_a_fork_returns_is_killed_in_time_or_is_said_to_have_ended():
+    assert mutate._forked(lambda: {"a": 1}, 20) == {"a": 1}
+    begun = time.monotonic()
+    assert "not done" in mutate._forked(lambda: time.sleep(60), 0.3)
+    assert time.monotonic() - begun < 20
+    assert mutate._forked(lambda: os.abort(), 20) == "the process ended"
