@@ -49,6 +49,20 @@ def test_a_pipe_in_a_folder_is_refused(kept, tmp_path, file):
         ss.load(folder)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/kmsg"), reason="this system has no such file")
+@pytest.mark.parametrize("file", ["monitor.json", "events.jsonl", "gradients-0-000.rows"])
+def test_a_file_without_a_size_in_a_folder_is_not_read(kept, tmp_path, file):
+    """Reading it waits for ever: it counts as empty, which only monitor.json may not be."""
+    folder = shutil.copytree(kept, tmp_path / "run")
+    (folder / file).unlink()
+    (folder / file).symlink_to("/proc/kmsg")
+    if file == "monitor.json":
+        with pytest.raises(ss.SkipscopeError, match="empty"):
+            ss.load(folder)
+    else:
+        assert len(ss.load(folder)) == (0 if file.endswith("rows") else 4)
+
+
 def test_a_folder_with_values_of_other_types_is_refused_or_prints(kept, tmp_path):
     """One value of monitor.json, of an event or of a file's first line is of another type, in 200 folders."""
     draw, others = random.Random(0), (None, "text", -1, 1e400, [], {}, True, [[]], {"a": 1})

@@ -33,6 +33,7 @@ ABOUT = "monitor.json"
 EVENTS = "events.jsonl"
 # From 3 on, what is written carries checksums.
 FORMAT = 3
+_EXPECTED = "a file that a monitor wrote"
 
 Columns = Sequence[tuple[dict[str, Any], np.ndarray]]  # (what the columns are, [rows, width])
 
@@ -417,6 +418,7 @@ def read_about(folder: Path) -> tuple[dict[str, Any], list[str]]:
         SkipscopeError: it was written in a later format.
         ValueError: it is no JSON object.
     """
+    refuse_devices(folder / ABOUT, operation="load", expected=_EXPECTED)
     text = (folder / ABOUT).read_text(encoding="utf-8")
     about = json.loads(text)
     if not isinstance(about, dict):
@@ -433,7 +435,9 @@ def _files(
 ) -> list[tuple[dict[str, Any], np.ndarray]]:
     found: list[tuple[dict[str, Any], np.ndarray]] = []
     for file in sorted(folder.glob(f"{kind}-*.rows")):
-        refuse_devices(file, operation="load", expected="a file that a monitor wrote")
+        if _is_empty(file):
+            continue
+        refuse_devices(file, operation="load", expected=_EXPECTED)
         with open(file, "rb") as begun:
             first = begun.readline()
         if (columns := columns_of(first, file.name)) is None:
@@ -460,6 +464,10 @@ def _files(
     return found
 
 
+def _is_empty(file: Path) -> bool:
+    return file.is_file() and not file.stat().st_size
+
+
 def _events(
     file: Path, notes: list[str]
 ) -> tuple[list[VerdictEvent], dict[str, Any] | None, WeightLines | None]:
@@ -468,8 +476,10 @@ def _events(
     A torn last line is left out; so is a line that has changed, with a note.
     """
     events, end, lines = [], None, None
-    refuse_devices(file, operation="load", expected="a file that a monitor wrote")
-    *whole, _ = (file.read_bytes() if file.exists() else b"").split(b"\n")
+    if not file.exists() or _is_empty(file):
+        return [], None, None
+    refuse_devices(file, operation="load", expected=_EXPECTED)
+    *whole, _ = file.read_bytes().split(b"\n")
     changed = 0
     for line in whole:
         try:

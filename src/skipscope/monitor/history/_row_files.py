@@ -37,7 +37,7 @@ def sealed(content: dict[str, Any]) -> str:
 
     Example:
         >>> sealed({"step": 3})
-        '{"crc32": 3430610990, "step": 3}'
+        '{"crc32": 145879999, "step": 3}'
         >>> unsealed(sealed({"step": 3}))
         {'step': 3}
     """
