@@ -16,8 +16,10 @@ import argparse
 import ast
 import compileall
 import contextlib
+import functools
 import importlib
 import json
+import operator
 import os
 import random
 import resource
@@ -28,7 +30,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,31 +43,32 @@ LONGEST, A_FILE_FIRST = 20, 2.0
 MEMORY = 12 * 2**30
 
 
-@dataclass
-class Coverage:
-    """What each test executes.
+@dataclass(frozen=True)
+class Executed:
+    """What each test of a folder executes.
 
     Attributes:
-        seconds: how long each test takes, by its id; tests that failed are not among them.
-        lines: the tests that execute a line, by file and line.
+        seconds: how long each test takes, by its id.
+        failed: tests that fail though nothing is broken: none of these is tried.
+        lines: by file and line, the tests that execute it: bit i is the i-th of ``seconds``, as a hexadecimal number.
     """
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    lines: dict[str, dict[int, list[str]]] = field(default_factory=lambda: defaultdict(dict))
-
-    def add(self, other: dict[str, Any]) -> None:
-        """Join what another folder's tests execute."""
-        self.seconds |= other["seconds"]
-        for file, lines in other["lines"].items():
-            for line, tests in lines.items():
-                known = [test for test in tests if test in self.seconds]
-                self.lines[file].setdefault(int(line), []).extend(known)
+    seconds: dict[str, float]
+    failed: list[str]
+    lines: dict[str, dict[str, str]]
 
     def tests_of(self, file: str, line: int, source: str) -> list[str]:
         """The tests that execute the statement of a line; the module's, where it runs in an import or elsewhere."""
-        executed = self.lines.get(file, {})
-        found = {test for at in statement(source, line) for test in executed.get(at, ())}
-        return sorted(found or {test for tests in executed.values() for test in tests})
+        lines = self.lines.get(file, {})
+        found = self._tests(lines.get(str(at), "0") for at in statement(source, line))
+        return found or self._tests(lines.values())
+
+    def _tests(self, masks: Iterable[str]) -> list[str]:
+        together = 0
+        for mask in masks:
+            together |= int(mask, 16)
+        tests = (test for i, test in enumerate(self.seconds) if together >> i & 1)
+        return [test for test in tests if test not in set(self.failed)]
 
 
 def statement(source: str, line: int) -> range:
@@ -132,20 +135,19 @@ def main() -> None:
     print(f"To resume: --work {work}", flush=True)
     _enter_copy(work / "tree")
     mutants = _drawn(work, given)
-    coverage = Coverage()
-    for room in CORE:
-        coverage.add(_kept(work / f"map-{room}.json", lambda room=room: _forked(lambda: _map(room), 3600)))
-    print(
-        f"{len(coverage.seconds)} tests, {sum(coverage.seconds.values()):.0f} s; {len(mutants)} mutants",
-        flush=True,
-    )
+    rooms = [
+        Executed(**_kept(work / f"map-{room}.json", lambda room=room: _forked(lambda: _map(room), 3600)))
+        for room in CORE
+    ]
+    seconds = {test: taken for room in rooms for test, taken in room.seconds.items()}
+    print(f"{len(seconds)} tests, {sum(seconds.values()):.0f} s; {len(mutants)} mutants", flush=True)
     log = work / f"outcomes-{given.seed}.jsonl"
     report = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {one["mutant"] for one in report}
     for mutant in mutants:
         if _name(mutant) in done:
             continue
-        report.append(_try(mutant, coverage, given.budget))
+        report.append(_try(mutant, rooms, seconds, given.budget))
         with log.open("a") as file:
             file.write(json.dumps(report[-1]) + "\n")
     wanted = {_name(mutant) for mutant in mutants}
@@ -222,7 +224,9 @@ def _name(mutant: dict[str, Any]) -> str:
     return "{file}:{line} {operator} {occurrence}".format(**mutant)
 
 
-def _try(mutant: dict[str, Any], coverage: Coverage, budget: float) -> dict[str, Any]:
+def _try(
+    mutant: dict[str, Any], rooms: list[Executed], seconds: dict[str, float], budget: float
+) -> dict[str, Any]:
     """Break the line, run its tests in a fork, put the line back."""
     from cosmic_ray.mutating import _make_diff, mutate_code
     from cosmic_ray.plugins import get_operator
@@ -233,26 +237,26 @@ def _try(mutant: dict[str, Any], coverage: Coverage, budget: float) -> dict[str,
         source, get_operator(mutant["operator"])(**mutant["arguments"]), mutant["occurrence"]
     )
     diff = "\n".join(_make_diff(source, broken, mutant["file"]))
-    found = coverage.tests_of(mutant["file"], mutant["line"], source)
-    tests = in_order(found, coverage.seconds, mutant["file"], budget)
+    found = [test for room in rooms for test in room.tests_of(mutant["file"], mutant["line"], source)]
+    tests = in_order(found, seconds, mutant["file"], budget)
     times = path.stat()
     try:
         path.write_text(broken, encoding="utf-8")
-        limit = 30 + 3 * sum(coverage.seconds[test] for test in tests)
-        by = _forked(lambda: _first_failure(tests, coverage.seconds), limit) if tests else ""
+        limit = 30 + 3 * sum(seconds[test] for test in tests)
+        by = _forked(lambda: _first_failure(tests, seconds), limit) if tests else ""
     finally:
         path.write_text(source, encoding="utf-8")
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # its compiled form is valid again
     outcome = "survived" if by == "" else "killed"
-    seconds = time.monotonic() - begun
+    taken = time.monotonic() - begun
     print(
-        f"{outcome:8}  {_name(mutant)}  {len(tests)} of {len(found)} tests, {seconds:.1f} s  {by or ''}",
+        f"{outcome:8}  {_name(mutant)}  {len(tests)} of {len(found)} tests, {taken:.1f} s  {by or ''}",
         flush=True,
     )
     if by == "":
         print(diff, flush=True)
     return {"mutant": _name(mutant), "outcome": outcome, "by": by, "tests": len(tests), "of": len(found),
-            "seconds": seconds, "diff": diff}  # fmt: skip
+            "seconds": taken, "diff": diff}  # fmt: skip
 
 
 # --- in a fork ------------------------------------------------------------------------------------------------------
@@ -385,22 +389,19 @@ def _map(room: str) -> dict[str, Any]:
         _pytest([f"tests/{room}"], Mapper())
     finally:
         measured.stop()
-    in_file: dict[str, list[str]] = defaultdict(list)
-    for test in seconds:
-        in_file[test.partition("::")[0]].append(test)
+    mask: dict[str, int] = defaultdict(int)
+    for i, test in enumerate(seconds):
+        mask[test] |= 1 << i
+        mask[test.partition("::")[0]] |= 1 << i
     data = measured.get_data()
     lines = {
         str(Path(file).relative_to(Path.cwd())): {
-            line: sorted({t for c in contexts for t in ([c] if c in seconds else in_file.get(c, ()))})
+            str(line): hex(functools.reduce(operator.or_, (mask[context] for context in contexts), 0))
             for line, contexts in data.contexts_by_lineno(file).items()
         }
         for file in data.measured_files()
     }
-    return {
-        "seconds": {t: s for t, s in seconds.items() if t not in failed},
-        "lines": lines,
-        "failed": sorted(failed),
-    }
+    return {"seconds": seconds, "failed": sorted(failed), "lines": lines}
 
 
 if __name__ == "__main__":

@@ -38,27 +38,22 @@ def test_the_statement_around_a_line(line, lines):
     assert list(mutate.statement(SOURCE, line)) == list(lines)
 
 
-def coverage():
-    kept = mutate.Coverage()
-    lines = {"src/a.py": {"1": [], "6": ["tests/f/t.py::x", "tests/f/t.py::y"], "9": ["tests/f/t.py::y"]}}
-    kept.add({"seconds": {"tests/f/t.py::x": 1.0, "tests/f/t.py::y": 2.0}, "lines": lines})
-    more = {"src/a.py": {"9": ["tests/g/t.py::failed", "tests/g/t.py::z"]}}
-    kept.add({"seconds": {"tests/g/t.py::z": 3.0}, "lines": more})
-    return kept
+def executed(failed=()):
+    seconds = {"tests/f/t.py::x": 1.0, "tests/f/t.py::y": 2.0, "tests/f/t.py::z": 3.0}
+    return mutate.Executed(
+        seconds, list(failed), {"src/a.py": {"1": "0x0", "6": "0x3", "9": "0x2", "11": "0x4"}}
+    )
 
 
 def test_a_mutant_meets_the_tests_that_execute_its_statement():
-    assert coverage().tests_of("src/a.py", 11, SOURCE) == ["tests/f/t.py::y", "tests/g/t.py::z"]
-    assert coverage().tests_of("src/a.py", 7, SOURCE) == ["tests/f/t.py::x", "tests/f/t.py::y"]
+    assert executed().tests_of("src/a.py", 10, SOURCE) == ["tests/f/t.py::y", "tests/f/t.py::z"]
+    assert executed().tests_of("src/a.py", 7, SOURCE) == ["tests/f/t.py::x", "tests/f/t.py::y"]
+    assert executed(["tests/f/t.py::x"]).tests_of("src/a.py", 7, SOURCE) == ["tests/f/t.py::y"]
 
 
 def test_what_an_import_executes_is_tried_against_every_test_of_the_module():
-    assert coverage().tests_of("src/a.py", 1, SOURCE) == [
-        "tests/f/t.py::x",
-        "tests/f/t.py::y",
-        "tests/g/t.py::z",
-    ]
-    assert coverage().tests_of("src/b.py", 1, SOURCE) == []
+    assert executed().tests_of("src/a.py", 1, SOURCE) == list(executed().seconds)
+    assert executed().tests_of("src/b.py", 1, SOURCE) == []
 
 
 def test_own_files_come_first_and_the_fastest_of_each_file_before_the_rest():
