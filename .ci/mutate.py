@@ -16,6 +16,7 @@ import argparse
 import ast
 import compileall
 import contextlib
+import ctypes
 import functools
 import importlib
 import json
@@ -269,6 +270,7 @@ def _forked(function: Callable[[], Any], limit: float) -> Any:
         child = os.fork()
         if not child:
             os.setsid()
+            _end_with_parent()
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             silent = os.open(Path(folder) / "output", os.O_WRONLY | os.O_CREAT)
             os.dup2(silent, 1)
@@ -289,6 +291,12 @@ def _forked(function: Callable[[], Any], limit: float) -> Any:
             os.waitpid(child, 0)
             return f"not done after {limit:.0f} s"
         return json.loads(answer.read_text()) if answer.exists() else "the process ended"
+
+
+def _end_with_parent() -> None:
+    """A session of its own does not get the parent's signals: Linux sends one when the parent ends."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _pytest(arguments: Iterable[str], plugin: object) -> None:
