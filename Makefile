@@ -27,7 +27,7 @@ trust:       ## try every hazard many times and print the table: under half an h
 	cd tests && PYTHONPATH=../src $(PYTHON) -m trust --markdown ../docs/trust.md
 
 mutate:      ## break 300 random lines, one at a time, and see whether a test fails: an hour or two
-	$(PYTHON) -m pip install cosmic-ray coverage
+	$(PYTHON) -m pip install cosmic-ray
 	$(PYTHON) .ci/mutate.py --count 300
 
 audit:       ## known vulnerabilities of the pinned dependencies; fails where one could not be looked up

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import compileall
 import contextlib
 import ctypes
-import functools
 import importlib
 import json
-import operator
 import os
 import random
 import resource
@@ -136,26 +135,32 @@ def main() -> None:
     print(f"To resume: --work {work}", flush=True)
     _enter_copy(work / "tree")
     mutants = _drawn(work, given)
-    rooms = [
-        Executed(**_kept(work / f"map-{room}.json", lambda room=room: _forked(lambda: _map(room), 3600)))
-        for room in CORE
-    ]
-    seconds = {test: taken for room in rooms for test, taken in room.seconds.items()}
-    print(f"{len(seconds)} tests, {sum(seconds.values()):.0f} s; {len(mutants)} mutants", flush=True)
     log = work / f"outcomes-{given.seed}.jsonl"
     report = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {one["mutant"] for one in report}
-    for mutant in mutants:
-        if _name(mutant) in done:
-            continue
-        report.append(_try(mutant, rooms, seconds, given.budget))
-        with log.open("a") as file:
-            file.write(json.dumps(report[-1]) + "\n")
+    rooms: list[Executed] = []
+    for room in CORE:
+        rooms.append(
+            Executed(**_kept(work / f"map-{room}.json", lambda room=room: _forked(lambda: _map(room), 3600)))
+        )
+        print(
+            f"{room}: {len(rooms[-1].seconds)} tests, {sum(rooms[-1].seconds.values()):.0f} s, {len(rooms[-1].failed)} fail",
+            flush=True,
+        )
+        own = [m for m in mutants if Path(m["file"]).parts[2] == room and _name(m) not in done]
+        for mutant in own:
+            report.append(_try(mutant, rooms, given.budget))
+            with log.open("a") as file:
+                file.write(json.dumps(report[-1]) + "\n")
     wanted = {_name(mutant) for mutant in mutants}
     report = [one for one in report if one["mutant"] in wanted]
-    killed = sum(one["outcome"] != "survived" for one in report)
-    print(f"{killed} of {len(report)} killed ({killed / max(len(report), 1):.0%})")
-    sys.exit(0 if killed >= 0.9 * len(report) else 1)
+    tried = [one for one in report if one["outcome"] != "no program"]
+    killed = sum(one["outcome"] == "killed" for one in tried)
+    print(
+        f"{killed} of {len(tried)} killed ({killed / max(len(tried), 1):.0%}); "
+        f"{len(report) - len(tried)} more do not compile"
+    )
+    sys.exit(0 if killed >= 0.9 * len(tried) else 1)
 
 
 def _enter_copy(tree: Path) -> None:
@@ -183,7 +188,10 @@ def _enter_copy(tree: Path) -> None:
 
 def _kept(path: Path, make: Callable[[], Any]) -> Any:
     if not path.exists():
-        path.write_text(json.dumps(make()))
+        made = make()
+        if isinstance(made, str):
+            raise RuntimeError(f"{path.stem}: {made}")
+        path.write_text(json.dumps(made))
     return json.loads(path.read_text())
 
 
@@ -225,14 +233,21 @@ def _name(mutant: dict[str, Any]) -> str:
     return "{file}:{line} {operator} {occurrence}".format(**mutant)
 
 
-def _try(
-    mutant: dict[str, Any], rooms: list[Executed], seconds: dict[str, float], budget: float
-) -> dict[str, Any]:
+def _compiles(source: str) -> bool:
+    try:
+        compile(source, "mutant", "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def _try(mutant: dict[str, Any], rooms: list[Executed], budget: float) -> dict[str, Any]:
     """Break the line, run its tests in a fork, put the line back."""
     from cosmic_ray.mutating import _make_diff, mutate_code
     from cosmic_ray.plugins import get_operator
 
     path, begun = Path(mutant["file"]), time.monotonic()
+    seconds = {test: taken for room in rooms for test, taken in room.seconds.items()}
     source = path.read_text(encoding="utf-8")
     broken = mutate_code(
         source, get_operator(mutant["operator"])(**mutant["arguments"]), mutant["occurrence"]
@@ -244,17 +259,17 @@ def _try(
     try:
         path.write_text(broken, encoding="utf-8")
         limit = 30 + 3 * sum(seconds[test] for test in tests)
-        by = _forked(lambda: _first_failure(tests, seconds), limit) if tests else ""
+        by = _forked(lambda: _first_failure(tests, seconds), limit) if tests and _compiles(broken) else ""
     finally:
         path.write_text(source, encoding="utf-8")
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # its compiled form is valid again
-    outcome = "survived" if by == "" else "killed"
+    outcome = "killed" if by else "survived" if _compiles(broken) else "no program"
     taken = time.monotonic() - begun
     print(
-        f"{outcome:8}  {_name(mutant)}  {len(tests)} of {len(found)} tests, {taken:.1f} s  {by or ''}",
+        f"{outcome:10}  {_name(mutant)}  {len(tests)} of {len(found)} tests, {taken:.1f} s  {by or ''}",
         flush=True,
     )
-    if by == "":
+    if outcome == "survived":
         print(diff, flush=True)
     return {"mutant": _name(mutant), "outcome": outcome, "by": by, "tests": len(tests), "of": len(found),
             "seconds": taken, "diff": diff}  # fmt: skip
@@ -337,39 +352,42 @@ def _first_failure(tests: list[str], seconds: dict[str, float]) -> str:
 
 def _map(room: str) -> dict[str, Any]:
     """What each fast test of a folder executes, and for how long."""
-    import coverage
     import pytest
 
-    measured = coverage.Coverage(data_file=None, source=["src/skipscope"], config_file=False)
+    hits = _count_statements()
     seconds: dict[str, float] = {}
     failed: set[str] = set()
+    executed: dict[str, dict[str, bytearray]] = defaultdict(dict)
+
+    def note(context: str) -> None:
+        """What was executed since the last note belongs to a test, or to all tests of a file."""
+        for file, seen in hits.items():
+            if any(seen):
+                kept = executed[context].setdefault(file, bytearray(len(seen)))
+                both = int.from_bytes(kept, "big") | int.from_bytes(seen, "big")
+                kept[:] = both.to_bytes(len(seen), "big")
+                seen[:] = bytes(len(seen))
+
+    running = [""]
 
     class Mapper:
-        context = "import"
-
-        def _switch(self, context: str) -> str:
-            before, self.context = self.context, context
-            measured.switch_context(context)
-            return before
-
         @pytest.hookimpl(wrapper=True)
         def pytest_make_collect_report(self, collector: Any):
             # What a test file computes as it is read, and a fixture for all its tests, counts for all of them.
-            before = self._switch(collector.nodeid if isinstance(collector, pytest.Module) else self.context)
-            try:
-                return (yield)
-            finally:
-                self._switch(before)
+            report = yield
+            if isinstance(collector, pytest.Module):
+                note(collector.nodeid)
+            return report
 
         @pytest.hookimpl(wrapper=True)
         def pytest_fixture_setup(self, fixturedef: Any, request: Any):
-            before = self.context
-            if fixturedef.scope != "function":
-                self._switch(request.node.nodeid.partition("::")[0])
+            if fixturedef.scope == "function":
+                return (yield)
+            note(running[0])
             try:
                 return (yield)
             finally:
-                self._switch(before)
+                note(request.node.nodeid.partition("::")[0])
 
         @pytest.hookimpl(trylast=True)
         def pytest_collection_modifyitems(self, items: list[Any]) -> None:
@@ -378,38 +396,76 @@ def _map(room: str) -> dict[str, Any]:
 
         @pytest.hookimpl(wrapper=True)
         def pytest_runtest_protocol(self, item: Any):
-            self._switch(item.nodeid)
             begun = time.monotonic()
+            running[0] = item.nodeid
             try:
                 return (yield)
             finally:
                 seconds[item.nodeid] = time.monotonic() - begun
-                self._switch("import")
+                note(item.nodeid)
 
         def pytest_runtest_logreport(self, report: Any) -> None:
             if report.failed:
                 failed.add(report.nodeid)
 
-    measured.start()
-    try:
-        measured.switch_context("import")
-        importlib.import_module("skipscope.cli._commands")
-        _pytest([f"tests/{room}"], Mapper())
-    finally:
-        measured.stop()
-    mask: dict[str, int] = defaultdict(int)
+    importlib.import_module("skipscope.cli._commands")
+    note("")
+    _pytest([f"tests/{room}"], Mapper())
+    lines: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for i, test in enumerate(seconds):
-        mask[test] |= 1 << i
-        mask[test.partition("::")[0]] |= 1 << i
-    data = measured.get_data()
-    lines = {
-        str(Path(file).relative_to(Path.cwd())): {
-            str(line): hex(functools.reduce(operator.or_, (mask[context] for context in contexts), 0))
-            for line, contexts in data.contexts_by_lineno(file).items()
-        }
-        for file in data.measured_files()
+        for context in (test, test.partition("::")[0]):
+            for file, seen in executed.get(context, {}).items():
+                for line in (at for at, hit in enumerate(seen) if hit):
+                    lines[file][str(line)] |= 1 << i
+    return {
+        "seconds": seconds,
+        "failed": sorted(failed),
+        "lines": {file: {line: hex(mask) for line, mask in of.items()} for file, of in lines.items()},
     }
-    return {"seconds": seconds, "failed": sorted(failed), "lines": lines}
+
+
+def _count_statements() -> dict[str, bytearray]:
+    """From here on each module of the package notes the lines of the statements that it executes."""
+    from importlib.machinery import SourceFileLoader
+
+    hits: dict[str, bytearray] = {}
+    original = SourceFileLoader.get_code
+    package = Path("src/skipscope").absolute()
+
+    def get_code(self: SourceFileLoader, fullname: str) -> Any:
+        path = Path(self.path)
+        if not path.is_relative_to(package):
+            return original(self, fullname)
+        source = path.read_text(encoding="utf-8")
+        file = str(path.relative_to(Path.cwd()))
+        name = f"__executed_{len(hits)}__"
+        hits[file] = bytearray(source.count("\n") + 2)
+        setattr(builtins, name, hits[file])
+        return compile(with_notes(source, name), self.path, "exec")
+
+    SourceFileLoader.get_code = get_code
+    return hits
+
+
+def with_notes(source: str, name: str) -> ast.Module:
+    """A module in which every statement is preceded by ``name[line] = 1``."""
+    tree = ast.parse(source)
+    for node in list(ast.walk(tree)):
+        for part in ("body", "orelse", "finalbody"):
+            statements = getattr(node, part, None)
+            if isinstance(statements, list):
+                setattr(node, part, [s for one in statements for s in (*_note(one, name), one)])
+    return ast.fix_missing_locations(tree)
+
+
+def _note(statement: ast.stmt, name: str) -> list[ast.stmt]:
+    is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    if is_text or (isinstance(statement, ast.ImportFrom) and statement.module == "__future__"):
+        return []  # these have to come first
+    note = ast.parse(f"{name}[{statement.lineno}] = 1").body[0]
+    for node in ast.walk(note):
+        ast.copy_location(node, statement)
+    return [note]
 
 
 if __name__ == "__main__":

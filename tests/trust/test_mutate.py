@@ -56,6 +56,22 @@ def test_what_an_import_executes_is_tried_against_every_test_of_the_module():
     assert executed().tests_of("src/b.py", 1, SOURCE) == []
 
 
+def test_each_statement_notes_its_line_and_does_what_it_did():
+    source = (
+        '"""Text."""\nfrom __future__ import annotations\n\ndef f(x):\n    """Text."""\n    if x:\n        return 1\n'
+        "    elif x is None:\n        y = 2\n    else:\n        y = 3\n    return y\n"
+    )
+    notes = bytearray(20)
+    scope = {"notes": notes}
+    exec(compile(mutate.with_notes(source, "notes"), "source", "exec"), scope)
+    assert [at for at, hit in enumerate(notes) if hit] == [4]
+    for x, value, lines in ((1, 1, [6, 7]), (None, 2, [6, 8, 9, 12]), (0, 3, [6, 8, 11, 12])):
+        notes[:] = bytes(20)
+        assert scope["f"](x) == value
+        assert [at for at, hit in enumerate(notes) if hit] == lines
+    assert scope["__doc__"] == scope["f"].__doc__ == "Text."
+
+
 def test_own_files_come_first_and_the_fastest_of_each_file_before_the_rest():
     seconds = {
         "tests/nn/test_a.py::far": 0.1,
