@@ -165,12 +165,15 @@ def main() -> None:
 
 def _enter_copy(tree: Path) -> None:
     """Work in a copy of the source tree, with the packages that change nothing imported once."""
-    if not tree.exists():
+    whole = tree.with_name("whole")
+    if not whole.exists():
         root = Path(__file__).resolve().parents[1]
         left_out = shutil.ignore_patterns(".git", "__pycache__", ".hypothesis", "*.zarr", "_build")
         shutil.copytree(root, tree, ignore=left_out)
         # Nothing is written beside the sources later: a mutant as long as what it replaces is compiled all the same.
         compileall.compile_dir(tree / "src", quiet=1)
+        shutil.copytree(tree / "src", whole)
+    shutil.copytree(whole, tree / "src", dirs_exist_ok=True)  # the last run may have left a mutant
     os.chdir(tree)
     others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = [str(tree / "src"), *(p for p in others if p and not p.rstrip("/").endswith("/src"))]
