@@ -538,3 +538,31 @@ def test_a_flow_is_a_sequence_of_its_boundaries():
     )
     assert len(flow) == len(flow.boundaries) and list(flow) == list(flow.boundaries)
     assert flow[-1] is flow.boundaries[-1]
+
+
+class LastStep(nn.Module):
+    """An LSTM whose last state is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def test_steps_of_several_batches_of_unequal_length_are_those_of_the_whole_loss():
+    torch.manual_seed(0)
+    model = LastStep().double()
+    inputs = [torch.randn(n, length, 3, dtype=torch.float64) for n, length in ((4, 3), (6, 5), (2, 4))]
+    targets = [torch.randint(0, 2, (len(x),)) for x in inputs]
+    flow = ss.gradient_flow(model, ss.batches(list(zip(inputs, targets))), nn.functional.cross_entropy)
+    found = [site.gradient_rms for site in flow.sites if site.function.endswith(" step")]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    loss = (
+        sum(nn.functional.cross_entropy(model(x), y, reduction="sum") for x, y in zip(leaves, targets)) / 12
+    )
+    loss.backward()
+    at = [[x.grad[:, t] for x in leaves if t < x.shape[1]] for t in range(5)]
+    rms = [math.sqrt(sum(float(g.square().sum()) for g in of) / sum(g.numel() for g in of)) for of in at]
+    np.testing.assert_allclose(np.array(found) / found[0], np.array(rms) / rms[0], rtol=1e-10)
