@@ -12,6 +12,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope._numbers import student_quantile
+from skipscope.flow.passes import _gradient_sites
 from skipscope.flow.verdict import _verdict_evidence
 from skipscope.flow.verdict._flow_rules import FALL, GROWTH, Point, judge
 
@@ -626,3 +627,18 @@ def test_a_healthy_network_is_told_where_to_look_next_and_no_other():
     healthy, vanishing = (ss.gradient_flow(TwoTowers(1, g), data, F.cross_entropy).verdict for g in (1, 0.4))
     words = "If training still stalls, check the data, the learning rate and the initialisation."
     assert words in healthy.advice and words not in vanishing.advice
+
+
+def test_starved_weights_are_compared_with_the_median():
+    ratio = dict(zip("abcdefg", (1e-8, 1e-2, 1e-2, 1.0, 1.0, 1.0, 1.0)))
+    found = _verdict_evidence.starved_of(ratio, [(name,) for name in ratio])
+    assert (found.names, found.than, found.zero) == (("a",), "median", False)
+    assert found.decades == pytest.approx(8) and found.share == pytest.approx(1 / 7)
+
+
+@pytest.mark.parametrize(
+    ("into", "out", "decades"), [(2.0, 20.0, 1.0), (4.0, 0.04, -2.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)]
+)
+def test_decades_of_an_average_without_a_gradient_are_none(into, out, decades):
+    reading = _gradient_sites.PoolReading(3, "mean", 100.0, into=into, out=out)
+    assert reading.decades == pytest.approx(decades)
