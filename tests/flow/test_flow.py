@@ -1,6 +1,7 @@
 """The flow against hooks and closed forms; the verdict on networks whose flow is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import skipscope as ss
 from flow import oracles
+from skipscope.flow.verdict import _flow_rules
 from skipscope.flow.verdict._flow_rules import FALL, GROWTH, SPREAD_GROWTH, Point, judge, least_squares
 
 mse = nn.functional.mse_loss
@@ -566,3 +568,25 @@ def test_steps_of_several_batches_of_unequal_length_are_those_of_the_whole_loss(
     at = [[x.grad[:, t] for x in leaves if t < x.shape[1]] for t in range(5)]
     rms = [math.sqrt(sum(float(g.square().sum()) for g in of) / sum(g.numel() for g in of)) for of in at]
     np.testing.assert_allclose(np.array(found) / found[0], np.array(rms) / rms[0], rtol=1e-10)
+
+
+def test_the_table_gives_the_interval_of_the_slope():
+    flow = ss.gradient_flow(nn.Sequential(*(oracles.layer(6) for _ in range(6))), data(6), mse)
+    interval = replace(flow.verdict, slope=-0.25, slope_interval=(-0.5, 0.125))
+    assert "slope -0.25 decades a boundary (95 %: -0.5 to 0.125)" in str(
+        replace(flow, verdict=interval).table()
+    )
+    unknown = replace(flow.verdict, slope=-0.25, slope_interval=(-math.inf, math.inf))
+    words = "slope -0.25 decades a boundary (two boundaries give no interval)"
+    assert words in " ".join(replace(flow, verdict=unknown).table().notes)
+
+
+@pytest.mark.parametrize(
+    ("residual", "cause", "words"),
+    [(True, "gain", "what the branches add"), (False, "unexplained", "by a factor 10 at")],
+)
+def test_a_residual_network_explodes_by_what_its_branches_add(residual, cause, words):
+    found = _flow_rules._why("exploding", [2.0, 1.0, 0.0], 0, False, (), residual)
+    assert found[0] == cause and words in found[1]
+    assert found[2] == (pytest.approx(10.0) if residual else None)
+    assert _flow_rules._why("vanishing", [-2.0, -1.0, 0.0], 0, False, (), True)[0] == "unexplained"
