@@ -10,6 +10,7 @@ from torch import nn
 
 import skipscope as ss
 from flow import oracles
+from skipscope.flow.passes import _zero_by_design
 from skipscope.flow.verdict import _flow_rules
 from skipscope.flow.verdict._flow_rules import FALL, GROWTH, SPREAD_GROWTH, Point, judge, least_squares
 
@@ -572,21 +573,41 @@ def test_steps_of_several_batches_of_unequal_length_are_those_of_the_whole_loss(
 
 def test_the_table_gives_the_interval_of_the_slope():
     flow = ss.gradient_flow(nn.Sequential(*(oracles.layer(6) for _ in range(6))), data(6), mse)
-    interval = replace(flow.verdict, slope=-0.25, slope_interval=(-0.5, 0.125))
-    assert "slope -0.25 decades a boundary (95 %: -0.5 to 0.125)" in str(
-        replace(flow, verdict=interval).table()
-    )
-    unknown = replace(flow.verdict, slope=-0.25, slope_interval=(-math.inf, math.inf))
-    words = "slope -0.25 decades a boundary (two boundaries give no interval)"
-    assert words in " ".join(replace(flow, verdict=unknown).table().notes)
+    for interval, words in (
+        ((-0.5, 0.125), "slope -0.250 decades a boundary (95 %: -0.500 to 0.125)"),
+        ((-math.inf, math.inf), "slope -0.250 decades a boundary (two boundaries give no interval)"),
+    ):
+        verdict = replace(flow.verdict, slope=-0.25, slope_interval=interval)
+        notes = " ".join(replace(flow, verdict=verdict).table().notes)
+        assert words in notes, notes
 
 
 @pytest.mark.parametrize(
     ("residual", "cause", "words"),
-    [(True, "gain", "what the branches add"), (False, "unexplained", "by a factor 10 at")],
+    [(True, "gain", "what the branches add"), (False, "unexplained", "by a factor 10.0 at")],
 )
 def test_a_residual_network_explodes_by_what_its_branches_add(residual, cause, words):
     found = _flow_rules._why("exploding", [2.0, 1.0, 0.0], 0, False, (), residual)
     assert found[0] == cause and words in found[1]
     assert found[2] == (pytest.approx(10.0) if residual else None)
     assert _flow_rules._why("vanishing", [-2.0, -1.0, 0.0], 0, False, (), True)[0] == "unexplained"
+
+
+@pytest.mark.parametrize("is_residual", [True, False])
+def test_a_verdict_knows_whether_shortcuts_run_along_the_boundaries(is_residual):
+    torch.manual_seed(0)
+    layers = [oracles.orthogonal(8, 1.5) for _ in range(20)]
+    model = nn.Sequential(*map(oracles.Residual, layers)) if is_residual else nn.Sequential(*layers)
+    verdict = ss.gradient_flow(model, data(8), mse).verdict
+    assert (verdict.state, verdict.cause) == ("exploding", "gain")
+    assert ("what the branches add to the shortcuts multiplies up" in verdict.reason) == is_residual
+
+
+def test_what_starts_at_zero_moves_by_little_for_its_fan_in():
+    layer = nn.Linear(400, 300)
+    bias = layer.bias.detach().clone()
+    _zero_by_design._move(layer, {"weight"}, torch.Generator().manual_seed(0))
+    size = _zero_by_design.SIZE / 20
+    assert layer.weight.std().item() == pytest.approx(size, rel=0.02)
+    assert abs(layer.weight.mean().item()) < size / 50
+    assert torch.equal(layer.bias, bias)
