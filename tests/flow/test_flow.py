@@ -568,7 +568,9 @@ def test_steps_of_several_batches_of_unequal_length_are_those_of_the_whole_loss(
     loss.backward()
     at = [[x.grad[:, t] for x in leaves if t < x.shape[1]] for t in range(5)]
     rms = [math.sqrt(sum(float(g.square().sum()) for g in of) / sum(g.numel() for g in of)) for of in at]
-    np.testing.assert_allclose(np.array(found) / found[0], np.array(rms) / rms[0], rtol=1e-10)
+    outputs = torch.cat([model(x) for x in inputs]).detach().requires_grad_()
+    (seed,) = torch.autograd.grad(nn.functional.cross_entropy(outputs, torch.cat(targets)), outputs)
+    np.testing.assert_allclose(found, np.array(rms) / float(seed.norm()), rtol=1e-10)
 
 
 def test_the_table_gives_the_interval_of_the_slope():
@@ -611,3 +613,11 @@ def test_what_starts_at_zero_moves_by_little_for_its_fan_in():
     assert layer.weight.std().item() == pytest.approx(size, rel=0.02)
     assert abs(layer.weight.mean().item()) < size / 50
     assert torch.equal(layer.bias, bias)
+
+
+def test_gradient_times_activation_that_grows_is_no_explosion_where_the_gradient_stays():
+    points = [Point(f"{i}", "ok", 0.0, hidden=True, log_relative=-float(i)) for i in range(12)]
+    context = _flow_rules.FlowContext(False, True, "float32")
+    assert judge(points, [], context).state == "healthy"
+    falling = [replace(p, log_flow=1e-9 * (12 - i)) for i, p in enumerate(points)]
+    assert judge(falling, [], context).state == "exploding"

@@ -426,3 +426,16 @@ def test_the_method_says_how_segments_were_passed():
     paths = ss.path_spectrum(Both(), (x, torch.zeros(1)), objective)
     assert paths.method == "mixed"
     assert paths.residual < 1e-13
+
+
+def test_all_lengths_of_a_small_network_are_passed_at_once(monkeypatch):
+    from skipscope.flow.paths import _segments
+
+    sizes, chunk = [], _segments.PathLengthBackward.vjp_chunk
+    monkeypatch.setattr(
+        _segments.PathLengthBackward,
+        "vjp_chunk",
+        lambda self, ends, rows, sources: (sizes.append(len(rows[0])), chunk(self, ends, rows, sources))[1],
+    )
+    ss.path_spectrum(oracles.chain(5), (torch.randn(4, 6, dtype=torch.float64), torch.zeros(1)), objective)
+    assert max(sizes) == 5
