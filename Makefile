@@ -26,7 +26,7 @@ test-newest: ## the fast tests with the newest torch and Python that can be inst
 trust:       ## try every hazard many times and print the table: under half an hour
 	cd tests && PYTHONPATH=../src $(PYTHON) -m trust --markdown ../docs/trust.md
 
-mutate:      ## break 300 random lines, one at a time, and see whether a test fails: hours
+mutate:      ## break 300 random lines, one at a time, and see whether a test fails: an hour or two
 	$(PYTHON) -m pip install cosmic-ray
 	$(PYTHON) .ci/mutate.py --count 300
 

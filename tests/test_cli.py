@@ -2,12 +2,16 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import skipscope as ss
 from skipscope import SkipscopeError
+from skipscope.cli import _command_subject
 
 MODELS = """
 import skipscope as ss
@@ -472,18 +476,53 @@ def test_control_characters_never_reach_the_terminal(folder):
     assert skipscope(folder, "flow", f"a{escape}[2J", "--data", "mine:batch").stderr.count(escape) == 0
 
 
-@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
-def test_what_is_no_file_is_not_shown(folder, kind):
-    path = folder / kind
-    if kind == "fifo" and not path.exists():
+NO_FILES = {
+    "fifo": "a pipe, a socket or a device",
+    "socket": "a pipe, a socket or a device",
+    "device": "a pipe, a socket or a device",
+    "without a size": "empty, or a file of the system",
+    "folder": "is a folder without",
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_is_not_shown(tmp_path, monkeypatch, kind):
+    """Each of these was read for ever, or would be: reading has to be refused at once."""
+    monkeypatch.chdir(tmp_path)  # a socket's path may not be long
+    paths = {"device": "/dev/zero", "without a size": "/proc/kmsg"}
+    path = Path(paths.get(kind, "here"))
+    if kind == "fifo":
         os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind("here")
     elif kind == "folder":
-        path.mkdir(exist_ok=True)
-    given = "/dev/zero" if kind == "device" else str(path)
-    done = skipscope(folder, "show", given)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    done = skipscope(folder, "find", "mine:make", "--input", "4x8", "--weights", given)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+        path.mkdir()
+    if not path.exists():
+        pytest.skip(f"this system has no {path}")
+    with pytest.raises(ss.SkipscopeError, match=NO_FILES[kind]):
+        ss.load(path)
+    if kind != "folder":
+        with pytest.raises(ss.SkipscopeError, match=NO_FILES[kind]):
+            _command_subject._load_weights(None, path)
+
+
+def test_a_fifo_is_not_shown(folder):
+    os.mkfifo(folder / "fifo")
+    for words in (["show", "fifo"], ["find", "mine:make", "--input", "4x8", "--weights", "fifo"]):
+        done = skipscope(folder, *words)
+        assert done.returncode == 1 and "a pipe, a socket or a device" in done.stderr
+
+
+@pytest.mark.parametrize("words", ["--help", "find --help", "--version", "find --list"])
+def test_a_reader_that_has_gone_is_no_error(words):
+    line = f"{sys.executable} -m skipscope {words} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
+
+
+def test_an_option_that_was_not_understood_is_one_without_a_reader_too():
+    line = f"{sys.executable} -m skipscope find --nosuch 2>&1 | true; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", line], timeout=280).returncode != 0
 
 
 @pytest.mark.parametrize("command", [("find", "resnet20"), ("flow", "plain"), ("book", "--seeds", "2")])

@@ -43,10 +43,16 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes, *, operation
 
 
 def refuse_devices(path: Path, *, operation: str, expected: str) -> None:
-    """Refuse what is there and is neither a file nor a folder: reading it may never end.
+    """Refuse what is there and is neither a folder nor a file that holds something: reading it may never end.
+
+    The files of ``/proc`` have no size; some wait for what comes.
 
     Raises:
-        SkipscopeError: it is a pipe, a socket or a device.
+        SkipscopeError: it is a pipe, a socket, a device, or empty.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise SkipscopeError(operation, f"{path} is a pipe, a socket or a device", expected=expected)
+    if path.is_file() and not path.stat().st_size:
+        raise SkipscopeError(
+            operation, f"{path} is empty, or a file of the system without a size", expected=expected
+        )

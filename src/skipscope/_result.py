@@ -254,12 +254,17 @@ def load(path: str | os.PathLike[str]) -> Result:
         4
     """
     path = Path(path)
-    refuse_devices(path, operation="load", expected="a file written by result.save(...)")
+    expected = "a file written by result.save(...), or the folder of a monitor or of a landscape"
+    refuse_devices(path, operation="load", expected=expected)
     for reader in _readers:
         module, _, name = reader.partition(":")
         result = getattr(importlib.import_module(module), name)(path)
         if result is not None:
             return result
+    if path.is_dir():
+        raise SkipscopeError(
+            "load", f"{path} is a folder without a monitor's history or a landscape", expected=expected
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

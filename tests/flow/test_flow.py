@@ -1,6 +1,7 @@
 """The flow against hooks and closed forms; the verdict on networks whose flow is known."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from torch import nn
 
 import skipscope as ss
 from flow import oracles
+from skipscope.flow.passes import _zero_by_design
+from skipscope.flow.verdict import _flow_rules
 from skipscope.flow.verdict._flow_rules import FALL, GROWTH, SPREAD_GROWTH, Point, judge, least_squares
 
 mse = nn.functional.mse_loss
@@ -538,3 +541,83 @@ def test_a_flow_is_a_sequence_of_its_boundaries():
     )
     assert len(flow) == len(flow.boundaries) and list(flow) == list(flow.boundaries)
     assert flow[-1] is flow.boundaries[-1]
+
+
+class LastStep(nn.Module):
+    """An LSTM whose last state is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def test_steps_of_several_batches_of_unequal_length_are_those_of_the_whole_loss():
+    torch.manual_seed(0)
+    model = LastStep().double()
+    inputs = [torch.randn(n, length, 3, dtype=torch.float64) for n, length in ((4, 3), (6, 5), (2, 4))]
+    targets = [torch.randint(0, 2, (len(x),)) for x in inputs]
+    flow = ss.gradient_flow(model, ss.batches(list(zip(inputs, targets))), nn.functional.cross_entropy)
+    found = [site.gradient_rms for site in flow.sites if site.function.endswith(" step")]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    loss = (
+        sum(nn.functional.cross_entropy(model(x), y, reduction="sum") for x, y in zip(leaves, targets)) / 12
+    )
+    loss.backward()
+    at = [[x.grad[:, t] for x in leaves if t < x.shape[1]] for t in range(5)]
+    rms = [math.sqrt(sum(float(g.square().sum()) for g in of) / sum(g.numel() for g in of)) for of in at]
+    outputs = torch.cat([model(x) for x in inputs]).detach().requires_grad_()
+    (seed,) = torch.autograd.grad(nn.functional.cross_entropy(outputs, torch.cat(targets)), outputs)
+    np.testing.assert_allclose(found, np.array(rms) / float(seed.norm()), rtol=1e-10)
+
+
+def test_the_table_gives_the_interval_of_the_slope():
+    flow = ss.gradient_flow(nn.Sequential(*(oracles.layer(6) for _ in range(6))), data(6), mse)
+    for interval, words in (
+        ((-0.5, 0.125), "slope -0.250 decades a boundary (95 %: -0.500 to 0.125)"),
+        ((-math.inf, math.inf), "slope -0.250 decades a boundary (two boundaries give no interval)"),
+    ):
+        verdict = replace(flow.verdict, slope=-0.25, slope_interval=interval)
+        notes = " ".join(replace(flow, verdict=verdict).table().notes)
+        assert words in notes, notes
+
+
+@pytest.mark.parametrize(
+    ("residual", "cause", "words"),
+    [(True, "gain", "what the branches add"), (False, "unexplained", "by a factor 10.0 at")],
+)
+def test_a_residual_network_explodes_by_what_its_branches_add(residual, cause, words):
+    found = _flow_rules._why("exploding", [2.0, 1.0, 0.0], 0, False, (), residual)
+    assert found[0] == cause and words in found[1]
+    assert found[2] == (pytest.approx(10.0) if residual else None)
+    assert _flow_rules._why("vanishing", [-2.0, -1.0, 0.0], 0, False, (), True)[0] == "unexplained"
+
+
+@pytest.mark.parametrize("is_residual", [True, False])
+def test_a_verdict_knows_whether_shortcuts_run_along_the_boundaries(is_residual):
+    torch.manual_seed(0)
+    layers = [oracles.orthogonal(8, 1.5) for _ in range(20)]
+    model = nn.Sequential(*map(oracles.Residual, layers)) if is_residual else nn.Sequential(*layers)
+    verdict = ss.gradient_flow(model, data(8), mse).verdict
+    assert (verdict.state, verdict.cause) == ("exploding", "gain")
+    assert ("what the branches add to the shortcuts multiplies up" in verdict.reason) == is_residual
+
+
+def test_what_starts_at_zero_moves_by_little_for_its_fan_in():
+    layer = nn.Linear(400, 300)
+    bias = layer.bias.detach().clone()
+    _zero_by_design._move(layer, {"weight"}, torch.Generator().manual_seed(0))
+    size = _zero_by_design.SIZE / 20
+    assert layer.weight.std().item() == pytest.approx(size, rel=0.02)
+    assert abs(layer.weight.mean().item()) < size / 50
+    assert torch.equal(layer.bias, bias)
+
+
+def test_gradient_times_activation_that_grows_is_no_explosion_where_the_gradient_stays():
+    points = [Point(f"{i}", "ok", 0.0, hidden=True, log_relative=-float(i)) for i in range(12)]
+    context = _flow_rules.FlowContext(False, True, "float32")
+    assert judge(points, [], context).state == "healthy"
+    falling = [replace(p, log_flow=1e-9 * (12 - i)) for i, p in enumerate(points)]
+    assert judge(falling, [], context).state == "exploding"

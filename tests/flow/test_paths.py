@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -377,3 +378,64 @@ def test_the_estimate_of_a_shallow_network_is_exact():
     exact = ss.path_spectrum(model, (x, x[:, :3]), mse)
     estimate = ss.path_spectrum(model, (x, x[:, :3]), mse, exact=False)
     np.testing.assert_allclose(estimate.norms, exact.norms, atol=1e-14)
+
+
+def test_the_table_has_a_row_a_length():
+    x = torch.randn(4, 6, dtype=torch.float64)
+    paths = ss.path_spectrum(oracles.chain(3), (x, torch.zeros(1)), objective)
+    table = paths.table()
+    assert table.columns == ["branches crossed", "|gradient|", "share"]
+    total = paths.norms.sum()
+    assert table.rows == [[k, float(n), pytest.approx(n / total)] for k, n in enumerate(paths.norms)]
+    estimated = replace(paths, errors=paths.norms / 10).table()
+    assert estimated.columns == [*table.columns, "error"]
+    assert [row[3] for row in estimated.rows] == list(paths.norms / 10)
+
+
+class NotInBatches(torch.autograd.Function):
+    """The identity, whose backward looks at a number, which it cannot for several gradients at once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g if g.sum().item() < math.inf else None
+
+
+def test_the_method_says_how_segments_were_passed():
+    x = torch.randn(4, 6, dtype=torch.float64)
+    found = {
+        batched: ss.path_spectrum(oracles.chain(3), (x, torch.zeros(1)), objective, batched=batched).method
+        for batched in (True, False)
+    }
+    assert found == {True: "batched", False: "loop"}
+    # From the loss: some blocks in batches, then one that cannot be.
+    first = nn.Sequential(oracles.layer(6), oracles.Residual(oracles.layer(6))).double()
+    last = oracles.chain(4)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = first, last
+
+        def forward(self, x):
+            return self.last(NotInBatches.apply(self.first(x)))
+
+    paths = ss.path_spectrum(Both(), (x, torch.zeros(1)), objective)
+    assert paths.method == "mixed"
+    assert paths.residual < 1e-13
+
+
+def test_all_lengths_of_a_small_network_are_passed_at_once(monkeypatch):
+    from skipscope.flow.paths import _segments
+
+    sizes, chunk = [], _segments.PathLengthBackward.vjp_chunk
+    monkeypatch.setattr(
+        _segments.PathLengthBackward,
+        "vjp_chunk",
+        lambda self, ends, rows, sources: (sizes.append(len(rows[0])), chunk(self, ends, rows, sources))[1],
+    )
+    ss.path_spectrum(oracles.chain(5), (torch.randn(4, 6, dtype=torch.float64), torch.zeros(1)), objective)
+    assert max(sizes) == 5

@@ -154,3 +154,13 @@ def test_an_objective_that_differentiates_inside():
 
     advice = ss.prescribe(model, (torch.linspace(0, 1, 8)[:, None], torch.zeros(8, 1)), residual, steps=2)
     assert advice.before.reached is not None and advice.remedies and not advice.refused
+
+
+def test_an_embedding_with_sparse_gradients_is_trained_with_the_same_numbers():
+    def advice(sparse):
+        torch.manual_seed(0)
+        layers = [layer for _ in range(3) for layer in (nn.Linear(6, 6), nn.Tanh())]
+        model = nn.Sequential(nn.Embedding(10, 6, sparse=sparse), *layers, nn.Linear(6, 3))
+        return ss.prescribe(model, (torch.arange(9) % 10, torch.arange(9) % 3), loss, steps=5)
+
+    assert advice(True).before.reached == advice(False).before.reached < 2

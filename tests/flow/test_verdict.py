@@ -12,6 +12,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope._numbers import student_quantile
+from skipscope.flow.passes import _gradient_sites
 from skipscope.flow.verdict import _verdict_evidence
 from skipscope.flow.verdict._flow_rules import FALL, GROWTH, Point, judge
 
@@ -502,3 +503,142 @@ def test_of_several_recurrent_layers_the_one_that_reaches_back_least_counts():
     for order in (sites, sites[::-1]):
         reach = _verdict_evidence._reach(order)
         assert (reach.site, reach.steps, reach.length) == ("short", 3, 10)
+
+
+class TwoTowers(nn.Module):
+    """Two chains of orthogonal layers, each with an input and a gain of its own, and a head on their sum."""
+
+    def __init__(self, *gains, depth=12):
+        super().__init__()
+        self.towers = nn.ModuleList()
+        for gain in gains:
+            layers = [nn.Linear(16, 16, bias=False) for _ in range(depth)]
+            for layer in layers:
+                nn.init.orthogonal_(layer.weight, gain)
+            self.towers.append(nn.Sequential(*layers))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x, y):
+        return self.head(self.towers[0](x) + self.towers[1](y))
+
+
+@pytest.mark.parametrize(
+    ("gains", "state"),
+    [((1, 0.4), "vanishing"), ((0.4, 1), "vanishing"), ((1, 1), "healthy"), ((1, 4), "exploding")],
+)
+def test_each_of_two_towers_is_a_line_of_its_own(gains, state):
+    torch.manual_seed(0)
+    data = (torch.randn(8, 16), torch.randn(8, 16)), torch.arange(8) % 3
+    verdict = ss.gradient_flow(TwoTowers(*gains), data, nn.functional.cross_entropy).verdict
+    assert verdict.state == state
+    if state != "healthy":  # 11 steps between the 12 layers of one tower, not 23
+        assert "at each of 11 boundaries" in str(verdict), verdict
+        assert f"towers.{int(gains[0] == 1)}." in str(verdict)
+
+
+@pytest.mark.parametrize(("profile", "growth"), [
+    ([1.0, 1.0, 1e-2, 1e-2, 1e-2, 1e-4], 4.0),
+    ([0.0, 1.0, 1e-2, 1e-2, 1e-2, 1e-3], 3.0),
+    ([1.0, 1.0, 1e-2, 1e-2, 1e-2, 0.0], 0.0),  # it is not known by how much
+    ([1e-2, 1e-2, 1e-2, 1.0, 1.0, 1e-2], 0.0),  # its greatest is not in the first half
+])  # fmt: skip
+def test_how_much_greater_the_gradient_is_at_early_steps(profile, growth):
+    assert _verdict_evidence.reach_of("rnn", profile).growth == pytest.approx(growth)
+
+
+AVERAGES = {
+    "mean": lambda h: h.mean(1),
+    "sum over": lambda h: h.sum(1) / h.shape[1],
+    "sum times": lambda h: h.sum(1) * (1 / h.shape[1]),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_an_average_over_positions_loses_nothing_however_it_is_written(name):
+    """Six orthogonal layers on each of 900 equal positions, then five on their average: each position has its share."""
+
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(11))
+            for layer in self.layers:
+                nn.init.orthogonal_(layer.weight)
+
+        def forward(self, x):
+            for i, layer in enumerate(self.layers):
+                x = layer(AVERAGES[name](x) if i == 6 else x)
+            return x
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, 8).expand(4, 900, 8).contiguous()
+    flow = ss.gradient_flow(Averaged(), (x, torch.arange(4)), F.cross_entropy)
+    assert flow.verdict.state == "healthy"
+    assert flow.verdict.fall_decades == pytest.approx(0, abs=1e-5)
+
+
+def test_what_an_average_loses_is_put_back_before_it_and_not_after():
+    """Outputs of calls that cannot be looked into: at the first two of four an average over positions comes later."""
+    sites = [
+        SimpleNamespace(name=f"call {order}", order=order, seen=True, finite=True, norm=norm)
+        for order, norm in ((1, 1e-3), (4, 1e-3), (6, 1e-2), (9, 1e-1))
+    ]
+    graph = SimpleNamespace(ancestors=lambda orders: set(range(*orders)))
+    line = _verdict_evidence._between_hidden(
+        SimpleNamespace(graph=graph, hidden=sites), [(4, 9.0), (5, 1.5)], 10.0
+    )
+    np.testing.assert_allclose([point.log_flow for point in line], [-4 + 10.5, -4 + 1.5, -3, -2])
+    assert [point.name for point in line] == ["call 1", "call 4", "call 6", "call 9"]
+
+
+def test_gradient_times_activation_is_read_at_each_boundary(monkeypatch):
+    kept = []
+    evidence_of = _verdict_evidence.evidence_of
+
+    def keep(points, places, numbers, readings, *others):
+        kept.append({p.name: readings.gradients[k].relative for p, k in zip(points, numbers)})
+        return evidence_of(points, places, numbers, readings, *others)
+
+    for module in [m for name, m in sys.modules.items() if name.startswith("skipscope.flow")]:
+        if getattr(module, "evidence_of", None) is evidence_of:
+            monkeypatch.setattr(module, "evidence_of", keep)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)
+    ).double()
+    batches = [(torch.randn(n, 6, dtype=torch.float64), torch.arange(n) % 3) for n in (4, 8)]
+    ss.gradient_flow(model, ss.batches(batches), F.cross_entropy)
+    squares = dict.fromkeys("01234", 0.0)
+    for x, y in batches:
+        outputs = [x]
+        for layer in model:
+            outputs.append(layer(outputs[-1]))
+        loss = F.cross_entropy(outputs[-1], y, reduction="sum") / 12
+        for name, output, gradient in zip(squares, outputs[1:], torch.autograd.grad(loss, outputs[1:])):
+            squares[name] += float((output.detach() * gradient).square().sum())
+    read = {name: relative for name, relative in kept[-1].items() if name in squares}
+    assert len(read) >= 2
+    for name, relative in read.items():
+        assert relative == pytest.approx(squares[name] ** 0.5, rel=1e-12), name
+
+
+def test_a_healthy_network_is_told_where_to_look_next_and_no_other():
+    torch.manual_seed(0)
+    data = (torch.randn(8, 16), torch.randn(8, 16)), torch.arange(8) % 3
+    healthy, vanishing = (ss.gradient_flow(TwoTowers(1, g), data, F.cross_entropy).verdict for g in (1, 0.4))
+    words = "If training still stalls, check the data, the learning rate and the initialisation."
+    assert words in healthy.advice and words not in vanishing.advice
+
+
+def test_starved_weights_are_compared_with_the_median():
+    ratio = dict(zip("abcdefg", (1e-8, 1e-2, 1e-2, 1.0, 1.0, 1.0, 1.0)))
+    found = _verdict_evidence.starved_of(ratio, [(name,) for name in ratio])
+    assert (found.names, found.than, found.zero) == (("a",), "median", False)
+    assert found.decades == pytest.approx(8) and found.share == pytest.approx(1 / 7)
+
+
+@pytest.mark.parametrize(
+    ("into", "out", "decades"), [(2.0, 20.0, 1.0), (4.0, 0.04, -2.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)]
+)
+def test_decades_of_an_average_without_a_gradient_are_none(into, out, decades):
+    reading = _gradient_sites.PoolReading(3, "mean", 100.0, into=into, out=out)
+    assert reading.decades == pytest.approx(decades)

@@ -947,3 +947,12 @@ def test_help_names_each_kind_with_its_class_equation_arguments_and_paper(name, 
 @pytest.fixture(scope="module")
 def help_text():
     return pydoc.plain(pydoc.render_doc(sn))
+
+
+@pytest.mark.parametrize(
+    ("scale", "branch_scale"), [(0.5, 2.0), (1.0, 3.0), (2.0, 1.0), (1.0, 1.0), (3.0, 0.0)]
+)
+def test_a_constant_scale_may_be_on_either_side_of_one(scale, branch_scale):
+    f, x = branch(), torch.randn(N, WIDTH)
+    block = sn.ScaledShortcut(f, scale=scale, branch_scale=branch_scale)
+    torch.testing.assert_close(block(x), scale * x + branch_scale * f(x))

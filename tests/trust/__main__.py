@@ -1,4 +1,7 @@
-"""Print the table of hazards: what was tried, how often, how many failed. ``python -m trust`` in ``tests/``."""
+"""Print the table of hazards: what was tried, how often, how many failed.
+
+``python -m trust`` in ``tests/``; one row alone, and for long, by ``python -m trust --only memory --minutes 60``.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,8 @@ def _in_a_process(index: int, minutes: float) -> Row:
                 [f"the process ended with {done.returncode}: {done.stderr[-200:]}"],
             )
     said = row.skipped or f"{row.count} tried, {len(row.failures)} failed, {row.seconds:.0f} s"
-    print("\n    ".join([f"{row.hazard}: {said}", *map(printable, row.failures[:5])]), flush=True)
+    lines = [f"{row.hazard}: {said}", *filter(None, [row.said]), *map(printable, row.failures[:5])]
+    print("\n    ".join(lines), flush=True)
     return row
 
 

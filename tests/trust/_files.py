@@ -29,6 +29,7 @@ from report.browser import CHROMIUM, Browser
 from report.payloads import PAYLOADS
 from skipscope import _files, _result
 from skipscope.cli import Output, _command_subject, _commands, _named
+from skipscope.monitor.history import _history_reader, _row_files
 from skipscope.report import _page
 from skipscope.surfaces.grids import _surface_store
 from trust._hazard import Hazard, attempt, replaced
@@ -89,6 +90,48 @@ def flips(count: int) -> Iterator[str | None]:
 
 def _no_checksum():
     return replaced((_result, "_checksum", lambda data: ""))
+
+
+def _monitored(folder: Path) -> Path:
+    """The folder of a run that was resumed: rows of gradients and of flow, events, two files of each."""
+    model, (x, y) = network(2), batch()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        with ss.watch(model, optimizer, folder=folder, resume=True, flow_every=2):
+            for _ in range(4):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+    return folder
+
+
+def folder_flips(count: int) -> Iterator[str | None]:
+    """A monitor's folder with one bit flipped: refused, said in a note, or exactly what was recorded."""
+    with _folder() as parent:
+        folder = _monitored(parent / "run")
+        whole = ss.load(folder)
+        contents = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+        bits = [(path, bit) for path, data in contents.items() for bit in range(8 * len(data))]
+        # Neither a first bit nor the same bit of every byte: the step is odd.
+        for path, bit in bits[3 :: max(1, len(bits) // count) | 1]:
+            damaged = bytearray(contents[path])
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            history, error = attempt(lambda: ss.load(folder), ss.SkipscopeError)
+            path.write_bytes(contents[path])
+            silent = error is None and set(history.notes) <= set(whole.notes)
+            same = silent and _result.finite(history.to_dict()) == _result.finite(whole.to_dict())
+            yield (
+                f"bit {bit} of {path.name} flipped, and read without a word" if silent and not same else None
+            )
+
+
+def _rows_unchecked():
+    return replaced(
+        (_row_files, "_is_as_written", lambda row: True),
+        (_row_files, "unsealed", json.loads),
+        (_history_reader, "unsealed", json.loads),
+    )
 
 
 def wrong_types(count: int) -> Iterator[str | None]:
@@ -459,6 +502,7 @@ def _escapes_nothing() -> Iterator[None]:
 FILES = (
     Hazard("A saved result that was cut short", "one cut at one byte", truncations, _reads_what_is_there, 26000, 200),
     Hazard("A saved result that was damaged", "one flipped bit", flips, _no_checksum, 3000, 60),
+    Hazard("A monitor's folder that was damaged", "one flipped bit", folder_flips, _rows_unchecked, 4000, 60),
     Hazard("A saved result with other types in it", "one value of another type, loaded and printed", wrong_types, _trusts_types, 1500, 40),
     Hazard("A disk that is full", "one result saved where too few bytes fit", full_disk, _writes_in_place, 100, 4),
     Hazard("A process that is killed", "one SIGKILL while a surface is computed, then run again", killed, _store_that_forgets, 500, 3),

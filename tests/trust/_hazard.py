@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+# A generator may return what else there is to say.
 Tries = Callable[[int], Iterable[str | None]]
 
 
@@ -48,6 +49,7 @@ class Row:
         failures: what went wrong, one text a failed try.
         seconds: how long it took.
         skipped: why it was left out, or "".
+        said: what else there is to say once every try was made, or "".
     """
 
     hazard: str
@@ -56,6 +58,7 @@ class Row:
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
     skipped: str = ""
+    said: str = ""
 
 
 def run(hazard: Hazard, count: int, seconds: float = float("inf")) -> Row:
@@ -71,7 +74,8 @@ def run(hazard: Hazard, count: int, seconds: float = float("inf")) -> Row:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # what the functions themselves print
                 failure = next(tries)
-        except StopIteration:
+        except StopIteration as end:
+            row.said = end.value or ""
             break
         except Exception as error:  # the generator has ended with it, and with it the row
             row.count += 1

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -24,6 +25,7 @@ from torch import nn
 import skipscope as ss
 import test_untouched as zoo_check
 from skipscope import _public_call, _untouched
+from skipscope.testing import check_shortcut
 from trust._hazard import Hazard, replaced
 from zoo import ZOO
 
@@ -250,6 +252,11 @@ def _watch(model: nn.Module, data: Any) -> None:
         optimizer.step()
 
 
+def _save_and_load(result: Any) -> None:
+    with tempfile.TemporaryDirectory(prefix="skipscope-trust-") as folder:
+        ss.load(result.save(Path(folder) / "result.json"))
+
+
 def _solution(seed: int) -> nn.Module:
     model, draw = network(2), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -262,6 +269,8 @@ def _solution(seed: int) -> nn.Module:
 MEASURED: dict[str, Callable[[nn.Module, Any], Any]] = CALLS | {
     "a call that fails": _raise_within,
     "watch": _watch,
+    "check_shortcut": lambda m, d: check_shortcut(m[0], d[0], compile=False),
+    "save, load": lambda m, d: _save_and_load(ss.gradient_flow(m, d, entropy)),
     "random_direction": lambda m, d: ss.random_direction(m),
     "solutions_plane": lambda m, d: ss.solutions_plane(m, _solution(1), _solution(2)),
     "trajectory_plane": lambda m, d: ss.trajectory_plane(
@@ -276,24 +285,34 @@ MEASURED: dict[str, Callable[[nn.Module, Any], Any]] = CALLS | {
 A_CALL, ONCE = 4096, 4 * 2**20
 
 
+# Calls of each function: where a call takes less than 50 ms, and else.
+MANY, FEW = 1000, 30
+
+
 def leaks(count: int) -> Iterator[str | None]:
     """New models through every public function in turn: none may stay alive, and resident memory stays flat.
 
-    Each function is called in rounds, as often as the others are in the same time: what the first rounds add
-    is not counted, since it is what a process loads once.
+    The functions are called in rounds of at most 25 calls or 0.3 seconds, until each was called often enough. What the
+    first round adds is not counted, since it is what a process loads once.
+
+    Returns:
+        How often each was called, and which added most.
     """
     names = list(MEASURED) if count >= 8 * len(MEASURED) else ["gradient_flow"]
-    grown, calls = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    grown, calls, seconds = (dict.fromkeys(names, zero) for zero in (0, 0, 0.0))
+    wanted = dict.fromkeys(names, count)
     for turn in itertools.count():
-        for name in names:
+        for name in [name for name in names if calls[name] < wanted[name]]:
             begun, before = time.perf_counter(), _resident_bytes()
             alive: list[weakref.ref[nn.Module]] = []
             while not alive or (time.perf_counter() - begun < 0.3 and len(alive) < 25):
                 alive.append(_call_and_forget(name))
-            gc.collect()
             if turn:
-                grown[name] += _resident_bytes() - before
                 calls[name] += len(alive)
+                seconds[name] += time.perf_counter() - begun
+                wanted[name] = MANY if seconds[name] / calls[name] < 0.05 else FEW
+            gc.collect()
+            grown[name] += _resident_bytes() - before if turn else 0
             kept = sum(model() is not None for model in alive)
             # First what was found: on a fast machine a round has more calls than a short run takes.
             yield (
@@ -305,6 +324,16 @@ def leaks(count: int) -> Iterator[str | None]:
             )
             for _ in alive[1:]:
                 yield None
+        if turn and all(calls[name] >= wanted[name] for name in names):
+            break
+    often = {name for name in names if wanted[name] == MANY}
+    most = max(names, key=lambda name: grown[name] / calls[name])
+    return (
+        f"{min((calls[name] for name in often), default=0)} calls or more of each of {len(often)} functions, "
+        f"{min((calls[name] for name in set(names) - often), default=0)} of each of {len(names) - len(often)} that take "
+        f"more than 50 ms; most is added by {most}: {grown[most]:,} bytes in {calls[most]} calls; all together: "
+        f"{sum(grown.values()) / 2**20:.1f} MiB"
+    )
 
 
 def _keeps_every_model():
@@ -438,7 +467,7 @@ MODEL = (
     Hazard("A model changed by a measurement", "one public function on one awkward model; every bit compared", returns, _forgets_to_restore, 1200, 6),
     Hazard("A model changed by an error within", "an exception or interrupt at one module call; every bit compared", fails_within, _forgets_to_restore, 600, 6),
     Hazard("A model changed by Ctrl-C", "one SIGINT at a random moment of one of ten functions", interrupted, _interrupted_while_restoring, 2000, 4),
-    Hazard("Memory that is never freed", "one call on a new model; weak references and resident memory", leaks, _keeps_every_model, 16000, 8),
+    Hazard("Memory that is never freed", "one call on a new model; weak references and resident memory", leaks, _keeps_every_model, 60000, 8),
     Hazard("Threads that read each other's state", "one call beside others, 2 to 8 threads", threads, _no_turns, 500, 8),
     Hazard("Answers that vary", "one call twice, from two random states", repeated, _draws_from_the_user, 100, 3),
 )  # fmt: skip

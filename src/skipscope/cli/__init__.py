@@ -318,7 +318,11 @@ def main() -> None:
         say("skipscope: nothing more can be printed (no space left); what was saved before is kept")
         _discard_output()
         sys.exit(1)
-    except SystemExit:  # --help, --version and options that were not understood
+    except SystemExit as error:  # --help, --version and options that were not understood
+        # `skipscope --help | head`: rich ends the program with 1 where its reader has gone. Below an option
+        # that was not understood that is right.
+        if isinstance(pipe := error.__context__, BrokenPipeError) and pipe.__context__ is None:
+            return
         raise
     except BaseException as error:
         _unexpected(error)

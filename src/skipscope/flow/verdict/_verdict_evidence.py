@@ -262,7 +262,12 @@ def _lines(
         inputs |= orders[k][1]
     found: dict[tuple[str, ...], tuple[Point, ...]] = {}
     for bit in [1 << i for i in range(inputs.bit_length()) if inputs >> i & 1] or [0]:
-        on = [j for j, k in enumerate(kept) if not bit or orders[k][1] & bit or places[k].key.site == "input"]
+        # An input of another tower is no part of this line: around each of its layers it reaches the loss.
+        on = [
+            j
+            for j, k in enumerate(kept)
+            if not bit or orders[k][1] & bit or (places[k].key.site == "input" and not orders[k][1])
+        ]
         start = min((s.order for s in trained if not bit or given[s.order] & bit), default=0)
         on = [j for j in on if orders[kept[j]][0] >= start or places[kept[j]].key.site == "input"]
         through = set(_through([kept[j] for j in on], places, {k: orders[k][0] for k in kept}, graph))

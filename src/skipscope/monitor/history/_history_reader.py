@@ -20,7 +20,7 @@ from skipscope.flow import Reach, Starved, starved_of
 from skipscope.monitor.history import _live_verdict
 from skipscope.monitor.history._history import STATES, History, LiveVerdict, VerdictEvent
 from skipscope.monitor.history._live_verdict import Place
-from skipscope.monitor.history._row_files import most_rows, read_rows
+from skipscope.monitor.history._row_files import columns_of, most_rows, read_rows, unsealed
 from skipscope.monitor.recording._missing_gradients import MissingGradients
 from skipscope.monitor.recording._step_row import SCALARS
 from skipscope.monitor.recording._weight_lines import WeightLines
@@ -31,7 +31,9 @@ WINDOW = 8
 NOT_RUN = -1.0
 ABOUT = "monitor.json"
 EVENTS = "events.jsonl"
-FORMAT = 2
+# From 3 on, what is written carries checksums.
+FORMAT = 3
+_EXPECTED = "a file that a monitor wrote"
 
 Columns = Sequence[tuple[dict[str, Any], np.ndarray]]  # (what the columns are, [rows, width])
 
@@ -389,12 +391,11 @@ def read_history(path: Path, *, all_rows: bool = False) -> History | None:
     if not (path / ABOUT).is_file():
         return None
     try:
-        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-        refuse_later_format(about, FORMAT, str(path))
-        notes = list(about["notes"])
+        about, damage = read_about(path)
+        notes = [*about["notes"], *damage]
         gradients = _files(path, "gradients", all_rows, notes)
-        flow = _files(path, "flow", all_rows, [])
-        events, end, lines = _events(path / EVENTS)
+        flow = _files(path, "flow", all_rows, notes)
+        events, end, lines = _events(path / EVENTS, notes)
         notes += (
             ["The run that writes this is not over, or was cut short."]
             if end is None
@@ -414,17 +415,39 @@ def read_history(path: Path, *, all_rows: bool = False) -> History | None:
         ) from error
 
 
+def read_about(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """What a monitor's folder says of itself, and what is damaged there.
+
+    Raises:
+        SkipscopeError: it was written in a later format.
+        ValueError: it is no JSON object.
+    """
+    refuse_devices(folder / ABOUT, operation="load", expected=_EXPECTED)
+    text = (folder / ABOUT).read_text(encoding="utf-8")
+    about = json.loads(text)
+    if not isinstance(about, dict):
+        raise ValueError(f"{ABOUT} holds {type(about).__name__}, not names and values")
+    refuse_later_format(about, FORMAT, str(folder))
+    try:
+        return unsealed(text), []
+    except ValueError:
+        return about, [f"{ABOUT} has changed since it was written: its checksum is not that of its data."]
+
+
 def _files(
     folder: Path, kind: str, all_rows: bool, notes: list[str]
 ) -> list[tuple[dict[str, Any], np.ndarray]]:
     found: list[tuple[dict[str, Any], np.ndarray]] = []
     for file in sorted(folder.glob(f"{kind}-*.rows")):
-        refuse_devices(file, operation="load", expected="a file that a monitor wrote")
+        if _is_empty(file):
+            continue
+        refuse_devices(file, operation="load", expected=_EXPECTED)
         with open(file, "rb") as begun:
             first = begun.readline()
-        if not first.endswith(b"\n"):
-            continue  # just begun
-        about, rows, whole = read_rows(file, None if all_rows else most_rows(len(json.loads(first)["names"])))
+        if (columns := columns_of(first, file.name)) is None:
+            continue
+        keep = None if all_rows else most_rows(len(columns["names"]))
+        about, rows, whole, changed = read_rows(file, keep)
         if (resumed := about.get("resumed_at")) is not None:
             # Steps after the checkpoint that was resumed from were made again.
             found = [
@@ -432,7 +455,12 @@ def _files(
                 for other, kept in found
             ]
         found.append((about, rows))
-        if len(rows) < whole:
+        if changed:
+            notes.append(
+                f"{changed:,} rows of {file.name} have changed since they were written: their checksums are "
+                "not those of their numbers. They are left out."
+            )
+        if len(rows) + changed < whole and kind == "gradients":
             notes.append(
                 f"{len(rows):,} of {whole:,} rows of {file.name} are here; "
                 "skipscope.monitor.read_history(folder, all_rows=True) gives all."
@@ -440,17 +468,29 @@ def _files(
     return found
 
 
-def _events(file: Path) -> tuple[list[VerdictEvent], dict[str, Any] | None, WeightLines | None]:
-    """Events, what the monitor wrote when it was closed, and the parameters' lines; a torn last line is left
-    out.
+def _is_empty(file: Path) -> bool:
+    return file.is_file() and not file.stat().st_size
+
+
+def _events(
+    file: Path, notes: list[str]
+) -> tuple[list[VerdictEvent], dict[str, Any] | None, WeightLines | None]:
+    """Events, what the monitor wrote when it was closed, and the parameters' lines.
+
+    A torn last line is left out; so is a line that has changed, with a note.
     """
     events, end, lines = [], None, None
-    refuse_devices(file, operation="load", expected="a file that a monitor wrote")
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    for line in text.splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        entry = json.loads(line)
+    if not file.exists() or _is_empty(file):
+        return [], None, None
+    refuse_devices(file, operation="load", expected=_EXPECTED)
+    *whole, _ = file.read_bytes().split(b"\n")
+    changed = 0
+    for line in whole:
+        try:
+            entry = unsealed(line)
+        except ValueError:
+            changed += 1
+            continue
         if "lines" in entry:
             lines = {name: tuple(place) for name, place in entry["lines"].items()}
             continue
@@ -458,6 +498,10 @@ def _events(file: Path) -> tuple[list[VerdictEvent], dict[str, Any] | None, Weig
             end = entry if "closed" in entry else None
             continue
         events.append(VerdictEvent(entry["step"], entry["before"], _verdict_from(entry["verdict"])))
+    if changed:
+        notes.append(
+            f"{changed:,} lines of {file.name} have changed since they were written, and are left out."
+        )
     return events, end, lines
 
 

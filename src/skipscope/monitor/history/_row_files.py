@@ -1,8 +1,9 @@
 """Rows of numbers: bounded in memory, appended to a file as they come.
 
-A file is one line of JSON that says what the columns are, then rows of float64. A row is written by one call,
-so a run killed at any moment leaves whole rows and at most one torn one, which readers leave out; they may
-read during the run.
+A file is one line of JSON that says what the columns are, then rows of float64, each followed by its
+checksum (files of earlier versions have none). A row is written by one call, so a run killed at any moment
+leaves whole rows and at most one torn one, which readers leave out, as they do rows that have changed; they
+may read during the run.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import contextlib
 import json
 import os
 import warnings
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +30,38 @@ def most_rows(parameters: int) -> int:
         (1000, 405, 64)
     """
     return max(64, min(1000, _ROOM // max(1, parameters)))
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """Plain data as one line of JSON that carries a checksum of the rest.
+
+    Example:
+        >>> sealed({"step": 3})
+        '{"crc32": 145879999, "step": 3}'
+        >>> unsealed(sealed({"step": 3}))
+        {'step': 3}
+    """
+    return json.dumps({"crc32": _crc32(content), **content})
+
+
+def unsealed(line: str | bytes) -> dict[str, Any]:
+    """What :func:`sealed` was given, or an earlier version wrote without a checksum.
+
+    Raises:
+        ValueError: it has changed since, or is something else.
+    """
+    content = json.loads(line)
+    if not isinstance(content, dict):
+        raise ValueError(f"a line holds {type(content).__name__}, not names and values")
+    if content.pop("crc32", None) not in (None, _crc32(content)):
+        raise ValueError("a line has changed since it was written: its checksum is not that of its data")
+    return content
+
+
+def _crc32(content: dict[str, Any]) -> int:
+    return zlib.crc32(
+        json.dumps({name: value for name, value in content.items() if name != "crc32"}).encode()
+    )
 
 
 class Rows:
@@ -50,12 +84,13 @@ class Rows:
         self.cut = False  # the file has fewer rows than came
         if path is not None:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-            self._write(json.dumps({**self.about, "width": width}).encode() + b"\n")
+            self._write(sealed({**self.about, "width": width, "checked": True}).encode() + b"\n")
 
     def append(self, row: np.ndarray) -> None:
         """Add a row (float64, contiguous; it is copied or kept)."""
         if self._file is not None:
-            self._write(row.tobytes())
+            data = row.tobytes()
+            self._write(data + zlib.crc32(data).to_bytes(8, "little"))
         self._last = row
         if self._count % self._stride == 0:
             if self._held == self._keep:
@@ -107,30 +142,92 @@ class Rows:
             self._file = None
 
 
-def read_rows(path: Path, keep: int | None = None) -> tuple[dict[str, Any], np.ndarray, int]:
-    """(what the columns are, ``[rows, width]``, how many rows the file has), without a torn row at its end.
+class RowFile(NamedTuple):
+    """What is read of a file.
+
+    Attributes:
+        about: what the columns are.
+        rows: ``[rows, width]``, without a torn row at the end and without those that have changed.
+        whole: how many rows the file has.
+        changed: how many of those that were looked at have changed since they were written.
+    """
+
+    about: dict[str, Any]
+    rows: np.ndarray
+    whole: int
+    changed: int
+
+
+def read_rows(path: Path, keep: int | None = None) -> RowFile:
+    """Read a file of rows.
 
     Args:
         path: the file; only the rows asked for are read.
         keep: of more rows than this every second, or fourth, ... is read, and the last; None reads all.
 
     Raises:
-        ValueError: not such a file.
+        ValueError: not such a file, or its first line has changed.
     """
-    with open(path, "rb") as file:
-        first = file.readline()
-    if not first.endswith(b"\n"):
-        raise ValueError(f"{path.name} has no first line yet")
-    about = json.loads(first)
-    width = about.get("width") if isinstance(about, dict) else None
-    if not isinstance(width, int) or width < 1:
-        raise ValueError(f"{path.name} does not say how wide its rows are")
-    whole = (path.stat().st_size - len(first)) // (8 * width)
-    if whole == 0:
-        return about, np.empty((0, width)), 0
-    every = np.memmap(path, dtype="<f8", mode="r", offset=len(first), shape=(whole, width))
-    stride = 1
+    about, every, is_checked = _mapped(path)
+    whole, stride = len(every), 1
     while keep is not None and whole > keep * stride:
         stride *= 2
     at = list(range(0, whole, stride))
-    return about, np.array(every[[*at, *([whole - 1] if at[-1] != whole - 1 else [])]]), whole
+    read = np.array(every[[*at, *([whole - 1] if at and at[-1] != whole - 1 else [])]])
+    if not is_checked:
+        return RowFile(about, read, whole, 0)
+    held = [_is_as_written(row) for row in read]
+    return RowFile(about, read[held, :-1], whole, held.count(False))
+
+
+def last_row(path: Path) -> np.ndarray | None:
+    """The last whole row of a file that is as it was written; None if there is none.
+
+    Raises:
+        ValueError: not such a file, or its first line has changed.
+    """
+    _, every, is_checked = _mapped(path)
+    for row in every[::-1]:
+        if not is_checked:
+            return np.array(row)
+        if _is_as_written(row):
+            return np.array(row[:-1])
+    return None
+
+
+def _is_as_written(row: np.ndarray) -> bool:
+    data = row.tobytes()
+    return zlib.crc32(data[:-8]) == int.from_bytes(data[-8:], "little")
+
+
+def _mapped(path: Path) -> tuple[dict[str, Any], np.ndarray, bool]:
+    """(what the columns are, the rows as they are in the file, whether each ends with its checksum)."""
+    with open(path, "rb") as file:
+        first = file.readline()
+    if (about := columns_of(first, path.name)) is None:
+        raise ValueError(f"{path.name} has no first line yet")
+    width = about.get("width")
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"{path.name} does not say how wide its rows are")
+    is_checked = about.pop("checked", False) is True
+    width += is_checked
+    whole = (path.stat().st_size - len(first)) // (8 * width)
+    if whole == 0:
+        return about, np.empty((0, width)), is_checked
+    every = np.memmap(path, dtype="<f8", mode="r", offset=len(first), shape=(whole, width))
+    return about, every, is_checked
+
+
+def columns_of(first: bytes, name: str) -> dict[str, Any] | None:
+    """What a file's first line says of its columns; None where the file ends inside that line.
+
+    Raises:
+        ValueError: the line has changed since it was written.
+    """
+    # Rows follow a whole line only, and they are not plain text.
+    if not first.endswith(b"\n") and all(32 <= byte < 127 for byte in first):
+        return None
+    try:
+        return unsealed(first)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

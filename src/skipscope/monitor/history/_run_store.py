@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +15,16 @@ from skipscope._errors import SkipscopeError
 from skipscope._files import write_whole
 from skipscope._version import __version__
 from skipscope.monitor.history._history import History, LiveVerdict, VerdictEvent
-from skipscope.monitor.history._history_reader import ABOUT, EVENTS, FORMAT, WINDOW, assemble, verdict_of
-from skipscope.monitor.history._row_files import Rows, most_rows, read_rows
+from skipscope.monitor.history._history_reader import (
+    ABOUT,
+    EVENTS,
+    FORMAT,
+    WINDOW,
+    assemble,
+    read_about,
+    verdict_of,
+)
+from skipscope.monitor.history._row_files import Rows, last_row, most_rows, sealed
 from skipscope.monitor.recording._flow_reader import FlowRow
 from skipscope.monitor.recording._missing_gradients import MissingGradients
 from skipscope.monitor.recording._step_row import SCALARS
@@ -52,7 +59,7 @@ class Store:
         self._before, self._first_step = before, first_step
         if folder is not None and before is None:
             content = {"skipscope": __version__, "format": FORMAT, "kind": "monitor", "notes": notes}
-            write_whole(folder / ABOUT, json.dumps(content), operation="watch")
+            write_whole(folder / ABOUT, sealed(content), operation="watch")
         elif before is not None:
             self._line({"resumed": first_step})
 
@@ -141,7 +148,7 @@ class Store:
             return
         try:
             with open(self.folder / EVENTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(sealed(entry) + "\n")
         except OSError as error:  # a monitor must not end a training
             warnings.warn(f"skipscope: an event could not be written: {error}", stacklevel=4)
 
@@ -161,7 +168,8 @@ def begin_folder(folder: Path, *, resume: bool) -> Recorded | None:
         What it holds; None for a new run.
 
     Raises:
-        SkipscopeError: it cannot be made, or holds a history that is not to be resumed.
+        SkipscopeError: it cannot be made, or holds a history that is not to be resumed, is damaged or of a
+            later format.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,11 +186,20 @@ def begin_folder(folder: Path, *, resume: bool) -> Recorded | None:
             "watch", f"{folder} already holds a history", expected="a new or empty folder",
             cure="give each run a folder of its own, or go on with this one: resume=True",
         )  # fmt: skip
+    try:
+        about, _ = read_about(folder)
+    except (OSError, ValueError) as error:
+        raise SkipscopeError(
+            "watch",
+            f"the history in {folder} cannot be continued: {ABOUT} is damaged ({error})",
+            cure="give this run a folder of its own",
+        ) from error
+    if about.get("format") != FORMAT:  # what is added has the present format
+        write_whole(folder / ABOUT, sealed({**about, "format": FORMAT}), operation="watch")
     step, seconds = 0, 0.0
     for file in folder.glob("gradients-*.rows"):
         with contextlib.suppress(ValueError):  # begun, and without a whole row
-            rows = read_rows(file, 2)[1]
-            if len(rows):
-                step = max(step, int(rows[-1, SCALARS.index("step")]))
-                seconds = max(seconds, float(rows[-1, SCALARS.index("seconds")]))
+            if (row := last_row(file)) is not None:
+                step = max(step, int(row[SCALARS.index("step")]))
+                seconds = max(seconds, float(row[SCALARS.index("seconds")]))
     return Recorded(step, seconds)
