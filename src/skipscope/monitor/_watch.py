@@ -300,10 +300,13 @@ class Monitor:
     def _is_order_awaited(self, verdict: LiveVerdict) -> bool:
         """Whether the verdict compares weights whose order and towers are not known yet, but will be."""
         unsure = [
-            one for one in verdict.chains or (verdict,)
-            if one.basis == GRADIENTS and one.score is not None
-            and (one.state in {"vanishing", "exploding"} or (one.state == "healthy" and one.score <= -FALL))
-        ]  # fmt: skip
+            one
+            for one in verdict.chains or (verdict,)
+            if one.basis == GRADIENTS
+            and one.score is not None
+            and one.state in {"vanishing", "exploding", "dead", "healthy"}
+            and (one.state != "healthy" or one.score <= -FALL)
+        ]
         unsure += [one for one in verdict.chains or (verdict,) if one.starved]
         if not unsure or not self._open:
             return False

@@ -52,6 +52,17 @@ def judge_chain(
     if head is not None and after.activation:
         evidence = replace(evidence, head=replace(head, slope=after.slope))
     found = _beside(found, evidence, after)
+    if evidence.single and found.state == "healthy" and found.cause == "none" and not evidence.starved.names:
+        n, weights = len(evidence.single), "weight" + "s" * (len(evidence.single) > 1)
+        found = replace(
+            found,
+            cause="one position",
+            evidence=float(n),
+            reason=(
+                f"{found.reason}; {n} {weights} of queries and keys get exactly 0, for their softmax is over"
+                " one entry and always 1"
+            ),
+        )
     if (
         stale
         and found.state in {"vanishing", "exploding", "nonfinite", "dead"}
@@ -59,7 +70,7 @@ def judge_chain(
     ):
         found = replace(found, cause="batch norm", reason=f"{stale}; {found.reason}")
     found = replace(
-        found, head=evidence.head, worst=evidence.worst, starved=evidence.starved.names,
+        found, head=evidence.head, worst=evidence.worst, starved=evidence.starved.names + evidence.single,
         reach=evidence.reach.steps if evidence.reach else None,
     )  # fmt: skip
     return replace(found, advice=advice_on(found))

@@ -293,7 +293,7 @@ def _verdict_of_tower(
     history: History, tower: list[int], was: LiveState, is_early: bool, starved: Starved, lines: WeightLines
 ) -> LiveVerdict:
     """Judge a tower; where its gradient changes, each stretch apart: all but the last one are branches."""
-    whole = _verdict_of_parameters(history, tower, was, is_early, starved)
+    whole = _verdict_of_parameters(history, tower, was, is_early, starved, bool(lines))
     stretches: dict[int, list[int]] = {}
     for i in tower:
         stretches.setdefault(lines.get(history.parameters[i], (-1, i, -1))[2], []).append(i)
@@ -302,7 +302,7 @@ def _verdict_of_tower(
     # Weights of different shapes are compared only along a whole tower.
     usual = [Counter(history.shapes[i] for i in stretch) for stretch in stretches.values()]
     alike = [s for s, counts in zip(stretches.values(), usual) if max(counts.values()) >= _live_verdict.ALIKE]
-    judged = [_verdict_of_parameters(history, stretch, was, is_early, starved) for stretch in alike]
+    judged = [_verdict_of_parameters(history, stretch, was, is_early, starved, True) for stretch in alike]
     return max(judged, key=_severity, default=whole)
 
 
@@ -323,7 +323,7 @@ def _starved(history: History, tower: Sequence[int], sizes: Mapping[str, float])
 
 
 def _verdict_of_parameters(
-    history: History, part: Sequence[int], was: LiveState, is_early: bool, starved: Starved
+    history: History, part: Sequence[int], was: LiveState, is_early: bool, starved: Starved, is_ordered: bool
 ) -> LiveVerdict:
     """Judge by biases of linear maps and convolutions that can be compared, else by weights."""
     if not len(history) or not part:
@@ -335,14 +335,14 @@ def _verdict_of_parameters(
     broken = (history.states[-WINDOW:] == STATES.index("nonfinite")).any(axis=0)
     weights = [i for i in part if i in set(weights) or broken[i]]
     shapes = [history.shapes[i] for i in weights]
-    of_weights = _judged_by(history, weights, shapes, was, "weights", is_early, starved)
+    of_weights = _judged_by(history, weights, shapes, was, "weights", is_early, starved, is_ordered)
     biases = [i for i in part if history.roles[i] == "bias"]
     if of_weights.state == "dead":
         return _dead_at(history, biases, was, is_early) or of_weights
     if of_weights.state in {"nonfinite", "unconnected"}:
         return of_weights
     alike = [(history.shapes[i], re.sub(r"\d+", "#", history.parameters[i])) for i in biases]
-    of_biases = _judged_by(history, biases, alike, was, "biases", is_early, starved)
+    of_biases = _judged_by(history, biases, alike, was, "biases", is_early, starved, is_ordered)
     return of_weights if of_biases.state in {"unknown", "nonfinite", "dead", "unconnected"} else of_biases
 
 
@@ -357,7 +357,7 @@ def _dead_at(history: History, biases: Sequence[int], was: LiveState, is_early: 
 
 def _judged_by(
     history: History, chosen: list[int], alike: Sequence[Any], was: LiveState, what: str, is_early: bool,
-    starved: Starved,
+    starved: Starved, is_ordered: bool = False,
 ) -> LiveVerdict:  # fmt: skip
     """Judge the last steps of some parameters; equal entries in ``alike`` can be compared."""
     rms, states = np.full((WINDOW, len(chosen)), np.nan), np.full((WINDOW, len(chosen)), np.nan)
@@ -383,6 +383,7 @@ def _judged_by(
         was,
         what,
         is_early=is_early,
+        is_ordered=is_ordered,
         starved=starved,
     )
 

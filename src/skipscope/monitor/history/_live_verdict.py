@@ -162,6 +162,7 @@ def judge_gradients(
     what: str = "weights",
     *,
     is_early: bool = False,
+    is_ordered: bool = False,
     starved: Starved = NONE_STARVED,
 ) -> LiveVerdict:
     """The verdict on the gradients of weights, or of biases.
@@ -175,11 +176,16 @@ def judge_gradients(
         was: the state so far.
         what: ``"weights"``; or ``"biases"``, where some must be comparable.
         is_early: weights without a gradient are left out.
+        is_ordered: they are in the order of execution.
         starved: weights that get next to nothing, where that is known.
     """
     state: list[RecordedState] = _lasting(states)
     if is_early:
         state = ["absent" if s in {"exact_zero", "not_connected"} else s for s in state]
+    if is_ordered and "ok" in state:
+        # What gets exactly 0 after one that does not is beside the line: q and k that attend to one position.
+        first = state.index("ok")
+        state[first:] = ["absent" if s == "exact_zero" else s for s in state[first:]]
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log10(np.where(rms > 0, rms, np.nan))
     level = _medians(logs)
