@@ -576,3 +576,32 @@ def test_a_training_that_attends_to_one_position_is_healthy(options):
             optimizer.step()
     assert monitor.verdict.state == "healthy"
     assert {event.verdict.state for event in events} <= {"healthy", "unknown"}
+
+
+class Fire(nn.Module):
+    """SqueezeNet's module: two convolutions beside each other, after a narrow one."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.squeeze = nn.Conv2d(width, width // 2, 1)
+        self.one = nn.Conv2d(width // 2, width // 2, 1)
+        self.three = nn.Conv2d(width // 2, width // 2, 3, padding=1)
+        for layer in (self.squeeze, self.one, self.three):
+            nn.init.kaiming_normal_(layer.weight)
+
+    def forward(self, x):
+        x = F.relu(self.squeeze(x))
+        return torch.cat([F.relu(self.one(x)), F.relu(self.three(x))], 1)
+
+
+def test_a_tiny_weight_after_branches_is_named_as_the_cause():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), *[Fire(16) for _ in range(4)], nn.Flatten(), nn.Linear(16 * 36, 2)
+    )
+    with torch.no_grad():
+        model[3].squeeze.weight.mul_(1e-4)
+    x = torch.randn(8, 3, 6, 6)
+    verdict = ss.gradient_flow(model, (x, torch.arange(8) % 2), F.cross_entropy).verdict
+    assert verdict.state == "vanishing" and verdict.cause == "gain"
+    assert "3.squeeze.weight" in verdict.reason
