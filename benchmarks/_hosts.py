@@ -1,8 +1,8 @@
 """Stock models, as their libraries initialise them: what must never be called anything but healthy.
 
-``python -m benchmarks._hosts label`` trains each for a few steps on held-out data of its own kind, at a size that fits
-two cores, before any verdict is run, and keeps what came out in ``results/host_labels.json``. Libraries are imported when a host is built; ``available()``
-says which are missing.
+``python -m benchmarks._hosts label [FILE] [STEPS]`` trains each for a few steps, those that have not learnt yet; its loss
+on held-out data of its own kind tells, at a size that fits two cores, before any verdict is run, and what came out is
+kept in ``results/host_labels.json``. Libraries are imported when a host is built; ``available()`` says which are missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 LABELS = Path(__file__).parent / "results" / "host_labels.json"
 # Half of the hosts are drawn as held out, before the first rule of the verdict is set.
 SEED = 13
-STEPS, BATCH = 30, 16
+STEPS, BATCH, BATCHES = 30, 16, 12
 # Those that torchvision describes to the compiler as soon as it is imported.
 VISION_OPERATORS = ("nms", "qnms")
 _declared: torch.library.Library | None = None
@@ -415,7 +415,8 @@ def train(host: Host, steps: int = STEPS) -> dict:
     start = time.perf_counter()
     classes = 2 if host.kind == "tokens" else 10
     model = host.make(classes, host.small)
-    batches = [batch(host, BATCH, classes, host.small, seed=i) for i in range(12)]
+    # A longer run sees more data, each batch four times.
+    batches = [batch(host, BATCH, classes, host.small, seed=i) for i in range(max(BATCHES, steps // 4))]
     test = batch(host, 64, classes, host.small, split="test", seed=99)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=host.rate, weight_decay=0.01)
@@ -470,4 +471,4 @@ def label(path: Path = LABELS, steps: int = STEPS) -> None:
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["label"]:
-    label(*map(Path, sys.argv[2:3]))
+    label(*map(Path, sys.argv[2:3]), *map(int, sys.argv[3:4]))
