@@ -190,6 +190,30 @@ def nested_rows():
     return nn.Sequential(*layers, nn.Linear(32, 10))
 
 
+class NormActivation(nn.Sequential):
+    """As torchvision writes a layer."""
+
+    def __init__(self, i, o):
+        super().__init__(*conv(i, o))
+
+
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (nn.Sequential(*conv(3, 8), *conv(8, 8), *conv(8, 8)) for _ in range(2))
+        self.head = nn.Sequential(*head(16))
+
+    def forward(self, x):
+        return self.head(torch.cat([self.left(x), self.right(x.flip(-1))], 1))
+
+
+def norm_last():
+    layers = [
+        q for i in range(3) for q in (nn.Conv2d(3 if i == 0 else 8, 8, 3, 1, 1), nn.ReLU(), nn.BatchNorm2d(8))
+    ]
+    return nn.Sequential(*layers, *head(8))
+
+
 # Network: where blocks are, the kinds of their shortcuts, what is said of the layers without one.
 BLOCKS = {
     "strides": (
@@ -211,6 +235,15 @@ BLOCKS = {
         of_layers, "1 to 2, 3 to 4 (projection, 8 x 8 x 8 to 16 x 4 x 4)", ["identity", "projection"],
         "0 (the first layer)",
     ),
+    "a class of Sequential": (
+        lambda: nn.Sequential(NormActivation(3, 8), NormActivation(8, 8), NormActivation(8, 8), *head(8)),
+        "1 to 2", ["identity"], "0 (the first layer)",
+    ),
+    "two towers": (
+        Towers, "left.3 to left.8, right.3 to right.8", ["identity"] * 2,
+        "left.0 (the first layer), right.0 (the first layer)",
+    ),
+    "the norm after the activation": (norm_last, "3 to 8", ["identity"], "0 (the first layer)"),
     "rows": (lambda: relus(5, norm=True), "3 to 8, 9 to 14", ["identity"] * 2, "0 (the first layer)"),
     "rows, nested": (nested_rows, "1 to 3", ["identity"], "0 (the first layer)"),
 }  # fmt: skip

@@ -48,7 +48,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, branch: nn.Module, projection: nn.Module, activation: nn.Module):
         super().__init__()
-        self.branch, self.projection, self.activation, self.bypass = branch, projection, activation, True
+        self.branch, self.projection, self.activation, self.bypass = branch, projection, activation, False
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the shape that the branch gives."""
@@ -140,6 +140,7 @@ class _Builder:
     Attributes:
         built: where blocks are.
         left: by place, why a layer with a norm has none.
+        first: the maps that no other comes before.
     """
 
     model: nn.Module
@@ -147,22 +148,31 @@ class _Builder:
     shapes: dict[str, tuple[torch.Size, torch.Size] | None] = field(default_factory=dict)
     built: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    first: set[nn.Module] = field(default_factory=set)
 
     def build(self) -> None:
         handles = [
             module.register_forward_hook(partial(self._note, path))
             for path, module in self.model.named_modules()
         ]
+        is_trained = [(p, p.requires_grad) for p in self.model.parameters() if p.is_floating_point()]
         try:
+            for parameter, _ in is_trained:
+                parameter.requires_grad_(True)
             expected = self._outputs()
         finally:
             for handle in handles:
                 handle.remove()
+            for parameter, trained in is_trained:
+                parameter.requires_grad_(trained)
         done: list[str] = []
         for path, container in list(self.model.named_modules()):
             inside = any(path.startswith(f"{outer}.") or path == outer for outer in (*done, *self.left))
             if isinstance(container, nn.Sequential | nn.ModuleList) and not inside:
                 done += self._build_in(container, path, expected)
+        for block in self.model.modules():
+            if isinstance(block, ResidualBlock):
+                block.bypass = True
         if not self.built:
             raise SkipscopeError("prescribe", self._why_none())
 
@@ -172,17 +182,20 @@ class _Builder:
             return "no two layers with a norm can be joined to a block: " + ", ".join(sorted(reasons))
         return "no two layers with a norm each follow one another in a Sequential or ModuleList"
 
-    def _note(self, path: str, _: nn.Module, args: Any, output: Any) -> None:
+    def _note(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
         """A shape that is not one tensor in, one out, or that changes from call to call, is none."""
         single = len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor)
         shapes = (args[0].shape, output.shape) if single else None
         self.shapes[path] = shapes if self.shapes.get(path, shapes) == shapes else None
+        # All weights require gradients here: no layer comes before this one.
+        if isinstance(module, MAPS) and not args[0].requires_grad:
+            self.first.add(module)
 
     def _outputs(self) -> list[Tensor]:
         flags = {module: module.training for module in self.model.modules()}
         try:
             # Batch statistics and dropout apart, the same input must give the same output twice.
-            with torch.no_grad():
+            with torch.enable_grad():  # the model may differentiate inside
                 return tensors_in(call_model(self.model.eval(), self.inputs))
         finally:
             for module, training in flags.items():
@@ -203,14 +216,10 @@ class _Builder:
                 changed = f" (projection, {_shape(units[0].before)} to {_shape(units[-1].after)})"
                 blocks.append((block, label + changed * (units[0].before != units[-1].after)))
                 kept += [_joined(path, name) for name in names]
-        for block, _ in blocks:
-            block.bypass = False
         try:
             same = all(map(_is_close, self._outputs(), expected))
         except Exception:  # whatever the owner does with modules that it does not know
             same = False
-        for block, _ in blocks:
-            block.bypass = True
         if not same:
             container._modules.update(before)
             self.left |= {label: "its owner does more than to call it" for _, label in blocks}
@@ -265,9 +274,7 @@ class _Builder:
 
     def _reason(self, unit: _Unit) -> str:
         """Why a layer is in no block, or ""."""
-        # In the order of execution: hooks took them down.
-        ran = (self.model.get_submodule(path) for path in self.shapes)
-        if next(m for m in ran if isinstance(m, MAPS)) in unit.maps:
+        if self.first.intersection(unit.maps):
             return "the first layer"
         # Not ``weight``: a parametrization computes it.
         if not any(p.requires_grad for m in unit.maps for p in m.parameters()):
@@ -287,7 +294,11 @@ def _is_activation(module: nn.Module) -> bool:
 
 def _parts(children: list[nn.Module]) -> tuple[list[nn.Module], nn.Module | None] | None:
     """A map, its norm, and the activation after it, at the beginning of these; None where no norm follows."""
-    if len(children) < 2 or not isinstance(children[0], MAPS) or not isinstance(children[1], NORMS):
+    if len(children) < 2 or not isinstance(children[0], MAPS):
+        return None
+    if _is_activation(children[1]) and len(children) > 2 and isinstance(children[2], NORMS):
+        return children[:3], None  # the norm after the activation: the addition comes last
+    if not isinstance(children[1], NORMS):
         return None
     activation = children[2] if len(children) > 2 and _is_activation(children[2]) else None
     return children[:2], activation
@@ -298,9 +309,11 @@ def _inside(module: nn.Module) -> tuple[list[nn.Module], nn.Module | None] | Non
     kinds = [isinstance(m, MAPS) for m in module.modules() if isinstance(m, MAPS + NORMS)]
     if not 0 < sum(kinds) <= MOST_LAYERS or all(kinds):
         return None
-    if type(module) is not nn.Sequential:
+    if isinstance(module, nn.ModuleList):
+        return None
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
         # Its code may call the activation by name: that one cannot be moved.
-        return None if isinstance(module, nn.Sequential | nn.ModuleList) else ([module], None)
+        return [module], None
     children = list(module._modules.items())
     end = len(children)
     while isinstance(children[end - 1][1], _DROPOUTS):
