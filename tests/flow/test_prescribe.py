@@ -207,6 +207,12 @@ class Towers(nn.Module):
         return self.head(torch.cat([self.left(x), self.right(x.flip(-1))], 1))
 
 
+def with_a_head_of_two_layers():
+    layers = [q for i in range(3) for q in conv(3 if i == 0 else 8, 8)]
+    last = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+
+
 def norm_last():
     layers = [
         q for i in range(3) for q in (nn.Conv2d(3 if i == 0 else 8, 8, 3, 1, 1), nn.ReLU(), nn.BatchNorm2d(8))
@@ -242,6 +248,9 @@ BLOCKS = {
     "two towers": (
         Towers, "left.3 to left.8, right.3 to right.8", ["identity"] * 2,
         "left.0 (the first layer), right.0 (the first layer)",
+    ),
+    "a head of two layers": (
+        with_a_head_of_two_layers, "3 to 8", ["identity"], "0 (the first layer), 11 (the last layer)",
     ),
     "the norm after the activation": (norm_last, "3 to 8", ["identity"], "0 (the first layer)"),
     "rows": (lambda: relus(5, norm=True), "3 to 8, 9 to 14", ["identity"] * 2, "0 (the first layer)"),
@@ -472,10 +481,11 @@ def test_the_first_layer_is_the_one_that_runs_first_and_a_gate_is_none_of_the_bl
     class Late(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers, self.stem = nn.Sequential(Gated(8, 16), Layer(16, 16)), nn.Conv2d(3, 8, 1)
+            self.layers, self.head = nn.Sequential(Gated(8, 16), Layer(16, 16)), nn.Linear(16, 4)
+            self.stem = nn.Conv2d(3, 8, 1)
 
         def forward(self, x):
-            return self.layers(self.stem(x)).mean((2, 3))
+            return self.head(self.layers(self.stem(x)).mean((2, 3)))
 
     places = block_places(Late(), pictures()[0])
     assert places == "Around layers.0 to layers.1 (projection, 8 x 8 x 8 to 16 x 4 x 4)."

@@ -34,7 +34,6 @@ NORMS = (
 LAYERS = 2
 # A module of the user's own that holds more layers than this is a stage, not a layer.
 MOST_LAYERS = 3
-
 # So many places are named one by one.
 MOST_NAMED = 8
 
@@ -141,6 +140,7 @@ class _Builder:
         built: where blocks are.
         left: by place, why a layer with a norm has none.
         first: the maps that no other comes before.
+        last: the map that runs last: what it gives is the output.
     """
 
     model: nn.Module
@@ -149,6 +149,7 @@ class _Builder:
     built: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     first: set[nn.Module] = field(default_factory=set)
+    last: nn.Module | None = None
 
     def build(self) -> None:
         handles = [
@@ -177,7 +178,7 @@ class _Builder:
             raise SkipscopeError("prescribe", self._why_none())
 
     def _why_none(self) -> str:
-        reasons = set(self.left.values()) - {"the first layer"}
+        reasons = set(self.left.values()) - {"the first layer", "the last layer"}
         if reasons:
             return "no two layers with a norm can be joined to a block: " + ", ".join(sorted(reasons))
         return "no two layers with a norm each follow one another in a Sequential or ModuleList"
@@ -187,9 +188,11 @@ class _Builder:
         single = len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor)
         shapes = (args[0].shape, output.shape) if single else None
         self.shapes[path] = shapes if self.shapes.get(path, shapes) == shapes else None
-        # All weights require gradients here: no layer comes before this one.
-        if isinstance(module, MAPS) and not args[0].requires_grad:
-            self.first.add(module)
+        if isinstance(module, MAPS):
+            self.last = module
+            # All weights require gradients here: no layer comes before this one.
+            if single and not args[0].requires_grad:
+                self.first.add(module)
 
     def _outputs(self) -> list[Tensor]:
         flags = {module: module.training for module in self.model.modules()}
@@ -276,6 +279,8 @@ class _Builder:
         """Why a layer is in no block, or ""."""
         if self.first.intersection(unit.maps):
             return "the first layer"
+        if self.last in unit.maps:
+            return "the last layer"
         # Not ``weight``: a parametrization computes it.
         if not any(p.requires_grad for m in unit.maps for p in m.parameters()):
             return "frozen"
