@@ -449,11 +449,22 @@ def train(host: Host, steps: int = STEPS) -> dict:
         optimizer.step()
         seen.append(float(value.detach()))
     after = held_out_loss()
-    learnt = math.isfinite(after) and after < LEARNT * before
-    return {
-        "name": host.name, "before": before, "after": after, "train": [seen[0], sum(seen[-5:]) / 5], "learns": learnt,
+    learnt, end = math.isfinite(after) and after < LEARNT * before, sum(seen[-5:]) / 5
+    row = {
+        "name": host.name, "before": before, "after": after, "train": [seen[0], end], "learns": learnt,
         "steps": steps, "size": host.small, "rate": host.rate, "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
+    return row if learnt else row | {"why": _why(row)}
+
+
+def _why(row: dict) -> str:
+    """Why a host has not learnt: by its loss on what it was trained on."""
+    begin, end = row["train"]
+    if end < LEARNT * begin:
+        return (
+            f"its loss falls from {begin:.2f} to {end:.2f} in {row['steps']} steps, on held-out data not yet"
+        )
+    return f"its loss is {end:.2f} after {row['steps']} steps, {begin:.2f} before: too few for it"
 
 
 def label(path: Path = LABELS, steps: int = STEPS) -> None:
