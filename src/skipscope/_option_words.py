@@ -45,6 +45,7 @@ VerdictCause = Literal[
     "loss",
     "time",
     "branch",
+    "one position",
     "head",
     "batch norm",
     "noise",

@@ -642,3 +642,106 @@ def test_starved_weights_are_compared_with_the_median():
 def test_decades_of_an_average_without_a_gradient_are_none(into, out, decades):
     reading = _gradient_sites.PoolReading(3, "mean", 100.0, into=into, out=out)
     assert reading.decades == pytest.approx(decades)
+
+
+# --- attention over a single position -------------------------------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    """Blocks of attention with a shortcut; q, k and v are maps of their own."""
+
+    def __init__(self, how, layers=3, width=16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.stem, self.head = how, nn.Linear(8, width), nn.Linear(width, 2)
+        self.q, self.k, self.v, self.o = (
+            nn.ModuleList(nn.Linear(width, width) for _ in range(layers)) for _ in range(4)
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        for q, k, v, o in zip(self.q, self.k, self.v, self.o):
+            if self.how == "fused":
+                mixed = F.scaled_dot_product_attention(q(x), k(x), v(x))
+            else:
+                mixed = (q(x) @ k(x).transpose(-1, -2)).softmax(dim=-1) @ v(x)
+            x = x + o(mixed)
+        return self.head(x.mean(1))
+
+
+def tokens(length):
+    x, y = batch(16)
+    return torch.stack([(t + 1) * x for t in range(length)], 1), y
+
+
+QUERIES = {f"{name}.{i}.weight" for name in "qk" for i in range(3)}
+
+
+@pytest.mark.parametrize("how", ["fused", "written out"])
+def test_attention_over_one_position_is_no_fault_and_is_named(how):
+    verdict = ss.gradient_flow(Attends(how), tokens(1), F.cross_entropy).verdict
+    assert verdict.state == "healthy" and verdict.cause == "one position"
+    assert set(verdict.starved) == QUERIES and verdict.hinders == ()
+    assert "queries and keys that attend to a single position" in verdict.finding
+    assert len(verdict.finding.split()) <= 25
+    more = ss.gradient_flow(Attends(how), tokens(4), F.cross_entropy).verdict
+    assert more.state == "healthy" and more.cause == "none" and more.starved == ()
+
+
+def test_of_several_batches_all_must_have_one_position():
+    data = ss.batches([tokens(1), tokens(4)])
+    verdict = ss.gradient_flow(Attends("fused"), data, F.cross_entropy).verdict
+    assert verdict.state == "healthy" and verdict.cause == "none" and verdict.starved == ()
+
+
+def test_a_dead_branch_beside_attention_over_one_position_is_still_found():
+    model = Attends("fused")
+    with torch.no_grad():
+        for o in model.o:
+            o.weight.zero_()
+            o.weight.requires_grad_(False)
+    verdict = ss.gradient_flow(model, tokens(1), F.cross_entropy).verdict
+    assert verdict.state == "dead" and verdict.cause == "branch"
+    assert {name for name in verdict.starved if name.startswith("v")} == {f"v.{i}.weight" for i in range(3)}
+
+
+@pytest.mark.parametrize("options", [{}, {"flow_every": 1}])
+def test_a_training_that_attends_to_one_position_is_healthy(options):
+    model, (x, y), events = Attends("fused"), tokens(1), []
+    optimizer = torch.optim.Adam(model.parameters())
+    with ss.watch(model, optimizer, on_verdict=events.append, **options) as monitor:
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert monitor.verdict.state == "healthy"
+    assert {event.verdict.state for event in events} <= {"healthy", "unknown"}
+
+
+class Fire(nn.Module):
+    """SqueezeNet's module: two convolutions beside each other, after a narrow one."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.squeeze = nn.Conv2d(width, width // 2, 1)
+        self.one = nn.Conv2d(width // 2, width // 2, 1)
+        self.three = nn.Conv2d(width // 2, width // 2, 3, padding=1)
+        for layer in (self.squeeze, self.one, self.three):
+            nn.init.kaiming_normal_(layer.weight)
+
+    def forward(self, x):
+        x = F.relu(self.squeeze(x))
+        return torch.cat([F.relu(self.one(x)), F.relu(self.three(x))], 1)
+
+
+def test_a_tiny_weight_after_branches_is_named_as_the_cause():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), *[Fire(16) for _ in range(4)], nn.Flatten(), nn.Linear(16 * 36, 2)
+    )
+    with torch.no_grad():
+        model[3].squeeze.weight.mul_(1e-4)
+    x = torch.randn(8, 3, 6, 6)
+    verdict = ss.gradient_flow(model, (x, torch.arange(8) % 2), F.cross_entropy).verdict
+    assert verdict.state == "vanishing" and verdict.cause == "gain"
+    assert "3.squeeze.weight" in verdict.reason

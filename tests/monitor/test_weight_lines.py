@@ -1,5 +1,7 @@
 """Parameter gradients are compared along a line, in the order of execution, and never from tower to tower."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -122,6 +124,73 @@ def test_layers_in_checkpoints_stay_one_line():
             return self.head(x)
 
     assert trained(Checkpointed(), torch.sum).verdict.state == "vanishing"
+
+
+class Field(nn.Module):
+    """A radiance field's layers (Mildenhall et al. 2020): the input is concatenated once more half way."""
+
+    def __init__(self, gains=(1.0, 1.0), width=64, joins=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.joins = joins
+        self.first = nn.ModuleList(nn.Linear(16 if i == 0 else width, width) for i in range(5))
+        self.join = nn.Linear(width + 16 if joins else width, width)
+        self.last = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.head = nn.Linear(width, 3)
+        with torch.no_grad():
+            for part, gain in zip((self.first, self.last), gains):
+                for layer in part:
+                    layer.weight.mul_(gain)
+
+    def forward(self, x):
+        h = x
+        for layer in self.first:
+            h = torch.relu(layer(h))
+        h = torch.relu(self.join(torch.cat([x, h], -1) if self.joins else h))
+        for layer in self.last:
+            h = torch.relu(layer(h))
+        return self.head(h)
+
+
+def square(output):
+    return (output - 1).square().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"flow_every": 1}])
+def test_layers_before_the_input_is_concatenated_again_are_a_branch(options):
+    events = []
+    x, model = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), Field()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with ss.watch(model, optimizer, on_verdict=events.append, **options) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            square(model(x)).backward()
+            optimizer.step()
+    assert monitor.verdict.state == "healthy"
+    assert "vanishing" not in [event.verdict.state for event in events]
+
+
+def test_without_the_concatenation_the_same_layers_vanish():
+    assert trained(Field(joins=False), square).verdict.state == "vanishing"
+
+
+@pytest.mark.parametrize("gains, where", [((0.3, 1.0), "first"), ((1.0, 0.2), "last")])
+def test_a_stretch_that_vanishes_in_itself_is_found(gains, where):
+    monitor = trained(Field(gains), square)
+    assert monitor.verdict.state == "vanishing" and monitor.verdict.where.startswith(where)
+
+
+def test_folders_of_earlier_versions_know_no_stretches(tmp_path):
+    trained(Field(), square, folder=tmp_path / "run")
+    events = tmp_path / "run" / "events.jsonl"
+    lines = [json.loads(line) for line in events.read_text().splitlines() if "closed" not in line]
+    assert any(place[2] for line in lines for place in line.get("lines", {}).values())
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_history(tmp_path / "run").verdict.state == "healthy"  # judged anew, with its stretches
+    for line in lines:
+        line.update({"lines": {k: v[:2] for k, v in line["lines"].items()}} if "lines" in line else {})
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_history(tmp_path / "run").verdict.state == "vanishing"
 
 
 def test_what_was_found_is_kept_in_the_folder(tmp_path):

@@ -344,9 +344,13 @@ class Prescription(Result):
             ["remedy", "flow", "fall", "loss", "after a few steps"],
             rows,
             [
-                (
-                    "Each remedy was applied to a copy and measured on the same data; fall in decades,"
-                    " positive: shrinks going back."
+                *(
+                    [
+                        "Each remedy was applied to a copy and measured on the same data; fall in decades,"
+                        " positive: shrinks going back."
+                    ]
+                    if self.remedies
+                    else []
                 ),
                 *self.notes,
                 *self.refused,

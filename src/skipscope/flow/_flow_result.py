@@ -135,9 +135,9 @@ class Verdict:
         reason: a sentence with the number that says so.
         cause: the reason in a word: ``"none"``, ``"saturation"``, ``"gain"``, ``"inactive"``, ``"collapse"``,
             ``"missing path"``, ``"underflow"``, ``"overflow"``, ``"weights"`` or ``"data"`` (not finite to
-            begin with), ``"loss"``, ``"time"``, ``"branch"``, ``"head"``, ``"batch norm"``, ``"noise"``,
-            ``"opaque"``, ``"unexplained"``; or the function that makes NaN: ``"softmax"``, ``"sqrt"``,
-            ``"div"``, ``"log"``, ``"norm"``.
+            begin with), ``"loss"``, ``"time"``, ``"branch"``, ``"one position"`` (attention over a single
+            one), ``"head"``, ``"batch norm"``, ``"noise"``, ``"opaque"``, ``"unexplained"``; or the function
+            that makes NaN: ``"softmax"``, ``"sqrt"``, ``"div"``, ``"log"``, ``"norm"``.
         evidence: that number.
         advice: what to do next, in a sentence.
         agreement: the share of the batches whose own state is the same; None for a single batch.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -262,16 +262,25 @@ def _culprit(model: nn.Module, batches: Batches, readings: Readings) -> tuple[Ve
     """What is not a number before anything is computed; or the loss, where all activations are finite."""
     order = {name: site.order for site in reversed(readings.sites) for name in site.weights}
     weights = sorted(model.named_parameters(), key=lambda named: order.get(named[0], len(order)))
-    for name, tensor in (*weights, *model.named_buffers()):
-        here = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
-        if bool(here.detach().isnan().any()):
-            return "weights", f"{name} holds NaN"
+    if name := _first_nan(weights):
+        return "weights", f"{name} holds NaN"
     # Infinities are no mistake in a mask; at the first boundary they are one.
     given = [tensor for batch in batches for tensor in tensors_in(batch)]
     if any(bool(tensor.isnan().any()) for tensor in given) or not readings.activations[0].finite:
         return "data", "the data hold values that are not finite"
+    # After the data: on a copy the running statistics have met them already.
+    if name := _first_nan(model.named_buffers()):
+        return "weights", f"{name} holds NaN"
     if all(a.finite for a in readings.activations) and not math.isfinite(readings.loss):
         return "loss", f"the loss is {short(readings.loss)}"
+    return None
+
+
+def _first_nan(named: Iterable[tuple[str, Any]]) -> str | None:
+    for name, tensor in named:
+        here = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if bool(here.detach().isnan().any()):
+            return name
     return None
 
 

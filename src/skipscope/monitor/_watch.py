@@ -303,10 +303,15 @@ class Monitor:
     def _is_order_awaited(self, verdict: LiveVerdict) -> bool:
         """Whether the verdict compares weights whose order and towers are not known yet, but will be."""
         unsure = [
-            one for one in verdict.chains or (verdict,)
-            if one.basis == GRADIENTS and one.score is not None
-            and (one.state in {"vanishing", "exploding"} or (one.state == "healthy" and one.score <= -FALL))
-        ]  # fmt: skip
+            one
+            for one in verdict.chains or (verdict,)
+            if one.basis == GRADIENTS
+            and one.score is not None
+            and one.state in {"vanishing", "exploding", "dead", "healthy"}
+            and (one.state != "healthy" or one.score <= -FALL)
+            # Where nothing gets a gradient the order makes no difference.
+            and (one.state != "dead" or self._gets_some())
+        ]
         unsure += [one for one in verdict.chains or (verdict,) if one.starved]
         if not unsure or not self._open:
             return False
@@ -314,6 +319,12 @@ class Monitor:
             self._lines_sought = self._lines_wanted = True
         is_coming = self._lines_wanted or self._line_search is not None
         return is_coming and any(one.state != "healthy" or one.starved for one in unsure)
+
+    def _gets_some(self) -> bool:
+        """Whether some recorded matrix had a gradient in the first steps."""
+        tracked = [recorder.tracked for recorder in self._recorders]
+        named = [(n, p) for one in tracked for n, p in zip(one.names, one.parameters)]
+        return any(n not in self._silent for n, p in named if p.ndim > 1 and p.requires_grad)
 
     def _flow_read(self) -> None:
         assert self._flow is not None

@@ -21,7 +21,8 @@ from skipscope._untouched import private_copy, random_state_kept
 from skipscope.flow._flow_measures import Prescription, Remedy
 from skipscope.flow._flow_result import Verdict
 from skipscope.flow._gradient_flow import flow_of
-from skipscope.flow.advice._remedies import Candidate, candidates, frozen
+from skipscope.flow.advice._remedies import Candidate, candidates, frozen, only_the_last_is_trained
+from skipscope.flow.advice._residual_blocks import is_normed
 from skipscope.flow.verdict._verdict_words import HEALTHY
 
 # The rates under which each copy is trained for a few steps; its best one counts.
@@ -44,6 +45,8 @@ BROKEN: set[VerdictCause] = {
 }
 # Nothing was learnt where more than this share of the loss is left.
 STUCK = 0.99
+# The trouble is not the fall where it is smaller than this.
+TOLD = 1.0
 
 
 @public_call("prescribe")
@@ -100,16 +103,27 @@ def prescribe(
         return Prescription(
             before, (), (), f"No remedy for the network can help. {verdict.finding} {verdict.advice}"
         )
+    if verdict.cause == "batch norm":
+        # The network may be sound: nothing is known of it before its statistics are the data's.
+        return Prescription(
+            before, (), (), f"{verdict.finding} {verdict.advice} Then ask again.", _why(before)
+        )
+    if only_the_last_is_trained(model):
+        advice = "Only the last layer is trained. The others are frozen and left alone, so nothing was tried."
+        return Prescription(before, (), (), advice, _why(before))
     tried, refused = [], []
-    for one in track(candidates(len(found)), "remedies"):
+    listed = candidates(len(found), is_normed(model), verdict.cause)
+    for one in track(listed, "remedies"):
         try:
             tried.append(tools.attempt(one))
         except (SkipscopeError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             problem = error.problem if isinstance(error, SkipscopeError) else str(error).splitlines()[0][:120]
             refused.append(f"Not tried: {one.name}: {problem}.")
     tried.sort(key=_rank)
-    notes = _notes(before, tried, steps, frozen(model))
-    return Prescription(before, tuple(tried), tuple(refused), _advice(before, tried), notes)
+    advice, named = _advice(before, tried)
+    by_hand = [tools.by_hand(one) for remedy in named for one in listed if one.name == remedy.name]
+    notes = _notes(before, by_hand, tried, steps, frozen(model))
+    return Prescription(before, tuple(tried), tuple(refused), advice, notes)
 
 
 class _Tools:
@@ -122,6 +136,14 @@ class _Tools:
         with random_state_kept(self.seed), as_written():
             changed = one.apply(private_copy(self.subject.model, "prescribe"), self.subject.inputs)
         return self.measure(one.name, one.code, changed)[0]
+
+    def by_hand(self, one: Candidate) -> str:
+        """How a remedy is done without this function, and where."""
+        places = ""
+        if one.places is not None:
+            with random_state_kept(self.seed), as_written():
+                places = " " + one.places(private_copy(self.subject.model, "prescribe"), self.subject.inputs)
+        return f"To do it by hand: {one.name}: {one.code}.{places}"
 
     def measure(self, name: str, code: str, model: nn.Module) -> tuple[Remedy, Verdict]:
         flow = flow_of(self.subject.other(private_copy(model, "prescribe")), self.seed)
@@ -167,27 +189,32 @@ def _rank(remedy: Remedy) -> tuple[bool, float, float]:
     return remedy.state != "healthy", reached, fall
 
 
-def _advice(before: Remedy, tried: list[Remedy]) -> str:
-    """The answer in a sentence or two."""
+def _advice(before: Remedy, tried: list[Remedy]) -> tuple[str, list[Remedy]]:
+    """The answer in a sentence or two, and the remedies that it names."""
     best = tried[0] if tried else None
     lowest = min((r for r in tried if r.reached is not None), key=lambda r: r.reached, default=None)  # type: ignore[arg-type, return-value]
     if tried and all(r.reached is not None and r.reached > STUCK * r.loss for r in (before, *tried)):
         return (
             "Nothing that was tried brings the loss down in so few steps: all end where they began, at about"
-            f" {short(before.loss)}"
-        )
+            f" {short(before.loss)}. Check the targets and the loss, then try more steps (steps=)"
+        ), []
     if before.state == "healthy":
-        return f"The flow is healthy as it is. {HEALTHY[:-1]}" + _lower(lowest, before)
+        further = _lower(lowest, before)
+        return f"The flow is healthy as it is. {HEALTHY[:-1]}" + further, [
+            lowest
+        ] if further and lowest else []
     if best is None or best.state != "healthy":
+        further = _lower(lowest, before)
         advice = f"The flow is {before.state}, and nothing that was tried makes it healthy"
-        return advice + _lower(lowest, before)
+        return advice + further, [lowest] if further and lowest else []
     change = f"flow {before.state} -> {best.state}"
-    if before.fall_decades is not None:
+    if before.fall_decades is not None and abs(before.fall_decades) >= TOLD:
         change = f"fall {short(before.fall_decades)} -> {short(best.fall_decades)} decades"
     if best.reached is not None:
         change += f", loss after a few steps {short(before.reached)} -> {short(best.reached)}"
     advice = f"The flow is {before.state}; best of what was tried: {best.name} ({change})"
-    return advice + _lower(lowest, best)
+    further = _lower(lowest, best)
+    return advice + further, [best, *([lowest] if further and lowest else [])]
 
 
 def _lower(lowest: Remedy | None, than: Remedy) -> str:
@@ -204,14 +231,26 @@ def _lower(lowest: Remedy | None, than: Remedy) -> str:
     )
 
 
-def _notes(before: Remedy, tried: list[Remedy], steps: int, frozen_maps: int) -> tuple[str, ...]:
+def _why(before: Remedy) -> tuple[str, ...]:
+    """The reason for the flow as it is, where it is in trouble."""
+    return (f"As it is: {before.reason}.",) if before.state != "healthy" else ()
+
+
+def _notes(
+    before: Remedy, by_hand: list[str], tried: list[Remedy], steps: int, frozen_maps: int
+) -> tuple[str, ...]:
     """Why the flow is as it is, how to do what came out best, and how the steps were taken."""
-    notes = [f"As it is: {before.reason}."] if before.state != "healthy" else []
-    notes += [f"To do it by hand: {tried[0].name}: {tried[0].code}"] if tried else []
+    notes = [*_why(before), *by_hand]
     if frozen_maps:
-        notes.append(f"{frozen_maps} frozen layers keep their weights.")
+        notes.append(
+            f"{frozen_maps} frozen layer{'s keep their' if frozen_maps > 1 else ' keeps its'} weights."
+        )
     if any("init" in one.code for one in tried):
         notes.append("An initialisation draws new weights: what trained layers have learnt is lost.")
+    if any(one.name.endswith("shortcuts") or "blocks" in one.name for one in tried):
+        notes.append(
+            "A shortcut changes what the layers after it take: trained ones must be trained further."
+        )
     rates = ", ".join(name for name, _, _ in RATES)
     notes += [f"Each copy was trained for {steps} steps at {rates}; its lowest loss counts."] if steps else []
     return tuple(notes)

@@ -13,17 +13,10 @@ from torch import Tensor, nn
 
 from skipscope._data import call_model
 from skipscope._errors import SkipscopeError
+from skipscope._option_words import VerdictCause
+from skipscope.flow.advice._residual_blocks import MAPS, NORMS, block_places, in_words, residual_blocks
 from skipscope.nn import registry
 from skipscope.shortcuts import add_shortcuts, find_shortcuts
-
-_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.modules.instancenorm._InstanceNorm,
-)
 
 
 @dataclass(frozen=True)
@@ -34,15 +27,33 @@ class Candidate:
         name: in words.
         code: how to do it by hand.
         apply: changes a copy of the model, or returns another module; raises SkipscopeError where it cannot.
+        places: on a copy, which layers it goes around, and which it leaves as they are; None where that needs
+            no saying.
     """
 
     name: str
     code: str
     apply: Callable[[nn.Module, Any], nn.Module]
+    places: Callable[[nn.Module, Any], str] | None = None
 
 
-def candidates(shortcuts: int) -> list[Candidate]:
-    """What to try on a network that has so many shortcuts."""
+_BLOCKS = Candidate(
+    "residual blocks (He et al. 2015)",
+    "y = norm2(layer2(act(norm1(layer1(x))))); x = act(y + x), where the shape changes act(y +"
+    " norm3(layer3(x))) with a linear map or 1 x 1 convolution as layer3",
+    residual_blocks,
+    block_places,
+)
+
+
+def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none") -> list[Candidate]:
+    """What to try on a network.
+
+    Args:
+        shortcuts: how many it has.
+        normed: whether there is a norm for most of its layers.
+        cause: of its trouble.
+    """
     he = Candidate(
         "He initialisation", "nn.init.kaiming_normal_(weight); nn.init.zeros_(bias)",
         partial(_initialised, nn.init.kaiming_normal_),
@@ -57,12 +68,19 @@ def candidates(shortcuts: int) -> list[Candidate]:
         Candidate(
             "each layer's output scaled to variance 1 (LSUV)", "weight.div_(output.std())", _unit_variance
         ),
-        Candidate(
-            "a norm after each layer",
-            "nn.Sequential(layer, nn.LayerNorm(width))  # BatchNorm2d for images",
-            _normed,
-        ),
     ]
+    if cause == "head":
+        found.insert(
+            0, Candidate("the last layer initialised anew", "last_layer.reset_parameters()", _fresh_head)
+        )
+    if not normed:
+        found.append(
+            Candidate(
+                "a norm after each layer",
+                "nn.Sequential(layer, nn.LayerNorm(width)), BatchNorm2d for images",
+                _normed,
+            )
+        )
     if shortcuts:
         return [
             *found,
@@ -71,14 +89,17 @@ def candidates(shortcuts: int) -> list[Candidate]:
             Candidate("branches that start at zero", "nn.init.zeros_(last_weight_of_each_branch)",
                       lambda model, inputs: _scaled_branches(model, inputs, 0.0)),
         ]  # fmt: skip
-    kinds = ("identity", "depth-scaled", "pre-norm", "highway", "rezero")
+    # Around layers with norms the usual form is a block, and its branch needs no further norm.
+    kinds = ("depth-scaled", "highway", "rezero")
+    found += [_BLOCKS] if normed else []
     found += [
         Candidate(
             f"{kind} shortcuts",
             f'ss.add_shortcuts(model, inputs, kind="{kind}")',
             partial(_with_shortcuts, kind),
+            _shortcut_places,
         )
-        for kind in kinds
+        for kind in (kinds if normed else ("identity", "pre-norm", *kinds))
     ]
     both = Candidate(
         "depth-scaled shortcuts and He initialisation",
@@ -89,7 +110,7 @@ def candidates(shortcuts: int) -> list[Candidate]:
 
 
 def _maps(model: nn.Module) -> list[nn.Module]:
-    found = [m for m in model.modules() if isinstance(m, _MAPS) or _is_transposed(m)]
+    found = [m for m in model.modules() if isinstance(m, MAPS) or _is_transposed(m)]
     if not found:
         raise SkipscopeError("prescribe", "the model has no linear map or convolution of torch's own")
     return found
@@ -108,12 +129,20 @@ def _hidden(model: nn.Module) -> list[nn.Module]:
 
 def frozen(model: nn.Module) -> int:
     """How many maps are frozen."""
+    return sum(_is_frozen(m) for m in model.modules() if isinstance(m, MAPS))
+
+
+def only_the_last_is_trained(model: nn.Module) -> bool:
+    """Whether every map is frozen but the last one, as under a linear probe."""
+    maps = [m for m in model.modules() if isinstance(m, MAPS)]
+    inside = {id(p) for m in maps for p in m.parameters()}
+    adapters = any(p.requires_grad and p.ndim > 1 for p in model.parameters() if id(p) not in inside)
+    return len(maps) > 1 and all(map(_is_frozen, maps[:-1])) and not adapters
+
+
+def _is_frozen(module: nn.Module) -> bool:
     # Not ``module.weight``: a parametrization computes that, and may move its own state (spectral norm).
-    return sum(
-        not any(p.requires_grad for name, p in m.named_parameters() if not name.endswith("bias"))
-        for m in model.modules()
-        if isinstance(m, _MAPS)
-    )
+    return not any(p.requires_grad for name, p in module.named_parameters() if not name.endswith("bias"))
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -134,6 +163,17 @@ def _initialised(rule: Callable[[Tensor], Any], model: nn.Module, inputs: Any) -
         rule(_matrix(module))
         if module.bias is not None:
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    return model
+
+
+def _fresh_head(model: nn.Module, inputs: Any) -> nn.Module:
+    """The last map as torch initialises it."""
+    last = _maps(model)[-1]
+    if _is_transposed(last):
+        raise SkipscopeError("prescribe", "the last layer is none of torch's own")
+    if not last.weight.requires_grad:  # type: ignore[union-attr]
+        raise SkipscopeError("prescribe", "the last layer is frozen, and is left alone")
+    last.reset_parameters()  # type: ignore[operator]
     return model
 
 
@@ -171,7 +211,7 @@ def _normed(model: nn.Module, inputs: Any) -> nn.Module:
             continue
         children = list(container._modules.items())
         for (name, child), (_, after) in zip(children, [*children[1:], ("", None)]):
-            if isinstance(child, _MAPS) and child is not last and not isinstance(after, _NORMS):
+            if isinstance(child, MAPS) and child is not last and not isinstance(after, NORMS):
                 norm = _norm_for(child).to(child.weight.device, child.weight.dtype)
                 container._modules[name] = nn.Sequential(child, norm)
                 done += 1
@@ -190,20 +230,47 @@ def _norm_for(module: nn.Module) -> nn.Module:
 
 
 def _with_shortcuts(kind: str, model: nn.Module, inputs: Any) -> nn.Module:
-    plain = add_shortcuts(model, inputs, report=None)
-    depth = len(find_shortcuts(plain, inputs))
-    if not depth:
-        raise SkipscopeError("prescribe", "no layers of equal shape stand in a Sequential or ModuleList")
-    if kind == "identity":
-        return plain
+    """Shortcuts of a kind around layers that are trained: a frozen one could not adapt to its new input."""
+    depth, frozen_stretches = 0, 0
+
+    def count(branch: nn.Module) -> nn.Module:
+        nonlocal depth, frozen_stretches
+        trained = any(p.requires_grad for p in branch.parameters())
+        depth, frozen_stretches = depth + trained, frozen_stretches + (not trained)
+        return branch
 
     def wrap(branch: nn.Module) -> nn.Module:
+        if not any(p.requires_grad for p in branch.parameters()):
+            return branch
         last = _maps(branch)[-1]
         dim = -1 if isinstance(last, nn.Linear) else 1
         made = registry()[kind](branch, last.weight.shape[0], dim=dim, depth=depth)  # type: ignore[union-attr]
         return made.to(last.weight.device, last.weight.dtype)  # type: ignore[union-attr]
 
+    add_shortcuts(model, inputs, kind=count, report=None)
+    if not depth:
+        problem = "no layers of equal shape stand in a Sequential or ModuleList"
+        if frozen_stretches:
+            problem = "every layer that a shortcut could go around is frozen, and is left alone"
+        raise SkipscopeError("prescribe", problem)
     return add_shortcuts(model, inputs, kind=wrap, report=None)
+
+
+def _shortcut_places(model: nn.Module, inputs: Any) -> str:
+    """Which layers ``add_shortcuts`` goes around, and where it does not because the shape changes."""
+    lines: list[tuple[str, str]] = []
+    add_shortcuts(model, inputs, report=lambda line: lines.append(tuple(line.split(": ", 1))))  # type: ignore[arg-type]
+    modules = dict(model.named_modules())
+    around, left = [], dict[str, str]()
+    for label, said in lines:
+        is_trained = any(p.requires_grad for p in modules[label.partition(" to ")[0]].parameters())
+        if said.startswith("wrapped") and is_trained:
+            around.append(label)
+        elif said.startswith("wrapped"):
+            left[label] = "frozen"
+        elif said.endswith("goes out") or "its owner" in said:
+            left[label] = said.removeprefix("not wrapped: ")
+    return in_words(around, left)
 
 
 @torch.no_grad()

@@ -224,6 +224,7 @@ class _Pass:
         to = self.readings
         to.graph = CallGraph.of(trace, results)
         to.sites, to.pools, to.cuts = self.sites.sites, self.sites.pools, self.sites.cuts
+        to.single = self.sites.single
         to.hidden = self.sites.hidden
         to.terms = tuple(t for t, _ in terms)
         to.opaque = [hidden.name for hidden in trace.hidden if hidden.name not in WEIGHTED]

@@ -152,6 +152,7 @@ class Readings:
         cuts: calls of the first batch that let no gradient through.
         opaque: calls of the first batch that could not be looked into.
         hidden: the outputs of such calls, in order of execution, of the first batch.
+        single: calls that made queries and keys of attention over one position, in every batch.
         terms: of the loss, in the first batch; empty where it is one.
         normed: norms over the data stand between the weights, in the first batch.
         squashed: an activation function follows the last weights there.
@@ -173,6 +174,7 @@ class Readings:
     cuts: list[tuple[int, str]] = field(default_factory=list)
     opaque: list[str] = field(default_factory=list)
     hidden: list[SiteReading] = field(default_factory=list)
+    single: list[int] = field(default_factory=list)
     terms: tuple[Term, ...] = ()
     normed: bool = False
     squashed: bool = False
@@ -210,9 +212,11 @@ class Readings:
                 other.calls,
             )
             self.cuts, self.opaque, self.terms = other.cuts, other.opaque, other.terms
-            self.hidden = other.hidden
+            self.hidden, self.single = other.hidden, other.single
             self.normed, self.squashed = other.normed, other.squashed
             return
+        # Of another batch the calls may have other numbers; where all attend to one position, so did these.
+        self.single = self.single if other.single else []
         known = {(site.weights, site.step): site for site in self.sites}
         for site in other.sites:
             if (mine_ := known.get((site.weights, site.step))) is not None:

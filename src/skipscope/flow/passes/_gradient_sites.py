@@ -43,6 +43,8 @@ _POOLS = _words(
 )
 _LOOKED_AT = WEIGHTED | _POOLS | {"div", "mul"}
 _JOINS = _words("stack cat hstack vstack dstack")
+# Attention over one position gives it all the weight, whatever its queries and keys are.
+_ATTENTIONS = _words("softmax scaled_dot_product_attention")
 # A term of the loss may be silent on a batch because of one of these.
 _CLAMPS = _words(
     "clamp clamp_min clamp_max relu maximum minimum max min amax amin where hinge_embedding_loss "
@@ -239,6 +241,7 @@ class SiteReader:
         cuts: calls that take what a gradient could go to and give what none can (``detach``, or any under
             no_grad).
         hidden: outputs of calls that cannot be looked into, one for each call.
+        single: numbers of the calls that made queries and keys of attention over one position.
         unit: what one unit of a gradient is worth; empty until the seed is known.
     """
 
@@ -247,6 +250,7 @@ class SiteReader:
         self.sites: list[SiteReading] = []
         self.pools: list[PoolReading] = []
         self.cuts: list[tuple[int, str]] = []
+        self.single: list[int] = []
         self.unit: list[float] = []
         self._parameters = {
             n: (p.requires_grad, p.ndim) for n, p in model.named_parameters(remove_duplicate=False)
@@ -265,6 +269,10 @@ class SiteReader:
             self._look_for_hidden(self.recorder, args, kwargs)
         if call.index < 0:
             return
+        if call.function in _ATTENTIONS and _is_single(call, args, kwargs):
+            asked = tensors_in((args, kwargs))[: 1 if call.function == "softmax" else 2]
+            made = (self.recorder.trace.values[self.recorder.value_of(t)].call for t in asked)
+            self.single += [one for one in made if one is not None]
         passes_on = isinstance(output, Tensor) and output.requires_grad
         if passes_on and not call.in_place and call.function not in _LOOKED_AT and output.numel() > 1:
             return  # most calls: no site, no pool, no term, and the gradient goes through
@@ -432,6 +440,15 @@ class SiteReader:
         return any(
             call is not None and call > last and trace.calls[call].function in _CLAMPS for call in above
         )
+
+
+def _is_single(call: TracedCall, args: Any, kwargs: Any) -> bool:
+    """Whether a softmax is over one entry, or an attention has one key."""
+    tensors = tensors_in((args, kwargs))
+    if call.function != "softmax":
+        return len(tensors) > 1 and tensors[1].shape[-2] == 1
+    dim = call.argument(1, "dim")
+    return isinstance(dim, int) and tensors[0].ndim > 0 and tensors[0].shape[dim] == 1
 
 
 def _raise(pool: PoolReading, name: str, gradient: Tensor, unit: float) -> None:

@@ -9,7 +9,16 @@ from dataclasses import replace
 from skipscope._numbers import short
 from skipscope._option_words import VerdictCause, VerdictState
 from skipscope.flow._flow_result import Head, Verdict
-from skipscope.flow.verdict._flow_rules import ALL, HEAD, STARVED_SHARE, FlowContext, StretchGain, judge
+from skipscope.flow.verdict._flow_rules import (
+    ALL,
+    HEAD,
+    STARVED_SHARE,
+    FlowContext,
+    Point,
+    StretchGain,
+    in_turn,
+    judge,
+)
 from skipscope.flow.verdict._verdict_evidence import REACHES, Evidence, Reach
 from skipscope.flow.verdict._verdict_words import advice_on
 
@@ -40,9 +49,8 @@ def judge_chain(
     """
     none = StretchGain()
     judged = [
-        judge(line, [gains.get(p.name, none) for p in line] if gains else (), context, culprit)
-        for line in evidence.lines
-    ]  # fmt: skip
+        judge(line, _stretches(line, gains) if gains else (), context, culprit) for line in evidence.lines
+    ]
     found = min(judged, key=lambda v: (ORDER.index(v.state), -abs(v.fall_decades or 0.0)))
     if found.state == "unconnected" and evidence.cut:
         found = replace(found, reason=f"{evidence.cut} lets no gradient through; {found.reason}")
@@ -52,6 +60,17 @@ def judge_chain(
     if head is not None and after.activation:
         evidence = replace(evidence, head=replace(head, slope=after.slope))
     found = _beside(found, evidence, after)
+    if evidence.single and found.state == "healthy" and found.cause == "none" and not evidence.starved.names:
+        n, weights = len(evidence.single), "weight" + "s" * (len(evidence.single) > 1)
+        found = replace(
+            found,
+            cause="one position",
+            evidence=float(n),
+            reason=(
+                f"{found.reason}; {n} {weights} of queries and keys get exactly 0, for their softmax is over"
+                " one entry and always 1"
+            ),
+        )
     if (
         stale
         and found.state in {"vanishing", "exploding", "nonfinite", "dead"}
@@ -59,10 +78,25 @@ def judge_chain(
     ):
         found = replace(found, cause="batch norm", reason=f"{stale}; {found.reason}")
     found = replace(
-        found, head=evidence.head, worst=evidence.worst, starved=evidence.starved.names,
+        found, head=evidence.head, worst=evidence.worst, starved=evidence.starved.names + evidence.single,
         reach=evidence.reach.steps if evidence.reach else None,
     )  # fmt: skip
     return replace(found, advice=advice_on(found))
+
+
+def _stretches(line: Sequence[Point], gains: dict[str, StretchGain]) -> list[StretchGain]:
+    """What is between each point of a line and the next one on it; ``gains`` are between boundaries."""
+    names = list(gains)
+    at = {name: i for i, name in enumerate(names)}
+    found = []
+    for point, after in zip(line, [*line[1:], None]):
+        start = at.get(point.name)
+        if start is None:
+            found.append(StretchGain())
+            continue
+        end = start + 1 if after is None else max(start + 1, at.get(after.name, start + 1))
+        found.append(in_turn([gains[name] for name in names[start:end]]))
+    return found
 
 
 def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:

@@ -109,6 +109,30 @@ class StretchGain:
     layer: str | None = None
 
 
+def in_turn(gains: Sequence[StretchGain]) -> StretchGain:
+    """One stretch of several: all but the last one are beside each other (the branches of an Inception
+    module), and it takes them all.
+
+    Example:
+        >>> in_turn([StretchGain(gain=0.5), StretchGain(gain=2.0), StretchGain(gain=1e-4, layer="a")])
+        StretchGain(activation=None, slope=1.0, saturated=0.0, inactive=0.0, gain=0.0001, layer='a')
+    """
+    *beside, last = gains
+    if not beside:
+        return last
+    slope, gain = (
+        10.0 ** (sum(_log(value) for value in values) / len(beside))
+        for values in ([g.slope for g in beside], [g.gain for g in beside])
+    )
+    steepest = min(gains, key=lambda g: (g.activation is None, g.slope))
+    return replace(
+        steepest,
+        slope=slope * last.slope,
+        gain=gain * last.gain,
+        layer=min(gains, key=lambda g: (g.layer is None, g.gain)).layer,
+    )
+
+
 @dataclass(frozen=True)
 class FlowContext:
     """What the rules must know of the network.

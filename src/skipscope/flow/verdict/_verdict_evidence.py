@@ -92,6 +92,7 @@ class Evidence:
         last_weights: the part of the head's gain that its weights have, without what follows them; None where
             it is not known.
         last_names: those weights: of the calls that no other weighted call follows.
+        single: weights of queries and keys that attend to one position: they get exactly 0.
     """
 
     lines: tuple[tuple[Point, ...], ...]
@@ -104,6 +105,7 @@ class Evidence:
     opaque: str = ""
     last_weights: float | None = None
     last_names: frozenset[str] = frozenset()
+    single: tuple[str, ...] = ()
 
 
 def evidence_of(
@@ -159,16 +161,18 @@ def evidence_of(
         head = Head(0.0, 10.0 ** (between[-1].log_flow or 0.0), None)
     followed = _followed(graph, sites, [site.order for site in sites])
     ends = [site for site, is_followed in zip(sites, followed) if not is_followed and site.seen]
+    single = _single(settled)
     return Evidence(
         lines,
         head,
         _worst(sites, unit),
         _reach(sites),
-        _starved(settled, sizes),
+        _starved(settled, {name: size for name, size in sizes.items() if name not in single}),
         *_unconnected(readings, sites, reached),
         "" if between else _opaque(readings),
         _last_weights(head, ends, averages, unit),
         frozenset(name for site in ends for name in site.weights),
+        single,
     )
 
 
@@ -392,6 +396,17 @@ def _starved(readings: Readings, sizes: dict[str, float]) -> Starved:
             if math.isfinite(norm):
                 ratio[name] = norm / sizes[name]
     return starved_of(ratio, weights)
+
+
+def _single(readings: Readings) -> tuple[str, ...]:
+    """Weights that get exactly 0 because what is computed from them chooses among one position."""
+    graph = readings.graph
+    if graph is None or not readings.single:
+        return ()
+    before = graph.ancestors(readings.single)
+    names = dict.fromkeys(name for site in readings.sites if site.order in before for name in site.weights)
+    weights = ((name, readings.weights.get(name)) for name in names)
+    return tuple(name for name, w in weights if w is not None and w.trainable and w.rms and not any(w.rms))
 
 
 def size_of(weight: Tensor, norm: float) -> float:

@@ -32,6 +32,10 @@ ADVICE: dict[VerdictCause, str] = {
     "loss": (
         "Give the loss raw logits (cross_entropy, binary_cross_entropy_with_logits), and check its targets."
     ),
+    "one position": (
+        "Pass longer sequences. If one position is what you mean, do nothing: its queries and keys have no"
+        " part in the output."
+    ),
     "branch": "Give the branch a norm or another activation, or a shortcut of its own.",
     "head": "Start the last layer with weights of the usual size.",
     "batch norm": (
@@ -64,6 +68,11 @@ def share(decades: float) -> str:
 def finding(verdict: Verdict) -> str:
     """The verdict in one sentence of at most 25 words."""
     at, fall = verdict.where, verdict.fall_decades
+    if verdict.state == "healthy" and verdict.cause == "one position":
+        return (
+            "The gradient reaches every layer but the queries and keys that attend to a single position:"
+            f" {verdict.starved[0]} first."
+        )
     if verdict.state == "healthy":
         if verdict.starved:
             n = len(verdict.starved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -241,11 +242,9 @@ def _verdict_of_chain(
     towers = _lines(history, part, lines)
     hungry = [_starved(history, tower, sizes) for tower in towers]
     judged = [
-        _verdict_of_parameters(history, line, was, is_early, less) for line, less in zip(towers, hungry)
+        _verdict_of_tower(history, tower, was, is_early, less, lines) for tower, less in zip(towers, hungry)
     ]
-    of_parameters = max(
-        judged, key=lambda v: (_live_verdict.badness(v.state), abs(v.fall_decades or 0.0))
-    )  # fmt: skip
+    of_parameters = max(judged, key=_severity)
     for cause in causes:
         if of_parameters.state in {"dead", "unconnected"} and cause.cause != "unused":
             of_parameters = replace(of_parameters, finding="", reason=cause.reason, advice=cause.advice)
@@ -285,11 +284,32 @@ def _lines(history: History, part: Sequence[int], lines: WeightLines) -> list[li
     towers = sorted({lines[names[i]][0] for i in part if names[i] in lines})
     if not towers:
         return [list(part)]
-    places = {i: lines.get(names[i], (-1, i)) for i in part}
+    places = {i: lines.get(names[i], (-1, i, 0)) for i in part}
     return [
         sorted((i for i in part if places[i][0] in (tower, -1)), key=lambda i: places[i][1])
         for tower in towers
     ]
+
+
+def _verdict_of_tower(
+    history: History, tower: list[int], was: LiveState, is_early: bool, starved: Starved, lines: WeightLines
+) -> LiveVerdict:
+    """Judge a tower; where its gradient changes, each stretch apart: all but the last one are branches."""
+    whole = _verdict_of_parameters(history, tower, was, is_early, starved, bool(lines))
+    stretches: dict[int, list[int]] = {}
+    for i in tower:
+        stretches.setdefault(lines.get(history.parameters[i], (-1, i, -1))[2], []).append(i)
+    if whole.state not in {"vanishing", "exploding"} or len(stretches) < 2:
+        return whole
+    # Weights of different shapes are compared only along a whole tower.
+    usual = [Counter(history.shapes[i] for i in stretch) for stretch in stretches.values()]
+    alike = [s for s, counts in zip(stretches.values(), usual) if max(counts.values()) >= _live_verdict.ALIKE]
+    judged = [_verdict_of_parameters(history, stretch, was, is_early, starved, True) for stretch in alike]
+    return max(judged, key=_severity, default=whole)
+
+
+def _severity(verdict: LiveVerdict) -> tuple[int, float]:
+    return _live_verdict.badness(verdict.state), abs(verdict.fall_decades or 0.0)
 
 
 def _starved(history: History, tower: Sequence[int], sizes: Mapping[str, float]) -> Starved:
@@ -309,7 +329,7 @@ def _starved(history: History, tower: Sequence[int], sizes: Mapping[str, float])
 
 
 def _verdict_of_parameters(
-    history: History, part: Sequence[int], was: LiveState, is_early: bool, starved: Starved
+    history: History, part: Sequence[int], was: LiveState, is_early: bool, starved: Starved, is_ordered: bool
 ) -> LiveVerdict:
     """Judge by biases of linear maps and convolutions that can be compared, else by weights."""
     if not len(history) or not part:
@@ -321,14 +341,14 @@ def _verdict_of_parameters(
     broken = (history.states[-WINDOW:] == STATES.index("nonfinite")).any(axis=0)
     weights = [i for i in part if i in set(weights) or broken[i]]
     shapes = [history.shapes[i] for i in weights]
-    of_weights = _judged_by(history, weights, shapes, was, "weights", is_early, starved)
+    of_weights = _judged_by(history, weights, shapes, was, "weights", is_early, starved, is_ordered)
     biases = [i for i in part if history.roles[i] == "bias"]
     if of_weights.state == "dead":
         return _dead_at(history, biases, was, is_early) or of_weights
     if of_weights.state in {"nonfinite", "unconnected"}:
         return of_weights
     alike = [(history.shapes[i], re.sub(r"\d+", "#", history.parameters[i])) for i in biases]
-    of_biases = _judged_by(history, biases, alike, was, "biases", is_early, starved)
+    of_biases = _judged_by(history, biases, alike, was, "biases", is_early, starved, is_ordered)
     return of_weights if of_biases.state in {"unknown", "nonfinite", "dead", "unconnected"} else of_biases
 
 
@@ -343,7 +363,7 @@ def _dead_at(history: History, biases: Sequence[int], was: LiveState, is_early: 
 
 def _judged_by(
     history: History, chosen: list[int], alike: Sequence[Any], was: LiveState, what: str, is_early: bool,
-    starved: Starved,
+    starved: Starved, is_ordered: bool = False,
 ) -> LiveVerdict:  # fmt: skip
     """Judge the last steps of some parameters; equal entries in ``alike`` can be compared."""
     rms, states = np.full((WINDOW, len(chosen)), np.nan), np.full((WINDOW, len(chosen)), np.nan)
@@ -369,6 +389,7 @@ def _judged_by(
         was,
         what,
         is_early=is_early,
+        is_ordered=is_ordered,
         starved=starved,
     )
 
@@ -492,7 +513,8 @@ def _events(
             changed += 1
             continue
         if "lines" in entry:
-            lines = {name: tuple(place) for name, place in entry["lines"].items()}
+            # Earlier versions knew of no stretches.
+            lines = {name: (at[0], at[1], at[2] if len(at) > 2 else 0) for name, at in entry["lines"].items()}
             continue
         if "closed" in entry or "resumed" in entry:
             end = entry if "closed" in entry else None

@@ -39,6 +39,8 @@ from skipscope.monitor.history._history import FLOW, GRADIENTS, STATES, LiveVerd
 # dL/dW was seen to fall 1.4 decades where dL/dx grew: ask for more than of a flow, and for more still where
 # no weights of equal shape can be compared.
 _OF_WEIGHTS, _OF_UNEQUAL = 2.5, 3.5
+# So many of one shape can be compared.
+ALIKE = 3
 # The norm of a stock ResNet's gradient grows by 1.9 decades on its way to the first layer, and it trains.
 _GROWTH_OF_NORM = 2.5
 # A state that is reached is left only when the fall is so much smaller: no flicker at the threshold.
@@ -160,6 +162,7 @@ def judge_gradients(
     what: str = "weights",
     *,
     is_early: bool = False,
+    is_ordered: bool = False,
     starved: Starved = NONE_STARVED,
 ) -> LiveVerdict:
     """The verdict on the gradients of weights, or of biases.
@@ -173,11 +176,16 @@ def judge_gradients(
         was: the state so far.
         what: ``"weights"``; or ``"biases"``, where some must be comparable.
         is_early: weights without a gradient are left out.
+        is_ordered: they are in the order of execution.
         starved: weights that get next to nothing, where that is known.
     """
     state: list[RecordedState] = _lasting(states)
     if is_early:
         state = ["absent" if s in {"exact_zero", "not_connected"} else s for s in state]
+    if is_ordered and "ok" in state:
+        # What gets exactly 0 after one that does not is beside the line: q and k that attend to one position.
+        first = state.index("ok")
+        state[first:] = ["absent" if s == "exact_zero" else s for s in state[first:]]
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log10(np.where(rms > 0, rms, np.nan))
     level = _medians(logs)
@@ -192,7 +200,7 @@ def judge_gradients(
         reason = _EARLY if is_early else "no weight has a gradient that can be compared"
         return LiveVerdict("unknown", GRADIENTS, step, reason)
     equal = Counter(shape for shape, use in zip(shapes, compared) if use)
-    alike = max(equal.values(), default=0) >= 3
+    alike = max(equal.values(), default=0) >= ALIKE
     if what == "biases" and not alike and points[0].state != "exact_zero":
         return LiveVerdict("unknown", GRADIENTS, step, "too few biases are alike")
     limit = _OF_WEIGHTS if alike else _OF_UNEQUAL
@@ -285,7 +293,7 @@ def _comparable(
     """
     fine = np.isfinite(level) & np.array([s == "ok" for s in state], dtype=bool)
     members = Counter(shape for shape, ok in zip(shapes, fine) if ok)
-    compared = np.array([ok and members[shape] >= 3 for shape, ok in zip(shapes, fine)], dtype=bool)
+    compared = np.array([ok and members[shape] >= ALIKE for shape, ok in zip(shapes, fine)], dtype=bool)
     if not compared.any():
         return level, fine
     place = np.cumsum(compared) - 1.0

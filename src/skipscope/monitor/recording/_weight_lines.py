@@ -4,6 +4,9 @@ Gradients of parameters can be compared only along a line, in the order of execu
 that of registration, and says nothing of two towers (an actor and a critic, an image and a text encoder),
 whose losses may differ by many decades. Autograd's graph knows: weights of which none is upstream of the
 other, nor of a third one that both reach, belong to different towers.
+
+Where what carries no gradient is concatenated in the middle of a tower (the input once more, as in NeRF), the
+layers before it are a branch: the input reaches the rest without them. They are a stretch of their own.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from skipscope._untouched import is_measuring
 from skipscope.monitor.recording._backward_passes import inside_backward
 from skipscope.monitor.recording._tracked_parameters import TrackedParameters
 
-# By parameter's name: the number of its tower, and its place in the order of execution.
-WeightLines = Mapping[str, tuple[int, int]]
+# By parameter's name: the number of its tower, its place in the order of execution, and its stretch.
+WeightLines = Mapping[str, tuple[int, int, int]]
 
 
 class LineSearch:
@@ -48,6 +51,8 @@ class LineSearch:
         # By autograd node, the parameters upstream of it; nodes are let go of when the step is over.
         self._upstream: dict[Any, int] = {}
         self._reached: list[int] = []
+        # Parameters upstream of each concatenation with what carries no gradient.
+        self._joined: list[int] = []
         self._is_hidden = False
         self._is_eager = _torch_private.eager.begin()
         self._hooks = [
@@ -84,6 +89,9 @@ class LineSearch:
             for parent in parents:
                 found |= known[parent]
             known[node] = found
+            if node.name() == "CatBackward0" and found:
+                given = [parent for parent, _ in node.next_functions if not known.get(parent, 0)]
+                self._joined += [found] * bool(given)
             stack.pop()
         return known[root]
 
@@ -103,7 +111,14 @@ class LineSearch:
             towers = [*apart, bits]
         if self._is_hidden or self._matrices & ~seen:
             return None
-        return {self._names[i]: (k, order[i]) for k, tower in enumerate(towers) for i in _indices(tower)}
+        stretches: dict[tuple[bool, ...], int] = {}
+        found = {}
+        for k, tower in enumerate(towers):
+            for i in _indices(tower):
+                before = tuple(bool(join >> i & 1) for join in self._joined)
+                stretch = stretches.setdefault(before, len(stretches))
+                found[self._names[i]] = k, order[i], stretch
+        return found
 
     def close(self) -> None:
         """Take the hooks away, and let go of autograd's nodes, outputs first."""
