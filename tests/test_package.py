@@ -99,3 +99,11 @@ def test_examples_run(name):
 def test_the_version_is_written_once():
     assert ss.__version__ in (ROOT / "CITATION.cff").read_text()
     assert f"[{ss.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_benchmark_that_make_bench_runs_has_figures():
+    from benchmarks.__main__ import runnable
+
+    assert {"find", "landscape", "small_grids", "curvature_memory", "waiting"} <= set(runnable())
+    for name in runnable():
+        assert callable(importlib.import_module(f"benchmarks.{name}").figures)
