@@ -15,6 +15,7 @@ import importlib
 import json
 import math
 import os
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -321,10 +322,9 @@ def _text_of_page(page: str, path: Path) -> str:
 
 
 def _import_kind(name: Any) -> type[Result]:
-    import skipscope
-
-    for public in dir(skipscope):  # importing the rooms registers their results
-        getattr(skipscope, public)
+    package = sys.modules[__name__.partition(".")[0]]
+    for public in dir(package):  # importing the rooms registers their results
+        getattr(package, public)
     if name not in _kinds:
         raise SkipscopeError(
             "load", f"unknown result {name!r:.60}", expected="one of " + ", ".join(sorted(_kinds))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
-from skipscope._option_words import VerdictCause
-
-if TYPE_CHECKING:
-    from skipscope.flow._flow_result import Verdict
+from skipscope._option_words import VerdictCause, VerdictState
 
 HEALTHY = "If training still stalls, check the data, the learning rate and the initialisation."
 _TRY = "ss.prescribe(model, data, loss) tries remedies on copies."
@@ -65,7 +62,26 @@ def share(decades: float) -> str:
     return f"one part in {float(f'{10**decades:.1g}'):,.0f}"
 
 
-def finding(verdict: Verdict) -> str:
+class Judged(Protocol):
+    """What the words are made of; see :class:`skipscope.flow.Verdict`."""
+
+    @property
+    def state(self) -> VerdictState: ...
+    @property
+    def cause(self) -> VerdictCause: ...
+    @property
+    def where(self) -> str | None: ...
+    @property
+    def fall_decades(self) -> float | None: ...
+    @property
+    def starved(self) -> tuple[str, ...]: ...
+    @property
+    def reach(self) -> int | None: ...
+    @property
+    def head(self) -> Any: ...
+
+
+def finding(verdict: Judged) -> str:
     """The verdict in one sentence of at most 25 words."""
     at, fall = verdict.where, verdict.fall_decades
     if verdict.state == "healthy" and verdict.cause == "one position":
@@ -110,7 +126,7 @@ def finding(verdict: Verdict) -> str:
     return f"The gradient explodes: it grows {_times(-(fall or 0.0))} on its way to the first layer."
 
 
-def advice_on(verdict: Verdict) -> str:
+def advice_on(verdict: Judged) -> str:
     """What to do next, in a sentence."""
     if verdict.state == "healthy" and verdict.cause == "none":
         return HEALTHY
