@@ -35,7 +35,7 @@ def least(dtype: torch.dtype) -> float:
 
 def norm_of(value: Tensor) -> float:
     """The L2 norm, right as far as float64's own range goes."""
-    norm = float(_row_norms(_in_memory_order(value).reshape(1, -1))) if value.numel() else 0.0
+    norm = _whole_norm(value, 2)
     if is_safe(norm):
         return norm
     largest = float(value.abs().max()) if value.numel() else 0.0
@@ -46,8 +46,8 @@ def norm_of(value: Tensor) -> float:
 
 # How many squares are added in float32 before their sums are added in float64, and how long a row must be:
 # the rounding of many short sums averages out. Torch converts a tensor to add it in float64, which takes 3 to
-# 20 times as long as reading it.
-_RUN, _FEW = 256, 2**12
+# 20 times as long as reading it, but nothing where there are few elements.
+_RUN, _LONG, _FEW = 256, 2**12, 2**16
 # Where no square of float32 that counts has left its range.
 _SQUARES = 1e-12, 1e18
 
@@ -58,7 +58,7 @@ def _row_norms(rows: Tensor, order: int = 2) -> Tensor:
     def exact(some: Tensor) -> Tensor:
         return torch.linalg.vector_norm(some, order, dim=1, dtype=torch.float64)
 
-    if rows.dtype == torch.float64 or rows.shape[1] < _FEW:
+    if rows.dtype == torch.float64 or rows.shape[1] < _LONG or rows.numel() < _FEW:
         return exact(rows)
     cut = rows.shape[1] // _RUN * _RUN
     runs = rows[:, :cut].unflatten(1, (-1, _RUN))
@@ -80,7 +80,17 @@ def _in_memory_order(value: Tensor) -> Tensor:
 
 def sum_of_sizes(value: Tensor) -> float:
     """The L1 norm."""
-    return float(_row_norms(_in_memory_order(value).reshape(1, -1), order=1)) if value.numel() else 0.0
+    return _whole_norm(value, 1)
+
+
+def _whole_norm(value: Tensor, order: int) -> float:
+    if value.dtype == torch.float64 or value.numel() < _FEW:
+        return float(torch.linalg.vector_norm(value, order, dtype=torch.float64))
+    return float(_row_norms(_in_memory_order(value).reshape(1, -1), order))
+
+
+# By the bytes of a number: integers of that size, and all of their bits but the sign.
+_BITS = {8: (torch.int64, 2**63 - 1), 4: (torch.int32, 2**31 - 1), 2: (torch.int16, 2**15 - 1)}
 
 
 def zeros_in(value: Tensor) -> int:
@@ -88,11 +98,11 @@ def zeros_in(value: Tensor) -> int:
 
     By their bits: torch's count of floating-point numbers takes 15 times as long after a ReLU.
     """
-    bits = {8: (torch.int64, 2**63 - 1), 4: (torch.int32, 2**31 - 1), 2: (torch.int16, 2**15 - 1)}
-    if not value.is_floating_point() or value.element_size() not in bits:
-        return value.numel() - int(torch.count_nonzero(value))
-    dtype, mask = bits[value.element_size()]
-    return value.numel() - int(torch.count_nonzero(value.view(dtype) & mask))
+    size = value.element_size() if value.is_floating_point() and value.numel() >= _LONG else 0
+    if size in _BITS:
+        dtype, mask = _BITS[size]
+        value = value.view(dtype) & mask
+    return value.numel() - int(torch.count_nonzero(value))
 
 
 def is_safe(norm: float) -> bool:
