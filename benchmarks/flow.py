@@ -39,7 +39,9 @@ def _cases():
         ss.reference.deep_mlp(30, shortcut="identity"),
         ss.reference.digits(256),
     )
-    yield "ResNet-20, batch 32", ss.reference.resnet20(), ss.reference.digits(32)
+    yield "ResNet-20, batch 32 of 8 x 8", ss.reference.resnet20(), ss.reference.digits(32)
+    images = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    yield "ResNet-20, batch 64 of 32 x 32", ss.reference.resnet20(in_channels=3), images
     yield "GPT, batch 16", ss.reference.gpt(), ss.reference.english(16)
 
 
