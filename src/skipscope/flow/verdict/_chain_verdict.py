@@ -10,7 +10,9 @@ from skipscope._numbers import short
 from skipscope._option_words import VerdictCause, VerdictState
 from skipscope.flow._flow_result import Head, Verdict
 from skipscope.flow.verdict._flow_rules import (
+    ADAM_GROWTH,
     ALL,
+    GROWTH,
     HEAD,
     STARVED_SHARE,
     FlowContext,
@@ -146,6 +148,22 @@ def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
             reason=(
                 f"a thousandth of the gradient is left after {reach.steps} steps, and the sequence has"
                 f" {reach.length}"
+            ),
+        )
+    growing = evidence.growing
+    if growing is not None and growing.growth > 0:
+        found = replace(found, score=min(found.score or 0.0, -growing.growth))
+    if growing is not None and growing.growth >= GROWTH and found.state != "vanishing":
+        return replace(
+            found,
+            state="exploding",
+            where=growing.site,
+            cause="time",
+            evidence=growing.growth,
+            hinders=ALL if growing.growth >= ADAM_GROWTH else ("SGD",),
+            reason=(
+                f"it grows by {short(growing.growth)} decades on its way to the first step, beyond what"
+                " adding up a term for each step gives"
             ),
         )
     if found.state != "healthy":
