@@ -358,7 +358,7 @@ def _reach(sites: Sequence[SiteReading]) -> Reach | None:
 
 
 def _growing(sites: Sequence[SiteReading]) -> Reach | None:
-    """Of fused layers alone: calls with one weight may also stand beside each other (heads of many scales)."""
+    """Of fused layers alone: calls that share a weight may also stand beside each other."""
     reaches = (reach for reach in _fused(sites) if reach is not None)
     return max(reaches, key=lambda r: r.growth, default=None)
 
