@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.verdict_families label [FILE] [DRAW]`` trains each under the sweep of rates of the 300
 networks of ``benchmarks/verdict.py`` and keeps the labels (one core; what is there already is kept); ``figures()``
-compares the public ``verdict.score`` with them. No rule of the verdict was set on these networks. The criteria are
+compares the public ``verdict.score`` with them. On the first draw one rule was set; on the second none. The criteria are
 those of the 300: a network learns under an optimizer where its loss, the mean of 20 steps, falls below 1.0 at the best
 rate (it starts near ln 10) in 400 steps. For time, the batch is smaller, and the training ends where both optimizers
 have got there.
@@ -28,6 +28,7 @@ NETWORKS, BATCH = 100, 32
 # The draws of networks: on the first one a rule was set (growth through time), so it is seen.
 DRAW, HELD_OUT = 2026, 2027
 HELD_OUT_LABELS = LABELS.with_name("verdict_family_labels_held_out.json")
+PARTS = ((LABELS, "seen"), (HELD_OUT_LABELS, "held out"))
 
 SHARED = {
     "activation": ("relu", "gelu", "tanh", "sigmoid"),
@@ -306,16 +307,12 @@ def label(path: Path = LABELS, draw: int = DRAW) -> None:
 
 def figures() -> list[dict]:
     """The verdict and other tools' rules against the labels; by family, too."""
-    return [
-        row
-        for path, name in ((LABELS, "seen"), (HELD_OUT_LABELS, "held out"))
-        if path.exists()
-        for row in _of(path, name)
-    ]
+    parts = [(json.loads(path.read_text())["networks"], name) for path, name in PARTS if path.exists()]
+    # A draw of which some are not labelled yet says little.
+    return [row for networks, name in parts if len(networks) == NETWORKS for row in _of(networks, name)]
 
 
-def _of(path: Path, part: str) -> list[dict]:
-    content = json.loads(path.read_text())["networks"]
+def _of(content: list[dict], part: str) -> list[dict]:
     seen = [_measured(row) for row in content]
     rows = []
     for optimizer, name in (("sgd", "SGD"), ("adam", "Adam")):
