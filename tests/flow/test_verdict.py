@@ -745,3 +745,50 @@ def test_a_tiny_weight_after_branches_is_named_as_the_cause():
     verdict = ss.gradient_flow(model, (x, torch.arange(8) % 2), F.cross_entropy).verdict
     assert verdict.state == "vanishing" and verdict.cause == "gain"
     assert "3.squeeze.weight" in verdict.reason
+
+
+# --- through time ---------------------------------------------------------------------------------------------------------
+
+
+class OverTime(nn.Module):
+    def __init__(self, kind, gain, reads, layers=1, width=16, **more):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.head, self.reads = (
+            kind(2, width, layers, batch_first=True, **more),
+            nn.Linear(width, 4),
+            reads,
+        )
+        with torch.no_grad():
+            for name, weight in self.net.named_parameters():
+                if gain and "weight_hh" in name:
+                    weight.normal_(std=gain / width**0.5)
+
+    def forward(self, x):
+        h = self.net(x)[0]
+        return self.head(h[:, -1] if self.reads == "last" else h.mean(1))
+
+
+def series(steps=32):
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(32, steps, 2, generator=draw), torch.randint(0, 4, (32,), generator=draw)
+
+
+@pytest.mark.parametrize("reads", ["last", "mean"])
+def test_a_gradient_that_grows_through_time_explodes(reads):
+    verdict = ss.gradient_flow(
+        OverTime(nn.RNN, 2.5, reads, nonlinearity="relu"), series(), F.cross_entropy
+    ).verdict
+    assert verdict.state == "exploding" and verdict.cause == "time" and verdict.where == "net"
+    assert verdict.evidence > 4.2 and verdict.hinders == ("SGD", "Adam")
+    assert verdict.score == -verdict.evidence
+    assert "explodes through time" in verdict.finding and len(verdict.finding.split()) <= 25
+    assert "Clip gradients" in verdict.advice
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize("gain", [0.0, 0.3])
+def test_terms_of_many_steps_that_add_up_are_no_explosion(kind, gain):
+    """Each state reaches all later ones that are read: at most as many equal terms as there are steps."""
+    verdict = ss.gradient_flow(OverTime(kind, gain, "mean", layers=2), series(), F.cross_entropy).verdict
+    assert verdict.state == "healthy" and verdict.score > -0.5

@@ -10,7 +10,9 @@ from skipscope._numbers import short
 from skipscope._option_words import VerdictCause, VerdictState
 from skipscope.flow._flow_result import Head, Verdict
 from skipscope.flow.verdict._flow_rules import (
+    ADAM_GROWTH,
     ALL,
+    GROWTH,
     HEAD,
     STARVED_SHARE,
     FlowContext,
@@ -109,6 +111,11 @@ def _beside(found: Verdict, evidence: Evidence, after: StretchGain) -> Verdict:
         return found
     if evidence.reach is not None and _vanishes(evidence.reach):
         return _through_time(found, evidence.reach)
+    growing = evidence.growing
+    if growing is not None and growing.growth > 0:
+        found = replace(found, score=min(found.score or 0.0, -growing.growth))
+    if growing is not None and growing.growth >= GROWTH and found.state != "vanishing":
+        return _growing_through_time(found, growing)
     if found.state != "healthy":
         return found
     if evidence.starved.share > STARVED_SHARE:
@@ -156,6 +163,20 @@ def _through_time(found: Verdict, reach: Reach) -> Verdict:
         score=min(found.score or 0.0, -3.0 * reach.length / reach.steps),
         reason=f"a thousandth of the gradient is left after {reach.steps} steps, and the sequence has"
         f" {reach.length}",
+    )
+
+
+def _growing_through_time(found: Verdict, growing: Reach) -> Verdict:
+    """A gradient that grows from step to step back to the beginning of the sequence."""
+    return replace(
+        found,
+        state="exploding",
+        where=growing.site,
+        cause="time",
+        evidence=growing.growth,
+        hinders=ALL if growing.growth >= ADAM_GROWTH else ("SGD",),
+        reason=f"it grows by {short(growing.growth)} decades on its way to the first step, beyond what"
+        " adding up a term for each step gives",
     )
 
 

@@ -48,7 +48,8 @@ class Reach:
         site: the recurrent layer.
         steps: until a thousandth of the gradient is left; None where more is left at the first step.
         length: of the sequence, up to where it is read.
-        growth: decades that the gradient gains on its way to the first step, 0 where it gains none.
+        growth: decades that the gradient gains on its way to the first step, beyond what adding up a term for
+            each step can give; 0 where it gains none.
     """
 
     site: str
@@ -85,6 +86,7 @@ class Evidence:
         head: what is between the last hidden boundary and the output, or None.
         worst: the site that gets least, or None.
         reach: of the recurrent layer with the shortest one in relation to its length, or None.
+        growing: of the recurrent layer through which the gradient grows most, or None.
         starved: weights that get next to nothing.
         unconnected: trained weighted calls whose values reach the loss and that get no gradient.
         cut: the call that lets none through, where one was seen.
@@ -106,6 +108,7 @@ class Evidence:
     last_weights: float | None = None
     last_names: frozenset[str] = frozenset()
     single: tuple[str, ...] = ()
+    growing: Reach | None = None
 
 
 def evidence_of(
@@ -173,6 +176,7 @@ def evidence_of(
         _last_weights(head, ends, averages, unit),
         frozenset(name for site in ends for name in site.weights),
         single,
+        _growing(sites),
     )
 
 
@@ -349,17 +353,23 @@ def _worst(sites: Sequence[SiteReading], unit: float) -> Worst | None:
 
 
 def _reach(sites: Sequence[SiteReading]) -> Reach | None:
-    profiles = [(s.name, [math.sqrt(q) for q in s.steps]) for s in sites if len(s.steps) > 3]
     calls: dict[tuple[str, ...], list[SiteReading]] = defaultdict(list)
     for site in sites:
         calls[site.weights].append(site)
-    profiles += [
-        (g[0].name, [s.norm for s in g])
-        for g in calls.values()
-        if len(g) > 3 and g[0].function not in LOOKUPS
-    ]
-    found = [reach for name, profile in profiles if (reach := reach_of(name, profile)) is not None]
-    return max(found, key=lambda r: r.length / (r.steps or math.inf), default=None)
+    shared = (g for g in calls.values() if len(g) > 3 and g[0].function not in LOOKUPS)
+    found = _fused(sites) + [reach_of(g[0].name, [s.norm for s in g]) for g in shared]
+    reaches = (reach for reach in found if reach is not None)
+    return max(reaches, key=lambda r: r.length / (r.steps or math.inf), default=None)
+
+
+def _growing(sites: Sequence[SiteReading]) -> Reach | None:
+    """Of fused layers alone: calls that share a weight may also stand beside each other."""
+    reaches = (reach for reach in _fused(sites) if reach is not None)
+    return max(reaches, key=lambda r: r.growth, default=None)
+
+
+def _fused(sites: Sequence[SiteReading]) -> list[Reach | None]:
+    return [reach_of(s.name, [math.sqrt(q) for q in s.steps]) for s in sites if len(s.steps) > 3]
 
 
 def reach_of(name: str, profile: Sequence[float]) -> Reach | None:
@@ -373,7 +383,9 @@ def reach_of(name: str, profile: Sequence[float]) -> Reach | None:
         return None
     greatest = max(profile)
     end = max(t for t, g in enumerate(profile) if g >= 0.1 * greatest)
-    growth = math.log10(greatest / profile[-1]) if profile[-1] > 0 and end < len(profile) // 2 else 0.0
+    growth = 0.0
+    if profile[-1] > 0 and end < len(profile) // 2:
+        growth = max(0.0, math.log10(greatest / profile[-1]) - math.log10(len(profile)))
     # Beyond rounding: where exactly a thousandth is left, the gradient has come to its end.
     far = [t for t in range(end + 1) if profile[t] > LEFT * greatest * (1 + 1e-9)]
     steps = None if far[0] == 0 else end - far[0] + 1

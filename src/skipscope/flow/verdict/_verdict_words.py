@@ -9,6 +9,10 @@ from skipscope._option_words import VerdictCause, VerdictState
 
 HEALTHY = "If training still stalls, check the data, the learning rate and the initialisation."
 _TRY = "ss.prescribe(model, data, loss) tries remedies on copies."
+_CLIP = (
+    "Clip gradients (torch.nn.utils.clip_grad_norm_), or use orthogonal recurrent weights, gates or shorter"
+    " sequences."
+)
 ADVICE: dict[VerdictCause, str] = {
     "time": (
         "Use gates (LSTM, GRU), orthogonal recurrent weights or shorter sequences, or read the output at more"
@@ -107,6 +111,9 @@ def finding(verdict: Judged) -> str:
         return f"No gradient reaches {at}: it is cut off from the loss."
     if verdict.state == "dead":
         return f"No gradient passes {at}: it is exactly 0 there."
+    if verdict.state == "exploding" and verdict.cause == "time":
+        size = _times(verdict.evidence or 0.0)
+        return f"The gradient explodes through time: it grows {size} over the steps of {at}."
     if verdict.cause == "time":
         return f"The gradient vanishes through time: it reaches back only {verdict.reach} steps in {at}."
     if verdict.cause == "branch":
@@ -130,6 +137,8 @@ def advice_on(verdict: Judged) -> str:
     """What to do next, in a sentence."""
     if verdict.state == "healthy" and verdict.cause == "none":
         return HEALTHY
+    if verdict.state == "exploding" and verdict.cause == "time":
+        return _CLIP
     return ADVICE.get(verdict.cause, _TRY)
 
 
