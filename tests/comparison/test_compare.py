@@ -13,7 +13,7 @@ import skipscope as ss
 from skipscope import reference
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
-from skipscope.comparison._claims import _compare_surfaces, share, summary
+from skipscope.comparison._claims import _compare_surfaces, _training_numbers, share, summary
 from skipscope.comparison._comparison_result import _learns
 from skipscope.comparison._evidence import Evidence, Roles, Settings
 from skipscope.comparison._lecture import QUICK_RATES, _affordable, build
@@ -393,3 +393,34 @@ def test_a_surface_is_chaotic_only_from_a_stated_floor_on(having, lacking, answe
 )  # fmt: skip
 def test_a_fall_in_words(decades, words):
     assert share(decades) == words
+
+
+def test_the_table_of_kinds_gives_loss_accuracies_and_steps_under_each_optimizer(trained):
+    table, training = trained.kinds_table(), trained.training
+    assert table.columns[:3] == ["shortcuts", "weights", "SGD: final loss"]
+    assert table.columns[-1] == "gradient at the start"
+    heads = len(training.accuracies("with", "SGD")) + 2  # loss, accuracies, steps
+    assert len(table.columns) == 3 + heads * len(training.curves["with"])
+    for twin, row in zip(trained.twins, table.rows):
+        expected = [twin.meaning, twin.parameters]
+        for name, curves in training.curves[twin.name].items():
+            accuracies = training.accuracies(twin.name, name).values()
+            expected += [curves.final_loss, *accuracies, training.steps_text(twin.name, name)]
+        assert row == [*expected, trained.flow[twin.name].verdict.state]
+
+
+def test_steps_and_updates_are_given_with_and_without_shortcuts():
+    def curves(update):
+        return Curves(0.1, {}, np.ones((2, 5)), np.full((2, 5), update), (3, 3), True)
+
+    steps = {"has": "12", "lacks": "> 40"}
+    training = SimpleNamespace(
+        target=0.5,
+        steps=40,
+        curves={"has": {"SGD": curves(0.25)}, "lacks": {"SGD": curves(0.75)}},
+        steps_text=lambda name, optimizer: steps[name],
+    )
+    roles = SimpleNamespace(with_shortcuts="has", without_shortcuts="lacks")
+    words = _training_numbers(SimpleNamespace(training=training, roles=roles, flow={}), ["SGD"])
+    assert "SGD: 12 with shortcuts, > 40 without." in words
+    assert "A step moves the weights by 0.250 of their size with, 0.750 without." in words
