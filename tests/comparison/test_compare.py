@@ -20,6 +20,7 @@ from skipscope.comparison._claims import (
     _compare_surfaces,
     _single_shortcuts,
     _training_numbers,
+    arrival_of,
     share,
     summary,
 )
@@ -486,3 +487,12 @@ def test_what_one_shortcut_alone_does(flows, words):
     assert (
         "changes by 4.00 at a and by 1.00 at c (median 2.00). Taking out one branch alone costs 0.500" in why
     )
+
+
+@pytest.mark.parametrize(("decades", "words"), [
+    (3.0, "one part in 1,000 of the gradient reaches the first layer"),
+    (-1.0, "the gradient reaches the first layer 10 times larger"),
+    (0.0, "the gradient reaches the first layer at full size"),
+])  # fmt: skip
+def test_what_arrives_in_words(decades, words):
+    assert arrival_of(decades) == words
