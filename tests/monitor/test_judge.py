@@ -271,3 +271,15 @@ def test_the_state_that_lasts():
     expected = [name for name in STATES if name != "underflow"]
     expected += ["ok", "ok", "ok", "exact_zero", "nonfinite", "ok", "absent"]
     assert _lasting(np.array(list(columns.values())).T) == expected
+
+
+@pytest.mark.parametrize(("decades", "alike", "state"), [
+    (2.3, True, "healthy"), (2.7, True, "vanishing"), (3.3, False, "healthy"), (3.7, False, "vanishing"),
+])  # fmt: skip
+def test_a_fall_of_weights_has_to_be_greater_where_none_are_of_equal_shape(decades, alike, state):
+    names = [f"{i}.weight" for i in range(10)]
+    shapes = [(8, 8) if alike else (8, 8 + i) for i in range(10)]
+    rms = np.tile(10.0 ** np.linspace(-decades, 0, 10), (8, 1))
+    states = np.full((8, 10), STATES.index("ok"))
+    verdict = judge_gradients(names, shapes, rms, states, 8, "healthy", "weights")
+    assert verdict.state == state
