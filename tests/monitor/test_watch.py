@@ -355,3 +355,4 @@ def test_the_first_step_and_every_nth_after_it_are_recorded(every, first_step):
             loss_of(model).backward()
             optimizer.step()
     np.testing.assert_array_equal(monitor.history.steps, first_step + np.arange(1, 12, every))
+    assert not monitor.history.evaluations.any()  # there is no closure
