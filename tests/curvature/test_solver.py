@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipscope.curvature._eigensolver import Ends, SolverOptions, find_ends
+from skipscope.curvature._eigensolver import Ends, SolverOptions, _Search, find_ends
 from skipscope.curvature._lanczos import Krylov, gaussian_blocks
 
 
@@ -181,3 +181,16 @@ def test_the_basis_is_orthonormal_after_restarts_and_breakdowns():
     basis = run.rows[: run.filled]
     assert (basis @ basis.T - torch.eye(60)).abs().max() < 1e-13
     assert np.abs(run.ritz()[0] - np.sort(spectrum.numpy())).max() < 1e-13
+
+
+@pytest.mark.parametrize(("k", "own", "expected"), [
+    (1, [-1.0, 1.0], (-6.0, 5.0)), (2, [-1.0, 1.0], (-2.0, 4.0)), (3, [-1.0, 1.0], (0.5, 3.0)),
+    (2, [-7.0, 9.0], (-7.0, 9.0)), (2, [-3.0, 3.5], (-3.0, 4.0)),
+])  # fmt: skip
+def test_nothing_may_be_beyond_the_last_known_that_is_asked_for(k, own, expected):
+    known = Ends(np.array([4.0, -2.0, 5.0, 3.0, -6.0, 0.5]), np.zeros(6), torch.zeros(6, 9))
+    search = _Search(None, known, SolverOptions(k=k), 0.1)
+    low, high = search._thresholds(np.array(own))
+    assert (low, high) == (min(expected[0], own[0]), expected[1])
+    search.known = Ends(np.zeros(0), np.zeros(0), torch.zeros(0, 9))
+    assert search._thresholds(np.array(own)) == tuple(own)
