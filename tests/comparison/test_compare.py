@@ -1,5 +1,6 @@
 """The main job: the right twins, every number what its word says, the budget kept, the model as it was."""
 
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +14,16 @@ import skipscope as ss
 from skipscope import reference
 from skipscope._errors import SkipscopeError
 from skipscope._numbers import short
-from skipscope.comparison._claims import _compare_surfaces, share, summary
+from skipscope.comparison._claims import (
+    _claim_path,
+    _claim_product,
+    _compare_surfaces,
+    _single_shortcuts,
+    _training_numbers,
+    arrival_of,
+    share,
+    summary,
+)
 from skipscope.comparison._comparison_result import _learns
 from skipscope.comparison._evidence import Evidence, Roles, Settings
 from skipscope.comparison._lecture import QUICK_RATES, _affordable, build
@@ -393,3 +403,96 @@ def test_a_surface_is_chaotic_only_from_a_stated_floor_on(having, lacking, answe
 )  # fmt: skip
 def test_a_fall_in_words(decades, words):
     assert share(decades) == words
+
+
+def test_the_table_of_kinds_gives_loss_accuracies_and_steps_under_each_optimizer(trained):
+    table, training = trained.kinds_table(), trained.training
+    assert table.columns[:3] == ["shortcuts", "weights", "SGD: final loss"]
+    assert table.columns[-1] == "gradient at the start"
+    heads = len(training.accuracies("with", "SGD")) + 2  # loss, accuracies, steps
+    assert len(table.columns) == 3 + heads * len(training.curves["with"])
+    for twin, row in zip(trained.twins, table.rows):
+        expected = [twin.meaning, twin.parameters]
+        for name, curves in training.curves[twin.name].items():
+            accuracies = training.accuracies(twin.name, name).values()
+            expected += [curves.final_loss, *accuracies, training.steps_text(twin.name, name)]
+        assert row == [*expected, trained.flow[twin.name].verdict.state]
+
+
+def test_steps_and_updates_are_given_with_and_without_shortcuts():
+    def curves(update):
+        return Curves(0.1, {}, np.ones((2, 5)), np.full((2, 5), update), (3, 3), True)
+
+    steps = {"has": "12", "lacks": "> 40"}
+    training = SimpleNamespace(
+        target=0.5,
+        steps=40,
+        curves={"has": {"SGD": curves(0.25)}, "lacks": {"SGD": curves(0.75)}},
+        steps_text=lambda name, optimizer: steps[name],
+    )
+    roles = SimpleNamespace(with_shortcuts="has", without_shortcuts="lacks")
+    words = _training_numbers(SimpleNamespace(training=training, roles=roles, flow={}), ["SGD"])
+    assert "SGD: 12 with shortcuts, > 40 without." in words
+    assert "A step moves the weights by 0.250 of their size with, 0.750 without." in words
+
+
+ROLES = SimpleNamespace(with_shortcuts="has", without_shortcuts="lacks")
+
+
+def flow_of_factors(*factors):
+    boundaries = [SimpleNamespace(factor=factor) for factor in (*factors, None)]
+    return SimpleNamespace(boundaries=boundaries, product=float(np.prod(factors)))
+
+
+@pytest.mark.parametrize(("factors", "answer"), [
+    ((0.5, 0.5, 0.5), "holds"), ((0.9, 0.9), "holds in part"), ((2.0, 0.9), "does not hold here"),
+    ((), "not measured"), ((0.5, math.inf), "not measured"),
+])  # fmt: skip
+def test_the_claim_of_a_product(factors, answer):
+    flow = {"lacks": flow_of_factors(*factors), "has": flow_of_factors(0.5, 1.5)}
+    claim = _claim_product(SimpleNamespace(flow=flow, roles=ROLES))
+    assert claim.answer == answer
+    if answer == "holds":
+        assert "3 factors; 100% of them are below 1; their product is 0.125" in claim.why
+        assert "the mean factor is 0.866 and the product 0.750" in claim.why  # sqrt(0.75)
+        assert "by 0.500 on average, 3 times over" in claim.finding
+
+
+def test_the_claim_of_an_alternative_path():
+    split = [SimpleNamespace(share=share) for share in (0.25, 0.75, None, 0.5)]
+    paths = SimpleNamespace(shares=np.array([0.125, 0.875]), mean_length=1.5, branches=3, residual=1e-16)
+    claim = _claim_path(SimpleNamespace(split={"has": split}, paths={"has": paths}, roles=ROLES))
+    assert claim.answer == "holds" and "50 % of the gradient comes back" in claim.finding
+    assert "Over 3 forks the shortcut's share is 25 to 75 %" in claim.why
+    assert "the mean path passes 1.50 of 3 branches" in claim.why
+    assert "every branch carries 1" in claim.limits
+
+
+@pytest.mark.parametrize(("flows", "words"), [
+    ((0.5, -1.0, 0.25), "any of them alone costs a factor of 3.2 at most"),  # 10^0.5
+    ((-1.0, -0.5, -0.25), "any of them alone costs a factor of 1.0 at most"),
+    ((3.0, -1.0, 0.25), "taking out one alone costs a factor of 1,000"),
+    ((None, None, None), "No single one decides it"),
+])  # fmt: skip
+def test_what_one_shortcut_alone_does(flows, words):
+    ranked = [
+        SimpleNamespace(name=name, removed=SimpleNamespace(flow_cost=flow, loss_cost=loss), lesioned=lesion)
+        for name, flow, loss, lesion in zip(
+            "abc", flows, (4.0, 2.0, 1.0), (SimpleNamespace(loss_cost=0.5), None, None)
+        )
+    ]
+    ranking = SimpleNamespace(ranked=ranked)
+    limits, why = _single_shortcuts(SimpleNamespace(importance={"has": ranking}, roles=ROLES))
+    assert words in limits
+    assert (
+        "changes by 4.00 at a and by 1.00 at c (median 2.00). Taking out one branch alone costs 0.500" in why
+    )
+
+
+@pytest.mark.parametrize(("decades", "words"), [
+    (3.0, "one part in 1,000 of the gradient reaches the first layer"),
+    (-1.0, "the gradient reaches the first layer 10 times larger"),
+    (0.0, "the gradient reaches the first layer at full size"),
+])  # fmt: skip
+def test_what_arrives_in_words(decades, words):
+    assert arrival_of(decades) == words

@@ -10,7 +10,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope import reference
-from skipscope.comparison.training import _train
+from skipscope.comparison.training import _threads, _train
 from skipscope.comparison.training._threads import Plan, StepSeconds
 from skipscope.comparison.training._train import train_and_keep
 
@@ -149,3 +149,20 @@ def test_what_cannot_be_copied_is_trained_here(monkeypatch):
     many = ss.batches(list(zip(x.split(50), y.split(50))))
     train_and_keep({"m": net}, many, F.cross_entropy, **{**OPTIONS, "steps": 4})
     assert asked == [2, 2, 1, 1]
+
+
+def test_a_step_is_timed_with_all_threads_and_with_one_and_they_are_left_as_they_were(monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(
+        _threads, "_seconds", lambda *_: (seen.append(torch.get_num_threads()), 2.0 - len(seen))[1]
+    )
+    try:
+        torch.set_num_threads(3)
+        timed = _threads.step_seconds(None, None, None)
+        assert seen == [3, 1] and torch.get_num_threads() == 3
+        assert (timed.together, timed.alone) == (1.0, 0.0)
+        with Plan(1, True, 1.0).threads():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

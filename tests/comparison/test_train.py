@@ -789,3 +789,14 @@ def test_trained_networks_are_kept_when_asked_for_and_no_file_holds_them(tmp_pat
     assert ss.load(runs.save(tmp_path / "runs.json")).networks == {}
     assert ss.train_twins({"one": make}, data, loss, **options).networks == {}
     assert str(runs.curves["one"]["SGD"]).startswith("Curves(rate=0.1, 1 seed x 20 steps, final_loss=")
+
+
+@pytest.mark.parametrize(("steps", "level", "is_over"), [
+    (10, 0.5, True), (20, 0.5, True), (30, 0.5, True),  # the loss is reached
+    (9, 0.5, False), (25, 0.5, False), (31, 0.5, False),  # looked at every tenth step only
+    (20, 2.0, False), (50, 2.0, True),  # nothing has come down: over half way of 100
+])  # fmt: skip
+def test_a_course_is_over_every_tenth_step_where_the_loss_is_reached_or_stuck(steps, level, is_over):
+    over = Course(None, None, 100, stop_at=1.0)
+    assert over.is_over(np.full((2, steps), level)) == is_over
+    assert not Course(None, None, 100).is_over(np.full((2, steps), level))

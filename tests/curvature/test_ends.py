@@ -124,3 +124,16 @@ def test_whole_numbers_among_the_weights_need_no_gradient_where_the_loss_has_non
     data = torch.randn(6, 4), torch.arange(6) % 3
     ends = ss.extreme_eigenvalues(Coded(), data, nn.functional.cross_entropy, parameters="unused.*")
     assert ends.largest[0] == ends.smallest[0] == 0
+
+
+@pytest.mark.parametrize("end", ["largest", "smallest"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_each_eigenvector_is_that_of_its_eigenvalue(end, index):
+    model, (x, y) = net(0).double(), data(0)
+    x = x.double()
+    ends = ss.extreme_eigenvalues(model, (x, y), F.cross_entropy, k=2, vectors=True, tol=1e-9)
+    vector = torch.cat([part.flatten() for part in ends.direction(end, index).values()])
+    value = getattr(ends, end)[index]
+    product = torch.as_tensor(dense_hessian(model, x, y, F.cross_entropy)) @ vector
+    torch.testing.assert_close(product, value * vector, rtol=0, atol=1e-6 * abs(ends.largest[0]))
+    assert float(vector.norm()) == pytest.approx(1)

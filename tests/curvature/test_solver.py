@@ -1,12 +1,20 @@
 """The eigen-solver on matrices whose spectrum is known: bounds in every case, the claim of the ends as often as it says."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipscope.curvature._eigensolver import Ends, SolverOptions, find_ends
+from skipscope.curvature._eigensolver import (
+    Ends,
+    SolverOptions,
+    _Search,
+    _worth_keeping,
+    find_ends,
+)
 from skipscope.curvature._lanczos import Krylov, gaussian_blocks
 
 
@@ -181,3 +189,47 @@ def test_the_basis_is_orthonormal_after_restarts_and_breakdowns():
     basis = run.rows[: run.filled]
     assert (basis @ basis.T - torch.eye(60)).abs().max() < 1e-13
     assert np.abs(run.ritz()[0] - np.sort(spectrum.numpy())).max() < 1e-13
+
+
+@pytest.mark.parametrize(("k", "own", "expected"), [
+    (1, [-1.0, 1.0], (-6.0, 5.0)), (2, [-1.0, 1.0], (-2.0, 4.0)), (3, [-1.0, 1.0], (0.5, 3.0)),
+    (2, [-7.0, 9.0], (-7.0, 9.0)), (2, [-3.0, 3.5], (-3.0, 4.0)),
+])  # fmt: skip
+def test_nothing_may_be_beyond_the_last_known_that_is_asked_for(k, own, expected):
+    known = Ends(np.array([4.0, -2.0, 5.0, 3.0, -6.0, 0.5]), np.zeros(6), torch.zeros(6, 9))
+    search = _Search(None, known, SolverOptions(k=k), 0.1)
+    low, high = search._thresholds(np.array(own))
+    assert (low, high) == (min(expected[0], own[0]), expected[1])
+    search.known = Ends(np.zeros(0), np.zeros(0), torch.zeros(0, 9))
+    assert search._thresholds(np.array(own)) == tuple(own)
+
+
+@pytest.mark.parametrize(("filled", "k", "block", "each"), [
+    (20, 3, 1, 7),  # 3 wanted, a fifth of 20 beside them
+    (40, 2, 6, 14),  # two blocks beside them
+    (9, 4, 1, 4),  # half of what a block leaves
+    (12, 6, 4, 4),
+])  # fmt: skip
+def test_what_a_restart_keeps(filled, k, block, each):
+    kept = _worth_keeping(filled, k, block)
+    np.testing.assert_array_equal(kept, [*range(each), *range(filled - each, filled)])
+    assert len(set(kept)) == 2 * each <= filled - block
+
+
+def test_nearly_parallel_rows_of_a_block_are_made_orthogonal_to_the_basis_again():
+    """What is left of the second is 1e-9 of it: so is its rounding in the basis, times 1e9."""
+    draw = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(40, 4, dtype=torch.float64, generator=draw)).Q.T
+    first, second = torch.randn(2, 40, dtype=torch.float64, generator=draw)
+    block = torch.stack([first, first + 1e-9 * second])
+    for _ in range(2):
+        block -= block @ basis.T @ basis
+    block += 1e-15 * basis.sum(0)
+    rows = torch.zeros(10, 40, dtype=torch.float64)
+    rows[:4] = basis
+    krylov = SimpleNamespace(filled=4, size=10, rows=rows, outside=torch.zeros(0, 40, dtype=torch.float64))
+    onward, dropped = Krylov._orthonormal(krylov, block.clone(), 1e-14, sure=True)
+    assert onward.shape == (2, 2) and dropped == 0.0
+    torch.testing.assert_close(rows[:6] @ rows[:6].T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-13)
+    # Rounding takes 1e-16 of 1e-9 apart: seven digits of the second row's own part are left.
+    torch.testing.assert_close(torch.as_tensor(onward).T @ rows[4:6], block, rtol=0, atol=1e-13)

@@ -11,7 +11,7 @@ from torch import nn
 import skipscope as ss
 from skipscope._errors import SkipscopeError
 from skipscope._free_memory import SHARE
-from skipscope.curvature import _vector_memory
+from skipscope.curvature import _ranked_operator, _vector_memory
 from skipscope.curvature._trace_estimate import _append_orthonormal
 
 SIZE = 200
@@ -80,3 +80,17 @@ def test_orthonormal_rows_are_appended_in_place():
     assert count == 4  # zero has no part of its own
     assert not _append_orthonormal(rows, count, rows[1] - 3 * rows[2])
     assert torch.allclose(rows[:4] @ rows[:4].T, torch.eye(4).double(), atol=1e-14)
+
+
+@pytest.mark.parametrize(("share", "fits"), [(0.9, False), (1.1, True)])
+def test_a_whole_copy_that_does_not_fit_on_a_rank_is_refused_with_its_size(monkeypatch, share, fits):
+    model = nn.Linear(3000, 3000)
+    needed = 3 * 4 * (3000 * 3000 + 3000)  # weights, gradient and product in float32: 0.10 GiB
+    monkeypatch.setattr(_ranked_operator, "free_bytes", lambda device: share * needed / SHARE)
+    if fits:
+        _ranked_operator._require_whole(model, "curvature_operator")
+        return
+    with pytest.raises(SkipscopeError) as refused:
+        _ranked_operator._require_whole(model, "curvature_operator")
+    assert refused.value.expected == "0.10 GiB: the weights, their gradient and a product"
+    assert refused.value.got == "0.09 GiB that may be used on cpu"

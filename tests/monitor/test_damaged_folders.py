@@ -12,7 +12,9 @@ from torch import nn
 
 import skipscope as ss
 from skipscope._result import finite
-from skipscope.monitor.history import _run_store
+from skipscope.monitor import STATES
+from skipscope.monitor.history import _history_reader, _run_store
+from skipscope.monitor.recording._step_row import SCALARS
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +174,39 @@ def places(value):
         yield value, key
         if isinstance(item, dict | list):
             yield from places(item)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(("row", "norm", "relative", "reach"), [
+    ([7, 0.1, 0.2], [0.1, 0.2], [NAN, NAN], [NAN, NAN]),  # the first versions kept an RMS alone
+    ([7, 0.1, 0.2, 1.0, 2.0], [1.0, 2.0], [NAN, NAN], [NAN, NAN]),
+    ([7, 0.1, 0.2, 1.0, 2.0, 5.0, 9.0], [1.0, 2.0], [NAN, NAN], [5.0, 9.0]),
+    ([7, 0.1, 0.2, 1.0, 2.0, 3.0, 4.0, 5.0, 9.0], [1.0, 2.0], [3.0, 4.0], [5.0, 9.0]),
+])  # fmt: skip
+def test_a_row_of_flow_is_read_in_each_form_it_ever_had(row, norm, relative, reach):
+    other = {"names": ["a", "x", "b"], "optimizer": 1}
+    flow = [({"names": ["a", "b"]}, np.array([row])), (other, np.array([[8, 0.5, 0.6, 0.7, 5.0, 6.0, 7.0]]))]
+    names, rms, owners, norms, relatives, reaches = _history_reader._flow(flow)
+    assert names == ("a", "x", "b")
+    np.testing.assert_array_equal(rms, [[7, 0.1, NAN, 0.2], [8, 0.5, 0.6, 0.7]])
+    np.testing.assert_array_equal(norms, [[norm[0], -1, norm[1]], [5, 6, 7]])
+    np.testing.assert_array_equal(relatives, [[relative[0], NAN, relative[1]], [NAN] * 3])
+    np.testing.assert_array_equal(reaches, [reach, [NAN, NAN]])
+    np.testing.assert_array_equal(owners, [0, 1])
+
+
+def test_numbers_of_another_optimizer_are_unknown_in_a_row():
+    about = {"names": ["b", "a"], "optimizer": 1, "tiny": [1e-38, 1e-38]}
+    scalars = np.arange(len(SCALARS), dtype=float)
+    rows = np.array([[*scalars, 4.0, 3.0, 0.5, -2.0, 6.0, 5.0]])  # norms, mean |g|, norms before clipping
+    column = {(0, "x"): 0, (1, "a"): 1, (1, "b"): 2, (0, "y"): 3, (2, "z"): 4}
+    found = _history_reader._block(about, rows, column)[0]
+    np.testing.assert_array_equal(found[: len(SCALARS) + 1], [*scalars, 1])
+    norm, mean, before, states = found[len(SCALARS) + 1 :].reshape(4, 5)
+    np.testing.assert_array_equal(norm, [NAN, 3.0, 4.0, NAN, NAN])
+    np.testing.assert_array_equal(mean, [NAN, NAN, 0.5, NAN, NAN])
+    np.testing.assert_array_equal(before, [NAN, 5.0, 6.0, NAN, NAN])
+    absent = STATES.index("absent")
+    np.testing.assert_array_equal(states, [absent, 2, STATES.index("ok"), absent, absent])

@@ -16,7 +16,7 @@ import skipscope as ss
 from skipscope import reference
 from skipscope.flow.verdict._flow_rules import FALL
 from skipscope.monitor import STATES, read_history, watch
-from skipscope.monitor.history._live_verdict import Place, judge_flow, judge_gradients
+from skipscope.monitor.history._live_verdict import Place, _lasting, judge_flow, judge_gradients
 
 from ._loops import loss_of, network
 
@@ -252,3 +252,34 @@ def test_a_history_is_read_while_the_run_goes_on_and_after_kill_9(tmp_path, seco
     assert not history.complete
     assert any("cut short" in note for note in history.notes)
     assert history.verdict.state == "healthy"
+
+
+def test_the_state_that_lasts():
+    """A zero or a missing gradient at every step that was made; what is not finite at the last; else it is ok."""
+    code = {name: float(i) for i, name in enumerate(STATES)}
+    none = float("nan")
+    columns = {
+        **{name: [code[name]] * 3 for name in STATES if name != "underflow"},
+        "too small for its dtype": [code["underflow"]] * 3,
+        "zero, then not": [code["exact_zero"], code["exact_zero"], code["ok"]],
+        "not, then zero": [code["ok"], code["exact_zero"], code["exact_zero"]],
+        "zero where a step was made": [none, code["exact_zero"], none],
+        "not finite at last": [code["ok"], code["ok"], code["nonfinite"]],
+        "finite again": [code["nonfinite"], code["nonfinite"], code["ok"]],
+        "no step": [none, none, none],
+    }
+    expected = [name for name in STATES if name != "underflow"]
+    expected += ["ok", "ok", "ok", "exact_zero", "nonfinite", "ok", "absent"]
+    assert _lasting(np.array(list(columns.values())).T) == expected
+
+
+@pytest.mark.parametrize(("decades", "alike", "state"), [
+    (2.3, True, "healthy"), (2.7, True, "vanishing"), (3.3, False, "healthy"), (3.7, False, "vanishing"),
+])  # fmt: skip
+def test_a_fall_of_weights_has_to_be_greater_where_none_are_of_equal_shape(decades, alike, state):
+    names = [f"{i}.weight" for i in range(10)]
+    shapes = [(8, 8) if alike else (8, 8 + i) for i in range(10)]
+    rms = np.tile(10.0 ** np.linspace(-decades, 0, 10), (8, 1))
+    states = np.full((8, 10), STATES.index("ok"))
+    verdict = judge_gradients(names, shapes, rms, states, 8, "healthy", "weights")
+    assert verdict.state == state

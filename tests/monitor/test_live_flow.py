@@ -13,6 +13,7 @@ import skipscope as ss
 from skipscope import reference
 from skipscope.flow import gradient_flow
 from skipscope.monitor import read_history, watch
+from skipscope.monitor.recording import _flow_reader
 
 from ._loops import loss_of, network
 
@@ -385,3 +386,24 @@ def test_the_verdict_on_the_flow_is_current_when_asked_and_announced_within_eigh
                 assert monitor.verdict.state == ("healthy" if step == 20 else "vanishing")
     (found,) = [event for event in events if event.verdict.state == "vanishing"]
     assert found.step in ({21, 22} if asked else set(range(21, 30)))
+
+
+@pytest.mark.parametrize(("error", "reason"), [
+    (ss.SkipscopeError("find", "the model returns no tensor", cure="return one"), "the model returns no tensor"),
+    (ValueError("too many\nvalues"), "too many"),
+    (ValueError(), "ValueError"),
+])  # fmt: skip
+def test_why_the_flow_cannot_be_read_is_said_in_a_line(monkeypatch, error, reason):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(_flow_reader, "boundaries", fail)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with watch(model, optimizer, flow_every=1) as monitor:
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+    notes = [note for note in monitor.history.notes if "cannot be read" in note]
+    assert len(notes) == 1 and notes[0].rstrip(".").endswith(
+        f"the flow at boundaries cannot be read: {reason}"
+    ), notes

@@ -1,6 +1,7 @@
 """Missing gradients: each cause is said in words of its own; what starts at zero by design is no cause for alarm."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import skipscope as ss
 from skipscope.monitor import watch
+from skipscope.monitor.recording._backward_passes import BackwardPasses
 
 from ._loops import data, loss_of, network
 
@@ -269,3 +271,18 @@ def test_a_forward_that_is_never_called_is_said(caplog):
             optimizer.step()
     assert "never calls the model's forward. It calls parts of it: parts.0, parts.1" in caplog.text
     assert any("parts.0, parts.1" in note for note in monitor.history.notes)
+
+
+def test_gradients_that_were_set_to_zero_since_their_pass():
+    """Those of a parameter that the pass did not touch are no matter, whatever they hold."""
+    zero, one = (torch.zeros(2), 0), (torch.ones(2), 0)
+    passes = BackwardPasses.__new__(BackwardPasses)
+    ended = SimpleNamespace(touched={0, 2}, nonzero=(0, True))
+    for untouched in (None, zero, one):
+        assert passes._zeroed(ended, [zero, untouched, zero])
+        assert not passes._zeroed(ended, [one, untouched, zero])
+        assert not passes._zeroed(ended, [zero, untouched, one])
+    assert passes._zeroed(SimpleNamespace(touched={2}, nonzero=(0, True)), [None, one, zero])
+    # Those of a dead network were 0 already.
+    assert not passes._zeroed(SimpleNamespace(touched={0, 2}, nonzero=(0, False)), [zero, None, zero])
+    assert not passes._zeroed(SimpleNamespace(touched={0, 2}, nonzero=None), [zero, None, zero])

@@ -124,3 +124,14 @@ def test_what_float32_cannot_square_is_unknown_once_and_then_right(monkeypatch, 
     np.testing.assert_allclose(history.norm[1:, 0], 4 * float(torch.tensor(size)), rtol=1e-6)
     np.testing.assert_allclose(history.mean_abs[:, 0], size, rtol=1e-6)
     assert {STATES[int(code)] for code in history.states.flat} == {"ok"}
+
+
+@pytest.mark.parametrize("unit", [1e-310, 1e-200, 1.0, 1e300])
+def test_norms_without_scipy(unit):
+    x = np.array([7.0, 3.0, -4.0, 0.0, 12.0]) * unit
+    assert _gradient_norms._nrm2(x, 3, 1) == pytest.approx(5 * unit)
+    assert _gradient_norms._nrm2(x[1:]) == pytest.approx(13 * unit)
+    assert _gradient_norms._nrm2(x, 1, 3) == 0.0
+    assert _gradient_norms._asum(x, 3, 1) == pytest.approx(7 * unit)
+    assert _gradient_norms._dot(x / unit, x / unit, 2, 1, 1, 1) == 25.0
+    assert _gradient_norms._nrm2(np.array([1.0, -np.inf])) == np.inf

@@ -1,12 +1,18 @@
 """Sinks that need no package: a function, a table; what is none is refused."""
 
 import csv
+import importlib
+import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import skipscope as ss
 from skipscope.monitor import watch
+from skipscope.monitor._record import Record
+from skipscope.monitor.history._live_verdict import UNKNOWN
 
 from ._loops import Spy, agrees, loss_of, network
 
@@ -70,3 +76,35 @@ def test_a_sink_written_in_a_folder_that_is_not_there_is_refused(tmp_path):
     for name in ("log.csv", "log.jsonl"):
         with pytest.raises(ss.SkipscopeError, match="cannot write"):
             watch(model, Spy(model.parameters()), sinks=[str(tmp_path / "none" / name)])
+
+
+def record(step):
+    one = np.array([2.0])
+    ok = ("ok",)
+    return Record(0, step, 0.1 * step, ("w",), one, one / 4, one, ok, 2.0, math.nan, math.nan, False, UNKNOWN)
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """Stand-ins for mlflow and wandb, which are not installed here, and what was logged to them."""
+    steps = []
+    mlflow = SimpleNamespace(
+        active_run=lambda: SimpleNamespace(info=SimpleNamespace(run_id="run")),
+        log_metrics=lambda values, step, run_id: steps.append((step, values)),
+    )
+    run = SimpleNamespace(log=lambda values, commit: steps.append((values.pop("skipscope/step"), values)))
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=run, init=None))
+    return steps
+
+
+@pytest.mark.parametrize("name", ["mlflow:MLflow", "wandb:WandB"])
+def test_each_parameters_numbers_are_logged_at_every_third_recorded_step(logged, name):
+    module, _, sink = name.partition(":")
+    sink = getattr(importlib.import_module(f"skipscope.monitor.{module}"), sink)(every=3)
+    for step in range(5, 12):
+        sink.step(record(step))
+    assert [step for step, _ in logged] == list(range(5, 12))
+    always = {"gradients/total_norm": 2.0, "gradients/skipped": 0.0}
+    for i, (_, values) in enumerate(logged):
+        assert values == always | ({} if i % 3 else {"gradient_rms/w": 2.0, "gradient_mean_abs/w": 0.5})

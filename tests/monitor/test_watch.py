@@ -14,7 +14,7 @@ import skipscope as ss
 from skipscope import reference
 from skipscope.monitor import STATES, JsonLines, Terminal, watch
 
-from ._loops import Spy, agrees, data, network, oracle
+from ._loops import Spy, agrees, data, loss_of, network, oracle
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -94,7 +94,7 @@ def test_a_torn_file_reads_up_to_the_last_whole_row(tmp_path, cut):
     whole = rows.read_bytes()
     rows.write_bytes(whole[: len(whole) - cut])
     history = ss.load(tmp_path / "run")
-    width = 8 * (6 + 3 * 4)
+    width = 8 * (6 + 3 * 4 + 1)  # scalars, three numbers a parameter, the checksum
     assert len(history) == 4 - math.ceil(cut / width)
     np.testing.assert_array_equal(history.norm, monitor.history.norm[: len(history)])
 
@@ -342,3 +342,17 @@ def test_what_cannot_be_watched_is_refused_with_the_cure(name):
     with pytest.raises(ss.SkipscopeError) as refusal:
         WRONG[name](model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert refusal.value.operation == "watch" and refusal.value.cure and refusal.value.got
+
+
+@pytest.mark.parametrize("first_step", [0, 4])
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_the_first_step_and_every_nth_after_it_are_recorded(every, first_step):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with watch(model, optimizer, every=every, first_step=first_step) as monitor:
+        for _ in range(11):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+    np.testing.assert_array_equal(monitor.history.steps, first_step + np.arange(1, 12, every))
+    assert not monitor.history.evaluations.any()  # there is no closure
