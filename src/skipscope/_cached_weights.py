@@ -157,9 +157,6 @@ def _read_by(model: nn.Module, run: Callable[[nn.Module], Any]) -> set[int]:
     return reads.seen
 
 
-_GENERATORS = {torch.Generator, np.random.Generator, np.random.RandomState, random.Random}
-
-
 def holds_generators(model: nn.Module) -> bool:
     """Whether something that can be reached from the modules' attributes draws random numbers from a
     state of its own.
@@ -168,7 +165,7 @@ def holds_generators(model: nn.Module) -> bool:
     seen: set[int] = set()
     while waiting:
         thing, depth = waiting.pop()
-        if not _GENERATORS.isdisjoint(type(thing).__mro__):  # isinstance asks torch's own, which is slow
+        if isinstance(thing, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
             return True
         if id(thing) in seen or depth > 4 or isinstance(thing, Tensor | nn.Module | type):
             continue
