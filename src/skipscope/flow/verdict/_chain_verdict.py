@@ -69,7 +69,7 @@ def judge_chain(
             cause="one position",
             evidence=float(n),
             reason=(
-                f"{found.reason}; {n} {weights} of queries and keys get exactly 0, for their softmax is over"
+                f"{found.reason}; {n} {weights} of queries and keys get nothing, for their softmax is over"
                 " one entry and always 1"
             ),
         )

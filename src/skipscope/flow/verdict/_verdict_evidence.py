@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from skipscope.flow._flow_result import Head, Worst
@@ -94,7 +95,7 @@ class Evidence:
         last_weights: the part of the head's gain that its weights have, without what follows them; None where
             it is not known.
         last_names: those weights: of the calls that no other weighted call follows.
-        single: weights of queries and keys that attend to one position: they get exactly 0.
+        single: weights of queries and keys that attend to one position: they get 0, or its rounding.
     """
 
     lines: tuple[tuple[Point, ...], ...]
@@ -411,14 +412,24 @@ def _starved(readings: Readings, sizes: dict[str, float]) -> Starved:
 
 
 def _single(readings: Readings) -> tuple[str, ...]:
-    """Weights that get exactly 0 because what is computed from them chooses among one position."""
+    """Weights that get nothing because what is computed from them chooses among one position.
+
+    That is exactly 0, or what rounding leaves of it (the fused attention of torch 2.14).
+    """
     graph = readings.graph
     if graph is None or not readings.single:
         return ()
     before = graph.ancestors(readings.single)
     names = dict.fromkeys(name for site in readings.sites if site.order in before for name in site.weights)
-    weights = ((name, readings.weights.get(name)) for name in names)
-    return tuple(name for name, w in weights if w is not None and w.trainable and w.rms and not any(w.rms))
+    largest = max((max(w.rms) for w in readings.weights.values() if w.rms), default=0.0)
+    found = []
+    for name in names:
+        weight = readings.weights.get(name)
+        if weight is not None and weight.trainable and weight.total is not None:
+            # In half precision earlier layers may get as little as its rounding.
+            eps = min(torch.finfo(weight.total.dtype).eps, torch.finfo(torch.float32).eps)
+            found += [name] * all(rms <= 4 * eps * largest for rms in weight.rms)
+    return tuple(found)
 
 
 def size_of(weight: Tensor, norm: float) -> float:
