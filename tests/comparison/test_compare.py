@@ -496,3 +496,12 @@ def test_what_one_shortcut_alone_does(flows, words):
 ])  # fmt: skip
 def test_what_arrives_in_words(decades, words):
     assert arrival_of(decades) == words
+
+
+def test_a_network_that_draws_leaves_the_random_state_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    data = torch.randn(8, 4), torch.arange(8) % 3
+    before = torch.get_rng_state()
+    ss.compare(model, data, nn.functional.cross_entropy, train=False, grid=3)
+    assert torch.equal(before, torch.get_rng_state())

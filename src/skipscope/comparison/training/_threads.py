@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from skipscope._data import Objective
+from skipscope._random import random_state_kept
 
 # Copies of this process are made where they save at least this share of the time, and so many seconds.
 _SAVED_SHARE, _SAVED_S = 0.2, 1.0
@@ -104,9 +105,10 @@ def step_seconds(model: nn.Module, loss: Objective, batch: Any) -> StepSeconds:
 def _seconds(model: nn.Module, loss: Objective, batch: Any) -> float:
     """The least of three; the first pass pays for what happens only once."""
     times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        loss(model, batch).backward()
-        times.append(time.perf_counter() - start)
+    with random_state_kept(0):  # dropout draws
+        for _ in range(4):
+            start = time.perf_counter()
+            loss(model, batch).backward()
+            times.append(time.perf_counter() - start)
     model.zero_grad()
     return min(times[1:])
