@@ -158,10 +158,10 @@ def _interrupt_one(name: str, seconds: float) -> str | None:
     model(data[0]).sum().backward()
     before, children = zoo_check.state_of(model, data), _children()
     sender = threading.Thread(target=lambda: (time.sleep(seconds), os.kill(os.getpid(), signal.SIGINT)))
-    with contextlib.suppress(KeyboardInterrupt):
-        sender.start()
-        CALLS[name](model, data)
-    with contextlib.suppress(KeyboardInterrupt):  # a call that ended first, for whatever reason
+    with contextlib.suppress(KeyboardInterrupt):  # one that comes as the call, or the inner block, ends
+        with contextlib.suppress(KeyboardInterrupt):
+            sender.start()
+            CALLS[name](model, data)
         sender.join()
         time.sleep(0.01)
     sender.join()
