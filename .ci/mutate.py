@@ -198,7 +198,7 @@ def _kept(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-# --- mutants --------------------------------------------------------------------------------------------------------
+# --- mutants ---
 
 
 def _drawn(work: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -278,7 +278,7 @@ def _try(mutant: dict[str, Any], rooms: list[Executed], budget: float) -> dict[s
             "seconds": taken, "diff": diff}  # fmt: skip
 
 
-# --- in a fork ------------------------------------------------------------------------------------------------------
+# --- in a fork ---
 
 
 def _forked(function: Callable[[], Any], limit: float) -> Any:

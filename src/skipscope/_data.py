@@ -329,7 +329,7 @@ def _averages(
     return averages
 
 
-# --- readings of a loss
+# --- readings of a loss ---
 
 
 def _checked_scalar(

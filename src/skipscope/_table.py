@@ -180,8 +180,7 @@ def _words(cell: Any) -> str:
     return printable(cell if isinstance(cell, str) else short(cell))
 
 
-# --- LaTeX
-# ------------------------------------------------------------------------------------------------------------
+# --- LaTeX ---
 
 _NUMBER = r"-?(?:[\d,]+\.?\d*(?:e[+-]?\d+)?|nan|inf)"
 _MATHS = re.compile(rf"(>= )?({_NUMBER})(?: \+- ({_NUMBER}))?( %)?")

@@ -65,7 +65,7 @@ def named(path: str) -> Any:
     return found
 
 
-# --- calls of torch's functions ---------------------------------------------------------------------------
+# --- calls of torch's functions ---
 
 
 def without_modes() -> AbstractContextManager[Any]:
@@ -176,7 +176,7 @@ class _ScriptedCalls:
 scripted_calls = _ScriptedCalls()
 
 
-# --- custom functions -------------------------------------------------------------------------------------
+# --- custom functions ---
 
 _FUNCTION = os.path.join(os.path.dirname(torch.__file__), "autograd", "function.py")
 # Until torch 2.13 ``apply`` is written in Python.
@@ -222,7 +222,7 @@ def arguments_applied(frame: FrameType) -> list[Any]:
     return [value for value in given if not isinstance(value, torch.autograd.function.FunctionCtx)]
 
 
-# --- compiled code ----------------------------------------------------------------------------------------
+# --- compiled code ---
 
 
 def compiler_is_loaded() -> bool:
@@ -244,7 +244,7 @@ def compiled_from(module: Any) -> nn.Module | None:
     return module._orig_mod if kind is not None and isinstance(module, kind) else None
 
 
-# --- hooks ------------------------------------------------------------------------------------------------
+# --- hooks ---
 
 
 def gradient_hooks(parameter: Tensor) -> list[Callable[..., Any]]:
@@ -275,7 +275,7 @@ def accumulation_hooks_off(parameters: list[nn.Parameter]) -> Iterator[None]:
             p._post_accumulate_grad_hooks = hooks
 
 
-# --- several processes ------------------------------------------------------------------------------------
+# --- several processes ---
 
 
 def shared_store() -> Any:
@@ -313,7 +313,7 @@ def gathered_by_fsdp(unit: Any) -> list[tuple[Tensor, Tensor]]:
     return [(w.sharded_param, w.unsharded_param) for w in weights if hasattr(w, "_unsharded_param")]
 
 
-# --- backward passes --------------------------------------------------------------------------------------
+# --- backward passes ---
 
 
 def graph_task() -> int:

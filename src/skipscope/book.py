@@ -36,7 +36,7 @@ LAYER_SIZES = (3, 3, 3, 3, 3, 1)
 SAMPLE_INPUT = ((1.0, 0.0, -1.0),)
 
 
-# --- the lecture's names ------------------------------------------------------------------------
+# --- the lecture's names ---
 
 
 class GELU(nn.Module):
@@ -125,7 +125,7 @@ def _backward(model: nn.Module, x: Tensor) -> _Backward:
     )
 
 
-# --- the experiment and what it shows -----------------------------------------------------------
+# --- the experiment and what it shows ---
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,8 +157,7 @@ def check_shortcut(
     return tuple(clauses)
 
 
-# --- the clauses
-# ----------------------------------------------------------------------------------------------------
+# --- the clauses ---
 
 
 def _shape(case: _Case) -> None:
@@ -544,8 +543,7 @@ def _autocast(case: _Case) -> None:
         )
 
 
-# --- helpers
-# ----------------------------------------------------------------------------------------------------
+# --- helpers ---
 
 
 def _broken(case: _Case, problem: str, **details: object) -> BrokenContract:

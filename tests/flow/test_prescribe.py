@@ -90,7 +90,7 @@ def rows(n=32):
     return torch.randn(n, 20, generator=draw), torch.randint(0, 10, (n,), generator=draw)
 
 
-# --- residual blocks around layers with norms ------------------------------------------------------------
+# --- residual blocks around layers with norms ---
 
 
 def conv(i, o, stride=1, act=nn.ReLU, groups=1, size=3, bias=False):
@@ -338,7 +338,7 @@ def test_what_is_named_is_said_in_full():
     assert "(14 in all)" in by_hand and by_hand.endswith("As they are: 0 (the first layer).")
 
 
-# --- frozen parts, and trouble that no shortcut mends ------------------------------------------------------
+# --- frozen parts, and trouble that no shortcut mends ---
 
 
 def test_no_shortcut_goes_around_frozen_layers():

@@ -46,7 +46,7 @@ def numbers(root: ElementTree.Element, name: str) -> list[float]:
     return [float(e.get(name)) for e in root.iter() if e.get(name) is not None]
 
 
-# --- axes -------------------------------------------------------------------------------------------------------------
+# --- axes ---
 
 
 @given(st.lists(floats, max_size=30), st.booleans(), st.booleans())
@@ -90,7 +90,7 @@ def test_labels_are_moved_apart_in_order(wanted):
     assert not places or places[-1] <= 100.0 + 1e-9
 
 
-# --- charts -----------------------------------------------------------------------------------------------------------
+# --- charts ---
 
 
 @pytest.mark.parametrize("width", [_svg.WIDE, _svg.NARROW])
@@ -258,7 +258,7 @@ def test_a_dead_gradient_is_drawn_on_the_floor_and_not_left_out():
     assert "0" in [t.text for t in root.iter("text")]
 
 
-# --- surfaces ---------------------------------------------------------------------------------------------------------
+# --- surfaces ---
 
 
 def test_heights_are_logs_clipped_five_decades_above_the_lowest():
@@ -299,7 +299,7 @@ def test_axes_are_not_exchanged():
     np.testing.assert_allclose(heights[np.ix_(at_y, at_x)], np.log10(values).T, atol=2e-3)
 
 
-# --- the network ------------------------------------------------------------------------------------------------------
+# --- the network ---
 
 networks = st.integers(1, 120).flatmap(
     lambda n: st.builds(

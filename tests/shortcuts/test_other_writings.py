@@ -58,7 +58,7 @@ FEW = torch.tensor([0, 2, 3])
 MASK = torch.tensor([True, True, True, False, False]).view(1, 5, 1)
 
 
-# --- what is written into ---------------------------------------------------------------------------------------------
+# --- what is written into ---
 
 
 @kind("the sum written into the branch", ["identity"], lambda n, x: n.c(n.branch(x)))
@@ -115,7 +115,7 @@ def routed_and_put_back(n, x):
     return out
 
 
-# --- scales, blends and masks -----------------------------------------------------------------------------------------
+# --- scales, blends and masks ---
 
 
 @kind("the first embedding again in every block", ["scaled", "identity", "scaled"])
@@ -175,7 +175,7 @@ def mean_over_layers(n, x):
     return w[0] * x + w[1] * h + w[2] * n.b(h).relu()
 
 
-# --- sums by other names ----------------------------------------------------------------------------------------------
+# --- sums by other names ---
 
 
 @kind("the built-in sum", ["identity"], only_branch)
@@ -226,7 +226,7 @@ def in_the_frequencies(n, x):
     return torch.fft.irfft(torch.fft.rfft(x) + torch.fft.rfft(n.branch(x)), n=6)
 
 
-# --- skips that are resampled -----------------------------------------------------------------------------------------
+# --- skips that are resampled ---
 
 
 @kind("a pooled and enlarged branch", ["identity"], shape=(2, 6, 8))
@@ -253,7 +253,7 @@ def leapfrog(n, x):
     return torch.cat([q, p], -1)
 
 
-# --- streams, couplings and graphs ------------------------------------------------------------------------------------
+# --- streams, couplings and graphs ---
 
 
 @kind("streams mixed by a matrix made of them", ["projection"], shape=(4, 3, 6))
@@ -283,7 +283,7 @@ def weighted_messages(n, x):
     return n.c(x) + weights / weights.sum(0) * F.linear(x, n.w)
 
 
-# --- what is none -----------------------------------------------------------------------------------------------------
+# --- what is none ---
 
 
 @kind("the larger of two layers", [])

@@ -350,7 +350,7 @@ def test_a_stock_vision_transformer_trains_with_each_kind_or_is_refused_in_words
     assert torch.stack(losses).isfinite().all() and losses[-1] < losses[0]
 
 
-# --- stock models of other libraries ------------------------------------------------------------------------------
+# --- stock models of other libraries ---
 
 
 class Logits(nn.Module):

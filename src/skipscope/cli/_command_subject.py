@@ -120,8 +120,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-# --- data and loss
-# --------------------------------------------------------------------------------------------------
+# --- data and loss ---
 
 
 def _data(

@@ -172,7 +172,7 @@ def show(files: tuple[Path, ...], *, output: Output) -> Any:
     return _printed(result, result, output)
 
 
-# --- in and out
+# --- in and out ---
 
 
 def _required(model: str | None) -> str:

@@ -28,7 +28,7 @@ HOLDS, PART, FAILS, UNKNOWN = "holds", "holds in part", "does not hold here", "n
 CHAOTIC_ROUGHNESS, CHAOTIC_CONVEXITY = 0.05, 0.5
 
 
-# --- sizes in words
+# --- sizes in words ---
 
 
 def share(decades: float) -> str:
@@ -85,7 +85,7 @@ def _capital(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-# --- the answer
+# --- the answer ---
 
 
 def summary(evidence: Evidence) -> tuple[str, ...]:
@@ -154,7 +154,7 @@ def _path_sentence(evidence: Evidence) -> str:
     )
 
 
-# --- the lecture's claims
+# --- the lecture's claims ---
 
 
 def claims(evidence: Evidence) -> tuple[Claim, ...]:
@@ -581,7 +581,7 @@ CLAIMS = (
 )
 
 
-# --- methods
+# --- methods ---
 
 
 def methods(evidence: Evidence, settings: Settings, details: str = "") -> str:

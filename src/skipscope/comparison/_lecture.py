@@ -150,7 +150,7 @@ def _measure(
     measure_importance(evidence, trained, clock)
 
 
-# --- the trainings
+# --- the trainings ---
 
 
 def _train_all(

@@ -41,8 +41,7 @@ class Mode(Protocol):
         ...
 
 
-# --- Hessian
-# --------------------------------------------------------------------------------------------------------
+# --- Hessian ---
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,7 @@ class FiniteDifferences(Differences):
         return difference(model, tangent, lambda: model.gradient_in_parts(batch, index, read), self.step)
 
 
-# --- shared
-# ---------------------------------------------------------------------------------------------------------
+# --- shared ---
 
 
 def backward(outputs: list[Tensor], inputs: list[Any], seeds: list[Tensor]) -> Tangent:

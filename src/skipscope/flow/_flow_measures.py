@@ -15,7 +15,7 @@ from skipscope._numbers import short
 from skipscope._option_words import ModelMode, VerdictState
 from skipscope._result import Result, Table
 
-# --- gradient_split ----------------------------------------------------------------------------------------
+# --- gradient_split ---
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class GradientSplit(Result):
         )
 
 
-# --- path_spectrum ----------------------------------------------------------------------------------------
+# --- path_spectrum ---
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,7 @@ class PathSpectrum(Result):
         )
 
 
-# --- importance -------------------------------------------------------------------------------------------
+# --- importance ---
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def _descending(value: float) -> float:
     return -np.inf if np.isnan(value) else -value
 
 
-# --- prescribe --------------------------------------------------------------------------------------------
+# --- prescribe ---
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ class Prescription(Result):
         )
 
 
-# --- gradient_correlation ---------------------------------------------------------------------------------
+# --- gradient_correlation ---
 
 
 @dataclass(frozen=True, eq=False)

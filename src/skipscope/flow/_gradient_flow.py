@@ -284,7 +284,7 @@ def _first_nan(named: Iterable[tuple[str, Any]]) -> str | None:
     return None
 
 
-# --- putting it together ----------------------------------------------------------------------------------
+# --- putting it together ---
 
 
 def _assemble(subject: Subject, read: _Measurement, verdict: Verdict, scale: float) -> GradientFlow:

@@ -162,8 +162,7 @@ class Holder(nn.Module):
         return x
 
 
-# --- layers that act on one dimension
-# ---------------------------------------------------------
+# --- layers that act on one dimension ---
 
 
 class Pointwise(nn.Linear):

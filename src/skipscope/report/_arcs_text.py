@@ -171,8 +171,7 @@ def _words(arc: Arc) -> str:
     return f"{clean(arc.name)}  {arc.kind}{share}"
 
 
-# --- folding
-# --------------------------------------------------------------------------------------------------------
+# --- folding ---
 
 
 def _runs(chart: Network) -> list[tuple[int, int, str]]:

@@ -63,8 +63,7 @@ def draw(chart: Chart, ax: Any = None, **options: Any) -> Any:
     raise TypeError(type(chart).__name__)
 
 
-# --- lines
-# ----------------------------------------------------------------------------------------------------
+# --- lines ---
 
 
 @draw.register
@@ -175,8 +174,7 @@ def dash(style: int) -> Any:
     return (0, tuple(float(d) for d in pattern.split())) if pattern else "-"
 
 
-# --- bars
-# ----------------------------------------------------------------------------------------------------
+# --- bars ---
 
 
 @draw.register
@@ -214,8 +212,7 @@ def _(chart: Bars, ax: Any = None, *, most: int = 40) -> Any:
     return ax
 
 
-# --- the network
-# ----------------------------------------------------------------------------------------------------
+# --- the network ---
 
 
 @draw.register
@@ -264,8 +261,7 @@ def _(chart: Network, ax: Any = None, *, names: bool = True) -> Any:
     return ax
 
 
-# --- the look
-# ----------------------------------------------------------------------------------------------------
+# --- the look ---
 
 
 def calm(ax: Any, grid: str = "y") -> None:

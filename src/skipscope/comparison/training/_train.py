@@ -279,7 +279,7 @@ def _can_be_copied(model: nn.Module, stream: Stream, keep: bool) -> bool:
         return False
 
 
-# --- the target
+# --- the target ---
 
 
 def _refuse_bad_first_loss(logs: dict[str, dict[str, Sweep]]) -> None:

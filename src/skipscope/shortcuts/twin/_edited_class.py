@@ -206,8 +206,7 @@ def _refuse_if_shared(module: nn.Module, cure: str) -> None:
         )
 
 
-# --- other methods
-# ----------------------------------------------------------------------------------------------------
+# --- other methods ---
 
 
 def _own_methods(original: type[nn.Module]) -> Iterator[tuple[str, Any]]:
@@ -239,8 +238,7 @@ def _within_pass(name: str, method: Any) -> Any:
     return within_pass
 
 
-# --- tracers
-# ----------------------------------------------------------------------------------------------------------
+# --- tracers ---
 
 
 def _seen_into(own: Any, forward: Any) -> Any:

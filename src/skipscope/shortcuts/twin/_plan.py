@@ -176,8 +176,7 @@ class Plan:
         )  # fmt: skip
 
 
-# --- questions about a model
-# ------------------------------------------------------------------------------------------
+# --- questions about a model ---
 
 
 def plan_of(module: Any) -> Plan | None:
@@ -220,8 +219,7 @@ def refuse_shared(model: nn.Module, operation: str, layer: str | None = None) ->
         )
 
 
-# --- an edited call
-# ---------------------------------------------------------------------------------------------------
+# --- an edited call ---
 
 
 def edited(

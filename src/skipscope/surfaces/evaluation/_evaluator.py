@@ -57,8 +57,7 @@ class Strategy(Protocol):
         ...
 
 
-# --- batch norm
-# ----------------------------------------------------------------------------------------------------
+# --- batch norm ---
 
 
 def prepare_batch_norm(copy: nn.Module, mode: BatchNorm, statistics: Statistics = ()) -> str:
@@ -79,8 +78,7 @@ def prepare_batch_norm(copy: nn.Module, mode: BatchNorm, statistics: Statistics 
     return BATCH_NORM[mode] if layers else "none"
 
 
-# --- the plain loop, and loops like it
-# -----------------------------------------------------------------------------
+# --- the plain loop, and loops like it ---
 
 
 class Loop:

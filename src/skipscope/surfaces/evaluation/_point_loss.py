@@ -313,8 +313,7 @@ def parts(reading: Reading) -> list[Reading]:
     ]
 
 
-# --- standard errors
-# -----------------------------------------------------------------------------------------------
+# --- standard errors ---
 
 
 def influence(reading: Reading, sums: bool) -> np.ndarray | None:

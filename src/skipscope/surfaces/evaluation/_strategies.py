@@ -60,8 +60,7 @@ class StrategySpec:
     reads_weights: bool = False
 
 
-# --- the strategies
-# ------------------------------------------------------------------------------------------------------
+# --- the strategies ---
 
 
 def split_loop(
@@ -212,8 +211,7 @@ class WorkerPool:
             self._copies = None
 
 
-# --- all of them
-# ---------------------------------------------------------------------------------------------------
+# --- all of them ---
 
 
 def candidate_strategies(evaluator: Evaluator) -> Iterator[StrategySpec]:

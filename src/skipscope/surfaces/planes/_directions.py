@@ -272,8 +272,7 @@ def checked_direction(direction: Any, model: nn.Module) -> Direction:
     return read
 
 
-# --- what is measured on directions
-# --------------------------------------------------------------------------------
+# --- what is measured on directions ---
 
 
 def inner(a: Direction, b: Direction) -> float:
