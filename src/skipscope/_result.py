@@ -110,7 +110,7 @@ class Result:
             SkipscopeError: the result has no such chart, the chart no such option, or the axes are not for
                 it.
         """
-        return _draw("plot", self, ax=ax, **options)
+        return call_drawer("plot", self, ax=ax, **options)
 
     def save(self, path: str | os.PathLike[str], **options: Any) -> Path:
         """Write the result to a file, whole or not at all; the ending says how.
@@ -129,7 +129,7 @@ class Result:
         if ending in _TABLE_FORMATS and not options:
             return write_whole(path, _TABLE_FORMATS[ending](self.table()))
         if ending in _DRAWN:
-            return _draw("save", self, path, **options)
+            return call_drawer("save", self, path, **options)
         raise SkipscopeError(
             "save",
             f"unknown kind of file {path.name}",
@@ -138,7 +138,7 @@ class Result:
         )
 
     def _repr_html_(self) -> str:
-        return _draw("fragment", self)
+        return call_drawer("fragment", self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -161,7 +161,7 @@ def register_reader(function: str) -> None:
     _readers.append(function)
 
 
-def _draw(what: str, *args: Any, **options: Any) -> Any:
+def call_drawer(what: str, *args: Any, **options: Any) -> Any:
     assert _drawer is not None, "skipscope/__init__.py registers a drawer"
     return getattr(importlib.import_module(_drawer), what)(*args, **options)
 

@@ -17,7 +17,7 @@ from markupsafe import escape
 
 from skipscope import reference
 from skipscope._version import __version__
-from skipscope.report._page import _asset, _policy
+from skipscope.report._page import asset, content_policy
 
 LIVE_PAGE = "play.html"  # its name beside other pages, which then link to it
 MATHEMATICS = (
@@ -43,17 +43,17 @@ def live_page() -> str:
         >>> len(live_page()) < 400_000
         True
     """
-    mathematics, script = join_modules(MATHEMATICS), _asset("surface3d.js") + join_modules(DRAWING)
+    mathematics, script = join_modules(MATHEMATICS), asset("surface3d.js") + join_modules(DRAWING)
     content = {
-        "css": _asset("chart.css") + _asset("page.css") + _asset("live/page.css"),
-        "policy": _policy([script]) + "; worker-src blob:",
+        "css": asset("chart.css") + asset("page.css") + asset("live/page.css"),
+        "policy": content_policy([script]) + "; worker-src blob:",
         "mathematics": mathematics,
         "script": script,
         "chain_rule": escape(_module("network")),
         "digits": packed_digits(),
         "version": __version__,
     }
-    return re.sub("@@([a-z_]+)@@", lambda found: content[found[1]], _asset("live/page.html"))
+    return re.sub("@@([a-z_]+)@@", lambda found: content[found[1]], asset("live/page.html"))
 
 
 def join_modules(names: tuple[str, ...]) -> str:
@@ -77,4 +77,4 @@ def packed_digits() -> str:
 
 
 def _module(name: str) -> str:
-    return _asset(f"live/{name}.js")
+    return asset(f"live/{name}.js")

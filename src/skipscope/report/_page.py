@@ -59,7 +59,7 @@ def page(result: Result, document: Document, file: str = "report.html", live: st
     """
     panels = [_panel(panel, f"s{i + 1}") for i, panel in enumerate(document.panels)]
     turning = any(_turns(chart) for panel in document.panels for chart in panel.charts)
-    scripts = [*([_asset("surface3d.js")] if turning else []), _asset("page.js")]
+    scripts = [*([asset("surface3d.js")] if turning else []), asset("page.js")]
     data = packed(dumps(result))
     content = {
         "document": document,
@@ -69,9 +69,9 @@ def page(result: Result, document: Document, file: str = "report.html", live: st
         "file": file,
         "version": __version__,
         "live": live,
-        "css": Markup(_without_space(_asset("chart.css") + _asset("page.css"))),
+        "css": Markup(_without_space(asset("chart.css") + asset("page.css"))),
         "scripts": [Markup(script) for script in scripts],
-        "policy": _policy(scripts),
+        "policy": content_policy(scripts),
     }
     made = _environment().get_template("page").render(content, data=data)
     if len(made.encode()) > MOST:
@@ -89,13 +89,13 @@ def page(result: Result, document: Document, file: str = "report.html", live: st
 def fragment(document: Document) -> str:
     """The first panel as a piece of HTML for a notebook, with its style."""
     first = _panel(document.panels[0], "s1") if document.panels else None
-    content = {"document": document, "panel": first, "css": Markup(_asset("chart.css"))}
+    content = {"document": document, "panel": first, "css": Markup(asset("chart.css"))}
     return _environment().get_template("fragment").render(content)
 
 
 def piece(drawing: Markup) -> str:
     """A drawing as a piece of HTML that brings its style."""
-    css = Markup(_asset("chart.css"))
+    css = Markup(asset("chart.css"))
     return str(Markup('<div class="skipscope fragment"><style>{}</style>{}</div>').format(css, drawing))
 
 
@@ -103,7 +103,7 @@ def alone(drawing: Markup) -> str:
     """A drawing as an SVG file of its own, with its style inside."""
     box = re.search(r'viewBox="0 0 (\S+) (\S+)"', drawing)
     assert box, "every drawing has a viewBox"
-    css = re.sub(r"\.skipscope svg(?=[.\s])", "svg", _asset("chart.css")).replace(".skipscope {", "svg {")
+    css = re.sub(r"\.skipscope svg(?=[.\s])", "svg", asset("chart.css")).replace(".skipscope {", "svg {")
     start, _, rest = str(drawing).partition(">")
     size = f' width="{box[1]}" height="{box[2]}" style="background: var(--paper)">'
     return (
@@ -195,7 +195,7 @@ def _without_space(css: str) -> str:
     return re.sub(r"\s*([{};,])\s*", r"\1", re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL))
 
 
-def _policy(scripts: Sequence[str]) -> str:
+def content_policy(scripts: Sequence[str]) -> str:
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts
     )
@@ -234,7 +234,7 @@ def _environment() -> Environment:
 
     made = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize,
-        loader=FunctionLoader(lambda name: _asset(f"{name}.html")),
+        loader=FunctionLoader(lambda name: asset(f"{name}.html")),
     )  # fmt: skip
     made.filters["stress"] = stress
     made.filters["terms"] = with_terms
@@ -246,5 +246,5 @@ def _finalize(value: Any) -> Any:
 
 
 @functools.cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
     return resources.files("skipscope.report").joinpath(name).read_text(encoding="utf-8")

@@ -82,15 +82,21 @@ def ablate(
         require_option("ablate", "edit", how, ("remove", "detach", "lesion"), "strength=")
     if strength is not None and not isinstance(strength, Real | Tensor):
         raise SkipscopeError(
-            "ablate", "a strength is one factor for all", expected="a number or a tensor", got=repr(strength),
+            "ablate",
+            "a strength is one factor for all",
+            expected="a number or a tensor",
+            got=repr(strength),
             cure="ablate once for each group of shortcuts: edits of edits compose",
-        )  # fmt: skip
+        )
     if strength is not None and how != "remove":
         raise SkipscopeError(
-            "ablate", "two edits at once", expected="how=, or strength= (a factor on the shortcut)",
-            got=f"how={how!r} and strength=", cure="ablate the twin again: edits of edits compose",
-        )  # fmt: skip
-    chosen, every = _chosen(model, found, inputs)
+            "ablate",
+            "two edits at once",
+            expected="how=, or strength= (a factor on the shortcut)",
+            got=f"how={how!r} and strength=",
+            cure="ablate the twin again: edits of edits compose",
+        )
+    chosen, every = choose_shortcuts(model, found, inputs, "ablate")
     if not chosen and not allow_empty:
         raise _nothing_to_edit(model, found)
     refuse_another_architecture(model, chosen if every is None else every, "ablate")
@@ -143,7 +149,7 @@ def one_edit(twin: nn.Module, model: nn.Module, found: Shortcuts, how: str) -> I
     """
     before = [(module, type(module), dict(vars(module))) for module in twin.modules()]
     try:
-        _edit(twin, model, *_chosen(model, found, None), how, None, True)
+        _edit(twin, model, *choose_shortcuts(model, found, None, "ablate"), how, None, True)
         yield
     finally:
         for module, kind, attributes in before:
@@ -231,14 +237,18 @@ def _nothing_to_edit(model: nn.Module, found: Any) -> SkipscopeError:
     )
 
 
-def _chosen(model: nn.Module, found: Any, inputs: Any) -> tuple[Sequence[Shortcut], Shortcuts | None]:
+def choose_shortcuts(
+    model: nn.Module, found: Any, inputs: Any, operation: str
+) -> tuple[Sequence[Shortcut], Shortcuts | None]:
     """The shortcuts to edit, and all that were found with them, where these are known."""
     if found is None:
         if inputs is None:
             raise SkipscopeError(
-                "ablate", "nothing says which shortcuts", expected="found= or inputs=",
-                cure="ablate(model, inputs=x) edits all of them",
-            )  # fmt: skip
+                operation,
+                "nothing says which shortcuts",
+                expected="found= or inputs=",
+                cure=f"{operation}(model, inputs=x) edits all of them",
+            )
         found = find_shortcuts(model, inputs)
     if isinstance(found, Shortcuts):
         return found.entries, found
@@ -246,9 +256,12 @@ def _chosen(model: nn.Module, found: Any, inputs: Any) -> tuple[Sequence[Shortcu
     for item in chosen:
         if not isinstance(item, Shortcut):
             raise SkipscopeError(
-                "ablate", "this is not a shortcut", expected="what ss.find_shortcuts returned, or some of it",
-                got=f"{type(item).__name__}: {item!r:.60}", cure='found.select(name="layer1.*")',
-            )  # fmt: skip
+                operation,
+                "this is not a shortcut",
+                expected="what ss.find_shortcuts returned, or some of it",
+                got=f"{type(item).__name__}: {item!r:.60}",
+                cure='found.select(name="layer1.*")',
+            )
     knows = inputs is None or remembered_boundaries(model) is not None
     return chosen, None if knows else find_shortcuts(model, inputs)
 

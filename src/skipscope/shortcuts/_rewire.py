@@ -19,7 +19,7 @@ from skipscope import nn as connections
 from skipscope._errors import SkipscopeError
 from skipscope._option_words import ConnectionKind
 from skipscope._untouched import private_copy, require_module, untouched
-from skipscope.shortcuts._edit import _chosen, refuse_another_architecture
+from skipscope.shortcuts._edit import choose_shortcuts, refuse_another_architecture
 from skipscope.shortcuts._model_wrappers import unwrapped
 from skipscope.shortcuts._shortcut_result import Shortcut, Shortcuts
 from skipscope.shortcuts.taps import Merge, tap_merges
@@ -83,7 +83,7 @@ def rewire(
     require_module(model, "rewire")
     model = unwrapped(model)
     known = connections.find_kind(kind, "rewire") if isinstance(kind, str | type) else None
-    chosen, every = _chosen(model, found, inputs)
+    chosen, every = choose_shortcuts(model, found, inputs, "rewire")
     refuse_another_architecture(model, chosen if every is None else every, "rewire")
     for shortcut in chosen:
         _refuse_misfit(shortcut)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, overload
 
 from skipscope._errors import SkipscopeError
-from skipscope._result import Result, Table, _draw
+from skipscope._result import Result, Table, call_drawer
 from skipscope._validation import did_you_mean, require_option
 
 Kind = Literal["identity", "scaled", "projection", "gated", "concat"]
@@ -237,7 +237,7 @@ class Shortcuts(Result, Sequence):
 
     def draw(self, form: Literal["text", "svg", "html"] = "text", **options: Any) -> str:
         """The network as a line of layers with its shortcuts as arcs."""
-        return _draw("draw", self, form=form, **options)
+        return call_drawer("draw", self, form=form, **options)
 
     def table(self) -> Table:
         """One row a shortcut."""

@@ -63,7 +63,7 @@ def run_method(plan: Plan, run: Any, args: Any, kwargs: Any) -> Any:
         for site in near.calls:
             if plan.group.compiled is None and ".forward:" not in site:
                 raise SkipscopeError(
-                    "ablate",
+                    plan.group.operation,
                     "in a method other than forward, compiled by itself, edits cannot be assigned to calls",
                     got=f"an edited merge at {site}",
                     cure="compile the twin, or call the method of the twin uncompiled",

@@ -222,20 +222,20 @@ class _EagerPass(TorchFunctionMode):
         if self.reached or not group.sites:
             return
         if self.method is not None and self.used_weights and outside is not None:
-            _refuse_method(self.method, outside)
+            _refuse_method(group.operation, self.method, outside)
         if self.is_integer and self.merged and not group.has_warned and not self._may_have_been_compiled():
             group.has_warned = True
             warnings.warn(
-                "ablate: none of the edited shortcuts was reached in this pass of the twin, so it returned"
-                " the output of the network as built. Find the shortcuts with inputs of this kind and in"
-                " this mode: ss.find_shortcuts(twin, inputs).",
+                f"{group.operation}: none of the edited shortcuts was reached in this pass of the twin, so it"
+                " returned the output of the network as built. Find the shortcuts with inputs of this kind"
+                " and in this mode: ss.find_shortcuts(twin, inputs).",
                 stacklevel=4,
             )
 
 
 def _refuse_ambiguous(plan: Plan, site: str) -> NoReturn:
     raise SkipscopeError(
-        "ablate",
+        plan.group.operation,
         "a part of the twin was run by itself, and which of its merges are edited is known only where the "
         "twin runs as a whole",
         layer=plan.rules_at(site)[0].name,
@@ -245,9 +245,9 @@ def _refuse_ambiguous(plan: Plan, site: str) -> NoReturn:
     )
 
 
-def _refuse_method(method: str, site: str) -> NoReturn:
+def _refuse_method(operation: str, method: str, site: str) -> NoReturn:
     raise SkipscopeError(
-        "ablate",
+        operation,
         f"the method {method} merges by code of its own, in which no shortcuts were looked for",
         expected="a method that runs the code in which the shortcuts were found",
         got=f"a merge at {site}",

@@ -20,7 +20,7 @@ from skipscope._errors import SkipscopeError
 from skipscope._rebinding import eager
 from skipscope._torch_private import forward_hooks
 from skipscope.shortcuts.twin import _compiled_pass, _eager_pass
-from skipscope.shortcuts.twin._plan import PLAN, Group, Plan, plan_of, shares_parameters
+from skipscope.shortcuts.twin._plan import PLAN, Group, Plan, operation_of, plan_of, shares_parameters
 
 _FORWARD = "_skipscope_forward"
 
@@ -101,7 +101,7 @@ def _forward_of(original: type[nn.Module]) -> Any:
         own = self.__dict__.get(_FORWARD)
         if getattr(own, "__func__", None) is forward:
             raise SkipscopeError(
-                "ablate",
+                operation_of(self),
                 "the twin lost the forward that was set on its original: pickle knows a method by its name"
                 " only",
                 got=type(self).__name__,
@@ -119,7 +119,7 @@ def _forward_of(original: type[nn.Module]) -> Any:
                 args, kwargs = join.given(args, kwargs, this)
         if torch.compiler.is_compiling():
             return _compiled_pass.run_forward(self, plan, run, args, kwargs)
-        _refuse_symbolic((args, kwargs))
+        _refuse_symbolic(self, (args, kwargs))
         return _eager_pass.run_module(self, plan, run, args, kwargs)
 
     return forward
@@ -200,7 +200,7 @@ def _rebuild(make: Any, arguments: tuple[Any, ...], original: type[nn.Module]) -
 def _refuse_if_shared(module: nn.Module, cure: str) -> None:
     if shares_parameters(module):
         raise SkipscopeError(
-            "ablate",
+            operation_of(module),
             "this twin shares its parameters with the original, which would be changed too",
             cure=cure,
         )
@@ -260,10 +260,10 @@ def _is_symbolic(value: Any) -> bool:
     return isinstance(value, torch.fx.Proxy)
 
 
-def _refuse_symbolic(arguments: Any) -> None:
+def _refuse_symbolic(self: nn.Module, arguments: Any) -> None:
     if _is_symbolic(arguments):
         raise SkipscopeError(
-            "ablate",
+            operation_of(self),
             "torch.fx.symbolic_trace runs an edited twin on symbols, and would give the network as built",
             got="torch.fx.Proxy",
             cure=(
@@ -275,7 +275,7 @@ def _refuse_symbolic(arguments: Any) -> None:
 
 def _refuse_script(self: nn.Module) -> nn.Module:
     raise SkipscopeError(
-        "ablate",
+        operation_of(self),
         "torch.jit.script reads an edited twin's source, and would give the network as built",
         got=type(self).__name__,
         cure="torch.jit.trace(twin, inputs) and torch.export.export(twin, (inputs,)) keep the edits",

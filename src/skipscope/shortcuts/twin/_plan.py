@@ -77,6 +77,11 @@ class Group:
     runs_eagerly: bool = False
     has_compiled: bool = False
 
+    @property
+    def operation(self) -> str:
+        """The public call that made the twin, as its errors name it."""
+        return "rewire" if self.edits and self.edits[-1].startswith(REWIRED) else "ablate"
+
     def __deepcopy__(self, memo: Any) -> Group:
         # A copy has parameters of its own.
         copied = memo[id(self)] = replace(self, shares=False, root=None, compiled=None)
@@ -170,10 +175,13 @@ class Plan:
         """Refuse a pass that reached none of the calls that this plan edits."""
         rule = next(iter(self.rules.values()))[0]
         raise SkipscopeError(
-            "ablate", "the twin ran other code than its shortcuts were found in, and was not edited there",
-            layer=rule.name, expected=f"a merge at {rule.place.call.site}", got=got,
+            self.group.operation,
+            "the twin ran other code than its shortcuts were found in, and was not edited there",
+            layer=rule.name,
+            expected=f"a merge at {rule.place.call.site}",
+            got=got,
             cure="find them again with inputs of this kind and in this mode: ss.find_shortcuts(twin, inputs)",
-        )  # fmt: skip
+        )
 
 
 # --- questions about a model ---
@@ -182,6 +190,12 @@ class Plan:
 def plan_of(module: Any) -> Plan | None:
     """The plan that an edited module follows; None for any other."""
     return module.__dict__.get(PLAN)
+
+
+def operation_of(module: nn.Module) -> str:
+    """The public call that made the twin which an edited module is, or is a part of."""
+    plan = plan_of(module)
+    return "ablate" if plan is None else plan.group.operation
 
 
 def edits_of(model: nn.Module) -> tuple[str, ...]:
