@@ -27,17 +27,16 @@ Part = TypeVar("Part")
 
 
 class Batches:
-    """Re-iterable batches, and whether there is only one. What they draw at random leaves the global states
-    as they are.
+    """Re-iterable batches, and whether there is only one; random draws leave the global states unchanged.
 
     Args:
         items: a list, or what makes a new iterator for each pass.
         single: one batch, which needs no averaging.
         operation: named in errors.
-        cuttable: the user did not say that each batch is one as it is (``ss.batches`` says so).
+        cuttable: batches may be split; those of ``ss.batches`` may not.
 
     Raises:
-        SkipscopeError: while iterating, at the end of a pass that has not as many batches as the one before.
+        SkipscopeError: while iterating, at the end of a pass with fewer or more batches than the previous.
     """
 
     def __init__(
@@ -109,9 +108,7 @@ class Batches:
         return hash_of(t for batch in self for t in tensors_in(batch))
 
     def copied(self) -> Batches:
-        """The same batches, with tensors of their own at each reading: for a model that writes into its
-        inputs.
-        """
+        """The same batches with tensors copied at each reading, for a model that writes into its inputs."""
         return Batches(_Copied(self.items), single=self.single, cuttable=self.cuttable)
 
 
@@ -213,8 +210,7 @@ def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches
 
 
 def _is_batch(data: Any, read: Batches) -> bool:
-    """Whether an iterable object is one batch (a graph, an array, a structure that can be unpacked), not a
-    loader.
+    """Whether an iterable object is one batch (a graph, an array, a structure that unpacks), not a loader.
 
     Loaders do not move to a device, and what they yield are not their own attributes, nor pairs of a name and
     a value.

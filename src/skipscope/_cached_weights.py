@@ -1,8 +1,7 @@
-"""Tensors that a model computes from its weights once, in evaluation mode, and keeps: a merged or normalised
-weight.
+"""Caches of tensors that a model computes once from its weights in evaluation mode, e.g. merged weights.
 
 On a copy that moves they would stay those of the first point. A cache that is empty when the call begins is
-emptied before every point; one that is full hides its weights, and the call is refused.
+emptied before every point; a full cache hides its weights, and the call is refused.
 """
 
 from __future__ import annotations
@@ -87,8 +86,7 @@ def refuse_full_caches(
     moved: Iterable[str],
     run: Callable[[nn.Module], Any],
 ) -> None:
-    """Refuse weights that a forward pass reads in training mode, and in evaluation mode only from a full
-    cache.
+    """Refuse weights that a pass in training mode reads, but in evaluation mode only through a full cache.
 
     Args:
         operation: named in the error.
@@ -158,9 +156,7 @@ def _read_by(model: nn.Module, run: Callable[[nn.Module], Any]) -> set[int]:
 
 
 def holds_generators(model: nn.Module) -> bool:
-    """Whether something that can be reached from the modules' attributes draws random numbers from a
-    state of its own.
-    """
+    """Whether an object reachable from the modules' attributes draws from a random state of its own."""
     waiting: list[tuple[Any, int]] = [(vars(module), 0) for module in model.modules()]
     seen: set[int] = set()
     while waiting:

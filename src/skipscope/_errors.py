@@ -61,9 +61,7 @@ class SkipscopeError(ValueError):
         return shown
 
     def rename(self, operation: str) -> None:
-        """Put the error into the name of the public call that people made, if it carries that of an inner
-        one.
-        """
+        """Replace the inner operation that the error names by the public call ``operation``."""
         if self.operation.partition(" ")[0] != operation:
             self.args = (operation + str(self).removeprefix(self.operation),)
             self.operation = operation

@@ -1,6 +1,4 @@
-"""Calling the model and the loss that people wrote; an error there names the layer, the shapes and a
-cure.
-"""
+"""Calls of the user's model and loss; their errors name the layer, the shapes and a cure."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ T = TypeVar("T")
 
 
 def without_gradients(run: Callable[[], T]) -> T:
-    """``run()`` without recording gradients; with them if it differentiates the network itself (a gradient
-    penalty).
-    """
+    """Run without recording gradients, unless ``run`` differentiates the network (gradient penalty)."""
     try:
         with torch.no_grad():
             return run()
@@ -41,9 +37,7 @@ def without_gradients(run: Callable[[], T]) -> T:
 
 
 def differentiates(error: BaseException) -> bool:
-    """Whether a forward pass or a loss failed because it takes gradients, or hooks them, and none were
-    recorded.
-    """
+    """Whether a model or loss failed because it takes or hooks gradients, and none were recorded."""
     text = str(error.__cause__ or error)
     return "does not require grad" in text or "hook on a tensor that doesn't require grad" in text
 
@@ -99,9 +93,7 @@ def _copied(value: Any) -> Any:
 
 
 def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
-    """The model's output on a batch; a shape error states the shapes, and names the layer when it
-    can.
-    """
+    """The model's output on a batch; a shape error states the shapes and, if it can, the layer."""
     try:
         return call_model(model, inputs_of(batch))
     except _MISFITS as error:
@@ -125,9 +117,7 @@ def forward(model: nn.Module, batch: Batch, operation: str) -> Any:
 
 
 def _require_keywords(model: nn.Module, inputs: Any, operation: str, error: BaseException) -> None:
-    """Name the keywords of a batch that ``forward`` does not take, and those that it needs and did not
-    get.
-    """
+    """Refuse a batch with keywords that ``forward`` does not take, or without those that it needs."""
     if not isinstance(inputs, Mapping):
         return
     parameters = inspect.signature(model.forward).parameters.values()
@@ -171,9 +161,7 @@ def _how_to_pass(inputs: Any) -> str:
 
 
 def call_loss(loss: Callable[..., Any], output: Any, target: Any, operation: str) -> Any:
-    """``loss(output, target)``; an error states the shapes, and the values of targets that are out
-    of range.
-    """
+    """``loss(output, target)``; an error states the shapes, and the values of targets out of range."""
     try:
         return loss(output, target)
     except _MISFITS as error:

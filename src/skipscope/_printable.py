@@ -1,6 +1,4 @@
-"""Text without control characters, which move a terminal's cursor or reverse what follows; any name may hold
-them.
-"""
+"""Text without control characters: names may hold some that move the cursor or reverse the text."""
 
 from __future__ import annotations
 

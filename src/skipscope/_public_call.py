@@ -23,8 +23,8 @@ from skipscope._random import generator_states, set_generator_states
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Taken for the whole of a public call: a copy of a model that another call is measuring would have its hooks
-# and modes.
+# Held for the whole of a public call: a copy of a model under measurement would carry that call's hooks and
+# modes.
 turn = threading.RLock()
 
 _POLL_S = 0.05  # how often a call that waits for its turn looks for a Ctrl-C
@@ -87,9 +87,7 @@ class _Entry:
 
 
 class _Interrupts:
-    """SIGINT during public calls of the main thread: passed on to the handler that was there, or held for a
-    moment.
-    """
+    """SIGINT during public calls of the main thread: passed on to the previous handler, or held briefly."""
 
     def __init__(self) -> None:
         self.depth, self.pending, self.closing = 0, False, False
@@ -158,9 +156,7 @@ _ENTRY = "enter_call"
 
 
 def _is_restoring(frame: FrameType | None) -> bool:
-    """Whether ``frame`` is between two calls of the public call's entry itself, or a context manager between
-    it and the public call is being entered or left.
-    """
+    """Whether ``frame`` runs a public call's entry, or enters or exits a context manager in that call."""
     if frame is not None and frame.f_code.co_name == _ENTRY:
         return True
     while frame is not None and frame.f_code.co_name != _ENTRY:

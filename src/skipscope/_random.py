@@ -29,11 +29,10 @@ def random_state_kept(seed: int | None = None) -> Iterator[None]:
 
 
 def drawn_apart(items: Iterable[T], seed: int | None = None) -> Iterator[T]:
-    """Iterate; what the items draw (a DataLoader its order, an augmentation) leaves the global states as they
-    are.
+    """Iterate with a separate random state; what the items draw leaves the global states as they are.
 
-    The items draw from a state of their own that continues from each to the next. It begins at ``seed``, or
-    where the global states are.
+    The items (a DataLoader's order, an augmentation) draw from a state that continues from each to the next.
+    It begins at ``seed``, or where the global states are.
     """
     if isinstance(items, list | tuple):  # draws nothing
         yield from items
@@ -122,8 +121,7 @@ def seed_generators(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Not torch.manual_seed: without CUDA it costs milliseconds and keeps a stack trace of every call for
-    # good.
+    # Not torch.manual_seed: without CUDA it costs milliseconds, and it keeps a stack trace of each call.
     torch.default_generator.manual_seed(seed)
     if _has_cuda():
         torch.cuda.manual_seed_all(seed)

@@ -153,8 +153,7 @@ def is_lost_rank(error: BaseException) -> bool:
 
 
 def ranks_of(model: nn.Module) -> tuple[int, ...]:
-    """The ranks without which ``model`` cannot run, because its weights are spread over them (FSDP, tensor
-    parallel).
+    """The ranks that must run ``model`` together, as its weights are sharded (FSDP, tensor parallel).
 
     Example:
         >>> ranks_of(nn.Linear(2, 2))
@@ -200,9 +199,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same on every rank, spread as ``like`` is: each rank keeps its part of it. Nothing
-    is sent.
-    """
+    """Shard a whole tensor, equal on all ranks, as ``like`` is sharded, without communication."""
     if not is_spread(like) or is_spread(tensor):
         return tensor
     from torch.distributed.tensor import DTensor

@@ -147,17 +147,13 @@ class Result:
 
 
 def register_drawer(module: str) -> None:
-    """Name the module that draws: it has ``plot(result, ax)``, ``save(result, path)`` and
-    ``fragment(result)``.
-    """
+    """Register the drawing module: ``plot(result, ax)``, ``save(result, path)``, ``fragment(result)``."""
     global _drawer
     _drawer = module
 
 
 def register_reader(function: str) -> None:
-    """Name a function ``module:name`` that ``load`` asks for files it does not know itself; it may return
-    None.
-    """
+    """Register a function ``module:name`` that reads files unknown to ``load``, or returns None."""
     _readers.append(function)
 
 

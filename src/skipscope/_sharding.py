@@ -44,8 +44,9 @@ def computed_in(model: nn.Module) -> set[torch.dtype]:
 
 @contextmanager
 def as_found(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Run models inside; outside each unit is sharded, or whole, as it was. Collective where one must be made
-    whole.
+    """Restore, after the block, which FSDP units were sharded and which whole.
+
+    Collective where a unit must be made whole.
     """
     held = [(unit, _identities(unit)) for model in models for unit in reversed(units(model))]
     try:
@@ -109,8 +110,9 @@ def sharded_call(
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, every rank holds all weights: for a backward pass that begins in the middle of a unit, of which
-    FSDP would not know. Collective; call it inside :func:`as_found`, which shards them again.
+    """Keep all weights whole on every rank, for a backward pass that begins in the middle of an FSDP unit.
+
+    FSDP would not know of it. Collective; call it inside :func:`as_found`, which shards them again.
     """
     every = units(model)
     for unit in every:
@@ -131,8 +133,9 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def taken_apart(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is as it was before ``fully_shard``, with whole weights, which are no part of it
-    afterwards (collective).
+    """Undo ``fully_shard`` inside the block (collective).
+
+    The model has whole weights there, which are no part of it afterwards.
     """
     modules = list(model.modules())
     kinds = [type(module) for module in modules]
@@ -259,8 +262,7 @@ def refuse_unmovable(model: nn.Module, operation: str) -> None:
 
 
 def refuse_disagreement(model: nn.Module, group: RankGroup, operation: str) -> None:
-    """Refuse tensors that every rank holds whole and that are not the same on all of them: there is no such
-    model (collective).
+    """Refuse tensors that are not sharded but differ between the ranks (collective).
 
     Raises:
         SkipscopeError: naming the first; most likely batch-norm statistics of training without SyncBatchNorm.

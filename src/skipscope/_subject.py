@@ -1,5 +1,4 @@
-"""The subject of a public call: a model, its data and its loss, checked and read once, and what is found in
-them.
+"""The subject of a public call: model, data and loss, checked and read once, and what was found in them.
 
 :func:`prepare` is what a public call does first. What it returns is handed down; inner functions take it.
 """
@@ -47,10 +46,9 @@ class Subject:
 
     @property
     def inputs(self) -> Any:
-        """What the model is called with for the first batch: a tensor, a tuple, a Mapping or
-        :class:`Arguments`.
+        """What the model is called with for the first batch: tensor, tuple, Mapping or :class:`Arguments`.
 
-        An ``@objective`` calls the model as it likes: one run of it, which ends at that call, tells.
+        For an ``@objective``, which calls the model as it likes, one run shows it; the run ends at that call.
 
         Raises:
             SkipscopeError: the objective never calls the model.
@@ -88,9 +86,7 @@ class Subject:
         return replace(self, data=self.data.copied(), given=self.found, given_inputs=self.inputs)
 
     def twin(self, model: nn.Module, *, owned: bool = True) -> Subject:
-        """The same data and loss for a copy of the model, edited, trained or neither, with the same
-        shortcuts.
-        """
+        """The same data, loss and shortcuts with a copy of the model (edited, trained or neither)."""
         return replace(self, model=model, owned=owned, given=self.found, given_inputs=self.inputs)
 
     def other(self, model: nn.Module, *, owned: bool = True) -> Subject:
@@ -102,9 +98,7 @@ class Subject:
         return replace(self, data=Batches([batch], single=True, cuttable=self.data.cuttable))
 
     def recalibrate(self, twin: nn.Module) -> nn.Module:
-        """Measure the batch-norm statistics of a twin again on the data (as ``skipscope.recalibrate``
-        does).
-        """
+        """Measure a twin's batch-norm statistics again on the data, as ``skipscope.recalibrate`` does."""
         return average_statistics(twin, self.data, self.loss.run)
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:

@@ -45,9 +45,7 @@ class Table:
         return any(isinstance(c, int | float) for c in cells) and not any(isinstance(c, str) for c in cells)
 
     def text(self, width: int | None = None) -> str:
-        """The table as text that fits ``width`` columns (default: the terminal's; at least 60, to be
-        legible).
-        """
+        """Format the table as text of at most ``width`` columns (default: the terminal's; at least 60)."""
         width = max(width or shutil.get_terminal_size().columns, _NARROWEST)
         lines = textwrap.wrap(printable(self.title), width, break_on_hyphens=False)
         if self.columns:
@@ -86,9 +84,7 @@ class Table:
         return "\n\n".join([f"**{printable(self.title)}**", "\n".join(rows), *notes]) + "\n"
 
     def csv(self) -> str:
-        """The rows as comma-separated values: numbers in full, text so that no spreadsheet runs it as a
-        formula.
-        """
+        """Rows as comma-separated values: numbers in full, text escaped against spreadsheet formulas."""
         lines = io.StringIO()
         writer = csv.writer(lines)
         writer.writerow([plain_text(column) for column in self.columns])

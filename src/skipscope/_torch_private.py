@@ -231,9 +231,7 @@ def compiler_is_loaded() -> bool:
 
 
 def as_written() -> AbstractContextManager[Any]:
-    """Compiled modules run as their code is written: hooks set after compilation would silently not be
-    called.
-    """
+    """Run compiled modules eagerly: hooks set after compilation would silently not be called."""
     return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else contextlib.nullcontext()
 
 

@@ -43,8 +43,7 @@ _shared: dict[int, _Snapshot] = {}
 
 
 class _Snapshot:
-    """Everything that can change and be reached from the modules' attributes, apart from the values of
-    parameters.
+    """Snapshot of all mutable state reachable from the modules' attributes, except values of parameters.
 
     Modules (those in a plain list too), containers, tensors, arrays, generators and objects of the user's own
     keep their identity and get their contents back; parameters get ``.grad`` and ``requires_grad`` back.
@@ -199,7 +198,7 @@ def _restore_numpy_generator(generator: np.random.Generator, before: tuple[Any])
 # The most frequent values that cannot change.
 _ATOMS = {int, float, complex, bool, str, bytes, type(None), torch.Size, torch.dtype, torch.device}
 
-# What can change, how it is copied, and how it gets its contents back. A copy that is a dict or a list is
+# Mutable types, how each is copied, and how it gets its contents back. A copy that is a dict or a list is
 # searched further.
 _WAYS: list[tuple[Any, Callable[[Any], Any], Callable[[Any, Any], Any]]] = [
     (Tensor, lambda tensor: tensor.detach().clone(), _restore_tensor),
@@ -285,8 +284,7 @@ def _running(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def one_snapshot(*models: nn.Module) -> Iterator[None]:
-    """Take a snapshot of each model once: each :func:`untouched` inside restores this, instead of taking its
-    own.
+    """Take one snapshot of each model, which each :func:`untouched` inside restores instead of its own.
 
     Inside, the models change within :func:`untouched` alone.
     """
@@ -410,9 +408,7 @@ def private_copy(model: nn.Module, operation: str, *, share: bool = False) -> nn
 
 
 def whole_copy(model: nn.Module, operation: str) -> nn.Module:
-    """A copy of a model under FSDP2 as it was before ``fully_shard``, its weights whole on each rank
-    (collective).
-    """
+    """Copy an FSDP2 model as it was before ``fully_shard``, with whole weights on each rank (collective)."""
     with turn, _sharding.taken_apart(model):
         return private_copy(model, operation, share=True)  # the whole weights are the copy's own
 

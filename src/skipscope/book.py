@@ -317,9 +317,7 @@ def _both(seed: int) -> tuple[_Backward, _Backward]:
 
 
 def _many_seeds(seeds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean absolute gradients ``[seeds, layers]`` without and with shortcuts: all draws as one batch of
-    networks.
-    """
+    """Mean absolute gradients ``[seeds, layers]`` without and with shortcuts, all draws in one batch."""
     drawn = []
     with random_state_kept(0), torch.device("cpu"):
         linears = [nn.Linear(a, b) for a, b in pairwise(LAYER_SIZES)]

@@ -32,9 +32,7 @@ class BrokenContract(SkipscopeError, AssertionError):
 
 @dataclass(frozen=True)
 class _Case:
-    """A block and what it is called with; ``stream`` is the first float tensor of that: what the shortcut
-    carries.
-    """
+    """A block, its inputs, and their first float tensor, ``stream``, which the shortcut carries."""
 
     module: nn.Module
     inputs: Any
@@ -199,9 +197,7 @@ def _identity_at_start(case: _Case) -> None:
 
 
 def _repeatable(case: _Case) -> None:
-    """Two passes of one module in evaluation mode, from two random states, and one of a module that ran
-    before on others.
-    """
+    """Check that passes in evaluation mode depend on neither the random state nor earlier inputs."""
     module = case.fresh().eval()
     before = {key: value.clone() for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     outputs, attributes = [], []
@@ -324,9 +320,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _strides(case: _Case) -> None:
-    """The same numbers in another memory layout give the same; a block that refuses the layout says so
-    itself.
-    """
+    """Check that another memory layout of the input gives the same output, or that the block refuses it."""
     x = case.stream
     if x.ndim < 2:
         return

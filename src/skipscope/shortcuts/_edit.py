@@ -1,5 +1,4 @@
-"""Edited twins: a module goes in, a module comes out whose shortcuts are removed, detached, lesioned or
-scaled.
+"""Edited twins: a copy of a model whose shortcuts are removed, detached, lesioned or scaled.
 
 Each operand that carries the shortcut (or the branch) becomes zeros, its detached self, or itself times a
 strength. The twin runs the model's own code otherwise; the folder ``twin`` says how.
@@ -114,8 +113,9 @@ def _edit(
     strength: float | Tensor | None,
     share: bool,
 ) -> None:
-    """Make a copy of ``model`` follow the edits of ``chosen``; ``every`` are the shortcuts among which they
-    were found.
+    """Apply an edit to the shortcuts ``chosen`` of ``twin``, a copy of ``model``.
+
+    ``every``: the shortcuts among which they were found, or None.
     """
     points = remembered_boundaries(model) or (every.boundaries if every is not None else ())
     factor = strength if strength is not None else None if how == "detach" else 0.0
@@ -179,9 +179,7 @@ def _in_words(
 
 
 def meaning(model: nn.Module) -> str:
-    """What a result on this model is about (local): ``"as built"``, or what :func:`ablate` did to it, e.g.
-    ``"removed"``.
-    """
+    """Describe the edits of a model in words, e.g. ``"removed"``; ``"as built"`` without edits (local)."""
     return ", ".join(edits_of(model)) or "as built"
 
 
@@ -214,8 +212,7 @@ def refuse_another_architecture(model: nn.Module, found: Sequence[Shortcut], ope
     with_weights = {path for path, module in modules.items() if module._parameters}
     in_rows = set().union(*map(_in_any_row, seen & with_weights)) if seen else set()
     for path in sorted(with_weights - seen):
-        # One more of those that stand in a row; modules that were put in otherwise (an adapter) are no other
-        # depth.
+        # Another block in a row of blocks is another depth; a module inserted elsewhere (an adapter) is not.
         if _in_any_row(path) & in_rows:
             refuse(None, f"no module {path}", f"{type(model).__name__} has it")
 
@@ -267,8 +264,9 @@ def choose_shortcuts(
 
 
 def boundaries(model: nn.Module, inputs: Any, *, found: Shortcuts | None = None) -> tuple[Boundary, ...]:
-    """Where the flow is read: the first float activation, each merge, and modules outside every branch, in
-    order.
+    """List a model's boundaries, where its gradient flow is read, in order of execution.
+
+    They are the first float activation, each merge's output, and outputs of modules outside every branch.
 
     An edited twin gives its original's boundaries, so that the two can be compared point by point. Local, or
     collective, as :func:`find_shortcuts`.

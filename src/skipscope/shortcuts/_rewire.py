@@ -171,9 +171,7 @@ def _shapes(model: nn.Module, chosen: Sequence[Shortcut], inputs: Any) -> list[t
 
 
 def _reader(shortcut: Shortcut) -> str:
-    """The module that takes the fork's tensor: the branch's own; its first where it begins elsewhere (a norm
-    before it).
-    """
+    """Path of the module that reads the fork: the branch if it is a module, else its first module."""
     home, host = shortcut.name.partition("#")[0], shortcut.key.host
     is_around = not home or home == host or host.startswith(home + ".")
     return shortcut.branch[0] if is_around or home not in _ancestors(shortcut.branch[:1]) else home

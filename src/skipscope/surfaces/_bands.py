@@ -1,6 +1,4 @@
-"""The same surfaces along several seeds' directions: what belongs to the network and what to the
-direction.
-"""
+"""Surfaces along several seeds' directions: what depends on the network, and what on the direction."""
 
 from __future__ import annotations
 
@@ -50,9 +48,7 @@ def read_seed(seed: Any) -> int | list[int]:
 def by_seed(
     models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings
 ) -> dict[str, PairedSurfaces]:
-    """One run a seed, each with a folder of its own in the store; all see the same data, drawn by the first
-    seed.
-    """
+    """Compute surfaces for each seed, on data drawn with the first, each in its own folder of the store."""
     for model in models.values():
         require_module(model, "landscape")
     # Read once: a loader that shuffles or augments would give each seed other data.
@@ -94,9 +90,7 @@ def paired_band(pairs: dict[str, PairedSurfaces]) -> PairedBand:
 
 
 def _share_higher(scores: list[Scores], others: list[Scores], name: str) -> float:
-    """On which share of the seeds where both have this score it is higher than the other's; nan without
-    any.
-    """
+    """Share of seeds on which a score is higher than the other network's; nan if no seed has both scores."""
     pairs = np.array([[getattr(a, name), getattr(b, name)] for a, b in zip(scores, others)])
     pairs = pairs[np.isfinite(pairs).all(1)]
     return float(np.mean(pairs[:, 0] > pairs[:, 1])) if len(pairs) else float("nan")

@@ -55,9 +55,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 class Options(TypedDict, total=False):
-    """The options of :func:`skipscope.landscape` and :func:`skipscope.paired_landscapes`, for type
-    checkers.
-    """
+    """Options of :func:`skipscope.landscape` and :func:`skipscope.paired_landscapes`, for type checkers."""
 
     grid: int | Sequence[int]
     span: Any
@@ -160,9 +158,7 @@ class Settings:
 
 
 def with_signature(allowed: type[Options]) -> Callable[[Any], Any]:
-    """Give a call that takes ``seed`` and ``**options`` the signature that ``help()`` shows: each option by
-    name.
-    """
+    """Give a call with ``seed`` and ``**options`` a signature that lists each option, for ``help()``."""
 
     def decorate(function: Any) -> Any:
         own = inspect.signature(function)

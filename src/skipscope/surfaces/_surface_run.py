@@ -234,9 +234,7 @@ def _fill(
 
 
 def _with_origin(sheet: Sheet, twins: list[TwinOnPlane], at: tuple[np.ndarray, ...]) -> Sheet:
-    """Where the origin is a point of the grid it carries the plain loop's value: the model's own loss, bit
-    for bit.
-    """
+    """Set the origin, if it is a grid point, to the plain loop's value: the model's own loss, bit for bit."""
     sheet = copy.deepcopy(sheet)  # further refinement starts from what was computed
     for twin in twins:
         places = [np.flatnonzero(axis == c) for axis, c in zip(at, twin.evaluator.origin_point)]
@@ -279,9 +277,7 @@ def _as_measured(twin: TwinOnPlane, settings: Settings) -> Iterator[nn.Module]:
 def _losses_at(
     model: nn.Module, plane: Plane, data: Batches, loss: Objective, recalibrated: bool
 ) -> list[float]:
-    """Each known point's own loss: with its own buffers where it came with them, batch norm as on the
-    surface.
-    """
+    """Loss of each known point, with its own buffers if it has any, and batch norm as on the surface."""
     copy, losses = private_copy(model, "landscape"), []
     own = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
     for weights in plane.weights:

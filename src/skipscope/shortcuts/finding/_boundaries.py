@@ -98,8 +98,10 @@ class _Cover:
 
 
 def _first(graph: Graph) -> tuple[list[Boundary], tuple[str, int] | None]:
-    """Where activations begin: at an input with numbers, else where token ids are looked up. And, where that
-    is the output of a module, which run of it.
+    """Find the first boundary: a float input, or else the result of the first lookup of token ids.
+
+    Returns:
+        The boundary, if any; and the path and the number of the module run that outputs it, or None.
     """
     values = graph.trace.values
     floats = [v for v in graph.trace.inputs if values[v].is_float]

@@ -40,8 +40,9 @@ class Branches:
     def before_parting(
         self, reader: Sides, sides: dict[int, Side]
     ) -> tuple[dict[int, Side], dict[int, Side]]:
-        """The sides, where a linear map is what parts: W x + F(V x) with both in one product, and y + t (H(x)
-        - y) with y = W x, fork at x and are projections.
+        """Move the fork of a side to x where the side and the branch share a linear map of x.
+
+        They are projections then: W x + F(V x), W and V in one product; y + t (H(x) - y) with y = W x.
 
         Returns:
             The sides, and of them those that are such a map times a gate: t F(V x) + (1 - t) W x.
@@ -145,9 +146,10 @@ class Branches:
         return nodes
 
     def _taken(self, reader: Sides, side: Side, fork: int) -> list[Part]:
-        """The parts of the fork that a side takes. In a list part beside part, along the axis that they are
-        parts of, is the whole with some of it gone through the branch; not where the part is mixed with
-        itself, as rotated positions are, or repeated for each head.
+        """The parts of the fork that a side takes; empty if it takes the whole.
+
+        A concatenation of parts along the axis on which they were cut counts as the whole, some of which went
+        through the branch, unless a part is mixed with itself (rotated positions) or repeated for each head.
         """
         graph, call = self.graph, reader.call
         region = side.region
@@ -179,9 +181,7 @@ class Branches:
         return any(shape != rest[0] for shape in rest[1:])
 
     def _is_gain(self, region: int) -> bool:
-        """Whether each value goes through by itself and is multiplied by weights at most: x + (m - 1) x is m
-        x.
-        """
+        """Whether a region only multiplies each value by weights: x + (m - 1) x is m x."""
         curves = region & ~self.graph.of_kinds(STRAIGHT_POINTWISE)
         return not curves and not self._multiplies_activations(region)
 
@@ -190,11 +190,10 @@ class Branches:
         return any(len(self.graph.active_parents(v)) > 1 for v in products)
 
     def _is_activation_function(self, region: int) -> bool:
-        """Whether each value goes through by itself, and what it meets are single numbers, or shape how it is
-        bent.
+        """Whether a region is an elementwise function whose weights are scalars or enter a nonlinearity.
 
-        Snake, x + sin(a x)^2 / a, is one; x + g tanh(x) with a gain for each channel is a branch that holds
-        gains.
+        Snake, x + sin(a x)^2 / a, is an activation function; x + g tanh(x) with a gain for each channel is a
+        branch that holds gains.
         """
         graph = self.graph
         if region & ~graph.of_kinds(POINTWISE):
@@ -206,9 +205,7 @@ class Branches:
         return any(graph.ancestors.reaches(v, curve) for v in weighted for curve in curves)
 
     def _repeats(self, reader: Sides, region: int, bypassing: tuple[int, ...]) -> bool:
-        """Whether the branch's matrices have all made a bypassing operand before: one module, step after
-        step.
-        """
+        """Whether every matrix of the branch has also made a bypassing operand, as in a recurrence."""
         graph, ends = self.graph, [reader.position(i) for i in bypassing]
         matrices = list(bits(graph.matrices_in(region)))
         return bool(matrices) and all(

@@ -1,6 +1,4 @@
-"""Which operands of a merge skip what the others went through: the rules, and what only looks like a
-shortcut.
-"""
+"""Rules that decide which operands of a merge bypass the others, and what only looks like a shortcut."""
 
 from __future__ import annotations
 
@@ -24,9 +22,8 @@ from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._sides import Side
 from skipscope.shortcuts.trace import _operations
 
-FREE, SCALED, GATED, NORMED, PROJECTED, CHAINED = range(
-    6
-)  # of several paths past a branch, the first is the shortcut
+# If several operands could bypass a branch, the lowest rank is the shortcut.
+FREE, SCALED, GATED, NORMED, PROJECTED, CHAINED = range(6)
 _LINEAR = SHAPE | PRODUCT | LINEAR
 _CURVED = POINTWISE - STRAIGHT_POINTWISE - GATES - {"where", "masked_fill"}
 _PASSING = SHAPE | DROPOUT | {"mul", "div"}
@@ -52,8 +49,7 @@ class Bypass:
     def operands(
         self, call: Merge, sides: dict[int, Side], is_summed: bool = False
     ) -> tuple[int, ...] | Reason:
-        """The operands that skip: those without weights; else scaled; else gated; else normed; else
-        projected.
+        """Select the operands that bypass: those without weights, else scaled, gated, normed or projected.
 
         Args:
             call: the merge.
@@ -88,9 +84,7 @@ class Bypass:
         return self.the_first(sides, chosen)
 
     def the_first(self, sides: dict[int, Side], chosen: tuple[int, ...]) -> tuple[int, ...]:
-        """Of operands that could all bypass those that come from none of the others: x, not its gate, nor
-        F(x).
-        """
+        """Keep only the operands that depend on no other candidate: x, but not its gate or F(x)."""
 
         def is_later(i: int) -> bool:
             at = sides[i].fork or 0
@@ -110,22 +104,18 @@ class Bypass:
         return NORMED if not side.products else GATED if side.how == "gated" else SCALED
 
     def is_deeper(self, region: int) -> bool:
-        """Whether a set of nodes does more than one linear map: two, one after the other, or one and
-        something bent.
-        """
+        """Whether a set of nodes is more than one linear map: two in sequence, or one and a nonlinearity."""
         graph = self.graph
         matrices = graph.matrices_in(region, enough=2).bit_count()
-        # Of a single matrix most functions make a gate or a scale (the exp of a log-variance); of several, a
-        # branch.
+        # A nonlinear function of one matrix is mostly a gate or a scale (exp of a log-variance); of several
+        # matrices it is a branch.
         if matrices and (self._bends(region) or (matrices > 1 and region & graph.of_kinds(_CURVED))):
             return True
         passed: set[int] = set()  # what comes after a matrix
         for v in bits(region) if matrices > 1 else ():
             is_after = any(p in passed for p in graph.parents[v])
-            is_map = graph.matrices[v] and graph.kind(v) not in {
-                "add",
-                "sub",
-            }  # a bias of several dimensions is none
+            # A bias of several dimensions is not a linear map.
+            is_map = graph.matrices[v] and graph.kind(v) not in {"add", "sub"}
             if is_map and is_after:
                 return True
             if is_map or is_after:
@@ -137,8 +127,10 @@ class Bypass:
         return bool(side.region & self.graph.of_kinds(MAX_POOLS))
 
     def _is_score(self, at: int | None) -> bool:
-        """Whether a softmax makes of it, shifted and scaled at most, one factor of a matrix product; or of v
-        . tanh of it, as in additive attention, one factor of a product.
+        """Whether a sum is an attention score, which enters a matrix product after a softmax.
+
+        On the way it may be shifted and scaled. In additive attention the softmax is of v . tanh(sum), and
+        any product may take it.
         """
         if at is None:
             return False

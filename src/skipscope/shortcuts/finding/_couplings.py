@@ -30,9 +30,7 @@ class Couplings:
         self.graph, self.made = graph, made
 
     def puts_back(self, call: Merge, fork: int) -> bool:
-        """Whether a sum with a part of ``fork`` is put together with its other parts, so that none is
-        missing.
-        """
+        """Whether a sum with a part of ``fork`` is later concatenated with all of the other parts."""
         at = call.output
         for end in [] if at is None else self.graph.onward([at], _CARRYING | _PUT, _operations.LISTS | _PUT):
             joined = self.made.get(end)
@@ -41,9 +39,7 @@ class Couplings:
         return False
 
     def _covers(self, joined: Merge, fork: int) -> bool:
-        """Whether what is put together comes from parts of ``fork``, along the same axis, that are all of
-        it.
-        """
+        """Whether a concatenation comes from parts of ``fork`` along one axis that together are all of it."""
         whole, dim = self.graph.parts_of(fork).get(fork), self.graph.joined_axis(joined)
         # Two features of one number each may be coupled; steps of a sequence, one by one, are a recurrence.
         least = 1 if joined.name != "stack" and self._is_of_features(joined, dim) else 2

@@ -1,9 +1,8 @@
-"""Gates that are multiplied out: x - t x + t H, in any order and by any calls, is t H + (1 - t)
-x.
+"""Expanded gates: x - t x + t H, in any order and by any calls, is t H + (1 - t) x.
 
-Such a gate is a sum of sums. Its addends are read back from the last sum; those where x stands alone, and
-where it is multiplied with minus the gate, are together (1 - t) x, and the rest is the branch. The same where
-H stands alone: H - c H + c x.
+An expanded gate is a sum of sums. Its addends are read back from the last sum; those where x stands alone,
+and where it is multiplied with minus the gate, are together (1 - t) x, and the rest is the branch. The same
+holds where H stands alone: H - c H + c x.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ class Gates:
         return end in reached
 
     def reaches_by_a_weight(self, starts: list[int], end: int, nodes: int) -> bool:
-        """Whether ``end`` depends on ``starts`` other than by a weightless factor of what does not: a
-        router's output that multiplies each expert's is no input of the experts.
+        """Whether ``end`` depends on ``starts`` other than through a weightless factor of an unrelated node.
+
+        A router's output multiplies each expert's output, but is no input of the experts.
         """
         graph = self.graph
         reached = dict.fromkeys(starts, False)  # node -> whether a weight has entered since
@@ -69,8 +70,11 @@ class Gates:
     def difference(
         self, reader: Sides, i: int, branches: tuple[int, ...]
     ) -> tuple[Merge, int, tuple[int, ...], Kind] | None:
-        """In x + t (H - x): the call of H - x, which of its operands is x, the operands that carry both
-        sides, and the kind: scaled where t does not depend on the data.
+        """Find H - x in x + t (H - x).
+
+        Returns:
+            The call of H - x, which of its operands is x, the operands that carry both sides, and the kind
+            (scaled if t does not depend on the data); or None.
         """
         if not self._has_differences:
             return None
@@ -115,8 +119,9 @@ class Gates:
     def with_addend(
         self, call: Merge, sum_at: Callable[[int], Candidate | None]
     ) -> tuple[int, Candidate] | None:
-        """In (x + a) + b, with b made from x too: the shortcut of the inner sum, with b in its branch. Each
-        may be added to a part of x only.
+        """Read (x + a) + b, with b made from x too, as the inner sum's shortcut with b in its branch.
+
+        Each may be added to a part of x only.
 
         Args:
             call: a merge that is no shortcut of its own.
@@ -153,8 +158,11 @@ class Gates:
         )
 
     def _inner(self, at: int, x: int) -> tuple[Merge, int, int, bool] | None:
-        """Back through gates and views to a difference with node ``x``: its call, which operand is x, x's
-        sign, and whether a gate was passed that depends on the data.
+        """Trace back through gates and views to a difference with node ``x``.
+
+        Returns:
+            The call, which operand is x, the sign of x, and whether a gate that depends on the data was
+            passed; or None.
         """
         graph, waiting, is_gate = self.graph, [(at, 1)], False
         for _ in range(12):

@@ -1,5 +1,4 @@
-"""The dataflow of a trace, as the rules of finding read it: which activation depends on which, and on which
-weights.
+"""Dataflow graph of a trace: which activation depends on which other activations and on which weights.
 
 A node is a value of the trace. Activations come first in the numbering, so that a set of them is a Python
 integer without gaps, used as a bit set; then come values that are computed from weights alone. Constants,
@@ -115,9 +114,7 @@ class Graph:
         return value.starts or value.index in self.streams
 
     def _weigh(self) -> tuple[list[bool], list[int], list[int]]:
-        """Which values are activations, and the modules whose weights, and matrices, enter at each of
-        them.
-        """
+        """Which values are activations, and the modules whose weights, and matrices, enter at each value."""
         values, calls, same = self.trace.values, self.trace.calls, self._same
         active, every, matrices = [], [], []
         for value in values:
@@ -213,9 +210,7 @@ class Graph:
         return found
 
     def _put(self, call: TracedCall) -> Merge | None:
-        """What a call puts into a part of a tensor comes to stand beside the rest of it, as in a
-        concatenation; None where it overwrites all of it.
-        """
+        """Treat a write to a part of a tensor as a concatenation with the rest. None if there is no rest."""
         before, after = call.joined[0] if call.whole is None else call.whole, call.written or call.results[0]
         value, chosen_by = call.joined[1], [self.trace.values[v] for v in call.operands]
         if before is None or value is None:
@@ -356,9 +351,7 @@ class Graph:
         return self._index[path] in self._shapes
 
     def has_only_scalars(self, region: int) -> bool:
-        """Whether every weight that enters in a set of nodes is of a module that holds single numbers
-        only.
-        """
+        """Whether all weights that enter in a set of nodes are of modules with scalar weights only."""
         return all(not self.weights[i] & ~self._scalar for i in bits(region & self.weighted))
 
     def matrix_shapes(self, region: int) -> list[tuple[int, ...]]:
@@ -392,9 +385,7 @@ class Graph:
         return self._sets[i]
 
     def entries(self, region: int, common: int) -> set[int]:
-        """Nodes of ``common`` from which some node of ``region`` was computed; the smaller set is gone
-        through.
-        """
+        """Nodes of ``common`` that are inputs of a node of ``region``; iterates over the smaller set."""
         if region.bit_count() < common.bit_count():
             return {p for v in bits(region) for p in self.active_parents(v) if common >> p & 1}
         return {p for p in bits(common) if any(region >> v & 1 for v in self.children[p])}
@@ -404,9 +395,7 @@ class Graph:
         return self._cuts(fork).overlapping(parts)
 
     def parts_taken(self, fork: int, region: int) -> list[Part]:
-        """The parts of ``fork`` from which the nodes of a set were computed; at its end, the part that it
-        is.
-        """
+        """The parts of ``fork`` that a set of nodes reads; where the set ends in a part, that part."""
         cuts, found = self._cuts(fork), []
         for v in bits(region):
             if v in cuts.parts:
@@ -452,15 +441,11 @@ class Graph:
         return chosen(window, inside) << first
 
     def inside_of(self, start: int, end: int) -> int:
-        """The set of nodes between ``start``, without it, and ``end``; empty where none leads
-        there.
-        """
+        """The set of nodes after ``start`` up to and including ``end``; empty if no path connects them."""
         return self.between([start], end) & ~(1 << start) if self.ancestors.reaches(start, end) else 0
 
     def joined_axis(self, merge: Merge) -> int | None:
-        """The axis along which a call puts tensors side by side, counted from the front; None for any other
-        call.
-        """
+        """The axis along which a call concatenates, counted from the front. None for any other call."""
         if merge.output is None or merge.name not in _operations.LISTS:
             return None
         ndim = len(self.shape(merge.output))
@@ -489,9 +474,7 @@ class Graph:
         return 0 if node is None or node >= self.activations else 1 << node
 
     def can_be_tapped(self, node: int | None) -> bool:
-        """Whether a node is an activation of the pass itself, and of no transformation (``torch.vmap``)
-        inside it.
-        """
+        """Whether a node is an activation of the pass itself, not in a transformation (``torch.vmap``)."""
         if node is None or node >= self.activations:
             return False
         call = self.call_at(node)

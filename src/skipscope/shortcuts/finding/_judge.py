@@ -180,8 +180,7 @@ class Judge:
             return None
         case.region, branches = self.branches.of(case.reader, case.sides, case.bypassing)
         if branches is Reason.NO_WEIGHTS and case.call.name in _operations.LISTS:
-            # Several may come from one branch, and share its weights: x is what comes from none of the
-            # others.
+            # Several may come from one branch and share its weights: x depends on no other.
             first = self.bypass.the_first(case.sides, case.bypassing)
             case.bypassing = tuple(i for i in first if not case.sides[i].is_sum)
             case.region, branches = self.branches.of(case.reader, case.sides, case.bypassing, sharing=True)
@@ -206,11 +205,10 @@ class Judge:
     # --- beside the rules ---
 
     def passed(self, call: Merge) -> Candidate | None:
-        """A concatenation in a decoder whose skip passes a block with weights of its own (UNETR, DeepLabV3+),
-        or None.
+        """Find a decoder's concatenation whose skip passes a block with weights (UNETR, DeepLabV3+).
 
-        The deeper side is enlarged again later, and the skip passes fewer weights one after the
-        other.
+        The deeper side is enlarged again later, and the skip passes fewer weights in sequence. None for any
+        other merge.
         """
         reader = Sides(self.graph, call)
         if call.name not in _operations.LISTS - {"stack"} or len(reader.active) != 2 or call.output is None:
@@ -259,9 +257,7 @@ class Judge:
     def _as_written(
         self, reader: Sides, sides: dict[int, Side], branches: tuple[int, ...], plain: Candidate
     ) -> Candidate:
-        """The verdict, where the form in which the merge is written says more than that it adds its
-        operands.
-        """
+        """Refine a verdict where the form of the merge says more than that it adds its operands."""
         call, bypassing = reader.call, plain.bypassing
         if call.name == "where":
             return replace(plain, kind="gated")

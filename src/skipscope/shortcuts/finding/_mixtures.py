@@ -1,9 +1,8 @@
-"""Sums over what was stacked: (stack([x, H]) * weights).sum(0), by matrix product and ``einsum`` too, is w0 x
-+ w1 H.
+"""Weighted sums over a stack: (stack([x, H]) * weights).sum(0) is w0 x + w1 H.
 
-The stack is the merge, and the sum over it where the merge is complete. Between them are views and one weight
-for each that is stacked. A flat index into the stack is (one of L, which of the n stacked, one of the rest):
-by L and n the stacked axis is known again after any view.
+The sum may also be a matrix product or ``einsum``. The stack is the merge, and the merge is complete at the
+sum. Between them are views and a weight for each stacked tensor. A flat index into the stack is (one of L,
+which of the n stacked tensors, one of the rest): L and n identify the stacked axis after any view.
 """
 
 from __future__ import annotations

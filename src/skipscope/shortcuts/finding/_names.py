@@ -11,11 +11,10 @@ from skipscope.shortcuts.finding._merge import Merge
 
 
 def home_of(graph: Graph, item: Candidate) -> str:
-    """The module that is the branch: the smallest that holds its matrices, lifted while nothing else comes
-    in.
+    """Path of the branch's module: the smallest that holds its matrices, or an ancestor that adds no weights.
 
-    It is not lifted above the module that merges. A branch without matrices is named by its vectors; one
-    without a common module by its first.
+    It is not above the module that merges. A branch without matrices is named by its vectors, a branch
+    without a common module by its first module.
     """
     every = set(graph.modules_in(item.region))
     matrices = [m for m in graph.modules_in(item.region) if graph.has_matrix(m)] or list(every)

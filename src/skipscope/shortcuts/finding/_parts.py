@@ -47,8 +47,10 @@ class Part:
         )
 
     def axis_along(self, dim: int, least: int = 2) -> tuple[Axis, range] | None:
-        """The axis of the whole along which one of its own axes runs, and where, if it is a part along that
-        alone, and not shorter than ``least``: a class token is none of several channels.
+        """The axis of the whole along which axis ``dim`` of the part runs, and its range there.
+
+        None if that is not known, if the part is limited along another axis too, or if it is shorter than
+        ``least``: a class token is not one of several channels.
         """
         axis = self.axes[dim] if -len(self.axes) <= dim < len(self.axes) else None
         return axis if axis and set(self.limits) <= {axis[0]} and len(axis[1]) >= least else None
@@ -87,9 +89,7 @@ def whole(shape: tuple[int, ...]) -> Part:
 
 
 def part_after(trace: Trace, value: int, before: Part) -> Part | None:
-    """The part that a value is, which was computed from a part alone; None where its call does not take
-    parts.
-    """
+    """The part that a value is, computed from the part ``before`` alone. None if its call takes no parts."""
     made = trace.values[value]
     call = None if made.call is None else trace.calls[made.call]
     rule = None if call is None else _RULES.get(call.function)
@@ -280,9 +280,7 @@ def _indexed(taking: _Taking, before: Part) -> Part | None:
 
 
 def _is_list(call: TracedCall, index: tuple[Any, ...]) -> bool:
-    """Whether ``x[[1]]`` was written, a list of indices, and not ``x[1,]``; the trace has a tuple for
-    both.
-    """
+    """Whether a list of indices was written, ``x[[1]]``, not ``x[1,]``: the trace has a tuple for both."""
     return call.lists_index
 
 
@@ -338,9 +336,7 @@ def _same(taking: _Taking, before: Part) -> Part | None:
 
 
 def _viewed(taking: _Taking, before: Part) -> Part | None:
-    """Axes that keep their size are kept; what is merged or split has a name made of theirs, if it was
-    whole.
-    """
+    """Map axes through a view: unchanged axes stay, regrouped axes that were whole get a combined name."""
     shape, new = before.shape, taking.shape
     if 0 in new or prod(new) != prod(shape):
         return None

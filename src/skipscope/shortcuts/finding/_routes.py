@@ -32,8 +32,9 @@ class Routes:
         self.graph, self.made = graph, made
 
     def are_parallel(self, call: Merge, i: int) -> bool:
-        """Whether operand i of a masked call, which it lets pass, is replaced by the next one, or went
-        through a block where the call before has put it.
+        """Whether operand i, which a masked call lets pass, is one of several parallel routes.
+
+        The next masked call replaces it, or the previous masked call wrote it from a block with weights.
         """
         if self._is_one_of_many(call, i):
             return True
@@ -75,9 +76,7 @@ class Routes:
         return False
 
     def _is_routed(self, call: Merge, i: int, kept: tuple[Hashable, bool]) -> bool:
-        """Whether the call before has put the rows that operand i still has, and a block with weights made
-        them.
-        """
+        """Whether the previous masked call wrote the rows that operand i keeps, from a block with weights."""
         graph, before = self.graph, self.made.get(self._origin(call.operands[i]) or -1)
         if before is None:
             return False

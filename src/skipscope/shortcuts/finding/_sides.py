@@ -65,8 +65,8 @@ def is_scaled(call: Merge, i: int) -> bool:
 _SCALED = {("add", 1), ("sub", 1), ("rsub", 0)}
 
 
-# What an operand is, seen from its merge: the kinds of shortcut, several linear maps, a branch, or bent
-# without weights.
+# The role of an operand in its merge: a kind of shortcut, several linear maps, a branch, or bent (nonlinear,
+# without weights).
 Role = Literal["identity", "scaled", "projection", "gated", "linear maps", "branch", "bent"]
 
 
@@ -113,9 +113,7 @@ class Sides:
         }
 
     def gated_maps(self) -> dict[int, Side]:
-        """Each operand that is a linear map times a gate, as in t H + (1 - t) W x, from where the map
-        begins.
-        """
+        """Find operands that are a linear map times a gate, t H + (1 - t) W x, with the fork at x."""
         found = {}
         for i, common in zip(self.active, self._common(), strict=True):
             for carry, product in self.gatings(i):
@@ -257,9 +255,10 @@ class Sides:
         return Side(fork, "branch", own)
 
     def _carried(self, rivals: list[int], i: int) -> frozenset[int]:
-        """Of nodes of separate inputs that are multiplied, a mask and x, the one that the branch's weights
-        are applied to; the larger where they are to both. Parts of one activation that multiply each other
-        are no gate and x.
+        """Among separate inputs that are multiplied (a mask and x), find the input of the branch's weights.
+
+        If they apply to both, the larger. Empty for parts of one activation that multiply each other, which
+        are not a gate and x.
         """
         graph, ends = self.graph, [self.position(j) for j in self.active if self._are_added(i, j)]
         above = [graph.ancestors[c] for c in rivals]
@@ -303,8 +302,7 @@ class _Walk:
         self.gate = self.mixed = self.has_rivals = False
         self._seen: dict[int, frozenset[int]] = {}
         self._bent: set[int] = set()
-        # Where only the largest or the smallest values come through: no linear map, though each is a value of
-        # x.
+        # Nodes that only the largest or smallest values of x reach: a selection is not a linear map.
         self._selected: set[int] = set()
 
     def is_bent(self, v: int) -> bool:
@@ -312,9 +310,7 @@ class _Walk:
         return v in self._bent
 
     def weightless(self, v: int) -> frozenset[int]:
-        """The common nodes that ``v`` reaches without weights; empty where a weight or a weighted addend is
-        met.
-        """
+        """The common nodes that ``v`` depends on without weights; empty if a weight enters on the way."""
         if self.graph.weights[v] and not self.common >> v & 1 and self.graph.kind(v) not in PRODUCT:
             return frozenset()
         waiting = [(v, self._step(v))]  # in place of recursion: a way back may have thousands of steps
@@ -365,14 +361,12 @@ class _Walk:
         if not entered:
             return frozenset()
         if len(parents) > 1:
-            # One factor carries, the other is a gate, bent or not. Where both lead to the common part the
-            # gate is the one that depends on the other; where neither does, as in attention's scores, it is
-            # no gate.
+            # One factor carries, the other is a gate, bent or not. Where both lead to the common part, the
+            # gate depends on the other factor. Where neither does, as in attention's scores, it is no gate.
             self.gate = True
             first = self.first(entered)
             if kind in MATRIX_PRODUCTS and sum(map(bool, reached.values())) == 1:
-                # x times a matrix that depends on the data, by weights: dynamic hyper-connections mix streams
-                # so.
+                # x times a matrix computed from the data by weights, as in dynamic hyper-connections.
                 self.mixed = True
                 return frozenset(first) if len(first) == 1 else frozenset()
             if kind not in ELEMENTWISE:
@@ -428,8 +422,6 @@ class _Walk:
         return [c for c in candidates if not any(d != c and reaches(d, c) for d in candidates)]
 
     def nearest(self, candidates: frozenset[int] | set[int]) -> int | None:
-        """Of several common nodes the one that the others depend on; the last in order if they are
-        unrelated.
-        """
+        """The candidate that all others depend on; the last in order if the candidates are unrelated."""
         first = self.first(candidates)
         return max(first) if first else None

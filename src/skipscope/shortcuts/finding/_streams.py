@@ -20,9 +20,7 @@ _CARRYING = WHOLE | NORM | DROPOUT
 def learned_streams(
     graph: Graph, verdicts: Iterable[tuple[Merge, Candidate | Reason | None]]
 ) -> dict[int, str]:
-    """The values where such streams meet what was made from them and the data, each with the module it
-    comes from.
-    """
+    """Find learned streams that meet the data: the value where each begins, and the module it comes from."""
     verdicts = list(verdicts)
     forks = {fork for _, verdict in verdicts if isinstance(verdict, Candidate) for fork in verdict.forks}
     sums = {

@@ -62,8 +62,8 @@ class GateSides:
     def __init__(self, zeros: Mapping[OperandSide, tuple[Place, ...]] | None = None):
         self.zeros = dict(zeros or {})
         self.finish: Callable[[Tensor], Tensor] | None = None
-        # By id of a tensor that a followed call gave: the tensor, to keep the id its own, and its value on
-        # each side.
+        # The id of a followed call's result -> that tensor, kept so that its id stays its own, and its value
+        # on each side of the gate.
         self._made: dict[int, tuple[Tensor, dict[OperandSide, Tensor]]] = {}
 
     def touches(self, call: Call) -> bool:

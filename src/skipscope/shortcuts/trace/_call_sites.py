@@ -52,9 +52,7 @@ def caller() -> FrameType:
 
 
 def is_between_processes(frame: FrameType) -> bool:
-    """Whether a call that code in ``frame`` leads to is made by torch's code for tensors that are spread over
-    processes.
-    """
+    """Whether code of ``torch.distributed`` makes the current call, somewhere below ``frame``."""
     inner = sys._getframe(2)
     while inner is not frame and inner.f_back is not None:
         if inner.f_code.co_filename.startswith(_DISTRIBUTED):

@@ -69,9 +69,7 @@ class Value:
 
     @property
     def is_float(self) -> bool:
-        """Whether it has real or complex numbers, through which a gradient goes; or those of a quantized
-        model.
-        """
+        """Whether it holds real or complex numbers, which carry gradients, or those of a quantized model."""
         return is_number(self.dtype)
 
     @property

@@ -350,9 +350,7 @@ class Recorder(TorchFunctionMode):
             self._hide(call.function, CELL, call.source)
 
     def _note_library(self, call: TracedCall) -> None:
-        """Note that a call of a library's operator may join what it takes: activations, or one and
-        weights.
-        """
+        """Note that a library's operator may join activations, or an activation and weights."""
         takes = sum(v in self._derived for v in dict.fromkeys(call.operands))
         if (takes > 1 or call.function in _CONTROL) and any(
             self.trace.values[v].from_data for v in call.results
@@ -492,9 +490,7 @@ class Recorder(TorchFunctionMode):
         return self.memory.get(tensor) is not None or self._wrapped(tensor) is not None
 
     def _unwrap(self, tensor: Tensor, value: int) -> None:
-        """Give the tensors inside a transformed one, or one of another class, which outlive it, the same
-        value.
-        """
+        """Give the tensors inside a transformed tensor or a subclass, which outlive it, the same value."""
         for part in [untransformed(tensor)] if is_transformed(tensor) else inner_tensors(tensor):
             inner = self._infer("alias", (value,), part)
             self.memory.set(part, inner)
@@ -578,9 +574,7 @@ class Recorder(TorchFunctionMode):
         return self._unseen_modules[-1] if self._unseen_modules else None
 
     def _apply(self, frame: Any, name: str, is_listed: bool = True) -> int:
-        """Note a call of an ``autograd.Function`` by its frame; one that is known to join nothing is not
-        listed.
-        """
+        """Note a call of an ``autograd.Function`` by its frame; list it unless known to join nothing."""
         if self._applied is not None and self._applied[0] is frame:
             return self._applied[1]
         arguments = arguments_applied(frame)
@@ -718,9 +712,7 @@ class Recorder(TorchFunctionMode):
 
 
 def _collective_inside(frame: Any) -> Any:
-    """The frame of the differentiable collective that ``frame`` called and that makes the present call, or
-    None.
-    """
+    """Find the frame of a differentiable collective between ``frame`` and the current call, if any."""
     inner = sys._getframe(3)
     while inner is not None and inner is not frame:
         applied = applied_function(inner)

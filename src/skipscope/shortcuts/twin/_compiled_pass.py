@@ -1,7 +1,6 @@
-"""Edits in code that is being compiled, which has no frames: a call is known by how many of its operation
-came before.
+"""Edits in compiled code, which has no frames: a call is known by its number among those of its operation.
 
-They are counted from where the host's forward began, and what it counted is checked when that forward ends.
+Calls are counted from the start of the host's forward, and the count is checked when that forward ends.
 """
 
 from __future__ import annotations
@@ -112,8 +111,7 @@ class _CompiledPass(TorchFunctionMode):
 
     def run(self, module: nn.Module, plan: Plan, run: Any, args: Any, kwargs: Any) -> Any:
         """Run a forward, and refuse when its calls were not those of the traced one."""
-        # Looked at only where it is needed: code that depends on which module it is would be compiled for
-        # each block.
+        # Counted only where needed: code that depends on the module would be compiled for each block.
         call = 0 if plan.every_call_alike else self._count(module)
         before, already = dict(self.counts), self.edited
         self.open.append((plan, call, before))

@@ -179,9 +179,7 @@ class _EagerPass(TorchFunctionMode):
         return None
 
     def _plan(self, host: nn.Module | None, site: str) -> Plan | None:
-        """The plan by which a call is edited; outside of every forward that is the outermost module's or the
-        twin's.
-        """
+        """The plan that edits a call; outside every forward, that of the outermost module or of the twin."""
         if host is not None:
             plan = plan_of(host)
             return plan if plan is not None and plan.group is self.group else None
@@ -189,16 +187,12 @@ class _EagerPass(TorchFunctionMode):
         return root if root is not None and site in root.calls else own
 
     def _is_compiled(self, frame: Any) -> bool:
-        """Whether the call is in a graph that the eager backend of ``torch.compile`` runs: it has been
-        edited.
-        """
+        """Whether the call is in a graph of ``torch.compile``'s eager backend, and so edited already."""
         is_generated = frame.f_code.co_filename.startswith("<eval_with_key>")
         return is_generated and id(_call_sites.first_argument(frame)) not in self.members
 
     def _joins_activations(self, values: list[Any]) -> bool:
-        """Whether a call joins at least two tensors that are no weights, and, outside of a forward, no
-        losses.
-        """
+        """Whether a call joins two or more tensors that are no weights and, outside a forward, no losses."""
         least = 0 if self.method is None else 2
         return (
             sum(isinstance(v, Tensor) and not isinstance(v, nn.Parameter) and v.ndim >= least for v in values)

@@ -242,9 +242,7 @@ def _within_pass(name: str, method: Any) -> Any:
 
 
 def _seen_into(own: Any, forward: Any) -> Any:
-    """A context in which a compiled forward that was set on a twin runs eagerly, unless it is the edited
-    one.
-    """
+    """A context in which a compiled forward set on a twin runs eagerly, unless it is the edited forward."""
     inside = None if own is None else eager(own)
     if inside is own or getattr(inside, "__func__", None) is forward:
         return nullcontext()

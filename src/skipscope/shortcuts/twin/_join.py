@@ -66,9 +66,7 @@ class Join:
         return self.module.write(x, f)
 
     def _expect(self, x: Tensor, handed: Any) -> None:
-        """Refuse a merge whose shortcut is another tensor than expected; compiled code was looked at
-        before.
-        """
+        """Refuse a merge whose shortcut is another tensor than expected; compiled code is checked earlier."""
         if handed is None or (not torch.compiler.is_compiling() and handed is not x):
             raise self.misfit("the shortcut carries another tensor than the one that was read")
 
@@ -93,8 +91,7 @@ class Join:
     def given(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], this: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The inputs of the module that the fork feeds, with what the connection reads in place of the first
-        tensor.
+        """Replace the first tensor input of the module that the fork feeds by what the connection reads.
 
         Args:
             args: its inputs as built.

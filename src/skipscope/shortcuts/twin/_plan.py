@@ -1,6 +1,4 @@
-"""The edits of a twin: which operands of which calls change, and to what; and a call with its operands
-rewritten.
-"""
+"""Plans of a twin: which operands of which calls change, and to what; and calls with new operands."""
 
 from __future__ import annotations
 
@@ -268,8 +266,7 @@ def edited(
             operand = rule.place.operand  # torch 2.6 cannot compile values[operand] = ...
             values = [_rewritten(rule.factor, v) if i == operand else v for i, v in enumerate(values)]
     if join is not None:
-        # In eager code the connection's own merges may be edited in turn; compiled code counts the model's
-        # alone.
+        # In eager code the connection's own merges may be edited too; compiled code counts only the model's.
         with nullcontext() if torch.compiler.is_compiling() else this:
             return join.sum(operation, args, kwargs, values, this.passing)
     overwrites = operation.in_place and values[0] is not target

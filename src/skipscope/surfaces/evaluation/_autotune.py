@@ -1,5 +1,4 @@
-"""Which strategy evaluates points fastest here: each candidate is timed on points of the grid against the
-fastest so far.
+"""Autotuning of the evaluation strategy: each candidate is timed on grid points against the fastest so far.
 
 A strategy is taken only if it gives the plain loop's numbers (to rounding) and is clearly faster, so that
 timing noise does not change the choice. Points that the chosen strategy was timed on are points of the
@@ -267,9 +266,7 @@ class _Autotune:
         return won
 
     def _again(self, strategy: Strategy, points: Sequence[Point], seconds: float) -> tuple[float, float]:
-        """Seconds a point of a candidate and of the incumbent, run in turn: a busy machine is busy for
-        both.
-        """
+        """Time a candidate and the incumbent in turn (seconds per point): a busy machine slows both."""
         incumbent, few = self.evaluator.strategy, self.points[:1]
         if isinstance(incumbent, WorkerPool):
             few = self.points[: incumbent.cores]

@@ -61,8 +61,10 @@ class Strategy(Protocol):
 
 
 def prepare_batch_norm(copy: nn.Module, mode: BatchNorm, statistics: Statistics = ()) -> str:
-    """Put our own copy into a batch-norm mode, with other statistics than its own if given; returns the
-    mode's words.
+    """Set the batch-norm mode of our own copy, with other statistics than its own if given.
+
+    Returns:
+        The mode in words.
 
     Raises:
         SkipscopeError: an unknown mode.
@@ -252,8 +254,7 @@ class Evaluator:
         """Evaluate with this strategy from now on."""
         if strategy is not self.strategy:
             self.strategy.close()
-            # Every point of a surface has the bits of one strategy; the origin always those of the plain
-            # loop.
+            # All points of a surface have the bits of one strategy, and the origin those of the plain loop.
             self._kept = {point: r for point, r in self._kept.items() if point == self.origin_point}
             self.strategy = strategy
 
@@ -263,9 +264,7 @@ class Evaluator:
 
 
 def _with_each(reading: Reading, penalties: np.ndarray, sums: bool) -> Reading:
-    """Every sample carries its share of the regulariser, so that a surface without some of them has it
-    whole too.
-    """
+    """Split the regulariser among the samples, so that a surface without some of them keeps it whole."""
     n, d = reading.numerators, reading.denominators
     if n is not None and d is not None:
         n = n + penalties[:, None] * (np.full(n.shape[1], 1 / n.shape[1]) if sums else d)

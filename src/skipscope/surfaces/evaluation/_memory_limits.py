@@ -1,5 +1,6 @@
-"""What a run will hold in memory, said before it starts: directions are drawn again where they do not fit,
-and what does not fit at all is refused with what would.
+"""Memory that a run needs, checked before it starts.
+
+Directions that do not fit are drawn again. What does not fit at all is refused, with what would fit.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ def fits(needed: float) -> bool:
 
 
 def directions_fit(models: Iterable[nn.Module], moved: Iterable[Tensor], axes: int) -> bool:
-    """Whether every twin's copy and its directions fit; False: the copy alone does, with directions drawn
-    again.
+    """Whether all directions fit in memory beside each twin's copy; if not, they are drawn again.
 
-    Held for each twin: a copy, and for what moves its origin, its present place, a row's start and the
-    directions (twice while they are made); the tried strategy has the same again.
+    Held for each twin: a copy, and the moving weights at the origin, at the present point and at the start of
+    a row, and their directions (twice while they are made); a strategy on trial holds the same again.
 
     Raises:
         SkipscopeError: not even the copies fit.

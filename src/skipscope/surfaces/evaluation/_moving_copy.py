@@ -1,5 +1,4 @@
-"""A copy of a model that moves through weight space: w + a d1 + b d2, written in place, never on the user's
-model.
+"""A model copy that moves in place through weight space, w + a d1 + b d2; the user's model never moves.
 
 The parameters that move are views into one flat buffer a dtype, so that going to a point costs one operation
 along an axis, however many layers there are.
@@ -22,9 +21,7 @@ _ALIGN = 64  # elements; matrix kernels want aligned weights, and a view in the 
 
 @dataclass
 class _Flat:
-    """The moving parameters of one dtype: the origin, the directions, and what the copy's parameters look
-    into.
-    """
+    """Moving parameters of one dtype: origin, directions, and the flat buffer of which they are views."""
 
     names: list[str]
     origin: Tensor

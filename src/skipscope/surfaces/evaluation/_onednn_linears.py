@@ -1,5 +1,4 @@
-"""Linear layers of our own copy through oneDNN's kernel, in the same precision, each with the activation
-after it.
+"""Linear layers of our own copy through oneDNN, in the same precision, fused with the next activation.
 
 The BLAS that torch comes with runs at half speed on some processors; oneDNN's kernel does not, and computes
 an activation function on the way. Which activation follows which layer is seen in one forward pass. That
@@ -78,9 +77,7 @@ def _as_it_is(input: Tensor) -> Tensor:
 def _followers(
     copy: nn.Module, layers: list[nn.Linear], run: Callable[[], Any]
 ) -> dict[nn.Linear, nn.Module]:
-    """For each layer the activation that is given its output, at each of its calls and nothing else's
-    output.
-    """
+    """Map each layer to the activation that is given its output at each call, and no other layer's."""
     made: dict[int, tuple[Tensor, nn.Linear]] = {}  # the outputs are kept, so that their ids stay their own
     calls: Counter[nn.Linear] = Counter()
     uses: Counter[tuple[nn.Module, nn.Linear | None]] = Counter()

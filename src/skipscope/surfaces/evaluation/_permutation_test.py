@@ -1,6 +1,4 @@
-"""The model's own loss, and whether the network has learnt: its loss compared with the loss on permuted
-targets.
-"""
+"""The model's own loss, and a permutation test of whether the network has learnt its targets."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Copies of this process, made by fork, that compute side by side with one thread each: what a DataLoader's
-workers are.
+"""Forked copies of this process that compute in parallel, one thread each, as a DataLoader's workers do.
 
 A fork has models, data and losses as they are, however they came about; only what is asked and what is
 answered goes through a pipe. It needs Linux and tensors in its own memory. A copy dies with the process that
@@ -54,8 +53,7 @@ class Forked(Generic[Question, Answer]):
                     target=_serve, args=(compute, theirs, [ours, *self._copies]), daemon=True
                 )
                 with theirs, warnings.catch_warnings():
-                    # Python 3.12 warns of forks beside threads; a copy that hangs for this is given up
-                    # (`patience`).
+                    # Python 3.12 warns of forks beside threads; `patience` gives up a copy that hangs so.
                     warnings.simplefilter("ignore", DeprecationWarning)
                     process.start()
                 self._copies[ours] = process
@@ -75,8 +73,9 @@ class Forked(Generic[Question, Answer]):
         return [found[i] for i in range(len(questions))]
 
     def surely(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """As :meth:`answers`; what the copies cannot answer is answered here, with one thread too: the same
-        bits.
+        """Like :meth:`answers`, but compute here, with one thread, what the copies cannot answer.
+
+        The bits are the same.
 
         Raises:
             Exception: what ``compute`` raises.
@@ -93,8 +92,7 @@ class Forked(Generic[Question, Answer]):
                 yield i, answer
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer]]:
-        """Number of a question and its answer, as they come. A copy that dies leaves its questions to the
-        others.
+        """Yield (question number, answer) as they come; questions of a copy that dies go to the others.
 
         Raises:
             Lost: there are no more answers; the copies are gone.
@@ -112,8 +110,7 @@ class Forked(Generic[Question, Answer]):
                 busy = [pipe for pipe, own in asked.items() if own]
                 if not busy:  # the last questions were those of a copy that has just died
                     continue
-                # Twice: a process that was stopped for a while (Ctrl-Z) comes back to a first wait that is
-                # over.
+                # Twice: when a stopped process (Ctrl-Z) resumes, its first wait has timed out.
                 ready = wait(busy, self.patience) or wait(busy, self.patience)
                 if not ready:
                     raise Lost("the copies are silent")

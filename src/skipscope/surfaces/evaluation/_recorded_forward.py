@@ -1,5 +1,4 @@
-"""The forward pass of our own copy as one list of operations, with activation functions taken into the linear
-layers.
+"""Recorded forward pass of our own copy, with activation functions fused into the linear layers.
 
 :mod:`skipscope.surfaces.evaluation._onednn_linears` sees activation functions that are modules; here those
 that are called as functions are seen too (``F.gelu(self.fc(x))``). What looks at numbers on its way (``if

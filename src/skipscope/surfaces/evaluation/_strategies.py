@@ -71,9 +71,7 @@ def split_loop(
     compiled: bool = False,
     recorded: bool = False,
 ) -> Loop:
-    """The plain loop on smaller batches (``size``), with channels-last layout, or with a compiled or
-    recorded model.
-    """
+    """The plain loop with smaller batches (``size``), channels-last, or with a compiled or recorded model."""
     old = evaluator.plain.at_point
     data = _resplit(old.data, size, channels_last)
     at_point = PointLoss(data, old.loss, old.metrics, once=True)
@@ -94,8 +92,7 @@ def split_loop(
         through_one_dnn(loop.moving.model, once)
     if recorded:
         loop.run = Recorded(loop.moving.model, loop.run)
-        # Recorded at the origin: a number that was read from a weight then shows where the weights have
-        # moved.
+        # Recorded at the origin, so that a number read from a weight shows once the weights have moved.
         at_point.read(loop.moving.model, loop.run)
     return loop
 
@@ -124,8 +121,7 @@ def _resplit(data: Batches, size: int | None, channels_last: bool) -> Batches:
 
 
 class Replayed(Loop):
-    """The loop as one CUDA graph: kernels are recorded once on the copy's fixed addresses, and replayed at
-    each point.
+    """The loop as a CUDA graph: kernels are recorded once at fixed addresses, and replayed at each point.
 
     Args:
         loop: the loop to record.

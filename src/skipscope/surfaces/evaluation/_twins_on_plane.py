@@ -116,8 +116,11 @@ def _directions_fit(models: Mapping[str, nn.Module], data: Batches, axes: int) -
 
 
 def _recalibrated(model: nn.Module, data: Batches, loss: Objective) -> tuple[nn.Module, Statistics]:
-    """The model with norm statistics measured again: a copy that has them; or, where there can be none, the
-    model itself and the statistics.
+    """Measure a model's batch-norm statistics again on the data.
+
+    Returns:
+        A copy with them and no statistics; for a sharded model, which is not copied, itself and the
+        statistics.
     """
     if not units(model):
         return average_statistics(private_copy(model, "landscape"), data, loss.run), ()

@@ -1,6 +1,4 @@
-"""Twins on a plane, ready to be evaluated: opened in a precision, with one strategy, and closed at the
-end.
-"""
+"""Setup of twins on a plane for evaluation: opened in a precision, with one strategy, and closed again."""
 
 from __future__ import annotations
 

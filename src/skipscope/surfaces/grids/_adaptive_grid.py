@@ -91,8 +91,10 @@ class Adaptive:
         new: tuple[np.ndarray, np.ndarray],
         active: set[tuple[int, int]],
     ) -> set[tuple[int, int]]:
-        """Test the active cells of ``old``, compute the failing ones' points of ``new``; the next level's
-        cells.
+        """Test the active cells of ``old``, and compute the points of ``new`` in and around the failing ones.
+
+        Returns:
+            The active cells of the next level.
         """
         cells = sorted(active)
         centres = np.array([[_middle(old[axis], cell[axis]) for axis in (0, 1)] for cell in cells])
@@ -176,9 +178,9 @@ class Adaptive:
             for k, name in enumerate(self.sheet.names):
                 values = self._spline(name, level, points)
                 computed = self.sheet.data[k, self.sheet.done]
-                # A loss (an error, a share) that is nowhere below zero does not go there between two points:
-                # a dip below all that was computed is the spline's. A metric (an accuracy) has a ceiling as
-                # well.
+                # A loss (an error, a share) that is nowhere negative is not negative between two points
+                # either: a dip below all computed values comes from the spline. A metric (an accuracy) has a
+                # ceiling as well.
                 lowest = np.nanmin(computed, initial=np.inf)
                 values = np.fmax(values, lowest) if lowest >= 0 else values
                 metric = "/metric/" in name and np.isfinite(computed).any()
@@ -205,8 +207,7 @@ class Adaptive:
 
         rows, columns = level
         values = _finite_filled(self.sheet[name][np.ix_(rows, columns)])
-        # Losses that span decades are often smoother in their logarithm, and stay positive when interpolated
-        # there.
+        # Losses that span decades are often smoother in their logarithm, and interpolate to positive values.
         if log is None:  # whatever belongs to a value (its folds, its error) is interpolated as it is
             log = any(
                 chosen and name.startswith(v.removesuffix("value"))
@@ -255,8 +256,7 @@ class Adaptive:
 
 
 def beyond(drawn: int, left: int, draws: int = 1) -> float:
-    """Share of the points not drawn that may be further off than the largest error of those drawn, with 95 %
-    confidence.
+    """Upper 95 % bound on the share of points not drawn whose error exceeds the largest of those drawn.
 
     Were K of all ``left`` points further off, a draw without replacement would miss them all with probability
     C(left - K, drawn) / C(left, drawn); the largest K for which that is 5 % or more. Several draws, of which
@@ -297,9 +297,7 @@ def _cells_between(axis: np.ndarray, low: int, high: int) -> range:
 
 
 def _finite_filled(values: np.ndarray) -> np.ndarray:
-    """Values for a fit: what is not finite takes its nearest finite neighbour's (such cells fail their test
-    anyway).
-    """
+    """Replace non-finite values by the nearest finite value for a fit (their cells fail the test anyway)."""
     finite = np.isfinite(values)
     if finite.all():
         return values

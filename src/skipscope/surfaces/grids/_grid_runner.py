@@ -1,9 +1,9 @@
-"""Who computes which unit: this process, the ranks of a torchrun, or a Ray cluster. No collectives, but where
-the ranks of a sharded model evaluate each point together.
+"""Engines that compute the units of a grid: this process, the ranks of a torchrun, or a Ray cluster.
 
-Under torchrun each rank takes every WORLD_SIZE-th unit and writes it to the store, then waits for the
-others'. When nothing has come for a while a rank is taken for lost, and those that are left compute its
-units: both may write one, which does no harm, for a unit has the same bits whoever computes it.
+There are no collectives, except where the ranks of a sharded model evaluate each point together. Under
+torchrun each rank takes every WORLD_SIZE-th unit and writes it to the store, then waits for the others'. A
+rank from which nothing comes for a while is taken for lost, and the others compute its units. Two ranks may
+then write one unit, which does no harm: a unit has the same bits whoever computes it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ _PATIENCE_S = 10.0  # without a new unit before a rank is taken for lost; at lea
 
 
 def engine_for(engine: Engine, stored: bool) -> Engine:
-    """The engine to use; "auto" is torchrun's ranks when there are some and a store to meet in, else this
-    process.
+    """Resolve the engine: "auto" is torchrun's ranks if there are several and a store, else this process.
 
     Raises:
         SkipscopeError: an unknown engine, or ranks without a store.

@@ -1,5 +1,4 @@
-"""Results kept as they come: a zarr 3 array whose every chunk is one unit of work, written whole or not at
-all.
+"""Stores of results: a zarr 3 array in which each chunk is a unit of work, written whole or not at all.
 
 Row 0 of the array says which points are done, so that the mask and the numbers of a unit are one file and
 cannot disagree, however the process ends; a checksum says whether the file is as it was written. The folder
@@ -109,8 +108,9 @@ def check_plan(found: Plan, wanted: Plan, folder: str | os.PathLike[str]) -> Non
 
 
 def _differing(found: Plan, wanted: Plan) -> list[str]:
-    """What has another value: a function of the same name that computes something else; a metric alone if it
-    is one.
+    """Name the probes with other values: all differing metrics, or else the first of the rest.
+
+    A function of the same name may compute something else.
     """
     wrong = [
         name
@@ -169,8 +169,8 @@ class Store:
         Raises:
             SkipscopeError: the folder cannot be made.
         """
-        # A symlink is followed; a mount point and the working directory cannot be renamed: the parts are,
-        # inside.
+        # A symlink is followed. A mount point or the working directory cannot be renamed, so the files
+        # inside it are.
         folder = Path(os.path.realpath(folder))
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -191,9 +191,7 @@ class Store:
         return cls(folder, found)
 
     def _opened(self) -> Any:
-        """The array; its metadata and the plan's own file are made again from the plan where they are
-        damaged.
-        """
+        """Open the array; damaged metadata or a damaged plan file is written again from the plan."""
         path = self.folder / _NUMBERS
         if not (self.folder / PLAN).exists() or _unreadable_json(self.folder / PLAN):
             write_whole(self.folder / PLAN, json.dumps(self.plan.__dict__, indent=1))
@@ -270,9 +268,7 @@ class Store:
         return kept
 
     def finish(self, result: Exported) -> None:
-        """Keep the finished result beside the numbers, for ``skipscope.load``; and as arrays, for
-        ``xarray.open_zarr``.
-        """
+        """Keep the finished result for ``skipscope.load``, and its arrays for ``xarray.open_zarr``."""
         arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         for layer in result.layers():
             names = ("alpha", "beta") if layer.betas.size else ("alpha",)

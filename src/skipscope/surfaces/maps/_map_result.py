@@ -14,8 +14,7 @@ from skipscope.surfaces.results._grid_exports import Exported, Layer
 
 @dataclass(frozen=True, eq=False)
 class CurvatureMap(Exported):
-    """The smallest and the largest eigenvalue of the Hessian at every point of a plane (or line) of weight
-    space.
+    """Smallest and largest eigenvalue of the Hessian at every point of a plane or line in weight space.
 
     Attributes:
         name: which network.

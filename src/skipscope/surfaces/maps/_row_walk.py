@@ -1,5 +1,4 @@
-"""Both ends of the Hessian's spectrum from point to point of a grid: each solve starts where its neighbours
-ended.
+"""Extreme Hessian eigenvalues at each point of a grid, each solve started from its neighbours' results.
 
 Neighbours have nearly the same outermost eigenvectors, so a row is walked from one end: its first point is
 solved afresh, each next one starts near the eigenvectors of the two before it, continued in a straight line.
@@ -75,10 +74,9 @@ class Walk:
         return out
 
     def fingerprint(self) -> dict[str, float]:
-        """Losses, and lengths of the matrix's image of a fixed vector, at the origin and at two corners of
-        the plane.
+        """Losses and norms of the matrix times a fixed vector, at the origin and two corners of the plane.
 
-        Another loss or another choice of parameters gives others.
+        Another loss or another choice of parameters gives other values.
         """
         operator, found = self.operator, {}
         vector = gaussian_blocks(operator.shape[0], 0, operator.basis_device)(1)

@@ -201,8 +201,9 @@ def doubled(tensor: Tensor) -> Tensor:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """``tensor``; a complex one as real numbers, ``[*shape, 2]``: a complex weight is two coordinates of
-    weight space.
+    """View a complex tensor as real numbers, ``[*shape, 2]``; a real tensor is returned as it is.
+
+    A complex weight is two coordinates of weight space.
     """
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
@@ -276,9 +277,7 @@ def checked_direction(direction: Any, model: nn.Module) -> Direction:
 
 
 def inner(a: Direction, b: Direction) -> float:
-    """Sum over all parameters of a * b, in float64; of complex ones, of their real and of their imaginary
-    parts.
-    """
+    """Inner product of two directions over all parameters, in float64; complex numbers as two reals."""
     return sum(_inner(whole(a[n]), whole(b[n])) for n in a if n in b)
 
 

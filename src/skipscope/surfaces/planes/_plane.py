@@ -168,8 +168,7 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
 
 
 class _WeightDifferences:
-    """Other weights less the model's, as a matrix M with a row each that is never held whole: its columns
-    come in parts.
+    """Differences of other weights from the model's: the rows of a matrix M, read in blocks of columns.
 
     Args:
         model: the origin.
@@ -245,8 +244,9 @@ def _checked(other: Any, own: Mapping[str, Tensor], operation: str) -> dict[str,
 
 
 def _distances(coordinates: np.ndarray, square: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Of each point from the plane, as a share of its distance from the origin, [points]; directions are
-    orthogonal.
+    """Distance of each point from the plane, as a share of its distance from the origin, [points].
+
+    The directions are orthogonal.
     """
     inside = (coordinates**2 * square).sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):

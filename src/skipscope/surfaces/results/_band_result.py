@@ -15,8 +15,7 @@ from skipscope.surfaces.results._surface_result import PairedSurfaces, Surface
 
 @dataclass(frozen=True, eq=False)
 class SurfaceBand(Exported):
-    """The same surface along several seeds' directions: what of it is the network's, and what the
-    direction's.
+    """Surfaces along several seeds' directions: what depends on the network, and what on the direction.
 
     Attributes:
         surfaces: seed -> surface.

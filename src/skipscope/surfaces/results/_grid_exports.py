@@ -1,11 +1,10 @@
-"""Results on a grid for other programs: ``.npz`` for NumPy, ``.csv`` with one line a point, ``.tex`` with the
-table.
+"""Exports of results on a grid: ``.npz``, ``.csv`` with a line for each point, ``.tex`` with the table.
 
 ``.h5`` has the layout of the code of Li et al., ``.vtk`` and ``.vtp`` are for ParaView: see
 ``_scientific_formats``.
 
-An ``.npz`` has ``alphas``, ``betas`` (empty for a line) and every number under its name; where there are
-several surfaces, each one's as ``surface/number``. Numbers come back bit for bit from both.
+An ``.npz`` has ``alphas``, ``betas`` (empty for a line) and every number under its name, or as
+``surface/number`` if there are several surfaces. Numbers come back bit for bit from both.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ from skipscope.surfaces.results._grid_exports import Exported
 
 @dataclass(frozen=True)
 class Scores(Exported):
-    """One surface in a few numbers; each with its standard error over the samples (jackknife), where it is
-    known.
+    """Scores of one surface, each with its standard error over the samples (jackknife) where it is known.
 
     Attributes:
         label: "" for the surface of a network that has learnt; else e.g. "flat: this network has not learnt",
@@ -45,8 +44,9 @@ class Scores(Exported):
     errors: dict[str, float] = field(default_factory=dict)
 
     def interval(self, name: str) -> tuple[float, float] | None:
-        """A score's 95 % interval (Student's; ten groups of samples give nine degrees of freedom); None
-        without an error.
+        """The 95 % confidence interval of a score, by Student's t. None if the score has no error.
+
+        Ten groups of samples give nine degrees of freedom.
         """
         if name not in self.errors:
             return None

@@ -232,8 +232,9 @@ class Surface(Exported):
 
     @property
     def interpolation_error_share(self) -> float | None:
-        """``interpolation_error`` as a share of the surface's range, as ``tolerance`` is; None when all was
-        computed.
+        """``interpolation_error`` as a share of the surface's range, as ``tolerance`` is.
+
+        None if every point was computed.
         """
         if self.interpolation_error is None:
             return None
@@ -287,9 +288,7 @@ class Surface(Exported):
         yield self.layer()
 
     def layer(self, name: str = "", **more: np.ndarray) -> Layer:
-        """The surface's numbers on its grid; under another name where it is one of several, with ``more`` of
-        them.
-        """
+        """The surface's numbers on its grid, and ``more`` of them; ``name`` tells several surfaces apart."""
         own = {"values": self.values, "computed": self.computed}
         errors = {"stderr": self.stderr, "centre_stderr": self.centre_stderr}
         own |= {key: error for key, error in errors.items() if error is not None} | more
@@ -368,9 +367,7 @@ class PairedSurfaces(Exported):
 
     @property
     def difference(self) -> np.ndarray | None:
-        """The last twin's surface minus the first one's, [a, b]; None for twins that were trained
-        separately.
-        """
+        """The last twin's surface minus the first twin's, [a, b]. None for twins trained separately."""
         return list(self.differences.values())[-1].values if self.differences else None
 
     @property

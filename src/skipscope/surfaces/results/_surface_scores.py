@@ -45,9 +45,7 @@ def convexity_share(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray) -
 
 
 def _smallest_curvature(values: np.ndarray, alphas: np.ndarray, betas: np.ndarray) -> np.ndarray:
-    """The smaller eigenvalue of the second differences at interior points, [a - 2, b - 2]; on a line these,
-    [a - 2].
-    """
+    """Smaller eigenvalue of the second differences at interior points, [a - 2, b - 2] (on a line [a - 2])."""
     if min(values.shape) < 3:
         return np.zeros(0)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -178,9 +176,7 @@ def _runs(below: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _share_above(*corners: np.ndarray) -> np.ndarray:
-    """Share of a segment, or triangle, where the linear function with these values at its corners is
-    above zero.
-    """
+    """Share of a segment or triangle where the linear interpolation of its corner values is positive."""
     first, *middle, last = np.sort(np.stack(corners), axis=0)[::-1]
     with np.errstate(invalid="ignore", divide="ignore"):
         if not middle:
@@ -200,9 +196,7 @@ def _share_of_squares(depth: np.ndarray) -> np.ndarray:
 
 
 def level_for(surfaces: list[tuple[float, np.ndarray]]) -> float:
-    """The loss at which widths are read, the same for all: halfway from the highest centre to the lowest
-    median.
-    """
+    """Loss at which all widths are read: halfway from the highest centre to the lowest median."""
     medians = [float(np.median(v[np.isfinite(v)])) for _, v in surfaces if np.isfinite(v).any()]
     centres = [centre for centre, _ in surfaces if np.isfinite(centre)]
     return (max(centres) + min(medians)) / 2 if centres and medians else float("nan")
