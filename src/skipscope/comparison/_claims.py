@@ -89,9 +89,7 @@ def _capital(sentence: str) -> str:
 
 
 def summary(evidence: Evidence) -> tuple[str, ...]:
-    """Up to four sentences for the top of the page: the gradient without and with, the training, the
-    paths.
-    """
+    """Up to four sentences for the top of the page: gradient without and with shortcuts, training, paths."""
     sentences = [*_flow_sentences(evidence), _training_sentence(evidence), _path_sentence(evidence)]
     return tuple(sentence for sentence in sentences if sentence)
 
@@ -158,9 +156,7 @@ def _path_sentence(evidence: Evidence) -> str:
 
 
 def claims(evidence: Evidence) -> tuple[Claim, ...]:
-    """Each claim of the lecture with what was found; first what a reader can move, then the lecture's
-    order.
-    """
+    """The lecture's claims with what was found: interactive charts first, the rest in the lecture's order."""
     return tuple(claim(evidence) for claim in CLAIMS)
 
 
