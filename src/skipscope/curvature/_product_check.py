@@ -1,11 +1,10 @@
-"""Is a product what it claims to be? A derivative that exists may still be a wrong one.
+"""Check a mode's first product: a derivative that exists may still be wrong.
 
-Seen: a backward pass marked ``once_differentiable`` is left out of a second derivative without a word, and
-    the second
-derivative of torch's fused weight norm is wrong. So the first product of every mode is held against
-differences of gradients, in float64 where the model can be run in it. A kink (ReLU) between the points of a
-difference proves nothing: a mode is refused only when differences at two steps agree with each other and not
-with it.
+Known cases: a backward pass marked ``once_differentiable`` is silently left out of a second derivative, and
+the second derivative of torch's fused weight norm is wrong. So the first product of every mode is compared
+with differences of gradients, in float64 where the model can be run in it. A kink (ReLU) between the points
+of a difference proves nothing: a mode is refused only when differences at two steps agree with each other
+and not with it.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ _MOST = 1 << 14  # coordinates of a parameter that are compared: a wrong derivat
 
 @dataclass
 class ProductCheck:
-    """The comparison of a mode's first product with differences of gradients, at some coordinates of each
-    parameter.
+    """Check of a mode's first product against gradient differences, at some coordinates of each parameter.
 
     Attributes:
         model: what was multiplied with.
