@@ -23,8 +23,7 @@ from skipscope.flow import GradientFlow
 from skipscope.surfaces import Scores, Surface
 
 HOLDS, PART, FAILS, UNKNOWN = "holds", "holds in part", "does not hold here", "not measured"
-# A surface is called chaotic from this roughness on, or below this convex share; both shares of the plane's
-# points.
+# A surface is called chaotic from this roughness on, or below this convex share (of the plane's points).
 CHAOTIC_ROUGHNESS, CHAOTIC_CONVEXITY = 0.05, 0.5
 
 

@@ -204,8 +204,7 @@ class Krylov:
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ritz values ascending ``[m]``, their coordinates ``[m, m]`` and residual bounds ``[m]``."""
         if self._ritz is None:
-            # Not NumPy's: with more than one thread it takes a hundred times as long for matrices of this
-            # size.
+            # Not NumPy's eigh: with several threads it is 100 times slower for matrices of this size.
             values, coordinates = (t.numpy() for t in torch.linalg.eigh(torch.from_numpy(self.projected)))
             remainder = np.vstack([self.leak @ coordinates, self.coupling.T @ coordinates])
             self._ritz = values, coordinates, np.linalg.norm(remainder, axis=0) + self.noise

@@ -19,8 +19,7 @@ from skipscope._data import Batch
 from skipscope.curvature._hessian_products import Differences, Mode, Tangent
 from skipscope.curvature._private_model import PrivateModel, in_double
 
-# For each precision: two steps, as parts of |p|; how well two differences agree; and the error of a right
-# product.
+# For each precision: two steps, as parts of |p|; how well differences agree; a right product's error.
 _STEPS = {torch.float64: (1e-5, 1e-7, 1e-3, 1e-6), torch.float32: (1e-2, 3e-3, 3e-2, 3e-2)}
 _ROUNDED = 1e-4  # the error of a right product in float32, at the least
 _MOST = 1 << 14  # coordinates of a parameter that are compared: a wrong derivative spreads over all of them

@@ -198,8 +198,7 @@ class _Scheduler(Generic[Key]):
     answering: Answering[_Question[Key], list[Trained]]
 
     def sweeps(self, extend: bool) -> dict[Key, Sweep]:
-        # Where only the steps to a target are asked for, the runs that chose the rate are themselves the
-        # answer.
+        # If only the steps to a target are asked for, the runs that chose the rate are the answer.
         own = self.seeds[0] if self.stops else max(self.seeds) + 1
         rates = {key: one.choice.rates for key, one in self.trainees.items() if len(one.choice.rates) > 1}
         tried: dict[Key, dict[float, Trained]] = {key: {} for key in rates}
