@@ -93,8 +93,10 @@ def _first(node: ast.stmt) -> int:
 
 
 def in_order(tests: Iterable[str], seconds: dict[str, float], file: str, budget: float) -> list[str]:
-    """Tests of at most ``budget`` seconds in all: those of the module's own folder first, then those of files that
-    are named like it. A first round takes the fastest of each file, a second round what is left.
+    """Order the tests of a module and cut them to ``budget`` seconds in all.
+
+    Those of the module's own folder come first, then those of files that are named like it. A first round takes
+    the fastest test of each file, a second round takes the rest.
     """
     words = set(Path(file).stem.strip("_").split("_"))
 

@@ -1,5 +1,6 @@
-"""The command line: parse and call. Nothing here imports torch before a command runs, so that --help is
-immediate.
+"""The command line: parse the arguments and call the public API.
+
+Nothing here imports torch before a command runs, so that --help is immediate.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What each command does: load what it names, call one public function, say what came out and where it
-went.
-"""
+"""The commands: each loads its inputs, calls one public function, and prints the result and its paths."""
 
 from __future__ import annotations
 
@@ -197,9 +195,7 @@ def _subject(
 
 
 def _folder(output: Output, command: str, model: str | None) -> Path:
-    """Make the folder for the results before the work, so that a place that cannot be written costs
-    nothing.
-    """
+    """Create the output folder before the work begins, so that an unwritable path fails early."""
     name = "-".join([command, *([re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")] if model else [])])
     folder = output.out or DEFAULT_FOLDER / name
     missing = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -1,6 +1,4 @@
-"""From a name on the command line to what it names: a callable of the user's own, or a network of a
-library.
-"""
+"""Resolve names on the command line: a callable of the user's own, or a network of a library."""
 
 from __future__ import annotations
 
@@ -107,9 +105,7 @@ def named_model(name: str, said: list[str]) -> Any:
 
 
 def _with_colon(name: str) -> str | None:
-    """How a name without a colon is meant, where a file of the present folder says so: ``train.Net``,
-    ``train.py``.
-    """
+    """Suggest where the colon of ``train.Net`` or ``train.py`` belongs, if that file is in this folder."""
     if name.endswith(".py") and Path(name).is_file():
         try:
             body = ast.parse(Path(name).read_bytes()).body

@@ -23,8 +23,7 @@ from skipscope.flow import GradientFlow
 from skipscope.surfaces import Scores, Surface
 
 HOLDS, PART, FAILS, UNKNOWN = "holds", "holds in part", "does not hold here", "not measured"
-# A surface is called chaotic from this roughness on, or below this convex share; both shares of the plane's
-# points.
+# A surface is called chaotic from this roughness on, or below this convex share (of the plane's points).
 CHAOTIC_ROUGHNESS, CHAOTIC_CONVEXITY = 0.05, 0.5
 
 
@@ -89,9 +88,7 @@ def _capital(sentence: str) -> str:
 
 
 def summary(evidence: Evidence) -> tuple[str, ...]:
-    """Up to four sentences for the top of the page: the gradient without and with, the training, the
-    paths.
-    """
+    """Up to four sentences for the top of the page: gradient without and with shortcuts, training, paths."""
     sentences = [*_flow_sentences(evidence), _training_sentence(evidence), _path_sentence(evidence)]
     return tuple(sentence for sentence in sentences if sentence)
 
@@ -158,9 +155,7 @@ def _path_sentence(evidence: Evidence) -> str:
 
 
 def claims(evidence: Evidence) -> tuple[Claim, ...]:
-    """Each claim of the lecture with what was found; first what a reader can move, then the lecture's
-    order.
-    """
+    """The lecture's claims with what was found: interactive charts first, the rest in the lecture's order."""
     return tuple(claim(evidence) for claim in CLAIMS)
 
 

@@ -116,9 +116,7 @@ class Claim:
 
 
 def _learns(optimizer: str, curves: Curves) -> str:
-    """The optimizer, where the twin learns under it; how far it came, where it reached the target and does
-    not learn.
-    """
+    """Say whether the twin learns: the optimizer's name, qualified if it only reached the target, or ''."""
     reached, seeds = sum(steps is not None for steps in curves.steps_to_target), len(curves.steps_to_target)
     if curves.learns or not reached:
         return optimizer if curves.learns else ""
@@ -185,10 +183,10 @@ class Comparison(Result):
         return self.depths
 
     def kinds_table(self) -> Table:
-        """One line each: as built, without its shortcuts, and with each kind; loss, accuracy and steps under
-        each optimizer.
+        """Loss, accuracy and steps to the target under each optimizer, one row for each kind of shortcut.
 
-        The table of He et al. 2016 (arXiv 1603.05027, table 1) for one's own network.
+        The first two rows are the network with and without its shortcuts. The table is that of He et al. 2016
+        (arXiv 1603.05027, table 1) for your own network.
         """
         training, rows = self.training, list[list[Any]]()
         heads: list[str] = []

@@ -220,9 +220,7 @@ def _affordable(
 
 
 def _at_depth(depth: int, flows: dict[str, GradientFlow], training: Training | None) -> DepthResult:
-    """What one depth shows; a network learns where every seed's loss reaches the target under that
-    optimizer.
-    """
+    """Results at one depth; a network learns if every seed's loss reaches the target under that optimizer."""
     curves = training.curves if training is not None else {}
     return DepthResult(
         depth,

@@ -1,6 +1,4 @@
-"""The stages of a comparison, each a function of the evidence so far, and a clock that keeps to the
-budget.
-"""
+"""The stages of a comparison, each a function of the evidence so far, and a clock for the time budget."""
 
 from __future__ import annotations
 
@@ -55,9 +53,7 @@ class Clock:
 
     @property
     def slowed(self) -> float:
-        """How many times longer things have taken than this process computed: other work shares the
-        machine.
-        """
+        """Wall-clock time over CPU time of this process: above 1 where other work shares the machine."""
         computed = time.process_time() - self._cpu_at_start
         return max(1.0, self.spent / computed) if computed > 0.2 else 1.0
 
@@ -84,9 +80,7 @@ class Clock:
 def strength_sweep(
     subject: Subject, name: str, known: Mapping[float, GradientFlow], count: int
 ) -> StrengthSweep:
-    """The flow at ``count`` strengths of all shortcuts, from 0 to 1; ``known`` are those that have been
-    measured.
-    """
+    """Measure the gradient flow at ``count`` shortcut strengths from 0 to 1; ``known`` ones are reused."""
     flows, strengths = [], np.linspace(0.0, 1.0, count)
     for strength in track(strengths, f"shortcut strength of {name}", count):
         flow = known.get(float(strength))
@@ -136,8 +130,10 @@ def describe(
 def measure_flow(
     evidence: Evidence, subjects: Mapping[str, Subject], settings: Settings, clock: Clock
 ) -> None:
-    """Flow of every network; for those with shortcuts also removed and detached, split, paths and
-    strength.
+    """Measure the gradient flow of every network.
+
+    For a network with shortcuts: also of its removed and detached twins, the gradient split, paths and a
+    strength sweep.
     """
     say("gradient flow, paths and shortcut strength")
     removed = {name for name, twin in evidence.twins.items() if twin.meaning == "removed"}
@@ -177,8 +173,7 @@ def measure_training(
     settings: Settings,
     clock: Clock,
 ) -> dict[str, nn.Module]:
-    """Train the twins side by side; returns one trained network each, under the optimizer that most of them
-    like.
+    """Train the twins side by side.
 
     Args:
         evidence: gets the training.
@@ -187,6 +182,10 @@ def measure_training(
         subject: one of the twins, on which a step is timed.
         settings: steps, seeds and rates.
         clock: the steps are cut to its budget.
+
+    Returns:
+        One trained network of each twin, under the optimizer with which most of them learn; empty if the
+        budget leaves no time.
     """
     runs = len(makers) * sum(len(r) + settings.seeds for r in settings.optimizers.values())
     steps, per_step = settings.steps, seconds_a_step(subject, settings.batch_size) * clock.slowed
@@ -225,9 +224,7 @@ def trained_alike(training: Training, kept: Mapping[str, Mapping[str, nn.Module]
 
 
 def seconds_a_step(subject: Subject, batch_size: int | None) -> float:
-    """What one step of training takes on a machine that does nothing else: a forward and a backward pass,
-    timed, and a fifth more for the optimizer.
-    """
+    """Seconds per training step on an idle machine: forward and backward timed, 20 % for the optimizer."""
     batch = subject.data.first()
     if batch_size is not None and can_be_cut(subject.model, subject.data, subject.loss, batch_size):
         batch = rows(batch, slice(batch_size))

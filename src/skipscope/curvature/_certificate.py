@@ -25,8 +25,7 @@ from skipscope.curvature._lanczos import Krylov, Restart, Step
 
 
 def chance_unseen(run: Krylov, places: Sequence[float], block: int, diluted: float = 1.0) -> float:
-    """At most this is the chance, over the random start, that an eigenvalue at or beyond one of ``places`` is
-    unseen.
+    """Bound the probability, over random starts, that an eigenvalue at or beyond ``places`` is unseen.
 
     Args:
         run: a run begun from ``block`` random vectors.
@@ -51,11 +50,11 @@ def chance_unseen(run: Krylov, places: Sequence[float], block: int, diluted: flo
 def _coordinates(
     history: list[Step | Restart], places: np.ndarray, block: int, floor: float
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """``P`` of the module's text at each place, the logarithm of a factor taken out, and how many columns
-    were added.
+    """``P`` of the module's docstring at each place, the log of its scale, and the number of added columns.
 
     Where a direction of a block was dropped because its remainder was rounding, an eigenvector at ``mu`` must
-    satisfy ``|c (mu P - P H)| <= that rounding``: a column more, whose product with c is at most 1 as well.
+    satisfy ``|c (mu P - P H)| <= that rounding``. This is an added column, whose product with c is at most 1
+    as well.
     """
     known = np.empty(
         (len(places), block, sum(e.onward.shape[0] for e in history if isinstance(e, Step)) + block)

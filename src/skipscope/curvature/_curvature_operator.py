@@ -287,8 +287,7 @@ def curvature_operator(
     mode: str | None = None,
     memory: int = _MEMORY,
 ) -> CurvatureOperator:
-    """The Hessian or Gauss-Newton matrix of a loss, to multiply with. Local: under DDP it sees this rank's
-    data.
+    """Hessian or Gauss-Newton matrix of a loss as a linear operator. Local: this rank's data under DDP.
 
     Args:
         model: any module; it is copied and left as found.

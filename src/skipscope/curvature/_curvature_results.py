@@ -116,9 +116,7 @@ class ExtremeEigenvalues(Result):
 
     @property
     def ratio(self) -> float:
-        """|lambda_min / lambda_max|: near 0 where the surface is convex or nearly so; nan for a zero
-        matrix.
-        """
+        """|lambda_min / lambda_max|: near 0 if the surface is almost convex; nan for a zero matrix."""
         return float(abs(self.smallest[0] / self.largest[0])) if self.largest[0] else math.nan
 
     def direction(self, end: End = "largest", index: int = 0) -> dict[str, Tensor]:
@@ -238,8 +236,9 @@ class SpectralDensity(Result):
     half_weights: np.ndarray | None = None
 
     def effective_dimension(self, ridge: float) -> tuple[float, float]:
-        """Sum of lambda+ / (lambda+ + ridge) over eigenvalues (negative ones count zero), and its standard
-        error.
+        """Effective dimension, the sum of lambda+ / (lambda+ + ridge), and its standard error.
+
+        The sum is over all eigenvalues; lambda+ is max(lambda, 0).
 
         Args:
             ridge: the curvature at which a direction counts half, e.g. the weight decay times the samples.

@@ -1,9 +1,8 @@
-"""The k smallest and the k largest eigenvalues of a symmetric matrix known by products; nothing about
-networks.
+"""The k smallest and k largest eigenvalues of a symmetric matrix, from matrix-vector products alone.
 
-The first run starts anywhere. One vector (or block) cannot see how often an eigenvalue occurs, so for k > 1
-further runs follow in what is orthogonal to the eigenvectors found: until one shows that nothing there is
-beyond the k-th. By Weyl's theorem the matrix's eigenvalues, each counted as often as it occurs, then lie
+The first run starts anywhere. One vector (or block) cannot show how often an eigenvalue occurs, so for k > 1
+further runs follow in the orthogonal complement of the eigenvectors found, until one shows that nothing there
+is beyond the k-th. By Weyl's theorem the matrix's eigenvalues, each counted as often as it occurs, then lie
 within the residuals of those found.
 """
 
@@ -254,9 +253,7 @@ class _Search:
         return bool((residuals[self.wanted] <= limit).all())
 
     def _unseen(self, values: np.ndarray, width: int, margin: float) -> float:
-        """At most this is the chance that something is farther out than what is known by ``margin`` of
-        max |lambda|.
-        """
+        """Bound the probability of an eigenvalue beyond the known ends by ``margin`` of max |lambda|."""
         out = margin * max(self.known.scale, abs(values[0]), abs(values[-1]))
         low, high = self._thresholds(values)
         # A random part of this size in the start: the rest of it can only hide what it would have shown.
@@ -264,11 +261,11 @@ class _Search:
         return min(chance_unseen(self.run, [low - out, high + out], width, diluted), 1.0)
 
     def _wait(self, size: float, limit: float) -> None:
-        """Before the next look take half the steps that are missing, if the size continues to fall as it has
-        since the last.
+        """Schedule the next convergence check after half of the steps that are estimated to be missing.
 
-        A look costs as much as many products of a small network; half, for it may fall faster. A run that
-        started near its end is there after a few products, and looks at each.
+        The estimate assumes that the size falls as it has since the last check. A check costs as much as many
+        products of a small network; half, because the size may fall faster. A run that started near its end
+        is done after a few products, and checks at each.
         """
         if self.near is not None:
             return

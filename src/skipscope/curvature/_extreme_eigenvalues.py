@@ -1,6 +1,4 @@
-"""Both ends of the spectrum from one Lanczos run, with bounds, and with the probability that they are the
-ends.
-"""
+"""Both ends of the spectrum from one Lanczos run, with bounds and the probability that they are the ends."""
 
 from __future__ import annotations
 

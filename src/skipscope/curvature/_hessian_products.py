@@ -2,10 +2,9 @@
 
 With p the parameters, L the loss of a batch and g = dL/dp:
 
-    H v = d(g . v)/dp                             reverse over reverse: the gradient's graph, kept, run
-    backward
-        = d g(p + t v)/dt                         forward over reverse
-        = (g(p + h v) - g(p - h v)) / 2h          finite differences
+    H v = d(g . v)/dp                       reverse over reverse: the gradient's graph, kept, run backward
+        = d g(p + t v)/dt                   forward over reverse
+        = (g(p + h v) - g(p - h v)) / 2h    finite differences
 
 (Pearlmutter 1994.) A candidate's ``prepare`` does what does not depend on v, once; ``product`` the rest.
 """
@@ -78,9 +77,7 @@ class ReverseOverReverse:
 
 
 class ForwardOverReverse:
-    """The derivative of the gradient along v in forward mode; several vectors at once under vmap where that
-    works.
-    """
+    """Derivative of the gradient along v in forward mode, under vmap for several vectors if that works."""
 
     name = "forward over reverse"
 
@@ -115,9 +112,7 @@ class Differences(ABC):
     name = "finite differences"
 
     def prepare(self, model: PrivateModel, batch: Batch, index: int) -> tuple[PrivateModel, Batch, int]:
-        """The model and batch in float64 where they can be run in it; no graph, which moving parameters
-        spoils.
-        """
+        """The model and batch, in float64 if possible; no graph is kept, because the parameters move."""
         return *(in_double(model, batch, index) or (model, batch)), index
 
     @abstractmethod
@@ -132,9 +127,7 @@ class Differences(ABC):
         tangent: Tangent,
         read: Callable[[int, Tensor], Tensor],
     ) -> list[Tensor]:
-        """``read(i, part)`` of the product with ``tangent``, for each parameter i; for a look, not for a
-        result.
-        """
+        """Apply ``read(i, part)`` to each parameter's part of one product; for checks, not for results."""
         tangent = [t.to(p.dtype) for t, p in zip(tangent, model.parameters, strict=True)]
         return [read(i, part) for i, part in enumerate(self.product((model, batch, index), [tangent])[0])]
 
@@ -203,9 +196,7 @@ def each(along: Callable[..., tuple[Tensor, ...]], tangents: list[Tangent]) -> l
 def difference(
     model: PrivateModel, tangent: Tangent, function: Callable[[], list[Tensor]], step: float | None = None
 ) -> list[Tensor]:
-    """The derivative of ``function()`` along ``tangent``: a central difference, by default at the best
-    step.
-    """
+    """Central difference of ``function()`` along ``tangent``, by default with the optimal step size."""
     parameters = model.parameters
     here, there = _norm(parameters), _norm(tangent)
     if there == 0.0:

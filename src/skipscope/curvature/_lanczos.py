@@ -1,10 +1,9 @@
-"""Block Lanczos with a float64 basis, full re-orthogonalisation (again where once is not enough) and thick
-restart.
+"""Block Lanczos with a float64 basis, full re-orthogonalisation and thick restart.
 
-Nothing here is about networks.
+Re-orthogonalisation is repeated where once is not enough. Nothing here is about networks.
 
-Vocabulary, used all through this room. ``A [n, n]`` is symmetric and known only by products. The *basis* ``V
-[m, n]`` has orthonormal rows; ``Q [b, n]`` is the next block, orthonormal and orthogonal to ``V``. They obey
+Notation: ``A [n, n]`` is symmetric and known only by products. The *basis* ``V [m, n]`` has orthonormal rows;
+``Q [b, n]`` is the next block, orthonormal and orthogonal to ``V``. They obey
 
     A V' = V' H + Q' T',   H = V A V' [m, m],   T = Q A V' [b, m]
 
@@ -51,9 +50,7 @@ class Step:
 
     @functools.cached_property
     def backward(self) -> tuple[np.ndarray, np.ndarray]:
-        """The inverse of ``onward`` from the right ``[b, b']``, and the directions it loses ``[b, b -
-        b']``.
-        """
+        """Inverse of ``onward`` from the right ``[b, b']``, and the directions it loses ``[b, b - b']``."""
         kept, width = self.onward.shape
         if kept == width:
             return np.linalg.inv(self.onward), np.zeros((width, 0))
@@ -130,11 +127,10 @@ class Krylov:
         self._next_block(image, columns)
 
     def _take_out(self, image: Tensor) -> np.ndarray:
-        """Take what is in the basis (next block included) and outside the run's space out of ``image [b,
-        n]``.
+        """Orthogonalise ``image [b, n]`` in place against the basis, the next block and the outside rows.
 
-        Returns its coordinates in the basis ``[m + b, b]``. Twice is enough (Giraud, Langou & Rozloznik
-        2005), and once where most of the image is left (Daniel, Gragg, Kaufman & Stewart 1976).
+        Returns the removed coordinates in the basis ``[m + b, b]``. Twice is enough (Giraud, Langou &
+        Rozloznik 2005), and once where most of the image is left (Daniel, Gragg, Kaufman & Stewart 1976).
         """
         space, outside = self.rows[: self.filled + self.width], self.outside
         self.leak = np.hstack([self.leak, (outside @ image.T).cpu().numpy()])
@@ -201,35 +197,26 @@ class Krylov:
 
     @property
     def noise(self) -> float:
-        """An upper estimate of the error of one product: what asymmetry shows, over all coordinates; what was
-        cut off.
-        """
+        """Upper estimate of the error of one product, from asymmetry, dropped remainders and precision."""
         seen = (self._lost / self._lost_count * self.size) ** 0.5 if self._lost_count else 0.0
         return _SAFETY * float(seen) + self._dropped + 16 * max(self.precision, _EPS) * self.scale
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ritz values ascending ``[m]``, their coordinates ``[m, m]``, and the bounds of their residuals
-        ``[m]``.
-        """
+        """Ritz values ascending ``[m]``, their coordinates ``[m, m]`` and residual bounds ``[m]``."""
         if self._ritz is None:
-            # Not NumPy's: with more than one thread it takes a hundred times as long for matrices of this
-            # size.
+            # Not NumPy's eigh: with several threads it is 100 times slower for matrices of this size.
             values, coordinates = (t.numpy() for t in torch.linalg.eigh(torch.from_numpy(self.projected)))
             remainder = np.vstack([self.leak @ coordinates, self.coupling.T @ coordinates])
             self._ritz = values, coordinates, np.linalg.norm(remainder, axis=0) + self.noise
         return self._ritz
 
     def vectors(self, coordinates: np.ndarray) -> Tensor:
-        """Ritz vectors ``[p, n]`` from their coordinates ``[m, p]``; the basis is overwritten, and the run is
-        over.
-        """
+        """Ritz vectors ``[p, n]`` from coordinates ``[m, p]``; overwrites the basis and so ends the run."""
         self._combine(coordinates)
         return self.rows[: coordinates.shape[1]].clone()
 
     def _combine(self, coordinates: np.ndarray) -> None:
-        """Replace the first rows of the basis by Ritz vectors, some columns at a time: no second basis is
-        held.
-        """
+        """Replace the first rows of the basis by Ritz vectors, a few columns at a time to save memory."""
         mix = torch.from_numpy(coordinates.T.copy()).to(self.rows)
         for start in range(0, self.rows.shape[1], _COLUMNS):
             part = self.rows[:, start : start + _COLUMNS]
@@ -251,9 +238,7 @@ class Krylov:
 
 
 def own_generator(seed: int) -> torch.Generator:
-    """Random numbers that are nobody else's: data made after ``torch.manual_seed(0)`` would otherwise be our
-    probes.
-    """
+    """Generator whose stream is not that of ``torch.manual_seed(seed)``, from which users draw data."""
     state = np.random.SeedSequence([seed, *b"skipscope curvature"]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
 

@@ -1,6 +1,4 @@
-"""A copy of the user's model whose parameters are ours to move and to differentiate, and the loss of a
-batch on it.
-"""
+"""A private copy of the user's model, to move and to differentiate, and a batch's loss on it."""
 
 from __future__ import annotations
 
@@ -80,8 +78,9 @@ class PrivateModel:
         return gradients_of(loss, self.parameters)
 
     def refuse_hidden_parameters(self, batch: Batch, index: int) -> None:
-        """A reentrant checkpoint hides what it runs over from everything but ``backward()``: no Hessian is
-        not a zero one.
+        """Refuse parameters that a reentrant checkpoint hides, whose Hessian would come out as zero.
+
+        Such a checkpoint hides what it runs over from everything but ``backward()``.
 
         Raises:
             SkipscopeError: naming such a parameter, where it is known; or the loss draws noise that cannot
@@ -114,8 +113,9 @@ class PrivateModel:
                 raise self._hidden(self.names[unused[reached.index(True)]])
 
     def _refuse_no_gradient(self, batch: Batch, index: int) -> None:
-        """A loss that leads to none of the chosen parameters has the Hessian zero; one that leads to none at
-        all has none.
+        """Raise if the loss depends on no parameter of the model.
+
+        If it depends on some, but on none of the chosen, the Hessian is zero, which is no error.
         """
         others = [p for p in self.module.parameters() if p.is_floating_point() and not p.requires_grad]
         try:

@@ -1,11 +1,10 @@
-"""Is a product what it claims to be? A derivative that exists may still be a wrong one.
+"""Check a mode's first product: a derivative that exists may still be wrong.
 
-Seen: a backward pass marked ``once_differentiable`` is left out of a second derivative without a word, and
-    the second
-derivative of torch's fused weight norm is wrong. So the first product of every mode is held against
-differences of gradients, in float64 where the model can be run in it. A kink (ReLU) between the points of a
-difference proves nothing: a mode is refused only when differences at two steps agree with each other and not
-with it.
+Known cases: a backward pass marked ``once_differentiable`` is silently left out of a second derivative, and
+the second derivative of torch's fused weight norm is wrong. So the first product of every mode is compared
+with differences of gradients, in float64 where the model can be run in it. A kink (ReLU) between the points
+of a difference proves nothing: a mode is refused only when differences at two steps agree with each other
+and not with it.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from skipscope._data import Batch
 from skipscope.curvature._hessian_products import Differences, Mode, Tangent
 from skipscope.curvature._private_model import PrivateModel, in_double
 
-# For each precision: two steps, as parts of |p|; how well two differences agree; and the error of a right
-# product.
+# For each precision: two steps, as parts of |p|; how well differences agree; a right product's error.
 _STEPS = {torch.float64: (1e-5, 1e-7, 1e-3, 1e-6), torch.float32: (1e-2, 3e-3, 3e-2, 3e-2)}
 _ROUNDED = 1e-4  # the error of a right product in float32, at the least
 _MOST = 1 << 14  # coordinates of a parameter that are compared: a wrong derivative spreads over all of them
@@ -29,8 +27,7 @@ _MOST = 1 << 14  # coordinates of a parameter that are compared: a wrong derivat
 
 @dataclass
 class ProductCheck:
-    """The comparison of a mode's first product with differences of gradients, at some coordinates of each
-    parameter.
+    """Check of a mode's first product against gradient differences, at some coordinates of each parameter.
 
     Attributes:
         model: what was multiplied with.

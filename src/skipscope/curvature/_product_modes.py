@@ -65,9 +65,7 @@ def _plain_kernels() -> Iterator[None]:
 
 
 class _PlainWeightNorm(TorchFunctionMode):
-    """The fused weight norm's second derivative is wrong in torch 2.13; the same in plain operations is
-    right.
-    """
+    """Run the fused weight norm, whose second derivative is wrong in torch 2.13, in plain operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_fused_weight_norm(func):
@@ -94,8 +92,7 @@ def product_modes(matrix: Matrix) -> list[ProductMode]:
 def select_mode(
     model: PrivateModel, batch: Batch, index: int, matrix: Matrix, trial: Tangent, mode: str | None
 ) -> tuple[ProductMode, dict[str, str]]:
-    """The first candidate whose product of ``trial`` exists and is right, and why those before it were
-    refused.
+    """Select the first mode whose product of ``trial`` is right; also say why earlier ones were refused.
 
     Args:
         model: what to multiply with.

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-# Element by element, smooth, and dear to differentiate twice (tanh and sigmoid are not: their outputs are all
-# it takes).
+# Elementwise, smooth, and costly to differentiate twice (not so tanh and sigmoid: their outputs suffice).
 _SMOOTH = {F.gelu, F.silu, F.mish, F.softplus, F.logsigmoid}
 
 

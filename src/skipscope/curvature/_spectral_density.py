@@ -1,5 +1,4 @@
-"""The distribution of eigenvalues, by stochastic Lanczos quadrature (Golub & Meurant 1994; Lin, Saad & Yang
-2016).
+"""Spectral density by stochastic Lanczos quadrature (Golub & Meurant 1994; Lin, Saad & Yang 2016).
 
 A random unit vector's Lanczos run of m steps gives nodes and weights of a Gauss rule for its spectral
 measure, exact for polynomials up to degree 2m - 1. The mean of that measure over random vectors is the
@@ -29,11 +28,11 @@ from skipscope.curvature._vector_memory import require_vectors
 
 
 def quadrature(product: Product, size: int, steps: int, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights ``[2, steps]`` of one random vector's spectral measure; nan and 0 where the run ended
-    early.
+    """Lanczos quadrature of one random vector's spectral measure: nodes and weights ``[2, steps]``.
 
-    The second rule is that of half the steps: what differs between the two is a matter of resolution. Where
-    the run found an invariant space the rule is exact, and there is no difference.
+    Where the run ended early the nodes are nan and the weights 0. The second rule uses half of the steps: the
+    difference between the two shows the resolution. Where the run found an invariant subspace the rule is
+    exact, and there is no difference.
     """
     probe = draw(1)
     rows = torch.empty(steps + 1, size, dtype=torch.float64, device=probe.device)
@@ -68,8 +67,7 @@ def spectral_density(
     seed: int = 0,
     mode: str | None = None,
 ) -> SpectralDensity:
-    """The distribution of the eigenvalues of a loss's Hessian, with a band over random probes. Local under
-    DDP.
+    """Eigenvalue density of a loss's Hessian, with a band over random probes. Local under DDP.
 
     Args:
         model: any module; left as found.

@@ -1,6 +1,4 @@
-"""The trace of a matrix known by products: Hutchinson's estimate, and Hutch++ (Meyer, Musco, Musco & Woodruff
-2021).
-"""
+"""Trace of a matrix from products: Hutchinson, and Hutch++ (Meyer, Musco, Musco & Woodruff 2021)."""
 
 from __future__ import annotations
 
@@ -93,8 +91,9 @@ def curvature_trace(
     seed: int = 0,
     mode: str | None = None,
 ) -> TraceEstimate:
-    """The trace of a loss's Hessian (its mean curvature times the parameters), with its error. Local under
-    DDP.
+    """Trace of a loss's Hessian, with its standard error. Local under DDP.
+
+    The trace is the mean curvature times the number of parameters.
 
     Args:
         model: any module; left as found.

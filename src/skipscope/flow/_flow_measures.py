@@ -48,8 +48,7 @@ class SplitAt:
 
 @dataclass(frozen=True)
 class GradientSplit(Result):
-    """At each shortcut, how much gradient the shortcut carries and how much the branch. A sequence of its
-    rows.
+    """How much gradient the shortcut and the branch carry, at each shortcut. A sequence of its rows.
 
     Attributes:
         shortcuts: one row a shortcut, in order of execution.
@@ -363,8 +362,7 @@ class Prescription(Result):
 
 @dataclass(frozen=True, eq=False)
 class GradientCorrelation(Result):
-    """How alike the gradients with respect to two inputs are, against how far apart the inputs are (Balduzzi
-    2017).
+    """Correlation of input gradients against the distance between the inputs (Balduzzi et al. 2017).
 
     Attributes:
         distances: ``[pairs]``, |x_i - x_j|.

@@ -200,8 +200,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class GradientFlow(Result):
-    """The gradient on its way back: at each boundary, at each weight, and the verdict. A sequence of its
-    boundaries.
+    """Gradient flow at each boundary and each weight, and the verdict. A sequence of its boundaries.
 
     Attributes:
         boundaries: in order of execution, the one nearest the input first.

@@ -79,9 +79,7 @@ def gradient_flow(
 
 
 def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientFlow:
-    """:func:`gradient_flow` of what is prepared; ``scale`` is what training multiplies the loss by. Local, or
-    collective.
-    """
+    """:func:`gradient_flow` of a prepared subject; ``scale`` is the loss scale. Local, or collective."""
     subject = subject.with_own_inputs()
     read = _Measurement(subject, seed, scale)
     chains = [_Measurement(subject, seed, scale, term.name, read) for term in read.readings.terms]

@@ -147,10 +147,9 @@ def _finite(value: Any) -> Any:
 
 
 class Csv:
-    """A table that pandas reads at once: a line for each parameter of each recorded step, and one for the
-    whole.
+    """A CSV table for pandas: per recorded step a row for each parameter, and one for all together.
 
-    In the whole's line ``parameter`` is empty and ``rms`` holds the total norm.
+    In the row for all, ``parameter`` is empty and ``rms`` holds the total norm.
 
     Args:
         path: the file; appended to.

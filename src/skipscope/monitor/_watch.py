@@ -368,8 +368,7 @@ class Monitor:
             self._judge_soon()
 
     def _chains_of(self, recorder: StepRecorder, tracked: TrackedParameters) -> list[str]:
-        """The loss that each parameter belongs to: its model's, or its optimizer's where several update one
-        model.
+        """Name the loss of each parameter: its model's, or its optimizer's if several update one model.
 
         Optimizers that step inside one backward pass share its loss.
         """
@@ -396,9 +395,10 @@ class Monitor:
             self._to_search.add(recorder.index)
 
     def _is_early(self) -> bool:
-        """Whether zeros and missing gradients are not judged yet: before the second step of each optimizer
-        that has stepped, and for a few more while tensors that started at zero by design are still exactly
-        zero.
+        """Whether it is too early to judge zero and missing gradients.
+
+        That is before the second step of each optimizer that has stepped, and for a few more steps while
+        tensors that started at zero by design are still exactly zero.
         """
         rows = [recorder.rows for recorder in self._recorders if recorder.rows]
         if not rows:

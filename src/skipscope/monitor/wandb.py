@@ -11,11 +11,10 @@ from skipscope.monitor.history import History, VerdictEvent
 
 
 class WandB:
-    """Total norms at every recorded step, each parameter's at some, against ``skipscope/step``; changes as an
-    alert.
+    """Total norms at every recorded step, each parameter's at some; verdict changes as alerts.
 
-    Numbers go with your own next ``run.log``, so that your steps stay yours; into a run that this sink began
-    they go at once.
+    The x axis is ``skipscope/step``. Numbers go with your own next ``run.log``, so that your steps stay
+    yours; into a run that this sink began they go at once.
 
     Args:
         run: a W&B run; by default the one under way, else a new one.

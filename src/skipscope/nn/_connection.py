@@ -38,14 +38,10 @@ class Connection(nn.Module):
         self.branch = branch
 
     def initialise_(self, branch: nn.Module) -> None:
-        """Give a branch's weights the start that the paper asks for; as they are unless a family says
-        otherwise.
-        """
+        """Initialise a branch's weights as the paper does; by default they stay as they are."""
 
     def __getattr__(self, name: str) -> Any:
-        """What the module lacks is looked up in its branch, so that an owner who reads its layers'
-        attributes finds them.
-        """
+        """Look up a missing attribute in the branch, for code that reads the attributes of its layers."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -96,14 +92,13 @@ class Chain(nn.Module):
     branches: Any
 
     def begin(self, x: Tensor) -> tuple[Any, Any]:
-        """The state before the first branch, and the first branch's input (a tuple, where it takes
-        several).
-        """
+        """The initial state, and the first branch's input (a tuple if it takes several)."""
         return [x], x
 
     def step(self, index: int, state: Any, f: Tensor) -> tuple[Any, Any]:
-        """The state after branch ``index`` gave ``f``, and the next branch's input; after the last, the
-        output.
+        """The state after branch ``index`` gave ``f``, and the next branch's input.
+
+        After the last branch, the output in place of an input.
         """
         raise NotImplementedError
 
@@ -117,8 +112,7 @@ class Chain(nn.Module):
 
 
 class Elsewhere(nn.Module):
-    """In place of a branch that is computed elsewhere: only ``read`` and ``write`` of its connection are
-    called.
+    """Placeholder for a branch computed elsewhere; only its connection's ``read`` and ``write`` are called.
 
     Example:
         >>> connection = Connection(Elsewhere())
@@ -132,8 +126,7 @@ class Elsewhere(nn.Module):
 
 
 class Holder(nn.Module):
-    """Connections by dotted name, beside a model's own modules; called among them (in a Sequential) it
-    changes nothing.
+    """Connections by dotted name, beside a model's own modules; as a layer it is the identity.
 
     Example:
         >>> holder = Holder()

@@ -1,8 +1,7 @@
 """Layers that read weighted sums of what came before, the weights learned and the same for all data.
 
 DenseFormer      X_i = B_i(Y_{i-1}),   Y_i = sum of a_ij X_j over the j <= i with j = i mod dilation, for
-every
-                 i that is a multiple of the period, Y_i = X_i for the others;   X_0 = Y_0 = x
+                 every i that is a multiple of the period, Y_i = X_i for the others;   X_0 = Y_0 = x
                  Pagliardini et al. 2024, arXiv 2402.02622;   a_ii = 1 and the others 0 at the start
 stream scalars   x_{i+1} = a_i x_i + b_i F_i(x_i) + c_i x_0;   a = b = 1, c = 0 at the start
                  Jordan et al. 2024, github.com/KellerJordan/modded-nanogpt; Karpathy 2025,

@@ -2,12 +2,10 @@
 
 Attention residuals   h_l = sum over i < l of a_il v_i,   v_0 = x, v_l = F_l(h_l)
                       Kimi Team 2026, arXiv 2603.15031
-block                 the v_i are sums of F over blocks of neighbouring layers (those before l, in l's own
-block)
-                      the same paper: about 8 blocks
-delta                 h_l = s_l + sum over i < l of a_il v_i,   s_l = v_0 + ... + v_(l-1);   the output is
-s_(L+1)
-                      Luo, Cai and Hu 2026, arXiv 2605.18855
+block                 the v_i are sums of F over blocks of neighbouring layers (those before l, in l's
+                      own block); the same paper: about 8 blocks
+delta                 h_l = s_l + sum over i < l of a_il v_i,   s_l = v_0 + ... + v_(l-1)
+                      the output is s_(L+1); Luo, Cai and Hu 2026, arXiv 2605.18855
 
 a_il = softmax_i(w_l . RMSNorm(v_i)); w_l is one learned vector a layer, zero at the start: then a mean is
 read. In the first two a last query reads the network's output; in delta the plain sum s is kept, and h_1 = x.
@@ -119,8 +117,9 @@ class DeltaAttention(DepthAttention):
         self.queries = nn.ParameterList(list(self.queries)[:-1])
 
     def step(self, index: int, state: list[Tensor], f: Tensor) -> tuple[list[Tensor], Tensor]:
-        """``h_(l+1)`` after ``v_l``; after the last, the stream itself. The state: the stream, then v_0, v_1,
-        ...
+        """``h_(l+1)`` after ``v_l``; after the last, the stream itself.
+
+        The state is the stream, then v_0, v_1, ...
         """
         f = f.movedim(self.dim, -1)
         stream, *values = state if index else (state[0], state[0])

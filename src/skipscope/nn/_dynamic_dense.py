@@ -19,8 +19,9 @@ from skipscope.nn._connection import Chain, normed
 
 
 def dynamic_dense(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """``sum_j weights[..., j] * outputs[j]``, the last first; outputs ``[..., width]``, ``weights [...,
-    len(outputs)]``.
+    """``sum_j weights[..., j] * outputs[j]``, summed from the last to the first.
+
+    Each output is ``[..., width]``; ``weights`` are ``[..., len(outputs)]``.
 
     Example:
         >>> outputs = [torch.ones(1, 2), 4 * torch.ones(1, 2)]
@@ -35,8 +36,7 @@ def dynamic_dense(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 class DynamicDense(Chain):
-    """Blocks in a row, each fed C weighted sums of the input and of all outputs before, weighed token by
-    token.
+    """Blocks in a row, each fed C sums of the input and all earlier outputs, with weights for each token.
 
     Args:
         blocks: B_1, B_2, ..., each called with ``ways`` tensors of one width.

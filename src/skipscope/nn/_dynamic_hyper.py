@@ -1,15 +1,14 @@
 """Several residual streams, with weights that depend on the data.
 
-dynamic         X' = H_res(X) X + h_post(X) F(h_pre(X) . X)      Zhu et al. 2024, arXiv 2409.19606, section
-2.3
+dynamic         X' = H_res(X) X + h_post(X) F(h_pre(X) . X)     Zhu et al. 2024, arXiv 2409.19606, section 2.3
                 each weight is static + s tanh(norm(X) W): W = 0 at the start, s = 0.01
-mHC             the same equation, with H_res doubly stochastic  Xie et al. 2025, arXiv 2512.24880, section 4
-                from x = RMSNorm of all streams side by side:
-                h_pre = sigmoid(a x W + b), h_post = 2 sigmoid(a x W + b), H_res = Sinkhorn(exp(a x W + b)), a
-                = 0.01
-  collapsed     the output is h . X, h = sigmoid(a x W + b), in place of the mean: DeepSeek-V4 (transformers,
-  deepseek_v4) unmixed       H_res = I, the output as in collapsed: Hunyuan 4 (transformers, hy_v4)
-gated streams   X' = X + h_post(X) F(mean over i of G_i(X) U_i)  Qwen4 (transformers, qwen4_exp)
+mHC             the same equation with doubly stochastic H_res  Xie et al. 2025, arXiv 2512.24880, section 4
+                from x = RMSNorm of all streams side by side, with a = 0.01 at the start:
+                h_pre = sigmoid(a x W + b), h_post = 2 sigmoid(a x W + b), H_res = Sinkhorn(exp(a x W + b))
+  collapsed     the output is h . X, h = sigmoid(a x W + b), in place of the mean: DeepSeek-V4
+                (transformers, deepseek_v4)
+  unmixed       H_res = I, the output as in collapsed: Hunyuan 4 (transformers, hy_v4)
+gated streams   X' = X + h_post(X) F(mean of the G_i(X) U_i)    Qwen4 (transformers, qwen4_exp)
                 U_i = RMSNorm(x_i); of all U side by side, u: G = sigmoid(W2 silu(W1 u / n)), one number a
                 feature, h_post = 2 sigmoid(W u / n); the output is the mean of G U with other weights
 
@@ -29,8 +28,9 @@ from skipscope.nn._hyper import StreamConnection
 
 
 def mix_streams(x: Tensor, residual: Tensor) -> Tensor:
-    """Streams ``x [n, ..., width]`` mixed by ``residual [..., n, n]``, one matrix a token: row i makes stream
-    i.
+    """Mix streams ``x [n, ..., width]`` with one matrix per token, ``residual [..., n, n]``.
+
+    Row i makes stream i.
 
     Example:
         >>> streams = torch.tensor([[[1.0, 1.0]], [[3.0, 3.0]]])  # two streams of one token
@@ -96,8 +96,9 @@ class _Dynamic(StreamConnection):
         self.streams, self.width, self.dim = streams, width, dim
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """For streams ``[n, ..., width]``: pre ``[..., n]``, post ``[..., n]``, residual ``[..., n, n]``
-        (None: I).
+        """Of streams ``[n, ..., width]``: pre ``[..., n]``, post ``[..., n]`` and residual ``[..., n, n]``.
+
+        A residual of None is the identity.
         """
         raise NotImplementedError
 
@@ -124,8 +125,7 @@ def features_last(x: Tensor, dim: int) -> Tensor:
 
 
 class DynamicHyperConnection(_Dynamic):
-    """``X' = H_res(X) X + h_post(X) F(h_pre(X) . X)``, the weights a static part and a small one from the
-    data.
+    """``X' = H_res(X) X + h_post(X) F(h_pre(X) . X)``: static weights, plus small ones from the data.
 
     Args:
         branch: F, on one stream.
@@ -182,11 +182,10 @@ def _mean_logit(streams: int) -> float:
 
 
 class ManifoldHyperConnection(_Dynamic):
-    """mHC: ``X' = H_res(X) X + h_post(X) F(h_pre(X) . X)`` with ``H_res`` doubly stochastic, all weights
-    positive.
+    """mHC: ``X' = H_res(X) X + h_post(X) F(h_pre(X) . X)``, ``H_res`` doubly stochastic, weights positive.
 
-    The paper gives a; b and W are ours: W = 0 and b such that every stream is read by 1/n, gets the branch
-    once, and hardly mixes.
+    The paper gives the initial a; those of b and W are ours: W = 0, and b such that every stream is read with
+    weight 1/n, gets the branch once, and hardly mixes.
 
     Args:
         branch: F, on one stream.
@@ -258,8 +257,9 @@ class StreamCollapse(nn.Module):
 
 
 class CollapsedHyperConnection(ManifoldHyperConnection):
-    """mHC whose streams end in a :class:`StreamCollapse`; arguments as for
-    :class:`ManifoldHyperConnection`.
+    """mHC whose streams end in a :class:`StreamCollapse`.
+
+    Arguments as for :class:`ManifoldHyperConnection`.
 
     Example:
         >>> connection = CollapsedHyperConnection(nn.Identity(), streams=2, width=4)
@@ -273,8 +273,7 @@ class CollapsedHyperConnection(ManifoldHyperConnection):
 
 
 class UnmixedHyperConnection(_Dynamic):
-    """``X' = X + h_post(X) F(h_pre(X) . X)``: mHC whose streams do not mix, and end in a
-    :class:`StreamCollapse`.
+    """mHC without mixing, ``X' = X + h_post(X) F(h_pre(X) . X)``, that ends in a :class:`StreamCollapse`.
 
     Args:
         branch: F, on one stream.

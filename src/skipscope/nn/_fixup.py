@@ -1,8 +1,7 @@
 """Fixup: residual networks without normalisation. Zhang, Dauphin and Ma 2019, arXiv 1901.09321.
 
 y = x + a F(x + b1) + b2,   a = 1, b1 = b2 = 0 at the start
-the last of F's m weights starts at zero, the others are scaled by L^(-1 / (2m - 2)), L branches in the
-network
+the last of F's m weights starts at zero, the others are scaled by L^(-1 / (2m - 2)) for L branches
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Gated shortcuts.
 
 highway              y = x + g (F(x) - x)                   Srivastava et al. 2015, arXiv 1505.00387
-exclusive gate       y = (1 - g) x + g F(x)                 the same, as He et al. 2016 write it (1603.05027,
-3.2) shortcut-only gate   y = (1 - g) x + F(x)                   He et al. 2016, section 3.3
+exclusive gate       y = (1 - g) x + g F(x)                 the same; He et al. 2016, 1603.05027, section 3.2
+shortcut-only gate   y = (1 - g) x + F(x)                   He et al. 2016, section 3.3
                      g = sigmoid(W x + b), b < 0: they start near the identity
 variance gate        y = sqrt(1 - g^2) x + g F(x)           Muse Spark (Meta 2026; transformers, muse_spark)
                      g = sigmoid(w / t), one a feature: of x and F(x) with variance 1, unrelated, y has

@@ -32,8 +32,9 @@ def expand_streams(x: Tensor, streams: int) -> Tensor:
 
 
 def reduce_streams(x: Tensor) -> Tensor:
-    """``[streams, ...]`` -> ``[...]``: their mean (the paper's sum, up to a factor that its last norm takes
-    out).
+    """``[streams, ...]`` -> ``[...]``: the mean over the streams.
+
+    The paper takes the sum; its last norm removes the factor between the two.
 
     Example:
         >>> reduce_streams(torch.tensor([[1.0, 1.0], [3.0, 3.0]]))
@@ -53,8 +54,7 @@ def hyper_read(x: Tensor, pre: Tensor) -> Tensor:
 
 
 def hyper_write(x: Tensor, f: Tensor, residual: Tensor, post: Tensor) -> Tensor:
-    """``residual [n, n]`` mixes the streams ``[n, ...]``; each gets ``f [...]`` times its element of
-    ``post``.
+    """Mix streams ``[n, ...]`` by ``residual [n, n]``, and add ``f [...]`` to each with weights ``post [n]``.
 
     Example:
         >>> streams = torch.tensor([[1.0, 1.0], [3.0, 3.0]])
@@ -66,8 +66,7 @@ def hyper_write(x: Tensor, f: Tensor, residual: Tensor, post: Tensor) -> Tensor:
 
 
 def altup(x: Tensor, f: Tensor, predict: Tensor, correct: Tensor, active: int) -> Tensor:
-    """AltUp's prediction of the streams ``x [n, ...]``, corrected by what stream ``active`` became: itself
-    plus ``f``.
+    """AltUp's prediction of the streams ``x [n, ...]``, corrected by the computed ``x[active] + f``.
 
     Example:
         >>> streams = torch.tensor([[1.0, 1.0], [3.0, 3.0]])
@@ -127,8 +126,7 @@ class HyperConnection(StreamConnection):
 
 
 class AltUp(StreamConnection):
-    """``X^ + g (x_j + F(x_j) - x^_j)`` with ``X^ = P X``: only stream j is computed, the others are
-    predicted.
+    """``X^ + g (x_j + F(x_j) - x^_j)`` with ``X^ = P X``: computes stream j, predicts the others.
 
     Args:
         branch: F, on one stream.
@@ -195,9 +193,7 @@ class HyperConnected(Chain):
         return x, self.layers[0].read(x)  # type: ignore[operator]
 
     def step(self, index: int, state: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-        """The streams after layer ``index``, and what the next one reads; after the last, all of them as
-        one.
-        """
+        """The streams after layer ``index``, and the next layer's input; after the last, their reduction."""
         state = self.layers[index].write(state, f)  # type: ignore[operator]
         if index < len(self.layers) - 1:
             return state, self.layers[index + 1].read(state)  # type: ignore[operator]

@@ -1,5 +1,4 @@
-"""The identity shortcut, and its two orders of activation: He et al. 2015 (arXiv 1512.03385) and 2016
-(1603.05027).
+"""Identity shortcuts, plain, post- and pre-activation: He et al. 2015 (arXiv 1512.03385), 2016 (1603.05027).
 
 identity          y = x + F(x)
 post-activation   y = relu(x + F(x))

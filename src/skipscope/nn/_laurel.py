@@ -27,8 +27,9 @@ def laurel_weights(x: Tensor, f: Tensor, weights: Tensor) -> Tensor:
 def laurel_low_rank(
     x: Tensor, f: Tensor, down: Tensor, up: Tensor, dim: int = -1, mapped: Tensor | None = None
 ) -> Tensor:
-    """``f + (x + up down mapped)``, ``mapped`` ``x`` by default: ``down [rank, width]``, ``up [width,
-    rank]``.
+    """``f + (x + up down mapped)`` with ``down [rank, width]`` and ``up [width, rank]``.
+
+    ``mapped`` is ``x`` by default.
 
     Example:
         >>> x, down, up = torch.ones(2), torch.ones(1, 2), torch.ones(2, 1)

@@ -61,8 +61,9 @@ class ReZero(Connection):
 
 
 class SkipInit(ReZero):
-    """``x + a F(x)``, a = 0: ReZero's equation, found at the same time as what batch norm does at the
-    start.
+    """``x + a F(x)`` with a = 0 at the start: the equation of :class:`ReZero`.
+
+    De and Smith derive it from what batch normalisation does at initialisation.
 
     Example:
         >>> x = torch.randn(3, 4)

@@ -1,21 +1,21 @@
-"""Where the norm N stands.
+"""Where the norm N stands in a residual block.
 
-post-norm       y = N(x + F(x))       Vaswani et al. 2017, arXiv 1706.03762
-pre-norm        y = x + F(N(x))       Xiong et al. 2020, arXiv 2002.04745
-sandwich norm   y = x + N(F(N(x)))    Ding et al. 2021, arXiv 2105.13290; Kim et al. 2025, 2502.02732
-(peri-norm) DeepNorm        y = N(a x + F(x))     Wang et al. 2022, arXiv 2203.00555; F's weights times b at
-the start:
-                                      L layers alone                  a = (2L)^(1/4)           b = (8L)^(-1/4)
-                                      encoder, N, with M decoding     a = 0.81 (N^4 M)^(1/16)  b = 0.87 (N^4
-                                      M)^(-1/16) decoder, M, with an encoder     a = (3M)^(1/4)           b =
-                                      (12M)^(-1/4)
-sub-LN          y = x + W N(G(N(x)))   Wang et al. 2022 (Magneto), arXiv 2210.06423; F = W G, W its last
-linear map; F's
-                                      weights but those of q and k times sqrt(log 2L) at the start, L layers
-Keel            y = N(L x + F(N(x)))  Chen and Wei 2026, arXiv 2601.19895; L branches in the network
-Admin           y = N(w x + F(x))     Liu et al. 2020, arXiv 2004.08249; w learned, one number a feature, the
-root of
-                                      the summed variances of x and of the branches before at the start
+post-norm       y = N(x + F(x))         Vaswani et al. 2017, arXiv 1706.03762
+pre-norm        y = x + F(N(x))         Xiong et al. 2020, arXiv 2002.04745
+sandwich norm   y = x + N(F(N(x)))      Ding et al. 2021, arXiv 2105.13290
+                                        Kim et al. 2025 (peri-norm), arXiv 2502.02732
+DeepNorm        y = N(a x + F(x))       Wang et al. 2022, arXiv 2203.00555
+                F's weights times b at the start:
+                L layers alone                a = (2L)^(1/4)            b = (8L)^(-1/4)
+                encoder, N, with M decoding   a = 0.81 (N^4 M)^(1/16)   b = 0.87 (N^4 M)^(-1/16)
+                decoder, M, with an encoder   a = (3M)^(1/4)            b = (12M)^(-1/4)
+sub-LN          y = x + W N(G(N(x)))    Wang et al. 2022 (Magneto), arXiv 2210.06423
+                F = W G, W its last linear map; F's weights, but those of q and k, times sqrt(log 2L) at the
+                start, L layers
+Keel            y = N(L x + F(N(x)))    Chen and Wei 2026, arXiv 2601.19895; L branches in the network
+Admin           y = N(w x + F(x))       Liu et al. 2020, arXiv 2004.08249
+                w is learned, one number a feature; at the start the root of the summed variances of x and of
+                the branches before
 """
 
 from __future__ import annotations
@@ -130,8 +130,7 @@ class SandwichNorm(PreNorm):
 
 
 class Keel(PreNorm):
-    """``N(depth x + F(N(x)))``: post-norm whose shortcut outweighs the branch the more, the deeper the
-    network.
+    """``N(depth x + F(N(x)))``: post-norm whose shortcut is scaled by the network's depth.
 
     Args:
         branch: F.
@@ -367,11 +366,11 @@ def _scale_values(branch: nn.Module, factor: float, skip: tuple[str, ...]) -> No
 
 @torch.no_grad()
 def admin_(model: nn.Module, *inputs: Any, **keywords: Any) -> nn.Module:
-    """Start every :class:`Admin` of a model where the paper does, in place: from one pass of the network over
-    data.
+    """Initialise every :class:`Admin` of a model in place from one forward pass over data, as the paper does.
 
-    With every w at 1, the pass measures the variance of each branch's output; then the w of branch i is the
-    root of the variance of the first branch's input and of those of the branches before i.
+    With every w at 1, the pass measures the variance of each branch's output. Then the w of branch i is the
+    square root of a sum: the variance of the first branch's input, and those of the outputs of the branches
+    before i.
 
     Args:
         model: holds the :class:`Admin` modules, which are called one after the other.

@@ -1,9 +1,8 @@
-"""Two streams that can be computed back: Gomez et al. 2017 (RevNet, arXiv 1707.04585), Kitaev et al. 2020
-(Reformer, 2001.04451).
+"""Reversible two streams: Gomez et al. 2017 (RevNet, 1707.04585), Kitaev et al. 2020 (Reformer, 2001.04451).
 
 y1 = x1 + F(x2),   y2 = x2 + G(y1);   backward x2 = y2 - G(y1), x1 = y1 - F(x2)
 
-This is the equation; storing no activations, its purpose, is left to the caller.
+This is the equation only; not storing activations, its purpose, is left to the caller.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ from skipscope.nn._identity import IdentityShortcut
 
 
 def shake_shake(f1: Tensor, f2: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
-    """``forward * f1 + (1 - forward) * f2``, whose gradient is that of ``backward * f1 + (1 - backward) *
-    f2``.
+    """``forward * f1 + (1 - forward) * f2``, with the gradient of ``backward * f1 + (1 - backward) * f2``.
 
     Example:
         >>> f1, f2 = torch.ones(2, requires_grad=True), torch.zeros(2)
@@ -62,9 +61,7 @@ class ShakeShake(IdentityShortcut):
 
 @torch.no_grad()
 def permuted_copy(branch: nn.Module) -> nn.Module:
-    """A copy of ``branch`` with other weights of the same initialisation: each tensor's columns are
-    permuted.
-    """
+    """Copy ``branch`` and permute the columns of each weight, which keeps the initial distribution."""
     other = copy.deepcopy(branch)
     for parameter in other.parameters():
         columns = 1 if parameter.ndim > 1 and parameter.shape[1] > 1 else 0

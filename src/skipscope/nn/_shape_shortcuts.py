@@ -19,8 +19,7 @@ def strided(x: Tensor, stride: int) -> Tensor:
 
 
 def pad_shortcut(x: Tensor, width: int, *, stride: int = 1, dim: int = 1) -> Tensor:
-    """Option A: every ``stride``-th pixel, and zeros for the features that are new, half in front, half
-    behind.
+    """Option A: every ``stride``-th pixel, and zeros for the new features, half in front and half behind.
 
     Example:
         >>> import torch

@@ -29,8 +29,7 @@ def dropout_shortcut(x: Tensor, f: Tensor, p: float, training: bool) -> Tensor:
 
 
 def stochastic_depth(f: Tensor, p: float, training: bool, mode: Literal["row", "batch"] = "row") -> Tensor:
-    """The branch's output ``f``, or zeros with probability ``p``, drawn for each row or once for the
-    batch.
+    """Zero ``f`` with probability ``p``, per row or once per batch; what is kept is divided by ``1 - p``.
 
     Example:
         >>> stochastic_depth(torch.ones(2, 3), p=1.0, training=True)  # every row is dropped

@@ -142,8 +142,7 @@ def _limits(
 
 
 def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
-    """Write a result as a page (``.html``) or as a picture (``.png``, ``.svg``, ``.pdf``), whole or not at
-    all.
+    """Save a result as a page (``.html``) or a picture (``.png``, ``.svg``, ``.pdf``), whole or not at all.
 
     A surface, or twins', with a trajectory on its plane also becomes an animation (``.gif``).
 

@@ -24,8 +24,9 @@ _DASH = {"identity": "", "scaled": "6 3", "projection": "11 4", "gated": "8 2.5 
 
 @dataclass(frozen=True)
 class _Row:
-    """Layers ``first`` to ``last`` (exclusive) on a wire at height ``y``, ``pitch`` apart; the longest arc
-    has ``longest`` pixels.
+    """Layers ``first`` to ``last`` (exclusive) on a line at height ``y``, ``pitch`` pixels apart.
+
+    ``longest`` is the span of the longest arc in pixels.
     """
 
     first: int

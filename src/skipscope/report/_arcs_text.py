@@ -210,9 +210,7 @@ def _to_whole_blocks(
     period: int,
     repeats: int,
 ) -> int:
-    """How many pieces to draw before a repetition begins, so that what is repeated is one block and not
-    two halves.
-    """
+    """Pieces to draw before a repetition, so that what is repeated is a whole block and not two halves."""
 
     def depth(ahead: int) -> int:
         return _home(chart, pieces[i + ahead : i + ahead + period]).count(".")

@@ -1,8 +1,7 @@
-"""What a chart is, as plain data: drawn as SVG on a page (`_svg.py`) and by matplotlib (`_matplotlib.py`)
-alike.
+"""Charts as plain data, drawn as SVG on a page (`_svg.py`) and by matplotlib (`_matplotlib.py`).
 
 A result becomes :class:`Panel` s (`_views`), each one claim: a heading that states it, one chart, a caption
-that says what to see, and the table behind the chart. Neither hand that draws knows what a result is.
+that says what to see, and the table behind the chart. Neither renderer knows what a result is.
 """
 
 from __future__ import annotations
@@ -183,8 +182,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Arc:
-    """A shortcut from the place before layer ``start`` to the place after layer ``end`` of a
-    :class:`Network`.
+    """A shortcut from before layer ``start`` to after layer ``end`` of a :class:`Network`.
 
     Attributes:
         share: of the gradient at the merge, how much the shortcut carries (0 to 1); None when not measured.

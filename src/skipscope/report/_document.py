@@ -1,5 +1,4 @@
-"""From a result to its document: a title, the answer, and a panel for each claim. One function, by the
-result's class.
+"""Build the document of a result, by its class: a title, the answer, and a panel for each claim.
 
 The views (`_view_*.py`) register themselves here. Those of a package are imported when one of its results is
 first drawn, so that a page on shortcuts does not wait for SciPy. A result that has no view of its own still

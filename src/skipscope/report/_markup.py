@@ -37,8 +37,9 @@ def raised(text: str) -> str:
 
 
 def raised_markup(text: str) -> Markup:
-    """Powers of ten for a page: raised digits in the font of the others. (¹, ² and ³ as characters often come
-    from another font than ⁰ and ⁴ to ⁹.)
+    """Powers of ten for a page: superscript digits in the font of the others.
+
+    The characters ¹, ² and ³ often come from another font than ⁰ and ⁴ to ⁹.
 
     Example:
         >>> raised_markup("one part in 10^17")
@@ -65,8 +66,10 @@ def _drawn(text: str) -> str:
 
 
 def tag(name: str, *children: Any, **attributes: Any) -> Markup:
-    """An element; children that are not markup are escaped, ``class_`` and ``stroke_width`` lose or change
-    their underscore.
+    """An element with attributes and children; children that are not markup are escaped.
+
+    In names of attributes a trailing underscore is dropped (``class_``), and others become hyphens
+    (``stroke_width``).
 
     Example:
         >>> tag("text", "a < b", x=1.25, text_anchor="end")

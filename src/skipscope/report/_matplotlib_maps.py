@@ -99,8 +99,9 @@ def _edges(columns: Any) -> np.ndarray:
 
 @draw.register
 def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None = None) -> Any:
-    """Contours, or ``kind="3d"``; several surfaces get axes of their own: new ones, or as many as ``ax``
-    has.
+    """Contours, or 3-D surfaces with ``kind="3d"``, each surface in its own axes.
+
+    Without ``ax`` the axes are new; with it, as many surfaces are drawn as it has axes.
     """
     axes = [] if ax is None else list(np.ravel(ax))
     solid = kind == "3d" or (kind is None and bool(axes) and axes[0].name == "3d")
@@ -136,9 +137,7 @@ def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None 
 
 
 def square(figure: Any) -> None:
-    """Maps that are kept square need a layout that knows it; in the usual one a label is cut off at the
-    edge.
-    """
+    """Set the layout for square maps: matplotlib's usual one would cut off a label at the edge."""
     figure.set_layout_engine("compressed")
     figure.draw_without_rendering()  # a second pass may move what a file, written in one, would show
 

@@ -1,8 +1,7 @@
-"""Colours, markers and dashes: distinct to eyes of any kind, and in black and white.
+"""Colours, markers and dashes: distinct with any colour vision, and in black and white.
 
-Series: Okabe and Ito's colours, each with a marker and a dash of its own. Heights: viridis, even in lightness
-    from
-dark to light, whoever looks.
+Series: Okabe and Ito's colours, each with a marker and a dash of its own. Heights: viridis, whose lightness
+increases evenly, with any colour vision.
 """
 
 from __future__ import annotations

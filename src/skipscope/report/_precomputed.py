@@ -1,6 +1,4 @@
-"""The paper's own kind of picture, computed once: a ResNet-56 with and without shortcuts
-(docs/make_resnet56.py).
-"""
+"""Precomputed surfaces of a ResNet-56 with and without shortcuts, as in the paper (docs/make_resnet56.py)."""
 
 from __future__ import annotations
 

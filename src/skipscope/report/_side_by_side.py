@@ -41,9 +41,7 @@ class SideBySide(Result):
         return {name: loads(text, name) for name, text in zip(self.names, self.texts)}
 
     def table(self) -> Table:
-        """One row for each row name of any result; of the other columns those that differ between the
-        results.
-        """
+        """One row for each row name of any result, with only the columns that differ between results."""
         tables = {name: result.table() for name, result in self.results.items()}
         first = next(iter(tables.values()))
         by_row = {name: {str(row[0]): row for row in table.rows} for name, table in tables.items()}

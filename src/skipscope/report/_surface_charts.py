@@ -1,9 +1,8 @@
-"""Loss surfaces: heights on a clipped log scale, as contours (SVG, always there) and as data for the 3-D
-view.
+"""Loss surfaces on a clipped log scale, as contours (SVG, always there) and as data for the 3-D view.
 
 A loss surface spans many decades, and what matters lies at its bottom: heights are logarithms, cut off five
 decades above the lowest point of all surfaces shown, with one scale for all of them. A point far below all
-but a few others (the centre of a network that fits its data) is no bottom to measure from. Losses that go
+but a few others (the centre of a network that fits its data) does not count as the lowest. Losses that go
 below zero have no logarithm.
 """
 
@@ -242,9 +241,7 @@ def _thinned(line: np.ndarray, apart: float = 2.5) -> list[tuple[float, float]]:
 
 
 def fine(level: np.ndarray, least: int = 61) -> np.ndarray:
-    """Heights on a finer grid, for smooth contours; cubic between the values where all are known, else
-    linear.
-    """
+    """Interpolate heights on a finer grid for smooth contours: cubic if all are known, else linear."""
     from scipy.interpolate import RegularGridInterpolator
 
     known = np.isfinite(level)
@@ -267,9 +264,7 @@ def _part(axis: np.ndarray, value: float) -> float | None:
 def _png(
     level: np.ndarray, scale: Heights, signed: bool, broken: np.ndarray | None = None, pixels: int = 120
 ) -> str:
-    """A smooth picture of heights ``[a, b]``: a to the right, b upward; what is unknown is transparent, or
-    striped.
-    """
+    """Smooth picture of heights ``[a, b]``, a to the right, b upward; unknown: transparent or striped."""
     from PIL import Image
     from scipy.ndimage import map_coordinates
 

@@ -40,8 +40,7 @@ def both(draw: Callable[..., Markup], *arguments) -> Markup:
 def rooms(
     places: Sequence[float], lengths: Sequence[float], low: float, high: float, rows: int = 2
 ) -> list[tuple[float, int] | None]:
-    """Where the words beside vertical lines go: a start and a row (0 is the top one), or None where there is
-    no room.
+    """Place words beside vertical lines: a start and a row (0 is the top one), or None if there is no room.
 
     A line reaches up to its words, so it must not cross those of a row below.
 
@@ -71,8 +70,7 @@ def rooms(
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near the wanted (sorted) ones, at least ``gap`` apart and within the range when there is
-    room.
+    """Positions near the sorted ``wanted`` ones, at least ``gap`` apart and, if possible, within the range.
 
     Example:
         >>> spread([10, 11, 50], 10, 0, 100)

@@ -13,9 +13,7 @@ from skipscope.report._svg import LETTER, sheet, words
 
 
 def bars(chart: Bars, width: int, most: int = 24) -> Markup:
-    """Horizontal bars of ``width`` pixels; beyond ``most`` rows the rest is left to the table, and said
-    so.
-    """
+    """Horizontal bars of ``width`` pixels, at most ``most`` rows; a note counts those left to the table."""
     count, several = min(len(chart.labels), most), len(chart.names) > 1
     labels = [ellipsis(label, 18 if width < 500 else 34) for label in chart.labels[:count]]
     left = 8 + max([len(label) for label in labels] or [1]) * LETTER

@@ -17,9 +17,7 @@ from skipscope.report._svg import LETTER, rooms, sheet, words
 
 
 def heat(chart: Heat, width: int) -> Markup:
-    """A heat map of ``width`` pixels, on a log scale, with its key; grey is zero, stripes are not finite,
-    white is unknown.
-    """
+    """Log-scale heat map of ``width`` pixels with its key: grey zero, striped not finite, white unknown."""
     rows = len(chart.values)
     inside = min(460, max(150, rows * 12))
     labels = [ellipsis(name, 14 if width < 500 else 28) for name in chart.rows]

@@ -191,8 +191,7 @@ def _thin(points: list[tuple], most: int = 400) -> list[tuple]:
 
 
 def _path(points: Sequence[tuple], invisible: float = 5.0) -> str:
-    """The path through some points, in tenths of a pixel and relative to each other: half as long as in
-    full.
+    """SVG path through points in relative tenths of a pixel, half as long as with absolute coordinates.
 
     Example:
         >>> _path([(41.62, 168.3), (47.0, 171.04), (52.5, 170.0)])
@@ -210,9 +209,7 @@ _SOFT = 6.0
 
 
 def _without_invisible(places: list[tuple[int, int]], invisible: float) -> list[tuple[int, int]]:
-    """Places without those that the straight line between others passes near enough (Ramer, Douglas and
-    Peucker).
-    """
+    """Drop the points that are near the line between others (Ramer-Douglas-Peucker algorithm)."""
     keeps, stretches = {0, len(places) - 1}, [(0, len(places) - 1)]
     while stretches:
         first, last = stretches.pop()

@@ -62,9 +62,7 @@ def _(result: GradientSplit) -> Document:
 
 
 def path_lines(paths: Mapping[str, PathSpectrum], styles: Mapping[str, int] | None = None) -> Lines:
-    """The gradient by path length; lengths that carry less than 1e-12 of the greatest are left to the
-    table.
-    """
+    """Gradient by path length; lengths with less than 1e-12 of the greatest are left to the table."""
     series, marks = [], []
     for i, (name, spectrum) in enumerate(paths.items()):
         top = float(spectrum.norms.max()) if len(spectrum.norms) else 0.0

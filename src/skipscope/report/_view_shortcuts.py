@@ -11,8 +11,7 @@ from skipscope.shortcuts import Shortcuts
 
 
 def drawing(found: Shortcuts, shares: Mapping[str, float | None] | None = None) -> Network:
-    """The network as a line of layers; what lies on a shortcut's own side (a projection) is no layer of the
-    line.
+    """The network as a line of layers, without the layers on a shortcut's own side (a projection).
 
     Args:
         found: the shortcuts.

@@ -45,9 +45,7 @@ def surface_chart(surfaces: dict[str, LossSurface]) -> Chart:
 
 
 def drawn(surface: LossSurface, name: str) -> Surface:
-    """A surface as a chart has it: with the known weights on its plane, and dots where not every value was
-    computed.
-    """
+    """Chart of a surface: the known weights on its plane, and computed points as dots unless all are."""
     path, points = [], surface.points
     if points is not None and points.coordinates.ndim == 2 and points.coordinates.shape[1] == 2:
         path = [

@@ -16,8 +16,9 @@ from skipscope.report._document import view
 
 
 def training_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
-    """Loss against step: the mean over seeds (on the log scale, where losses are positive), and a band over
-    all of them.
+    """Loss against step: the mean over seeds, and a band over all of them.
+
+    The mean is taken on the log scale where all losses are positive.
     """
     series = []
     is_positive = all(

@@ -53,8 +53,9 @@ def _is_whole(tensor: Any) -> bool:
 
 
 class _ClassLosses(TorchFunctionMode):
-    """Hears each cross-entropy: scores, targets and the target that is ignored; None for one without classes
-    of the batch.
+    """Recorder of the scores, targets and ``ignore_index`` of each cross-entropy call.
+
+    None stands for a call whose targets are not the batch's classes.
     """
 
     def __init__(self, batch: Any):

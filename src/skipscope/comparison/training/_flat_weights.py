@@ -41,8 +41,10 @@ class FlatWeights:
 
     @classmethod
     def of(cls, model: nn.Module) -> FlatWeights | None:
-        """The weights of a model; None where they are not plain tensors of one kind in the processor's
-        memory, or where anything else in the model is the same memory.
+        """The model's trainable weights, joined into flat tensors.
+
+        None unless all are contiguous CPU parameters of one floating-point dtype that share no memory with
+        each other or with anything else in the model.
         """
         weights = [p for p in model.parameters() if p.requires_grad]
         if not weights:
@@ -64,8 +66,10 @@ class FlatWeights:
             weight.grad = None
 
     def gather(self) -> bool:
-        """Copy the weights' gradients to the tables'; False where a weight in a table has none, or none that
-        is dense: an optimizer leaves such a weight out, and cannot do so with a part of a tensor.
+        """Copy the weights' gradients into the flat tensors.
+
+        False if a weight in a flat tensor has no dense gradient: an optimizer skips such a weight, but cannot
+        skip a part of a tensor.
         """
         return all(table.gather() for table in self._joined)
 

@@ -72,9 +72,7 @@ def _copy_with_hooks(model: nn.Module) -> nn.Module:
 
 
 def _in_training(model: nn.Module, name: str, notes: dict[str, None]) -> nn.Module:
-    """The model in the modes in which it is to be trained: as found, unless it is wholly in evaluation
-    mode.
-    """
+    """Put a model that is wholly in evaluation mode into training mode; mixed modes stay as found."""
     modes = {module.training for module in model.modules()}
     if modes == {False}:
         notes.setdefault(f"{name} was in evaluation mode, and was trained in training mode")

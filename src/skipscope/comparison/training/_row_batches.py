@@ -1,9 +1,8 @@
-"""Whether one large batch may be cut into random batches of its rows: only where each row is a sample by
-itself.
+"""Whether a large batch may be split into random mini-batches: only if each row is a sample by itself.
 
-A graph, a sequence of time steps or a table with one row a node has rows that need each other: a part of them
-is another question, or none at all. So it is tried: the model's output on some rows is to be those rows of
-its output on more of them.
+The rows of a graph, of a sequence of time steps or of a table with one row per node depend on each other: a
+part of them is another problem, or none at all. So this is tested: the model's output on some rows must equal
+those rows of its output on more of them.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ from skipscope._data import Batches, Objective, batch_size, rows
 from skipscope._random import drawn_apart
 from skipscope.comparison.training._row_batches import can_be_cut
 
-# A data set of more batches than this is not held in memory: its own order is used, and re-started at its
-# end.
+# A data set of more batches is not held in memory: it is read in its own order, again and again.
 HELD = 512
 
 

@@ -1,8 +1,7 @@
-"""Which runs one twin under one optimizer has: every rate on a seed of its own, the best rate on the seeds
-that are reported.
+"""The runs of one twin under one optimizer: a learning-rate sweep on its own seed, then the reported seeds.
 
-All runs are independent of each other but for this order, and are trained side by side in copies of this
-process where that takes less time.
+Except for this order the runs are independent. They are trained side by side in copies of this process where
+that takes less time.
 """
 
 from __future__ import annotations
@@ -199,8 +198,7 @@ class _Scheduler(Generic[Key]):
     answering: Answering[_Question[Key], list[Trained]]
 
     def sweeps(self, extend: bool) -> dict[Key, Sweep]:
-        # Where only the steps to a target are asked for, the runs that chose the rate are themselves the
-        # answer.
+        # If only the steps to a target are asked for, the runs that chose the rate are the answer.
         own = self.seeds[0] if self.stops else max(self.seeds) + 1
         rates = {key: one.choice.rates for key, one in self.trainees.items() if len(one.choice.rates) > 1}
         tried: dict[Key, dict[float, Trained]] = {key: {} for key in rates}
@@ -269,12 +267,11 @@ FALLEN = 0.01
 
 
 def _beyond(tried: dict[float, np.ndarray]) -> list[float]:
-    """Two more rates past the edge, where the best rate stands there and is clearly better than the one
-    beside it.
+    """Two more learning rates beyond the range, if the best is at its edge and clearly beats its neighbour.
 
     All rates saw the same batches, so their last losses differ by the rate alone. Clearly: by a fiftieth of
-    the spread of all of them, where that is more than a thousandth of the first loss. A loss that rose counts
-    as one that stayed; where every loss rose, a smaller rate may do.
+    the spread of these losses, if the spread is more than a thousandth of the first loss. A loss that rose
+    counts as unchanged; if every loss rose, a smaller rate may work.
     """
     rates = sorted(tried)
     first = float(tried[rates[0]][0])

@@ -1,6 +1,4 @@
-"""How many threads a network should have, and whether several are better trained side by side: timed, not
-guessed.
-"""
+"""Time how many threads a network should use, and whether several networks train faster side by side."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Twins trained side by side: the same batches, the same seeds, each with its best rate out of one small
-sweep.
+"""Train twins side by side: same batches, same seeds, each at the best learning rate of a small sweep.
 
-The sweep runs on a seed of its own, so that the runs that are reported did not choose the rate. A best rate
-at the edge of what was tried extends it.
+The sweep has a seed of its own, so that the reported runs did not choose the rate. A best rate at the edge of
+the sweep extends it.
 """
 
 from __future__ import annotations
@@ -155,10 +154,10 @@ def train_and_keep(
     extend: bool = True,
     keep: bool = True,
 ) -> tuple[Training, dict[str, dict[str, nn.Module]]]:
-    """As :func:`train_twins`, and the trained networks: twin -> optimizer -> the first seed's at its best
-    rate.
+    """Train twins as :func:`train_twins` does, and return the trained networks as well.
 
-    With ``stop_at_target`` a sweep ends when its first rate has reached the target, which must then be given:
+    The networks are ``twin -> optimizer -> network``: the first seed's at its best rate. With
+    ``stop_at_target`` a sweep ends when its first rate has reached the target, which must then be given:
     enough to tell in how many steps the best rate gets there; no network is kept. Neither then nor without
     ``extend`` does a sweep try rates beyond those given. Without ``keep`` no network is kept.
     """
@@ -265,9 +264,7 @@ def _plan(
 
 
 def _can_be_copied(model: nn.Module, stream: Stream, keep: bool) -> bool:
-    """Whether copies of this process can train: on a device or other ranks, or with workers that load data,
-    they could not; and a network that is kept comes back through a pipe.
-    """
+    """Whether copies of this process can train: CPU only, one rank, data in memory, picklable if kept."""
     if stream.held is None or ranks_of(model) or torch.cuda.is_initialized():
         return False
     tensors = [*model.parameters(), *model.buffers(), *tensors_in(stream.held)]
@@ -297,11 +294,10 @@ def _refuse_bad_first_loss(logs: dict[str, dict[str, Sweep]]) -> None:
 
 
 def _default_target(logs: dict[str, dict[str, Sweep]]) -> float:
-    """Half of the lowest first loss of any twin; where a loss falls to zero or below, half of the distance to
-    the lowest reached.
+    """Half of the lowest first loss of any twin; if a loss reaches zero, half-way to the lowest loss reached.
 
-    There a fall counts from a hundredth of the first loss on, and from three times the spread of a smoothed
-    loss whose steps differ as those of the best run do.
+    In the second case the target lies at least a hundredth of the first loss below it, and at least three
+    times the noise of a smoothed loss, estimated from the steps of the best run.
     """
     runs = [[log.losses for sweep in by.values() for log in sweep.reported] for by in logs.values()]
     first = min(float(np.mean([losses[0] for losses in of_twin])) for of_twin in runs)

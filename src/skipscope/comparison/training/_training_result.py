@@ -116,9 +116,7 @@ class Training(Result):
         return [name for name, by in self.curves.items() if optimizer in by and by[optimizer].learns]
 
     def steps_text(self, twin: str, optimizer: str) -> str:
-        """Median steps to the target, or "> N" after N steps in which most seeds never reach it: never a
-        made-up ratio.
-        """
+        """Median steps to the target, or "> N" if most seeds do not reach it within N steps."""
         curves = self.curves[twin][optimizer]
         reached = curves.steps_to_target
         steps = sorted(np.inf if s is None else s for s in reached)

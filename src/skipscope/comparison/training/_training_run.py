@@ -141,8 +141,9 @@ class _Loop:
     @classmethod
     @contextmanager
     def of(cls, *arguments: Any) -> Iterator[_Loop]:
-        """A loop whose optimizer is in training mode inside (one that needs no schedule has modes), and
-        whose weights are the network's own afterwards.
+        """A loop with its optimizer in training mode; on exit the weights are the network's own again.
+
+        A schedule-free optimizer has a training and an evaluation mode.
         """
         loop = cls(*arguments)
         whole = loop.flat

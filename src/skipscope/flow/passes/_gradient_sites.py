@@ -201,8 +201,9 @@ class CallGraph:
 
 @dataclass(frozen=True)
 class Term:
-    """A term of the loss: one of its summands, or those that one line of code makes with the same weights
-    (the steps of a recurrence).
+    """A term of the loss: a summand, or all summands that one line of code makes with the same weights.
+
+    The steps of a recurrence are an example of the second.
 
     Attributes:
         name: function and source line.
@@ -329,9 +330,7 @@ class SiteReader:
         return site
 
     def _summed(self, trace: Trace, call: TracedCall) -> float:
-        """Number of summed positions where an operand is a sum, else 0: a sum times a constant is an
-        average.
-        """
+        """Number of summed positions if an operand is a sum (times a constant it is an average), else 0."""
         last = self.pools[-1] if self.pools else None
         if last is None or last.function != "sum":
             return 0.0

@@ -93,8 +93,10 @@ class BackwardGraph:
         return [None if r.fork is None else r.arrivals(consumers[r.fork]) for r in regions]
 
     def release(self) -> None:
-        """Free autograd nodes from the loss to the inputs; the other order recurses once per node and
-        overflows the stack. No other reference to the loss may exist.
+        """Free autograd nodes from the loss to the inputs.
+
+        The other order recurses once per node and overflows the stack. No other reference to the loss may
+        exist.
         """
         self.position.clear()
         while self._nodes:

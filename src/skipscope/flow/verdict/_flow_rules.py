@@ -110,8 +110,7 @@ class StretchGain:
 
 
 def in_turn(gains: Sequence[StretchGain]) -> StretchGain:
-    """One stretch of several: all but the last one are beside each other (the branches of an Inception
-    module), and it takes them all.
+    """Combine parallel stretches, as in an Inception module, with the last stretch, which reads them all.
 
     Example:
         >>> in_turn([StretchGain(gain=0.5), StretchGain(gain=2.0), StretchGain(gain=1e-4, layer="a")])

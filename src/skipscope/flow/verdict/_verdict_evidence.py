@@ -433,9 +433,7 @@ def _single(readings: Readings) -> tuple[str, ...]:
 
 
 def size_of(weight: Tensor, norm: float) -> float:
-    """The norm to which a weight's gradient is compared: of one that is 0, or has just left it, what an
-    initialisation gives.
-    """
+    """Reference norm for a weight's gradient: the weight's own, or its usual initial norm if nearly zero."""
     usual = math.sqrt(weight.numel() / max(1, weight[0].numel() if len(weight) else 1))
     return norm if norm > NEARLY_ZERO * usual else usual
 
@@ -472,10 +470,9 @@ def starved_of(ratio: dict[str, float], calls: Sequence[tuple[str, ...]]) -> Sta
 def _between_hidden(
     readings: Readings, averages: Sequence[tuple[int, float]], unit: float
 ) -> tuple[Point, ...]:
-    """The line of outputs of calls that cannot be looked into, where they follow each other and each holds a
-    small part of the weights; else ().
+    """The chain of opaque calls' outputs, if each follows the last and holds few of the weights; else ().
 
-    What happens inside one is not seen: so there must be several.
+    What happens inside an opaque call is not seen, so there must be several.
     """
     graph = readings.graph
     found = [site for site in readings.hidden if site.seen and site.norm > _TINY and site.finite]

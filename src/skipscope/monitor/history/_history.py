@@ -220,9 +220,7 @@ class History(Result):
 
     @property
     def total_norm(self) -> np.ndarray:
-        """L2 norm over the parameters of the optimizer that stepped, ``[rows]``; inf where one is not
-        finite.
-        """
+        """L2 norm ``[rows]`` over the parameters of the optimizer that stepped; inf if any is not finite."""
         return total_of(self.norm, self.states)
 
     def matrix(

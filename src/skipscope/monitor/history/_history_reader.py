@@ -353,8 +353,9 @@ def _verdict_of_parameters(
 
 
 def _dead_at(history: History, biases: Sequence[int], was: LiveState, is_early: bool) -> LiveVerdict | None:
-    """Where the gradient ends, by the biases: theirs is 0 only where nothing arrives, that of a weight also
-    where its input is 0. None where they do not tell.
+    """Where the gradient ends, judged by the biases; None if they cannot tell.
+
+    A bias has gradient 0 only where no gradient arrives, a weight also where its input is 0.
     """
     shapes = [()] * len(biases)  # dead or not: nothing is compared
     found = _judged_by(history, list(biases), shapes, was, "biases", is_early, Starved())
@@ -395,15 +396,16 @@ def _judged_by(
 
 
 def read_history(path: Path, *, all_rows: bool = False) -> History | None:
-    """The history that a monitor writes to a folder, also while it runs or after it was killed; None if it is
-    not one.
+    """Read the history in a monitor's folder, also during the run or after a crash. Local.
 
-    Of a long run every second, or fourth, ... row is read, as many as a live history would hold; a note says
-    so. Local.
+    Of a long run every second, fourth, ... row is read, as many as a live history would hold; a note says so.
 
     Args:
         path: the folder.
         all_rows: read every row.
+
+    Returns:
+        The history, or None if the folder holds none.
 
     Raises:
         SkipscopeError: it is one, but damaged or of a later format.

@@ -263,10 +263,10 @@ def _flow_state(value: float, averaging: float) -> tuple[GradientState, float | 
 
 
 def _lasting(codes: np.ndarray) -> list[RecordedState]:
-    """A zero or a missing gradient counts when it was so at every step looked at; a non-finite one at the
-    last.
+    """The lasting state of each weight: zero or missing only if its gradient is so at every step.
 
-    ``codes`` are ``[steps, W]``, NaN where there was no step; returns a state for each weight.
+    A non-finite gradient counts if it is so at the last step. ``codes`` are ``[steps, W]``, NaN where there
+    was no step.
     """
     there = np.isfinite(codes)
     last = codes[len(codes) - 1 - there[::-1].argmax(axis=0), np.arange(codes.shape[1])]

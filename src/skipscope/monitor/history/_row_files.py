@@ -65,8 +65,7 @@ def _crc32(content: dict[str, Any]) -> int:
 
 
 class Rows:
-    """Rows of one width. Memory holds at most ``keep``: when they are full every second is dropped, again and
-    again.
+    """Rows of one width, at most ``keep`` in memory: whenever full, every second row is dropped.
 
     Args:
         width: numbers a row.

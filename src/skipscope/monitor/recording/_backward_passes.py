@@ -91,9 +91,7 @@ class BackwardPasses:
         return begun
 
     def _kind(self) -> str | None:
-        """``"backward"``, ``"by hand"`` (``torch.autograd.grad`` of parameters), or None for one of
-        inputs only.
-        """
+        """``"backward"``, ``"by hand"`` (``autograd.grad`` of parameters), or None if of inputs only."""
         if not self._nodes:
             gathered = self._gathered()
             leaves = [gathered.get(id(p), p) for p in self.parameters if p.requires_grad]
@@ -161,9 +159,7 @@ class BackwardPasses:
         self._finished = [p for p in self._finished if p.touched or p.by_hand or p.certain]
 
     def _zeroed(self, p: BackwardPass, now: list[GradientState]) -> bool:
-        """Whether the gradients have been set to 0 since the pass ended; those of a dead network were 0
-        already.
-        """
+        """Whether gradients were set to 0 after the pass; a dead network's were 0 before and do not count."""
         assert p.touched is not None
         if p.nonzero is None or not bool(p.nonzero[1]):
             return False

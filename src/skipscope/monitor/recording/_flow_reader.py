@@ -285,8 +285,9 @@ class FlowReader:
         self, owner: int, step: int, points: tuple[Boundary, ...], norms: dict[int, list[Any]],
         relative: dict[int, list[Any]], elements: np.ndarray, seen: set[int], scale: Any,
     ) -> None:  # fmt: skip
-        """Sum squares and counts over ranks (collective); the loss is the mean of theirs, so each holds
-        1/ranks of it.
+        """Sum squares and counts over ranks (collective).
+
+        The loss is the mean of the ranks' losses, so each rank holds 1/ranks of it.
         """
         if not (self._agreed or self._all_agree(points)):
             return
@@ -306,9 +307,10 @@ class FlowReader:
             self._wait_for(owner, step, tuple(points[i].name for i in at), counts[at], values, scale)
 
     def _all_agree(self, points: tuple[Boundary, ...]) -> bool:
-        """Whether all ranks have the same boundaries (collective): else they would wait for each other, or
-        add up different quantities. A rank that has not run the model yet is waited for until the next
-        reading.
+        """Whether all ranks have the same boundaries (collective).
+
+        If not, they would wait for each other, or add up different quantities. A rank that has not run the
+        model yet is waited for until the next reading.
         """
         every = RankGroup.everyone().gathered((tuple(point.name for point in points), self.problem))
         self.problem = next((problem for _, problem in every if problem), None)
@@ -438,9 +440,7 @@ class FlowReader:
                 activation.value = None
 
     def _find(self, args: Any, keywords: dict[str, Any]) -> bool:
-        """Find the boundaries with the inputs at hand; when that fails the flow is given up, the training
-        goes on.
-        """
+        """Find the boundaries on these inputs; a failure ends the flow readings, never the training."""
         try:
             points = boundaries(self.model, _as_inputs(self.model, args, keywords))
             with untouched(self.model, seed=0, operation="watch"):

@@ -127,8 +127,7 @@ _NORMALIZED = re.compile(
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    """``"SGD"`` where a step is proportional to the gradient, ``"Adam"`` where its size does not follow the
-    gradient's.
+    """``"SGD"`` if steps are proportional to the gradient, ``"Adam"`` if they are normalised, else ``""``.
 
     Example:
         >>> kind_of(torch.optim.AdamW([torch.zeros(1)]))

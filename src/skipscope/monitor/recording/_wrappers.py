@@ -80,9 +80,7 @@ def _inside(
 
 
 def _steps_for(inner: Any, outer: Any) -> bool:
-    """Whether ``inner`` is an optimizer of the parameters that ``outer`` seems to update, or a wrapper
-    around one.
-    """
+    """Whether ``inner`` is, or wraps, an optimizer of the parameters that ``outer`` appears to update."""
     if not isinstance(inner, torch.optim.Optimizer):
         held = (getattr(inner, name, None) for name in _INNER if inner is not None)
         return any(one is not inner and one is not outer and _steps_for(one, outer) for one in held)
