@@ -170,20 +170,23 @@ def as_batches(data: Any, operation: str, *, any_shape: bool = False) -> Batches
     if isinstance(data, Tensor | Mapping):
         if isinstance(data, Tensor) and not any_shape:
             raise SkipscopeError(
-                operation, "the data is a bare tensor, and nothing says what the target is",
+                operation,
+                "the data is a bare tensor, and nothing says what the target is",
                 expected="(inputs, target), a Mapping, or a re-iterable of these",
                 got=f"a tensor of shape {tuple(data.shape)}",
                 cure="pass (inputs, target), or wrap the loss: @ss.objective on f(model, batch)",
-            )  # fmt: skip
+            )
         return Batches([data], single=True)
     if isinstance(data, list | tuple):
         return Batches([_one_batch(data, operation, any_shape)], single=True)
     if _is_dataset(data):
         raise SkipscopeError(
-            operation, "the data is a dataset: it gives samples, not batches",
-            expected="a DataLoader, one batch, or ss.batches([...])", got=type(data).__name__,
+            operation,
+            "the data is a dataset: it gives samples, not batches",
+            expected="a DataLoader, one batch, or ss.batches([...])",
+            got=type(data).__name__,
             cure="torch.utils.data.DataLoader(dataset, batch_size=32)",
-        )  # fmt: skip
+        )
     if isinstance(data, Iterator) or not isinstance(data, Iterable):
         raise SkipscopeError(
             operation,
@@ -258,10 +261,12 @@ def _one_batch(data: Sequence[Any], operation: str, any_shape: bool) -> Batch:
         )
     if len(data) != 2 and not any_shape:
         raise SkipscopeError(
-            operation, "a list or tuple is one batch, and a batch has two parts", expected="(inputs, target)",
+            operation,
+            "a list or tuple is one batch, and a batch has two parts",
+            expected="(inputs, target)",
             got=f"a {type(data).__name__} of length {len(data)}",
             cure="for several inputs pass ((x1, x2), target); for several batches ss.batches([...])",
-        )  # fmt: skip
+        )
     return data
 
 

@@ -409,9 +409,12 @@ def _loss_of_output_and_target(loss: Callable[..., Any], operation: str) -> Obje
         }
     weight = (lambda batch: known.normaliser(target_of(batch, operation))) if known else batch_size
     return Objective(
-        _name_of(loss), lambda model, batch: from_output(forward(model, batch, operation), batch), weight,
-        from_output=from_output, **fields,
-    )  # fmt: skip
+        _name_of(loss),
+        lambda model, batch: from_output(forward(model, batch, operation), batch),
+        weight,
+        from_output=from_output,
+        **fields,
+    )
 
 
 def _name_of(loss: Any) -> str:

@@ -170,13 +170,15 @@ def call_loss(loss: Callable[..., Any], output: Any, target: Any, operation: str
         classes = isinstance(error, IndexError) and isinstance(output, Tensor) and output.ndim > 0
         n = output.shape[min(1, output.ndim - 1)] if classes else 0
         raise SkipscopeError(
-            operation, f"the loss does not accept this output and target ({error_text(error)})",
+            operation,
+            f"the loss does not accept this output and target ({error_text(error)})",
             expected=f"class indices from 0 to {n - 1}: the output has {n} classes" if classes else None,
             got=f"output {_shapes(tensors_in(output)) or type(output).__name__}; "
             f"target {_shapes(tensors_in(target), ranges=True) or type(target).__name__}",
-            cure="number the classes from 0, or give the model more of them" if classes
+            cure="number the classes from 0, or give the model more of them"
+            if classes
             else "wrap the loss: lambda output, target: ..., or use @ss.objective",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def no_gradient(operation: str, model: nn.Module) -> SkipscopeError:

@@ -120,9 +120,13 @@ def spread_batches(
         chosen = choose(list(held), 0, size)
         start, end = (len(chosen) * rank // group.size for rank in (group.rank, group.rank + 1))
         return RankBatches(
-            chosen[start:end], filler, group,
-            single=held.single, hash=Batches(chosen).hash(), device=device,
-        )  # fmt: skip
+            chosen[start:end],
+            filler,
+            group,
+            single=held.single,
+            hash=Batches(chosen).hash(),
+            device=device,
+        )
     own = choose(list(held), sum(sizes[: group.rank]), sum(sizes))
     hashes = " ".join(group.gathered(Batches(own).hash()))
     return RankBatches(own, filler, group, single=False, hash=hashes, device=device)

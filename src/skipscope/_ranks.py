@@ -112,9 +112,13 @@ class RankGroup:
         for rank, error in enumerate(errors):
             if error is not None:
                 raise SkipscopeError(
-                    operation, f"rank {rank} failed: {error.problem}", layer=error.layer,
-                    expected=error.expected, got=error.got, cure=error.cure,
-                )  # fmt: skip
+                    operation,
+                    f"rank {rank} failed: {error.problem}",
+                    layer=error.layer,
+                    expected=error.expected,
+                    got=error.got,
+                    cure=error.cure,
+                )
 
     def done_by_first(
         self, operation: str, work: Callable[[], tuple[Value, Shared]]
@@ -209,9 +213,13 @@ def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
         if place.is_shard():
             part = _chunk(part, place.dim, at, count)
     return DTensor.from_local(
-        part.clone(), mesh, like.placements, run_check=False,  # type: ignore[attr-defined]
-        shape=tensor.shape, stride=tensor.contiguous().stride(),
-    )  # fmt: skip
+        part.clone(),
+        mesh,
+        like.placements,
+        run_check=False,  # type: ignore[attr-defined]
+        shape=tensor.shape,
+        stride=tensor.contiguous().stride(),
+    )
 
 
 def _chunk(tensor: Tensor, dimension: int, at: int, count: int) -> Tensor:

@@ -82,14 +82,19 @@ def sharded_call(
     ranks = [ranks_of(model) or tuple(range(world()[1])) for model in sharded]
     if len(sharded) < len(models):
         raise SkipscopeError(
-            operation, "some of the twins are sharded, and some are not", expected="all of them, or none",
-            got=f"{len(sharded)} of {len(models)}", cure="fully_shard the others on the same mesh",
-        )  # fmt: skip
+            operation,
+            "some of the twins are sharded, and some are not",
+            expected="all of them, or none",
+            got=f"{len(sharded)} of {len(models)}",
+            cure="fully_shard the others on the same mesh",
+        )
     if len(set(ranks)) > 1:
         raise SkipscopeError(
-            operation, "the twins are spread over different ranks", expected="one mesh for all twins",
+            operation,
+            "the twins are spread over different ranks",
+            expected="one mesh for all twins",
             got=f"ranks {sorted(set(ranks))}",
-        )  # fmt: skip
+        )
     meet(operation, ranks[0])
     try:
         with as_found(sharded):
@@ -238,10 +243,12 @@ def refuse_flattened(model: nn.Module, operation: str) -> None:
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise SkipscopeError(
-                operation, "FSDP1 flattens parameters: which module holds which weight cannot be seen",
+                operation,
+                "FSDP1 flattens parameters: which module holds which weight cannot be seen",
                 expected="DDP, FSDP2 (fully_shard), or no sharding",
-                got="FullyShardedDataParallel", cure="shard with torch.distributed.fsdp.fully_shard",
-            )  # fmt: skip
+                got="FullyShardedDataParallel",
+                cure="shard with torch.distributed.fsdp.fully_shard",
+            )
 
 
 def refuse_unmovable(model: nn.Module, operation: str) -> None:
@@ -272,10 +279,13 @@ def refuse_disagreement(model: nn.Module, group: RankGroup, operation: str) -> N
     name = next((n for n in every[0] if any(other.get(n) != every[0][n] for other in every)), None)
     if name is not None:
         raise SkipscopeError(
-            operation, "the ranks hold different values of a tensor that is not sharded", layer=name,
-            expected="one model: the same buffers on every rank", got="values that differ",
+            operation,
+            "the ranks hold different values of a tensor that is not sharded",
+            layer=name,
+            expected="one model: the same buffers on every rank",
+            got="values that differ",
             cure="torch.distributed.broadcast(buffer, 0) for each of model.buffers(), or nn.SyncBatchNorm",
-        )  # fmt: skip
+        )
 
 
 def refuse_spread(model: nn.Module, operation: str) -> None:

@@ -130,10 +130,12 @@ class Subject:
             points = boundaries(self.model, self.inputs, found=self.found)
         if not points:
             raise SkipscopeError(
-                self.operation, "no float activation was seen in a forward pass",
-                expected="a float input, or an embedding", got=f"a model of type {type(self.model).__name__}",
+                self.operation,
+                "no float activation was seen in a forward pass",
+                expected="a float input, or an embedding",
+                got=f"a model of type {type(self.model).__name__}",
                 cure="pass the inputs that the model is trained on",
-            )  # fmt: skip
+            )
         return points
 
     def _first_call(self, batch: Batch) -> Any:

@@ -103,9 +103,10 @@ def names_matching(names: Sequence[str], patterns: str | Iterable[str], operatio
         matching = fnmatch.filter(names, pattern)
         if not matching:
             raise SkipscopeError(
-                operation, f"no parameter is called {pattern!r}",
+                operation,
+                f"no parameter is called {pattern!r}",
                 expected=", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
                 cure='names as in model.named_parameters(), or patterns such as "layer1.*"',
-            )  # fmt: skip
+            )
         found.update(matching)
     return found

@@ -223,19 +223,28 @@ class BookExperiment(Result):
             "flow: first over last": self.first_over_last,
             "loss": self.loss,
         }
-        return "\n".join([_row(f"seed {SEED}, the lecture's", "without", "with", "growth")] + [
-            _row(f"  {name}", short(row.without), short(row.with_shortcuts), times(row.factor))
-            for name, row in rows.items()
-        ])  # fmt: skip
+        return "\n".join(
+            [_row(f"seed {SEED}, the lecture's", "without", "with", "growth")]
+            + [
+                _row(f"  {name}", short(row.without), short(row.with_shortcuts), times(row.factor))
+                for name, row in rows.items()
+            ]
+        )
 
     def _seed_rows(self) -> str:
         median, smaller = self.median_first_over_last, self.share_ever_smaller
         flow = short(median.without), short(median.with_shortcuts), times(median.factor)
-        return "\n".join([
-            _row(f"seeds 0 to {len(self.means_with) - 1}", "without", "with", "growth"),
-            _row("  flow: first over last, median", *flow),
-            _row("  ever smaller on the way back", f"{smaller.without:.1%}", f"{smaller.with_shortcuts:.1%}"),
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                _row(f"seeds 0 to {len(self.means_with) - 1}", "without", "with", "growth"),
+                _row("  flow: first over last, median", *flow),
+                _row(
+                    "  ever smaller on the way back",
+                    f"{smaller.without:.1%}",
+                    f"{smaller.with_shortcuts:.1%}",
+                ),
+            ]
+        )
 
     def _sentences(self) -> list[str]:
         first, last, flow = self.gradient_means[0], self.gradient_means[-1], self.first_over_last

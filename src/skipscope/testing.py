@@ -149,9 +149,10 @@ def check_shortcut(
             except Exception as error:
                 cure = "if it wants more: inputs=(x, ...) or inputs={...}, as its forward takes them"
                 raise _broken(
-                    case, f"{name}: it raises {type(error).__name__}: {_first_line(error)}",
+                    case,
+                    f"{name}: it raises {type(error).__name__}: {_first_line(error)}",
                     cure=cure if name == "shape" else None,
-                ) from error  # fmt: skip
+                ) from error
     return tuple(clauses)
 
 
@@ -164,9 +165,12 @@ def _shape(case: _Case) -> None:
         output = case.call(case.fresh().eval(), given)
     if not isinstance(output, Tensor):
         raise _broken(
-            case, "shape: the output is not one tensor", expected="a tensor", got=type(output).__name__,
+            case,
+            "shape: the output is not one tensor",
+            expected="a tensor",
+            got=type(output).__name__,
             cure="wrap the block in a module that returns the tensor alone",
-        )  # fmt: skip
+        )
     if case.same_shape and output.shape != given.shape:
         raise _broken(
             case,
@@ -191,9 +195,12 @@ def _identity_at_start(case: _Case) -> None:
     if not _close(output, case.stream):
         off = float((output - case.stream).abs().max()) if output.shape == case.stream.shape else float("inf")
         raise _broken(
-            case, "identity_at_start: a fresh module does not return its input", expected="output = input",
-            got=f"a difference of {off:.3g}", cure="start the branch's last factor at zero",
-        )  # fmt: skip
+            case,
+            "identity_at_start: a fresh module does not return its input",
+            expected="output = input",
+            got=f"a difference of {off:.3g}",
+            cure="start the branch's last factor at zero",
+        )
 
 
 def _repeatable(case: _Case) -> None:
@@ -239,10 +246,12 @@ def _repeatable(case: _Case) -> None:
         case.call(other, 1 - 2 * case.stream)
     if not _close(case.output(other), outputs[0]):
         raise _broken(
-            case, "repeatable: the output depends on what the module was called with before",
-            expected="a function of the input and the state_dict", got="another output after another input",
+            case,
+            "repeatable: the output depends on what the module was called with before",
+            expected="a function of the input and the state_dict",
+            got="another output after another input",
             cure="keep no input or activation from one pass to the next",
-        )  # fmt: skip
+        )
 
 
 def _samples(case: _Case) -> None:
@@ -332,10 +341,12 @@ def _strides(case: _Case) -> None:
         return
     if not _close(output, expected):
         raise _broken(
-            case, "strides: another memory layout of the same numbers gives another output",
-            expected="an output that depends on the numbers alone", got="another one for a transposed input",
+            case,
+            "strides: another memory layout of the same numbers gives another output",
+            expected="an output that depends on the numbers alone",
+            got="another one for a transposed input",
             cure="reshape and transpose; no as_strided, no view of the storage",
-        )  # fmt: skip
+        )
 
 
 def _weights(case: _Case) -> None:
@@ -404,9 +415,12 @@ def _gradient(case: _Case) -> None:
         if gradient is None or not gradient.isfinite().all() or not gradient.any():
             got = "no gradient" if gradient is None else "zero" if not gradient.any() else "not finite"
             raise _broken(
-                case, f"gradient: none reaches the input in {mode} mode", expected="not zero", got=got,
+                case,
+                f"gradient: none reaches the input in {mode} mode",
+                expected="not zero",
+                got=got,
                 cure="look for .detach(), .data, torch.no_grad() or a factor of 0 between input and output",
-            )  # fmt: skip
+            )
     _refuse_wrong_gradient(case)
 
 
@@ -511,9 +525,10 @@ def _state_dict(case: _Case) -> None:
     other.load_state_dict(torch.load(file, weights_only=True))
     if not torch.equal(case.output(module), case.output(other)):
         raise _broken(
-            case, "state_dict: a copy that loads it gives another output",
+            case,
+            "state_dict: a copy that loads it gives another output",
             cure="keep all state in parameters and buffers, and draw nothing in evaluation mode",
-        )  # fmt: skip
+        )
 
 
 def _compile(case: _Case) -> None:

@@ -94,9 +94,11 @@ def _moved(model: nn.Module, device: str) -> nn.Module:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise SkipscopeError(
-            "device", f"the model cannot be moved to {device} ({str(error).splitlines()[0][:200]})",
-            expected="cpu, cuda, cuda:1, mps, ...", got=device,
-        ) from error  # fmt: skip
+            "device",
+            f"the model cannot be moved to {device} ({str(error).splitlines()[0][:200]})",
+            expected="cpu, cuda, cuda:1, mps, ...",
+            got=device,
+        ) from error
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -186,9 +188,11 @@ def _random_inputs(shape: str, model: nn.Module, source: Source, said: list[str]
     needed, free = 4 * math.prod(sizes), free_bytes(torch.device("cpu"))
     if needed > free:
         raise SkipscopeError(
-            "input", "inputs of this shape do not fit into memory",
-            expected=f"at most {free / 2**30:.1f} GiB", got=f"{shape[:60]}, {needed / 2**30:,.1f} GiB",
-        )  # fmt: skip
+            "input",
+            "inputs of this shape do not fit into memory",
+            expected=f"at most {free / 2**30:.1f} GiB",
+            got=f"{shape[:60]}, {needed / 2**30:,.1f} GiB",
+        )
     generator = torch.Generator().manual_seed(source.seed)
     words = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
     tokens = words is not None and len(sizes) <= 2

@@ -142,9 +142,14 @@ def landscape(
     subject = _subject(_required(model), source, quiet=not leads)
     with progress(leads and not output.json):
         result = ss.landscape(
-            subject.model, subject.data, subject.loss,
-            grid=sizes, seed=source.seed, store=folder / "landscape.zarr", **options,
-        )  # fmt: skip
+            subject.model,
+            subject.data,
+            subject.loss,
+            grid=sizes,
+            seed=source.seed,
+            store=folder / "landscape.zarr",
+            **options,
+        )
     return _deliver(result, "landscape", output, folder) if leads else None
 
 

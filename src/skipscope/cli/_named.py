@@ -39,9 +39,11 @@ def called(found: Callable[[], Any], name: str, what: str) -> Any:
                 cure="write a small function without arguments that fills them in",
             ) from error
         raise SkipscopeError(
-            what, f"{name} was called, and failed ({error_text(error)})", got=_place(error),
+            what,
+            f"{name} was called, and failed ({error_text(error)})",
+            got=_place(error),
             cure="call it in Python and mend what fails",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _place(error: BaseException) -> str:
@@ -99,9 +101,11 @@ def named_model(name: str, said: list[str]) -> Any:
     if name in networks:
         return networks[name]
     raise SkipscopeError(
-        "model", f"there is no network called {name!r:.60}", expected="one of " + ", ".join(networks),
+        "model",
+        f"there is no network called {name!r:.60}",
+        expected="one of " + ", ".join(networks),
         cure=_with_colon(name) or "your own: module:callable, e.g. my_package.models:make_model",
-    )  # fmt: skip
+    )
 
 
 def _with_colon(name: str) -> str | None:
@@ -153,14 +157,19 @@ def resolve(name: str, what: str) -> Any:
         names = [n for n in dir(error.obj) if not n.startswith("_")]
         near = difflib.get_close_matches(error.name or "", names, 3)
         raise SkipscopeError(
-            what, f"the module has no such name ({error})", expected=" or ".join(near) or None, got=name,
+            what,
+            f"the module has no such name ({error})",
+            expected=" or ".join(near) or None,
+            got=name,
             cure="look for the name in the module, and how it is spelt",
-        ) from error  # fmt: skip
+        ) from error
     except Exception as error:  # the user's own module may raise anything while it is imported
         raise SkipscopeError(
-            what, f"importing {name} failed ({type(error).__name__}: {error})", got=_place(error),
+            what,
+            f"importing {name} failed ({type(error).__name__}: {error})",
+            got=_place(error),
             cure="import the module in Python and mend what fails",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _timm(name: str, said: list[str]) -> Callable[[], nn.Module]:

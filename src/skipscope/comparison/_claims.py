@@ -232,9 +232,14 @@ def _claim_product(evidence: Evidence) -> Claim:
         f" {len(factors)} times over."
     )
     return Claim(
-        "product", _PRODUCT, answer, true, limits, why,
+        "product",
+        _PRODUCT,
+        answer,
+        true,
+        limits,
+        why,
         "Each dot is the factor of one step back. Below the line at 1 the gradient shrinks there.",
-    )  # fmt: skip
+    )
 
 
 _STAGNATE = "The weight updates stagnate, learning becomes stagnant, and convergence is delayed."
@@ -400,9 +405,14 @@ def _claim_surface(evidence: Evidence) -> Claim:
     why.append(_paired_numbers(evidence))
     answer, true, limits = _compare_surfaces(having, lacking)
     return Claim(
-        "surface", _SURFACE, answer, true, limits, " ".join(filter(None, why)),
+        "surface",
+        _SURFACE,
+        answer,
+        true,
+        limits,
+        " ".join(filter(None, why)),
         "A bowl is easy to walk down. Look for ridges, and for regions so flat that no step leads anywhere.",
-    )  # fmt: skip
+    )
 
 
 def _compare_surfaces(having: Surface, lacking: Surface) -> tuple[str, str, str]:
@@ -490,9 +500,14 @@ def _claim_crucial(evidence: Evidence) -> Claim:
     true = f"With all shortcuts taken out of the same weights, {arrival(removed)}."
     limits, why = _single_shortcuts(evidence)
     return Claim(
-        "which", _CRUCIAL, HOLDS if broken else FAILS, true, limits, why,
+        "which",
+        _CRUCIAL,
+        HOLDS if broken else FAILS,
+        true,
+        limits,
+        why,
         "The longest bar is the shortcut this network can least do without.",
-    )  # fmt: skip
+    )
 
 
 def _single_shortcuts(evidence: Evidence) -> tuple[str, str]:
@@ -554,11 +569,14 @@ def _claim_strength(evidence: Evidence) -> Claim:
     else:
         limits = f"Full strength is not needed: the flow is healthy from a strength of {healthy[0]:.1f} on."
     return Claim(
-        "strength", _STRENGTH, answer,
+        "strength",
+        _STRENGTH,
+        answer,
         f"At strength 0, {arrival_of(start)}; at strength 1, {_briefly(end)}.",
-        limits, f"The fall goes from {short(start)} decades at strength 0 to {short(end)} at strength 1.",
+        limits,
+        f"The fall goes from {short(start)} decades at strength 0 to {short(end)} at strength 1.",
         "Move the slider from 0 (removed) to 1 (as built).",
-    )  # fmt: skip
+    )
 
 
 def _not_measured(key: str, claim: str, reason: str) -> Claim:

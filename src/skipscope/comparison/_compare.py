@@ -105,10 +105,15 @@ def compare(
     kind_names(variants)
     require_size("compare", budget=budget)
     settings = Settings(
-        seeds=1 if quick else seeds, steps=steps or (60 if quick else 200), batch_size=batch_size,
-        grid=min(grid, 11) if quick else grid, samples=128 if quick else 256, train=train, seed=seed,
+        seeds=1 if quick else seeds,
+        steps=steps or (60 if quick else 200),
+        batch_size=batch_size,
+        grid=min(grid, 11) if quick else grid,
+        samples=128 if quick else 256,
+        train=train,
+        seed=seed,
         strengths=6 if quick else 11,
-    )  # fmt: skip
+    )
     clock = Clock(QUICK_SECONDS if quick and budget is None else budget)
     if model is None:
         if data is not None or variants is not None:

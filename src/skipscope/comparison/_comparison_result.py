@@ -215,11 +215,16 @@ class Comparison(Result):
             learns = ", ".join(filter(None, (_learns(optimizer, c) for optimizer, c in curves.items())))
             if not learns:
                 learns = f"none in {self.training.steps} steps" if self.training and curves else "-"
-            rows.append([
-                twin.name, len(self.found[twin.name]) if twin.name in self.found else 0,
-                flow.verdict.fall_decades if flow else None, flow.verdict.state if flow else "-",
-                self.paths[twin.name].mean_length if twin.name in self.paths else None, learns,
-            ])  # fmt: skip
+            rows.append(
+                [
+                    twin.name,
+                    len(self.found[twin.name]) if twin.name in self.found else 0,
+                    flow.verdict.fall_decades if flow else None,
+                    flow.verdict.state if flow else "-",
+                    self.paths[twin.name].mean_length if twin.name in self.paths else None,
+                    learns,
+                ]
+            )
         return Table(
             self.subject,
             ["network", "shortcuts", "fall (decades)", "verdict", "mean path", "learns under"],

@@ -164,11 +164,18 @@ def _train_all(
     for depth in track(chosen, "training, depths"):
         is_deepest = depth == depths[-1]
         trainings[depth], networks = train_and_keep(
-            makers(depth), reference.digits(), F.cross_entropy,
+            makers(depth),
+            reference.digits(),
+            F.cross_entropy,
             seeds=range(settings.seed, settings.seed + (settings.seeds if is_deepest else 1)),
-            steps=settings.steps, batch_size=settings.batch_size, optimizers=settings.optimizers,
-            target=TARGET, stop_at_target=not is_deepest, extend=False, keep=is_deepest,
-        )  # fmt: skip
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            optimizers=settings.optimizers,
+            target=TARGET,
+            stop_at_target=not is_deepest,
+            extend=False,
+            keep=is_deepest,
+        )
         kept = networks if is_deepest else kept
     return trainings, kept
 

@@ -120,11 +120,13 @@ def describe(
     """One line of description for each network; by default what it means."""
     return {
         name: Twin(
-            name, meanings[name], f"{label}, {descriptions.get(name, meanings[name])}",
+            name,
+            meanings[name],
+            f"{label}, {descriptions.get(name, meanings[name])}",
             sum(p.numel() for p in one.model.parameters()),
         )
         for name, one in subjects.items()
-    }  # fmt: skip
+    }
 
 
 def measure_flow(
@@ -201,10 +203,14 @@ def measure_training(
         clock.notes.append(f"training was cut to {steps} steps to stay within the budget")
     with clock.stage("training"):
         training, kept = train(
-            makers, seeds=range(settings.seed, settings.seed + settings.seeds), steps=steps,
-            batch_size=settings.batch_size, optimizers=settings.optimizers, target=settings.target,
+            makers,
+            seeds=range(settings.seed, settings.seed + settings.seeds),
+            steps=steps,
+            batch_size=settings.batch_size,
+            optimizers=settings.optimizers,
+            target=settings.target,
             extend=clock.budget is None,
-        )  # fmt: skip
+        )
     evidence.training = training
     return trained_alike(training, kept)
 

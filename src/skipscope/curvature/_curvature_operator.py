@@ -195,10 +195,12 @@ class CurvatureOperator:
         total = sum(self.data.together(sum(weights.values())))
         if not total > 0:
             raise SkipscopeError(
-                self.model.operation, "no batch counts for anything, so the mean over batches is undefined",
-                expected="weights with a positive sum", got=f"a sum of {total}",
+                self.model.operation,
+                "no batch counts for anything, so the mean over batches is undefined",
+                expected="weights with a positive sum",
+                got=f"a sum of {total}",
                 cure="check weight=, or the labels that are ignored",
-            )  # fmt: skip
+            )
         return {i: weight / total for i, weight in weights.items() if weight}
 
     def _first_batch(self) -> tuple[int, Batch]:

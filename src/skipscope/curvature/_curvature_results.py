@@ -131,10 +131,12 @@ class ExtremeEigenvalues(Result):
         """
         if end not in ("largest", "smallest") or not 0 <= index < len(self.largest):
             raise SkipscopeError(
-                "direction", "there is no such eigenvector", got=f"end={end!r}, index={index!r}",
+                "direction",
+                "there is no such eigenvector",
+                got=f"end={end!r}, index={index!r}",
                 expected=f'end="largest" or "smallest", index= from 0 to {len(self.largest) - 1}',
                 cure=f'direction("largest", {end})' if isinstance(end, int) else None,
-            )  # fmt: skip
+            )
         vectors = self.smallest_vectors if end == "smallest" else self.largest_vectors
         if vectors is None:
             raise SkipscopeError(

@@ -106,8 +106,9 @@ def _lost_rank() -> SkipscopeError:
     return SkipscopeError(
         "extreme_eigenvalues",
         "another rank was lost, or did not answer: all ranks make each product together",
-        expected="every rank until the end", cure="start it again: it begins from the first product",
-    )  # fmt: skip
+        expected="every rank until the end",
+        cure="start it again: it begins from the first product",
+    )
 
 
 def ends_of(

@@ -46,10 +46,12 @@ def _linearise(model: PrivateModel, batch: Batch, index: int) -> _Linearised:
     from_output = model.objective.from_output
     if from_output is None:
         raise SkipscopeError(
-            model.operation, "the Gauss-Newton matrix needs the loss as a function of the model's output",
-            expected="loss(output, target)", got=f"the objective {model.objective.name!r} of model and batch",
+            model.operation,
+            "the Gauss-Newton matrix needs the loss as a function of the model's output",
+            expected="loss(output, target)",
+            got=f"the objective {model.objective.name!r} of model and batch",
             cure='pass loss(output, target), or use matrix="hessian"',
-        )  # fmt: skip
+        )
     output, _ = model.output_and_loss(batch, index, output=True)
     every = tensors_in(output)
     leaves = {i: t.detach().requires_grad_() for i, t in enumerate(every) if t.requires_grad}

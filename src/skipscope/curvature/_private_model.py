@@ -269,7 +269,9 @@ def _chosen(available: list[str], wanted: Selection, model: nn.Module, operation
         chosen, pattern = names_matching(every, patterns, operation), ", ".join(patterns)
     if not chosen:
         raise SkipscopeError(
-            operation, "there is no parameter to measure the curvature in", got=pattern,
+            operation,
+            "there is no parameter to measure the curvature in",
+            got=pattern,
             cure='requires_grad_(True), or parameters=["..."]',
-        )  # fmt: skip
+        )
     return chosen

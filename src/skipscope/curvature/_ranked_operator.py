@@ -117,8 +117,9 @@ def _require_whole(model: nn.Module, operation: str) -> None:
     free = SHARE * free_bytes(parameters[0].device)
     if needed > free:
         raise SkipscopeError(
-            operation, "the whole model does not fit on one rank, and its second derivative needs it there",
+            operation,
+            "the whole model does not fit on one rank, and its second derivative needs it there",
             expected=f"{needed / 2**30:.2f} GiB: the weights, their gradient and a product",
             got=f"{free / 2**30:.2f} GiB that may be used on {parameters[0].device}",
             cure="a device with more memory; landscape needs a shard of the weights alone",
-        )  # fmt: skip
+        )

@@ -36,9 +36,10 @@ def require_vectors(
     needed, free = (count + beside) * row, SHARE * free_bytes(device)
     if needed > free:
         raise SkipscopeError(
-            operation, f"{count} vectors of the parameters' size do not fit into memory",
+            operation,
+            f"{count} vectors of the parameters' size do not fit into memory",
             expected=f"{needed / 2**30:.2f} GiB for {size:,} parameters in float64",
             got=f"{free / 2**30:.2f} GiB that may be used on {device}",
             cure=cure(int(free / row) - beside) or "fewer parameters: parameters=[...]",
-        )  # fmt: skip
+        )
     say(f"{operation}: {count} vectors, at most {needed / 2**30:.2g} GiB")

@@ -290,8 +290,10 @@ class GradientFlow(Result):
             notes.append(f"{100 * self.verdict.agreement:.0f} % of the batches have this state.")
         return Table(
             f"Gradient flow: {self.verdict.state}",
-            ["depth", "boundary", "gradient", "factor", "activation", "state"], rows, [*notes, *self.notes],
-        )  # fmt: skip
+            ["depth", "boundary", "gradient", "factor", "activation", "state"],
+            rows,
+            [*notes, *self.notes],
+        )
 
     def layer_table(self) -> Table:
         """One row a weight: what the lecture prints, and more."""

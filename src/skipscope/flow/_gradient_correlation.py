@@ -126,9 +126,11 @@ def _gradients(
         raise backward_error("gradient_correlation", error) from error
     if gradient is None:
         raise SkipscopeError(
-            "gradient_correlation", f"no gradient reaches {point.name}", layer=point.name,
+            "gradient_correlation",
+            f"no gradient reaches {point.name}",
+            layer=point.name,
             cure="ss.gradient_flow says where the network comes apart",
-        )  # fmt: skip
+        )
     return reached[0].detach(), gradient
 
 

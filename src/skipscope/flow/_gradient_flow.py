@@ -91,8 +91,9 @@ def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientF
         read.notes += tuple(
             f"{term.name} does not reach {_few(one.elsewhere)}: {one.readings.cuts[-1][1]} lets no gradient"
             " through. Another term does, so this is taken as meant."
-            for one, term in zip(chains, read.readings.terms) if one.elsewhere and one.readings.cuts
-        )  # fmt: skip
+            for one, term in zip(chains, read.readings.terms)
+            if one.elsewhere and one.readings.cuts
+        )
         # A term may be silent on these batches by its own clamp or margin, and no fault of the network.
         speaking = [
             v for v, term in zip(verdicts, read.readings.terms) if not (term.clamped and v.cause == "loss")

@@ -60,10 +60,12 @@ def importance(
     chosen = subject.found if found is None else found
     if not len(chosen) and not allow_empty:
         raise SkipscopeError(
-            "importance", "there is no shortcut to try", expected="at least one shortcut",
+            "importance",
+            "there is no shortcut to try",
+            expected="at least one shortcut",
             got=f"{type(subject.model).__name__}: {len(subject.found)} found, none chosen",
             cure="look at ss.find_shortcuts(model, inputs); allow_empty=True gives an empty ranking",
-        )  # fmt: skip
+        )
     refuse_another_architecture(subject.model, chosen, "importance")
     return importance_of(subject, chosen, seed)
 

@@ -53,11 +53,20 @@ class Record:
         scalars = dict(zip(SCALARS, row.tolist()))
         states = states_of(mean, np.array(tracked.tiny))
         return cls(
-            optimizer, int(scalars["step"]), scalars["seconds"], tracked.names,
-            norm / np.sqrt(tracked.sizes), np.where(mean < 0, np.nan, mean), before,
-            tuple(STATES[int(code)] for code in states), float(total_of(norm, states)),
-            scalars["total_before_clip"], scalars["loss_scale"], bool(scalars["skipped"]), verdict,
-        )  # fmt: skip
+            optimizer,
+            int(scalars["step"]),
+            scalars["seconds"],
+            tracked.names,
+            norm / np.sqrt(tracked.sizes),
+            np.where(mean < 0, np.nan, mean),
+            before,
+            tuple(STATES[int(code)] for code in states),
+            float(total_of(norm, states)),
+            scalars["total_before_clip"],
+            scalars["loss_scale"],
+            bool(scalars["skipped"]),
+            verdict,
+        )
 
 
 def scalars(record: Record, *, parameters: bool) -> dict[str, float]:

@@ -98,28 +98,42 @@ class JsonLines:
         """The step with every parameter's numbers."""
         self._write(
             {
-                "kind": "step", "optimizer": record.optimizer, "step": record.step, "seconds": record.seconds,
-                "total_norm": record.total_norm, "total_before_clip": record.total_before_clip,
-                "loss_scale": record.loss_scale, "skipped": record.skipped, "verdict": record.verdict.state,
+                "kind": "step",
+                "optimizer": record.optimizer,
+                "step": record.step,
+                "seconds": record.seconds,
+                "total_norm": record.total_norm,
+                "total_before_clip": record.total_before_clip,
+                "loss_scale": record.loss_scale,
+                "skipped": record.skipped,
+                "verdict": record.verdict.state,
                 "parameters": {
                     name: {"rms": rms, "mean_abs": mean, "norm_before_clip": before, "state": state}
                     for name, rms, mean, before, state in zip(
-                        record.names, record.rms.tolist(), record.mean_abs.tolist(),
-                        record.norm_before_clip.tolist(), record.states,
+                        record.names,
+                        record.rms.tolist(),
+                        record.mean_abs.tolist(),
+                        record.norm_before_clip.tolist(),
+                        record.states,
                     )
                 },
             }
-        )  # fmt: skip
+        )
 
     def event(self, event: VerdictEvent) -> None:
         """The change."""
         verdict = event.verdict
         self._write(
             {
-                "kind": "event", "step": event.step, "before": event.before, "state": verdict.state,
-                "basis": verdict.basis, "where": verdict.where, "reason": verdict.reason,
+                "kind": "event",
+                "step": event.step,
+                "before": event.before,
+                "state": verdict.state,
+                "basis": verdict.basis,
+                "where": verdict.where,
+                "reason": verdict.reason,
             }
-        )  # fmt: skip
+        )
 
     def close(self, history: History) -> None:
         """The last verdict; the file is closed."""
@@ -137,7 +151,7 @@ def _opened(path: str | os.PathLike[str]) -> IO[str]:
     except OSError as error:
         raise SkipscopeError(
             "watch", f"cannot write {path}: {error.strerror}", cure="choose a file in a folder that exists"
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _finite(value: Any) -> Any:
@@ -175,10 +189,13 @@ class Csv:
         self._rows.writerows(
             [*start, *line]
             for line in zip(
-                record.names, record.rms.tolist(), record.mean_abs.tolist(), record.norm_before_clip.tolist(),
+                record.names,
+                record.rms.tolist(),
+                record.mean_abs.tolist(),
+                record.norm_before_clip.tolist(),
                 record.states,
             )
-        )  # fmt: skip
+        )
         self._file.flush()
 
     def event(self, event: VerdictEvent) -> None:

@@ -69,11 +69,19 @@ class Monitor:
     """
 
     def __init__(
-        self, models: Mapping[str, nn.Module],
-        optimizers: Sequence[tuple[torch.optim.Optimizer, tuple[Any, ...]]], *, every: int, keep: int | None,
-        sinks: Sequence[Sink], folder: Path | None, on_verdict: Sequence[Callable[[VerdictEvent], Any]],
-        flow_every: int | None, first_step: int | None, resume: bool,
-    ):  # fmt: skip
+        self,
+        models: Mapping[str, nn.Module],
+        optimizers: Sequence[tuple[torch.optim.Optimizer, tuple[Any, ...]]],
+        *,
+        every: int,
+        keep: int | None,
+        sinks: Sequence[Sink],
+        folder: Path | None,
+        on_verdict: Sequence[Callable[[VerdictEvent], Any]],
+        flow_every: int | None,
+        first_step: int | None,
+        resume: bool,
+    ):
         self._first = world()[0] == 0
         self._sinks, self._on_verdict = list(sinks) if self._first else [], tuple(on_verdict)
         self._verdict = _live_verdict.UNKNOWN
@@ -91,9 +99,13 @@ class Monitor:
         self._flow = None
         if flow_every is not None:
             self._flow = FlowReader(
-                next(iter(models.values())), self._parameters_of_flow(), flow_every, self._deliver_flow,
-                self._flow_read, begun_at,
-            )  # fmt: skip
+                next(iter(models.values())),
+                self._parameters_of_flow(),
+                flow_every,
+                self._deliver_flow,
+                self._flow_read,
+                begun_at,
+            )
         for recorder in self._recorders:
             recorder.received, recorder.stepped = self._received, self._stepped
         self._tracked = [recorder.tracked for recorder in self._recorders]
@@ -295,7 +307,7 @@ class Monitor:
             for tracked in [recorder.tracked]
             for name, p, role in zip(tracked.names, tracked.parameters, tracked.roles)
             if p.ndim > 1 and p.requires_grad and role != "table" and name not in self._silent
-        }  # fmt: skip
+        }
         wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in found.items()}
         norms = {n: float(torch.linalg.vector_norm(p, dtype=wide[n])) for n, p in found.items()}
         return {name: size_of(p, norms[name]) for name, p in found.items()}
@@ -375,10 +387,11 @@ class Monitor:
         updates = Counter(prefix for r in self._recorders for prefix in set(r.tracked.models))
         alone = recorder.index in self._inside or inside_backward()
         return [
-            prefix.rstrip(".") if updates[prefix] < 2 or alone
+            prefix.rstrip(".")
+            if updates[prefix] < 2 or alone
             else f"{prefix.rstrip('.')} optimizer {recorder.index}".strip()
             for prefix in tracked.models
-        ]  # fmt: skip
+        ]
 
     def _look_for_zeros(self, recorder: StepRecorder, step: Step, row: np.ndarray) -> None:
         """In the first steps: parts that are zero by design, and gradients that are missing."""

@@ -126,9 +126,12 @@ class Kind:
         branches = [branch] if isinstance(branch, nn.Module) else list(branch)
         if len(branches) != 1 and not self.spans_depth:
             raise SkipscopeError(
-                "skipscope.nn", f"the kind {self.name!r} goes around one branch", expected="one module",
-                got=f"{len(branches)} modules", cure="build one for each branch, or nn.Sequential(*branches)",
-            )  # fmt: skip
+                "skipscope.nn",
+                f"the kind {self.name!r} goes around one branch",
+                expected="one module",
+                got=f"{len(branches)} modules",
+                cure="build one for each branch, or nn.Sequential(*branches)",
+            )
         if self._make is not None:
             return self._make(*branches, width, dim, depth, **arguments)
         known = {"width": width, "dim": dim, "depth": depth, "layers": _layers(depth)}

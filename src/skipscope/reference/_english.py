@@ -94,9 +94,11 @@ def english(
     ids = ids[{"train": slice(cut), "test": slice(cut, None), None: slice(None)}[split]]
     if n < 1 or not 0 < context < len(ids):
         raise SkipscopeError(
-            "english", "no passage of that length fits",
-            expected=f"n >= 1 and a context from 1 to {len(ids) - 1}", got=f"n={n}, context={context}",
-        )  # fmt: skip
+            "english",
+            "no passage of that length fits",
+            expected=f"n >= 1 and a context from 1 to {len(ids) - 1}",
+            got=f"n={n}, context={context}",
+        )
     starts = np.random.default_rng(seed).integers(0, len(ids) - context, size=n)
     windows = ids[torch.from_numpy(starts)[:, None] + torch.arange(context + 1)]
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

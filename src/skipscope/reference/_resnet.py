@@ -170,6 +170,10 @@ def resnet18(
         11689512
     """
     return ResNet(
-        (2, 2, 2, 2), (64, 128, 256, 512), classes=classes, in_channels=in_channels, option=option,
+        (2, 2, 2, 2),
+        (64, 128, 256, 512),
+        classes=classes,
+        in_channels=in_channels,
+        option=option,
         large_images=large_images,
-    )  # fmt: skip
+    )

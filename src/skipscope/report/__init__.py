@@ -58,9 +58,11 @@ def plot(
 
     if ax is not None and figsize is not None:
         raise SkipscopeError(
-            "plot", "figsize= is of a new figure, and axes were given", expected="one of the two",
+            "plot",
+            "figsize= is of a new figure, and axes were given",
+            expected="one of the two",
             cure="ax.figure.set_size_inches(width, height)",
-        )  # fmt: skip
+        )
     drawn = None if _is_comparison(result) and chart is None and ax is None else _chart(result, chart)
     ends = _limits(result, drawn, chart, limits)
     with (
@@ -167,9 +169,11 @@ def save(result: Result, path: str | os.PathLike[str], **options: Any) -> Path:
         return write_whole(path, gif(result, **options))  # type: ignore[arg-type]
     if ending not in {"png", "svg", "pdf"}:
         raise SkipscopeError(
-            "save", f"a {type(result).__name__} is not saved as .{ending}", got=path.name,
+            "save",
+            f"a {type(result).__name__} is not saved as .{ending}",
+            got=path.name,
             expected=".json, .html, .png, .svg or .pdf",
-        )  # fmt: skip
+        )
     return write_whole(path, _picture(result, ending, **options))
 
 

@@ -38,9 +38,10 @@ def gif(result: Surface | PairedSurfaces, *, dpi: int = 90, seconds: float = 0.3
     path = chart.surfaces[0].path if isinstance(chart, Surfaces) else ()
     if not isinstance(chart, Surfaces) or not path:
         raise SkipscopeError(
-            "save", "only a surface with known weights on its plane becomes an animation",
+            "save",
+            "only a surface with known weights on its plane becomes an animation",
             cure="landscape(..., directions=trajectory_plane(...)), or save as .png",
-        )  # fmt: skip
+        )
     frames = []
     scale = _surface_charts.heights(chart)
     for step in range(1, len(path) + 1):

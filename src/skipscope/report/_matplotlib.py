@@ -51,9 +51,12 @@ def require_flat(ax: Any, what: str) -> Any:
     """
     if getattr(ax, "name", "") == "3d":
         raise SkipscopeError(
-            "plot", f"{what} is not drawn into 3-D axes", expected="two-dimensional axes", got="3-D axes",
+            "plot",
+            f"{what} is not drawn into 3-D axes",
+            expected="two-dimensional axes",
+            got="3-D axes",
             cure="plt.figure().add_subplot()",
-        )  # fmt: skip
+        )
     return ax
 
 

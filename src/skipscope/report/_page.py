@@ -233,9 +233,13 @@ def _environment() -> Environment:
     from jinja2 import FunctionLoader
 
     made = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
         loader=FunctionLoader(lambda name: asset(f"{name}.html")),
-    )  # fmt: skip
+    )
     made.filters["stress"] = stress
     made.filters["terms"] = with_terms
     return made

@@ -55,14 +55,15 @@ def rooms(
         free = (
             (start, row)
             for start, row in choices
-            if low <= start and start + length <= high
+            if low <= start
+            and start + length <= high
             and not any(
                 (row == r and start < e + 9 and s < start + length + 9)
                 or (row < r and s - 3 < place < e + 3)
                 or (row > r and start - 3 < at < start + length + 3)
                 for at, s, e, r in taken
             )
-        )  # fmt: skip
+        )
         found.append(room := next(free, None))
         if room:
             taken.append((place, room[0], room[0] + length, room[1]))

@@ -166,10 +166,18 @@ def _(result: Prescription) -> Document:
 @view.register
 def _(result: GradientCorrelation) -> Document:
     chart = Lines(
-        [Series("correlation", [b[0] for b in result.bins], [b[1] for b in result.bins],
-                tips=[f"distance {short(b[0])}: {short(b[1])} ({b[2]} pairs)" for b in result.bins])],
-        "distance between two inputs", "correlation of their gradients", level=(0.0, "0: unrelated"),
-    )  # fmt: skip
+        [
+            Series(
+                "correlation",
+                [b[0] for b in result.bins],
+                [b[1] for b in result.bins],
+                tips=[f"distance {short(b[0])}: {short(b[1])} ({b[2]} pairs)" for b in result.bins],
+            )
+        ],
+        "distance between two inputs",
+        "correlation of their gradients",
+        level=(0.0, "0: unrelated"),
+    )
     panel = Panel(
         "Gradients of near inputs",
         chart,

@@ -26,12 +26,15 @@ def surface_chart(surfaces: dict[str, LossSurface]) -> Chart:
     if not first.betas.size:
         series = [
             Series(
-                name, s.alphas.tolist(), s.values.tolist(), style=i,
+                name,
+                s.alphas.tolist(),
+                s.values.tolist(),
+                style=i,
                 low=None if s.stderr is None else (s.values - 1.96 * s.stderr).tolist(),
                 high=None if s.stderr is None else (s.values + 1.96 * s.stderr).tolist(),
             )
             for i, (name, s) in enumerate(surfaces.items())
-        ]  # fmt: skip
+        ]
         said = [f"{name}: {text}" for name, s in surfaces.items() if (text := _not_numbers(s.values))]
         return Lines(
             series,
@@ -61,10 +64,17 @@ def drawn(surface: LossSurface, name: str) -> Surface:
     dots = None if surface.computed.all() else surface.computed
     note = "; ".join(text for text in (surface.label, _not_numbers(surface.values, "striped: ")) if text)
     return Surface(
-        surface.values, surface.alphas, surface.betas, name, note, path=path, dots=dots,
-        dots_mean="computed, the rest interpolated", broken=np.isnan(surface.values),
+        surface.values,
+        surface.alphas,
+        surface.betas,
+        name,
+        note,
+        path=path,
+        dots=dots,
+        dots_mean="computed, the rest interpolated",
+        broken=np.isnan(surface.values),
         origin=(1.0 if surface.axis_names[:1] == ("shortcut strength",) else 0.0, 0.0),
-    )  # fmt: skip
+    )
 
 
 def _not_numbers(values: np.ndarray, how: str = "") -> str:
@@ -172,9 +182,14 @@ def difference_chart(result: Difference, like: LossSurface | None = None) -> Cha
             level=(0.0, "no difference"),
         )
     drawn = Surface(
-        result.values, alphas, betas, result.name, _not_numbers(result.values, "striped: "), signed=True,
+        result.values,
+        alphas,
+        betas,
+        result.name,
+        _not_numbers(result.values, "striped: "),
+        signed=True,
         broken=np.isnan(result.values),
-    )  # fmt: skip
+    )
     axes = axes_of(like) if like is not None else ("direction 1", "direction 2")
     return Surfaces([drawn], "difference of the loss", axes, flat=True)
 

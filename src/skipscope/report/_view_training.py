@@ -64,9 +64,16 @@ def update_lines(training: Training, optimizer: str, style: Mapping[str, int] | 
         low, middle, high = (np.exp(part).tolist() for part in (logs.min(0), logs.mean(0), logs.max(0)))
         steps = list(range(1, logs.shape[1] + 1))
         series.append(
-            Series(name, steps, middle, low, high, style=(style or {}).get(name, i),
-                   tips=[f"{name}  step {s}: {short(m)}" for s, m in zip(steps, middle)])
-        )  # fmt: skip
+            Series(
+                name,
+                steps,
+                middle,
+                low,
+                high,
+                style=(style or {}).get(name, i),
+                tips=[f"{name}  step {s}: {short(m)}" for s, m in zip(steps, middle)],
+            )
+        )
     return Lines(
         series, f"step, {optimizer}", f"size of an update over size of the weights, {optimizer}", log_y=True
     )

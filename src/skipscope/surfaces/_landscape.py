@@ -175,9 +175,11 @@ def paired_landscapes(
     """
     if not isinstance(models, Mapping) or not models:
         raise SkipscopeError(
-            "paired_landscapes", "no twins were given", expected='{"with": model, "without": plain}',
+            "paired_landscapes",
+            "no twins were given",
+            expected='{"with": model, "without": plain}',
             got=f"{type(models).__name__}",
-        )  # fmt: skip
+        )
     settings = Settings.of("paired_landscapes", Options, read_seed(seed), options)
     models = {name: unwrapped(model) for name, model in models.items()}
     if isinstance(settings.seed, list):

@@ -136,9 +136,11 @@ class Settings:
                 )
         if self.parameters is not None and self.directions is not None:
             raise SkipscopeError(
-                "landscape", "parameters= chooses what a random direction moves, and directions were given",
-                expected="one of the two", cure="leave the other parameters out of the directions",
-            )  # fmt: skip
+                "landscape",
+                "parameters= chooses what a random direction moves, and directions were given",
+                expected="one of the two",
+                cure="leave the other parameters out of the directions",
+            )
 
     @property
     def own_directions(self) -> Sequence[Any] | None:

@@ -73,14 +73,18 @@ def ranks_together(
 def _refuse_whole(settings: Settings) -> None:
     if settings.engine == "ray":
         raise SkipscopeError(
-            "landscape", "a sharded model runs on the ranks that hold it, not on Ray",
-            expected="local or torchrun", got=settings.engine, cure="leave engine= out",
-        )  # fmt: skip
+            "landscape",
+            "a sharded model runs on the ranks that hold it, not on Ray",
+            expected="local or torchrun",
+            got=settings.engine,
+            cure="leave engine= out",
+        )
     if isinstance(settings.directions, Plane):
         raise SkipscopeError(
-            "landscape", "a plane's known points are whole weights, and a sharded model is never whole",
+            "landscape",
+            "a plane's known points are whole weights, and a sharded model is never whole",
             cure="directions=plane.directions; the known points are then not marked",
-        )  # fmt: skip
+        )
 
 
 def _surfaces(

@@ -47,10 +47,13 @@ def maker_of(name: str, twin: nn.Module | Callable[[], nn.Module], notes: dict[s
 
     if not callable(twin):
         raise SkipscopeError(
-            "train_twins", "a twin is neither a module nor a function that makes one", layer=name,
-            expected='{"with": make_a, "without": make_b}', got=type(twin).__name__,
+            "train_twins",
+            "a twin is neither a module nor a function that makes one",
+            layer=name,
+            expected='{"with": make_a, "without": make_b}',
+            got=type(twin).__name__,
             cure="pass the module, or a function without arguments that returns a fresh one",
-        )  # fmt: skip
+        )
 
     def build() -> nn.Module:
         model = twin()

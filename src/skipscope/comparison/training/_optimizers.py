@@ -68,10 +68,13 @@ class OptimizerChoice:
         optimizer, scheduler = made if isinstance(made, tuple | list) and len(made) == 2 else (made, None)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise SkipscopeError(
-                "train_twins", "the factory of an optimizer makes something else", layer=self.name,
-                expected="a torch.optim.Optimizer, or (optimizer, scheduler)", got=type(made).__name__,
+                "train_twins",
+                "the factory of an optimizer makes something else",
+                layer=self.name,
+                expected="a torch.optim.Optimizer, or (optimizer, scheduler)",
+                got=type(made).__name__,
                 cure="lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)",
-            )  # fmt: skip
+            )
         return Driver(optimizer, scheduler)
 
     def learning_rate(self, model: nn.Module) -> float:

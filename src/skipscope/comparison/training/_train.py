@@ -181,9 +181,13 @@ def train_and_keep(
         plan = _plan(trainees, makers, chosen, workers() if _can_be_copied(first, stream, keep) else 1)
         with plan.threads():
             sweeps = sweep_then_seeds(
-                trainees, chosen, extend=extend and not stop_at_target, keep=keep, copies=plan.copies,
+                trainees,
+                chosen,
+                extend=extend and not stop_at_target,
+                keep=keep,
+                copies=plan.copies,
                 patience=plan.patience,
-            )  # fmt: skip
+            )
     logs: dict[str, dict[str, Sweep]] = {name: {} for name in makers}
     for (name, optimizer), sweep in sweeps.items():
         logs[name][optimizer] = sweep
@@ -204,22 +208,30 @@ def _refuse(twins: Any, steps: int, batch_size: int | None, target: float | None
     """Refuse what cannot be trained, before anything runs."""
     if not isinstance(twins, Mapping) or not twins:
         raise SkipscopeError(
-            "train_twins", "there is nothing to train", expected='{"with": make_a, "without": make_b}',
-            got=f"{twins!r:.60}", cure="name each network",
-        )  # fmt: skip
+            "train_twins",
+            "there is nothing to train",
+            expected='{"with": make_a, "without": make_b}',
+            got=f"{twins!r:.60}",
+            cure="name each network",
+        )
     require_whole("train_twins", steps=steps, batch_size=batch_size)
     require_size("train_twins", clip_norm=recipe.clip_norm)
     if target is not None and not math.isfinite(target):
         raise SkipscopeError(
-            "train_twins", "the target is no loss", expected="a finite number", got=target,
+            "train_twins",
+            "the target is no loss",
+            expected="a finite number",
+            got=target,
             cure="leave target out",
-        )  # fmt: skip
+        )
     if recipe.autocast not in {None, torch.bfloat16, torch.float16}:
         raise SkipscopeError(
-            "train_twins", "autocast is no dtype that torch.autocast trains in",
-            expected="torch.bfloat16 or torch.float16", got=repr(recipe.autocast)[:60],
+            "train_twins",
+            "autocast is no dtype that torch.autocast trains in",
+            expected="torch.bfloat16 or torch.float16",
+            got=repr(recipe.autocast)[:60],
             cure="autocast=torch.bfloat16",
-        )  # fmt: skip
+        )
 
 
 def _stream(
@@ -233,9 +245,11 @@ def _stream(
     """Where batches come from, and the loss, as the first network takes them."""
     if not any(p.requires_grad for p in first.parameters()):
         raise SkipscopeError(
-            "train_twins", "no parameter requires a gradient: there is nothing to train",
-            got=type(first).__name__, cure="pass the model before it is frozen or quantised",
-        )  # fmt: skip
+            "train_twins",
+            "no parameter requires a gradient: there is nothing to train",
+            got=type(first).__name__,
+            cure="pass the model before it is frozen or quantised",
+        )
     batches, objective = read(first, data, loss, "train_twins", weight=weight)
     stream = Stream(batches, first, objective, batch_size)
     if batches.single and not stream.cut and stream.size > (batch_size or 64):

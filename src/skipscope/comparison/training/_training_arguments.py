@@ -44,7 +44,10 @@ def seeds_of(operation: str, seeds: int | Sequence[int]) -> tuple[int, ...]:
     chosen = tuple(seeds)
     if not chosen or not all(is_integer(seed, -math.inf) for seed in chosen):
         raise SkipscopeError(
-            operation, "seeds are a number of them, or the seeds themselves", expected="3, or [0, 1, 2]",
-            got=repr(seeds)[:60], cure="seeds=3",
-        )  # fmt: skip
+            operation,
+            "seeds are a number of them, or the seeds themselves",
+            expected="3, or [0, 1, 2]",
+            got=repr(seeds)[:60],
+            cure="seeds=3",
+        )
     return chosen

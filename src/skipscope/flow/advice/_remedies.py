@@ -55,9 +55,10 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
         cause: of its trouble.
     """
     he = Candidate(
-        "He initialisation", "nn.init.kaiming_normal_(weight); nn.init.zeros_(bias)",
+        "He initialisation",
+        "nn.init.kaiming_normal_(weight); nn.init.zeros_(bias)",
         partial(_initialised, nn.init.kaiming_normal_),
-    )  # fmt: skip
+    )
     found = [
         he,
         Candidate(

@@ -40,9 +40,14 @@ Tap = Callable[[Touch], AbstractContextManager[Any]]
 
 
 def measure(
-    subject: Subject, model: nn.Module | None = None, data: Batches | None = None, *, scale: float = 1.0,
-    term: str = "", each: Callable[[Readings], None] | None = None,
-) -> Readings:  # fmt: skip
+    subject: Subject,
+    model: nn.Module | None = None,
+    data: Batches | None = None,
+    *,
+    scale: float = 1.0,
+    term: str = "",
+    each: Callable[[Readings], None] | None = None,
+) -> Readings:
     """Read gradients and activations at boundaries, and the gradient of every weight, over all batches.
 
     Args:

@@ -105,6 +105,7 @@ def backward_error(operation: str, error: RuntimeError) -> RuntimeError | Skipsc
             ),
         )
     return SkipscopeError(
-        operation, f"the backward pass fails ({error_text(error)})",
+        operation,
+        f"the backward pass fails ({error_text(error)})",
         cure="loss.backward() on this batch fails alike: mend the model first",
-    )  # fmt: skip
+    )

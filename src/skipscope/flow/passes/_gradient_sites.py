@@ -29,13 +29,17 @@ def _words(text: str) -> frozenset[str]:
 
 LOOKUPS = _words("embedding embedding_bag getitem index_select gather")
 FUSED = _words("lstm gru rnn_tanh rnn_relu")
-WEIGHTED = LOOKUPS | FUSED | _words(
-    """
+WEIGHTED = (
+    LOOKUPS
+    | FUSED
+    | _words(
+        """
     linear matmul mm bmm addmm baddbmm addbmm mv einsum tensordot inner dot bilinear chain_matmul conv1d
     conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution lstm_cell gru_cell
     rnn_tanh_cell rnn_relu_cell _grouped_mm grouped_mm
     """
-)  # fmt: skip
+    )
+)
 # Averages over positions, and sums over them: both change the gradient's norm by geometry alone.
 _POOLS = _words(
     """mean sum nansum avg_pool avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d

@@ -159,10 +159,12 @@ def _target(model: nn.Module, points: tuple[Boundary, ...], wrt: Any) -> Boundar
     if point is not None or name in parameters:
         return point or parameters[str(name)]
     raise SkipscopeError(
-        "path_spectrum", "wrt is neither a boundary nor a parameter of this model",
+        "path_spectrum",
+        "wrt is neither a boundary nor a parameter of this model",
         expected="one of " + ", ".join([p.name for p in points][:8]) + ", ..., or a parameter's name",
-        got=f"{wrt!r:.60}", cure="[b.name for b in ss.gradient_flow(model, data, loss).boundaries]",
-    )  # fmt: skip
+        got=f"{wrt!r:.60}",
+        cure="[b.name for b in ss.gradient_flow(model, data, loss).boundaries]",
+    )
 
 
 def _plain_gradient(
@@ -240,9 +242,11 @@ class _Sums:
         """As a result."""
         if not self.norms:
             raise SkipscopeError(
-                "path_spectrum", f"no path leads from the loss to {name}", layer=name,
+                "path_spectrum",
+                f"no path leads from the loss to {name}",
+                layer=name,
                 cure="choose another wrt; ss.gradient_flow says where the network comes apart",
-            )  # fmt: skip
+            )
         plain, rest = self.norms["plain"], self.norms["rest"]
         of = {k: norm for k, norm in self.norms.items() if isinstance(k, int)}
         # What is overwritten in place gets a gradient of zeros, which may have come by more branches than

@@ -195,10 +195,12 @@ class _Region:
         fork, entries = self.fork, [e for node in self._meetings for e in self._entries[node]]
         assert fork is not None
         gates = [
-            (entry.node, entry.index, entry.edge) for entry in entries
-            if entry.node is not None and entry.edge != fork
+            (entry.node, entry.index, entry.edge)
+            for entry in entries
+            if entry.node is not None
+            and entry.edge != fork
             and self.marks[fork[0]] & self._meetings[entry.edge[0]]
-        ]  # fmt: skip
+        ]
         return GradientArrivals(fork, [(node, i, self._side(node)) for node, i in consumers], gates)
 
     def _side(self, node: Any) -> Arrival:

@@ -114,11 +114,17 @@ class _Fork:
         rms = {name: norm / math.sqrt(max(1, self.elements)) for name, norm in norms.items()}
         branch, shortcut = norms["branch"], norms["shortcut"]
         return SplitAt(
-            one.name, one.kind, one.fork, rms["branch"], rms["shortcut"],
-            self.product / (branch * shortcut) if branch * shortcut else None, rms["total"],
-            rms["other"] or None, shortcut / (shortcut + branch) if shortcut + branch else None,
+            one.name,
+            one.kind,
+            one.fork,
+            rms["branch"],
+            rms["shortcut"],
+            self.product / (branch * shortcut) if branch * shortcut else None,
+            rms["total"],
+            rms["other"] or None,
+            shortcut / (shortcut + branch) if shortcut + branch else None,
             norms["off"] / norms["total"] if norms["total"] else None,
-        )  # fmt: skip
+        )
 
 
 def _add_batch(model: nn.Module, batch: Batch, loss: Objective, found: Shortcuts, add: list[Done]) -> float:

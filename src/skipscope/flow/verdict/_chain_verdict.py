@@ -37,9 +37,12 @@ ORDER: tuple[VerdictState, ...] = (
 
 
 def judge_chain(
-    evidence: Evidence, gains: dict[str, StretchGain], context: FlowContext,
-    culprit: tuple[VerdictCause, str] | None = None, stale: str = "",
-) -> Verdict:  # fmt: skip
+    evidence: Evidence,
+    gains: dict[str, StretchGain],
+    context: FlowContext,
+    culprit: tuple[VerdictCause, str] | None = None,
+    stale: str = "",
+) -> Verdict:
     """The verdict on one chain, in words.
 
     Args:
@@ -80,9 +83,12 @@ def judge_chain(
     ):
         found = replace(found, cause="batch norm", reason=f"{stale}; {found.reason}")
     found = replace(
-        found, head=evidence.head, worst=evidence.worst, starved=evidence.starved.names + evidence.single,
+        found,
+        head=evidence.head,
+        worst=evidence.worst,
+        starved=evidence.starved.names + evidence.single,
         reach=evidence.reach.steps if evidence.reach else None,
-    )  # fmt: skip
+    )
     return replace(found, advice=advice_on(found))
 
 

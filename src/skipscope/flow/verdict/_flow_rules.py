@@ -231,9 +231,14 @@ def judge(
             f" {short(evidence)} in float64; {reason}"
         )
     return Verdict(
-        state, **numbers, where=connected[at][1].name, reason=reason, cause=cause, evidence=evidence,
+        state,
+        **numbers,
+        where=connected[at][1].name,
+        reason=reason,
+        cause=cause,
+        evidence=evidence,
         hinders=("SGD",) if -ADAM_GROWTH < fall < ADAM_FALL else ALL,
-    )  # fmt: skip
+    )
 
 
 def _noise(line: Sequence[Point]) -> float:

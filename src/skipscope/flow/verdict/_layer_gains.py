@@ -70,9 +70,11 @@ class _Recorder(TorchFunctionMode):
         top = max(float(size.max()), 0.25 if "sigmoid" in func.__name__ else 1.0) if size.numel() else 1.0
         rms = math.sqrt(float(size.square().mean())) if size.numel() else 1.0
         return (
-            func.__name__.strip("_"), rms, float((size < SATURATED * top).double().mean()),
+            func.__name__.strip("_"),
+            rms,
+            float((size < SATURATED * top).double().mean()),
             float((size == 0).double().mean()),
-        )  # fmt: skip
+        )
 
 
 def _softmax_slope(shares: Tensor) -> tuple[float, float, float]:
@@ -81,9 +83,10 @@ def _softmax_slope(shares: Tensor) -> tuple[float, float, float]:
     n = p.numel() / max(1, p.sum().item())  # classes
     slope = p * (1 - p) / max(1 / n * (1 - 1 / n), 1e-300)
     return (
-        math.sqrt(float(slope.square().mean())), float((slope < SATURATED).double().mean()),
+        math.sqrt(float(slope.square().mean())),
+        float((slope < SATURATED).double().mean()),
         float((slope == 0).double().mean()),
-    )  # fmt: skip
+    )
 
 
 def gain(weight: Tensor, stride: Any = 1) -> float:
@@ -123,6 +126,10 @@ def _stretch_gain(
 ) -> StretchGain:
     worst = min(slopes, key=lambda s: s[1], default=(None, 1.0, 0.0, 0.0))
     return StretchGain(
-        worst[0], math.prod(s[1] for s in slopes), worst[2], worst[3], math.prod(g for _, g in gains),
+        worst[0],
+        math.prod(s[1] for s in slopes),
+        worst[2],
+        worst[3],
+        math.prod(g for _, g in gains),
         min(gains, key=lambda g: g[1])[0] if gains else None,
-    )  # fmt: skip
+    )

@@ -250,8 +250,9 @@ def _layout(
     on = {i for i in _through(met, points, dict(enumerate(orders)), graph) if orders[i] >= start}
     return Layout(
         tuple(f and i in on and p.key.site != "input" for i, (f, p) in enumerate(zip(followed, points))),
-        tuple(sum(d for at, d in averages if at > order) for order in orders), sites.is_normed(trace),
-    )  # fmt: skip
+        tuple(sum(d for at, d in averages if at > order) for order in orders),
+        sites.is_normed(trace),
+    )
 
 
 def _lines(

@@ -242,20 +242,26 @@ class History(Result):
         elif what in {"rms", "mean_abs", "norm", "norm_before_clip"}:
             rows = self.optimizers == optimizer
             columns = [
-                i for i, (owner, shape) in enumerate(zip(self.owners, self.shapes))
+                i
+                for i, (owner, shape) in enumerate(zip(self.owners, self.shapes))
                 if owner == optimizer and (len(shape) > 1 or not weights_only)
-            ]  # fmt: skip
+            ]
             values = getattr(self, what)[rows][:, columns].T
             names, steps = [self.parameters[i] for i in columns], self.steps[rows]
         else:
             raise SkipscopeError(
-                "History.matrix", f"there is no quantity {what!r}",
-                expected="rms, mean_abs, norm, norm_before_clip or flow", got=what,
-            )  # fmt: skip
+                "History.matrix",
+                f"there is no quantity {what!r}",
+                expected="rms, mean_abs, norm, norm_before_clip or flow",
+                got=what,
+            )
         return {
-            "rows": names, "columns": [int(s) for s in steps], "values": values, "label": _LABELS[what],
+            "rows": names,
+            "columns": [int(s) for s in steps],
+            "values": values,
+            "label": _LABELS[what],
             "verdict": str(self.verdict),
-        }  # fmt: skip
+        }
 
     def table(self) -> Table:
         """One row a parameter: its last gradient and its range over the run."""
@@ -293,8 +299,10 @@ class History(Result):
             )
         return Table(
             f"Gradients over {last}. Verdict at {self.verdict}",
-            ["parameter", "RMS now", "mean |g| now", "RMS least", "RMS most", "state"], rows, notes,
-        )  # fmt: skip
+            ["parameter", "RMS now", "mean |g| now", "RMS least", "RMS most", "state"],
+            rows,
+            notes,
+        )
 
     def _clipping_note(self) -> str:
         known = int(np.isfinite(self.total_before_clip).sum())

@@ -268,14 +268,21 @@ def _verdict_of_chain(
     places = [
         Place(history.boundaries[i], history.hidden[i], history.averaging[i] if history.averaging else 0.0)
         for i in own
-    ]  # fmt: skip
+    ]
     steps, length = history.reach[mine[-1]] if len(history.reach) else (math.nan, math.nan)
     reach = Reach(history.recurrent, int(steps), int(length)) if math.isfinite(steps) else None
     relative = history.flow_relative[mine[-1]][own] if len(history.flow_relative) else ()
     return _live_verdict.judge_flow(
-        places, values[own], step, was, normed=history.normed, reach=reach, is_early=is_early or step == 1,
-        relative=relative, starved=max(hungry, key=lambda one: one.share),
-    )  # fmt: skip
+        places,
+        values[own],
+        step,
+        was,
+        normed=history.normed,
+        reach=reach,
+        is_early=is_early or step == 1,
+        relative=relative,
+        starved=max(hungry, key=lambda one: one.share),
+    )
 
 
 def _lines(history: History, part: Sequence[int], lines: WeightLines) -> list[list[int]]:
@@ -363,9 +370,15 @@ def _dead_at(history: History, biases: Sequence[int], was: LiveState, is_early: 
 
 
 def _judged_by(
-    history: History, chosen: list[int], alike: Sequence[Any], was: LiveState, what: str, is_early: bool,
-    starved: Starved, is_ordered: bool = False,
-) -> LiveVerdict:  # fmt: skip
+    history: History,
+    chosen: list[int],
+    alike: Sequence[Any],
+    was: LiveState,
+    what: str,
+    is_early: bool,
+    starved: Starved,
+    is_ordered: bool = False,
+) -> LiveVerdict:
     """Judge the last steps of some parameters; equal entries in ``alike`` can be compared."""
     rms, states = np.full((WINDOW, len(chosen)), np.nan), np.full((WINDOW, len(chosen)), np.nan)
     everything = history.rms

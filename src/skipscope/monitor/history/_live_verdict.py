@@ -103,10 +103,17 @@ class Place:
 
 
 def judge_flow(
-    places: Sequence[Place], values: np.ndarray, step: int, was: LiveState, *, normed: bool = False,
-    reach: Reach | None = None, is_early: bool = False, relative: Sequence[float] = (),
+    places: Sequence[Place],
+    values: np.ndarray,
+    step: int,
+    was: LiveState,
+    *,
+    normed: bool = False,
+    reach: Reach | None = None,
+    is_early: bool = False,
+    relative: Sequence[float] = (),
     starved: Starved = NONE_STARVED,
-) -> LiveVerdict:  # fmt: skip
+) -> LiveVerdict:
     """The verdict on the flow at boundaries.
 
     Args:
@@ -245,9 +252,20 @@ def _live(
     worded = replace(found, state=state, where=where, reason=reason, cause=cause)
     advice = _FIND_NONFINITE if state == "nonfinite" else "" if state == "healthy" else advice_on(worded)
     return LiveVerdict(
-        state, basis, step, reason, where, fall, found.slope, found.slope_interval,
-        advice=advice, hinders=hinders, finding=worded.finding, score=found.score, starved=found.starved,
-    )  # fmt: skip
+        state,
+        basis,
+        step,
+        reason,
+        where,
+        fall,
+        found.slope,
+        found.slope_interval,
+        advice=advice,
+        hinders=hinders,
+        finding=worded.finding,
+        score=found.score,
+        starved=found.starved,
+    )
 
 
 def _log(value: float, averaging: float) -> float | None:

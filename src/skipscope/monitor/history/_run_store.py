@@ -80,10 +80,13 @@ class Store:
         rows = next((rows for known, rows in self._flow if known == key), None)
         if rows is None:
             about = {
-                "names": list(row.names), "optimizer": row.owner, "hidden": list(row.hidden),
-                "averaging": list(row.averaging), "normed": row.normed,
+                "names": list(row.names),
+                "optimizer": row.owner,
+                "hidden": list(row.hidden),
+                "averaging": list(row.averaging),
+                "normed": row.normed,
                 "recurrent": row.reach.site if row.reach is not None else "",
-            }  # fmt: skip
+            }
             rows = self._rows("flow", 3 + 3 * len(row.names), most_rows(2 * len(row.names)), about)
             self._flow.append((key, rows))
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -106,9 +109,13 @@ class Store:
         return self._assembled(None, verdict, complete)
 
     def verdict(
-        self, was: LiveVerdict, found: Mapping[int, MissingGradients], *, is_early: bool,
+        self,
+        was: LiveVerdict,
+        found: Mapping[int, MissingGradients],
+        *,
+        is_early: bool,
         sizes: Mapping[str, float] | None = None,
-    ) -> LiveVerdict:  # fmt: skip
+    ) -> LiveVerdict:
         """The verdict on the last few rows."""
         now = self._assembled(WINDOW, was, False)
         return verdict_of(now, was, found, is_early=is_early, lines=self._lines, sizes=sizes)
@@ -183,9 +190,11 @@ def begin_folder(folder: Path, *, resume: bool) -> Recorded | None:
         return None
     if not resume:
         raise SkipscopeError(
-            "watch", f"{folder} already holds a history", expected="a new or empty folder",
+            "watch",
+            f"{folder} already holds a history",
+            expected="a new or empty folder",
             cure="give each run a folder of its own, or go on with this one: resume=True",
-        )  # fmt: skip
+        )
     try:
         about, _ = read_about(folder)
     except (OSError, ValueError) as error:

@@ -123,9 +123,14 @@ class FlowReader:
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[int, Sequence[Tensor]], every: int,
-        deliver: Callable[[FlowRow], None], ended: Callable[[], None], first_step: int = 0,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        parameters: Mapping[int, Sequence[Tensor]],
+        every: int,
+        deliver: Callable[[FlowRow], None],
+        ended: Callable[[], None],
+        first_step: int = 0,
+    ):
         self.model, self.every, self.deliver, self.ended = innermost(model), every, deliver, ended
         self.problem: str | None = None
         self.root = ""
@@ -282,9 +287,16 @@ class FlowReader:
             self._wait_for(owner, step, names, elements[at], values, scale, _reach_of(recurrent, counted))
 
     def _cut_on_all_ranks(
-        self, owner: int, step: int, points: tuple[Boundary, ...], norms: dict[int, list[Any]],
-        relative: dict[int, list[Any]], elements: np.ndarray, seen: set[int], scale: Any,
-    ) -> None:  # fmt: skip
+        self,
+        owner: int,
+        step: int,
+        points: tuple[Boundary, ...],
+        norms: dict[int, list[Any]],
+        relative: dict[int, list[Any]],
+        elements: np.ndarray,
+        seen: set[int],
+        scale: Any,
+    ) -> None:
         """Sum squares and counts over ranks (collective).
 
         The loss is the mean of the ranks' losses, so each rank holds 1/ranks of it.
@@ -337,14 +349,26 @@ class FlowReader:
             norm = np.where(row.elements > 0, norm, np.nan)
             self.rows += 1
             at = {point.name: i for i, point in enumerate(self._points or ())}
-            hidden, averaging = zip(*(
-                (self._layout.hidden[at[n]], self._layout.averaging[at[n]]) if n in at else (True, 0.0)
-                for n in row.names
-            ))  # fmt: skip
-            self.deliver(FlowRow(
-                row.owner, row.step, row.names, norm, relative, row.elements, hidden, averaging,
-                self._layout.normed, row.reach,
-            ))  # fmt: skip
+            hidden, averaging = zip(
+                *(
+                    (self._layout.hidden[at[n]], self._layout.averaging[at[n]]) if n in at else (True, 0.0)
+                    for n in row.names
+                )
+            )
+            self.deliver(
+                FlowRow(
+                    row.owner,
+                    row.step,
+                    row.names,
+                    norm,
+                    relative,
+                    row.elements,
+                    hidden,
+                    averaging,
+                    self._layout.normed,
+                    row.reach,
+                )
+            )
 
     def replace_parameters(self, parameters: Mapping[int, Sequence[Tensor]]) -> None:
         """The model or what its optimizers update has changed: find its boundaries again."""

@@ -84,9 +84,16 @@ def norms_and_sums(grads: Sequence[Tensor]) -> Tensor:
     with torch.cuda.device(device):
         if pieces:
             _sums_of_pieces[(pieces,)](  # type: ignore[index]
-                addresses, layout.tensor_of, layout.start_of, layout.sizes, partial, pieces,
-                PIECE=layout.piece, BLOCK=_BLOCK, KIND=KINDS[grads[0].dtype],
-            )  # fmt: skip
+                addresses,
+                layout.tensor_of,
+                layout.start_of,
+                layout.sizes,
+                partial,
+                pieces,
+                PIECE=layout.piece,
+                BLOCK=_BLOCK,
+                KIND=KINDS[grads[0].dtype],
+            )
         _sums_of_tensors[(tensors,)](  # type: ignore[index]
             partial, layout.first_piece, out, pieces, tensors, BLOCK=_BLOCK
         )

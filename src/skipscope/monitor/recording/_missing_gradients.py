@@ -82,9 +82,10 @@ class GradientSearch:
             return None
         if not set(names_of(self.models)) & {id(parameters[i]) for i in empty}:
             return MissingGradients(
-                "replaced", "the optimizer updates tensors that are no longer parameters of the model",
+                "replaced",
+                "the optimizer updates tensors that are no longer parameters of the model",
                 "Make the optimizer after the model is in its final form.",
-            )  # fmt: skip
+            )
         cleared = [i for i in empty if i in self._arrived]
         if cleared:
             return MissingGradients(
@@ -100,10 +101,15 @@ class GradientSearch:
                 "Call loss.backward() before optimizer.step().",
             )
         if not none:
-            return None if len(empty) < len(trained) else MissingGradients(
-                "zero", "backward() ran, and every gradient that it brought is exactly 0",
-                "Check the activations before the loss (dead or saturated units) and the loss itself.",
-            )  # fmt: skip
+            return (
+                None
+                if len(empty) < len(trained)
+                else MissingGradients(
+                    "zero",
+                    "backward() ran, and every gradient that it brought is exactly 0",
+                    "Check the activations before the loss (dead or saturated units) and the loss itself.",
+                )
+            )
         return self._cut(none, [names[i] for i in none], len(trained), bool(self._arrived))
 
     def _cut(
@@ -138,9 +144,11 @@ class GradientSearch:
                 "Compute the loss from this model's output.",
             )
         return MissingGradients(
-            "unused", f"the forward pass does not call the modules that hold {_few(unused)}",
-            "Leave them out of the model, or call them.", unused,
-        )  # fmt: skip
+            "unused",
+            f"the forward pass does not call the modules that hold {_few(unused)}",
+            "Leave them out of the model, or call them.",
+            unused,
+        )
 
     def close(self) -> None:
         """Take the hooks away."""

@@ -72,9 +72,12 @@ def check(
         )
     if not optimizers:
         raise SkipscopeError(
-            "watch", "no optimizer was given", expected="an optimizer, or a list of them", got="[]",
+            "watch",
+            "no optimizer was given",
+            expected="an optimizer, or a list of them",
+            got="[]",
             cure="watch(model, optimizer)",
-        )  # fmt: skip
+        )
     for model in models.values():
         require_module(model, "watch")
         refuse_shared(model, "watch")
@@ -82,8 +85,9 @@ def check(
     known = names_of(models)
     if not any(id(p) in known for o in optimizers for group in o.param_groups for p in group["params"]):
         raise SkipscopeError(
-            "watch", "the optimizer updates none of the model's parameters",
+            "watch",
+            "the optimizer updates none of the model's parameters",
             expected="an optimizer made from model.parameters()",
             got="an optimizer of other tensors (made before the parameters were replaced?)",
             cure="make the optimizer after the model is in its final form",
-        )  # fmt: skip
+        )

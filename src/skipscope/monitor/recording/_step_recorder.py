@@ -59,10 +59,16 @@ class StepRecorder:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, index: int, models: Mapping[str, nn.Module], every: int,
-        deliver: Callable[[StepRecorder, Step], None], begun: float, outer: Sequence[Any] = (),
+        self,
+        optimizer: torch.optim.Optimizer,
+        index: int,
+        models: Mapping[str, nn.Module],
+        every: int,
+        deliver: Callable[[StepRecorder, Step], None],
+        begun: float,
+        outer: Sequence[Any] = (),
         first_step: int = 0,
-    ):  # fmt: skip
+    ):
         self.optimizer, self.index, self.models, self.every = optimizer, index, models, every
         self.deliver, self.outer = deliver, tuple(outer)
         self.received: Callable[[int, Tensor | None], None] | None = None
@@ -199,11 +205,18 @@ class StepRecorder:
         grads = [p.grad for p in self.tracked.parameters]
         clips = [clip for clip in self._clips if clip.still_true()]
         step = Step(
-            self.tracked, self.step, time.perf_counter() - self._begun, codes_of(self.tracked, grads),
-            whole_sums(grads, self.ranks, self._wide) if self.sharded
-            else local_sums(self.tracked, grads, self._wide), self.sharded,
-            self._extras(clips, skipped), clips, open=open,
-        )  # fmt: skip
+            self.tracked,
+            self.step,
+            time.perf_counter() - self._begun,
+            codes_of(self.tracked, grads),
+            whole_sums(grads, self.ranks, self._wide)
+            if self.sharded
+            else local_sums(self.tracked, grads, self._wide),
+            self.sharded,
+            self._extras(clips, skipped),
+            clips,
+            open=open,
+        )
         if not self._checked:
             self._check_ranks(step)
         if self.refusal is None:

@@ -131,9 +131,13 @@ class Step:
             with np.errstate(divide="ignore", invalid="ignore"):
                 before[:] = norm / factors
         row[:S] = (
-            self.step, self.seconds, self.evaluations, extras.get("skipped", 0.0) > 0,
-            extras.get("loss_scale", np.nan), total,
-        )  # fmt: skip
+            self.step,
+            self.seconds,
+            self.evaluations,
+            extras.get("skipped", 0.0) > 0,
+            extras.get("loss_scale", np.nan),
+            total,
+        )
         return row
 
     def _clipping(self, extras: dict[str, float]) -> tuple[np.ndarray, float]:

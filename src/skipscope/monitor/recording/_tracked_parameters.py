@@ -59,9 +59,12 @@ def named_models(models: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Modul
         return {f"{name}.": model for name, model in models.items()}
     if not isinstance(models, Sequence):
         raise SkipscopeError(
-            "watch", "this is no model", expected="an nn.Module, a list of them, or a dict of names",
-            got=f"{type(models).__name__}: {models!r:.60}", cure="watch(model, optimizer)",
-        )  # fmt: skip
+            "watch",
+            "this is no model",
+            expected="an nn.Module, a list of them, or a dict of names",
+            got=f"{type(models).__name__}: {models!r:.60}",
+            cure="watch(model, optimizer)",
+        )
     return {f"{i}.": model for i, model in enumerate(models)}
 
 
@@ -141,10 +144,16 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
 def about_columns(tracked: TrackedParameters, index: int, chains: Sequence[str]) -> dict[str, Any]:
     """What the columns of an optimizer's rows are, as plain data."""
     return {
-        "optimizer": index, "names": list(tracked.names), "shapes": [list(shape) for shape in tracked.shapes],
-        "groups": list(tracked.groups), "tiny": list(tracked.tiny), "order": list(tracked.order),
-        "roles": list(tracked.roles), "chains": list(chains), "kind": tracked.kind,
-    }  # fmt: skip
+        "optimizer": index,
+        "names": list(tracked.names),
+        "shapes": [list(shape) for shape in tracked.shapes],
+        "groups": list(tracked.groups),
+        "tiny": list(tracked.tiny),
+        "order": list(tracked.order),
+        "roles": list(tracked.roles),
+        "chains": list(chains),
+        "kind": tracked.kind,
+    }
 
 
 def same_members(tracked: TrackedParameters, optimizer: torch.optim.Optimizer) -> bool:

@@ -44,9 +44,10 @@ class LineSearch:
         matrices = {id(p) for p in named.values() if p.ndim > 1}
         self._waiting = {
             id(module)
-            for model in models.values() for module in model.modules()
+            for model in models.values()
+            for module in model.modules()
             if any(id(p) in matrices for p in module._parameters.values())
-        }  # fmt: skip
+        }
         self._matrices = sum(1 << i for i, p in enumerate(named.values()) if p.ndim > 1)
         # By autograd node, the parameters upstream of it; nodes are let go of when the step is over.
         self._upstream: dict[Any, int] = {}

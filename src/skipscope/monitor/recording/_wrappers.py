@@ -73,9 +73,11 @@ def _inside(
         )
     if not getattr(type(optimizer).step, "hooked", False):  # type: ignore[attr-defined]
         raise SkipscopeError(
-            "watch", "this optimizer's step() does not run torch's step hooks, so its steps cannot be seen",
-            got=type(optimizer).__name__, cure="its __init__ must call torch.optim.Optimizer.__init__",
-        )  # fmt: skip
+            "watch",
+            "this optimizer's step() does not run torch's step hooks, so its steps cannot be seen",
+            got=type(optimizer).__name__,
+            cure="its __init__ must call torch.optim.Optimizer.__init__",
+        )
     yield optimizer, outer
 
 

@@ -266,9 +266,13 @@ def _merge_of_sides(shortcut: Shortcut, sides: Mapping[OperandSide, Tensor]) -> 
     """A gate as the sum of its branch and its shortcut."""
     operands = sides["branch"], sides["shortcut"]
     return Merge(
-        shortcut.name, operands, ("branch", "shortcut"), operands[0] + operands[1],
-        lambda sides: sides[0] + sides[1], is_sum=True,
-    )  # fmt: skip
+        shortcut.name,
+        operands,
+        ("branch", "shortcut"),
+        operands[0] + operands[1],
+        lambda sides: sides[0] + sides[1],
+        is_sum=True,
+    )
 
 
 def _replace(call: Call, output: Tensor) -> Tensor:

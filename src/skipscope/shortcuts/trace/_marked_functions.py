@@ -67,7 +67,10 @@ def _slot(function: Callable[..., Any], argument: str | int) -> tuple[int, str]:
     names = list(inspect.signature(function).parameters)
     if argument not in names:
         raise SkipscopeError(
-            "mark_shortcut", "the function has no such argument", expected=", ".join(names), got=argument,
+            "mark_shortcut",
+            "the function has no such argument",
+            expected=", ".join(names),
+            got=argument,
             cure="give the name of an argument, or its position",
-        )  # fmt: skip
+        )
     return (names.index(argument), argument)

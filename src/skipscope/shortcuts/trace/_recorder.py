@@ -530,9 +530,17 @@ class Recorder(TorchFunctionMode):
             arguments = (arguments[0], *again.arguments[1:]) if starts_with_it else again.arguments
             keywords = dict(again.keywords)
         call = TracedCall(
-            -1, function, operands, (), arguments, keywords, run.path if run else "", run.nth if run else 0,
-            inferred=True, is_view=function in VIEWS,
-        )  # fmt: skip
+            -1,
+            function,
+            operands,
+            (),
+            arguments,
+            keywords,
+            run.path if run else "",
+            run.nth if run else 0,
+            inferred=True,
+            is_view=function in VIEWS,
+        )
         self._append(call)
         position = like.position if isinstance(like, Value) and again is not None else 0
         value = Value(len(values), Origin.CALL, tuple(like.shape), like.dtype, call.index, position)
@@ -549,9 +557,10 @@ class Recorder(TorchFunctionMode):
         tensors = [value for value in values if isinstance(value, Tensor)]
         most = max(tensor.numel() for tensor in tensors)
         constant = [
-            t for t in tensors
+            t
+            for t in tensors
             if t.numel() == most > 1 and not t.is_meta and self.value_of(t) not in self._derived
-        ]  # fmt: skip
+        ]
         with without_modes():
             return any(not bool(tensor.any()) for tensor in constant)
 

@@ -106,9 +106,11 @@ def choose(
     if spec is None and asked:
         known = ", ".join(spec.name for spec in candidate_strategies(evaluator))
         raise SkipscopeError(
-            "landscape", "unknown strategy",
-            expected=f"auto, {known}; all but the compiled ones also with {PER_CORE!r}", got=repr(name),
-        )  # fmt: skip
+            "landscape",
+            "unknown strategy",
+            expected=f"auto, {known}; all but the compiled ones also with {PER_CORE!r}",
+            got=repr(name),
+        )
     if spec is None or name == "plain":
         return replace(plain, why="as measured before")
     return _take(evaluator, points[0], spec, plain)

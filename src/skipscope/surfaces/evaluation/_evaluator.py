@@ -217,9 +217,13 @@ class Evaluator:
         self.mode: BatchNorm = batch_norm
         self.strength_tensor = strength_tensor
         self.plain = Loop(
-            model, directions, PointLoss(data, loss, metrics), batch_norm,
-            strength_tensor=strength_tensor, statistics=statistics,
-        )  # fmt: skip
+            model,
+            directions,
+            PointLoss(data, loss, metrics),
+            batch_norm,
+            strength_tensor=strength_tensor,
+            statistics=statistics,
+        )
         self.batch_norm = BATCH_NORM[batch_norm] if norms_with_statistics(model) else "none"
         self.strategy: Strategy = self.plain
         self._penalty = _Penalty(model, directions, l2) if l2 else None

@@ -32,9 +32,10 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         return []
     return [
-        m for m in model.modules()
+        m
+        for m in model.modules()
         if type(m) is nn.Linear and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
-    ]  # fmt: skip
+    ]
 
 
 def through_one_dnn(copy: nn.Module, run: Callable[[], Any] | None) -> None:

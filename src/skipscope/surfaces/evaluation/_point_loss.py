@@ -22,7 +22,7 @@ from skipscope._data import (
     map_tensors,
     rows,
     sample_count,
-)  # fmt: skip
+)
 from skipscope._errors import SkipscopeError
 from skipscope._model_calls import differentiates
 from skipscope._random import random_state_kept

@@ -86,9 +86,15 @@ def make_twins(
         )
         edited, strength_tensor = _with_strength(model, settings)
         make = partial(
-            Evaluator, data=data, loss=loss, directions=directions, metrics=dict(settings.metrics or {}),
-            batch_norm=settings.batch_norm, l2=settings.l2, strength_tensor=strength_tensor,
-        )  # fmt: skip
+            Evaluator,
+            data=data,
+            loss=loss,
+            directions=directions,
+            metrics=dict(settings.metrics or {}),
+            batch_norm=settings.batch_norm,
+            l2=settings.l2,
+            strength_tensor=strength_tensor,
+        )
         twin = TwinOnPlane(name, model, directions, make(edited), shared)
         frozen = shared and twin.evaluator.mode == "frozen"
         if first and frozen and stale_statistics(first.model, model, first.centre, twin.centre):

@@ -216,9 +216,12 @@ class Adaptive:
         log = log and bool(values.min() > 0)
         degrees = [min(3, len(axis) - 1) for axis in level]
         fit = RectBivariateSpline(
-            self.axes[0][rows], self.axes[1][columns], np.log(values) if log else values,
-            kx=degrees[0], ky=degrees[1],
-        )  # fmt: skip
+            self.axes[0][rows],
+            self.axes[1][columns],
+            np.log(values) if log else values,
+            kx=degrees[0],
+            ky=degrees[1],
+        )
         i, j = np.unravel_index(points, self.shape)
         with np.errstate(over="ignore"):
             out = fit.ev(self.axes[0][i], self.axes[1][j])

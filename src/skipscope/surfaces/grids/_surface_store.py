@@ -100,11 +100,12 @@ def check_plan(found: Plan, wanted: Plan, folder: str | os.PathLike[str]) -> Non
     if differs:
         first = differs[0]
         raise SkipscopeError(
-            "landscape", f"the store {folder} was made with other {', '.join(sorted(differs))}",
+            "landscape",
+            f"the store {folder} was made with other {', '.join(sorted(differs))}",
             expected=_brief(found.identity.get(first)) if first in found.identity else None,
             got=_brief(ours.get(first)) if first in ours else None,
             cure="choose another folder, or the same weights, data and settings",
-        )  # fmt: skip
+        )
 
 
 def _differing(found: Plan, wanted: Plan) -> list[str]:
@@ -235,9 +236,10 @@ class Store:
             self._array[:, unit[0] : unit[-1] + 1] = np.vstack([np.ones((1, len(unit))), numbers])
         except OSError as error:
             raise SkipscopeError(
-                "landscape", f"cannot write to the store {self.folder}: {error.strerror or error}",
+                "landscape",
+                f"cannot write to the store {self.folder}: {error.strerror or error}",
                 cure="make room and run the same call again: it resumes from what is there",
-            ) from error  # fmt: skip
+            ) from error
         self.wrote = True
 
     def read_into(self, sheet: Sheet) -> None:
@@ -286,9 +288,10 @@ class Store:
                 return  # a finished store on a disk that is only read
             reason = getattr(error, "strerror", None) or getattr(error, "problem", error)
             raise SkipscopeError(
-                "landscape", f"cannot write the result to the store {self.folder}: {reason}",
+                "landscape",
+                f"cannot write the result to the store {self.folder}: {reason}",
                 cure="make room and run the same call again: all its numbers are there",
-            ) from error  # fmt: skip
+            ) from error
         self._sweep()
 
     def _write_arrays(self, arrays: dict[str, tuple[tuple[str, ...], np.ndarray]]) -> None:
@@ -298,9 +301,14 @@ class Store:
         group = zarr.open_group(str(self.folder), mode="a", use_consolidated=False)
         for name, (dimensions, values) in arrays.items():
             made = group.create_array(
-                name, shape=values.shape, dtype="float64", chunks=values.shape, fill_value=np.nan,
-                dimension_names=dimensions, overwrite=True,
-            )  # fmt: skip
+                name,
+                shape=values.shape,
+                dtype="float64",
+                chunks=values.shape,
+                fill_value=np.nan,
+                dimension_names=dimensions,
+                overwrite=True,
+            )
             made[...] = values
         with (
             warnings.catch_warnings()
@@ -339,9 +347,10 @@ def _unreadable_json(path: Path) -> bool:
 
 def _unusable(folder: Path, error: OSError) -> SkipscopeError:
     return SkipscopeError(
-        "landscape", f"cannot make the store {folder}: {error.strerror or error}",
+        "landscape",
+        f"cannot make the store {folder}: {error.strerror or error}",
         cure="choose a folder that can be written and has room",
-    )  # fmt: skip
+    )
 
 
 def _zarr() -> Any:

@@ -147,18 +147,31 @@ def curvature_map(
     """
     if engine == "ray":
         raise SkipscopeError(
-            _OPERATION, "a map is not computed on Ray", expected="local or torchrun", got=engine,
+            _OPERATION,
+            "a map is not computed on Ray",
+            expected="local or torchrun",
+            got=engine,
             cure="several processes share one as ranks: torchrun --nproc-per-node=N, with store=",
-        )  # fmt: skip
+        )
     paired = isinstance(model, Mapping)
     if paired and not model:
         raise SkipscopeError(
             _OPERATION, "no twins were given", expected='a model, or {"with": model, "without": plain}'
         )
     settings = Settings(
-        grid=grid, span=span, seed=seed, store=store, directions=directions, normalize=normalize, zero=zero,
-        parameters=parameters, orthogonal=orthogonal, samples=samples, engine=engine, weight=weight,
-    )  # fmt: skip
+        grid=grid,
+        span=span,
+        seed=seed,
+        store=store,
+        directions=directions,
+        normalize=normalize,
+        zero=zero,
+        parameters=parameters,
+        orthogonal=orthogonal,
+        samples=samples,
+        engine=engine,
+        weight=weight,
+    )
     named = model if isinstance(model, Mapping) else {type(model).__name__: model}
     models = {name: unwrapped(one) for name, one in named.items()}
     for one in models.values():

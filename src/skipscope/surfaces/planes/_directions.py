@@ -241,33 +241,48 @@ def checked_direction(direction: Any, model: nn.Module) -> Direction:
     parameters = dict(model.named_parameters())
     if not isinstance(direction, Mapping) or not direction:
         raise SkipscopeError(
-            "landscape", "this is not a direction", expected="a dict from parameter names to tensors",
-            got=type(direction).__name__, cure="dict(zip((n for n, _ in model.named_parameters()), tensors))",
-        )  # fmt: skip
+            "landscape",
+            "this is not a direction",
+            expected="a dict from parameter names to tensors",
+            got=type(direction).__name__,
+            cure="dict(zip((n for n, _ in model.named_parameters()), tensors))",
+        )
     read = {}
     for name, tensor in direction.items():
         if name not in parameters:
             raise SkipscopeError(
-                "landscape", "a direction names a parameter that the model does not have", layer=str(name),
+                "landscape",
+                "a direction names a parameter that the model does not have",
+                layer=str(name),
                 expected=f"one of {', '.join(list(parameters)[:6])}, ...",
-            )  # fmt: skip
+            )
         try:
             tensor = torch.as_tensor(tensor)
         except (TypeError, ValueError, RuntimeError) as error:
             raise SkipscopeError(
-                "landscape", "a direction holds something that is no tensor", layer=name,
-                expected=tuple(parameters[name].shape), got=f"{type(tensor).__name__}: {tensor!r:.80}",
-            ) from error  # fmt: skip
+                "landscape",
+                "a direction holds something that is no tensor",
+                layer=name,
+                expected=tuple(parameters[name].shape),
+                got=f"{type(tensor).__name__}: {tensor!r:.80}",
+            ) from error
         if tensor.shape != parameters[name].shape:
             raise SkipscopeError(
-                "landscape", "a direction does not have its parameter's shape", layer=name,
-                expected=tuple(parameters[name].shape), got=tuple(tensor.shape),
-            )  # fmt: skip
+                "landscape",
+                "a direction does not have its parameter's shape",
+                layer=name,
+                expected=tuple(parameters[name].shape),
+                got=tuple(tensor.shape),
+            )
         if tensor.is_complex() and not parameters[name].is_complex():
             raise SkipscopeError(
-                "landscape", "a direction is complex and its parameter is real", layer=name,
-                expected=str(parameters[name].dtype), got=str(tensor.dtype), cure="its .real part",
-            )  # fmt: skip
+                "landscape",
+                "a direction is complex and its parameter is real",
+                layer=name,
+                expected=str(parameters[name].dtype),
+                got=str(tensor.dtype),
+                cure="its .real part",
+            )
         tensor = whole(tensor.detach()).to(parameters[name].device, parameters[name].dtype)
         read[name] = spread_like(tensor, parameters[name])
     return read

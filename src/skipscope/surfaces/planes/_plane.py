@@ -143,9 +143,12 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
     lengths = np.diagonal(gram)
     if not np.isfinite(gram).all():
         raise SkipscopeError(
-            "trajectory_plane", "a checkpoint's weights are not finite", expected="NaN and inf nowhere",
-            got=f"checkpoint {int(np.argmin(np.isfinite(lengths)))}", cure="leave it out",
-        )  # fmt: skip
+            "trajectory_plane",
+            "a checkpoint's weights are not finite",
+            expected="NaN and inf nowhere",
+            got=f"checkpoint {int(np.argmin(np.isfinite(lengths)))}",
+            cure="leave it out",
+        )
     sizes, vectors = eigh(gram, subset_by_index=[count - 2, count - 1]) if count > 1 else (np.zeros(2),) * 2
     if sizes[0] <= 1e-12 * max(sizes[1], 1e-300):
         raise SkipscopeError(

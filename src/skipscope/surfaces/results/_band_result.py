@@ -91,9 +91,10 @@ class PairedBand(Exported):
         first = next(iter(self.scores))
         return Table(
             f"paired loss surfaces over {len(self.pairs)} seeds of directions",
-            ["twin", "score", "mean", "spread", f"higher than {first}"], rows,
+            ["twin", "score", "mean", "spread", f"higher than {first}"],
+            rows,
             [f"The last column is the share of seeds on which the twin scores higher than {first}."],
-        )  # fmt: skip
+        )
 
     def layers(self) -> Iterator[Layer]:
         for seed, pair in self.pairs.items():

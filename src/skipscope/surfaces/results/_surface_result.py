@@ -293,10 +293,16 @@ class Surface(Exported):
         errors = {"stderr": self.stderr, "centre_stderr": self.centre_stderr}
         own |= {key: error for key, error in errors.items() if error is not None} | more
         own |= {f"metric/{key}" if key in own else key: metric for key, metric in self.metrics.items()}
-        known = {} if self.points is None else {
-            "points/names": np.array(self.points.names), "points/coordinates": self.points.coordinates,
-            "points/distances": self.points.distances, "points/losses": self.points.losses,
-        }  # fmt: skip
+        known = (
+            {}
+            if self.points is None
+            else {
+                "points/names": np.array(self.points.names),
+                "points/coordinates": self.points.coordinates,
+                "points/distances": self.points.distances,
+                "points/losses": self.points.losses,
+            }
+        )
         return Layer(name or self.name, self.alphas, self.betas, own, name, known)
 
     def paper_table(self) -> Table:
@@ -393,10 +399,16 @@ class PairedSurfaces(Exported):
     def layers(self, lead: str = "") -> Iterator[Layer]:
         for name, surface in self.surfaces.items():
             found = self.differences.get(name)
-            parts = {} if found is None else {
-                "difference": found.values, "difference_stderr": found.stderr,
-                "difference_low": found.low, "difference_high": found.high,
-            }  # fmt: skip
+            parts = (
+                {}
+                if found is None
+                else {
+                    "difference": found.values,
+                    "difference_stderr": found.stderr,
+                    "difference_low": found.low,
+                    "difference_high": found.high,
+                }
+            )
             yield surface.layer(lead + name, **{key: part for key, part in parts.items() if part is not None})
 
 
