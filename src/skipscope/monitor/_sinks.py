@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -249,32 +250,25 @@ def as_sink(sink: Sink | str | Callable[[int, dict[str, float]], Any]) -> Sink:
             got=repr(sink)[:60],
             cure='sinks=["terminal"], or sinks=[lambda step, values: ...]',
         )
-    kind, _, rest = sink.partition(":")
+    name, _, rest = sink.partition(":")
+    ending = Path(sink).suffix.lower()
     if sink == "terminal":
         return Terminal()
-    if sink.endswith(".jsonl"):
-        return JsonLines(sink)
-    if sink.endswith(".csv"):
-        return Csv(sink)
-    if kind == "tensorboard":
-        from skipscope.monitor.tensorboard import TensorBoard
-
-        return TensorBoard(rest or "runs")
-    if kind == "wandb":
-        from skipscope.monitor.wandb import WandB
-
-        return WandB()
-    if kind == "mlflow":
-        from skipscope.monitor.mlflow import MLflow
-
-        return MLflow()
-    if kind == "trackio":
-        from skipscope.monitor.trackio import Trackio
-
-        return Trackio()
+    if ending in _BY_ENDING:
+        return _BY_ENDING[ending](sink)
+    if name in _BY_NAME and (not rest or name == "tensorboard"):
+        adapter = getattr(importlib.import_module(f"skipscope.monitor.{name}"), _BY_NAME[name])
+        return adapter(rest) if rest else adapter()
     raise SkipscopeError(
         "watch",
         f"there is no sink {sink!r}",
-        expected="terminal, FILE.jsonl, FILE.csv, tensorboard:FOLDER, wandb, mlflow, trackio, or an object",
-        cure='sinks=["terminal"]',
+        expected=", ".join(SINKS) + ", any callable(step, values), or an object",
+        cure=f'sinks=["run.{sink}"]' if f".{sink}" in _BY_ENDING else 'sinks=["terminal"]',
     )
+
+
+# The file names and the words that stand for a sink: by its ending, or by a module of this package.
+_BY_ENDING: dict[str, Callable[[str], Sink]] = {".jsonl": JsonLines, ".csv": Csv}
+_BY_NAME = {"tensorboard": "TensorBoard", "wandb": "WandB", "mlflow": "MLflow", "trackio": "Trackio"}
+# The same as they are written by a user, for the error and the documentation.
+SINKS = ("terminal", "run.jsonl", "run.csv", "tensorboard:FOLDER", "wandb", "mlflow", "trackio")
