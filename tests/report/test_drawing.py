@@ -31,6 +31,7 @@ from skipscope.report._arcs_text import text
 from skipscope.report._charts import Arc, Bars, Heat, Lines, Network, Series, Surface, Surfaces
 from skipscope.report._scale import axis, power, whole_axis
 from skipscope.report._view_monitor import heat_of
+from skipscope.shortcuts import KINDS
 
 floats = st.floats(allow_nan=True, allow_infinity=True)
 
@@ -309,7 +310,7 @@ networks = st.integers(1, 120).flatmap(
             st.tuples(
                 st.integers(0, n - 1),
                 st.integers(0, n - 1),
-                st.sampled_from(_arcs.KINDS),
+                st.sampled_from(KINDS),
                 st.none() | st.floats(0, 1),
             ).map(lambda t: Arc(min(t[:2]), max(t[:2]), "s", t[2], t[3])),
             max_size=20,

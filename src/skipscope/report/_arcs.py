@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from skipscope.report._charts import Arc, Network
 from skipscope.report._markup import ellipsis, join, tag
+from skipscope.shortcuts import KINDS
 
-KINDS = ("identity", "scaled", "projection", "gated", "concat")
 MOST = 170.0  # pixels an arc may rise
 _DASH = {"identity": "", "scaled": "6 3", "projection": "11 4", "gated": "8 2.5 2 2.5", "concat": "3 2.5"}
 

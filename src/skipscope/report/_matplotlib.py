@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from skipscope._errors import SkipscopeError
-from skipscope.report._arcs import KINDS, thickness
+from skipscope.report._arcs import thickness
 from skipscope.report._charts import Bars, Chart, Lines, Mark, Network, Series
 from skipscope.report._figure_style import current
 from skipscope.report._palette import DASHES, LIGHT, PLOT_MARKERS
 from skipscope.report._svg import spread
+from skipscope.shortcuts import KINDS
 
 # the gid of a strong line: how a later result drawn into the same axes knows how many are there
 OURS = "skipscope"

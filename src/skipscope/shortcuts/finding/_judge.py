@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
 
-from skipscope.shortcuts._shortcut_result import Kind, Place
+from skipscope.shortcuts._shortcut_result import KINDS, Kind, Place
 from skipscope.shortcuts.finding._branch import Branches
 from skipscope.shortcuts.finding._bypass import CHAINED, PROJECTED, Bypass
 from skipscope.shortcuts.finding._candidate import Candidate, Reason
@@ -22,7 +22,6 @@ from skipscope.shortcuts.finding._routes import Routes
 from skipscope.shortcuts.finding._sides import Role, Side, Sides, is_scaled
 from skipscope.shortcuts.trace import _operations
 
-_BY_WEIGHT = ("identity", "scaled", "projection", "gated")
 _BY_ROLE: dict[Role, Kind] = {"linear maps": "projection", "branch": "identity", "bent": "identity"}
 
 
@@ -268,7 +267,7 @@ class Judge:
             kind = max(
                 mixture.kind,
                 *(_BY_ROLE.get(sides[i].how, sides[i].how) for i in bypassing),
-                key=_BY_WEIGHT.index,
+                key=KINDS.index,
             )
             both = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor and mixture.alone)
             return replace(plain, kind=kind, both=both, mixture=mixture)
