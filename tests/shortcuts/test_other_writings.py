@@ -129,6 +129,49 @@ def on_the_sphere(n, x):
     return F.normalize(x.lerp(F.normalize(n.branch(x), dim=-1), n.p), dim=-1)
 
 
+def _on_the_sphere_again(norm):
+    def forward(n, x):
+        h, side = norm(n.branch(x)), norm(x)
+        return norm(side + n.p * (h - side))
+
+    return forward
+
+
+for name, norm in {
+    "a function": lambda x: F.normalize(x, dim=-1),
+    "hand": lambda x: x / x.norm(p=2, dim=-1, keepdim=True),
+    "hand, safe": lambda x: x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12),
+    "a norm of rows": lambda x: F.layer_norm(x, (6,)),
+    "a root": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "mean and deviation": lambda x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5),
+    "half a length": lambda x: 0.5 * x / torch.linalg.vector_norm(x, dim=-1, keepdim=True),
+}.items():
+    kind(
+        f"on the sphere again by {name}",
+        ["scaled"],
+        lambda n, x, norm=norm: norm(n.p * norm(n.branch(x))),
+    )(_on_the_sphere_again(norm))
+    kind(f"normed by {name} beside the branch", ["scaled"], only_branch)(
+        lambda n, x, norm=norm: norm(x) + n.branch(x)
+    )
+
+
+@kind("over the norm of another", [])
+def over_anothers_norm(n, x):
+    return x / n.branch(x).norm(dim=-1, keepdim=True)
+
+
+@kind("a softmax by hand", [])
+def softmax_by_hand(n, x):
+    e = x.exp()
+    return e / e.sum(-1, keepdim=True) + n.branch(x)
+
+
+@kind("times a function of its mean", [])
+def by_its_mean(n, x):
+    return x * x.mean(-1, keepdim=True).sigmoid() + n.branch(x)
+
+
 @kind("a sum that preserves magnitude", ["scaled"], lambda n, x: 0.3 * n.branch(x) / 0.58**0.5)
 def magnitude_preserving(n, x):
     return x.lerp(n.branch(x), 0.3) / (0.7**2 + 0.3**2) ** 0.5

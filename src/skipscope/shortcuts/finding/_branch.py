@@ -17,7 +17,7 @@ from skipscope.shortcuts.finding._kinds import (
 )
 from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._parts import Part
-from skipscope.shortcuts.finding._products import before_map, mapped_from
+from skipscope.shortcuts.finding._products import before_map, before_norm, mapped_from
 from skipscope.shortcuts.finding._sides import Side, Sides
 from skipscope.shortcuts.trace import _operations
 
@@ -64,6 +64,8 @@ class Branches:
                 else:  # without a gate it stays what it is: norm(x) * (1 + scale) beside a shift
                     for carry, product in reader.gatings(i):
                         maps[i] = Side(x, "gated", side.region | region, (product,), carry=carry)
+            elif side.how == "identity" and (above := self._before_norm(reader, i, others)) is not None:
+                found[i] = Side(above[0], "scaled", side.region | above[1])
             elif (
                 side.how != "gated"
                 and reader.call.name in _SUMS
@@ -75,6 +77,13 @@ class Branches:
                 if before is not None:
                     found[i] = Side(before[0], "projection", side.region | before[1])
         return found, maps
+
+    def _before_norm(self, reader: Sides, i: int, others: list[int]) -> tuple[int, int] | None:
+        """The x and the norm's nodes of ``n(x) + t (H - n(x))``, where H comes from x; or None."""
+        at = reader.position(i)
+        if reader.call.name not in _SUMS or len(others) != 1 or not self.gates.inner(others[0], at, reader):
+            return None
+        return before_norm(self.graph, at, reader.position(others[0]))
 
     def of(
         self, reader: Sides, sides: dict[int, Side], bypassing: tuple[int, ...], sharing: bool = False

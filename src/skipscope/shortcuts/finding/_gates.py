@@ -150,6 +150,10 @@ class Gates:
                 return at, replace(inner, region=inner.region | region, branch_at=branch_at)
         return None
 
+    def inner(self, j: int, x: int, reader: Sides) -> bool:
+        """Whether operand ``j`` is t (H - x)."""
+        return self._has_differences and self._inner(reader.position(j), x) is not None
+
     def _holds_weights(self, at: int | None, x: int) -> bool:
         """Whether a weight enters between nodes ``x`` and ``at``, or ``at`` does not come from there."""
         graph = self.graph

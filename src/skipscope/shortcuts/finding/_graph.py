@@ -9,6 +9,7 @@ line of code leads there at another time (the last step of a loop).
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -17,12 +18,14 @@ from torch import nn
 
 from skipscope.shortcuts._shortcut_result import Place
 from skipscope.shortcuts.finding._bit_sets import Ancestors, as_bits, bits, chosen
+from skipscope.shortcuts.finding._kinds import INVERSES, NORM, REPEATING, WHOLE
 from skipscope.shortcuts.finding._merge import Merge, Put
 from skipscope.shortcuts.finding._parts import Cuts, Part, part_after, part_put, takes_everything, whole
 from skipscope.shortcuts.trace import Operand, Origin, Trace, TracedCall, Value, _operations
 
 _AXES = {"hstack": 1, "column_stack": 1, "vstack": 0, "dstack": 2}
 _WRITES = {"write", "write_all", "slice_scatter", "select_scatter", "diagonal_scatter", "index_copy"}
+_SCALING = WHOLE | {"sub", "mul", "div"}
 _OF_TWO = {"min": "minimum", "max": "maximum"}
 
 
@@ -429,6 +432,63 @@ class Graph:
                 else:
                     waiting.append((child, after))
         return cuts
+
+    def normed_at(self, v: int) -> int | None:
+        """The node x if ``v`` is x normalised without weights, or None.
+
+        As by ``normalize(x)``, ``x / x.norm()``, ``x * rsqrt(mean(x^2))`` or ``(x - mean(x)) / std(x)``:
+        divided by a smaller tensor that was computed from x alone, or from what x was scaled or centred from.
+        """
+        call, parents = self.call_at(v), self._active_parents[v]
+        if call is None or self.weights[v]:
+            return None
+        if call.function in NORM:
+            return parents[0] if len(parents) == 1 else None
+        if call.function not in {"div", "mul"} or len(parents) != 2:
+            return None
+        x, by = parents
+        if call.function == "mul":
+            x, by = (x, by) if self._is_inverse(by) else (by, x)
+        else:
+            divisor = call.argument(1, "other")
+            x, by = (x, by) if isinstance(divisor, Operand) and self.node_of(divisor.value) == by else (by, x)
+        is_quotient = call.function == "div" or self._is_inverse(by)
+        return x if is_quotient and any(self._is_statistic(by, of) for of in self._scaled_from(x)) else None
+
+    def centred_at(self, v: int) -> int | None:
+        """The node x if ``v`` is x less a smaller tensor that was computed from x alone, or None."""
+        parents = self._active_parents[v]
+        is_centred = (
+            self.kind(v) == "sub" and len(parents) == 2 and self._is_statistic(parents[1], parents[0])
+        )
+        return parents[0] if is_centred and not self.weights[v] else None
+
+    def _scaled_from(self, x: int) -> list[int]:
+        """A node, and those that it is a multiple of or a difference to."""
+        found = [x]
+        for at in found:
+            if self.kind(at) in _SCALING and len(found) < 8:
+                found += self._active_parents[at]
+        return found
+
+    def _is_inverse(self, v: int) -> bool:
+        """Whether a node is one over something, but for its shape."""
+        while self.kind(v) in WHOLE | REPEATING and len(self._active_parents[v]) == 1:
+            (v,) = self._active_parents[v]
+        return self.kind(v) in INVERSES
+
+    def _is_statistic(self, v: int, x: int) -> bool:
+        """Whether a node has fewer numbers than ``x``, and is computed from all of it alone."""
+        few = math.prod(self.shape(v)) < math.prod(self.shape(x))
+        return few and self.ancestors.reaches(x, v) and self.is_function(v, x)
+
+    def is_function(self, v: int, x: int) -> bool:
+        """Whether a node is a function of all of ``x``, and of nothing else."""
+        region = self.inside_of(x, v)
+        if any(part.limits for part in self.parts_taken(x, region)):
+            return False
+        above = (p for at in bits(region) for p in self.parents[at])
+        return all(p == x or (p < self.activations and region >> p & 1) for p in above)
 
     def between(self, starts: list[int], end: int) -> int:
         """The set of nodes between any of ``starts`` and ``end``, these among them."""

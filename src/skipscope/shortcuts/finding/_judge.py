@@ -271,9 +271,11 @@ class Judge:
             )
             both = tuple(i for i, is_tensor in enumerate(call.tensors) if is_tensor and mixture.alone)
             return replace(plain, kind=kind, both=both, mixture=mixture)
-        if sides[bypassing[0]].how in {"branch", "bent"}:
+        side = sides[bypassing[0]]
+        if side.how in {"branch", "bent"}:
             return plain
-        if plain.kind in {"identity", "projection"} and (
+        is_normed = side.how == "scaled" and not side.products
+        if (plain.kind in {"identity", "projection"} or is_normed) and (
             found := self.gates.difference(reader, bypassing[0], branches)
         ):
             part, x, both, kind = found

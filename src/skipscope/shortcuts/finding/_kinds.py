@@ -84,7 +84,9 @@ POINTWISE = STRAIGHT_POINTWISE | words(
     clamp clamp_min clamp_max masked_fill tanhshrink softshrink hardshrink
     """
 )
-NORM = words("batch_norm layer_norm group_norm instance_norm rms_norm _fused_rms_norm")
+NORM = words("batch_norm layer_norm group_norm instance_norm rms_norm _fused_rms_norm normalize")
+# What divides, when it is multiplied.
+INVERSES = words("rsqrt reciprocal rdiv pow float_power")
 CONVOLUTION = words(
     """
     convolution _convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc

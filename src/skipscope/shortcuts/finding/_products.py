@@ -24,6 +24,7 @@ _FROM_SECOND, _FROM_FIRST = -1, -2
 
 
 _MAPS = LINEAR | NORM | WHOLE
+_NORM_STEPS = NORM | WHOLE | {"mul", "div"}
 
 
 def mapped_from(graph: Graph, node: int, parts: Sequence[Part]) -> tuple[int, int] | None:
@@ -73,6 +74,30 @@ def before_map(graph: Graph, node: int, end: int) -> tuple[int, int] | None:
             return (above, region) if has_matrix else _before_parting(graph, node, above, end)
         at = above
     return _before_parting(graph, node, at, end)
+
+
+def before_norm(graph: Graph, node: int, end: int) -> tuple[int, int] | None:
+    """The input x of the norm that ends at ``node``, if a branch from x to ``end`` holds weights.
+
+    Returns:
+        x and the set of the norm's nodes; None if ``node`` is no norm, or no such branch begins at x.
+    """
+    at, region, is_norm = node, 0, False
+    while (above := graph.normed_at(at)) is not None or (above := _before_step(graph, at)) is not None:
+        is_norm = is_norm or graph.kind(at) not in WHOLE
+        region |= graph.inside_of(above, at)
+        at = above
+        others = [c for c in graph.children[at] if not region >> c & 1 and graph.ancestors.reaches(c, end)]
+        if is_norm and others and graph.has_weights(graph.between(others, end) & ~region):
+            return at, region
+    return None
+
+
+def _before_step(graph: Graph, at: int) -> int | None:
+    """The input of a norm with weights, a constant factor, a view or a centring at a node, or None."""
+    parents = graph.active_parents(at)
+    is_step = graph.kind(at) in _NORM_STEPS and len(parents) == 1
+    return parents[0] if is_step else graph.centred_at(at)
 
 
 def _before_parting(graph: Graph, node: int, at: int, end: int) -> tuple[int, int] | None:

@@ -245,7 +245,7 @@ class Sides:
                 return Side(fork, "branch" if graph.matrices_in(own, enough=1) else "bent", own)
             if own & graph.of_kinds(TRANSFORMS) and graph.has_weights(own):
                 return Side(fork, "branch", own)  # a product of spectra is a convolution
-            how = "gated" if walk.gate else "scaled" if walk.products else "identity"
+            how = "gated" if walk.gate else "scaled" if walk.products or walk.normed else "identity"
             return Side(fork, how, own, tuple(walk.products), len(reached) > 1)
         fork = walk.nearest(graph.entries(own, common))
         if fork is not None and self._is_linear(fork, own):
@@ -299,7 +299,7 @@ class _Walk:
     def __init__(self, graph: Graph, common: int):
         self.graph, self.common = graph, common
         self.products: list[int] = []
-        self.gate = self.mixed = self.has_rivals = False
+        self.gate = self.mixed = self.has_rivals = self.normed = False
         self._seen: dict[int, frozenset[int]] = {}
         self._bent: set[int] = set()
         # Nodes that only the largest or smallest values of x reach: a selection is not a linear map.
@@ -333,6 +333,8 @@ class _Walk:
         if self.common >> v & 1:
             return frozenset([v])
         kind, parents = graph.kind(v), graph.active_parents(v)
+        if (x := graph.normed_at(v)) is not None:
+            kind, parents = "normalize", [x]
         if kind in PRODUCT:
             return (yield from self._through_product(v, kind, parents))
         if graph.weights[v] or not parents:
@@ -342,8 +344,9 @@ class _Walk:
             reached.append((yield parent))
             if not reached[-1]:
                 return frozenset()
-        # A convolution with constants, as a blur is, is linear.
-        is_linear = kind in SHAPE | TRANSFORMS or (kind in CONVOLUTION and len(parents) == 1)
+        # A convolution with constants, as a blur is, is linear; a norm scales, with weights or without.
+        is_linear = kind in SHAPE | TRANSFORMS or (kind in CONVOLUTION | NORM and len(parents) == 1)
+        self.normed = self.normed or kind in NORM
         if not is_linear or self._chooses_by_sign(v, kind) or any(parent in self._bent for parent in parents):
             self._bent.add(v)
         if kind in _SELECTING or any(parent in self._selected for parent in parents):
@@ -404,17 +407,9 @@ class _Walk:
 
     def _is_function(self, v: int, factors: list[int], x: int) -> bool:
         """Whether a product multiplies ``x`` by a nonlinear function of all of it, or two functions of it."""
-        alone = [p for p in factors if self._is_of(p, x)]
+        alone = [p for p in factors if self.graph.is_function(p, x)]
         bending = self._bent | self._selected | {self._denominator(v, "div")}
         return len(set(factors)) < len(factors) or len(alone) == len(factors) or bool(bending & set(alone))
-
-    def _is_of(self, parent: int, x: int) -> bool:
-        """Whether a node is a function of all of ``x``, and of nothing else."""
-        graph, region = self.graph, self.graph.inside_of(x, parent)
-        if any(part.limits for part in graph.parts_taken(x, region)):
-            return False
-        above = (p for v in bits(region) for p in graph.parents[v])
-        return all(p == x or (p < graph.activations and region >> p & 1) for p in above)
 
     def first(self, candidates: frozenset[int] | set[int]) -> list[int]:
         """Those that depend on none of the others."""
