@@ -18,7 +18,7 @@ from torch import nn
 
 from skipscope.shortcuts._shortcut_result import Place
 from skipscope.shortcuts.finding._bit_sets import Ancestors, as_bits, bits, chosen
-from skipscope.shortcuts.finding._kinds import INVERSES, NORM, REPEATING, WHOLE
+from skipscope.shortcuts.finding._kinds import INVERSES, LENGTHS, NORM, REPEATING, WHOLE
 from skipscope.shortcuts.finding._merge import Merge, Put
 from skipscope.shortcuts.finding._parts import Cuts, Part, part_after, part_put, takes_everything, whole
 from skipscope.shortcuts.trace import Operand, Origin, Trace, TracedCall, Value, _operations
@@ -437,7 +437,7 @@ class Graph:
         """The node x if ``v`` is x normalised without weights, or None.
 
         As by ``normalize(x)``, ``x / x.norm()``, ``x * rsqrt(mean(x^2))`` or ``(x - mean(x)) / std(x)``:
-        divided by a smaller tensor that was computed from x alone, or from what x was scaled or centred from.
+        divided by the size of x, or of what x was scaled or centred from.
         """
         call, parents = self.call_at(v), self._active_parents[v]
         if call is None or self.weights[v]:
@@ -453,15 +453,15 @@ class Graph:
             divisor = call.argument(1, "other")
             x, by = (x, by) if isinstance(divisor, Operand) and self.node_of(divisor.value) == by else (by, x)
         is_quotient = call.function == "div" or self._is_inverse(by)
-        return x if is_quotient and any(self._is_statistic(by, of) for of in self._scaled_from(x)) else None
+        return x if is_quotient and any(self._is_length(by, of) for of in self._scaled_from(x)) else None
 
     def centred_at(self, v: int) -> int | None:
-        """The node x if ``v`` is x less a smaller tensor that was computed from x alone, or None."""
+        """The node x if ``v`` is x less its mean, or another smaller tensor of x alone; or None."""
         parents = self._active_parents[v]
-        is_centred = (
-            self.kind(v) == "sub" and len(parents) == 2 and self._is_statistic(parents[1], parents[0])
-        )
-        return parents[0] if is_centred and not self.weights[v] else None
+        if self.kind(v) != "sub" or len(parents) != 2 or self.weights[v]:
+            return None
+        x, mean = parents
+        return x if self._is_smaller(mean, x) and self.is_function(mean, x) else None
 
     def _scaled_from(self, x: int) -> list[int]:
         """A node, and those that it is a multiple of or a difference to."""
@@ -477,10 +477,22 @@ class Graph:
             (v,) = self._active_parents[v]
         return self.kind(v) in INVERSES
 
-    def _is_statistic(self, v: int, x: int) -> bool:
-        """Whether a node has fewer numbers than ``x``, and is computed from all of it alone."""
-        few = math.prod(self.shape(v)) < math.prod(self.shape(x))
-        return few and self.ancestors.reaches(x, v) and self.is_function(v, x)
+    def _is_length(self, v: int, x: int) -> bool:
+        """Whether a node measures the size of ``x``: by squares or absolute values, of nothing else."""
+        if not self._is_smaller(v, x):
+            return False
+        region = self.inside_of(x, v)
+        squares = region & self.of_kinds(LENGTHS) or any(self._is_square(at) for at in bits(region))
+        return bool(squares) and self.is_function(v, x)
+
+    def _is_smaller(self, v: int, x: int) -> bool:
+        """Whether a node has fewer numbers than ``x``, on which it depends."""
+        return math.prod(self.shape(v)) < math.prod(self.shape(x)) and self.ancestors.reaches(x, v)
+
+    def _is_square(self, v: int) -> bool:
+        """Whether a node is a product of a tensor with itself."""
+        call = self.call_at(v)
+        return call is not None and call.function == "mul" and len({*call.operands}) < len(call.operands)
 
     def is_function(self, v: int, x: int) -> bool:
         """Whether a node is a function of all of ``x``, and of nothing else."""
