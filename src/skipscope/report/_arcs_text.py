@@ -1,7 +1,7 @@
-"""A network with its shortcuts for a terminal: layers downward, shortcuts as rails on the left.
+"""Text drawing of a network for a terminal: layers from top to bottom, shortcuts as rails on the left.
 
-Each line is a layer or a merge. In a long network blocks that repeat are drawn once and counted, so that 500
-layers fit a screen.
+Each line is a layer or a merge. In a long network, repeated blocks are drawn once and counted, so that 500
+layers fit on a screen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from itertools import pairwise, takewhile
 from skipscope.report._charts import Arc, Network
 from skipscope.report._markup import clean, ellipsis
 
-# start, end, end and start, passes, crosses, level, wire, layer, fork, merge, more
 _LINES = {
     "start": "╭",
     "end": "╰",
@@ -46,27 +45,29 @@ _ASCII = {
     "out": "v",
 }
 RAILS = 12
-SHORT = 36  # up to so many layers nothing is folded
+# Networks with at most so many layers are not folded.
+SHORT = 36
 
 
 @dataclass(frozen=True)
 class _Sheet:
-    """What every line of the drawing needs to know."""
+    """Context of every line of the drawing."""
 
     chart: Network
-    rails: tuple[int | None, ...]  # of each arc; None where there is no room for it
+    # The rail of each arc, or None without room for it.
+    rails: tuple[int | None, ...]
     count: int
     width: int
     signs: dict[str, str]
 
 
 def text(chart: Network, width: int = 80, *, ascii: bool = False) -> str:
-    """The drawing, at most ``width`` columns wide.
+    """Draw the network, at most ``width`` columns wide.
 
     Args:
         chart: the network.
-        width: columns.
-        ascii: use no signs beyond ASCII.
+        width: number of columns.
+        ascii: use ASCII characters only.
 
     Example:
         >>> print(text(Network(["stem", "conv1", "conv2", "head"], [Arc(1, 2, "block", "identity", 0.8)])))
@@ -99,7 +100,7 @@ def text(chart: Network, width: int = 80, *, ascii: bool = False) -> str:
 
 
 def _assign(arcs: Sequence[Arc]) -> list[int | None]:
-    """A rail for each arc: the shortest nearest to the wire, none on top of another."""
+    """Assign non-overlapping rails to the arcs, the shortest nearest to the layers."""
     rails: list[int | None] = [None] * len(arcs)
     taken: list[list[Arc]] = [[] for _ in range(RAILS)]
     for i in sorted(range(len(arcs)), key=lambda i: arcs[i].end - arcs[i].start):
@@ -127,7 +128,7 @@ def _passing(sheet: _Sheet, layer: int) -> list[str]:
 
 
 def _place(sheet: _Sheet, place: int) -> list[str]:
-    """The lines between two layers: one a merge, or one where shortcuts leave, or none."""
+    """Lines between two layers: one per merge, else one for a fork, else none."""
     arcs = list(zip(sheet.chart.arcs, sheet.rails))
     ends = sorted((p for p in arcs if p[0].end + 1 == place), key=lambda p: p[0].start, reverse=True)
     starts = [p for p in arcs if p[0].start == place and p[1] is not None]
@@ -175,7 +176,7 @@ def _words(arc: Arc) -> str:
 
 
 def _runs(chart: Network) -> list[tuple[int, int, str]]:
-    """Stretches of layers to draw, each with what is said of its repetitions ("" for none)."""
+    """Ranges of layers to draw, each with the text about its repetitions ("" for none)."""
     count = len(chart.layers)
     if count <= SHORT:
         return [(0, count, "")]
@@ -210,7 +211,7 @@ def _to_whole_blocks(
     period: int,
     repeats: int,
 ) -> int:
-    """Pieces to draw before a repetition, so that what is repeated is a whole block and not two halves."""
+    """Number of pieces to draw first, so that the repeated unit is a whole block and not two halves."""
 
     def depth(ahead: int) -> int:
         return _home(chart, pieces[i + ahead : i + ahead + period]).count(".")
@@ -220,7 +221,7 @@ def _to_whole_blocks(
 
 
 def _home(chart: Network, pieces: Sequence[tuple[int, int]]) -> str:
-    """The path that the layers of some pieces share."""
+    """Common module path of the layers of some pieces."""
     levels = zip(*(clean(name).split(".") for name in chart.layers[pieces[0][0] : pieces[-1][1]]))
     return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 

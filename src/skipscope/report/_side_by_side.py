@@ -1,4 +1,4 @@
-"""Saved results of one kind side by side: one table, and their charts over each other or after each other."""
+"""Results of one kind side by side: a common table, and charts that are overlaid or listed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class SideBySide(Result):
     """Results of one kind side by side.
 
     Attributes:
-        names: what each result is called.
-        texts: each result as it is saved.
+        names: name of each result.
+        texts: each result in its saved form.
 
     Example:
         >>> import torch, skipscope as ss
@@ -37,11 +37,11 @@ class SideBySide(Result):
 
     @property
     def results(self) -> dict[str, Result]:
-        """The results by name."""
+        """Results by name."""
         return {name: loads(text, name) for name, text in zip(self.names, self.texts)}
 
     def table(self) -> Table:
-        """One row for each row name of any result, with only the columns that differ between results."""
+        """Table with a row for each row name of any result, and only the columns that differ."""
         tables = {name: result.table() for name, result in self.results.items()}
         first = next(iter(tables.values()))
         by_row = {name: {str(row[0]): row for row in table.rows} for name, table in tables.items()}
@@ -94,7 +94,7 @@ def side_by_side(results: Mapping[str, Result]) -> SideBySide:
 
 
 def _shortened(names: list[str]) -> tuple[str, ...]:
-    """The parts of paths in which they differ, or the names as they are."""
+    """Shorten paths to the parts in which they differ; other names are unchanged."""
     parts = [Path(name).parts for name in names]
     if len({len(p) for p in parts}) != 1 or len(set(names)) < len(names):
         return tuple(names)
@@ -124,7 +124,7 @@ def _(result: SideBySide) -> Document:
 
 
 def _over_each_other(charts: Mapping[str, Chart]) -> Lines | None:
-    """Line charts on the same axes as one. Returns None if they are not lines, or their axes differ."""
+    """Overlay line charts in one chart. Returns None if they are not lines, or their axes differ."""
     drawn = [(name, chart) for name, chart in charts.items() if isinstance(chart, Lines)]
     if len(drawn) < 2 or len(drawn) < len(charts):
         return None
