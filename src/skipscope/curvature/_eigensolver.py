@@ -145,11 +145,11 @@ def _deflated(
 
 def _rows(size: int, options: SolverOptions) -> int:
     """Number of basis vectors."""
-    few, usual = _fewest(options), 4 * options.k + 4 * options.block + 20
+    few, usual = _minimal_basis(options), 4 * options.k + 4 * options.block + 20
     return max(few, options.basis or int(np.clip(_BASIS_BYTES / (8 * size), usual, 300)))
 
 
-def _fewest(options: SolverOptions) -> int:
+def _minimal_basis(options: SolverOptions) -> int:
     return 2 * options.k + 3 * options.block + 2
 
 
@@ -161,7 +161,7 @@ def require_memory(operation: str, size: int, options: SolverOptions, device: to
     """
 
     def cure(fitting: int) -> str | None:
-        if fitting < _fewest(options):
+        if fitting < _minimal_basis(options):
             return None
         return f"basis={fitting}; it restarts more often, and needs more products"
 

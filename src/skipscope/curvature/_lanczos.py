@@ -122,7 +122,7 @@ class Krylov:
         image = self.product(self.rows[m : m + b])
         self.products, self._ritz = self.products + b, None
         self.scale = max(self.scale, float(torch.linalg.vector_norm(image, dim=1).max()))
-        columns = self._take_out(image)
+        columns = self._orthogonalise(image)
         self._note_rounding(columns[:m] - self.coupling)
         grown = np.zeros((m + b, m + b))
         grown[:m, :m] = self.projected
@@ -131,7 +131,7 @@ class Krylov:
         self.projected, self.filled = grown, m + b
         self._next_block(image, columns)
 
-    def _take_out(self, image: Tensor) -> np.ndarray:
+    def _orthogonalise(self, image: Tensor) -> np.ndarray:
         """Orthogonalise ``image [b, n]`` in place against the basis, the next block and the outside rows.
 
         Returns the removed coordinates in the basis ``[m + b, b]``. Twice is enough (Giraud, Langou &

@@ -100,12 +100,12 @@ class ProductCheck:
         for step in steps:
             parts = self.differences(step).in_parts(model, batch, self.index, self.tangent, self.part)
             slow.append(torch.cat(parts))
-            if _apart(found, slow[-1]) <= (max(exact, _ROUNDED) if rounded else exact):
+            if _relative_difference(found, slow[-1]) <= (max(exact, _ROUNDED) if rounded else exact):
                 return None
         if rounded:
             tangent = [t.to(dtype) for t in self.tangent]
             found = self.some(mode.product(mode.prepare(model, batch, self.index), [tangent])[0])
-        apart, spread = _apart(found, slow[0]), _apart(*slow)
+        apart, spread = _relative_difference(found, slow[0]), _relative_difference(*slow)
         if spread > agree or apart <= 10 * max(spread, exact):
             return None
         share = f"{100 * apart:.0f} %" if apart > 0.01 else f"{apart:.1g} of its size"
@@ -114,6 +114,6 @@ class ProductCheck:
         )
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def _relative_difference(a: Tensor, b: Tensor) -> float:
     size = max(float(a.norm()), float(b.norm()))
     return float((a - b).norm()) / size if size else 0.0

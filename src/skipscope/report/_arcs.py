@@ -81,8 +81,8 @@ def _rows(chart: Network, per_row: int, width: int) -> list[_Row]:
     longest = max([arc.end + 1 - arc.start for arc in chart.arcs] or [1]) * pitch
     rows, y = [], 0.0
     for first, last in pairwise(cuts):
-        here = _Row(first, last, 0.0, pitch, longest)
-        rise = max([here.rise(arc) for arc in chart.arcs if here.holds(arc)] or [0.0])
+        row = _Row(first, last, 0.0, pitch, longest)
+        rise = max([row.rise(arc) for arc in chart.arcs if row.holds(arc)] or [0.0])
         y += rise + 20
         rows.append(_Row(first, last, y, pitch, longest))
         y += 30

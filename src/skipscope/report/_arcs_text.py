@@ -50,7 +50,7 @@ SHORT = 36
 
 
 @dataclass(frozen=True)
-class _Sheet:
+class _Context:
     """Context of every line of the drawing."""
 
     chart: Network
@@ -82,17 +82,17 @@ def text(chart: Network, width: int = 80, *, ascii: bool = False) -> str:
     """
     rails = _assign(chart.arcs)
     count = min(RAILS, max([rail + 1 for rail in rails if rail is not None] or [0]))
-    sheet = _Sheet(chart, tuple(rails), count, width, _ASCII if ascii else _LINES)
-    lines = _place(sheet, 0)
+    context = _Context(chart, tuple(rails), count, width, _ASCII if ascii else _LINES)
+    lines = _lines_between(context, 0)
     for first, last, repeats in _runs(chart):
         for i in range(first, last):
-            lines.append(_line(sheet, _passing(sheet, i), "layer", clean(chart.layers[i])))
-            lines += _place(sheet, i + 1)
+            lines.append(_line(context, _passing(context, i), "layer", clean(chart.layers[i])))
+            lines += _lines_between(context, i + 1)
         if repeats:
             going_on = {rail for arc, rail in zip(chart.arcs, rails) if arc.start == last}
-            dots = [sheet.signs["more"] if rail in going_on else " " for rail in range(count)]
-            lines.append(_line(sheet, dots, "more", repeats))
-    lines.append(_line(sheet, [" "] * count, "out", "output"))
+            dots = [context.signs["more"] if rail in going_on else " " for rail in range(count)]
+            lines.append(_line(context, dots, "more", repeats))
+    lines.append(_line(context, [" "] * count, "out", "output"))
     left_out = sum(rail is None for rail in rails)
     if left_out:
         lines.append(f"{left_out} more shortcuts lie beyond {RAILS} rails: see the table")
@@ -112,48 +112,47 @@ def _assign(arcs: Sequence[Arc]) -> list[int | None]:
     return rails
 
 
-def _line(sheet: _Sheet, rails: Sequence[str], sign: str, words: str) -> str:
+def _line(context: _Context, rails: Sequence[str], sign: str, words: str) -> str:
     start = "".join(rail.ljust(3) for rail in reversed(rails)) or "  "
-    return (
-        f"{start}{sheet.signs[sign]} {ellipsis(words, max(12, sheet.width - len(start) - 2), keep='start')}"
-    )
+    room = max(12, context.width - len(start) - 2)
+    return f"{start}{context.signs[sign]} {ellipsis(words, room, keep='start')}"
 
 
-def _passing(sheet: _Sheet, layer: int) -> list[str]:
-    rails = [" "] * sheet.count
-    for arc, rail in zip(sheet.chart.arcs, sheet.rails):
+def _passing(context: _Context, layer: int) -> list[str]:
+    rails = [" "] * context.count
+    for arc, rail in zip(context.chart.arcs, context.rails):
         if rail is not None and arc.start <= layer <= arc.end:
-            rails[rail] = sheet.signs["pass"]
+            rails[rail] = context.signs["pass"]
     return rails
 
 
-def _place(sheet: _Sheet, place: int) -> list[str]:
+def _lines_between(context: _Context, place: int) -> list[str]:
     """Lines between two layers: one per merge, else one for a fork, else none."""
-    arcs = list(zip(sheet.chart.arcs, sheet.rails))
+    arcs = list(zip(context.chart.arcs, context.rails))
     ends = sorted((p for p in arcs if p[0].end + 1 == place), key=lambda p: p[0].start, reverse=True)
     starts = [p for p in arcs if p[0].start == place and p[1] is not None]
     if place == 0:
-        return [_event(sheet, place, [], starts, [], "input", "input")]
+        return [_event(context, place, [], starts, [], "input", "input")]
     lines = []
     for n, (arc, rail) in enumerate(ends):
         last = n == len(ends) - 1
         waiting = [p for p in ends[n + 1 :] if p[1] is not None]
         here = [(arc, rail)] if rail is not None else []
-        lines.append(_event(sheet, place, here, starts if last else [], waiting, "merge", _words(arc)))
-    return lines or ([_event(sheet, place, [], starts, [], "fork", "")] if starts else [])
+        lines.append(_event(context, place, here, starts if last else [], waiting, "merge", _words(arc)))
+    return lines or ([_event(context, place, [], starts, [], "fork", "")] if starts else [])
 
 
-def _event(sheet: _Sheet, place: int, ends, starts, waiting, sign: str, words: str) -> str:
+def _event(context: _Context, place: int, ends, starts, waiting, sign: str, words: str) -> str:
     ending, starting = {rail for _, rail in ends}, {rail for _, rail in starts}
     passing = {rail for _, rail in waiting}
     passing |= {
         rail
-        for arc, rail in zip(sheet.chart.arcs, sheet.rails)
+        for arc, rail in zip(context.chart.arcs, context.rails)
         if rail is not None and arc.start < place < arc.end + 1
     }
     farthest = max(ending | starting, default=-1)
-    signs, rails = sheet.signs, []
-    for rail in range(sheet.count):
+    signs, rails = context.signs, []
+    for rail in range(context.count):
         level = signs["level"] * 2 if rail <= farthest else "  "
         if rail in ending or rail in starting:
             sign_here = signs[
@@ -164,7 +163,7 @@ def _event(sheet: _Sheet, place: int, ends, starts, waiting, sign: str, words: s
         else:
             sign_here = signs["level"] if rail < farthest else " "
         rails.append(sign_here + level)
-    return _line(sheet, rails, sign, words)
+    return _line(context, rails, sign, words)
 
 
 def _words(arc: Arc) -> str:

@@ -106,7 +106,7 @@ def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None 
     """
     axes = [] if ax is None else list(np.ravel(ax))
     solid = kind == "3d" or (kind is None and bool(axes) and axes[0].name == "3d")
-    if kind not in {None, "contour", "3d"} or any((one.name == "3d") != solid for one in axes):
+    if kind not in {None, "contour", "3d"} or any((axis.name == "3d") != solid for axis in axes):
         raise SkipscopeError(
             "plot",
             "these axes are not for this kind of picture",
@@ -120,12 +120,12 @@ def _(chart: Surfaces, ax: Any = None, *, kind: Literal["contour", "3d"] | None 
         axes = list(np.ravel(new_axes(3.3 * count + 0.7, 3.5, ncols=count, squeeze=False, **options)))
     scale = _surface_charts.heights(chart, current().limits)
     drawn = None
-    for where, surface in zip(axes, chart.surfaces):
-        drawn = relief(where, surface, scale) if solid else contours(where, surface, scale)
+    for target, surface in zip(axes, chart.surfaces):
+        drawn = relief(target, surface, scale) if solid else contours(target, surface, scale)
         note = textwrap.wrap(surface.note, 36 if count > 1 else 46) if current().notes else []
-        where.set_title("\n".join(map(plain, [surface.label, *note])), fontsize=9)
+        target.set_title("\n".join(map(plain, [surface.label, *note])), fontsize=9)
         if not solid:
-            where.set_xlabel(plain(chart.axes[0]), fontsize=8)
+            target.set_xlabel(plain(chart.axes[0]), fontsize=8)
     if not solid:
         axes[0].set_ylabel(plain(chart.axes[1]), fontsize=8)
     if not solid and current().legend:

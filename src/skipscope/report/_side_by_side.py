@@ -104,10 +104,10 @@ def _shortened(names: list[str]) -> tuple[str, ...]:
 
 @view.register
 def _(result: SideBySide) -> Document:
-    stories = {name: document(one) for name, one in result.results.items()}
+    documents = {name: document(entry) for name, entry in result.results.items()}
     panels = [Panel("All numbers", tables=[result.table()])]
-    for k, panel in enumerate(next(iter(stories.values())).panels):
-        drawn = {name: s.panels[k].chart for name, s in stories.items() if k < len(s.panels)}
+    for k, panel in enumerate(next(iter(documents.values())).panels):
+        drawn = {name: s.panels[k].chart for name, s in documents.items() if k < len(s.panels)}
         charts = {name: chart for name, chart in drawn.items() if chart is not None}
         merged = _over_each_other(charts)
         if merged is not None:
@@ -117,8 +117,8 @@ def _(result: SideBySide) -> Document:
             panels.append(Panel(panel.heading, None, panel.caption, parts=parts))
     return Document(
         "Side by side",
-        ", ".join(stories),
-        [f"{name}: {s.answer[0]}" for name, s in stories.items() if s.answer],
+        ", ".join(documents),
+        [f"{name}: {s.answer[0]}" for name, s in documents.items() if s.answer],
         panels,
     )
 

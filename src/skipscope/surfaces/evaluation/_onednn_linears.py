@@ -82,19 +82,19 @@ def _followers(
 ) -> dict[nn.Linear, nn.Module]:
     """Map each layer to the activation that gets its output at every call, and no other layer's output."""
     # Keeping the outputs alive keeps their ids unique.
-    made: dict[int, tuple[Tensor, nn.Linear]] = {}
+    producers: dict[int, tuple[Tensor, nn.Linear]] = {}
     calls: Counter[nn.Linear] = Counter()
     uses: Counter[tuple[nn.Module, nn.Linear | None]] = Counter()
 
-    def note(layer: Any, args: Any, output: Tensor) -> None:
-        made[id(output)] = (output, layer)
+    def record_output(layer: Any, args: Any, output: Tensor) -> None:
+        producers[id(output)] = (output, layer)
         calls[layer] += 1
 
-    def meet(activation: nn.Module, args: Any) -> None:
-        uses[activation, made[id(args[0])][1] if args and id(args[0]) in made else None] += 1
+    def count_use(activation: nn.Module, args: Any) -> None:
+        uses[activation, producers[id(args[0])][1] if args and id(args[0]) in producers else None] += 1
 
-    handles = [layer.register_forward_hook(note) for layer in layers]
-    handles += [m.register_forward_pre_hook(meet) for m in copy.modules() if type(m) in _EPILOGUES]
+    handles = [layer.register_forward_hook(record_output) for layer in layers]
+    handles += [m.register_forward_pre_hook(count_use) for m in copy.modules() if type(m) in _EPILOGUES]
     try:
         run()
     finally:

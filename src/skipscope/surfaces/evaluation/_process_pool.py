@@ -106,7 +106,7 @@ class Forked(Generic[Question, Answer]):
                 for ahead in range(1, _AHEAD + 1):
                     for pipe in list(asked):
                         if not _ask(pipe, asked[pipe], ahead, left, questions):
-                            self._bury(pipe, asked, left)
+                            self._drop_copy(pipe, asked, left)
                 if not asked:
                     raise Lost("no copy is left")
                 busy = [pipe for pipe, own in asked.items() if own]
@@ -121,7 +121,7 @@ class Forked(Generic[Question, Answer]):
                     try:
                         holds, answer = pipe.recv()  # type: ignore[union-attr]
                     except (EOFError, OSError):
-                        self._bury(pipe, asked, left)
+                        self._drop_copy(pipe, asked, left)
                         continue
                     if not holds:
                         raise Lost(answer)
@@ -132,7 +132,7 @@ class Forked(Generic[Question, Answer]):
             self.close()
             raise
 
-    def _bury(self, pipe: Any, asked: dict[Any, deque[int]], left: deque[int]) -> None:
+    def _drop_copy(self, pipe: Any, asked: dict[Any, deque[int]], left: deque[int]) -> None:
         left.extendleft(reversed(asked.pop(pipe)))
         self._end(pipe)
 

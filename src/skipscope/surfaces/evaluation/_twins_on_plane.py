@@ -247,7 +247,7 @@ class Work:
             if twin is self.twins[0]:
                 first = own
             elif twin.shared and own is not None and first is not None:
-                numbers.append(_size(own - first))
+                numbers.append(_standard_error(own - first))
             out += numbers
         return np.stack(out)
 
@@ -274,14 +274,14 @@ class Work:
         sums = twin.evaluator.loss.sums
         own, origin = influence(reading, sums), influence(twin.origin, sums)
         if own is not None and origin is not None:
-            numbers += [_size(own), _size(own - origin)]
+            numbers += [_standard_error(own), _standard_error(own - origin)]
         folds = fold_sums(reading)
         if folds is not None:
             numbers += list(_without_each(*folds, sums).T)
         return numbers, own
 
 
-def _size(influences: np.ndarray) -> np.ndarray:
+def _standard_error(influences: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore"):
         return np.sqrt(np.square(influences).sum(1))
 

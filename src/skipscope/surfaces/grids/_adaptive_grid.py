@@ -108,7 +108,7 @@ class Adaptive:
         self.compute(centre_points)
         predicted = self._better(straight, logarithm, centre_points)
         if self.after_level is not None:
-            self._tell(old, predicted, centre_points, self.after_level)
+            self._report_level(old, predicted, centre_points, self.after_level)
         failing = [cell for cell, bad in zip(cells, self._fails(predicted, centre_points)) if bad]
         around = {(i + di, j + dj) for i, j in failing for di in (-1, 0, 1) for dj in (-1, 0, 1)}
         around = {
@@ -130,7 +130,7 @@ class Adaptive:
             for j in _cells_between(new[1], old[1][c[1]], old[1][c[1] + 1])
         }
 
-    def _tell(
+    def _report_level(
         self,
         level: tuple[np.ndarray, np.ndarray],
         predicted: dict[str, np.ndarray],

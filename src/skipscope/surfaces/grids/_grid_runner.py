@@ -105,7 +105,7 @@ class Runner:
         # units done, and must still agree on the assignment.
         mine = self._missing(units[self.rank :: self.world])
         longest, last = 0.0, time.perf_counter()
-        computed = (self.remote or self._here)(mine)
+        computed = (self.remote or self._compute_here)(mine)
         if self.group is None or self.group.rank == 0:
             computed = track(computed, self.what, len(mine))
         for unit, numbers in computed:
@@ -114,7 +114,7 @@ class Runner:
         if self.world > 1:
             self._wait(units, max(_PATIENCE_S, 5 * longest))
 
-    def _here(self, units: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _compute_here(self, units: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for group in _groups(units, self.in_flight):
             numbers = self.work(np.concatenate(group))
             ends = np.cumsum([len(unit) for unit in group])

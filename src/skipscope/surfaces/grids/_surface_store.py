@@ -146,8 +146,8 @@ class Store:
 
     def __init__(self, folder: str | os.PathLike[str], plan: Plan):
         self.folder, self.plan, self.wrote = Path(folder), plan, False
-        self._array, self._told = self._opened(), False
-        self._sweep()
+        self._array, self._warned = self._opened(), False
+        self._remove_stale_files()
 
     @classmethod
     def opened(cls, folder: str | os.PathLike[str], plan: Plan) -> Store:
@@ -214,7 +214,7 @@ class Store:
             shutil.rmtree(building, ignore_errors=True)
         return _zarr().open_array(str(path), mode="r+")
 
-    def _sweep(self) -> None:
+    def _remove_stale_files(self) -> None:
         """Remove files left half written by killed processes."""
         now = time.time()
         # The folder may be read-only.
@@ -263,8 +263,8 @@ class Store:
                 kept[:, part] = self._array[:, part]
             except Exception:
                 bad += 1
-        if bad and not self._told:
-            self._told = True
+        if bad and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"skipscope: {bad} damaged {'part' if bad == 1 else 'parts'} of the store {self.folder} (a"
                 " checksum does not hold): computed again",
@@ -296,7 +296,7 @@ class Store:
                 f"cannot write the result to the store {self.folder}: {reason}",
                 cure="make room and run the same call again: all its numbers are there",
             ) from error
-        self._sweep()
+        self._remove_stale_files()
 
     def _write_arrays(self, arrays: dict[str, tuple[tuple[str, ...], np.ndarray]]) -> None:
         zarr, metadata = _zarr(), self.folder / _METADATA

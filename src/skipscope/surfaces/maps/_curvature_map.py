@@ -172,10 +172,10 @@ def curvature_map(
         weight=weight,
     )
     named = model if isinstance(model, Mapping) else {type(model).__name__: model}
-    models = {name: unwrapped(one) for name, one in named.items()}
-    for one in models.values():
-        require_module(one, _OPERATION)
-        refuse_spread(one, _OPERATION)
+    models = {name: unwrapped(network) for name, network in named.items()}
+    for network in models.values():
+        require_module(network, _OPERATION)
+        refuse_spread(network, _OPERATION)
     first = next(iter(models.values()))
     at = axes(grid, span, settings.axis_count)
     held = resident(first, data, loss, samples, seed)

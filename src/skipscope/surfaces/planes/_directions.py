@@ -133,7 +133,7 @@ class SeededDirection(Mapping[str, Tensor]):
         draw = _gaussian(f"{self.seed}/{self.axis}/{name}/{tuple(weight.shape)}", weight)
         if self.like is not None and name in self.like:
             by_filter = dimension if self.normalize == "filter" else None
-            draw = _without(draw, doubled(whole(self.like[name])), by_filter)
+            draw = _project_out(draw, doubled(whole(self.like[name])), by_filter)
         return draw
 
 
@@ -216,7 +216,7 @@ def filter_norms(tensor: Tensor, dimension: int) -> Tensor:
     return torch.linalg.vector_norm(tensor, dim=others, keepdim=True)
 
 
-def _without(draw: Tensor, other: Tensor, dimension: int | None) -> Tensor:
+def _project_out(draw: Tensor, other: Tensor, dimension: int | None) -> Tensor:
     """Project ``other`` out of ``draw``, filter by filter (or as a whole tensor)."""
     size, inner = other.abs().square(), (draw * other.conj()).real
     if dimension is None or dimension < 0:

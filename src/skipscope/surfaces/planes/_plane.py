@@ -189,11 +189,11 @@ class _WeightDifferences:
         own = {name: p.detach() for name, p in model.named_parameters()}
         self.complex = {name for name, p in own.items() if p.is_complex()}
         self.others = [_checked(other, own, operation) for other in others]
-        self.here = {name: as_real(p) for name, p in own.items()}
+        self.base = {name: as_real(p) for name, p in own.items()}
 
     def _parts(self) -> Iterator[tuple[str, int, int, Tensor]]:
         """Yield (name, dimension, start, a block of M's columns in float64 [others, *shape])."""
-        for name, p in self.here.items():
+        for name, p in self.base.items():
             if not p.numel():
                 continue
             p = p.reshape(1) if p.ndim == 0 else p
@@ -201,9 +201,9 @@ class _WeightDifferences:
             size = max(1, _PART // (max(1, len(self.others)) * p.numel() // p.shape[longest]))
             for start in range(0, p.shape[longest], size):
                 length = min(size, p.shape[longest] - start)
-                here = p.narrow(longest, start, length).double()
+                base = p.narrow(longest, start, length).double()
                 rows = (as_real(o[name]).reshape(p.shape).narrow(longest, start, length) for o in self.others)
-                yield name, longest, start, torch.stack([r.to(p.device, torch.float64) - here for r in rows])
+                yield name, longest, start, torch.stack([r.to(p.device, torch.float64) - base for r in rows])
 
     def gram(self) -> np.ndarray:
         """Compute M M^T, [others, others]."""
@@ -216,7 +216,7 @@ class _WeightDifferences:
     def mixed(self, mixes: np.ndarray) -> list[Direction]:
         """Compute ``mixes`` [directions, others] times M, each direction as tensors by name."""
         out: list[dict[str, Tensor]] = [
-            {n: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for n, p in self.here.items()}
+            {n: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for n, p in self.base.items()}
             for _ in mixes
         ]
         for name, dimension, start, part in self._parts():
