@@ -65,7 +65,7 @@ def _epilogue(activation: nn.Module | None) -> Epilogue:
 def _linear(
     layer: nn.Linear, epilogue: Epilogue, then: Callable[[Tensor], Tensor] | None, input: Tensor
 ) -> Tensor:
-    # The kernel does not support such inputs.
+    # The kernel supports only float32 inputs of two or more dimensions.
     if input.dtype != torch.float32 or input.ndim < 2:
         output = functional.linear(input, layer.weight, layer.bias)
         return output if then is None else then(output)

@@ -316,7 +316,8 @@ class _Plane:
 def _open(store: Any, twin: str, plan: Plan) -> Store:
     folder = Path(store)
     found = read_plan(folder) if not twin or (folder / PLAN).exists() else None
-    if found is not None and "map" not in found.identity["settings"]:  # a landscape's
+    # The folder is a landscape's store.
+    if found is not None and "map" not in found.identity["settings"]:
         folder = folder / "curvature"
     if twin:
         folder = folder / re.sub(r"[^\w.-]+", "_", twin)

@@ -169,7 +169,7 @@ class Surface(Exported):
         centre_stderr: standard error of (value - value at the origin) over the same samples, [a, b], or None.
             It is paired, so much smaller than ``stderr`` near the origin.
         why_no_stderr: reason why there is no standard error, or "".
-        label: "" or what the reader must know first, e.g. "flat: this network has not learnt".
+        label: warning about the surface, e.g. "flat: this network has not learnt", or "".
         axis_names: names of the axes.
         metrics: name -> values on the same plane, [a, b].
         interpolation_error: largest error of interpolated values, in units of the loss, at ``held_out``

@@ -208,7 +208,7 @@ def level_for(surfaces: list[tuple[float, np.ndarray]]) -> float:
 
 
 def label_of(values: np.ndarray, centre: float, learnt: bool | None) -> str:
-    """What the reader must know first about a surface, or "".
+    """Warning label of a surface, or "".
 
     Args:
         values: the surface.
