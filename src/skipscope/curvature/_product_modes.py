@@ -103,10 +103,10 @@ def select_mode(
         mode: prefix of the names of the modes to try; None: all.
 
     Returns:
-            The mode, and the reason for each mode rejected before it.
+        The mode, and the reason for each mode rejected before it.
 
     Raises:
-            SkipscopeError: no mode works, or ``mode`` is no mode's prefix.
+        SkipscopeError: no mode works, or ``mode`` is no mode's prefix.
     """
     candidates = [
         candidate for candidate in product_modes(matrix) if mode is None or candidate.name.startswith(mode)

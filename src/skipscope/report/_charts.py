@@ -173,7 +173,7 @@ class Network:
 
     Attributes:
         layers: layer names in order of execution.
-            arcs: the shortcuts.
+        arcs: the shortcuts.
     """
 
     layers: Sequence[str]

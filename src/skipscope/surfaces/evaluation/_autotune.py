@@ -31,7 +31,7 @@ from skipscope.surfaces.evaluation._strategies import (
 
 # Speedup over the fastest strategy so far that a candidate needs.
 MIN_SPEEDUP = 1.08
-# Timings that differ by this factor are not repeated.
+# Timings that differ by this factor or more are not repeated.
 _CLEAR = 1.5
 # Times shorter than this are measured several times.
 _SHORT_S = 0.2
@@ -92,7 +92,7 @@ def choose(
             it, the plain loop replaces an unknown strategy.
 
     Raises:
-            SkipscopeError: the user's strategy is unknown.
+        SkipscopeError: the user's strategy is unknown.
     """
     # Drop an earlier choice: a store opened by another process first may require another strategy.
     evaluator.use(evaluator.plain)

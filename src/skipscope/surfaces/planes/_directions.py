@@ -92,8 +92,8 @@ class SeededDirection(Mapping[str, Tensor]):
         moved: parameters that move, with their filter dimension.
         seed: seed of the draw.
         axis: axis of the draw.
-            normalize: as in :func:`random_direction`.
-            like: as in :func:`random_direction`.
+        normalize: as in :func:`random_direction`.
+        like: as in :func:`random_direction`.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
         others: one or two more solutions, as modules or state dicts.
 
     Raises:
-            SkipscopeError: the number of others is wrong, parameters differ, or all points lie on one line.
+        SkipscopeError: the number of others is wrong, parameters differ, or all points lie on one line.
 
     Example:
         >>> a, b = nn.Linear(3, 1), nn.Linear(3, 1)
