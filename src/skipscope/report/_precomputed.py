@@ -11,7 +11,7 @@ from skipscope.report._view_surfaces import height_sentence
 
 
 def resnet56_panel() -> Panel:
-    """Both surfaces, marked as precomputed, with their provenance."""
+    """Panel with both surfaces, marked as precomputed, with their provenance."""
     with (
         files("skipscope.report").joinpath("resnet56_surfaces.npz").open("rb") as file,
         np.load(file) as saved,

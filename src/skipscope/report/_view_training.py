@@ -1,4 +1,4 @@
-"""How training and strength are shown: curves with bands, and the slider."""
+"""Views of training curves with bands, and of the strength sweep with its slider."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from skipscope.report._document import view
 
 
 def training_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
-    """Loss against step: the mean over seeds, and a band over all of them.
+    """Chart of loss against step: mean over seeds, and a band from the lowest to the highest seed.
 
-    The mean is taken on the log scale where all losses are positive.
+    The mean is geometric if all losses are positive.
     """
     series = []
     is_positive = all(
@@ -54,7 +54,7 @@ def training_lines(training: Training, optimizer: str, style: Mapping[str, int] 
 
 
 def update_lines(training: Training, optimizer: str, style: Mapping[str, int] | None = None) -> Lines:
-    """|update| / |weights| against step: the geometric mean over seeds, and a band over all of them."""
+    """Chart of |update| / |weights| against step: geometric mean over seeds, and a band over all seeds."""
     series = []
     for i, (name, by) in enumerate(training.curves.items()):
         if optimizer not in by:
@@ -130,7 +130,7 @@ def _training_answer(training: Training, optimizers: list[str]) -> list[str]:
 
 
 def strength_lines(sweep: StrengthSweep) -> Lines:
-    """The flow at every strength; a slider makes one of them strong."""
+    """Chart of the flow at every strength; a slider highlights one of them."""
     at = list(range(sweep.gradient_rms.shape[1]))
     series = [
         Series(

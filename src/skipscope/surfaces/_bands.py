@@ -1,4 +1,4 @@
-"""Surfaces along several seeds' directions: what depends on the network, and what on the direction."""
+"""Surfaces along several seeds' directions, to separate the network from the random direction."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _SCORES = ("convexity_share", "roughness", "barrier", "width")
 
 
 def read_seed(seed: Any) -> int | list[int]:
-    """One seed, or several, from whatever numbers they were given as.
+    """Convert ``seed=`` to an int or a list of ints.
 
     Raises:
-        SkipscopeError: no numbers, none at all, or one of them twice.
+        SkipscopeError: a seed is not an integer or occurs twice, or there is none.
     """
     try:
         if not isinstance(seed, Iterable):
             return operator.index(seed)
-        seeds = [operator.index(one) for one in seed]
+        seeds = [operator.index(number) for number in seed]
     except TypeError:
         seeds = []
     if not seeds or len(set(seeds)) < len(seeds):
@@ -48,7 +48,7 @@ def read_seed(seed: Any) -> int | list[int]:
 def by_seed(
     models: Mapping[str, nn.Module], data: Any, loss: Any, settings: Settings
 ) -> dict[str, PairedSurfaces]:
-    """Compute surfaces for each seed, on data drawn with the first, each in its own folder of the store."""
+    """Compute surfaces for each seed, each in its own folder of the store, on the first seed's data."""
     for model in models.values():
         require_module(model, "landscape")
     # Read once: a loader that shuffles or augments would give each seed other data.
@@ -63,7 +63,7 @@ def by_seed(
 
 
 def surface_band(pairs: dict[str, PairedSurfaces], name: str) -> SurfaceBand:
-    """One network over its seeds."""
+    """Summarise one network's surfaces over seeds."""
     found = {seed: pair.surfaces[name] for seed, pair in pairs.items()}
     stack = np.stack([surface.values for surface in found.values()])
     some = next(iter(found.values()))
@@ -79,7 +79,7 @@ def surface_band(pairs: dict[str, PairedSurfaces], name: str) -> SurfaceBand:
 
 
 def paired_band(pairs: dict[str, PairedSurfaces]) -> PairedBand:
-    """Twins over their seeds."""
+    """Summarise the twins' surfaces over seeds, and how far the seeds agree."""
     first, *others = next(iter(pairs.values())).surfaces
     by_twin = {name: [pair.scores[name] for pair in pairs.values()] for name in (first, *others)}
     agreement = {
