@@ -157,7 +157,7 @@ def _sizes(grid: str, line: bool) -> tuple[int, ...]:
     sizes = tuple(int(n) for n in grid.split("x") if n.isdecimal())
     if "x".join(map(str, sizes)) != grid or len(sizes) > 2 - line:
         raise SkipscopeError(
-            "landscape", "this is no grid", expected="51" if line else "51, or 51x31", got=grid[:60]
+            "landscape", "this is not a grid", expected="51" if line else "51, or 51x31", got=grid[:60]
         )
     return sizes if line or len(sizes) == 2 else sizes * 2
 

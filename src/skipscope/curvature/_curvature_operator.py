@@ -199,7 +199,7 @@ class CurvatureOperator:
         if not total > 0:
             raise SkipscopeError(
                 self.model.operation,
-                "no batch counts for anything, so the mean over batches is undefined",
+                "the weights of the batches have no positive sum, so their mean is undefined",
                 expected="weights with a positive sum",
                 got=f"a sum of {total}",
                 cure="check weight=, or the labels that are ignored",

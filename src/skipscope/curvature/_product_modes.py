@@ -142,7 +142,7 @@ def select_mode(
         model.operation,
         "no mode of multiplying with the matrix works on this model",
         got="; ".join(f"{name}: {why}" for name, why in refused.items()),
-        cure=None if mode is None else "leave mode= out: the first mode that is right is taken",
+        cure=None if mode is None else "leave mode= out: the first mode that works is used",
     )
 
 

@@ -95,7 +95,7 @@ def text(chart: Network, width: int = 80, *, ascii: bool = False) -> str:
     lines.append(_line(context, [" "] * count, "out", "output"))
     left_out = sum(rail is None for rail in rails)
     if left_out:
-        lines.append(f"{left_out} more shortcuts lie beyond {RAILS} rails: see the table")
+        lines.append(f"{left_out} more shortcuts do not fit here: see the table")
     return "\n".join(line.rstrip() for line in lines)
 
 

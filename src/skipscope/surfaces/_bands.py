@@ -38,7 +38,7 @@ def read_seed(seed: Any) -> int | list[int]:
     if not seeds or len(set(seeds)) < len(seeds):
         raise SkipscopeError(
             "landscape",
-            "these are no seeds",
+            "these are not seeds",
             expected="a whole number, or several that differ: [0, 1, 2]",
             got=repr(seed),
         )

@@ -35,7 +35,7 @@ def axes(
     if len(sizes) != count or count not in {1, 2} or not all(map(is_integer, sizes)):
         raise SkipscopeError(
             "landscape",
-            "this is no grid",
+            "this is not a grid",
             expected=f"points an axis, for {count} axes: 51 or (51, 31); (51,) is a line",
             got=repr(grid),
         )
@@ -69,7 +69,7 @@ def _ranges(span: object, sizes: Sequence[int]) -> list[tuple[float, float]]:
     ):
         raise SkipscopeError(
             "landscape",
-            "this is no span",
+            "this is not a span",
             expected="1.0; or (1.0, 0.5); or ((-1.0, 1.0), (0.0, 2.0)), low before high",
             got=repr(span),
         )

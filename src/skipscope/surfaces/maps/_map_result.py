@@ -106,8 +106,8 @@ class CurvatureMap(Exported):
             (
                 f"At {int(self.checked.sum())} points nothing is farther out by more than the tolerance"
                 f" with probability {100 * self.confidence:g} %, at the others by more than half of max"
-                f" |lambda| with 90 %; the walk had gone wrong before {self.differed} of the checks, and was"
-                " done again there."
+                f" |lambda| with 90 %; {self.differed} checks found a wrong value, and the points before"
+                " it were solved again."
             ),
             "Convex: no eigenvalue below zero by more than its bound.",
         ]

@@ -86,7 +86,10 @@ def solutions_plane(model: nn.Module, *others: Any) -> Plane:
     """
     if len(others) not in {1, 2}:
         raise SkipscopeError(
-            "solutions_plane", "a line or a plane", expected="one or two other solutions", got=len(others)
+            "solutions_plane",
+            "the number of solutions is wrong",
+            expected="one or two other solutions",
+            got=len(others),
         )
     differences = _WeightDifferences(model, others, "solutions_plane")
     steps = differences.mixed(np.eye(len(others)))
@@ -145,7 +148,7 @@ def trajectory_plane(model: nn.Module, checkpoints: Sequence[Any]) -> Plane:
         raise SkipscopeError(
             "trajectory_plane",
             "a checkpoint's weights are not finite",
-            expected="NaN and inf nowhere",
+            expected="finite weights",
             got=f"checkpoint {int(np.argmin(np.isfinite(lengths)))}",
             cure="leave it out",
         )

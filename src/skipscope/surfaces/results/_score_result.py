@@ -83,7 +83,7 @@ def scores_table(title: str, scores: dict[str, Scores]) -> Table:
     ]
     flat = [name for name, s in scores.items() if s.label]
     if flat:
-        notes.append(f"Nothing about smoothness is said of {', '.join(flat) or 'it'}: see the label.")
+        notes.append(f"The scores of {', '.join(flat) or 'it'} do not show smoothness: see the label.")
     return Table(
         title, ["surface", "centre", "convexity", "roughness", "barrier", "width", "label"], rows, notes
     )

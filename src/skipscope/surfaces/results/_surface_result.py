@@ -49,7 +49,7 @@ class Checks(Result):
     def table(self) -> Table:
         rows = [
             ["centre equals the model's loss", _yes(self.centre_is_model), f"{self.centre_loss:.9g}"],
-            ["weights left as found", _yes(self.weights_restored), "bit for bit"],
+            ["weights unchanged", _yes(self.weights_restored), "bit for bit"],
             ["cosine between the axes", short(self.axis_cosine), "0 is best"],
             ["worst filter norm ratio", f"{self.filter_norm_ratio:.6g}", "1 when normalised by filter"],
             ["strategy against plain loop", short(self.strategy_error), "relative"],
