@@ -1,4 +1,4 @@
-"""Rules that decide which operands of a merge bypass the others, and what only looks like a shortcut."""
+"""Rules that decide which operands of a merge bypass the others, and reject false shortcuts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from skipscope.shortcuts.finding._merge import Merge
 from skipscope.shortcuts.finding._sides import Side
 from skipscope.shortcuts.trace import _operations
 
-# If several operands could bypass a branch, the lowest rank is the shortcut.
+# If several operands could bypass a branch, the operand of lowest rank is the shortcut.
 FREE, SCALED, GATED, NORMED, PROJECTED, CHAINED = range(6)
 _LINEAR = SHAPE | PRODUCT | LINEAR
 _CURVED = POINTWISE - STRAIGHT_POINTWISE - GATES - {"where", "masked_fill"}
@@ -31,13 +31,13 @@ _MATRIX_PRODUCTS = frozenset({"bmm", "mm", "matmul", "einsum", "mv", "dot", "ten
 
 
 def _unbent(sides: Sequence[Side]) -> Reason:
-    """The reason why what is beside a linear map is no branch."""
+    """The reason why the other sides of a merge with a linear map are not a branch."""
     linear = sides and all(side.how in {"projection", "linear maps"} for side in sides)
     return Reason.BOTH_LINEAR if linear else Reason.PARALLEL
 
 
 class Bypass:
-    """Tells in one graph which operands bypass.
+    """Decides which operands bypass the others, for the merges of one graph.
 
     Args:
         graph: the dataflow.
@@ -54,7 +54,7 @@ class Bypass:
         Args:
             call: the merge.
             sides: its operands' sides.
-            is_summed: what the call stacks is summed over.
+            is_summed: whether the call is a stack that is later summed.
         """
         rank = {i: r for i, side in sides.items() if (r := self.rank(side)) is not None}
         if call.name in _operations.LISTS:
@@ -84,7 +84,7 @@ class Bypass:
         return self.the_first(sides, chosen)
 
     def the_first(self, sides: dict[int, Side], chosen: tuple[int, ...]) -> tuple[int, ...]:
-        """Keep only the operands that depend on no other candidate: x, but not its gate or F(x)."""
+        """Keep the operands that depend on no other operand in ``chosen``: x, but not its gate or F(x)."""
 
         def is_later(i: int) -> bool:
             at = sides[i].fork or 0
@@ -94,7 +94,7 @@ class Bypass:
         return tuple(i for i in chosen if not is_later(i))
 
     def rank(self, side: Side) -> int | None:
-        """How a side bypasses; None where it does not."""
+        """The rank of a side among bypassing sides. None if it does not bypass."""
         if side.fork is None or side.how in {"branch", "bent"}:
             return None
         if side.how in {"projection", "linear maps"}:
@@ -107,11 +107,11 @@ class Bypass:
         """Whether a set of nodes is more than one linear map: two in sequence, or one and a nonlinearity."""
         graph = self.graph
         matrices = graph.matrices_in(region, enough=2).bit_count()
-        # A nonlinear function of one matrix is mostly a gate or a scale (exp of a log-variance); of several
-        # matrices it is a branch.
+        # A nonlinear function of one matrix is usually a gate or a scale (exp of a log-variance), but of
+        # several matrices it is a branch.
         if matrices and (self._bends(region) or (matrices > 1 and region & graph.of_kinds(_CURVED))):
             return True
-        passed: set[int] = set()  # what comes after a matrix
+        passed: set[int] = set()  # nodes at or after a matrix
         for v in bits(region) if matrices > 1 else ():
             is_after = any(p in passed for p in graph.parents[v])
             # A bias of several dimensions is not a linear map.
@@ -123,14 +123,14 @@ class Bypass:
         return False
 
     def _takes_largest(self, side: Side) -> bool:
-        """Whether only the largest values come through: one more of Inception's parallel branches."""
+        """Whether a side has a max pool, as one of the parallel branches of Inception has."""
         return bool(side.region & self.graph.of_kinds(MAX_POOLS))
 
     def _is_score(self, at: int | None) -> bool:
         """Whether a sum is an attention score, which enters a matrix product after a softmax.
 
-        On the way it may be shifted and scaled. In additive attention the softmax is of v . tanh(sum), and
-        any product may take it.
+        In between it may be shifted and scaled. In additive attention the softmax is that of v . tanh(sum),
+        and its product may also be elementwise.
         """
         if at is None:
             return False
@@ -140,7 +140,7 @@ class Bypass:
         return bool(self.graph.onward(softmaxes, _PASSING, ends))
 
     def _additive_scores(self, at: int) -> list[int]:
-        """The softmax of v . tanh(sum), where that is all the sum is for."""
+        """The softmax of v . tanh(sum), if nothing else uses the sum; else []."""
         passed = ""
         while len(children := self.graph.children[at]) == 1:
             (at,) = children
@@ -158,7 +158,7 @@ class Bypass:
         return bool(region & self.graph.of_kinds(BENT))
 
     def _is_low_rank(self, side: Side, projection: Side) -> bool:
-        """As in LoRA: a linear side whose inner width is less than what the map beside it could pass."""
+        """Whether a side is linear with a lower rank than the projection beside it, as in LoRA."""
         if side.region & ~self.graph.of_kinds(_LINEAR):
             return False
         inner = min((min(shape) for shape in self.graph.matrix_shapes(side.region)), default=0)

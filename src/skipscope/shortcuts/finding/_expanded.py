@@ -1,8 +1,8 @@
 """Expanded gates: x - t x + t H, in any order and by any calls, is t H + (1 - t) x.
 
-An expanded gate is a sum of sums. Its addends are read back from the last sum; those where x stands alone,
-and where it is multiplied with minus the gate, are together (1 - t) x, and the rest is the branch. The same
-holds where H stands alone: H - c H + c x.
+An expanded gate is a sum of sums. Its addends are collected backward from the last sum. The addend x and the
+addend -t x together are (1 - t) x, and the rest is the branch. The same holds with x and H exchanged:
+H - c H + c x.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from skipscope.shortcuts.finding._sides import signs_of
 
 _SUMS = frozenset({"add", "sub", "rsub", "addcmul"})
 _SPREAD = WHOLE | {"expand", "expand_as", "broadcast_to"}
-_MOST = 8  # addends of one gate
+_MOST = 8  # the most addends of one gate
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class _Addend:
     """One addend of a sum of sums.
 
     Attributes:
-        place: where it comes in.
-        sign: with which it does.
-        nodes: what the sum takes; two where the call itself multiplies them.
-        alone: what it is, but for views.
-        factors: what it is a product of, but for views, and where each factor comes in.
+        place: the operand of the sum that carries it.
+        sign: its sign in the sum.
+        nodes: its node, or two nodes that the call itself multiplies.
+        alone: its node, seen through views; None if the call itself multiplies.
+        factors: operands of the product that it is, seen through views and broadcasts, each with its place.
     """
 
     place: Place
@@ -43,20 +43,22 @@ class _Addend:
     factors: tuple[tuple[int, Place], ...]
 
 
-# The fork, where the shortcut and the branch are edited, where the branch ends, and the shortcut's own nodes.
+# The fork, the places where the shortcut and the branch are edited, the nodes where the branch ends, and the
+# bit set of the shortcut's own nodes.
 _Reading = tuple[int, list[Place], list[Place], list[int], int]
 
 
 class Expanded:
-    """Reads multiplied-out gates in one graph."""
+    """Finds expanded gates in one graph."""
 
     def __init__(self, graph: Graph, made: Mapping[int, Merge]):
         self.graph, self.made = graph, made
-        self._gates: set[int] = set()  # nodes that are whole gates: addends, and no sums, of what comes after
+        # Outputs of complete gates: to a later sum such a node is one addend, and is not expanded.
+        self._gates: set[int] = set()
         self._has_products = any(call.name in {"mul", "addcmul"} for call in made.values())
 
     def gate(self, call: Merge) -> Candidate | None:
-        """The gate whose last sum a call is; its parts are the sums before."""
+        """The gate of which a call is the last sum, or None; its ``parts`` are the earlier sums."""
         if not self._has_inner(call):
             return None
         addends, parts = self._addends(call)
@@ -80,7 +82,7 @@ class Expanded:
     # --- the two readings ---
 
     def _by_x(self, x: int, places: list[Place], rest: list[_Addend]) -> _Reading | None:
-        """As x - t x + ...: what stands alone is the shortcut."""
+        """Read the gate as x - t x + ...: the addend without a gate is the shortcut."""
         ends = [v for addend in rest for v in addend.nodes if self._by_weights(x, v)]
         for end in () if ends else [v for addend in rest for v in addend.nodes]:
             before = before_map(self.graph, x, end)
@@ -89,7 +91,7 @@ class Expanded:
         return (x, places, [a.place for a in rest], ends, 0) if ends else None
 
     def _by_h(self, alone: _Addend, product: _Addend, rest: list[_Addend]) -> _Reading | None:
-        """As H - c H + c x: what stands alone is the branch."""
+        """Read the gate as H - c H + c x: the addend without a gate is the branch."""
         ends = [*alone.nodes, *product.nodes]
         if len(rest) == 1 and rest[0].sign == alone.sign and alone.alone is not None:
             for x, at in sorted(rest[0].factors, key=lambda factor: factor[0]):
@@ -130,7 +132,7 @@ class Expanded:
     # --- the addends ---
 
     def _addends(self, call: Merge) -> tuple[list[_Addend], list[Merge]]:
-        """The addends of a sum and of the sums that are its addends, and these sums."""
+        """The addends of a sum with its inner sums expanded, and these inner sums."""
         found: list[_Addend] = []
         parts: list[Merge] = []
         waiting = [(call, 1)]
@@ -147,7 +149,7 @@ class Expanded:
         return found, parts
 
     def _has_inner(self, call: Merge) -> bool:
-        """Whether an operand is a sum that goes nowhere else."""
+        """Whether an operand is a sum that nothing else uses."""
         if not self._has_products or not self._is_sum(call):
             return False
         for node in call.operands:
@@ -159,7 +161,7 @@ class Expanded:
         return False
 
     def _inner(self, at: int) -> Merge | None:
-        """The sum that a node is, if it goes nowhere else."""
+        """The sum that computes a node, if nothing else uses it; else None."""
         call = self.made.get(at)
         is_sum = call is not None and self._is_sum(call) and at not in self._gates
         return call if is_sum and self._is_only_here(at) else None
@@ -168,7 +170,7 @@ class Expanded:
         return call.name in _SUMS and None not in call.operands and call.whole is None
 
     def _operands(self, call: Merge, sign: int) -> Iterator[tuple[Place, int, tuple[int, ...]]]:
-        """Of each operand, or product of operands, where it comes in, its sign, and its nodes."""
+        """Yield the place, the sign and the nodes of each operand, or product of operands, of a sum."""
         if not self._is_sum(call):
             return
         signs = signs_of(call)
@@ -194,7 +196,7 @@ class Expanded:
     def _seen_through(
         self, at: int, sign: int, kinds: frozenset[str] = WHOLE, only: bool = False
     ) -> tuple[int, int]:
-        """Back through views, what adds a constant, and changes of sign."""
+        """Trace a node back through views, additions of constants and negations; track its sign."""
         graph = self.graph
         while True:
             kind, parents = graph.kind(at), graph.parents[at]
@@ -206,5 +208,5 @@ class Expanded:
             at = parents[0]
 
     def _is_only_here(self, at: int) -> bool:
-        """Whether one thing at most is computed from a node."""
+        """Whether at most one activation is computed from a node."""
         return at < self.graph.activations and len(self.graph.children[at]) <= 1

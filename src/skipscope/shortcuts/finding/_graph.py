@@ -1,9 +1,9 @@
 """Dataflow graph of a trace: which activation depends on which other activations and on which weights.
 
-A node is a value of the trace. Activations come first in the numbering, so that a set of them is a Python
-integer without gaps, used as a bit set; then come values that are computed from weights alone. Constants,
-token ids and masks are no nodes. What does not lead to an output of the model is left out, unless the same
-line of code leads there at another time (the last step of a loop).
+A node is a value of the trace. Activations are numbered first, so that a Python integer can serve as a dense
+bit set of them; values computed from weights alone follow. Constants, token ids and masks are not nodes.
+Values that do not lead to an output of the model are left out, unless another execution of the same line of
+code does (the last step of a loop).
 """
 
 from __future__ import annotations
@@ -33,23 +33,22 @@ class Graph:
     """The dataflow of a trace.
 
     Args:
-        trace: of one forward pass.
+        trace: the record of one forward pass.
         model: the model that was traced.
-        streams: values where activations begin in weights, and the module that they come from.
+        streams: values that begin in weights but count as activations -> path of the module they come from.
 
     Attributes:
-        values: for each node its value in the trace: activations first; among them, what one was computed
-            from comes before it.
+        values: for each node its value in the trace. Activations come first, in topological order.
         node: value of the trace -> its node.
-        parents: for each node those it was computed from.
-        activations: how many activations there are: node i is one where ``i < activations``.
+        parents: for each node, the nodes it was computed from.
+        activations: number of activations; node i is an activation if ``i < activations``.
         merges: the calls that join tensors, in order.
-        modules: module paths that own weights; bit i of a weight set stands for ``modules[i]``.
-        weights: for each node the set of modules whose weights enter there.
-        matrices: the same, only where a weight of two or more dimensions enters.
-        ancestors: for each activation the bit set of those it was computed from, itself among them.
+        modules: paths of all modules; bit i of a weight set stands for ``modules[i]``.
+        weights: for each node, the set of modules whose weights enter there.
+        matrices: as ``weights``, for weights of two or more dimensions only.
+        ancestors: for each activation, the bit set of the activations it was computed from and itself.
         producers: node -> path of the innermost module that returned it.
-        sources: nodes where activations begin: ``"input"``, or the path of the module that looks ids up.
+        sources: node where activations begin -> ``"input"``, or the path of the module that looks up ids.
         runs: runs of modules with weights of their own, in the order in which they ended.
     """
 
@@ -85,28 +84,28 @@ class Graph:
     # --- from the trace ---
 
     def node_of(self, value: int | None) -> int | None:
-        """The node of a value, or None where it is a constant, or leads nowhere."""
+        """The node of a value. None if it is a constant, or does not lead to an output."""
         return None if value is None else self.node.get(self._same[value])
 
     def call_at(self, node: int) -> TracedCall | None:
-        """The call that made a node."""
+        """The call that computed a node, or None."""
         call = self.trace.values[self.values[node]].call
         return None if call is None else self.trace.calls[call]
 
     def shape(self, node: int) -> tuple[int, ...]:
-        """Of a node's tensor."""
+        """The shape of a node's tensor."""
         return self.trace.values[self.values[node]].shape
 
     def _kind(self, value: Value) -> str:
         call = None if value.call is None else self.trace.calls[value.call]
         if call is None:
             return ""
-        # torch.min(x, y) is the smaller of two, and torch.min(x) the smallest of one.
+        # torch.min(x, y) is an elementwise minimum, torch.min(x) a reduction.
         of_two = call.function in _OF_TWO and isinstance(call.argument(1, "other"), Operand)
         return _OF_TWO[call.function] if of_two else call.function
 
     def _seen_through(self) -> list[int]:
-        """For each value the one that it is all of: x[:], and x.detach(), are x."""
+        """For each value the tensor of which it is a full alias: x[:] and x.detach() are x."""
         same = list(range(len(self.trace.values)))
         for call in self.trace.calls:
             if call.is_view and call.results and takes_everything(call, self.trace):
@@ -117,7 +116,7 @@ class Graph:
         return value.starts or value.index in self.streams
 
     def _weigh(self) -> tuple[list[bool], list[int], list[int]]:
-        """Which values are activations, and the modules whose weights, and matrices, enter at each value."""
+        """For each value: whether it is an activation, the modules with weights there, and with matrices."""
         values, calls, same = self.trace.values, self.trace.calls, self._same
         active, every, matrices = [], [], []
         for value in values:
@@ -143,7 +142,7 @@ class Graph:
         return active, every, matrices
 
     def _operands(self, value: int, active: list[bool], weights: list[int]) -> list[int]:
-        """What a value was computed from: activations and weights. Where activations start it is nothing."""
+        """The activations and weights that a value was computed from. [] where activations start."""
         if self._starts_at(self.trace.values[value]):
             return []
         above = [self._same[v] for v in self.trace.operands_of(value)]
@@ -160,9 +159,8 @@ class Graph:
                 at = waiting.pop()
                 if not reached[at]:
                     reached[at] = True
-                    above = (
-                        same[v] for v in self.trace.operands_of(at)
-                    )  # also through ids that were looked up
+                    # This follows token ids of lookups too.
+                    above = (same[v] for v in self.trace.operands_of(at))
                     waiting += [v for v in above if self.trace.values[v].from_data or active[v] or weights[v]]
 
         ends = self.trace.outputs or tuple(
@@ -174,12 +172,12 @@ class Graph:
         return [v for v, is_reached in enumerate(reached) if is_reached and (active[v] or weights[v])]
 
     def _ended(self) -> list[int]:
-        """The runs of modules in the order in which they ended."""
+        """Indices of the module runs in the order in which they ended."""
         runs = self.trace.runs
         return sorted(range(len(runs)), key=lambda i: (runs[i].ends, -i))
 
     def _returned(self) -> dict[int, str]:
-        """For each node the innermost module that returned it."""
+        """For each node that a module returned, the path of the innermost such module."""
         found: dict[int, str] = {}
         for i in self._ended():
             for value in self.trace.runs[i].outputs:
@@ -196,7 +194,7 @@ class Graph:
         return found | {self.node[v]: path for v, path in self.streams.items() if v in self.node}
 
     def _merges(self) -> list[Merge]:
-        """The calls that join tensors; of those that update a part of a tensor, also what they update."""
+        """The calls that join tensors; for updates of a part of a tensor, with the whole tensor."""
         found, made = [], {}
         for call in self.trace.calls:
             if call.joins in _operations.PUTTING and not _accumulates(call):
@@ -213,7 +211,7 @@ class Graph:
         return found
 
     def _put(self, call: TracedCall) -> Merge | None:
-        """Treat a write to a part of a tensor as a concatenation with the rest. None if there is no rest."""
+        """Read a write into a part of a tensor as a concatenation with the rest. None if there is no rest."""
         before, after = call.joined[0] if call.whole is None else call.whole, call.written or call.results[0]
         value, chosen_by = call.joined[1], [self.trace.values[v] for v in call.operands]
         if before is None or value is None:
@@ -223,7 +221,7 @@ class Graph:
         if part is None and not (by_data or call.function in {"index_copy", "index_put", "setitem"}):
             return None
         if part is None and not by_data and not any(not v.is_float for v in chosen_by):
-            return None  # all of it
+            return None  # the write replaces the whole tensor
         axes = [] if part is None else [axis for axis in part.limits if isinstance(axis, int)]
         if part is None and call.function == "index_copy":
             axes = [call.argument(1, "dim") % len(self.trace.values[before].shape)]
@@ -236,7 +234,7 @@ class Graph:
         return merge
 
     def _assigned(self, call: TracedCall, made: Mapping[int, Merge]) -> bool:
-        """Whether a call puts back a part of its target that was updated: ``x[a:b] = x[a:b] + F``."""
+        """Whether a call writes an updated part back into its tensor: ``x[a:b] = x[a:b] + F``."""
         target, value = call.joined[0], call.joined[1]
         merge = None if value is None else made.get(self._same[value])
         if merge is None or call.key is None or target is None or call.function == "copy":
@@ -252,7 +250,7 @@ class Graph:
         return False
 
     def _root(self, value: int) -> int:
-        """The value of which one is a view, or was written into."""
+        """The value before all views and writes that led to ``value``."""
         values, calls = self.trace.values, self.trace.calls
         while (at := values[value].call) is not None:
             call = calls[at]
@@ -262,7 +260,7 @@ class Graph:
         return value
 
     def _taken_from(self, value: int) -> int | None:
-        """The tensor of which a value is a part: a slice, or a copy of some of it."""
+        """The tensor of which a value is a slice, or a copy of a part. None for any other value."""
         at = self.trace.values[value].call
         call = None if at is None else self.trace.calls[at]
         if call is None or not (call.is_view or call.function in {"getitem", "index_select"}):
@@ -292,7 +290,7 @@ class Graph:
                 parent = parent.rpartition(".")[0]
 
     def _owner(self, parameter: str) -> int:
-        """The set of the module that holds a parameter."""
+        """The module that holds a parameter, as a set of one member."""
         return 1 << self._index[parameter.rpartition(".")[0]]
 
     def _count_uses(self) -> None:
@@ -308,11 +306,11 @@ class Graph:
         return [self.modules[m] for m in self._used_in(region)]
 
     def modules_above(self, i: int) -> list[str]:
-        """Paths of the modules whose weights a node is computed from that depends on no data."""
+        """Paths of the modules whose weights enter at a node, or at its inputs if it depends on no data."""
         return [self.modules[m] for m in bits(self.weights[i])]
 
     def modules_only_in(self, region: int) -> set[str]:
-        """Of these, the modules whose weights enter nowhere else."""
+        """Paths of the modules whose weights enter in a set of nodes and nowhere else."""
         return {self.modules[m] for m, times in self._used_in(region).items() if times == self._uses[m]}
 
     def _used_in(self, region: int) -> dict[int, int]:
@@ -325,7 +323,7 @@ class Graph:
         return found
 
     def modules_below(self, path: str) -> set[str]:
-        """Paths of the modules with weights of their own that are ``path`` or inside it."""
+        """Paths of the modules with weights of their own at ``path`` or below it."""
         return self._below.get(path, set())
 
     def has_weights(self, region: int) -> bool:
@@ -333,7 +331,7 @@ class Graph:
         return bool(region & self.weighted)
 
     def matrices_in(self, region: int, enough: int | None = None) -> int:
-        """The set of modules whose matrices enter in a set of nodes, or the first ``enough`` of them."""
+        """The set of modules whose matrices enter in a set of nodes; the search stops at ``enough``."""
         mask = 0
         for i in bits(region & self.weighted):
             mask |= self.matrices[i]
@@ -342,7 +340,7 @@ class Graph:
         return mask
 
     def depth(self, region: int) -> int:
-        """How many matrices come one after the other in a set of nodes, at most."""
+        """The largest number of matrices in sequence on a path within a set of nodes."""
         depths: dict[int, int] = {}
         for v in bits(region):
             above = [depths[p] for p in self._active_parents[v] if p in depths]
@@ -354,7 +352,7 @@ class Graph:
         return self._index[path] in self._shapes
 
     def has_only_scalars(self, region: int) -> bool:
-        """Whether all weights that enter in a set of nodes are of modules with scalar weights only."""
+        """Whether all weights that enter in a set of nodes belong to modules with scalar weights only."""
         return all(not self.weights[i] & ~self._scalar for i in bits(region & self.weighted))
 
     def matrix_shapes(self, region: int) -> list[tuple[int, ...]]:
@@ -373,7 +371,7 @@ class Graph:
 
     @functools.cached_property
     def children(self) -> list[list[int]]:
-        """For each activation those computed from it, in order."""
+        """For each activation, the activations computed from it, in order."""
         found: list[list[int]] = [[] for _ in range(self.activations)]
         for child in range(self.activations):
             for parent in dict.fromkeys(self._active_parents[child]):
@@ -388,17 +386,18 @@ class Graph:
         return self._sets[i]
 
     def entries(self, region: int, common: int) -> set[int]:
-        """Nodes of ``common`` that are inputs of a node of ``region``; iterates over the smaller set."""
+        """Nodes of ``common`` that are inputs of a node of ``region``."""
+        # Iterate over the smaller set.
         if region.bit_count() < common.bit_count():
             return {p for v in bits(region) for p in self.active_parents(v) if common >> p & 1}
         return {p for p in bits(common) if any(region >> v & 1 for v in self.children[p])}
 
     def leaving(self, fork: int, parts: list[Part]) -> list[int]:
-        """What was computed from ``fork``, but for what takes other parts of it than these."""
+        """The nodes computed from ``fork``, except those computed only from parts other than ``parts``."""
         return self._cuts(fork).overlapping(parts)
 
     def parts_taken(self, fork: int, region: int) -> list[Part]:
-        """The parts of ``fork`` that a set of nodes reads; where the set ends in a part, that part."""
+        """The parts of ``fork`` that a set of nodes reads, and the parts in which the set ends."""
         cuts, found = self._cuts(fork), []
         for v in bits(region):
             if v in cuts.parts:
@@ -408,13 +407,13 @@ class Graph:
         return found
 
     def parts_of(self, fork: int) -> Mapping[int, Part]:
-        """Of each node that is a part of ``fork``, which; the fork itself among them."""
+        """Map from each node that is a part of ``fork`` to that part, including the fork itself."""
         return self._cuts(fork).parts
 
     def _cuts(self, fork: int) -> Cuts:
-        """What is cut out of a node, and computed from that.
+        """The parts cut out of a node, and the nodes computed from these.
 
-        Cutting out and turning about are no computing.
+        Slicing and transposing are not counted as computing.
         """
         known = self._known_cuts.get(fork)
         if known is not None:
@@ -503,7 +502,7 @@ class Graph:
         return all(p == x or (p < self.activations and region >> p & 1) for p in above)
 
     def between(self, starts: list[int], end: int) -> int:
-        """The set of nodes between any of ``starts`` and ``end``, these among them."""
+        """The set of nodes between any of ``starts`` and ``end``, both included."""
         first, reaches = min(starts), self.ancestors.reaches
         window = self.ancestors[end] >> first
         if len(starts) == 1:
@@ -517,7 +516,7 @@ class Graph:
         return self.between([start], end) & ~(1 << start) if self.ancestors.reaches(start, end) else 0
 
     def joined_axis(self, merge: Merge) -> int | None:
-        """The axis along which a call concatenates, counted from the front. None for any other call."""
+        """The axis along which a call concatenates. None if it is unknown, or for any other call."""
         if merge.output is None or merge.name not in _operations.LISTS:
             return None
         ndim = len(self.shape(merge.output))
@@ -530,7 +529,7 @@ class Graph:
         return dim % ndim if isinstance(dim, int) and ndim else None
 
     def onward(self, starts: Iterable[int], through: frozenset[str], ends: frozenset[str]) -> list[int]:
-        """The nodes of kinds ``ends`` that are computed from ``starts`` by nodes of kinds ``through``."""
+        """The nodes of kinds ``ends`` that are reached from ``starts`` through nodes of kinds ``through``."""
         waiting, seen, found = list(starts), set(), []
         while waiting:
             for child in self.children[waiting.pop()]:
@@ -542,7 +541,7 @@ class Graph:
         return found
 
     def bit(self, node: int | None) -> int:
-        """The set of one activation; empty for any other node."""
+        """The set that holds only this activation; empty for any other node."""
         return 0 if node is None or node >= self.activations else 1 << node
 
     def can_be_tapped(self, node: int | None) -> bool:
@@ -552,21 +551,21 @@ class Graph:
         call = self.call_at(node)
         return call is None or not call.transformed
 
-    # --- what a node does ---
+    # --- operations of nodes ---
 
     def kind(self, i: int) -> str:
         """The operation of node ``i``."""
         return self._kinds[i]
 
     def of_kinds(self, kinds: frozenset[str]) -> int:
-        """The set of activations that are of certain kinds."""
+        """The set of activations whose operation is in ``kinds``."""
         if kinds not in self._masks:
             self._masks[kinds] = as_bits([kind in kinds for kind in self._kinds[: self.activations]])
         return self._masks[kinds]
 
 
 def _accumulates(call: TracedCall) -> bool:
-    """Whether a call adds what it puts to what was there."""
+    """Whether a write adds to the old values instead of replacing them."""
     if call.function == "index_put":
         return bool(call.argument(3, "accumulate", False))
     return call.function == "scatter" and call.argument(4, "reduce") is not None

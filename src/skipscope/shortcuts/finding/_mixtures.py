@@ -1,8 +1,8 @@
 """Weighted sums over a stack: (stack([x, H]) * weights).sum(0) is w0 x + w1 H.
 
 The sum may also be a matrix product or ``einsum``. The stack is the merge, and the merge is complete at the
-sum. Between them are views and a weight for each stacked tensor. A flat index into the stack is (one of L,
-which of the n stacked tensors, one of the rest): L and n identify the stacked axis after any view.
+sum. Between them are views and a weight for each stacked tensor. The stack has L indices before the stacked
+axis and n stacked tensors: L and n identify the stacked axis after any view.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from skipscope.shortcuts.trace import TracedCall
 
 Shape = tuple[int, ...]
 _SUMS = frozenset({"sum", "mean"})
-# Which axis of each factor a matrix product sums over.
+# For each matrix product, the axis of each factor over which it sums.
 _PRODUCTS = {"matmul": (-1, -2), "bmm": (-1, -2), "mm": (-1, -2), "mv": (-1, -1), "dot": (-1, -1)}
 _SAME_ORDER = WHOLE - {"transpose", "t", "T", "mT", "H", "mH", "adjoint", "permute", "movedim"}
 _TURNING = WHOLE - _SAME_ORDER
@@ -31,9 +31,9 @@ class Mixture:
     """A stack that is summed over.
 
     Attributes:
-        end: the node where the sum is.
-        kind: ``gated`` where the weights depend on the data; ``scaled``; ``identity`` where there are none.
-        alone: whether nothing else is made of the stack.
+        end: the node of the sum.
+        kind: ``gated`` if the weights depend on the data, ``identity`` if there are none, else ``scaled``.
+        alone: whether nothing else uses the stack.
     """
 
     end: int
@@ -42,13 +42,13 @@ class Mixture:
 
 
 class Mixtures:
-    """Reads sums over stacks in one graph."""
+    """Finds weighted sums over stacks in one graph."""
 
     def __init__(self, graph: Graph, made: Mapping[int, Merge]):
         self.graph, self.made = graph, made
 
     def of(self, call: Merge) -> Mixture | None:
-        """How what a call stacks is summed; None where it is not, or otherwise too."""
+        """The sum over the stack that a call returns. None if there is no such sum, or several."""
         graph, count, start = self.graph, len(call.operands), call.output
         if (
             start is None
@@ -66,7 +66,7 @@ class Mixtures:
         return Mixture(end, kind, len(graph.children[start]) == 1)
 
     def _left(self, call: Merge, count: int) -> int | None:
-        """How many indices go before that of the stacked."""
+        """The number of elements of the axes before the stacked axis, or None if a call stacks nothing."""
         graph = self.graph
         shapes = {graph.shape(node) for node in call.operands if node is not None}
         dim = graph.joined_axis(call)
@@ -76,7 +76,7 @@ class Mixtures:
         return prod(joined[:dim]) if prod(joined) == count * prod(shapes.pop()) else None
 
     def _along(self, start: int, at: int, left: int, count: int) -> tuple[int, Kind] | None:
-        """From the stack through views and weights to a sum over it: its node, and the kind."""
+        """Follow the stack through views and weights to the sum; its node and the kind, or None."""
         graph, before, shape = self.graph, start, self.graph.shape(start)
         kind: Kind = "identity"
         while True:
@@ -118,18 +118,18 @@ class Mixtures:
 
 
 def _axis(shape: Shape, left: int, count: int) -> int | None:
-    """The axis of the stacked, where it is one by itself."""
+    """The stacked axis, if it is an axis of its own; None if a view has merged it with another."""
     return next((a for a, size in enumerate(shape) if size == count and prod(shape[:a]) == left), None)
 
 
 def _summed(call: TracedCall, ndim: int) -> set[int]:
-    """The axes over which a sum goes."""
+    """The axes over which a sum or mean reduces."""
     dims = call.argument(1, "dim", call.keywords.get("axis"))
     return {d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))}
 
 
 def _contracted(call: TracedCall, place: int, ndim: int) -> set[int]:
-    """The axes of one of its operands over which a product sums."""
+    """The axes of the operand number ``place`` over which a product sums."""
     if call.function == "tensordot":
         dims = call.argument(2, "dims", 2)
         if not isinstance(dims, int):
