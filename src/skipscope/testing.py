@@ -1,4 +1,4 @@
-"""The contract of a shortcut module, for our own and for anyone's."""
+"""The contract suite for shortcut modules: skipscope's own and user-defined ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skipscope.shortcuts import Merge, Shortcuts, ablate, find_shortcuts, tap_me
 
 
 class BrokenContract(SkipscopeError, AssertionError):
-    """A shortcut module does not keep what :func:`check_shortcut` asks.
+    """Raised by :func:`check_shortcut` for a shortcut module that fails a check.
 
     Example:
         >>> try:
@@ -32,7 +32,7 @@ class BrokenContract(SkipscopeError, AssertionError):
 
 @dataclass(frozen=True)
 class _Case:
-    """A block, its inputs, and their first float tensor, ``stream``, which the shortcut carries."""
+    """A block, its inputs and its claims; ``stream``, the first float input, is what the shortcut carries."""
 
     module: nn.Module
     inputs: Any
@@ -48,20 +48,24 @@ class _Case:
         return private_copy(self.module, "check_shortcut")
 
     def call(self, module: nn.Module, stream: Tensor) -> Any:
-        """The block on inputs of its own, ``stream`` in place of the first float tensor."""
+        """Call the block on a copy of the inputs, with ``stream`` as their first float tensor."""
         return call_model(
             module, map_tensors(self.inputs, lambda t: stream if t is self.stream else t.clone())
         )
 
     def output(self, module: nn.Module | None = None) -> Tensor:
-        """The output in evaluation mode, from the same random numbers each time."""
+        """The output in evaluation mode, with the same random numbers each time."""
         module = (self.fresh() if module is None else module).eval()
-        # With gradients: without, torch's encoder layers run other kernels, and round otherwise.
+        # With gradients enabled, since without them torch's encoder layers run other kernels, which round
+        # differently.
         with torch.enable_grad(), random_state_kept(0):
             return self.call(module, self.stream.clone().requires_grad_().clone()).detach()
 
     def gradient(self, module: nn.Module) -> Tensor | None:
-        """Of a random sum of the output, with respect to the stream (of a plain sum a norm has none)."""
+        """Gradient of a randomly weighted sum of the output with respect to the stream.
+
+        A plain sum would not do: its gradient through a norm is zero.
+        """
         x = self.stream.clone().requires_grad_()
         with torch.enable_grad(), random_state_kept(0):
             output = self.call(module, x.clone())
@@ -81,33 +85,34 @@ def check_shortcut(
     same_shape: bool | None = None,
     compile: bool = True,
 ) -> tuple[str, ...]:
-    """Check that a module is a shortcut that works everywhere a module should.
+    """Check that a module is a shortcut that works with training, editing, compiling and saving.
 
-    In this order: the output's shape, and that the input is left as it was; the identity at the start, where
-    claimed; in evaluation mode it draws no noise and keeps nothing from pass to pass; samples (of vectors and
-    images) do not depend on one another, nor the output on the input's strides; a gradient reaches the input,
-    and in float64 equals a finite difference; each weight gets one while training; it is found by
-    ``find_shortcuts``, with the right kind, as wide as the sum, and in training mode as in evaluation mode;
-    it can be ablated, and says the same when it should; its ``state_dict`` holds all its state; it compiles
-    to one graph; it runs under autocast. The module itself stays as it was. Local.
+    The checks, in order: the output has the right shape, and the input is not modified; the module is the
+    identity at the start, if claimed; in evaluation mode it draws no noise and keeps no state between passes;
+    samples (of vectors and images) are independent, and the output does not depend on the input's strides; a
+    gradient reaches the input, and in float64 equals a finite difference; each weight gets a gradient in
+    training mode; ``find_shortcuts`` finds it, with the right kind, as wide as the sum, equally in training
+    and evaluation mode; it can be ablated, and each edit has the expected effect; its ``state_dict`` holds
+    all its state; it compiles to one graph; it runs under autocast. The module itself stays unchanged. Local.
 
     Args:
-        module: a fresh block, one tensor out.
-        inputs: what to call it with: a float tensor, or a tuple or Mapping of which the first float tensor is
-            what the shortcut carries. None draws a batch that fits its first linear layer or convolution.
-        kind: the kind it should be found as; None takes ``module.kind``, or accepts any.
-        identity_at_start: whether it claims to return its input at first; None takes
-            ``module.identity_at_start``, or no.
-        same_shape: whether the output has the input's shape; None expects so unless the kind is projection or
+        module: a newly initialised block that returns one tensor.
+        inputs: its inputs: a float tensor, or a tuple or Mapping whose first float tensor the shortcut
+            carries. None draws a batch that fits its first linear layer or convolution.
+        kind: the kind as which it should be found; by default ``module.kind`` if set, else any.
+        identity_at_start: whether it claims to return its input at the start; by default
+            ``module.identity_at_start`` if set, else False.
+        same_shape: whether the output has the input's shape; by default True unless the kind is projection or
             concat.
-        compile: False leaves compiling out, the slowest part.
+        compile: whether to check compiling, which is the slowest part.
 
     Returns:
-        The names of the clauses that were checked and hold.
+        The names of the checks that were run.
 
     Raises:
-        BrokenContract: a clause does not hold; it is an AssertionError too.
-        SkipscopeError: there is no float tensor in the inputs, or none were given and none can be guessed.
+        BrokenContract: a check fails; it is an AssertionError too.
+        SkipscopeError: there is no float tensor in the inputs, or no inputs were given and none can be
+            guessed.
 
     Example:
         >>> from skipscope.nn import Highway
@@ -230,7 +235,7 @@ def _repeatable(case: _Case) -> None:
             got=", ".join(changed)[:200],
             cure="update buffers only if self.training",
         )
-    # What the first pass makes and every later one keeps (a table of positions) is no memory of the input.
+    # An attribute that only the first pass sets (a table of positions) does not depend on the input.
     left = [name for name, value in attributes[1].items() if not _same(value, attributes[0].get(name))]
     if left:
         raise _broken(
@@ -242,7 +247,7 @@ def _repeatable(case: _Case) -> None:
         )
     other = case.fresh().eval()
     with torch.no_grad(), random_state_kept(0):
-        # A second draw could be the same numbers: a guessed input comes from the same seed.
+        # A new random input could equal the old one, since a guessed input is drawn from the same seed.
         case.call(other, 1 - 2 * case.stream)
     if not _close(case.output(other), outputs[0]):
         raise _broken(
@@ -255,9 +260,10 @@ def _repeatable(case: _Case) -> None:
 
 
 def _samples(case: _Case) -> None:
-    """A sample alone, and three in reverse, give what they give in the batch; vectors and images only.
+    """Check that single samples, and three in reverse order, have the same outputs as in the batch.
 
-    Of other inputs the first dimension may be time, or streams, and samples may be meant to meet.
+    Only for vectors and images: the first dimension of other inputs may be time, or streams, which may
+    interact by design.
     """
     count = case.stream.shape[0] if case.stream.ndim else 0
     if case.stream.ndim not in {2, 4} or count < 2:
@@ -289,7 +295,7 @@ def _samples(case: _Case) -> None:
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """What modules hold beside parameters, buffers and modules; of a container its length."""
+    """All modules' attributes except parameters, buffers and modules; for a container its length."""
     return {
         f"{path}.{name}".lstrip("."): len(value) if isinstance(value, list | dict | set) else value
         for path, part in module.named_modules()
@@ -299,7 +305,7 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _tensors_outside(module: nn.Module) -> list[str]:
-    """The plain attributes that are tensors, or hold some: neither weights nor buffers."""
+    """Names of the plain attributes that are or hold tensors other than parameters and buffers."""
     known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
     return [
         f"{path}.{name}".lstrip(".")
@@ -310,9 +316,9 @@ def _tensors_outside(module: nn.Module) -> list[str]:
 
 
 def _held(value: Any, module: nn.Module) -> list[Tensor]:
-    """The tensors of a plain attribute: itself, or those in containers and in modules that are in them.
+    """The tensors in a plain attribute: itself, or those in containers and modules, also nested.
 
-    A module that holds ``module`` is its owner, and no part of it.
+    A module that contains ``module`` is its owner, and does not count.
     """
     if isinstance(value, nn.Module):
         owns = any(part is module for part in value.modules())
@@ -350,7 +356,7 @@ def _strides(case: _Case) -> None:
 
 
 def _weights(case: _Case) -> None:
-    """In training mode each trainable weight gets a gradient (it may be zero)."""
+    """Check that in training mode each trainable weight gets a gradient (it may be zero)."""
     module = case.fresh().train()
     with torch.enable_grad(), random_state_kept(0):
         output = case.call(module, case.stream.clone().requires_grad_().clone())
@@ -367,7 +373,7 @@ def _weights(case: _Case) -> None:
 
 
 def _refuse_wrong_gradient(case: _Case) -> None:
-    """The gradient along a random direction, against a finite difference, in float64 and evaluation mode."""
+    """Compare the gradient along a random direction with finite differences, in float64 and eval mode."""
     module = case.fresh().eval().double()
     inputs = map_tensors(case.inputs, lambda t: t.double() if t.is_floating_point() else t.clone())
     stream = next(t for t in tensors_in(inputs) if t.is_floating_point())
@@ -397,7 +403,7 @@ def _refuse_wrong_gradient(case: _Case) -> None:
             difference = at(stream + step * direction) - at(stream - step * direction)
         slopes.append(float((difference * seed).sum()) / (2 * step))
     size = max(abs(slope), abs(slopes[0]), 1e-9)
-    # A kink between the two points makes the two differences disagree: then nothing is said.
+    # If the two finite differences disagree, there is a kink between the points, and the check says nothing.
     if abs(slopes[0] - slopes[1]) < 1e-3 * size < abs(slope - slopes[0]) / 10:
         raise _broken(
             case,
@@ -458,7 +464,7 @@ def _found(case: _Case) -> None:
 
 
 def _broadcast_shortcuts(case: _Case, found: Shortcuts) -> list[str]:
-    """The shapes of shortcuts that a sum had to expand."""
+    """The shapes of shortcut operands that were broadcast in a sum."""
     sums = [shortcut for shortcut in found if shortcut.kind in {"identity", "scaled", "projection"}]
     shapes: list[str] = []
 
