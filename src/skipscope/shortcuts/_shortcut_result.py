@@ -12,7 +12,7 @@ from skipscope._result import Result, Table, call_drawer
 from skipscope._validation import did_you_mean, require_option
 
 Kind = Literal["identity", "scaled", "projection", "gated", "concat"]
-# From the shortcut that changes least to the one that changes most.
+# Ordered by how much the shortcut changes its input, the identity first.
 KINDS: tuple[Kind, ...] = get_args(Kind)
 OperandSide = Literal["branch", "shortcut", "both"]
 BoundaryKind = Literal["input", "merge", "module"]

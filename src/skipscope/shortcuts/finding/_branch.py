@@ -81,7 +81,7 @@ class Branches:
         return found, maps
 
     def _before_norm(self, reader: Sides, i: int, others: list[int]) -> tuple[int, int] | None:
-        """The x and the norm's nodes of ``n(x) + t (H - n(x))``, where H comes from x; or None."""
+        """The node x and the norm's nodes in ``n(x) + t (H - n(x))``, where H depends on x; or None."""
         at = reader.position(i)
         if reader.call.name not in _SUMS or len(others) != 1 or not self.gates.inner(others[0], at, reader):
             return None

@@ -80,7 +80,7 @@ class Gates:
             return None
         x, signs = reader.position(i), signs_of(reader.call)
         for j in branches:
-            inner = self._inner(reader.position(j), x)
+            inner = self._traced_difference(reader.position(j), x)
             if inner is not None and not self._holds_weights(inner[0].operands[1 - inner[1]], x):
                 continue  # x + s (pool(x) - x), as in EfficientFormer: the branch has no weight but the scale
             if inner is not None and inner[2] * signs[j] == -signs[i]:
@@ -95,7 +95,7 @@ class Gates:
         graph, call, signs = self.graph, reader.call, signs_of(reader.call)
         for i, j in permutations(reader.active, 2):
             end = reader.position(i)
-            inner = self._inner(reader.position(j), end)
+            inner = self._traced_difference(reader.position(j), end)
             if inner is None or inner[2] * signs[j] != -signs[i]:
                 continue
             part, h, _, is_gate = inner
@@ -151,8 +151,8 @@ class Gates:
         return None
 
     def inner(self, j: int, x: int, reader: Sides) -> bool:
-        """Whether operand ``j`` is t (H - x)."""
-        return self._has_differences and self._inner(reader.position(j), x) is not None
+        """Whether operand ``j`` of a merge is t (H - x)."""
+        return self._has_differences and self._traced_difference(reader.position(j), x) is not None
 
     def _holds_weights(self, at: int | None, x: int) -> bool:
         """Whether a weight enters between nodes ``x`` and ``at``, or ``at`` does not depend on ``x``."""
@@ -161,7 +161,7 @@ class Gates:
             not graph.ancestors.reaches(x, at) or graph.has_weights(graph.inside_of(x, at))
         )
 
-    def _inner(self, at: int, x: int) -> tuple[Merge, int, int, bool] | None:
+    def _traced_difference(self, at: int, x: int) -> tuple[Merge, int, int, bool] | None:
         """Trace back through gates and views to a difference with node ``x``.
 
         Returns:

@@ -56,7 +56,7 @@ class Graph:
         self.trace, self.streams = trace, dict(streams or {})
         self._name_modules(model)
         self._same = self._seen_through()
-        active, weights, matrices = self._weigh()
+        active, weights, matrices = self._classify_values()
         kept = self._leading_out(active, weights)
         order = [v for v in kept if active[v]] + [v for v in kept if not active[v]]
         self.values = order
@@ -115,7 +115,7 @@ class Graph:
     def _starts_at(self, value: Value) -> bool:
         return value.starts or value.index in self.streams
 
-    def _weigh(self) -> tuple[list[bool], list[int], list[int]]:
+    def _classify_values(self) -> tuple[list[bool], list[int], list[int]]:
         """For each value: whether it is an activation, the modules with weights there, and with matrices."""
         values, calls, same = self.trace.values, self.trace.calls, self._same
         active, every, matrices = [], [], []
@@ -435,8 +435,8 @@ class Graph:
     def normed_at(self, v: int) -> int | None:
         """The node x if ``v`` is x normalised without weights, or None.
 
-        As by ``normalize(x)``, ``x / x.norm()``, ``x * rsqrt(mean(x^2))`` or ``(x - mean(x)) / std(x)``:
-        divided by the size of x, or of what x was scaled or centred from.
+        Normalised means divided by a norm of x, or of the tensor from which x was scaled or centred:
+        ``normalize(x)``, ``x / x.norm()``, ``x * rsqrt(mean(x^2))`` or ``(x - mean(x)) / std(x)``.
         """
         call, parents = self.call_at(v), self._active_parents[v]
         if call is None or self.weights[v]:
@@ -455,7 +455,7 @@ class Graph:
         return x if is_quotient and any(self._is_length(by, of) for of in self._scaled_from(x)) else None
 
     def centred_at(self, v: int) -> int | None:
-        """The node x if ``v`` is x less its mean, or another smaller tensor of x alone; or None."""
+        """The node x if ``v`` is x minus its mean, or another smaller function of x alone; or None."""
         parents = self._active_parents[v]
         if self.kind(v) != "sub" or len(parents) != 2 or self.weights[v]:
             return None
@@ -463,7 +463,7 @@ class Graph:
         return x if self._is_smaller(mean, x) and self.is_function(mean, x) else None
 
     def _scaled_from(self, x: int) -> list[int]:
-        """A node, and those that it is a multiple of or a difference to."""
+        """A node, and the operands of the products and differences that led to it."""
         found = [x]
         for at in found:
             if self.kind(at) in _SCALING and len(found) < 8:
@@ -471,13 +471,13 @@ class Graph:
         return found
 
     def _is_inverse(self, v: int) -> bool:
-        """Whether a node is one over something, but for its shape."""
+        """Whether a node is a reciprocal, seen through views and broadcasts."""
         while self.kind(v) in WHOLE | REPEATING and len(self._active_parents[v]) == 1:
             (v,) = self._active_parents[v]
         return self.kind(v) in INVERSES
 
     def _is_length(self, v: int, x: int) -> bool:
-        """Whether a node measures the size of ``x``: by squares or absolute values, of nothing else."""
+        """Whether a node is a norm of ``x``: a smaller tensor from squares or absolute values of x alone."""
         if not self._is_smaller(v, x):
             return False
         region = self.inside_of(x, v)
@@ -485,7 +485,7 @@ class Graph:
         return bool(squares) and self.is_function(v, x)
 
     def _is_smaller(self, v: int, x: int) -> bool:
-        """Whether a node has fewer numbers than ``x``, on which it depends."""
+        """Whether a node depends on ``x`` and has fewer elements."""
         return math.prod(self.shape(v)) < math.prod(self.shape(x)) and self.ancestors.reaches(x, v)
 
     def _is_square(self, v: int) -> bool:
@@ -494,7 +494,7 @@ class Graph:
         return call is not None and call.function == "mul" and len({*call.operands}) < len(call.operands)
 
     def is_function(self, v: int, x: int) -> bool:
-        """Whether a node is a function of all of ``x``, and of nothing else."""
+        """Whether a node is a function of all of ``x`` alone."""
         region = self.inside_of(x, v)
         if any(part.limits for part in self.parts_taken(x, region)):
             return False

@@ -85,9 +85,9 @@ POINTWISE = STRAIGHT_POINTWISE | words(
     """
 )
 NORM = words("batch_norm layer_norm group_norm instance_norm rms_norm _fused_rms_norm normalize")
-# What the size of a tensor is measured with.
+# Operations that compute a norm, or a step of one.
 LENGTHS = words("norm linalg_norm linalg_vector_norm std var square pow abs")
-# What divides, when it is multiplied.
+# Reciprocals: a product with one of these is a division.
 INVERSES = words("rsqrt reciprocal rdiv pow float_power")
 CONVOLUTION = words(
     """

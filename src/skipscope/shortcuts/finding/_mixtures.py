@@ -1,8 +1,8 @@
 """Weighted sums over a stack: (stack([x, H]) * weights).sum(0) is w0 x + w1 H.
 
 The sum may also be a matrix product or ``einsum``. The stack is the merge, and the merge is complete at the
-sum. Between them are views and a weight for each stacked tensor. The stack has L indices before the stacked
-axis and n stacked tensors: L and n identify the stacked axis after any view.
+sum. Between them are views and a weight for each stacked tensor. Two numbers identify the stacked axis after
+any view: the product of the sizes of the axes before it, and the number of stacked tensors.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ class Mixtures:
             or len(graph.children[start]) > 3
         ):
             return None
-        left = self._left(call, count)
+        left = self._leading_size(call, count)
         following = graph.children[start] if left is not None else []
-        found = [m for c in following if (m := self._along(start, c, left or 1, count))]
+        found = [m for c in following if (m := self._follow_to_sum(start, c, left or 1, count))]
         if len(found) != 1:
             return None
         end, kind = found[0]
         return Mixture(end, kind, len(graph.children[start]) == 1)
 
-    def _left(self, call: Merge, count: int) -> int | None:
-        """The number of elements of the axes before the stacked axis, or None if a call stacks nothing."""
+    def _leading_size(self, call: Merge, count: int) -> int | None:
+        """The product of the sizes of the axes before the stacked axis. None if a call stacks nothing."""
         graph = self.graph
         shapes = {graph.shape(node) for node in call.operands if node is not None}
         dim = graph.joined_axis(call)
@@ -75,7 +75,7 @@ class Mixtures:
         joined = graph.shape(call.output)
         return prod(joined[:dim]) if prod(joined) == count * prod(shapes.pop()) else None
 
-    def _along(self, start: int, at: int, left: int, count: int) -> tuple[int, Kind] | None:
+    def _follow_to_sum(self, start: int, at: int, left: int, count: int) -> tuple[int, Kind] | None:
         """Follow the stack through views and weights to the sum; its node and the kind, or None."""
         graph, before, shape = self.graph, start, self.graph.shape(start)
         kind: Kind = "identity"
@@ -95,12 +95,12 @@ class Mixtures:
                     and len(call.operands) <= 2
                     and axis in _contracted(call, place, len(shape))
                 )
-                kind = self._heavier(kind, others) if len(call.operands) == 2 else kind
+                kind = self._kind_with_weights(kind, others) if len(call.operands) == 2 else kind
                 return (at, kind) if ends else None
             if name == "mul" and not (len(others) <= 1 and at in self.made):
                 return None
             if name in {"mul", "expand", "expand_as"}:
-                kind = self._heavier(kind, others) if name == "mul" else kind
+                kind = self._kind_with_weights(kind, others) if name == "mul" else kind
                 axis = len(new) - len(shape) + (axis or 0)
             elif name in _TURNING:
                 axis = list(order_of(call, len(shape))).index(axis or 0)
@@ -112,7 +112,7 @@ class Mixtures:
                 return None
             before, shape, at = at, new, graph.children[at][0]
 
-    def _heavier(self, kind: Kind, weights: list[int]) -> Kind:
+    def _kind_with_weights(self, kind: Kind, weights: list[int]) -> Kind:
         is_active = any(w < self.graph.activations for w in weights)
         return "gated" if kind == "gated" or is_active else "scaled"
 

@@ -42,7 +42,7 @@ class Part:
         return all(
             mine[0] <= other.limits[axis][-1]
             and other.limits[axis][0] <= mine[-1]
-            and _meet(mine, other.limits[axis])
+            and _ranges_overlap(mine, other.limits[axis])
             for axis, mine in self.limits.items()
             if axis in other.limits
         )
@@ -79,7 +79,7 @@ class Part:
         )
 
 
-def _meet(one: range, other: range) -> bool:
+def _ranges_overlap(one: range, other: range) -> bool:
     short, long = sorted((one, other), key=len)
     return any(i in long for i in short[:64]) or len(short) > 64
 
@@ -114,7 +114,7 @@ def part_put(trace: Trace, call: TracedCall) -> Part | None:
         dim, start, end, step = (taking.argument(i + 1, name, default) for i, name, default in _SLICE)
         part = part.within(dim % len(part.shape), slice(start, end, step))
     elif call.function == "select_scatter":
-        part = _at(part, taking.argument(2, "dim") % len(part.shape), taking.argument(3, "index"))
+        part = _part_at_index(part, taking.argument(2, "dim") % len(part.shape), taking.argument(3, "index"))
     elif call.function != "copy":
         return None
     return part if part is not None and part.limits else None
@@ -180,10 +180,10 @@ class _Taking:
 
 def _select(taking: _Taking, before: Part) -> Part | None:
     dim, index = taking.argument(1, "dim"), taking.argument(2, "index")
-    return _at(before, dim % len(before.shape), index)
+    return _part_at_index(before, dim % len(before.shape), index)
 
 
-def _at(before: Part, dim: int, index: Any) -> Part | None:
+def _part_at_index(before: Part, dim: int, index: Any) -> Part | None:
     return before.within(dim, index % before.shape[dim]) if isinstance(index, int) else None
 
 
@@ -272,7 +272,7 @@ def _indexed(taking: _Taking, before: Part) -> Part | None:
             return None
         else:
             is_list = not isinstance(item, int)
-            after = _single(taking, part, dim, item) if is_list else _at(part, dim, item)
+            after = _single(taking, part, dim, item) if is_list else _part_at_index(part, dim, item)
             lists += is_list
             if after is None or lists > 1:
                 return None
@@ -350,10 +350,10 @@ def _viewed(taking: _Taking, before: Part) -> Part | None:
         ]:
             axes += [olds[0] if size > 1 else None for size in new_sizes]
             continue
-        is_integer = all(axis is not None and axis[0] not in before.limits for axis in olds)
+        are_whole = all(axis is not None and axis[0] not in before.limits for axis in olds)
         name = tuple(axis[0] for axis in olds if axis is not None)
         axes += [
-            ((name, new_sizes, k), range(size)) if is_integer and olds and size > 1 else None
+            ((name, new_sizes, k), range(size)) if are_whole and olds and size > 1 else None
             for k, size in enumerate(new_sizes)
         ]
     return Part(tuple(axes), before.limits, new)

@@ -80,7 +80,8 @@ def before_norm(graph: Graph, node: int, end: int) -> tuple[int, int] | None:
     """The input x of the norm that ends at ``node``, if a branch from x to ``end`` holds weights.
 
     Returns:
-        x and the set of the norm's nodes; None if ``node`` is no norm, or no such branch begins at x.
+        The node x, and the set of the norm's nodes. None if ``node`` is not a norm, or no such branch begins
+        at x.
     """
     at, region, is_norm = node, 0, False
     while (above := graph.normed_at(at)) is not None or (above := _before_step(graph, at)) is not None:
@@ -94,7 +95,7 @@ def before_norm(graph: Graph, node: int, end: int) -> tuple[int, int] | None:
 
 
 def _before_step(graph: Graph, at: int) -> int | None:
-    """The input of a norm with weights, a constant factor, a view or a centring at a node, or None."""
+    """The input of a norm with weights, constant factor, view or centring that computes a node, or None."""
     parents = graph.active_parents(at)
     is_step = graph.kind(at) in _NORM_STEPS and len(parents) == 1
     return parents[0] if is_step else graph.centred_at(at)

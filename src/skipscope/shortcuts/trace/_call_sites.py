@@ -26,10 +26,10 @@ _DISTRIBUTED = os.path.join(TORCH, "distributed") + os.sep
 _MODULES = os.path.join(TORCH, "nn", "modules") + os.sep
 PLUMBING = os.path.join(_MODULES, "module.py")
 # Folders of the frames between a call and one of our modes.
-_ROOM = os.path.dirname(os.path.dirname(__file__))
-_OURS = tuple(os.path.join(_ROOM, name) + os.sep for name in ("trace", "taps", "twin"))
+_SHORTCUTS_FOLDER = os.path.dirname(os.path.dirname(__file__))
+_OURS = tuple(os.path.join(_SHORTCUTS_FOLDER, name) + os.sep for name in ("trace", "taps", "twin"))
 # Folder of the frames around the methods of an edited module.
-_TWIN = os.path.join(_ROOM, "twin") + os.sep
+_TWIN = os.path.join(_SHORTCUTS_FOLDER, "twin") + os.sep
 _CHECKPOINT = os.path.join(TORCH, "utils", "checkpoint.py")
 _COMPILED = os.path.join(TORCH, "_dynamo", "eval_frame.py")
 _is_plumbing: dict[str, bool] = {}

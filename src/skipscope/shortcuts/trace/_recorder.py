@@ -217,7 +217,7 @@ class Recorder(TorchFunctionMode):
         if operation is not None and operation.is_many:
             return _operations.one_by_one(self, operation, func, args, kwargs)
         if function.name in COMPOSITES and isinstance(func, FunctionType):
-            return self._opened(func, args, kwargs)
+            return self._run_composite(func, args, kwargs)
         tensors = _tensors(args, kwargs)
         frame = _call_sites.caller()
         unseen = self._unseen_around(frame)
@@ -230,7 +230,7 @@ class Recorder(TorchFunctionMode):
             self._note_unseen_write(function, operands, kwargs)
         packed = self._packed_in(func, args) if type(func).__module__ == "torch._ops" else ()
         transformed = any(map(is_transformed, tensors))
-        call = self._begun(function, operands, args, kwargs, frame)
+        call = self._new_call(function, operands, args, kwargs, frame)
         if function.name in LIKE_ANOTHER:
             call.operands = operands[:1]
         call.operands += packed
@@ -271,9 +271,9 @@ class Recorder(TorchFunctionMode):
         for value in read:
             source = self._unfilled.pop(value, None)
             if source is not None and self.trace.values[value].is_float and self.trace.values[value].numel:
-                self._hide("empty", UNSEEN_WRITE, source)
+                self._report_hidden("empty", UNSEEN_WRITE, source)
 
-    def _begun(
+    def _new_call(
         self, function: Function, operands: tuple[int, ...], args: Any, kwargs: Any, frame: Any
     ) -> TracedCall:
         run = self.stack[-1] if self.stack else None
@@ -306,7 +306,7 @@ class Recorder(TorchFunctionMode):
         if _operations.tensor_operands(values) < 2 or _call_sites.is_between_processes(frame):
             return
         if call.transformed:
-            self._hide("torch.func", TRANSFORMED, _call_sites.source_of(frame))
+            self._report_hidden("torch.func", TRANSFORMED, _call_sites.source_of(frame))
             return
         call.key, call.owner, call.checkpointed = self.sites.key(frame, operation.name)
         self._keys.append(call)
@@ -350,7 +350,7 @@ class Recorder(TorchFunctionMode):
             results.append(value.index)
         call.results = tuple(results)
         if call.function in CELLS and any(self.trace.values[v].from_data for v in results):
-            self._hide(call.function, CELL, call.source)
+            self._report_hidden(call.function, CELL, call.source)
 
     def _note_library(self, call: TracedCall) -> None:
         """Report a library operator that may join activations, or an activation and weights."""
@@ -358,7 +358,7 @@ class Recorder(TorchFunctionMode):
         if (takes > 1 or call.function in _CONTROL) and any(
             self.trace.values[v].from_data for v in call.results
         ):
-            self._hide(call.function, LIBRARY, call.source)
+            self._report_hidden(call.function, LIBRARY, call.source)
 
     def _inherit(self, value: Value, call: TracedCall) -> None:
         """Set the properties of a value that follow from the operands of its call."""
@@ -407,12 +407,12 @@ class Recorder(TorchFunctionMode):
         if parts is not None:
             call.whole, call.written = parts
 
-    def _opened(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run_composite(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a Python function of torch so that the calls inside it are recorded."""
         outer, self._composite = self._composite, self._composite or func.__name__
         try:
             with self:
-                return _body(func)(*args, **kwargs)
+                return _without_dispatch(func)(*args, **kwargs)
         finally:
             self._composite = outer
 
@@ -422,14 +422,14 @@ class Recorder(TorchFunctionMode):
         """The value that a tensor holds."""
         value = self.memory.get(tensor)
         if value is None:
-            return self._adopt(tensor)
-        return value if value >= 0 else self._emerged(-1 - value, tensor)
+            return self._value_of_new_tensor(tensor)
+        return value if value >= 0 else self._unseen_result(-1 - value, tensor)
 
     def values_in(self, nest: Any) -> tuple[int, ...]:
         """The values of the tensors in a nested structure."""
         return tuple(self.value_of(tensor) for tensor in _data.tensors_in(nest))
 
-    def _adopt(self, tensor: Tensor) -> int:
+    def _value_of_new_tensor(self, tensor: Tensor) -> int:
         """The value of a tensor seen for the first time: a weight, a constant or an unseen call's result."""
         known = self._weights.get(id(tensor))
         if known is not None:
@@ -440,7 +440,7 @@ class Recorder(TorchFunctionMode):
         elif (alias := self._alias_of(tensor)) is not None or (alias := self._wrapped(tensor)) is not None:
             return alias
         elif self._unseen and id(tensor) not in self._constants and _is_float(tensor):
-            return self._emerged(len(self._unseen) - 1, tensor)
+            return self._unseen_result(len(self._unseen) - 1, tensor)
         else:
             value = self._new(tensor, Origin.CONSTANT)
             value.number = _number(tensor)
@@ -500,7 +500,7 @@ class Recorder(TorchFunctionMode):
             self.memory.set(part, inner)
             self._unwrap(part, inner)
 
-    def _emerged(self, unseen: int, tensor: Tensor) -> int:
+    def _unseen_result(self, unseen: int, tensor: Tensor) -> int:
         """The value of the result of an unseen call."""
         name, operands = self._unseen[unseen]
         index = self._infer(name, operands, tensor)
@@ -608,7 +608,7 @@ class Recorder(TorchFunctionMode):
         if not is_listed:
             return len(self._unseen) - 1
         if any(is_data) and (sum(is_derived) > 1 or runs_modules):
-            self._hide(name, IN_FUNCTION, source)
+            self._report_hidden(name, IN_FUNCTION, source)
         elif any(is_data):
             self._may_use_weights[len(self._unseen) - 1] = name, source
         return len(self._unseen) - 1
@@ -617,7 +617,7 @@ class Recorder(TorchFunctionMode):
         # A function among its arguments may use weights that are not its operands.
         if unseen in self._may_use_weights and any(id(t) in self._weights for t in _tensors(args, kwargs)):
             name, source = self._may_use_weights.pop(unseen)
-            self._hide(name, IN_FUNCTION, source)
+            self._report_hidden(name, IN_FUNCTION, source)
         output = func(*args, **kwargs)
         if self.listener is not None:
             path = self.stack[-1].path if self.stack else ""
@@ -636,7 +636,7 @@ class Recorder(TorchFunctionMode):
         # The module of a scripted method is not hooked, and may hold weights.
         joins = sum(v in self._derived for v in dict.fromkeys(given)) > 1
         if is_data and (joins or not isinstance(function, torch.jit.ScriptFunction)):
-            self._hide(str(function.name), SCRIPTED, _call_sites.source_of(frame))
+            self._report_hidden(str(function.name), SCRIPTED, _call_sites.source_of(frame))
         output = run(*args, **kwargs)
         before = set(map(id, _data.tensors_in((args, kwargs))))
         for tensor in _data.tensors_in(output):
@@ -644,7 +644,7 @@ class Recorder(TorchFunctionMode):
                 self.memory.set(tensor, -len(self._unseen))
         return output
 
-    def _hide(self, name: str, reason: str, source: str) -> None:
+    def _report_hidden(self, name: str, reason: str, source: str) -> None:
         path = self.stack[-1].path if self.stack else ""
         if not any((h.name, h.source, h.module) == (name, source, path) for h in self.trace.hidden):
             self.trace.hidden.append(Hidden(name, reason, source, path))
@@ -750,7 +750,7 @@ def _outside_of_the_call() -> Any:
     return frame
 
 
-def _body(func: FunctionType) -> FunctionType:
+def _without_dispatch(func: FunctionType) -> FunctionType:
     """A copy of a Python function of torch that runs its body instead of dispatching to the mode."""
     plain = {name: _never for name in func.__code__.co_names if name.startswith("has_torch_function")}
     copied = FunctionType(
@@ -820,7 +820,7 @@ def _plain(argument: Any, values: Iterator[int]) -> Any:
     if isinstance(argument, _ATOMS):
         return argument
     if isinstance(argument, slice):
-        return slice(*(_whole(end) for end in (argument.start, argument.stop, argument.step)))
+        return slice(*(_as_int(end) for end in (argument.start, argument.stop, argument.step)))
     if isinstance(argument, dict):
         return {key: _plain(item, values) for key, item in argument.items()}
     return kind.__name__
@@ -833,7 +833,7 @@ def _is_float(tensor: Tensor) -> bool:
     return is_number(tensor.dtype)
 
 
-def _whole(end: Any) -> int | None:
+def _as_int(end: Any) -> int | None:
     return None if end is None else int(end)
 
 

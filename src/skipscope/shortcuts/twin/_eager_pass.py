@@ -56,8 +56,8 @@ def run_module(
     """
     around: _EagerPass | None = getattr(_thread, "current", None)
     if around is not None and around.group is plan.group:
-        begins_anew = method is None and plan is plan.group.root and not around.is_integer
-        if not begins_anew:
+        begins_whole_twin = method is None and plan is plan.group.root and not around.is_whole_twin
+        if not begins_whole_twin:
             around.ran[id(module)] = plan
             return run(*args, **kwargs)
     this = _thread.current = _EagerPass(module, plan, method)
@@ -85,7 +85,7 @@ class _EagerPass(TorchFunctionMode):
     def __init__(self, module: nn.Module, plan: Plan, method: str | None):
         super().__init__()
         self.group, self.outermost, self.method = plan.group, module, method
-        self.is_integer = method is None and plan is plan.group.root
+        self.is_whole_twin = method is None and plan is plan.group.root
         self.members = set(map(id, module.modules()))
         self.ran = {id(module): plan}
         self.counts: Counter[tuple[int, str]] = Counter()
@@ -165,7 +165,7 @@ class _EagerPass(TorchFunctionMode):
         self.counts[id(plan), site] += 1
         if site in plan.everywhere:
             return plan.everywhere[site]
-        if not self.is_integer and (host is None or plan.runs > 1):
+        if not self.is_whole_twin and (host is None or plan.runs > 1):
             _refuse_ambiguous(plan, site)
         return plan.rules.get((site, nth))
 
@@ -218,7 +218,7 @@ class _EagerPass(TorchFunctionMode):
             return
         if self.method is not None and self.used_weights and outside is not None:
             _refuse_method(group.operation, self.method, outside)
-        if self.is_integer and self.merged and not group.has_warned and not self._may_have_been_compiled():
+        if self.is_whole_twin and self.merged and not group.has_warned and not self._may_have_been_compiled():
             group.has_warned = True
             warnings.warn(
                 f"{group.operation}: none of the edited shortcuts was reached in this pass of the twin, so it"
