@@ -263,7 +263,7 @@ def _deliver(result: Result, name: str, output: Output, folder: Path, before: st
 
 
 def _printed(text: Any, data: Any, output: Output) -> Any:
-    """Print a text, or with ``--json`` return the data, which ``main`` prints last."""
+    """Print a text, or with ``--json`` return the data, which the command line prints last."""
     if not output.json:
         print(text)
         return None
