@@ -182,8 +182,8 @@ class _Measurement:
         evidence = self._evidence(readings, self.settled, self.exact)
         verdict = judge_chain(evidence, {}, context)
         if verdict.state != "healthy" and self.settled is not readings:
-            # A fault that disappears once tensors starting at zero have moved is none: a zero-initialised
-            # head, a layer scale of 1e-5.
+            # A fault that disappears once tensors starting at zero have moved does not count: a
+            # zero-initialised head, a layer scale of 1e-5.
             moved = self._evidence(self.settled, self.settled)
             other = judge_chain(moved, {}, context)
             if worst([other, verdict]) is verdict:
