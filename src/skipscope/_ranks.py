@@ -216,8 +216,8 @@ def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         part.clone(),
         mesh,
-        like.placements,
-        run_check=False,  # type: ignore[attr-defined]
+        like.placements,  # type: ignore[attr-defined]
+        run_check=False,
         shape=tensor.shape,
         stride=tensor.contiguous().stride(),
     )
