@@ -269,8 +269,8 @@ def as_sink(sink: Sink | str | Callable[[int, dict[str, float]], Any]) -> Sink:
     )
 
 
-# The file names and the words that stand for a sink: by its ending, or by a module of this package.
+# Sinks by file extension, and by the name of their module in this package.
 _BY_ENDING: dict[str, Callable[[str], Sink]] = {".jsonl": JsonLines, ".csv": Csv}
 _BY_NAME = {"tensorboard": "TensorBoard", "wandb": "WandB", "mlflow": "MLflow", "trackio": "Trackio"}
-# The same as they are written by a user, for the error and the documentation.
+# Short names as a user writes them, for the error and the documentation.
 SINKS = ("terminal", "run.jsonl", "run.csv", "tensorboard:FOLDER", "wandb", "mlflow", "trackio")
