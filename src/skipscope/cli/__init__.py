@@ -33,7 +33,8 @@ app = App(
         " without."
     ),
     help_epilogue="Start with: skipscope compare",
-    suppress_keyboard_interrupt=False,  # main() says what was kept
+    # main() handles Ctrl-C and says what was kept.
+    suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(
     help="Complete commands and options in this shell, from its next start on."
@@ -245,10 +246,11 @@ def show(*files: Path, output: Output = Output()) -> None:
 
 
 def _run(command: str, model: str | None, output: Output, *arguments: Any, **options: Any) -> None:
-    """Run one command of :mod:`skipscope.cli._commands`, after a first line that does not wait for torch."""
+    """Run a command of :mod:`skipscope.cli._commands`; a first line is printed before torch is imported."""
     if not output.json and os.environ.get("RANK", "0") == "0":
         say(f"skipscope {command} {model or ''}".rstrip() + " ...")
-    if output.save is not None:  # the user's own functions may change the working folder
+    # The user's own functions may change the working folder.
+    if output.save is not None:
         output = replace(output, save=output.save.absolute())
     with _prints_on_stderr() if output.json else contextlib.nullcontext():
         commands = importlib.import_module("skipscope.cli._commands")
@@ -270,11 +272,12 @@ def _run(command: str, model: str | None, output: Output, *arguments: Any, **opt
 
 @contextlib.contextmanager
 def _prints_on_stderr() -> Iterator[None]:
-    """Send to standard error what is printed inside: by Python, by libraries in C and by child processes.
+    """Redirect standard output to standard error inside, for Python, C libraries and child processes.
 
-    What the user's own code prints as the process ends goes there too.
+    Output of the user's own code at the end of the process goes there too.
     """
-    if sys.__stdout__ is None or sys.__stderr__ is None:  # closed by who called
+    # The parent process may have closed the streams.
+    if sys.__stdout__ is None or sys.__stderr__ is None:
         with contextlib.redirect_stdout(sys.stderr):
             yield
         return
@@ -293,8 +296,8 @@ def _prints_on_stderr() -> Iterator[None]:
 
 
 def main() -> None:
-    """The entry point: an error that the user can cure is reported in words, never as a traceback."""
-    # module:callable means the user's own folder first, as for `python -m`; that folder may be gone.
+    """Entry point. An error that the user can fix is reported as text, without a traceback."""
+    # module:callable is searched in the working folder first, as for `python -m`; that folder may be gone.
     with contextlib.suppress(OSError):
         sys.path.insert(0, os.getcwd())
     for stream in (sys.stdout, sys.stderr):
@@ -319,9 +322,10 @@ def main() -> None:
         say("skipscope: nothing more can be printed (no space left); what was saved before is kept")
         _discard_output()
         sys.exit(1)
-    except SystemExit as error:  # --help, --version and options that were not understood
-        # `skipscope --help | head`: rich ends the program with 1 where its reader has gone. Below an option
-        # that was not understood that is right.
+    # Raised by --help, --version and invalid options.
+    except SystemExit as error:
+        # In `skipscope --help | head` rich exits with 1 when the pipe is closed. After an invalid option that
+        # exit status is right.
         if isinstance(pipe := error.__context__, BrokenPipeError) and pipe.__context__ is None:
             return
         raise
@@ -330,7 +334,7 @@ def main() -> None:
 
 
 def say(text: str) -> None:
-    """Print on standard error; what it cannot take is lost, and nothing else."""
+    """Print a line on standard error; errors of the stream are ignored."""
     with contextlib.suppress(OSError):
         print(printable_lines(text), file=sys.stderr, flush=True)
 
@@ -357,12 +361,12 @@ def _unexpected(error: BaseException) -> None:
 
 
 def _own_line(error: BaseException) -> str | None:
-    """The line of the user's own code that raised an error; None where skipscope raised it."""
+    """The line of the user's own code that raised an error, or None if skipscope raised it."""
     package = str(Path(__file__).parents[1])
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename.startswith(package):
             return None
-        # A library in between says nothing about who called it wrongly.
+        # Frames of libraries are skipped: the caller outside them made the mistake.
         if "site-packages" not in frame.filename and not frame.filename.startswith((sys.base_prefix, "<")):
             return f"{Path(frame.filename).name}:{frame.lineno}, {frame.line}"
     return None

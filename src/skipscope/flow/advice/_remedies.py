@@ -1,4 +1,4 @@
-"""Candidate remedies: initialisations, norms, shortcuts, scaled branches; each changes a copy."""
+"""Candidate remedies, each applied to a copy: initialisations, norms, shortcuts, scaled branches."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from skipscope.shortcuts import add_shortcuts, find_shortcuts
 
 @dataclass(frozen=True)
 class Candidate:
-    """One thing to try.
+    """A remedy to try.
 
     Attributes:
-        name: in words.
-        code: how to do it by hand.
-        apply: changes a copy of the model, or returns another module; raises SkipscopeError where it cannot.
-        places: on a copy, which layers it goes around, and which it leaves as they are; None where that needs
-            no saying.
+        name: description of the remedy.
+        code: code to apply it by hand.
+        apply: function that changes a copy of the model or returns another module; raises SkipscopeError if
+            it cannot be applied.
+        places: function of a copy that describes which layers are changed and which are not; None if that is
+            obvious.
     """
 
     name: str
@@ -47,12 +48,12 @@ _BLOCKS = Candidate(
 
 
 def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none") -> list[Candidate]:
-    """What to try on a network.
+    """Remedies to try on a network.
 
     Args:
-        shortcuts: how many it has.
-        normed: whether there is a norm for most of its layers.
-        cause: of its trouble.
+        shortcuts: number of its shortcuts.
+        normed: whether most of its layers have a norm.
+        cause: cause in its verdict.
     """
     he = Candidate(
         "He initialisation",
@@ -90,7 +91,7 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
             Candidate("branches that start at zero", "nn.init.zeros_(last_weight_of_each_branch)",
                       lambda model, inputs: _scaled_branches(model, inputs, 0.0)),
         ]  # fmt: skip
-    # Around layers with norms the usual form is a block, and its branch needs no further norm.
+    # Layers with norms usually form residual blocks, whose branch needs no further norm.
     kinds = ("depth-scaled", "highway", "rezero")
     found += [_BLOCKS] if normed else []
     found += [
@@ -118,7 +119,7 @@ def _maps(model: nn.Module) -> list[nn.Module]:
 
 
 def _hidden(model: nn.Module) -> list[nn.Module]:
-    """The maps whose weights are trained, without the last one, whose output is no activation's input."""
+    """Linear and convolution layers with trained weights, except the last, which gives the output."""
     found = _maps(model)[:-1]
     if not found:
         raise SkipscopeError("prescribe", "the model has no hidden linear map or convolution of torch's own")
@@ -129,12 +130,12 @@ def _hidden(model: nn.Module) -> list[nn.Module]:
 
 
 def frozen(model: nn.Module) -> int:
-    """How many maps are frozen."""
+    """Number of frozen linear and convolution layers."""
     return sum(_is_frozen(m) for m in model.modules() if isinstance(m, MAPS))
 
 
 def only_the_last_is_trained(model: nn.Module) -> bool:
-    """Whether every map is frozen but the last one, as under a linear probe."""
+    """Whether every layer but the last is frozen, as in a linear probe."""
     maps = [m for m in model.modules() if isinstance(m, MAPS)]
     inside = {id(p) for m in maps for p in m.parameters()}
     adapters = any(p.requires_grad and p.ndim > 1 for p in model.parameters() if id(p) not in inside)
@@ -142,24 +143,24 @@ def only_the_last_is_trained(model: nn.Module) -> bool:
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    # Not ``module.weight``: a parametrization computes that, and may move its own state (spectral norm).
+    # Reading ``module.weight`` would run a parametrization, which may change its state (spectral norm).
     return not any(p.requires_grad for name, p in module.named_parameters() if not name.endswith("bias"))
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """The linear map of Hugging Face's GPT-2, whose weight is ``[in, out]``."""
+    """Whether a module is the linear layer of Hugging Face's GPT-2, whose weight is ``[in, out]``."""
     return type(module).__name__ == "Conv1D" and getattr(module, "nf", None) is not None
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    """The weight as torch has it: ``[out, in, ...]``."""
+    """The weight in torch's layout, ``[out, in, ...]``."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.t() if _is_transposed(module) else weight
 
 
 @torch.no_grad()
 def _initialised(rule: Callable[[Tensor], Any], model: nn.Module, inputs: Any) -> nn.Module:
-    """Hidden maps by ``rule``; the last one stays."""
+    """Initialise the hidden layers with ``rule``; the last layer is not changed."""
     for module in _hidden(model):
         rule(_matrix(module))
         if module.bias is not None:
@@ -168,7 +169,7 @@ def _initialised(rule: Callable[[Tensor], Any], model: nn.Module, inputs: Any) -
 
 
 def _fresh_head(model: nn.Module, inputs: Any) -> nn.Module:
-    """The last map as torch initialises it."""
+    """Initialise the last layer with torch's default."""
     last = _maps(model)[-1]
     if _is_transposed(last):
         raise SkipscopeError("prescribe", "the last layer is none of torch's own")
@@ -180,7 +181,10 @@ def _fresh_head(model: nn.Module, inputs: Any) -> nn.Module:
 
 @torch.no_grad()
 def _unit_variance(model: nn.Module, inputs: Any) -> nn.Module:
-    """Mishkin & Matas 2015, without the orthogonal start: in one forward pass, each layer in turn."""
+    """Scale each layer in turn to unit output variance in a forward pass (Mishkin & Matas 2015).
+
+    The orthogonal initialisation of the paper is left out.
+    """
     hidden, handles = _hidden(model), []
 
     @torch.no_grad()
@@ -205,7 +209,7 @@ def _unit_variance(model: nn.Module, inputs: Any) -> nn.Module:
 
 
 def _normed(model: nn.Module, inputs: Any) -> nn.Module:
-    """A norm after every map but the last, where the map stands in a container that only calls it."""
+    """Add a norm after every layer but the last, if the layer's container only calls its children in turn."""
     last, done = _maps(model)[-1], 0
     for container in list(model.modules()):
         if not isinstance(container, nn.Sequential | nn.ModuleList):
@@ -231,7 +235,7 @@ def _norm_for(module: nn.Module) -> nn.Module:
 
 
 def _with_shortcuts(kind: str, model: nn.Module, inputs: Any) -> nn.Module:
-    """Shortcuts of a kind around layers that are trained: a frozen one could not adapt to its new input."""
+    """Add shortcuts of a kind around trained layers; a frozen layer could not adapt to its new input."""
     depth, frozen_stretches = 0, 0
 
     def count(branch: nn.Module) -> nn.Module:
@@ -258,7 +262,7 @@ def _with_shortcuts(kind: str, model: nn.Module, inputs: Any) -> nn.Module:
 
 
 def _shortcut_places(model: nn.Module, inputs: Any) -> str:
-    """Which layers ``add_shortcuts`` goes around, and where it does not because the shape changes."""
+    """Describe the layers that ``add_shortcuts`` bypasses, and those where the shape changes."""
     lines: list[tuple[str, str]] = []
     add_shortcuts(model, inputs, report=lambda line: lines.append(tuple(line.split(": ", 1))))  # type: ignore[arg-type]
     modules = dict(model.named_modules())
@@ -276,7 +280,7 @@ def _shortcut_places(model: nn.Module, inputs: Any) -> str:
 
 @torch.no_grad()
 def _scaled_branches(model: nn.Module, inputs: Any, factor: float) -> nn.Module:
-    """The last map of each branch times ``factor``: norms before it cannot undo it."""
+    """Multiply the last layer of each branch by ``factor``, which norms before it cannot undo."""
     modules, done = dict(model.named_modules()), set()
     for shortcut in find_shortcuts(model, inputs):
         ends = [

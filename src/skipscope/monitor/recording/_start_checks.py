@@ -1,4 +1,4 @@
-"""What is known before the first step: what a reader should know, and what could only give wrong numbers."""
+"""Checks before the first step: remarks for the reader, and setups that would give wrong numbers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check(
     flow_every: Any,
     keep: Any,
 ) -> None:
-    """What is known at the start: refuse what could only give wrong numbers."""
+    """Refuse arguments and setups that would give wrong numbers."""
     for name, value in {"every": every, "flow_every": flow_every}.items():
         if not is_integer(value) and (name, value) != ("flow_every", None):
             raise SkipscopeError(

@@ -1,12 +1,12 @@
-"""Which weights lie on one line: found by observing the forward passes of one step.
+"""Towers and execution order of weights, found by observing the forward passes of one step.
 
-Gradients of parameters can be compared only along a line, in the order of execution. The model's own order is
-that of registration, and says nothing of two towers (an actor and a critic, an image and a text encoder),
-whose losses may differ by many decades. Autograd's graph knows: weights of which none is upstream of the
-other, nor of a third one that both reach, belong to different towers.
+Gradients of parameters can only be compared within a tower, in the order of execution. The model's own order
+is that of registration, and does not separate towers (an actor and a critic, an image and a text encoder),
+whose losses may differ by many decades. Autograd's graph does: two weights belong to different towers if
+neither is upstream of the other and no observed output depends on both.
 
-Where what carries no gradient is concatenated in the middle of a tower (the input once more, as in NeRF), the
-layers before it are a branch: the input reaches the rest without them. They are a stretch of their own.
+If a tensor without gradient is concatenated in the middle of a tower (such as the input in NeRF), the layers
+before it are a branch: the input reaches the rest without them. They form a stretch of their own.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from skipscope._untouched import is_measuring
 from skipscope.monitor.recording._backward_passes import inside_backward
 from skipscope.monitor.recording._tracked_parameters import TrackedParameters
 
-# By parameter's name: the number of its tower, its place in the order of execution, and its stretch.
+# Name of a parameter -> index of its tower, position in the order of execution, index of its stretch.
 WeightLines = Mapping[str, tuple[int, int, int]]
 
 
 class LineSearch:
-    """Observes the forward passes of the coming step.
+    """Observer of the forward passes of the next step.
 
     Args:
-        tracked: the parameters, by optimizer.
-        models: the models, by prefix.
+        tracked: parameters of each optimizer.
+        models: models by prefix.
     """
 
     def __init__(self, tracked: Sequence[TrackedParameters], models: Mapping[str, nn.Module]):
@@ -49,10 +49,10 @@ class LineSearch:
             if any(id(p) in matrices for p in module._parameters.values())
         }
         self._matrices = sum(1 << i for i, p in enumerate(named.values()) if p.ndim > 1)
-        # By autograd node, the parameters upstream of it; nodes are let go of when the step is over.
+        # Autograd node -> bits of the parameters upstream of it; nodes are released after the step.
         self._upstream: dict[Any, int] = {}
         self._reached: list[int] = []
-        # Parameters upstream of each concatenation with what carries no gradient.
+        # Parameters upstream of each concatenation with a tensor without gradient.
         self._joined: list[int] = []
         self._is_hidden = False
         self._is_eager = _torch_private.eager.begin()
@@ -65,7 +65,7 @@ class LineSearch:
         if id(module) not in self._waiting or is_measuring():
             return
         if inside_backward():
-            # A checkpoint runs its part again, cut off from what comes before and after it.
+            # A checkpoint recomputes its part in a graph that is not connected to the rest.
             self._is_hidden = True
             return
         made = [t.grad_fn for t in tensors_in(output) if isinstance(t, Tensor) and t.grad_fn is not None]
@@ -74,7 +74,7 @@ class LineSearch:
             self._reached += [self._parameters_of(node) for node in made]
 
     def _parameters_of(self, root: Any) -> int:
-        """The parameters that a node's value is computed from, as bits."""
+        """Bits of the parameters upstream of a node."""
         known, stack = self._upstream, [root]
         while stack:
             node = stack[-1]
@@ -97,7 +97,7 @@ class LineSearch:
         return known[root]
 
     def conclude(self) -> WeightLines | None:
-        """The lines; None where a weight's place is not known."""
+        """The towers, positions and stretches, or None if the position of a weight is not known."""
         self.close()
         towers: list[int] = []
         order: dict[int, int] = {}
@@ -122,7 +122,7 @@ class LineSearch:
         return found
 
     def close(self) -> None:
-        """Take the hooks away, and let go of autograd's nodes, outputs first."""
+        """Remove the hooks, and release autograd's nodes, outputs first."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
