@@ -384,7 +384,7 @@ def test_a_tiny_last_layer_is_initialised_anew():
         model[-1].weight.mul_(1e-7)
     advice = ss.prescribe(model, pictures(16), loss, steps=2)
     best = advice.remedies[0]
-    assert best.name == "the last layer initialised anew" and best.state == "healthy"
+    assert best.name == "the last layer reinitialised" and best.state == "healthy"
     assert [r.state for r in advice.remedies[1:]] == ["vanishing"] * (len(advice.remedies) - 1)
     assert "flow vanishing -> healthy" in advice.advice
 

@@ -109,18 +109,18 @@ def compare(
     source: Source = Source(),
     output: Output = Output(),
 ) -> None:
-    """What do its shortcuts do for a network? One page of evidence.
+    """Show on one page what the shortcuts of a network do for it.
 
     Args:
-        model: without one: the lecture's network, made deep, on embedded digits.
+        model: default: a deep version of the lecture's network, on embedded digits.
         quick: a smaller version, in at most half a minute; what a busy machine has no time for is left out
             and named.
         train: also train the twins side by side; --no-train leaves it out.
         seeds: training runs of each twin.
         steps: optimizer steps a run; more where neither twin has learnt in the default.
         budget: seconds to stay within; parts that do not fit are left out and named.
-        kinds: kinds of shortcut to put in the place of its own, e.g. identity,rezero,highway: one line of a
-            table each.
+        kinds: kinds of shortcut that replace the model's own, e.g. identity,rezero,highway; a line of a table
+            for each.
     """
     _run(
         "compare",
@@ -161,7 +161,7 @@ def find(
     source: Source = Source(),
     output: Output = Output(),
 ) -> None:
-    """Its shortcuts: where each one starts and ends, what it skips, and every other merge with its reason.
+    """Find a model's shortcuts: where each starts and ends, what it skips; other merges with their reasons.
 
     Args:
         list_models: list the networks that need no MODEL of yours.
@@ -171,7 +171,7 @@ def find(
 
 @app.command
 def flow(model: Model, *, source: Source = Source(), output: Output = Output()) -> None:
-    """Its gradient flow, boundary by boundary, and the verdict."""
+    """Measure a model's gradient flow, boundary by boundary, and judge it."""
     _run("flow", model, output, model, source)
 
 
@@ -179,7 +179,7 @@ def flow(model: Model, *, source: Source = Source(), output: Output = Output()) 
 def paths(
     model: Model, *, wrt: str | None = None, source: Source = Source(), output: Output = Output()
 ) -> None:
-    """Its path-length spectrum: how much gradient takes paths through k branches.
+    """Compute the path-length spectrum: how much gradient takes paths through k branches.
 
     Args:
         wrt: a boundary or parameter; default: the first boundary.
@@ -205,7 +205,7 @@ def landscape(
     source: Source = Source(),
     output: Output = Output(),
 ) -> None:
-    """Its loss surface on a filter-normalised plane; run again, it resumes where it was stopped.
+    """Compute the loss surface on a filter-normalised plane; run again, it resumes where it was stopped.
 
     Args:
         grid: points a side, or a number a side: 51x31.
@@ -217,7 +217,7 @@ def landscape(
         normalize: which length of the weights a direction has, part by part.
         batch_norm: running statistics as they are, measured again at each point, or each batch's own.
         l2: count l2/2 |w|^2 in.
-        precision: instead of the model's own.
+        precision: of the arithmetic; default: the model's own.
         strategy: auto takes the fastest; plain has the same bits on every run.
         engine: who computes the points; ray needs the package of that name.
     """
@@ -237,10 +237,10 @@ def landscape(
 
 @app.command
 def show(*files: Path, output: Output = Output()) -> None:
-    """Any saved result, or a monitor's history, also while it is being written; several results side by side.
+    """Show a saved result or a monitor's history, also while it is written; several results side by side.
 
     Args:
-        files: what results, pages, monitors or landscapes were saved as.
+        files: saved results and pages, folders of monitors and landscapes.
     """
     _run("show", None, output, files)
 

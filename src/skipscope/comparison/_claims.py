@@ -354,10 +354,6 @@ def _median_steps(curves: Curves) -> float:
     return steps[len(steps) // 2]
 
 
-def _end(curves: Curves) -> str:
-    return short(curves.final_loss) if math.isfinite(curves.final_loss) else "no number (training diverges)"
-
-
 def _median_update_ratio(curves: Curves) -> float:
     return float(np.nanmedian(curves.update_ratio))
 

@@ -51,7 +51,7 @@ def twins_by_kind(
     sums = rewirable(subject.found)
     if names and len(sums) < len(subject.found):
         notes.append(
-            f"{len(sums)} of {len(subject.found)} shortcuts are sums of two, and have each kind's connection"
+            f"{len(sums)} of {len(subject.found)} shortcuts are sums of two operands; only these are replaced"
         )
     twins: dict[str, tuple[nn.Module, Any]] = {}
     refused: dict[str, SkipscopeError] = {}

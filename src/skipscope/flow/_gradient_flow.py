@@ -89,7 +89,7 @@ def flow_of(subject: Subject, seed: int = 0, *, scale: float = 1.0) -> GradientF
         )
         read.notes += tuple(
             f"{term.name} does not reach {_few(one.elsewhere)}: {one.readings.cuts[-1][1]} lets no gradient"
-            " through. Another term does, so this is taken as meant."
+            " through. Another term does, so this is assumed to be intended."
             for one, term in zip(chains, read.readings.terms)
             if one.elsewhere and one.readings.cuts
         )

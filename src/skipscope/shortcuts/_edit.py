@@ -244,7 +244,7 @@ def choose_shortcuts(
         if inputs is None:
             raise SkipscopeError(
                 operation,
-                "nothing says which shortcuts",
+                "neither found= nor inputs= is given",
                 expected="found= or inputs=",
                 cure=f"{operation}(model, inputs=x) edits all of them",
             )

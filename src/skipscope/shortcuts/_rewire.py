@@ -137,7 +137,7 @@ def _misfit(shortcut: Shortcut) -> str | None:
     ):
         reason = f"it merges by {operation} of {', '.join(shortcut.sides)}"
     elif reason is None and any(place.call != shortcut.key for place in places):
-        reason = "its two sides do not come straight to the sum"
+        reason = "an operation stands between a side and the sum"
     return reason
 
 
@@ -147,7 +147,7 @@ def _refuse_misfit(shortcut: Shortcut) -> None:
     if reason is not None:
         raise SkipscopeError(
             "rewire",
-            "this merge is no sum of a shortcut and a branch",
+            "this merge is not the sum of a shortcut and a branch",
             layer=shortcut.name,
             expected="x + F(x)",
             got=reason,

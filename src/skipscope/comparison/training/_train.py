@@ -218,7 +218,7 @@ def _refuse(twins: Any, steps: int, batch_size: int | None, target: float | None
     if target is not None and not math.isfinite(target):
         raise SkipscopeError(
             "train_twins",
-            "the target is no loss",
+            "the target is not finite",
             expected="a finite number",
             got=target,
             cure="leave target out",
@@ -226,7 +226,7 @@ def _refuse(twins: Any, steps: int, batch_size: int | None, target: float | None
     if recipe.autocast not in {None, torch.bfloat16, torch.float16}:
         raise SkipscopeError(
             "train_twins",
-            "autocast is no dtype that torch.autocast trains in",
+            "torch.autocast cannot train in this dtype",
             expected="torch.bfloat16 or torch.float16",
             got=repr(recipe.autocast)[:60],
             cure="autocast=torch.bfloat16",
@@ -253,8 +253,8 @@ def _stream(
     stream = Stream(batches, first, objective, batch_size)
     if batches.single and not stream.cut and stream.size > (batch_size or 64):
         notes.setdefault(
-            f"every step took the whole batch of {stream.size}: its rows were not taken for samples by"
-            " themselves (for smaller batches pass a DataLoader)"
+            f"every step took the whole batch of {stream.size}: its rows are not known to be"
+            " independent samples (for smaller batches pass a DataLoader)"
         )
     with random_state_kept(0):
         if not objective(first, next(stream.batches(0))).requires_grad:

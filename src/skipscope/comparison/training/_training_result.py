@@ -177,7 +177,7 @@ class Training(Result):
                     " of its own. 'learns': every seed's smoothed loss (mean over 10 steps) ends at or below"
                     f" {short(self.target)}."
                 ),
-                *(["acc.: accuracy, the share of samples whose class is named rightly."] if heads else []),
+                *(["acc.: accuracy, the share of samples that are classified correctly."] if heads else []),
                 *self._edges(),
                 *self.notes,
             ],
@@ -187,7 +187,7 @@ class Training(Result):
         """Warn of each best rate at the edge of its sweep."""
         return [
             f"The best rate of {twin} under {optimizer}, {short(c.rate)}, is at the edge of the rates tried:"
-            " one beyond may be better."
+            " a rate beyond it may be better."
             for twin, by in self.curves.items()
             for optimizer, c in by.items()
             if c.is_at_edge

@@ -106,7 +106,7 @@ def prescribe(
     if verdict.cause == "batch norm":
         # With stale running statistics nothing is known of the network itself, which may be healthy.
         return Prescription(
-            before, (), (), f"{verdict.finding} {verdict.advice} Then ask again.", _why(before)
+            before, (), (), f"{verdict.finding} {verdict.advice} Then run prescribe again.", _why(before)
         )
     if only_the_last_is_trained(model):
         advice = "Only the last layer is trained. The others are frozen and left alone, so nothing was tried."

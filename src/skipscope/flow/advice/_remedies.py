@@ -73,7 +73,7 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
     ]
     if cause == "head":
         found.insert(
-            0, Candidate("the last layer initialised anew", "last_layer.reset_parameters()", _fresh_head)
+            0, Candidate("the last layer reinitialised", "last_layer.reset_parameters()", _fresh_head)
         )
     if not normed:
         found.append(
@@ -172,7 +172,7 @@ def _fresh_head(model: nn.Module, inputs: Any) -> nn.Module:
     """Initialise the last layer with torch's default."""
     last = _maps(model)[-1]
     if _is_transposed(last):
-        raise SkipscopeError("prescribe", "the last layer is none of torch's own")
+        raise SkipscopeError("prescribe", "the last layer is not one of torch's layers")
     if not last.weight.requires_grad:  # type: ignore[union-attr]
         raise SkipscopeError("prescribe", "the last layer is frozen, and is left alone")
     last.reset_parameters()  # type: ignore[operator]

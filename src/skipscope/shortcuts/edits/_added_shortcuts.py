@@ -293,7 +293,7 @@ class _Plan:
         if not any(True for module in modules for _ in module.parameters()):
             return "it holds no weights"
         if not any(map(_is_layer, modules)):
-            return "a norm alone is no layer"
+            return "it holds only a norm"
         if len(modules) < self.span:
             return f"fewer than the span of {self.span} are left"
         before, after = seen[0][0], seen[-1][1]
@@ -323,7 +323,7 @@ def _runnable(twin: nn.Module, plan: _Plan, runs: _OriginalRuns) -> list[_Stretc
         if difference is None:
             kept += stretches
             continue
-        reason = f"not wrapped: its owner does more with it than to call it ({difference})"
+        reason = f"not wrapped: its owner does more than call it ({difference})"
         plan.lines |= {_label(path, part): reason for stretch in stretches for part in stretch.parts}
     return kept
 

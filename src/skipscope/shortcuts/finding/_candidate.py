@@ -19,7 +19,7 @@ class Reason(enum.Enum):
     GATE = "a gate: a product, not a sum"
     LOW_RANK = "a low-rank update of the same linear map"
     NOWHERE = "it leads to no output of the model"
-    NO_SUM = "it joins its operands otherwise than by a sum"
+    NO_SUM = "it joins its operands by another operation than a sum"
     NO_WEIGHTS = "no weights on either side"
     ONLY_A_FACTOR = "only a factor depends on it"
     ONLY_A_GATE = "only a gate depends on it"

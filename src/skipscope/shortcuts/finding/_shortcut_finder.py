@@ -170,7 +170,7 @@ def _rejected(
     return tuple(others)
 
 
-UNSEEN_INPUT = "no call of torch leads from it to the output: what is made of it cannot be seen"
+UNSEEN_INPUT = "no recorded torch call leads from it to the output, so its use cannot be seen"
 _NO_SUMS = frozenset(
     {
         "maximum",
@@ -276,5 +276,5 @@ def _blocked(item: Candidate) -> str | None:
             " instead"
         )
     if item.mixture is not None and not item.mixture.alone:
-        return "what it stacks makes something else too, such as the weights of the sum: write w * x + v * F"
+        return "the stack has another use besides the sum, such as its weights: write w * x + v * F"
     return None

@@ -68,7 +68,7 @@ CELLS = words(
 IN_FUNCTION = "an autograd.Function: what it joins cannot be seen"
 CELL = "a fused recurrent cell: the gates in it cannot be seen"
 SCRIPTED = "a scripted function: what it joins cannot be seen"
-UNSEEN_WRITE = "code that no call of torch's is seen of fills this tensor (a kernel, a collective)"
+UNSEEN_WRITE = "code outside of recorded torch calls fills this tensor (a kernel, a collective)"
 LIBRARY = "an operator of a library: what it joins cannot be seen"
 TRANSFORMED = "a function under torch.vmap or torch.func: what it joins cannot be tapped"
 
