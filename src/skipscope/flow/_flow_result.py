@@ -150,7 +150,9 @@ class Verdict:
         worst: the weighted call that gets least.
         reach: of a recurrent layer, the steps until a thousandth of the gradient is left; None without one,
             or where more is left at the first step.
-        score: how well it may learn: 0 is best; minus the decades by which the flow is uneven.
+        score: how well it may learn: 0 is best; minus the decades by which the flow is uneven, and those that
+            what tells samples apart loses on its way forward. No healthy flow's is below that of one in
+            trouble.
         hinders: the optimizers that such a flow mostly keeps from learning, of ``"SGD"`` and ``"Adam"``
             (whose steps do not depend on the gradient's size): what was seen on 200 networks. Empty for a
             healthy flow.

@@ -141,7 +141,8 @@ class Readings:
 
     Attributes:
         gradients, activations: by boundary.
-        similarities: by boundary, of the first batch.
+        similarities, samples_alike: by boundary, mean cosines between the activations of tokens (of samples
+            where there are none), and of samples, of the first batch.
         weights: by name, of parameters with two dimensions or more.
         output_gradient: |dL/d(output)|.
         loss, batches, samples: of all data.
@@ -162,6 +163,7 @@ class Readings:
     gradients: list[Reading]
     activations: list[Reading]
     similarities: list[float | None]
+    samples_alike: list[float | None]
     weights: dict[str, WeightReading]
     output_gradient: float = 0.0
     loss: float = 0.0
@@ -187,6 +189,7 @@ class Readings:
             [Reading() for _ in range(boundaries)],
             [Reading() for _ in range(boundaries)],
             [None] * boundaries,
+            [None] * boundaries,
             {name: WeightReading(trained) for name, trained in trainable.items()},
         )
 
@@ -204,7 +207,7 @@ class Readings:
         self.batches += other.batches
         self.samples += other.samples
         if first:
-            self.similarities = other.similarities
+            self.similarities, self.samples_alike = other.similarities, other.samples_alike
             self.sites, self.pools, self.graph, self.calls = (
                 other.sites,
                 other.pools,

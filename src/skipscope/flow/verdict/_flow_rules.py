@@ -52,6 +52,8 @@ ALL: tuple[OptimizerKind, ...] = ("SGD", "Adam")
 # Activations of different samples whose mean cosine is this near 1 are one and the same for the layers after
 # them.
 COLLAPSED = 0.995
+# Cosines of float32 activations are known no better than this.
+COSINE_ERROR = 1e-7
 # A second cause is named beside the first when it makes up so much of the change.
 SHARE_OF_SECOND = 0.25
 # Rectifiers: about half their units have no slope by design, and one that has none is off, not saturated.
@@ -68,12 +70,13 @@ class Point:
         name: of the boundary.
         state: as in :class:`BoundaryFlow`, or one of those that only the rules tell apart.
         log_flow: log10 of its flow, None where there is none.
-        similarity: mean cosine between the activations of different samples there.
+        similarity: mean cosine between the activations of different samples (tokens where there are any).
         merge: whether a shortcut ends there.
         hidden: neither input nor output: only such points have a fall.
         given: the model's input itself, through which no weight is trained.
         samples: log10 of each sample's own norm; empty where not known.
         log_relative: log10 of the norm of gradient times activation.
+        alike: mean cosine between the activations of different samples, whole.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Point:
     given: bool = False
     samples: tuple[float, ...] = ()
     log_relative: float | None = None
+    alike: float | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,8 @@ def judge(
     fall = logs[-1] - logs[0] if logs else None
     fitted = least_squares(logs)
     slope, interval = fitted if fitted else (None, None)
-    numbers = {"fall_decades": fall, "slope": slope, "slope_interval": interval, "score": _score(logs)}
+    score = _score(logs) - alike_decades(points)
+    numbers = {"fall_decades": fall, "slope": slope, "slope_interval": interval, "score": score}
     relative = [p.log_relative for _, p in connected if p.log_relative is not None] if normed else []
     growth = relative if len(relative) == len(logs) else logs
     healthy = _healthy(points, fall, numbers)
@@ -260,6 +265,23 @@ def _uncertain(healthy: Verdict, band: float, limit: float) -> Verdict:
 def _score(logs: Sequence[float]) -> float:
     """Minus the decades between the greatest and the least flow of a line."""
     return min(logs, default=0.0) - max(logs, default=0.0)
+
+
+def alike_decades(points: Sequence[Point]) -> float:
+    """Decades that what tells samples apart loses on its way forward, in relation to what they share.
+
+    Two samples at a cosine c are sqrt(2 (1 - c)) of their norm apart. Where that gets small, every step on
+    the weights after it moves all samples alike (the ordered phase of Schoenholz 2016), in whatever size the
+    gradient arrives.
+
+    Example:
+        >>> given = Point("input", "ok", 0.0, alike=0.5, hidden=False)
+        >>> alike_decades([given, Point("a", "ok", 0.0, alike=0.995)])
+        1.0
+    """
+    known = [(p, max(COSINE_ERROR, 1 - p.alike)) for p in points if p.alike is not None]
+    hidden = [apart for p, apart in known if p.hidden]
+    return max(0.0, 0.5 * math.log10(known[0][1] / min(hidden))) if hidden else 0.0
 
 
 def _explodes(logs: Sequence[float], limit: float) -> bool:
