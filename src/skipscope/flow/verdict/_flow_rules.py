@@ -276,7 +276,7 @@ def alike_decades(points: Sequence[Point]) -> float:
 
     Example:
         >>> given = Point("input", "ok", 0.0, alike=0.5, hidden=False)
-        >>> alike_decades([given, Point("a", "ok", 0.0, alike=0.995)])
+        >>> round(alike_decades([given, Point("a", "ok", 0.0, alike=0.995)]), 6)
         1.0
     """
     known = [(p, max(COSINE_ERROR, 1 - p.alike)) for p in points if p.alike is not None]
