@@ -13,9 +13,12 @@ from torch import nn
 
 import skipscope as ss
 from skipscope._numbers import student_quantile
+from skipscope.flow._flow_result import Head
 from skipscope.flow.passes import _gradient_sites
 from skipscope.flow.verdict import _verdict_evidence
-from skipscope.flow.verdict._flow_rules import FALL, GROWTH, Point, judge
+from skipscope.flow.verdict._chain_verdict import judge_chain
+from skipscope.flow.verdict._flow_rules import FALL, GROWTH, NORMED_GROWTH, FlowContext, Point, judge
+from skipscope.flow.verdict._verdict_evidence import Evidence, Reach, Starved
 
 
 def batch(n=16, width=8, classes=2):
@@ -807,7 +810,7 @@ def test_a_gradient_that_grows_through_time_explodes(reads):
     ).verdict
     assert verdict.state == "exploding" and verdict.cause == "time" and verdict.where == "net"
     assert verdict.evidence > 4.2 and verdict.hinders == ("SGD", "Adam")
-    assert verdict.score == -verdict.evidence
+    assert verdict.score < -NORMED_GROWTH - verdict.evidence + GROWTH + 1e-9
     assert "explodes through time" in verdict.finding and len(verdict.finding.split()) <= 25
     assert "Clip gradients" in verdict.advice
 
@@ -817,4 +820,72 @@ def test_a_gradient_that_grows_through_time_explodes(reads):
 def test_terms_of_many_steps_that_add_up_are_no_explosion(kind, gain):
     """Each state reaches all later ones that are read: at most as many equal terms as there are steps."""
     verdict = ss.gradient_flow(OverTime(kind, gain, "mean", layers=2), series(), F.cross_entropy).verdict
-    assert verdict.state == "healthy" and verdict.score > -0.5
+    # Gates that are half open keep a state that all samples share: that is in the score, and no growth.
+    assert verdict.state == "healthy" and verdict.score > -1
+
+
+# --- the score --------------------------------------------------------------------------------------------------------
+
+
+def line(*logs, alike=None):
+    return tuple(Point(f"p{i}", "ok", log, alike=alike) for i, log in enumerate(logs))
+
+
+def score_of(points, state, *, normed=False, **evidence):
+    verdict = judge_chain(Evidence((points,), **evidence), {}, FlowContext(normed=normed))
+    assert verdict.state == state
+    return verdict.score
+
+
+def test_no_healthy_flow_scores_below_one_in_trouble():
+    healthy = [
+        score_of(line(*range(9), 0.0), "healthy"),  # 8 decades apart, none of them lost from end to end
+        score_of(line(4.4, 3.3, 2.2, 1.1, 0.0), "healthy", normed=True),
+        score_of((Point("x", "ok", 0.0, alike=0.0), *line(0.0, 0.0, alike=1.0)), "healthy"),
+    ]
+    level = line(0.0, 0.0)
+    troubled = [
+        score_of(line(0.0, FALL), "vanishing"),
+        score_of(line(4.6, 3.4, 2.3, 1.1, 0.0), "exploding"),
+        score_of(level, "vanishing", reach=Reach("rnn", 5, 16)),
+        score_of(level, "vanishing", starved=Starved(("a",), 0.5, 4.1)),
+        score_of(level, "vanishing", head=Head(0.0, 1e-5, None)),
+        score_of(level, "exploding", growing=Reach("rnn", None, 16, GROWTH)),
+    ]
+    assert min(healthy) >= max(troubled)
+    assert healthy[2] > healthy[1] > max(troubled) + 0.05
+
+
+def test_a_sequence_hardly_longer_than_is_borne_scores_as_a_fall_hardly_greater():
+    level = line(0.0, 0.0)
+    hardly, far = (score_of(level, "vanishing", reach=Reach("rnn", steps, 16)) for steps in (5, 1))
+    assert hardly == pytest.approx(score_of(line(0.0, FALL * 16 / 15), "vanishing"))
+    assert far == pytest.approx(score_of(line(0.0, FALL * 16 / 3), "vanishing"))
+
+
+def test_what_tells_samples_apart_counts_in_decades():
+    given = Point("input", "ok", 0.0, alike=0.0, hidden=False)
+    for alike, decades in ((0.0, 0.0), (0.99, 1.0), (1 - 1e-6, 3.0), (-0.5, 0.0)):
+        points = (given, *line(0.0, 1.0, alike=alike))
+        assert score_of(points, "healthy") == pytest.approx(-1.0 - decades, abs=1e-3)
+
+
+def test_tokens_that_are_alike_in_samples_that_are_not_lose_nothing():
+    """Rank collapse within a sample (tokens) is told of, and leaves samples apart."""
+
+    class Same(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            one_for_all = self.one(x).mean(1, keepdim=True).expand(-1, 5, -1)
+            return self.head(self.two(one_for_all).mean(1))
+
+    torch.manual_seed(0)
+    model, batch = Same(), (torch.randn(16, 5, 4), torch.arange(16) % 2)
+    flow = ss.gradient_flow(model, batch, F.cross_entropy)
+    assert next(b for b in flow if b.name == "two").similarity > 0.999
+    assert flow.verdict.state == "healthy" and flow.verdict.score > -1.5
+    model.one.bias.data.fill_(1e4)  # now samples are alike as well
+    assert ss.gradient_flow(model, batch, F.cross_entropy).verdict.score < -2.5

@@ -150,7 +150,9 @@ class Verdict:
         worst: weighted call with the smallest gradient.
         reach: time steps until a thousandth of the gradient is left in a recurrent layer; None without such a
             layer, or if more is left at the first step.
-        score: trainability score: minus the decades by which the flow is uneven; 0 is best.
+        score: trainability score, 0 is best: minus the decades by which the flow is uneven, and those by
+            which the distance between samples shrinks, relative to their norm, on the way forward. A healthy
+            flow always scores higher than one in trouble.
         hinders: optimizers that mostly cannot learn with such a flow, of ``"SGD"`` and ``"Adam"`` (whose
             steps do not depend on the gradient's size), as observed on 200 networks. Empty for a healthy
             flow.

@@ -141,9 +141,8 @@ class _Measurement:
             state, flow = boundary_state(readings, exact, i)
             if state != "not_met" and not (state == "not_connected" and self._is_reached_elsewhere(i)):
                 kept.append(i)
-                seen.append(
-                    Point(point.name, state, _log(flow), readings.similarities[i], point.kind == "merge")
-                )
+                known = readings.similarities[i], point.kind == "merge"
+                seen.append(Point(point.name, state, _log(flow), *known, alike=readings.samples_alike[i]))
         sizes = _sizes(self.subject.model, settled)
         if self.whole is not None:
             # A term at a single point (a boundary condition at 0) may give the first weight exactly 0.

@@ -158,7 +158,10 @@ class _Pass:
         with without_modes():  # the recorder need not see what is only looked at
             if not reading.seen:  # re-entrant checkpointing comes by twice
                 reading.add(activation)
-                self.readings.similarities[i] = similarity(activation.detach())
+                alike = self.readings.similarities[i] = similarity(activation.detach())
+                if activation.ndim == 3:
+                    alike = similarity(activation.detach(), tokens=False)
+                self.readings.samples_alike[i] = alike
             is_leaf = activation.is_leaf
             if not is_leaf and torch.is_grad_enabled():
                 activation.register_hook(self.arrivals.hook(i, activation.detach()))

@@ -143,7 +143,9 @@ class Readings:
     Attributes:
         gradients: readings of gradients by boundary.
         activations: readings of activations by boundary.
-        similarities: similarity of samples by boundary, for the first batch.
+        similarities: mean cosine between the activations of tokens (of samples if there are no tokens), by
+            boundary, for the first batch.
+        samples_alike: mean cosine between the activations of whole samples, by boundary, for the first batch.
         weights: name -> reading, for parameters with at least two dimensions.
         output_gradient: |dL/d(output)|.
         loss, batches, samples: loss, number of batches and number of samples.
@@ -164,6 +166,7 @@ class Readings:
     gradients: list[Reading]
     activations: list[Reading]
     similarities: list[float | None]
+    samples_alike: list[float | None]
     weights: dict[str, WeightReading]
     output_gradient: float = 0.0
     loss: float = 0.0
@@ -189,6 +192,7 @@ class Readings:
             [Reading() for _ in range(boundaries)],
             [Reading() for _ in range(boundaries)],
             [None] * boundaries,
+            [None] * boundaries,
             {name: WeightReading(trained) for name, trained in trainable.items()},
         )
 
@@ -206,7 +210,7 @@ class Readings:
         self.batches += other.batches
         self.samples += other.samples
         if first:
-            self.similarities = other.similarities
+            self.similarities, self.samples_alike = other.similarities, other.samples_alike
             self.sites, self.pools, self.graph, self.calls = (
                 other.sites,
                 other.pools,

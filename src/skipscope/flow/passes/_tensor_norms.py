@@ -118,11 +118,12 @@ def sample_norms(value: Tensor, samples: int) -> np.ndarray:
     return _row_norms((order if order.stride(0) == value.stride(0) else value).flatten(1)).cpu().numpy()
 
 
-def similarity(activation: Tensor, most: int = 256) -> float | None:
-    """Mean cosine between different tokens of a sample for ``[B, T, C]``, otherwise between samples."""
+def similarity(activation: Tensor, most: int = 256, *, tokens: bool = True) -> float | None:
+    """Mean cosine between tokens of a sample for ``[B, T, C]`` if ``tokens``, otherwise between samples."""
     if activation.ndim < 2 or not activation.is_floating_point():
         return None
-    rows = activation[:8, :most] if activation.ndim == 3 else activation[:most].flatten(1).unsqueeze(0)
+    of_tokens = tokens and activation.ndim == 3
+    rows = activation[:8, :most] if of_tokens else activation[:most].flatten(1).unsqueeze(0)
     n = rows.shape[1]
     if n < 2 or rows.shape[-1] < 2:
         return None

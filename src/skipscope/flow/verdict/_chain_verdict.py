@@ -12,8 +12,10 @@ from skipscope.flow._flow_result import Head, Verdict
 from skipscope.flow.verdict._flow_rules import (
     ADAM_GROWTH,
     ALL,
+    FALL,
     GROWTH,
     HEAD,
+    NORMED_GROWTH,
     STARVED_SHARE,
     FlowContext,
     Point,
@@ -88,8 +90,21 @@ def judge_chain(
         worst=evidence.worst,
         starved=evidence.starved.names + evidence.single,
         reach=evidence.reach.steps if evidence.reach else None,
+        score=_ranked(found),
     )
     return replace(found, advice=advice_on(found))
+
+
+def _ranked(found: Verdict) -> float | None:
+    """The score, such that no healthy flow's is below that of one in trouble.
+
+    Healthy flows are uneven by at most ``NORMED_GROWTH``, most of those in trouble by ``FALL`` at least.
+    """
+    if found.score is None:
+        return None
+    if found.state in {"healthy", "cannot tell"}:
+        return max(found.score, -NORMED_GROWTH)
+    return min(found.score + FALL, 0.0) - NORMED_GROWTH
 
 
 def _stretches(line: Sequence[Point], gains: dict[str, StretchGain]) -> list[StretchGain]:
@@ -166,7 +181,8 @@ def _through_time(found: Verdict, reach: Reach) -> Verdict:
         cause="time",
         evidence=float(reach.steps),
         hinders=ALL,
-        score=min(found.score or 0.0, -3.0 * reach.length / reach.steps),
+        # As many falls as the sequence is longer than what is borne.
+        score=min(found.score or 0.0, -FALL * reach.length / (REACHES * reach.steps)),
         reason=f"a thousandth of the gradient is left after {reach.steps} steps, and the sequence has"
         f" {reach.length}",
     )
@@ -223,7 +239,14 @@ def _at_the_head(found: Verdict, evidence: Evidence, after: StretchGain) -> Verd
     else:
         return found
     return replace(
-        found, state="vanishing", where=where, cause=cause, evidence=proof, hinders=("SGD",), reason=reason
+        found,
+        state="vanishing",
+        where=where,
+        cause=cause,
+        evidence=proof,
+        hinders=("SGD",),
+        reason=reason,
+        score=min(found.score or 0.0, math.log10(proof) if proof > 0 else -math.inf),
     )
 
 

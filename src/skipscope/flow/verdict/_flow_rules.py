@@ -49,6 +49,8 @@ STARVED_SHARE = 0.1
 ALL: tuple[OptimizerKind, ...] = ("SGD", "Adam")
 # Mean cosine between activations of different samples from which later layers cannot distinguish them.
 COLLAPSED = 0.995
+# Accuracy of cosines of float32 activations.
+COSINE_ERROR = 1e-7
 # Share of the change from which a second cause is named beside the first.
 SHARE_OF_SECOND = 0.25
 # Rectifiers: about half of their units have no slope by design, and such a unit is inactive, not saturated.
@@ -65,12 +67,13 @@ class Point:
         name: name of the boundary.
         state: state as in :class:`BoundaryFlow`, or a state that is only distinguished by the rules.
         log_flow: log10 of its flow, or None without a flow.
-        similarity: mean cosine between the activations of different samples.
+        similarity: mean cosine between the activations of different samples, or of tokens if there are any.
         merge: whether a shortcut ends at the boundary.
         hidden: whether it is neither input nor output; the fall is measured over hidden points only.
         given: whether it is an input of the model, through which no weight is trained.
         samples: log10 of the norm of each sample; empty if not known.
         log_relative: log10 of the norm of gradient times activation.
+        alike: mean cosine between the activations of whole samples.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Point:
     given: bool = False
     samples: tuple[float, ...] = ()
     log_relative: float | None = None
+    alike: float | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,8 @@ def judge(
     fall = logs[-1] - logs[0] if logs else None
     fitted = least_squares(logs)
     slope, interval = fitted if fitted else (None, None)
-    numbers = {"fall_decades": fall, "slope": slope, "slope_interval": interval, "score": _score(logs)}
+    score = _score(logs) - alike_decades(points)
+    numbers = {"fall_decades": fall, "slope": slope, "slope_interval": interval, "score": score}
     relative = [p.log_relative for _, p in connected if p.log_relative is not None] if normed else []
     growth = relative if len(relative) == len(logs) else logs
     healthy = _healthy(points, fall, numbers)
@@ -257,6 +262,23 @@ def _uncertain(healthy: Verdict, band: float, limit: float) -> Verdict:
 def _score(logs: Sequence[float]) -> float:
     """Minus the decades between the largest and the smallest flow of a line."""
     return min(logs, default=0.0) - max(logs, default=0.0)
+
+
+def alike_decades(points: Sequence[Point]) -> float:
+    """Decades by which the distance between samples shrinks on the way forward, relative to their norm.
+
+    Two samples at a cosine c are sqrt(2 (1 - c)) of their norm apart. Where that gets small, every step on
+    the weights after it moves all samples alike (the ordered phase of Schoenholz 2016), in whatever size the
+    gradient arrives.
+
+    Example:
+        >>> given = Point("input", "ok", 0.0, alike=0.5, hidden=False)
+        >>> round(alike_decades([given, Point("a", "ok", 0.0, alike=0.995)]), 6)
+        1.0
+    """
+    known = [(p, max(COSINE_ERROR, 1 - p.alike)) for p in points if p.alike is not None]
+    hidden = [apart for p, apart in known if p.hidden]
+    return max(0.0, 0.5 * math.log10(known[0][1] / min(hidden))) if hidden else 0.0
 
 
 def _explodes(logs: Sequence[float], limit: float) -> bool:
