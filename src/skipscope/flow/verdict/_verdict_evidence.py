@@ -206,13 +206,15 @@ class Layout:
     """Where the boundaries of a model lie, known from a forward pass without gradients.
 
     Attributes:
-        hidden: by boundary, whether trained weights come before it and any after it, and it is on the line.
+        hidden: by boundary, whether trained weights come before it and any after it, and it is on a line.
+        lines: by boundary, the lines that it is on, as bits.
         averaging: by boundary, decades that the norm of its gradient loses by averages between it and the
             output.
         normed: norms over the data stand between the weights.
     """
 
     hidden: tuple[bool, ...]
+    lines: tuple[int, ...]
     averaging: tuple[float, ...]
     normed: bool
 
@@ -240,18 +242,54 @@ def _layout(
             results = recorder.values_in(call())
     trace = recorder.trace
     graph = CallGraph.of(trace, results)
-    made = [trace.values[values[i]].call if i in values else None for i in range(len(points))]
-    orders = [-1 if call is None else call for call in made]
+    calls = {i: graph.place_of(trace, value) for i, value in values.items()}
+    orders = [calls[i][0] if i in calls else -1 for i in range(len(points))]
     averages = _averages(graph, sites.sites, sites.pools)
     followed = _followed(graph, sites.sites, orders)
-    start = min((site.order for site in sites.sites if site.trained), default=0)
-    # Frozen ones before the first trained one count: an update beside a frozen layer is beside the line.
-    met = [i for i, call in enumerate(made) if call is not None or points[i].key.site == "input"]
-    on = {i for i in _through(met, points, dict(enumerate(orders)), graph) if orders[i] >= start}
-    return Layout(
-        tuple(f and i in on and p.key.site != "input" for i, (f, p) in enumerate(zip(followed, points))),
-        tuple(sum(d for at, d in averages if at > order) for order in orders), sites.is_normed(trace),
-    )  # fmt: skip
+    lines = [0] * len(points)
+    for bit, line in enumerate(_lines_of(sorted(calls), points, calls, sites.sites, graph)):
+        for i in line:
+            lines[i] |= 1 << bit
+    hidden = [f and on > 0 and p.key.site != "input" for f, on, p in zip(followed, lines, points)]
+    lost = [sum(d for at, d in averages if at > order) for order in orders]
+    return Layout(tuple(hidden), tuple(lines), tuple(lost), sites.is_normed(trace))
+
+
+def _lines_of(
+    met: Sequence[int],
+    places: Sequence[Any],
+    calls: Mapping[int, tuple[int, int]],
+    sites: Sequence[SiteReading],
+    graph: CallGraph,
+) -> list[list[int]]:
+    """The numbers of the boundaries on each line, in order: one line for each input of the model.
+
+    Args:
+        met: numbers of the boundaries that the pass came by, in order.
+        places: the boundaries.
+        calls: by boundary, the call that gave it, and the inputs that it was computed from.
+        sites: the weighted calls.
+        graph: of the calls.
+    """
+    trained = [site for site in sites if site.trained and site.order >= 0]
+    inputs = 0
+    for k in met:
+        inputs |= calls[k][1]
+    found: list[list[int]] = []
+    for bit in [1 << i for i in range(inputs.bit_length()) if inputs >> i & 1] or [0]:
+        # An input of another tower is no part of this line: around each of its layers it reaches the loss.
+        on = [
+            k
+            for k in met
+            if not bit or calls[k][1] & bit or (places[k].key.site == "input" and not calls[k][1])
+        ]
+        # Frozen ones before the first trained one count: an update beside a frozen layer is beside the line.
+        on = _through(on, places, {k: order for k, (order, _) in calls.items()}, graph)
+        start = min((s.order for s in trained if not bit or graph.inputs[s.order] & bit), default=0)
+        line = [k for k in on if calls[k][0] >= start or places[k].key.site == "input"]
+        if line and line not in found:
+            found.append(line)
+    return found
 
 
 def _lines(
@@ -262,38 +300,22 @@ def _lines(
     readings: Readings,
 ) -> tuple[tuple[Point, ...], ...]:
     """The points of each line, in order; of a module that runs several times the run that gets most."""
-    trained = [site for site in readings.sites if site.trained and site.order >= 0]
-    graph = readings.graph
-    assert graph is not None
-    given = graph.inputs
-    inputs = 0
-    for k in kept:
-        inputs |= orders[k][1]
+    assert readings.graph is not None
     found: dict[tuple[str, ...], tuple[Point, ...]] = {}
-    for bit in [1 << i for i in range(inputs.bit_length()) if inputs >> i & 1] or [0]:
-        # An input of another tower is no part of this line: around each of its layers it reaches the loss.
-        on = [
-            j
-            for j, k in enumerate(kept)
-            if not bit or orders[k][1] & bit or (places[k].key.site == "input" and not orders[k][1])
-        ]
-        start = min((s.order for s in trained if not bit or given[s.order] & bit), default=0)
-        on = [j for j in on if orders[kept[j]][0] >= start or places[kept[j]].key.site == "input"]
-        through = set(_through([kept[j] for j in on], places, {k: orders[k][0] for k in kept}, graph))
-        on = [j for j in on if kept[j] in through]
+    at = {k: j for j, k in enumerate(kept)}
+    for on in _lines_of(kept, places, orders, readings.sites, readings.graph):
         groups: dict[Any, list[int]] = defaultdict(list)
-        for j in on:
-            key = places[kept[j]].key
+        for k in on:
+            key = places[k].key
             # Merges in a loop over layers share their line of code, and are several.
-            again = key.nth if places[kept[j]].kind == "merge" else 0
-            groups[key.host, key.site, again].append(j)
+            again = key.nth if places[k].kind == "merge" else 0
+            groups[key.host, key.site, again].append(at[k])
         line = sorted(
             max(group, key=lambda j: (points[j].log_flow is not None, points[j].log_flow or 0.0, j))
             for group in groups.values()
         )
         chosen = tuple(points[j] for j in line)
         found.setdefault(tuple(p.name for p in chosen), chosen)
-    found.pop((), None)
     return tuple(found.values()) or (tuple(points),)
 
 

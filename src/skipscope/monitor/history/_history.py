@@ -155,6 +155,8 @@ class History(Result):
         recurrent: the recurrent layer whose reach was read; empty without one.
         reach: steps until a thousandth of the gradient is left there (NaN where more is left at the first
             step), and length of the sequence; ``[flow rows, 2]``.
+        lines: the lines that each boundary is on, as bits: one line for each input of the model; 0 beside
+            them; ``[B]``.
 
     Example:
         >>> import torch, skipscope as ss
@@ -204,6 +206,7 @@ class History(Result):
     normed: bool = False
     recurrent: str = ""
     reach: np.ndarray = field(default_factory=lambda: np.empty((0, 2)))
+    lines: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)

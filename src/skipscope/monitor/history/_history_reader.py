@@ -110,6 +110,7 @@ def assemble(
         flow_owners=flow_owners,
         hidden=tuple(_of_boundary(flow, name, "hidden", True) for name in names),
         averaging=tuple(_of_boundary(flow, name, "averaging", 0.0) for name in names),
+        lines=tuple(_of_boundary(flow, name, "lines", 0) for name in names),
         normed=any(about.get("normed", False) for about, _ in flow[-1:]),
         recurrent=next((about.get("recurrent", "") for about, _ in flow[-1:]), ""),
         reach=reach,
@@ -244,7 +245,7 @@ def _verdict_of_chain(
     judged = [
         _verdict_of_tower(history, tower, was, is_early, less, lines) for tower, less in zip(towers, hungry)
     ]
-    of_parameters = max(judged, key=_severity)
+    of_parameters = max(judged, key=_live_verdict.severity)
     for cause in causes:
         if of_parameters.state in {"dead", "unconnected"} and cause.cause != "unused":
             of_parameters = replace(of_parameters, finding="", reason=cause.reason, advice=cause.advice)
@@ -266,7 +267,10 @@ def _verdict_of_chain(
     values = history.flow_norm[mine[-1]]
     own = np.flatnonzero(values != NOT_RUN)
     places = [
-        Place(history.boundaries[i], history.hidden[i], history.averaging[i] if history.averaging else 0.0)
+        Place(
+            history.boundaries[i], history.hidden[i], history.averaging[i] if history.averaging else 0.0,
+            history.lines[i] if history.lines else 0,
+        )
         for i in own
     ]  # fmt: skip
     steps, length = history.reach[mine[-1]] if len(history.reach) else (math.nan, math.nan)
@@ -281,13 +285,12 @@ def _verdict_of_chain(
 def _lines(history: History, part: Sequence[int], lines: WeightLines) -> list[list[int]]:
     """The parameters of each tower, in the order of execution; those of no known tower join every one."""
     names = history.parameters
-    towers = sorted({lines[names[i]][0] for i in part if names[i] in lines})
+    towers = sorted({tower for i in part if names[i] in lines for tower in lines[names[i]][0]})
     if not towers:
         return [list(part)]
-    places = {i: lines.get(names[i], (-1, i, 0)) for i in part}
+    places = {i: lines.get(names[i], (towers, i, 0)) for i in part}
     return [
-        sorted((i for i in part if places[i][0] in (tower, -1)), key=lambda i: places[i][1])
-        for tower in towers
+        sorted((i for i in part if tower in places[i][0]), key=lambda i: places[i][1]) for tower in towers
     ]
 
 
@@ -298,18 +301,14 @@ def _verdict_of_tower(
     whole = _verdict_of_parameters(history, tower, was, is_early, starved, bool(lines))
     stretches: dict[int, list[int]] = {}
     for i in tower:
-        stretches.setdefault(lines.get(history.parameters[i], (-1, i, -1))[2], []).append(i)
+        stretches.setdefault(lines.get(history.parameters[i], ((), i, -1))[2], []).append(i)
     if whole.state not in {"vanishing", "exploding"} or len(stretches) < 2:
         return whole
     # Weights of different shapes are compared only along a whole tower.
     usual = [Counter(history.shapes[i] for i in stretch) for stretch in stretches.values()]
     alike = [s for s, counts in zip(stretches.values(), usual) if max(counts.values()) >= _live_verdict.ALIKE]
     judged = [_verdict_of_parameters(history, stretch, was, is_early, starved, True) for stretch in alike]
-    return max(judged, key=_severity, default=whole)
-
-
-def _severity(verdict: LiveVerdict) -> tuple[int, float]:
-    return _live_verdict.badness(verdict.state), abs(verdict.fall_decades or 0.0)
+    return max(judged, key=_live_verdict.severity, default=whole)
 
 
 def _starved(history: History, tower: Sequence[int], sizes: Mapping[str, float]) -> Starved:
@@ -513,8 +512,7 @@ def _events(
             changed += 1
             continue
         if "lines" in entry:
-            # Earlier versions knew of no stretches.
-            lines = {name: (at[0], at[1], at[2] if len(at) > 2 else 0) for name, at in entry["lines"].items()}
+            lines = {name: _line_from(place) for name, place in entry["lines"].items()}
             continue
         if "closed" in entry or "resumed" in entry:
             end = entry if "closed" in entry else None
@@ -525,6 +523,12 @@ def _events(
             f"{changed:,} lines of {file.name} have changed since they were written, and are left out."
         )
     return events, end, lines
+
+
+def _line_from(place: list[Any]) -> tuple[tuple[int, ...], int, int]:
+    """Earlier versions knew of one tower for each parameter, and of no stretches."""
+    towers, order, stretch = [*place, 0][:3]
+    return (towers,) if isinstance(towers, int) else tuple(towers), order, stretch
 
 
 def _verdict_from(entry: dict[str, Any]) -> LiveVerdict:

@@ -73,6 +73,11 @@ def badness(state: LiveState) -> int:
     return _BADNESS.index(state)
 
 
+def severity(verdict: LiveVerdict) -> tuple[int, float]:
+    """What the worst of several verdicts is the greatest by."""
+    return badness(verdict.state), abs(verdict.fall_decades or 0.0)
+
+
 def for_optimizer(verdict: LiveVerdict, kinds: Collection[str], chain: str) -> LiveVerdict:
     """The verdict for the kinds of optimizer in use: which of them it hinders, and in words."""
     if verdict.state not in {"vanishing", "exploding"}:
@@ -95,11 +100,13 @@ class Place:
         hidden: it is between input and output. The fall is taken over such places alone: no weight is
             trained through the input's gradient, and the step to the output is common to all layers.
         averaging: decades that its gradient loses by averages between it and the output, which are put back.
+        lines: the lines that it is on, as bits; 0 beside them.
     """
 
     name: str
     hidden: bool
     averaging: float = 0.0
+    lines: int = 0
 
 
 def judge_flow(
@@ -107,7 +114,7 @@ def judge_flow(
     reach: Reach | None = None, is_early: bool = False, relative: Sequence[float] = (),
     starved: Starved = NONE_STARVED,
 ) -> LiveVerdict:  # fmt: skip
-    """The verdict on the flow at boundaries.
+    """The verdict on the flow at boundaries: that on the worst line.
 
     Args:
         places: nearest the input first.
@@ -120,10 +127,27 @@ def judge_flow(
         starved: weights that get next to nothing, where that is known.
         relative: the norm of gradient times activation there; NaN or empty where it was not read.
     """
+    products = [*relative] or [math.nan] * len(places)
+    count = max((place.lines for place in places), default=0).bit_length()
+    found = []
+    for line in range(max(1, count)):
+        on = [i for i, place in enumerate(places) if not place.lines or place.lines >> line & 1]
+        found.append(_judge_line(
+            [places[i] for i in on], values[on], [products[i] for i in on], step, was, normed, reach,
+            is_early, starved,
+        ))  # fmt: skip
+    return max(found, key=severity)
+
+
+def _judge_line(
+    places: Sequence[Place], values: np.ndarray, relative: Sequence[float], step: int, was: LiveState,
+    normed: bool, reach: Reach | None, is_early: bool, starved: Starved,
+) -> LiveVerdict:  # fmt: skip
+    """The verdict on one line, and on what is beside all lines."""
     hidden = [place.hidden for place in places]
     points = [
         Point(place.name, *_flow_state(value, place.averaging), log_relative=_log(product, place.averaging))
-        for place, value, product in zip(places, values, [*relative] or [math.nan] * len(places))
+        for place, value, product in zip(places, values, relative)
     ]
     inner = [point for point, is_hidden in zip(points, hidden) if is_hidden]
     trained = points[1:] if len(points) > 1 and not hidden[0] else points

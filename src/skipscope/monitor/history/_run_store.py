@@ -81,7 +81,7 @@ class Store:
         if rows is None:
             about = {
                 "names": list(row.names), "optimizer": row.owner, "hidden": list(row.hidden),
-                "averaging": list(row.averaging), "normed": row.normed,
+                "lines": list(row.lines), "averaging": list(row.averaging), "normed": row.normed,
                 "recurrent": row.reach.site if row.reach is not None else "",
             }  # fmt: skip
             rows = self._rows("flow", 3 + 3 * len(row.names), most_rows(2 * len(row.names)), about)

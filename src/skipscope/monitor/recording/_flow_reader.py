@@ -52,6 +52,7 @@ class FlowRow:
             NaN.
         elements: that it is of, so that the RMS is ``norm / sqrt(elements)``.
         hidden: whether the boundary is between input and output.
+        lines: the lines that it is on, as bits: one line for each input of the model.
         averaging: decades that each loses by averages between it and the output.
         normed: norms over the data stand between the weights.
         reach: of the recurrent layer with the shortest one for its length; None without one.
@@ -64,6 +65,7 @@ class FlowRow:
     relative: np.ndarray
     elements: np.ndarray
     hidden: tuple[bool, ...]
+    lines: tuple[int, ...]
     averaging: tuple[float, ...]
     normed: bool
     reach: Reach | None
@@ -135,7 +137,7 @@ class FlowReader:
         self.first_step = first_step
         self.steps = dict.fromkeys(parameters, first_step)
         self._points: tuple[Boundary, ...] | None = None
-        self._layout = Layout((), (), False)
+        self._layout = Layout((), (), (), False)
         self._whole = self.model
         self._parts: set[int] = set()
         self._running: list[int] = []
@@ -334,14 +336,15 @@ class FlowReader:
             norm[~np.isfinite(norm)] = np.inf  # NaN says that none arrived, and nothing else
             norm = np.where(row.elements > 0, norm, np.nan)
             self.rows += 1
-            at = {point.name: i for i, point in enumerate(self._points or ())}
-            hidden, averaging = zip(*(
-                (self._layout.hidden[at[n]], self._layout.averaging[at[n]]) if n in at else (True, 0.0)
-                for n in row.names
+            at, layout = {point.name: i for i, point in enumerate(self._points or ())}, self._layout
+            numbers = [at.get(name) for name in row.names]
+            hidden, lines, averaging = zip(*(
+                (True, 0, 0.0) if i is None else (layout.hidden[i], layout.lines[i], layout.averaging[i])
+                for i in numbers
             ))  # fmt: skip
             self.deliver(FlowRow(
-                row.owner, row.step, row.names, norm, relative, row.elements, hidden, averaging,
-                self._layout.normed, row.reach,
+                row.owner, row.step, row.names, norm, relative, row.elements, hidden, lines, averaging,
+                layout.normed, row.reach,
             ))  # fmt: skip
 
     def replace_parameters(self, parameters: Mapping[int, Sequence[Tensor]]) -> None:
