@@ -37,6 +37,10 @@ STARVED_MOST = 9.0
 NEARLY_ZERO = 1e-3
 # So many calls that cannot be looked into, one after another, are judged by what passes between them.
 HIDDEN_CALLS = 3
+# A step is taken out of the input by one call, after those by which it is read: a mask is made by more.
+_TAKING = 3
+# One step of a recurrent layer.
+_CELLS = frozenset({"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"})
 # Norms this far apart are compared; anything smaller than this share of the greatest is 0 in float32.
 _TINY = 1e-300
 
@@ -87,7 +91,7 @@ class Evidence:
         head: what is between the last hidden boundary and the output, or None.
         worst: the site that gets least, or None.
         reach: of the recurrent layer with the shortest one in relation to its length, or None.
-        growing: of the recurrent layer through which the gradient grows most, or None.
+        growing: of the recurrent layer or loop through which the gradient grows most, or None.
         starved: weights that get next to nothing.
         unconnected: trained weighted calls whose values reach the loss and that get no gradient.
         cut: the call that lets none through, where one was seen.
@@ -177,7 +181,7 @@ def evidence_of(
         _last_weights(head, ends, averages, unit),
         frozenset(name for site in ends for name in site.weights),
         single,
-        _growing(sites),
+        _growing(sites, graph),
     )
 
 
@@ -376,19 +380,49 @@ def _worst(sites: Sequence[SiteReading], unit: float) -> Worst | None:
 
 
 def _reach(sites: Sequence[SiteReading]) -> Reach | None:
-    calls: dict[tuple[str, ...], list[SiteReading]] = defaultdict(list)
-    for site in sites:
-        calls[site.weights].append(site)
-    shared = (g for g in calls.values() if len(g) > 3 and g[0].function not in LOOKUPS)
-    found = _fused(sites) + [reach_of(g[0].name, [s.norm for s in g]) for g in shared]
+    found = _fused(sites) + [reach_of(g[0].name, [s.norm for s in g]) for g in _shared(sites)]
     reaches = (reach for reach in found if reach is not None)
     return max(reaches, key=lambda r: r.length / (r.steps or math.inf), default=None)
 
 
-def _growing(sites: Sequence[SiteReading]) -> Reach | None:
-    """Of fused layers alone: calls that share a weight may also stand beside each other."""
-    reaches = (reach for reach in _fused(sites) if reach is not None)
-    return max(reaches, key=lambda r: r.growth, default=None)
+def _shared(sites: Sequence[SiteReading]) -> list[list[SiteReading]]:
+    """Calls of the same weights, where there are several."""
+    calls: dict[tuple[str, ...], list[SiteReading]] = defaultdict(list)
+    for site in sites:
+        calls[site.weights].append(site)
+    return [group for group in calls.values() if len(group) > 3 and group[0].function not in LOOKUPS]
+
+
+def _growing(sites: Sequence[SiteReading], graph: CallGraph) -> Reach | None:
+    """Of fused layers, and of loops over the steps of a sequence."""
+    found = _fused(sites)
+    for group in _shared(sites):
+        reach = reach_of(group[0].name, [site.norm for site in group])
+        if reach is not None and reach.growth > 0 and _is_through_time(group, sites, graph):
+            found.append(reach)
+    return max((reach for reach in found if reach is not None), key=lambda r: r.growth, default=None)
+
+
+def _is_through_time(group: Sequence[SiteReading], sites: Sequence[SiteReading], graph: CallGraph) -> bool:
+    """Whether calls follow each other, and more of the input comes in between any two: a loop over steps.
+
+    Calls that share a weight may also stand beside each other, or be the layers of one network.
+    """
+    if any(site.order < 0 for site in group):
+        return False
+    weighted = {site.order for site in sites}
+    for one, after in pairwise(group):
+        later = graph.ancestors([after.order])
+        if one.order not in later:
+            return False
+        fresh = later - graph.ancestors([one.order])
+        comes_in = (
+            one.order not in (above := graph.ancestors([c])) and (c in weighted or len(above) <= _TAKING)
+            for c in fresh if graph.inputs[c]
+        )  # fmt: skip
+        if after.function not in _CELLS and not any(comes_in):
+            return False
+    return True
 
 
 def _fused(sites: Sequence[SiteReading]) -> list[Reach | None]:
