@@ -29,12 +29,14 @@ class Candidate:
         apply: changes a copy of the model, or returns another module; raises SkipscopeError where it cannot.
         places: on a copy, which layers it goes around, and which it leaves as they are; None where that needs
             no saying.
+        means: what its name says only to those who know it.
     """
 
     name: str
     code: str
     apply: Callable[[nn.Module, Any], nn.Module]
     places: Callable[[nn.Module, Any], str] | None = None
+    means: str = ""
 
 
 _BLOCKS = Candidate(
@@ -57,6 +59,7 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
     he = Candidate(
         "He initialisation", "nn.init.kaiming_normal_(weight); nn.init.zeros_(bias)",
         partial(_initialised, nn.init.kaiming_normal_),
+        means="random weights of standard deviation sqrt(2 / inputs), made for ReLU",
     )  # fmt: skip
     found = [
         he,
@@ -64,9 +67,15 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
             "orthogonal initialisation",
             "nn.init.orthogonal_(weight); nn.init.zeros_(bias)",
             partial(_initialised, nn.init.orthogonal_),
+            means="random weights that keep the length of what they multiply",
         ),
         Candidate(
-            "each layer's output scaled to variance 1 (LSUV)", "weight.div_(output.std())", _unit_variance
+            "each layer's output scaled to variance 1 (LSUV)",
+            "from the first layer to the last, on a batch: weight.div_(output.std())",
+            _unit_variance,
+            means="layer-sequential unit variance (Mishkin and Matas 2016): a batch goes through the network,"
+            " and layer by layer, from the first on, the weights are divided by the standard deviation of the"
+            " layer's output, so that it becomes 1; here without the orthogonal start",
         ),
     ]
     if cause == "head":
@@ -77,7 +86,8 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
         found.append(
             Candidate(
                 "a norm after each layer",
-                "nn.Sequential(layer, nn.LayerNorm(width)), BatchNorm2d for images",
+                "nn.Sequential(layer, nn.LayerNorm(width)) in place of each layer but the last; after a"
+                " convolution of images nn.BatchNorm2d(channels)",
                 _normed,
             )
         )
@@ -85,9 +95,11 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
         return [
             *found,
             Candidate("branches scaled by 1/sqrt(L)", "last_weight_of_each_branch.div_(L ** 0.5)",
-                      lambda model, inputs: _scaled_branches(model, inputs, 1 / math.sqrt(shortcuts))),
+                      lambda model, inputs: _scaled_branches(model, inputs, 1 / math.sqrt(shortcuts)),
+                      means="L is the number of shortcuts"),
             Candidate("branches that start at zero", "nn.init.zeros_(last_weight_of_each_branch)",
-                      lambda model, inputs: _scaled_branches(model, inputs, 0.0)),
+                      lambda model, inputs: _scaled_branches(model, inputs, 0.0),
+                      means="each block begins as its shortcut alone, and learns its branch"),
         ]  # fmt: skip
     # Around layers with norms the usual form is a block, and its branch needs no further norm.
     kinds = ("depth-scaled", "highway", "rezero")
@@ -98,6 +110,7 @@ def candidates(shortcuts: int, normed: bool = False, cause: VerdictCause = "none
             f'ss.add_shortcuts(model, inputs, kind="{kind}")',
             partial(_with_shortcuts, kind),
             _shortcut_places,
+            registry()[kind].equation,
         )
         for kind in (kinds if normed else ("identity", "pre-norm", *kinds))
     ]
@@ -179,7 +192,7 @@ def _fresh_head(model: nn.Module, inputs: Any) -> nn.Module:
 
 @torch.no_grad()
 def _unit_variance(model: nn.Module, inputs: Any) -> nn.Module:
-    """Mishkin & Matas 2015, without the orthogonal start: in one forward pass, each layer in turn."""
+    """Mishkin & Matas 2016, without the orthogonal start: in one forward pass, each layer in turn."""
     hidden, handles = _hidden(model), []
 
     @torch.no_grad()
