@@ -153,7 +153,7 @@ def _flow(flow: Columns) -> tuple[tuple[str, ...], *tuple[np.ndarray, ...]]:
 
     Returns:
         Names, nearest the input first; step and RMS ``[rows, 1 + B]``; owners; norms and norms of
-        gradient times activation ``[rows, B]``; reach ``[rows, 2]``.
+        gradient times activation ``[rows, B]``; reach ``[rows, 3]``.
     """
     names: list[str] = []
     for about, _ in reversed(flow):
@@ -171,16 +171,19 @@ def _flow(flow: Columns) -> tuple[tuple[str, ...], *tuple[np.ndarray, ...]]:
         block[:, [1 + i for i in at]] = rows[:, 1 : 1 + B]
         norm[:, at] = rows[:, 1 + B : 1 + 2 * B] if rows.shape[1] > 1 + B else rows[:, 1:]
         relative = np.full((len(rows), len(names)), np.nan)
-        if rows.shape[1] == 3 + 3 * B:
+        width = rows.shape[1]  # earlier versions kept less
+        if width in {3 + 3 * B, 4 + 3 * B}:
             relative[:, at] = rows[:, 1 + 2 * B : 1 + 3 * B]
-        has_reach = rows.shape[1] >= 3 + 2 * B
-        reaches.append(rows[:, -2:] if has_reach else np.full((len(rows), 2), np.nan))
+        kept = 3 if width == 4 + 3 * B else 2 if width in {3 + 2 * B, 3 + 3 * B} else 0
+        reach = np.full((len(rows), 3), np.nan)
+        reach[:, :kept] = rows[:, width - kept :]
+        reaches.append(reach)
         relatives.append(relative)
         blocks.append(block)
         norms.append(norm)
         owners.append(np.full(len(rows), float(about.get("optimizer", 0))))
     if not blocks:
-        return (), np.empty((0, 1)), np.empty(0), np.empty((0, 0)), np.empty((0, 0)), np.empty((0, 2))
+        return (), np.empty((0, 1)), np.empty(0), np.empty((0, 0)), np.empty((0, 0)), np.empty((0, 3))
     joined = np.concatenate(blocks)
     order = np.argsort(joined[:, 0], kind="stable")
     columns = (np.concatenate(column)[order] for column in (owners, norms, relatives, reaches))
@@ -273,8 +276,11 @@ def _verdict_of_chain(
         )
         for i in own
     ]  # fmt: skip
-    steps, length = history.reach[mine[-1]] if len(history.reach) else (math.nan, math.nan)
-    reach = Reach(history.recurrent, int(steps), int(length)) if math.isfinite(steps) else None
+    steps, length, growth = history.reach[mine[-1]] if len(history.reach) else [math.nan] * 3
+    reach = None
+    if math.isfinite(length):
+        steps = int(steps) if math.isfinite(steps) else None
+        reach = Reach(history.recurrent, steps, int(length), growth if growth > 0 else 0.0)
     relative = history.flow_relative[mine[-1]][own] if len(history.flow_relative) else ()
     return _live_verdict.judge_flow(
         places, values[own], step, was, normed=history.normed, reach=reach, is_early=is_early or step == 1,

@@ -161,7 +161,9 @@ def _judge_line(
     elif trained[0].state in missing:
         inner = trained
     inner = inner or [replace(point, hidden=False) for point in trained]
-    evidence = Evidence((tuple(inner),), _head_of(points, hidden, places), reach=reach, starved=starved)
+    evidence = Evidence(
+        (tuple(inner),), _head_of(points, hidden, places), reach=reach, growing=reach, starved=starved
+    )
     return _live(evidence, "boundaries", step, was, None, normed)
 
 
