@@ -8,7 +8,6 @@ from torch import nn
 
 import skipscope as ss
 from skipscope.monitor import read_history
-from skipscope.monitor.history._history_reader import _flow
 
 
 class Recurrent(nn.Module):
@@ -75,12 +74,3 @@ def test_reach_through_time(kind, gain, length, state):
     assert monitor.verdict.state == expected.state == state
     if state == "vanishing":
         assert monitor.verdict.where == "net" and monitor.history.reach[-1, 1] == length
-
-
-@pytest.mark.parametrize("kept", [0, 2, 3])
-def test_rows_of_earlier_versions_kept_less_of_the_reach(kept):
-    # Step, RMS, norm, gradient times activation of two boundaries; then what was kept of the reach.
-    row = np.arange(1.0 + 2 * (2 if kept == 0 else 3) + kept)[None]
-    reach = _flow([({"names": ["a", "b"]}, row)])[-1]
-    assert reach.shape == (1, 3) and np.isnan(reach[0, kept:]).all()
-    np.testing.assert_array_equal(reach[0, :kept], row[0, row.shape[1] - kept :])
